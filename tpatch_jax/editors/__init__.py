@@ -1,0 +1,1 @@
+"""Editing methods behind one interface."""

@@ -1,0 +1,171 @@
+"""What an editor knows about a model before any edit: queries of unrelated text, and how contexts move a query.
+
+By default the text is sampled from the model itself. Collected once per model, layer and text, then cached.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from safetensors.numpy import load_file, save_file
+
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.files import replace_folder
+from tpatch_jax.memory import nuisance_scatter
+from tpatch_jax.models.collection import collect
+from tpatch_jax.models.fingerprint import fingerprint
+from tpatch_jax.models.generation import sample
+from tpatch_jax.models.model import Model
+
+__all__ = ["Background", "background"]
+
+VERSION = 1
+TEXTS = 256
+LENGTH = 64
+PREFIX_LENGTHS = (5, 10, 5, 10, 8, 6, 10)
+SPANS = 96
+SPAN_CONTEXTS = 6
+
+Progress = Callable[[str, int, int], None]
+
+
+class Background(NamedTuple):
+    """What is known about a model before any edit.
+
+    Attributes:
+        query: queries of unrelated text at the edited layer, ``[rows, d]``.
+        nuisance: how a query moves when only the context before it changes, ``[d, d]``.
+        prefixes: short texts to put before a prompt.
+        names: names found in the texts, to stand in for a subject.
+    """
+
+    query: Array
+    nuisance: Array
+    prefixes: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+def background(
+    model: Model,
+    layer: int,
+    text: str | Path | None = None,
+    *,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Background:
+    """Collect or recall what an editor needs to know about a model.
+
+    Args:
+        model: the model.
+        layer: the edited layer.
+        text: a UTF-8 text file for the memory; by default text is sampled from the model itself.
+        cache: folder where results are kept; ``None`` keeps nothing.
+        progress: called with what is being done, how much is done, and how much there is.
+
+    Returns:
+        The `Background`.
+
+    Raises:
+        TPatchError: the text file is missing, not UTF-8, or too short.
+    """
+    source = "itself" if text is None else hashlib.sha256(_read(Path(text)).encode()).hexdigest()
+    folder = None
+    if cache is not None:
+        name = hashlib.sha256(f"{VERSION} {fingerprint(model)} {layer} {source}".encode()).hexdigest()[:24]
+        folder = cache / "background" / name
+        if (folder / "background.json").exists():
+            return _load(folder)
+    if text is None:
+        rows = _sampled(model, progress)
+    else:
+        ids = model.encode(_read(Path(text)))
+        rows = [ids[first : first + LENGTH] for first in range(0, min(len(ids), TEXTS * LENGTH), LENGTH)]
+    rows = [row for row in rows if len(row) > 2]
+    if sum(map(len, rows)) < 2 * LENGTH:
+        raise TPatchError(f"the memory text {text or 'sampled from the model'} is too short; give a longer text file")
+    result = _collect(model, layer, rows, progress)
+    if folder is not None:
+        _save(folder, result)
+    return result
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TPatchError(f"the memory text {path} cannot be read ({error}); give a UTF-8 text file") from None
+
+
+def _start(model: Model) -> int:
+    """The token after which a text begins."""
+    tokenizer = model.tokenizer
+    start = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.bos_token_id)
+    return start if start is not None else tokenizer.eos_token_id or 0
+
+
+def _sampled(model: Model, progress: Progress | None) -> list[list[int]]:
+    rows: list[list[int]] = []
+    lanes = 64
+    for first in range(0, TEXTS, lanes):
+        if progress:
+            progress("sampling memory text", first, TEXTS)
+        key = jax.random.fold_in(jax.random.key(0), first)
+        found = sample(
+            model.config, model.params, [[_start(model)]] * lanes, LENGTH - 1, key, temperature=0.9, stops=model.stops
+        )
+        rows.extend([_start(model), *row] for row in found)
+    if progress:
+        progress("sampling memory text", TEXTS, TEXTS)
+    return rows
+
+
+def _collect(model: Model, layer: int, rows: list[list[int]], progress: Progress | None) -> Background:
+    report = (lambda done: progress("collecting memory", done, len(rows))) if progress else None
+    # A text's first token is the same in all of them and looks like no other query.
+    query = collect(model, rows, [range(1, len(row)) for row in rows], layer, report).query
+    texts = [model.decode(row[1:]) for row in rows]
+    words = [text.split() for text in texts if len(text.split()) >= 16]
+    prefixes = []
+    for sentence, length in zip(words, PREFIX_LENGTHS, strict=False):
+        prefixes.append(" ".join(sentence[:length]).strip(" .,;:!?") + ".")
+    spans, positions = [], []
+    for sentence in words[len(PREFIX_LENGTHS) :][:SPANS]:
+        for prefix in ["", *prefixes][:SPAN_CONTEXTS]:
+            ids = model.encode(f"{prefix} {' '.join(sentence[:12])}".strip())
+            spans.append(ids)
+            positions.append(range(len(ids) - 3, len(ids)))
+    if spans and all(len(ids) >= 3 for ids in spans):
+        contexts = min(SPAN_CONTEXTS, 1 + len(prefixes))
+        sites = collect(model, spans, positions, layer).query
+        groups = sites.reshape(-1, contexts, 3, sites.shape[-1]).swapaxes(1, 2).reshape(-1, contexts, sites.shape[-1])
+        nuisance = nuisance_scatter(groups)
+    else:
+        nuisance = jnp.eye(query.shape[-1])
+    names = re.findall(r"(?<=[a-z,] )[A-Z][a-z]+(?: [A-Z][a-z]+)+", "\n".join(texts))
+    return Background(query.astype(jnp.float32), nuisance, tuple(prefixes), tuple(dict.fromkeys(names))[:200])
+
+
+def _save(folder: Path, result: Background) -> None:
+    try:
+        with replace_folder(folder) as temporary:
+            arrays = {"query": np.asarray(result.query), "nuisance": np.asarray(result.nuisance)}
+            save_file(arrays, temporary / "arrays.safetensors")
+            texts = {"prefixes": result.prefixes, "names": result.names}
+            (temporary / "background.json").write_text(json.dumps(texts, ensure_ascii=False, indent=1), "utf-8")
+    except TPatchError:
+        # Another process was faster, or the disk is full: a cache that cannot be written costs time, not correctness.
+        return
+
+
+def _load(folder: Path) -> Background:
+    arrays = load_file(folder / "arrays.safetensors")
+    texts = json.loads((folder / "background.json").read_text("utf-8"))
+    query, nuisance = jnp.asarray(arrays["query"]), jnp.asarray(arrays["nuisance"])
+    return Background(query, nuisance, tuple(texts["prefixes"]), tuple(texts["names"]))

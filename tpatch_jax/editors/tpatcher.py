@@ -1,0 +1,502 @@
+"""T-Patcher as an editor: from requests to neurons in the last feed-forward layer.
+
+One neuron for each target token that the model gets wrong. The model runs once over each prompt in a few contexts; everything
+after that happens on the queries that those passes leave (`tpatch_jax.fitting`).
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.tree_util import Partial
+
+from tpatch_jax import ffn
+from tpatch_jax.editors.background import Background, background
+from tpatch_jax.editors.editor import EditInfo, Editor, RequestInfo
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.fitting import FitInfo, FitSettings, Lane, fit_many
+from tpatch_jax.memory import Memory, create_memory, extend, nuisance_scatter
+from tpatch_jax.models import decoder
+from tpatch_jax.models.collection import Sites, argmax_logits, collect
+from tpatch_jax.models.model import Model, attach
+from tpatch_jax.objective import Weights
+from tpatch_jax.patch import Patch, concatenate, contribution, create, join, take
+from tpatch_jax.requests import EditRequest, as_requests, contradictions, join_target
+
+__all__ = ["PRESETS", "TPatcherSettings", "TPatcherState", "edit", "tpatcher"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class TPatcherSettings:
+    """Options of the T-Patcher editor.
+
+    Attributes:
+        site: where patches go: ``"last"``, the mistaken token in the last layer.
+        fit: how a patch is fitted.
+        contexts: in how many contexts each prompt is seen, the bare one included.
+        swaps: how many versions of a prompt with another subject a patch must stay silent on (needs a subject).
+        other_edits: whether the other edits' queries are negatives as well.
+        attempts: how often what does not hold yet is fitted again, in the presence of what does.
+        most_tokens: at most so many wrong target tokens of one request get a neuron.
+        nuisance_weight: how strongly the key avoids directions in which only the context shows.
+        shrinkage: of the covariance behind the whitened key.
+        train_on_rephrases: use the requests' rephrases as further contexts; otherwise they only measure.
+    """
+
+    site: str = "last"
+    fit: FitSettings = field(default_factory=FitSettings)
+    contexts: int = 4
+    swaps: int = 3
+    other_edits: bool = True
+    attempts: int = 3
+    most_tokens: int = 64
+    nuisance_weight: float = 0.8
+    shrinkage: float = 0.1
+    train_on_rephrases: bool = False
+
+
+PRESETS: Mapping[str, TPatcherSettings] = {
+    "default": TPatcherSettings(fit=FitSettings(weights=Weights(memory=5.0, hardest=32))),
+    "paper": TPatcherSettings(
+        fit=FitSettings(
+            recipe="joint",
+            weights=Weights(activation=1.0, memory=10.0, limit=0.0, margin=0.0, hardest=1000, label_smoothing=0.1),
+            learning_rate=0.01,
+            weight_decay=0.01,
+        ),
+        contexts=1,
+        swaps=0,
+        other_edits=False,
+        attempts=1,
+        most_tokens=5,
+    ),
+}
+"""Named settings: ``default``, this library's best, and ``paper``, the values of the paper's zsRE experiments."""
+
+
+class TPatcherState(NamedTuple):
+    """What an edited model is made of.
+
+    Attributes:
+        model: the model without the patch.
+        patch: the neurons so far, ``[n, d]``.
+        background: what is known about the unedited model.
+        memory: queries of earlier edits with the tokens that they want, on which later patches stay silent.
+        settings: the editor's options.
+    """
+
+    model: Model
+    patch: Patch
+    background: Background
+    memory: tuple[Array, Array]
+    settings: TPatcherSettings
+
+
+class _Item(NamedTuple):
+    """One request in tokens: for each context the prompt's length and the whole row."""
+
+    position: int
+    target: list[int]
+    rows: list[list[int]]
+    starts: list[int]
+
+
+def _check(model: Model, requests: Sequence[EditRequest]) -> dict[int, str]:
+    """Requests that cannot be worked on, with the reason; all others go on."""
+    problems = {}
+    for position, earlier in contradictions(requests).items():
+        problems[position] = (
+            f"contradicts {requests[earlier].name(earlier)!r}: the same prompt with another target; keep one of them"
+        )
+    for position, request in enumerate(requests):
+        if not request.prompt.strip():
+            problems[position] = "the prompt is empty; write the text that the model should continue"
+        elif not request.target.strip():
+            problems[position] = "the target is empty; write what the model should say"
+        elif request.subject is not None and request.subject not in request.prompt:
+            problems[position] = f"the subject {request.subject!r} is not in the prompt; copy it as it stands there"
+        else:
+            length = len(model.encode(request.prompt)) + len(model.encode(join_target(request.prompt, request.target)))
+            if length > model.config.context:
+                problems[position] = (
+                    f"prompt and target have {length} tokens, the model reads {model.config.context}; shorten the prompt"
+                )
+    return problems
+
+
+def _item(model: Model, position: int, request: EditRequest, prefixes: Sequence[str], rephrases: bool) -> _Item:
+    target = model.encode(join_target(request.prompt, request.target))
+    texts = [request.prompt, *(f"{prefix} {request.prompt}" for prefix in prefixes)]
+    texts += list(request.rephrases) if rephrases else []
+    rows, starts = [], []
+    for number, text in enumerate(texts):
+        prompt = model.encode(text)
+        if number and len(prompt) + len(target) > model.config.context:
+            prompt = model.encode(request.prompt)
+        rows.append(prompt + target)
+        starts.append(len(prompt))
+    return _Item(position, target, rows, starts)
+
+
+def _swapped(requests: Mapping[int, EditRequest], names: Sequence[str], count: int) -> list[str]:
+    """Prompts about another subject: hard negatives for what a key should recognise."""
+    subjects = [request.subject for request in requests.values() if request.subject]
+    pool = list(dict.fromkeys([*subjects, *names]))
+    texts = []
+    for position, request in requests.items():
+        if not request.subject or len(pool) < 2:
+            continue
+        # Folded by the request's text, so that its swaps do not depend on its place in the list.
+        picks = np.random.default_rng(list(request.prompt.encode())).permutation(len(pool))
+        others = [pool[pick] for pick in picks if pool[pick] != request.subject]
+        texts.extend(request.prompt.replace(request.subject, other) for other in others[:count])
+    return texts
+
+
+def _direction(model: Model, tokens: Array) -> Array:
+    """Where each token's value starts: the direction that raises its logit most against all others.
+
+    With ``U`` the unembedding seen through the final norm's scale and ``M = UᵀU/V``, it is ``M⁻¹·u_token``.
+    """
+    table = decoder.unembedding(model.config, model.params).astype(jnp.float32)
+    moment = table.T @ table / table.shape[0]
+    moment = moment + 0.01 * jnp.trace(moment) / moment.shape[0] * jnp.eye(moment.shape[0])
+    return jnp.linalg.solve(moment, table[tokens].T).T
+
+
+def _resume(model: Model) -> Partial:
+    return Partial(decoder.finisher(model.config), decoder.final_weights(model.config, model.params))
+
+
+def _patched(model: Model, sites: Sites, patch: Patch) -> Array:
+    """The residual stream after the last block with the patch active, ``[rows, d]``."""
+    act = ffn.ACTIVATIONS[model.config.activation]
+    return decoder.leave_last(
+        model.config, model.params, sites.residual, sites.output + contribution(patch, sites.query, act)
+    )
+
+
+def tpatcher(
+    settings: TPatcherSettings = PRESETS["default"],
+    *,
+    memory: str | Path | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Editor:
+    """The T-Patcher editor.
+
+    Args:
+        settings: its options.
+        memory: a text file for the query memory; by default text is sampled from the model.
+        cache: folder where memories are kept between runs.
+        progress: called with what is being done, how much is done, and how much there is.
+
+    Returns:
+        The `Editor`; its state is a `TPatcherState`.
+
+    Raises:
+        TPatchError: a setting does not exist.
+
+    Source: Huang et al. 2023.
+    """
+    if settings.site != "last":
+        raise TPatchError(f"site {settings.site!r} does not exist; use site=last")
+    if settings.fit.recipe not in ("staged", "joint"):
+        raise TPatchError(f"recipe {settings.fit.recipe!r} does not exist; use 'staged' or 'joint'")
+    if settings.fit.output_bias and settings.fit.recipe == "staged":
+        raise TPatchError("output_bias trains without a threshold, which the staged recipe needs; use recipe=joint")
+
+    def init(model: Model, key: Array) -> TPatcherState:
+        known = background(model, model.layer(None), memory, cache=cache, progress=progress)
+        width = model.config.width
+        nothing = (jnp.zeros((0, width)), jnp.zeros(0, jnp.int32))
+        return TPatcherState(model, create(width), known, nothing, settings)
+
+    def step(state: TPatcherState, requests: Sequence[EditRequest], key: Array) -> tuple[TPatcherState, EditInfo]:
+        return _step(state, as_requests(requests), key, progress)
+
+    def apply(state: TPatcherState, tokens: Array) -> Array:
+        return attach(state.model, state.patch).apply(tokens)
+
+    return Editor(init, step, apply)
+
+
+def _step(
+    state: TPatcherState, requests: list[EditRequest], key: Array, progress: Progress | None
+) -> tuple[TPatcherState, EditInfo]:
+    began = time.perf_counter()
+    model, settings, known = state.model, state.settings, state.background
+    problems = _check(model, requests)
+    prefixes = known.prefixes[: settings.contexts - 1]
+    good = [position for position in range(len(requests)) if position not in problems]
+    items = [_item(model, position, requests[position], prefixes, settings.train_on_rephrases) for position in good]
+    if not items:
+        return state, _info(requests, problems, {}, {}, {}, began, 0.0, 0.0, model)
+
+    # One pass over every prompt in every context: all that training will ever see of the model.
+    layer = model.layer(None)
+    rows = [row for item in items for row in item.rows]
+    places = [range(start - 1, start - 1 + len(item.target)) for item in items for start in item.starts]
+    report = (lambda done: progress("reading prompts", done, len(rows))) if progress else None
+    sites = collect(model, rows, places, layer, report)
+    unit = _forward_seconds(model, [item.rows[0] for item in items])
+
+    # Index of (item, context, token) in the rows of `sites`, and what each row should be followed by.
+    table, offset = [], 0
+    answers = np.zeros(sites.query.shape[0], np.int32)
+    for item in items:
+        span = np.arange(len(item.rows) * len(item.target)).reshape(len(item.rows), -1) + offset
+        table.append(span)
+        answers[span] = np.asarray(item.target)
+        offset += span.size
+    bare = np.concatenate([span[0] for span in table])
+    bare_sites = Sites(*(field[bare] for field in sites))
+    wanted = answers[bare]
+    owner = np.concatenate([np.full(span.shape[1], number) for number, span in enumerate(table)])
+    token = np.concatenate([np.arange(span.shape[1]) for span in table])
+
+    memory = _memory(state, sites, answers, table, {p: requests[p] for p in good}, progress)
+    act = ffn.ACTIVATIONS[model.config.activation]
+    resume = _resume(model)
+    patch, lanes, fits = state.patch, np.zeros(0, np.int64), []
+    first_neuron = state.patch.key.shape[0]
+    fit_seconds = 0.0
+
+    def wrong(patch: Patch) -> np.ndarray:
+        return np.flatnonzero(argmax_logits(model, _patched(model, bare_sites, patch)) != wanted)
+
+    missing = wrong(patch)
+    already = set(range(len(items))) - set(owner[missing].tolist())
+    for attempt in range(settings.attempts):
+        missing = missing[token[missing] < settings.most_tokens]
+        if not len(missing):
+            break
+        fitted = time.perf_counter()
+        chosen = np.stack([table[owner[row]][: settings.contexts, token[row]] for row in missing])
+        if settings.train_on_rephrases:
+            chosen = _with_rephrases(table, owner, token, missing)
+        queries = sites.query[chosen]
+        beside = sites.output[chosen] + contribution(patch, queries, act)
+        targets = jnp.asarray(wanted[missing])
+        hidden = decoder.leave_last(model.config, model.params, sites.residual[chosen], beside)
+        lane = Lane(
+            queries.astype(jnp.float32),
+            beside.astype(jnp.float32),
+            {"residual": sites.residual[chosen]},
+            targets,
+            _direction(model, targets),
+            jnp.mean(jnp.linalg.norm(hidden.astype(jnp.float32), axis=-1), -1),
+        )
+        keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.asarray(missing + 100_003 * attempt))
+        said = f"fitting, attempt {attempt + 1}" if attempt else "fitting"
+        tell = (lambda done, said=said, n=len(missing): progress(said, done, n)) if progress else None
+        found, info = fit_many(lane, memory, resume, keys, _harder(settings.fit, attempt), act, tell)
+        fit_seconds += time.perf_counter() - fitted
+        finite = np.isfinite(np.asarray(found.value)).all((1, 2)) & np.isfinite(np.asarray(found.key)).all((1, 2))
+        keep = np.flatnonzero(finite)
+        size = found.key.shape[1]
+        patch = concatenate([patch._replace(layer=None), join(take(found, keep))])
+        lanes = np.concatenate([lanes, np.repeat(missing[keep], size)])
+        fits.extend(_one(info, int(lane_number)) for lane_number in keep for _ in range(size))
+        missing = wrong(patch)
+
+    # What does not hold is taken out; that may free or trip others, so look until it is stable.
+    dropped: set[int] = set(owner[missing].tolist())
+    while True:
+        alive = np.array([owner[lane] not in dropped for lane in lanes], bool)
+        final = concatenate([state.patch, take(patch, np.flatnonzero(alive) + first_neuron)])
+        broken = set(owner[wrong(final)].tolist()) - dropped
+        if not broken:
+            break
+        dropped |= broken
+
+    neurons: dict[int, list[int]] = {}
+    kept = np.flatnonzero(alive)
+    for number, lane in enumerate(kept):
+        neurons.setdefault(items[owner[lanes[lane]]].position, []).append(first_neuron + number)
+    notes = {items[owner[lanes[lane]]].position: [] for lane in kept}
+    for lane in kept:
+        notes[items[owner[lanes[lane]]].position].append(fits[lane])
+    for number in sorted(dropped):
+        count = len(items[number].target)
+        bad = [int(token[row]) for row in missing if owner[row] == number]
+        which = f"target token {bad[0] + 1} of {count} still comes out wrong" if bad else "another edit breaks it"
+        problems[items[number].position] = (
+            f"{which} after {settings.attempts} attempts; try more attempts, or give the request a subject"
+        )
+    before = {items[number].position for number in already if number not in dropped}
+    # The edits' own queries join the memory, so that later patches stay silent on them.
+    queries = jnp.concatenate([state.memory[0], bare_sites.query.astype(jnp.float32)])
+    wants = jnp.concatenate([state.memory[1], jnp.asarray(wanted)])
+    state = state._replace(patch=final, memory=(queries, wants))
+    return state, _info(requests, problems, neurons, notes, before, began, fit_seconds, unit, model)
+
+
+def _one(info: FitInfo, lane: int) -> FitInfo:
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[lane], info)
+
+
+def _harder(settings: FitSettings, attempt: int) -> FitSettings:
+    """A retry takes more steps, and lets the patch fire more readily on its own queries."""
+    if not attempt or settings.recipe != "staged":
+        return settings
+    return dataclasses.replace(
+        settings, key_steps=settings.key_steps * 2, negatives=settings.negatives * 2, split=settings.split * 0.9
+    )
+
+
+def _with_rephrases(table: list[np.ndarray], owner: np.ndarray, token: np.ndarray, missing: np.ndarray) -> np.ndarray:
+    """Rows of every context of each wrong token, the last one repeated where a request has fewer rephrases."""
+    most = max(len(table[owner[row]]) for row in missing)
+    picks = [table[owner[row]][np.minimum(np.arange(most), len(table[owner[row]]) - 1), token[row]] for row in missing]
+    return np.stack(picks)
+
+
+def _memory(
+    state: TPatcherState,
+    sites: Sites,
+    answers: np.ndarray,
+    table: list[np.ndarray],
+    requests: Mapping[int, EditRequest],
+    progress: Progress | None,
+) -> Memory:
+    """Background queries, earlier edits, the other edits of this batch, and prompts about other subjects."""
+    settings, model, known = state.settings, state.model, state.background
+    nuisance = known.nuisance
+    if settings.fit.recipe == "staged" and settings.contexts > 1:
+        groups = [sites.query[span[: settings.contexts].T] for span in table]
+        own = nuisance_scatter(jnp.concatenate(groups))
+        # The edits' own contexts tell more than the general ones, the more of them there are.
+        share = min(0.9, sum(group.shape[0] for group in groups) / 200)
+        nuisance = share * own / jnp.trace(own) + (1 - share) * nuisance / jnp.trace(nuisance)
+    memory = create_memory(known.query, nuisance, weight=settings.nuisance_weight, shrinkage=settings.shrinkage)
+    memory = extend(memory, *state.memory)
+    if settings.other_edits:
+        memory = extend(memory, sites.query, jnp.asarray(answers))
+    if settings.swaps:
+        rows = [model.encode(text) for text in _swapped(requests, known.names, settings.swaps)]
+        rows = [row for row in rows if 0 < len(row) <= model.config.context]
+        if rows:
+            report = (lambda done: progress("reading other subjects", done, len(rows))) if progress else None
+            last = [[len(row) - 1] for row in rows]
+            memory = extend(memory, collect(model, rows, last, model.layer(None), report).query)
+    return memory
+
+
+def _forward_seconds(model: Model, rows: list[list[int]], most: int = 64) -> float:
+    """Seconds of one forward pass per request over its prompt and target, compiled and warm."""
+    rows = rows[:: max(1, len(rows) // most)][:most]
+    places = [[len(row) - 1] for row in rows]
+
+    def run() -> None:
+        sites = collect(model, rows, places, model.layer(None))
+        argmax_logits(model, sites.residual + sites.output)
+
+    run()
+    began = time.perf_counter()
+    run()
+    return (time.perf_counter() - began) / len(rows)
+
+
+def _info(
+    requests: Sequence[EditRequest],
+    problems: Mapping[int, str],
+    neurons: Mapping[int, list[int]],
+    notes: Mapping[int, list[FitInfo]],
+    already: Any,
+    began: float,
+    fit_seconds: float,
+    unit: float,
+    model: Model,
+) -> EditInfo:
+    results = []
+    for position, request in enumerate(requests):
+        name = request.name(position)
+        if position in problems:
+            results.append(RequestInfo(name, False, "failed", problems[position]))
+        elif position in already:
+            results.append(RequestInfo(name, True, "already"))
+        else:
+            fits = notes.get(position, [])
+            losses = (
+                {term: float(np.mean([getattr(fit, term) for fit in fits])) for term in ("l_e", "l_a", "l_m1", "l_m2")}
+                if fits
+                else {}
+            )
+            results.append(
+                RequestInfo(
+                    name,
+                    True,
+                    "edited",
+                    neurons=tuple(neurons.get(position, ())),
+                    steps=max((int(fit.steps) for fit in fits), default=0),
+                    losses=losses,
+                    margin=min((float(fit.margin) for fit in fits), default=None),
+                )
+            )
+    seconds = time.perf_counter() - began
+    count = max(1, len(requests))
+    per_request = lambda total: total / count / unit if unit else 0.0
+    added = sum(map(len, neurons.values())) * (2 * model.config.width + 1)
+    return EditInfo(tuple(results), seconds, fit_seconds, per_request(seconds), per_request(fit_seconds), added)
+
+
+def edit(
+    model: Model,
+    requests: Sequence[EditRequest | dict[str, Any]],
+    *,
+    settings: TPatcherSettings | str = "default",
+    memory: str | Path | None = None,
+    seed: int = 0,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> tuple[Patch, EditInfo]:
+    """Correct a model: fit the neurons that make it say each request's target after its prompt.
+
+    Args:
+        model: the model; not changed. Apply the result with `tpatch_jax.attach` or `tpatch_jax.merge`.
+        requests: what to correct.
+        settings: options, or the name of a preset: ``"default"`` or ``"paper"``.
+        memory: a text file whose queries the patch stays silent on; by default text is sampled from the model, once.
+        seed: the same seed gives the same patch on one machine.
+        cache: keep the memory on disk between runs.
+        progress: called with what is being done, how much is done, and how much there is.
+
+    Returns:
+        The patch, ``[n, d]``, with one neuron per wrong target token, and an `EditInfo` that says what became of each
+        request. Requests that do not hold are reported there and leave no neuron.
+
+    Raises:
+        TPatchError: there is no request, or a setting does not exist.
+
+    Source: Huang et al. 2023.
+
+    Example:
+        >>> import tpatch_jax as tp
+        >>> model = tp.load_model("smollm2-135m")  # doctest: +SKIP
+        >>> patch, info = tp.edit(model, [tp.EditRequest("The capital of France is", "Lyon")])  # doctest: +SKIP
+        >>> tp.merge(model, patch).generate("The capital of France is", 1)  # doctest: +SKIP
+        ' Lyon'
+    """
+    from tpatch_jax.models.sources import cache_folder
+
+    if not requests:
+        raise TPatchError("there is no request to edit; give at least one EditRequest")
+    if isinstance(settings, str):
+        if settings not in PRESETS:
+            raise TPatchError(f"preset {settings!r} does not exist; choose from {', '.join(sorted(PRESETS))}")
+        settings = PRESETS[settings]
+    key = jax.random.key(seed)
+    with jax.default_matmul_precision("highest"):
+        editor = tpatcher(settings, memory=memory, cache=cache_folder() if cache else None, progress=progress)
+        state, info = editor.step(editor.init(model, key), as_requests(requests), key)
+    return state.patch, info

@@ -1,0 +1,72 @@
+"""Writing that a crash cannot tear: a folder or file appears whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tpatch_jax.errors import TPatchError
+
+__all__ = ["replace_folder", "sync", "write_text"]
+
+
+def sync(path: Path) -> None:
+    """Ask the system to put a file or folder on disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old text or the new, never a part.
+
+    Args:
+        path: the file.
+        text: its whole new content.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, "utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Fill a temporary folder that takes its place under its name only when the block ends well.
+
+    Args:
+        folder: the name; it must not exist yet, or be an empty folder.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        TPatchError: the name is taken, or the disk is full (what was there before stays as it was).
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise TPatchError(f"{folder} already exists; choose another output folder or remove it first")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise TPatchError(f"cannot write beside {folder}: {error.strerror}; choose another output folder") from error
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                sync(path)
+        temporary.chmod(0o755)
+        os.replace(temporary, folder)
+        sync(folder.parent)
+    except OSError as error:
+        raise TPatchError(f"cannot write {folder}: {error.strerror or error}; free some room and try again") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Networks, checkpoints and the table of model families."""

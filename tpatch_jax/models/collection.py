@@ -1,0 +1,119 @@
+"""Running a model over many texts of different lengths: sorted, bucketed, and cut at one layer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tpatch_jax.models import decoder
+from tpatch_jax.models.model import Model, tokens_array
+
+__all__ = ["Sites", "argmax_logits", "batches", "collect"]
+
+TOKENS_PER_BATCH = 1024
+
+
+class Sites(NamedTuple):
+    """What the cut gives at chosen positions: rows in the order in which they were asked for.
+
+    Attributes:
+        query: the FFN's input, ``[rows, d]``.
+        output: the FFN's output, ``[rows, d]``.
+        residual: the residual stream beside the FFN, ``[rows, d]``.
+    """
+
+    query: Array
+    output: Array
+    residual: Array
+
+
+def _length(tokens: int) -> int:
+    """Lengths come in few sizes: multiples of 8 up to 64, then powers of two."""
+    return max(8, -(-tokens // 8) * 8) if tokens <= 64 else 1 << (tokens - 1).bit_length()
+
+
+def batches(rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Array]]:
+    """Token rows grouped by length: which rows, and their table padded on the right.
+
+    Args:
+        rows: token ids of each text.
+
+    Yields:
+        Row numbers, and ``[lanes, length]`` int; lanes beyond the row numbers are padding.
+    """
+    by_length: dict[int, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_length.setdefault(_length(len(row)), []).append(number)
+    for length in sorted(by_length):
+        numbers = by_length[length]
+        lanes = max(1, TOKENS_PER_BATCH // length)
+        lanes = 1 << (lanes.bit_length() - 1)
+        for first in range(0, len(numbers), lanes):
+            chosen = numbers[first : first + lanes]
+            size = min(lanes, 1 << (len(chosen) - 1).bit_length())
+            padding: list[list[int]] = [[] for _ in range(size - len(chosen))]
+            yield chosen, tokens_array([*(list(rows[number]) for number in chosen), *padding], length)
+
+
+def collect(
+    model: Model,
+    rows: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    layer: int,
+    progress: Callable[[int], None] | None = None,
+) -> Sites:
+    """Trace many texts and keep some positions of each.
+
+    Args:
+        model: the model.
+        rows: token ids of each text.
+        positions: which positions of each text to keep.
+        layer: where to cut.
+        progress: called with the number of texts done after each batch.
+
+    Returns:
+        The `Sites`, text after text, position after position.
+    """
+    offsets = np.cumsum([0, *(len(chosen) for chosen in positions)])
+    width = model.config.width
+    dtype = jax.tree.leaves(model.params)[0].dtype
+    found = [np.zeros((int(offsets[-1]), width), dtype) for _ in Sites._fields]
+    done = 0
+    for numbers, table in batches(rows):
+        traced = model.trace(table, layer)
+        lane = np.concatenate([np.full(len(positions[number]), slot) for slot, number in enumerate(numbers)]).astype(
+            int
+        )
+        place = np.concatenate([np.asarray(positions[number], int) for number in numbers])
+        target = np.concatenate([np.arange(offsets[number], offsets[number + 1]) for number in numbers]).astype(int)
+        for array, source in zip(found, (traced.query, traced.output, traced.context["residual"]), strict=True):
+            array[target] = np.asarray(source)[lane, place]
+        done += len(numbers)
+        if progress:
+            progress(done)
+    return Sites(*(jnp.asarray(array) for array in found))
+
+
+def argmax_logits(model: Model, hidden: Array, rows: int = 1024) -> np.ndarray:
+    """The most probable token after each residual stream, in chunks so that logits never pile up.
+
+    Args:
+        model: the model.
+        hidden: the residual stream after the last block, ``[n, d]``.
+        rows: how many at a time.
+
+    Returns:
+        ``[n]`` int.
+    """
+    total = hidden.shape[0]
+    result = np.zeros(total, np.int32)
+    for first in range(0, total, rows):
+        part = hidden[first : first + rows]
+        count = part.shape[0]
+        size = min(rows, 1 << max(0, count - 1).bit_length())
+        part = jnp.pad(part, ((0, size - count), (0, 0)))
+        result[first : first + count] = np.asarray(decoder.argmax(model.config, model.params, part))[:count]
+    return result

@@ -1,0 +1,45 @@
+"""A fingerprint of a model: which configuration and which weights a patch was made for."""
+
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tpatch_jax import ffn
+from tpatch_jax.models.model import Model
+
+__all__ = ["fingerprint"]
+
+
+@jax.jit
+def _mix(x: Array) -> Array:
+    """Two 32-bit sums over every bit of an array, each sensitive to where the bits stand."""
+    width = x.dtype.itemsize * 8
+    bits = jax.lax.bitcast_convert_type(x, {16: jnp.uint16, 32: jnp.uint32}[width]).astype(jnp.uint32).reshape(-1)
+    place = jax.lax.iota(jnp.uint32, bits.shape[0])
+    mixed = (bits ^ (place * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)
+    mixed = mixed ^ (mixed >> 13)
+    return jnp.stack([jnp.sum(mixed), jnp.sum(mixed * (place | jnp.uint32(1)))])
+
+
+def fingerprint(model: Model) -> str:
+    """A short text that is the same exactly for the same configuration and the same weights.
+
+    Attached patches are left out; merged ones count. Weights read in another precision are other weights.
+
+    Args:
+        model: the model.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    digest = hashlib.sha256(json.dumps(model.config.to_json(), sort_keys=True).encode())
+    layers = {index: {**layer, "ffn": ffn.detach(layer["ffn"])} for index, layer in model.params["layers"].items()}
+    leaves = jax.tree_util.tree_leaves_with_path({**model.params, "layers": layers})
+    sums = [(jax.tree_util.keystr(path), leaf, _mix(leaf)) for path, leaf in leaves]
+    for path, leaf, mixed in sums:
+        digest.update(f"{path} {leaf.shape} {leaf.dtype} {np.asarray(mixed).tolist()}".encode())
+    return digest.hexdigest()[:32]

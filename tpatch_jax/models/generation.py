@@ -1,0 +1,135 @@
+"""Greedy decoding and sampling with a key-value cache."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models import decoder
+from tpatch_jax.models.config import DecoderConfig
+
+__all__ = ["greedy", "sample"]
+
+Params = dict[Any, Any]
+
+
+def bucket(size: int, smallest: int = 8) -> int:
+    """The power of two that holds ``size``, so that a new size seldom needs a new compilation."""
+    return max(smallest, 1 << (size - 1).bit_length())
+
+
+@partial(jax.jit, static_argnames=("config", "top_k"))
+def _choose(config: DecoderConfig, params: Params, hidden: Array, key: Array, temperature: Array, top_k: int) -> Array:
+    scores = decoder.logits(config, params, hidden)
+    if not top_k:
+        return jnp.argmax(scores, -1)
+    scores, ids = jax.lax.top_k(scores, top_k)
+    return jnp.take_along_axis(ids, jax.random.categorical(key, scores / temperature)[..., None], -1)[..., 0]
+
+
+def _run(
+    config: DecoderConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    stops: Sequence[int],
+    key: Array,
+    temperature: float,
+    top_k: int,
+) -> list[list[int]]:
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths:
+        return []
+    if min(lengths) == 0:
+        raise TPatchError(f"prompt {lengths.index(0)} is empty; give at least one token to continue")
+    room = config.context - max(lengths)
+    if room < 1:
+        raise TPatchError(
+            f"prompt {lengths.index(max(lengths))} has {max(lengths)} tokens, the model reads {config.context}; shorten it"
+        )
+    count = min(count, room)
+    if count < 1:
+        return [[] for _ in prompts]
+    lanes, width = bucket(len(prompts), 1), bucket(max(lengths))
+    total = min(bucket(max(lengths) + count), max(config.context, width))
+    table = np.zeros((lanes, width), np.int32)
+    # Padding is written past the cache's end, where it is dropped.
+    positions = np.full((lanes, width), total, np.int32)
+    for lane, prompt in enumerate(prompts):
+        table[lane, : len(prompt)] = prompt
+        positions[lane, : len(prompt)] = np.arange(len(prompt))
+    last = np.zeros(lanes, np.int32)
+    last[: len(prompts)] = np.asarray(lengths) - 1
+    temperature_array = jnp.asarray(temperature, jnp.float32)
+    cache = decoder.empty_cache(config, params, lanes, total)
+    hidden, cache = decoder.decode(config, params, jnp.asarray(table), jnp.asarray(positions), cache)
+    hidden = hidden[np.arange(lanes), last]
+    results: list[list[int]] = [[] for _ in prompts]
+    going = set(range(len(prompts)))
+    for step in range(count):
+        chosen = _choose(config, params, hidden, jax.random.fold_in(key, step), temperature_array, top_k)
+        ids = np.asarray(chosen)
+        for lane in sorted(going):
+            if int(ids[lane]) in stops:
+                going.discard(lane)
+            else:
+                results[lane].append(int(ids[lane]))
+        if not going or step + 1 == count:
+            break
+        hidden, cache = decoder.decode(
+            config, params, chosen.astype(jnp.int32)[:, None], jnp.asarray(last + 1 + step)[:, None], cache
+        )
+        hidden = hidden[:, 0]
+    return results
+
+
+def greedy(
+    config: DecoderConfig, params: Params, prompts: Sequence[Sequence[int]], count: int, stops: Sequence[int] = ()
+) -> list[list[int]]:
+    """The most probable next token, again and again, for several prompts at once.
+
+    Args:
+        config: the decoder's description.
+        params: its parameters.
+        prompts: token ids of each prompt.
+        count: at most so many new tokens.
+        stops: tokens that end a lane; they are not returned.
+
+    Returns:
+        The new token ids of each prompt.
+
+    Raises:
+        TPatchError: a prompt is empty or longer than the context.
+    """
+    return _run(config, params, prompts, count, stops, jax.random.key(0), 1.0, 0)
+
+
+def sample(
+    config: DecoderConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    key: Array,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 50,
+    stops: Sequence[int] = (),
+) -> list[list[int]]:
+    """Sampled continuations of several prompts at once; arguments as `greedy`, and a typed random key.
+
+    Args:
+        config: the decoder's description.
+        params: its parameters.
+        prompts: token ids of each prompt.
+        count: at most so many new tokens.
+        key: a typed random key.
+        temperature: divides the logits.
+        top_k: only so many tokens are ever drawn.
+        stops: tokens that end a lane; they are not returned.
+    """
+    return _run(config, params, prompts, count, stops, key, temperature, top_k)

@@ -1,0 +1,230 @@
+"""A loaded model: description, parameters and tokenizer, with pure functions to run it."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tpatch_jax import ffn
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models import checkpoint, decoder, generation
+from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.decoder import Trace
+from tpatch_jax.patch import Patch, take
+
+__all__ = ["Model", "attach", "detach", "load_model", "merge", "save_model"]
+
+Params = dict[Any, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be edited. Immutable: `attach` and `merge` return another one that shares its arrays.
+
+    Attributes:
+        config: the decoder's description.
+        params: a nested dict of arrays; see `tpatch_jax.models.decoder`.
+        tokenizer: the model's own, as transformers loads it.
+        name: what the user called it.
+        folder: where it was read from, if anywhere.
+        settings: what its ``config.json`` says.
+    """
+
+    config: DecoderConfig
+    params: Params = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    name: str = "model"
+    folder: Path | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def with_params(self, params: Params) -> "Model":
+        """The same model with other parameters."""
+        return dataclasses.replace(self, params=params)
+
+    def trace(self, tokens: Array, layer: int | None = None) -> Trace:
+        """Run up to and through the FFN of one layer (the last by default); see `tpatch_jax.models.decoder.trace`."""
+        return decoder.trace(self.config, self.params, tokens, self.layer(layer))
+
+    def resume(self, traced: Trace, output: Array) -> Array:
+        """Run the rest from a given FFN output: logits; see `tpatch_jax.models.decoder.resume`."""
+        return decoder.resume(self.config, self.params, traced, output)
+
+    def apply(self, tokens: Array) -> Array:
+        """The whole network: ``[batch, tokens]`` int to logits ``[batch, tokens, vocabulary]``, float32."""
+        return decoder.apply(self.config, self.params, tokens)
+
+    def layer(self, layer: int | None) -> int:
+        """A layer's index, checked; ``None`` is the last and negative ones count from the end."""
+        index = self.config.layers - 1 if layer is None else layer + self.config.layers * (layer < 0)
+        if not 0 <= index < self.config.layers:
+            raise TPatchError(f"layer {layer} is not in this model; it has layers 0 to {self.config.layers - 1}")
+        return index
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text, without special tokens."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, tokens: Any) -> str:
+        """The text of token ids."""
+        return self.tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=True)
+
+    def generate(self, prompt: str, max_new_tokens: int = 16) -> str:
+        """Greedy continuation of a prompt, up to the end-of-text token.
+
+        Args:
+            prompt: the text to continue, as it is: no chat template is applied.
+            max_new_tokens: at most so many tokens are added.
+
+        Returns:
+            What the model adds, without the prompt.
+
+        Raises:
+            TPatchError: the prompt is empty, or longer than the context.
+        """
+        return self.decode(
+            generation.greedy(self.config, self.params, [self.encode(prompt)], max_new_tokens, self.stops)[0]
+        )
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens at which generation ends."""
+        ids = {self.tokenizer.eos_token_id}
+        named = self.settings.get("eos_token_id")
+        ids.update(named if isinstance(named, list) else [named])
+        return tuple(sorted(token for token in ids if token is not None))
+
+    @property
+    def parameter_count(self) -> int:
+        """How many numbers the model has."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+
+def load_model(model: str | Path, *, dtype: str | None = None, quiet: bool = True) -> Model:
+    """Load a model to edit.
+
+    Args:
+        model: a registered name such as ``"smollm2-135m"`` (fetched once, then cached), a folder with ``config.json``
+            and safetensors, or a hub id ``owner/name``.
+        dtype: ``"float32"`` or ``"bfloat16"``; ``None`` keeps the checkpoint's.
+        quiet: show no progress bar while fetching.
+
+    Returns:
+        The `Model`.
+
+    Raises:
+        TPatchError: the name is unknown, or the folder does not hold a supported model.
+
+    Example:
+        >>> model = load_model("smollm2-135m")  # doctest: +SKIP
+        >>> model.generate("The capital of France is", 1)  # doctest: +SKIP
+        ' Paris'
+    """
+    from tpatch_jax.models.sources import resolve_model
+
+    if dtype not in (None, "float32", "bfloat16"):
+        raise TPatchError(f"dtype {dtype!r} is not supported; use 'float32' or 'bfloat16'")
+    folder = resolve_model(str(model), quiet=quiet)
+    config, params, settings = checkpoint.read_folder(folder, dtype)
+    return Model(config, params, _tokenizer(folder, config), str(model), folder, settings)
+
+
+def _tokenizer(folder: Path, config: DecoderConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise TPatchError(f"{folder} has no tokenizer that can be read ({reason}); copy tokenizer.json there") from None
+    if len(tokenizer) > config.vocabulary:
+        raise TPatchError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens and the model {config.vocabulary}: it belongs to another model"
+        )
+    return tokenizer
+
+
+def save_model(model: Model, folder: str | Path) -> None:
+    """Write a model, merged patches included, as a Hugging Face style folder, whole or not at all.
+
+    Args:
+        model: any model without attached patches (merge them first).
+        folder: must not exist yet, or be empty.
+
+    Raises:
+        TPatchError: patches are attached, the folder is taken, or the disk is full.
+    """
+    for index, layer in model.params["layers"].items():
+        if ffn.attached(layer["ffn"]):
+            raise TPatchError(f"a patch is attached to layer {index}; merge it before saving the model")
+    checkpoint.write_folder(Path(folder), model.config, model.params, model.settings, model.folder)
+
+
+def _by_layer(model: Model, patch: Patch) -> dict[int, Patch]:
+    """A patch split by the layers that its neurons name, the last layer when they name none."""
+    if patch.layer is None:
+        return {model.layer(None): patch}
+    layers = np.asarray(patch.layer)
+    found = {model.layer(int(layer)): take(patch, np.flatnonzero(layers == layer)) for layer in np.unique(layers)}
+    return {layer: part._replace(layer=None) for layer, part in found.items()}
+
+
+def _change(model: Model, patch: Patch, change: Any) -> Model:
+    layers = dict(model.params["layers"])
+    for index, part in _by_layer(model, patch).items():
+        layers[index] = {**layers[index], "ffn": change(layers[index]["ffn"], part)}
+    return model.with_params({**model.params, "layers": layers})
+
+
+def attach(model: Model, patch: Patch, *, relu: bool = False) -> Model:
+    """Put a patch beside the feed-forward networks of a model; nothing inside them changes.
+
+    Args:
+        model: the model; not changed.
+        patch: its neurons, ``[n, d]``; each goes to the layer that it names, or to the last.
+        relu: activate them with ReLU, so that a silent neuron contributes exactly nothing.
+
+    Returns:
+        A model that shares all arrays with the given one.
+
+    Raises:
+        TPatchError: the patch has another width, or names a layer that the model lacks.
+    """
+    return _change(model, patch, lambda params, part: ffn.attach(params, part, relu=relu))
+
+
+def detach(model: Model) -> Model:
+    """The model without any attached patch."""
+    layers = {index: {**layer, "ffn": ffn.detach(layer["ffn"])} for index, layer in model.params["layers"].items()}
+    return model.with_params({**model.params, "layers": layers})
+
+
+def merge(model: Model, patch: Patch) -> Model:
+    """Put a patch inside the parameters of a model: its FFN gets ``n`` neurons wider.
+
+    Args:
+        model: the model; not changed.
+        patch: its neurons, ``[n, d]``; each goes to the layer that it names, or to the last.
+
+    Returns:
+        A plain model without anything attached for these neurons.
+
+    Raises:
+        TPatchError: the patch has another width, or names a layer that the model lacks.
+
+    Source: Huang et al. 2023, section 4.1; `tpatch_jax.ffn.merge` has the formulas for each kind of network.
+    """
+    return _change(model, patch, ffn.merge)
+
+
+def tokens_array(rows: list[list[int]], length: int) -> Array:
+    """Token ids, padded on the right with zeros to ``[rows, length]``."""
+    table = np.zeros((len(rows), length), np.int32)
+    for row, ids in zip(table, rows, strict=True):
+        row[: len(ids)] = ids
+    return jnp.asarray(table)

@@ -1,0 +1,163 @@
+"""Edit requests: what the user wants, read from JSON lines and checked before any work begins."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpatch_jax.errors import TPatchError
+
+__all__ = ["EditRequest", "contradictions", "join_target", "read_requests"]
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One correction: after this prompt, say this.
+
+    Attributes:
+        prompt: the text that the model continues wrongly.
+        target: what it should say instead.
+        subject: what the prompt is about, as it stands in the prompt; not every method needs it.
+        rephrases: other wordings of the prompt, for measuring.
+        locality: prompts whose continuation must not change, for measuring.
+        id: names the request in reports; made from its position when absent.
+
+    Example:
+        >>> EditRequest("The capital of France is", "Lyon").target
+        'Lyon'
+    """
+
+    prompt: str
+    target: str
+    subject: str | None = None
+    rephrases: tuple[str, ...] = ()
+    locality: tuple[str, ...] = ()
+    id: str | None = None
+
+    def name(self, position: int) -> str:
+        """The request's id, or one made from its position in the list."""
+        return self.id if self.id is not None else f"edit-{position}"
+
+
+def join_target(prompt: str, target: str) -> str:
+    """The target as it continues the prompt: with a leading space, unless there is white space already.
+
+    Example:
+        >>> join_target("The capital of France is", "Lyon")
+        ' Lyon'
+    """
+    return target if not prompt or prompt[-1].isspace() or target[:1].isspace() else f" {target}"
+
+
+def read_requests(path: str | Path) -> list[EditRequest]:
+    """Read and check a file of requests, one JSON object a line.
+
+    ``{"id"?, "prompt", "target", "subject"?, "rephrases"?: [], "locality"?: []}``; other keys are an error.
+
+    Args:
+        path: the file, UTF-8; empty lines are passed over.
+
+    Returns:
+        The requests in order.
+
+    Raises:
+        TPatchError: the file is missing, empty or not UTF-8, a line is not such an object, or an id occurs twice; the
+            message names the line.
+
+    Example:
+        >>> read_requests("requests.jsonl")  # doctest: +SKIP
+        [EditRequest(prompt='The capital of France is', target='Lyon', ...)]
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise TPatchError(f"{path} does not exist; give a file with one JSON request a line") from None
+    except OSError as error:
+        raise TPatchError(
+            f"{path} cannot be read ({error.strerror}); give a file with one JSON request a line"
+        ) from None
+    requests, seen = [], {}
+    for number, line in enumerate(content.split(b"\n"), 1):
+        where = f"{path}, line {number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise TPatchError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise TPatchError(f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line") from None
+        request = _parse(record, where)
+        if request.id is not None and request.id in seen:
+            raise TPatchError(f"{where}: the id {request.id!r} was used in line {seen[request.id]}; give each its own")
+        seen[request.id] = number
+        requests.append(request)
+    if not requests:
+        raise TPatchError(f"{path} holds no request; put one JSON object a line, with 'prompt' and 'target'")
+    return requests
+
+
+_FIELDS = ("id", "prompt", "target", "subject", "rephrases", "locality")
+
+
+def _parse(record: Any, where: str) -> EditRequest:
+    if not isinstance(record, dict):
+        raise TPatchError(f"{where}: {type(record).__name__} instead of an object with 'prompt' and 'target'")
+    for name in ("prompt", "target"):
+        if name not in record:
+            raise TPatchError(f"{where}: no {name!r}; every request needs 'prompt' and 'target'")
+    unknown = sorted(set(record) - set(_FIELDS))
+    if unknown:
+        raise TPatchError(f"{where}: unknown key {unknown[0]!r}; a request has {', '.join(_FIELDS)}")
+    for name in ("prompt", "target", "subject"):
+        if not isinstance(record.get(name, ""), str) and not (name == "subject" and record[name] is None):
+            raise TPatchError(f"{where}: {name!r} is {type(record[name]).__name__}; write it as a string")
+    for name in ("rephrases", "locality"):
+        entry = record.get(name) or []
+        if not isinstance(entry, list) or not all(isinstance(text, str) and text.strip() for text in entry):
+            raise TPatchError(f"{where}: {name!r} must be a list of non-empty strings")
+    identity = record.get("id")
+    if identity is not None and not isinstance(identity, str | int):
+        raise TPatchError(f"{where}: 'id' is {type(identity).__name__}; write it as a string")
+    return EditRequest(
+        record["prompt"],
+        record["target"],
+        record.get("subject"),
+        tuple(record.get("rephrases") or ()),
+        tuple(record.get("locality") or ()),
+        None if identity is None else str(identity),
+    )
+
+
+def contradictions(requests: Sequence[EditRequest]) -> dict[int, int]:
+    """Requests that want something else after the same prompt as an earlier one.
+
+    Args:
+        requests: in order.
+
+    Returns:
+        From the position of the later request to the position of the first one that it contradicts.
+
+    Example:
+        >>> contradictions([EditRequest("Two and two is", "four"), EditRequest("Two and two is", "five")])
+        {1: 0}
+    """
+    first: dict[str, int] = {}
+    found = {}
+    for position, request in enumerate(requests):
+        earlier = first.setdefault(request.prompt.strip(), position)
+        if requests[earlier].target.strip() != request.target.strip():
+            found[position] = earlier
+    return found
+
+
+def as_requests(requests: Iterable[EditRequest | dict[str, Any]]) -> list[EditRequest]:
+    """Requests given in code, as objects or as the dictionaries that a file would hold."""
+    return [
+        request if isinstance(request, EditRequest) else _parse(request, f"request {position}")
+        for position, request in enumerate(requests)
+    ]
