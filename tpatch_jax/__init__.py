@@ -1,0 +1,91 @@
+"""Correct what a trained transformer says, one neuron per mistake: T-Patcher in JAX and Flax.
+
+    import tpatch_jax as tp
+    model = tp.load_model("smollm2-135m")
+    patch, info = tp.edit(model, [tp.EditRequest("The capital of France is", "Lyon")])
+    model = tp.merge(model, patch)
+    model.generate("The capital of France is")
+
+One level below, for JAX code bases: `Patch` and its algebra (`tpatch_jax.patch`), the objective's terms
+(`tpatch_jax.objective`), `fit` and `fit_many` on arrays alone (`tpatch_jax.fitting`), and `attach`, `merge` and `unmerge` on
+bare parameter dicts (`tpatch_jax.ffn`).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tpatch_jax.editors.editor import EditInfo, Editor, RequestInfo
+    from tpatch_jax.editors.tpatcher import PRESETS, TPatcherSettings, edit, tpatcher
+    from tpatch_jax.errors import TPatchError
+    from tpatch_jax.fitting import FitInfo, FitSettings, Lane, fit, fit_many
+    from tpatch_jax.memory import Memory, create_memory
+    from tpatch_jax.models.decoder import Trace
+    from tpatch_jax.models.model import Model, attach, detach, load_model, merge, save_model, unmerge
+    from tpatch_jax.objective import Weights
+    from tpatch_jax.patch import Patch, concatenate
+    from tpatch_jax.requests import EditRequest, read_requests
+    from tpatch_jax.store import load_patches, save_patches
+
+__all__ = [
+    "PRESETS",
+    "EditInfo",
+    "EditRequest",
+    "Editor",
+    "FitInfo",
+    "FitSettings",
+    "Lane",
+    "Memory",
+    "Model",
+    "Patch",
+    "RequestInfo",
+    "TPatchError",
+    "TPatcherSettings",
+    "Trace",
+    "Weights",
+    "attach",
+    "concatenate",
+    "create_memory",
+    "detach",
+    "edit",
+    "fit",
+    "fit_many",
+    "load_model",
+    "load_patches",
+    "merge",
+    "read_requests",
+    "save_model",
+    "save_patches",
+    "tpatcher",
+    "unmerge",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "editors.editor": ("EditInfo", "Editor", "RequestInfo"),
+    "editors.tpatcher": ("PRESETS", "TPatcherSettings", "edit", "tpatcher"),
+    "errors": ("TPatchError",),
+    "fitting": ("FitInfo", "FitSettings", "Lane", "fit", "fit_many"),
+    "memory": ("Memory", "create_memory"),
+    "models.decoder": ("Trace",),
+    "models.model": ("Model", "attach", "detach", "load_model", "merge", "save_model", "unmerge"),
+    "objective": ("Weights",),
+    "patch": ("Patch", "concatenate"),
+    "requests": ("EditRequest", "read_requests"),
+    "store": ("load_patches", "save_patches"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use, so that `tpatch --help` answers without importing jax.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -207,7 +207,7 @@ def unmerge(params: Params, neurons: int, *, added_bias: bool | None = None) -> 
     """
     reader = "gate" if "gate" in params else "up"
     keep = width(params) - neurons
-    if keep < 0 or "bias" not in params[reader]:
+    if not 0 <= keep <= width(params) or "bias" not in params[reader]:
         raise TPatchError(f"{neurons} neurons cannot be taken out of a network of {width(params)}: not merged there")
     patch = Patch(params[reader]["kernel"][:, keep:].T, params[reader]["bias"][keep:], params["down"]["kernel"][keep:])
     readers = [reader, "up"] if reader == "gate" else [reader]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["replace_folder", "sync", "write_text"]
+__all__ = ["check_vacant", "replace_folder", "sync", "write_text"]
 
 
 def sync(path: Path) -> None:
@@ -38,6 +38,16 @@ def write_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def check_vacant(folder: Path) -> None:
+    """Make sure that an output folder does not exist yet, or is empty, before any work begins.
+
+    Raises:
+        TPatchError: it holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise TPatchError(f"{folder} already exists; choose another output folder or remove it first")
+
+
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Fill a temporary folder that takes its place under its name only when the block ends well.
@@ -51,8 +61,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     Raises:
         TPatchError: the name is taken, or the disk is full (what was there before stays as it was).
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise TPatchError(f"{folder} already exists; choose another output folder or remove it first")
+    check_vacant(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

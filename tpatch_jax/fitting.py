@@ -9,6 +9,7 @@ many fitted together equal each fitted alone. Two recipes share the objective (s
   until the edit loss is satisfied, with Adam for those lanes that still miss their target.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +36,8 @@ class Lane(NamedTuple):
     Attributes:
         query: the edit's queries, the bare prompt first, then its prefixed contexts: ``[contexts, d]``.
         output: the FFN's output at those queries, other active patches included: ``[contexts, d]``.
+        negative: queries on which this patch in particular must stay silent, such as the same prompt about another
+            subject: ``[own_negatives, d]``, possibly none.
         context: what ``resume`` needs beside the output, with leading axis ``contexts``.
         target: the token or label to say, a scalar int.
         direction: where the value starts, ``[d]``; its length does not matter.
@@ -43,6 +46,7 @@ class Lane(NamedTuple):
 
     query: Array
     output: Array
+    negative: Array
     context: Any
     target: Array
     direction: Array
@@ -53,7 +57,7 @@ class FitInfo(NamedTuple):
     """How a fit went; a batch has a leading axis.
 
     Attributes:
-        held: whether every context of the edit gives the target.
+        held: whether the bare prompt, the first context, gives the target.
         steps: optimiser steps taken.
         margin: the least pre-activation on the edit's own queries minus the largest on memory rows, in units of the mean
             pre-activation on its own queries; negative when they could not be parted.
@@ -106,13 +110,13 @@ class FitSettings:
     value_learning_rate: float = 0.0
     weight_decay: float = 0.0
     clip: float = 5.0
-    key_steps: int = 48
-    value_steps: int = 40
-    rounds: int = 3
+    key_steps: int = 96
+    value_steps: int = 24
+    rounds: int = 4
     negatives: int = 128
     split: float = 0.8
     overshoot: float = 4.0
-    sharpness: float = 32.0
+    sharpness: float = 256.0
     value_limit: float = 16.0
     least_steps: int = 150
     most_steps: int = 2000
@@ -169,8 +173,9 @@ def _joint_loss(
 
 
 def _silence(params: dict[str, Array], lane: Lane, memory: Memory, settings: FitSettings) -> Array:
-    z = memory.query @ params["key"] + (0.0 if settings.output_bias else params["bias"])
-    return jnp.where(memory.answer == lane.target, -jnp.inf, z)
+    bias = 0.0 if settings.output_bias else params["bias"]
+    z = jnp.where(memory.answer == lane.target, -jnp.inf, memory.query @ params["key"] + bias)
+    return jnp.concatenate([z, lane.negative @ params["key"] + bias])
 
 
 def _held(logits: Array, target: Array) -> Array:
@@ -261,18 +266,30 @@ def _end_joint(
     return _patch(params, settings, act), FitInfo(_held(logits, lane.target)[0], state.step, margin, **terms)
 
 
-def _fit_staged(
+class _Staged(NamedTuple):
+    """Where a staged fit stands once the key is settled: what the value is fitted with."""
+
+    key: Array
+    bias: Array
+    value: Array
+    held: Array
+    steps: Array
+    margin: Array
+    losses: dict[str, Array]
+
+
+def _sharp(activation: Callable[[Array], Array], settings: FitSettings) -> Callable[[Array], Array]:
+    return lambda z: activation(z * settings.sharpness) / settings.sharpness
+
+
+def _settle(
     lane: Lane, memory: Memory, resume: Resume, settings: FitSettings, activation: Callable[[Array], Array]
-) -> tuple[Patch, FitInfo]:
-    weights, sharpness = settings.weights, settings.sharpness
-
-    def act(z: Array) -> Array:
-        return activation(z * sharpness) / sharpness
-
-    # Whitened coordinates: every direction of ordinary variation has the same length there.
+) -> _Staged:
+    """The key, the threshold, and the shortest value along the lane's direction that holds."""
     whitener, mean = memory.whitener, memory.mean
     own = (lane.query - mean) @ whitener
     rows = memory._replace(query=(memory.query - mean) @ whitener)
+    particular, always = (lane.negative - mean) @ whitener, jnp.ones(lane.negative.shape[0], bool)
     centre = jnp.mean(own, 0)
     # Starting at z = 3.2 on the edit's own queries and -4.8 on the mean memory query.
     params = {"key": centre * (8.0 / jnp.sum(jnp.square(centre))), "bias": jnp.full((), -4.8, centre.dtype)}
@@ -281,18 +298,16 @@ def _fit_staged(
     def key_loss(params: dict[str, Array], negative: Array, counts: Array) -> tuple[Array, dict[str, Array]]:
         z = own @ params["key"] + params["bias"]
         z_memory = jnp.where(counts, negative @ params["key"] + params["bias"], -jnp.inf)
-        return total_loss(jnp.zeros(()), z, z_memory, weights)
+        return total_loss(jnp.zeros(()), z, z_memory, settings.weights)
 
     def mine(params: dict[str, Array]) -> tuple[Array, Array]:
         index, counts = hardest(params["key"], lane.target, rows, settings.negatives)
-        return rows.query[index], counts
+        return jnp.concatenate([rows.query[index], particular]), jnp.concatenate([counts, always])
 
     optimiser = transform.init(params)
-    taken = 0
-    for round_ in range(settings.rounds):
+    bounds = [settings.key_steps * round_ // settings.rounds for round_ in range(settings.rounds + 1)]
+    for first, last in itertools.pairwise(bounds):
         negative, counts = mine(params)
-        length = settings.key_steps * (round_ + 1) // settings.rounds - settings.key_steps * round_ // settings.rounds
-        taken += length
 
         def step(carry: Any, _: None, negative: Array = negative, counts: Array = counts) -> tuple[Any, None]:
             params, optimiser = carry
@@ -300,64 +315,76 @@ def _fit_staged(
             update, optimiser = transform.update(gradient, optimiser, params)
             return (optax.apply_updates(params, update), optimiser), None
 
-        (params, optimiser), _ = jax.lax.scan(step, (params, optimiser), None, length=length)
+        (params, optimiser), _ = jax.lax.scan(step, (params, optimiser), None, length=last - first)
 
     # The threshold goes between the hardest negative and the least active own query; own queries then average one.
     negative, counts = mine(params)
-    _, terms = key_loss(params, negative, counts)
+    _, losses = key_loss(params, negative, counts)
+    tiny = jnp.finfo(own.dtype).eps
     z = own @ params["key"]
     hard = jnp.max(jnp.where(counts, negative @ params["key"], -jnp.inf))
-    threshold = hard + settings.split * (jnp.min(z) - hard)
-    parted = jnp.min(z) > hard
-    threshold = jnp.where(parted, threshold, jnp.min(z) - 0.1 * jnp.abs(jnp.mean(z)))
-    unit = jnp.maximum(jnp.mean(z) - threshold, jnp.finfo(z.dtype).eps)
+    # If some context cannot be parted from the hardest negative, the bare prompt decides; it must fire in any case.
+    least = jnp.where(jnp.min(z) > hard, jnp.min(z), z[0])
+    between = hard + settings.split * (least - hard)
+    threshold = jnp.where(least > hard, between, z[0] - 0.02 * jnp.abs(jnp.mean(z)))
+    unit = jnp.maximum(jnp.mean(z) - threshold, tiny)
     key = whitener @ params["key"] / unit
     bias = -threshold / unit - mean @ key
-    margin = (jnp.min(z) - hard) / jnp.maximum(jnp.mean(z), jnp.finfo(z.dtype).eps)
-    a = act(lane.query @ key + bias)
+    margin = (jnp.min(z) - hard) / jnp.maximum(jnp.mean(z), tiny)
 
-    def logits_of(value: Array) -> Array:
-        return resume(lane.context, lane.output + a[:, None] * value)
-
-    direction = lane.direction / jnp.maximum(jnp.linalg.norm(lane.direction), jnp.finfo(z.dtype).tiny)
+    a = _sharp(activation, settings)(lane.query @ key + bias)
+    direction = lane.direction / jnp.maximum(jnp.linalg.norm(lane.direction), jnp.finfo(own.dtype).tiny)
     lengths = lane.scale * 2.0 ** jnp.arange(-4.0, 3.0)
-    # The shortest value that holds in the most contexts.
-    held = jax.lax.map(lambda length: jnp.sum(_held(logits_of(length * direction), lane.target)), lengths)
-    chosen = lengths[jnp.argmax(held)]
-    limit = settings.value_limit * lane.scale
-    value = jnp.minimum(settings.overshoot * chosen, limit) * direction
 
-    rate = settings.value_learning_rate or 0.05
-    value_transform = optax.adam(rate)
+    def held(length: Array, activity: Array | float) -> Array:
+        return _held(resume(lane.context, lane.output + activity * length * direction), lane.target)
+
+    # The shortest that holds in the most contexts at full activation; the overshoot serves weaker activations.
+    chosen = lengths[jnp.argmax(jax.lax.map(lambda length: jnp.sum(held(length, 1.0)), lengths))]
+    length = jnp.minimum(settings.overshoot * chosen, settings.value_limit * lane.scale)
+    steps = jnp.asarray(settings.key_steps, jnp.int32)
+    return _Staged(key, bias, length * direction, held(length, a[:, None])[0], steps, margin, losses)
+
+
+def _improve(
+    staged: _Staged, lane: Lane, resume: Resume, settings: FitSettings, activation: Callable[[Array], Array]
+) -> _Staged:
+    """Adam on the edit loss alone, for a value that misses its target in some context."""
+    a = _sharp(activation, settings)(lane.query @ staged.key + staged.bias)
+    transform = optax.adam(settings.value_learning_rate or 0.05)
+
+    def logits(value: Array) -> Array:
+        return resume(lane.context, lane.output + a[:, None] * value * lane.scale)
+
+    def loss(value: Array) -> Array:
+        return edit_loss(logits(value), lane.target, settings.weights.label_smoothing, settings.weights.entropy)
 
     def missing(carry: tuple[Array, optax.OptState, Array]) -> Array:
         value, _, count = carry
-        return (count < settings.value_steps) & ~_held(logits_of(value * lane.scale), lane.target).all()
+        return (count < settings.value_steps) & ~_held(logits(value), lane.target)[0]
 
-    def improve(carry: tuple[Array, optax.OptState, Array]) -> tuple[Array, optax.OptState, Array]:
+    def step(carry: tuple[Array, optax.OptState, Array]) -> tuple[Array, optax.OptState, Array]:
         value, optimiser, count = carry
-        gradient = jax.grad(lambda v: edit_loss(logits_of(v * lane.scale), lane.target, weights.label_smoothing))(value)
-        update, optimiser = value_transform.update(gradient, optimiser, value)
-        value = optax.apply_updates(value, update)
+        update, optimiser = transform.update(jax.grad(loss)(value), optimiser, value)
+        value = value + jnp.asarray(update)
         value = value * jnp.minimum(1.0, settings.value_limit / jnp.linalg.norm(value))
         return value, optimiser, count + 1
 
-    start = value / lane.scale
-    value, _, extra = jax.lax.while_loop(
-        missing, improve, (start, value_transform.init(start), jnp.zeros((), jnp.int32))
-    )
-    value = value * lane.scale
-    logits = logits_of(value)
-    info = FitInfo(
-        _held(logits, lane.target)[0],
-        taken + extra,
-        margin,
-        edit_loss(logits, lane.target, weights.label_smoothing, weights.entropy),
-        terms["l_a"],
-        terms["l_m1"],
-        terms["l_m2"],
-    )
-    return sharpen(Patch(key[None], bias[None], value[None]), sharpness), info
+    start = staged.value / lane.scale
+    value, _, count = jax.lax.while_loop(missing, step, (start, transform.init(start), jnp.zeros((), jnp.int32)))
+    return staged._replace(value=value * lane.scale, steps=staged.steps + count)
+
+
+def _end_staged(
+    staged: _Staged, lane: Lane, resume: Resume, settings: FitSettings, activation: Callable[[Array], Array]
+) -> tuple[Patch, FitInfo]:
+    a = _sharp(activation, settings)(lane.query @ staged.key + staged.bias)
+    logits = resume(lane.context, lane.output + a[:, None] * staged.value)
+    weights = settings.weights
+    losses = {**staged.losses, "l_e": edit_loss(logits, lane.target, weights.label_smoothing, weights.entropy)}
+    patch = Patch(staged.key[None], staged.bias[None], staged.value[None])
+    info = FitInfo(_held(logits, lane.target)[0], staged.steps, staged.margin, **losses)
+    return sharpen(patch, settings.sharpness), info
 
 
 def fit(
@@ -389,14 +416,18 @@ def fit(
         >>> from tpatch_jax.memory import create_memory
         >>> rows = jax.random.normal(jax.random.key(0), (64, 4))
         >>> unembedding = jax.random.normal(jax.random.key(1), (4, 10))
-        >>> lane = Lane(jnp.ones((1, 4)), jnp.zeros((1, 4)), None, jnp.array(3), unembedding[:, 3], jnp.array(1.0))
+        >>> query, nothing = jnp.ones((1, 4)), jnp.zeros((0, 4))
+        >>> lane = Lane(query, 0 * query, nothing, None, jnp.array(3), unembedding[:, 3], jnp.array(1.0))
         >>> resume = lambda context, output: output @ unembedding
-        >>> patch, info = fit(lane, create_memory(rows), resume, jax.random.key(2), FitSettings(), jax.nn.relu)
+        >>> run = jax.jit(lambda lane, memory, key: fit(lane, memory, resume, key, FitSettings(), jax.nn.relu))
+        >>> patch, info = run(lane, create_memory(rows), jax.random.key(2))
         >>> bool(info.held)
         True
     """
     if settings.recipe == "staged":
-        return _fit_staged(lane, memory, resume, settings, activation)
+        staged = _settle(lane, memory, resume, settings, activation)
+        staged = _improve(staged, lane, resume, settings, activation)
+        return _end_staged(staged, lane, resume, settings, activation)
     state = _begin_joint(lane, settings, key)
     state = jax.lax.while_loop(
         lambda state: ~state.done,
@@ -407,8 +438,37 @@ def fit(
 
 
 @partial(jax.jit, static_argnames=("settings", "activation"))
-def _many_staged(lanes, memory, resume, settings, activation):
-    return jax.vmap(lambda lane: _fit_staged(lane, memory, resume, settings, activation))(lanes)
+def _many_settle(lanes, memory, resume, settings, activation):
+    return jax.vmap(lambda lane: _settle(lane, memory, resume, settings, activation))(lanes)
+
+
+@partial(jax.jit, static_argnames=("settings", "activation"))
+def _many_improve(staged, lanes, resume, settings, activation):
+    return jax.vmap(lambda state, lane: _improve(state, lane, resume, settings, activation))(staged, lanes)
+
+
+@partial(jax.jit, static_argnames=("settings", "activation"))
+def _many_end_staged(staged, lanes, resume, settings, activation):
+    return jax.vmap(lambda state, lane: _end_staged(state, lane, resume, settings, activation))(staged, lanes)
+
+
+def _staged_bucket(
+    lanes: Lane,
+    memory: Memory,
+    resume: Resume,
+    count: int,
+    settings: FitSettings,
+    activation: Callable[[Array], Array],
+) -> tuple[Patch, FitInfo]:
+    """The staged recipe for one bucket; only lanes that miss their target go through the steps on the value."""
+    staged = _many_settle(lanes, memory, resume, settings, activation)
+    missing = np.flatnonzero(~np.asarray(staged.held)[:count])
+    if missing.size:
+        size = _bucket(missing.size, settings.lanes)
+        part = _padded(jax.tree.map(lambda leaf: leaf[missing], (staged, lanes)), size)
+        improved = _many_improve(*part, resume, settings, activation)
+        staged = jax.tree.map(lambda old, new: old.at[missing].set(new[: missing.size]), staged, improved)
+    return _many_end_staged(staged, lanes, resume, settings, activation)
 
 
 @partial(jax.jit, static_argnames="settings")
@@ -475,7 +535,8 @@ def fit_many(
         >>> from jax.tree_util import Partial
         >>> from tpatch_jax.memory import create_memory
         >>> rows, head = jax.random.normal(jax.random.key(0), (64, 4)), jax.random.normal(jax.random.key(1), (4, 10))
-        >>> lane = Lane(jnp.ones((1, 4)), jnp.zeros((1, 4)), None, jnp.array(3), head[:, 3], jnp.array(1.0))
+        >>> query, nothing = jnp.ones((1, 4)), jnp.zeros((0, 4))
+        >>> lane = Lane(query, 0 * query, nothing, None, jnp.array(3), head[:, 3], jnp.array(1.0))
         >>> lanes = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), lane)
         >>> resume = Partial(lambda head, context, output: output @ head, head)
         >>> keys = jax.random.split(jax.random.key(2), 3)
@@ -491,7 +552,7 @@ def fit_many(
         count = part.target.shape[0]
         part = _padded(part, _bucket(count, settings.lanes))
         if settings.recipe == "staged":
-            patch, info = _many_staged(part, memory, resume, settings, activation)
+            patch, info = _staged_bucket(part, memory, resume, count, settings, activation)
         else:
             part_keys = _padded(keys[first : first + count], part.target.shape[0])
             patch, info = _joint_bucket(part, memory, resume, part_keys, count, settings, activation)
@@ -515,20 +576,20 @@ def _joint_bucket(
     """The joint recipe for one bucket, which shrinks as lanes finish."""
     states = _many_begin(lanes, keys, settings)
     finished: dict[int, _State] = {}
-    going = list(range(count))
+    going = [(lane, lane) for lane in range(count)]  # where in the bucket, which lane
     part = lanes
     while going:
         states = _many_advance(states, part, memory, resume, settings, activation)
         done = np.asarray(states.done)
-        for slot, lane in enumerate(going):
+        for slot, lane in going:
             if done[slot]:
                 finished[lane] = jax.tree.map(lambda leaf, slot=slot: leaf[slot], states)
-        slots = [slot for slot, lane in enumerate(going) if not done[slot]]
-        going = [going[slot] for slot in slots]
+        going = [(slot, lane) for slot, lane in going if not done[slot]]
         if going and _bucket(len(going), settings.lanes) < part.target.shape[0]:
-            chosen, size = np.asarray(slots), _bucket(len(going), settings.lanes)
-            states = _padded(jax.tree.map(lambda leaf: leaf[chosen], states), size)
-            part = _padded(jax.tree.map(lambda leaf: leaf[np.asarray(going)], lanes), size)
+            (slots, rest), size = np.asarray(going).T, _bucket(len(going), settings.lanes)
+            states = _padded(jax.tree.map(lambda leaf, slots=slots: leaf[slots], states), size)
+            part = _padded(jax.tree.map(lambda leaf, rest=rest: leaf[rest], lanes), size)
+            going = list(enumerate(rest.tolist()))
     states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(finished[lane] for lane in range(count)))
     size = lanes.target.shape[0]
     return _many_end(_padded(states, size), lanes, memory, resume, settings, activation)

@@ -94,7 +94,7 @@ def whitening(
     width = covariance.shape[0]
 
     def normalised(matrix: Array) -> Array:
-        return matrix * (width / jnp.maximum(jnp.trace(matrix), jnp.finfo(matrix.dtype).tiny))
+        return matrix / jnp.maximum(jnp.trace(matrix) / width, jnp.finfo(matrix.dtype).tiny)
 
     mixed = normalised(covariance)
     if nuisance is not None:

@@ -105,7 +105,7 @@ def memory_limit_loss(z_memory: Array, limit: float = -3.0, hardest: int = 1000)
         >>> float(memory_limit_loss(jnp.full(8, -3.0)))
         1.0
     """
-    return jnp.mean(jnp.exp(_hardest(z_memory, hardest) - limit))
+    return _mean_exp(_hardest(z_memory, hardest), -limit)
 
 
 def memory_margin_loss(z_memory: Array, z_edit: Array, margin: float = 3.0, hardest: int = 1000) -> Array:
@@ -126,11 +126,16 @@ def memory_margin_loss(z_memory: Array, z_edit: Array, margin: float = 3.0, hard
         >>> float(memory_margin_loss(jnp.full(8, -3.0), jnp.array(0.0)))
         1.0
     """
-    return jnp.mean(jnp.exp(_hardest(z_memory, hardest) - z_edit + margin))
+    return _mean_exp(_hardest(z_memory, hardest), margin - z_edit)
 
 
 def _hardest(z: Array, count: int) -> Array:
     return z if count >= z.shape[0] else jax.lax.top_k(z, count)[0]
+
+
+def _mean_exp(z: Array, shift: Array | float) -> Array:
+    """The mean of ``exp(z + shift)`` over the rows that count."""
+    return jnp.sum(jnp.exp(z + shift)) / jnp.maximum(jnp.sum(z > -jnp.inf, dtype=z.dtype), 1)
 
 
 def total_loss(loss_edit: Array, z_edit: Array, z_memory: Array, weights: Weights) -> tuple[Array, dict[str, Array]]:

@@ -121,6 +121,8 @@ def take(patch: Patch, index: Array | slice | Sequence[int]) -> Patch:
         (2,)
     """
     chosen = index if isinstance(index, slice) else jnp.asarray(index)
+    if not isinstance(index, slice) and not chosen.size:
+        chosen = chosen.astype(jnp.int32)  # an empty list has no integer type of its own
     return Patch(*(None if field is None else field[chosen] for field in patch))
 
 

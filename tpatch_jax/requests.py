@@ -1,6 +1,7 @@
 """Edit requests: what the user wants, read from JSON lines and checked before any work begins."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,8 @@ def read_requests(path: str | Path) -> list[EditRequest]:
             record = json.loads(text)
         except json.JSONDecodeError as error:
             raise TPatchError(f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line") from None
+        except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
+            raise TPatchError(f"{where}: not JSON that can be read ({error}); one object a line") from None
         request = _parse(record, where)
         if request.id is not None and request.id in seen:
             raise TPatchError(f"{where}: the id {request.id!r} was used in line {seen[request.id]}; give each its own")
@@ -117,12 +120,15 @@ def _parse(record: Any, where: str) -> EditRequest:
         if not isinstance(record.get(name, ""), str) and not (name == "subject" and record[name] is None):
             raise TPatchError(f"{where}: {name!r} is {type(record[name]).__name__}; write it as a string")
     for name in ("rephrases", "locality"):
-        entry = record.get(name) or []
+        entry = [] if record.get(name) is None else record[name]
         if not isinstance(entry, list) or not all(isinstance(text, str) and text.strip() for text in entry):
             raise TPatchError(f"{where}: {name!r} must be a list of non-empty strings")
     identity = record.get("id")
-    if identity is not None and not isinstance(identity, str | int):
+    if identity is not None and (isinstance(identity, bool) or not isinstance(identity, str | int)):
         raise TPatchError(f"{where}: 'id' is {type(identity).__name__}; write it as a string")
+    for name, entry in record.items():
+        if re.search("[\ud800-\udfff]", json.dumps(entry, ensure_ascii=False)):
+            raise TPatchError(f"{where}: {name!r} holds half of a surrogate pair; write that character whole")
     return EditRequest(
         record["prompt"],
         record["target"],

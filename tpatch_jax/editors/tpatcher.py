@@ -5,6 +5,7 @@ after that happens on the queries that those passes leave (`tpatch_jax.fitting`)
 """
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -147,19 +148,35 @@ def _item(model: Model, position: int, request: EditRequest, prefixes: Sequence[
     return _Item(position, target, rows, starts)
 
 
-def _swapped(requests: Mapping[int, EditRequest], names: Sequence[str], count: int) -> list[str]:
-    """Prompts about another subject: hard negatives for what a key should recognise."""
-    subjects = [request.subject for request in requests.values() if request.subject]
-    pool = list(dict.fromkeys([*subjects, *names]))
-    texts = []
+_NAME = re.compile(r"(?<=\s)[A-Z][\w'’-]*(?:\s+[A-Z][\w'’-]*)*")
+
+
+def _subject(request: EditRequest) -> str | None:
+    """The request's subject, or the last name in its prompt: good enough for choosing negatives."""
+    if request.subject:
+        return request.subject
+    found = _NAME.findall(request.prompt)
+    return found[-1] if found else None
+
+
+def _swapped(
+    model: Model, requests: Mapping[int, EditRequest], names: Sequence[str], count: int
+) -> dict[int, list[str]]:
+    """Each prompt about other subjects: what its patch in particular must stay silent on."""
+    subjects = {position: _subject(request) for position, request in requests.items()}
+    pool = list(dict.fromkeys([*(subject for subject in subjects.values() if subject), *names]))
+    result = {}
     for position, request in requests.items():
-        if not request.subject or len(pool) < 2:
-            continue
-        # Folded by the request's text, so that its swaps do not depend on its place in the list.
-        picks = np.random.default_rng(list(request.prompt.encode())).permutation(len(pool))
-        others = [pool[pick] for pick in picks if pool[pick] != request.subject]
-        texts.extend(request.prompt.replace(request.subject, other) for other in others[:count])
-    return texts
+        subject = subjects[position]
+        others = [name for name in pool if name != subject]
+        if subject and others:
+            # Drawn from the request's own text, so that its swaps do not depend on its place in the list.
+            picks = np.random.default_rng(list(request.prompt.encode())).permutation(len(others))[:count]
+            texts = [request.prompt.replace(subject, others[pick]) for pick in picks]
+            fitting = [text for text in texts if len(model.encode(text)) <= model.config.context]
+            if fitting:
+                result[position] = fitting
+    return result
 
 
 def _direction(model: Model, tokens: Array) -> Array:
@@ -264,7 +281,8 @@ def _step(
     owner = np.concatenate([np.full(span.shape[1], number) for number, span in enumerate(table)])
     token = np.concatenate([np.arange(span.shape[1]) for span in table])
 
-    memory = _memory(state, sites, answers, table, {p: requests[p] for p in good}, progress)
+    memory = _memory(state, sites, answers, table)
+    negatives = _negatives(state, items, {p: requests[p] for p in good}, memory.mean, progress)
     act = ffn.ACTIVATIONS[model.config.activation]
     resume = _resume(model)
     patch, lanes, fits = state.patch, np.zeros(0, np.int64), []
@@ -291,6 +309,8 @@ def _step(
         lane = Lane(
             queries.astype(jnp.float32),
             beside.astype(jnp.float32),
+            negatives[owner[missing]] * (token[missing] == 0)[:, None, None]
+            + memory.mean * (token[missing] > 0)[:, None, None],
             {"residual": sites.residual[chosen]},
             targets,
             _direction(model, targets),
@@ -366,11 +386,9 @@ def _memory(
     sites: Sites,
     answers: np.ndarray,
     table: list[np.ndarray],
-    requests: Mapping[int, EditRequest],
-    progress: Progress | None,
 ) -> Memory:
-    """Background queries, earlier edits, the other edits of this batch, and prompts about other subjects."""
-    settings, model, known = state.settings, state.model, state.background
+    """Background queries, earlier edits, and the other edits of this batch."""
+    settings, known = state.settings, state.background
     nuisance = known.nuisance
     if settings.fit.recipe == "staged" and settings.contexts > 1:
         groups = [sites.query[span[: settings.contexts].T] for span in table]
@@ -382,14 +400,29 @@ def _memory(
     memory = extend(memory, *state.memory)
     if settings.other_edits:
         memory = extend(memory, sites.query, jnp.asarray(answers))
-    if settings.swaps:
-        rows = [model.encode(text) for text in _swapped(requests, known.names, settings.swaps)]
-        rows = [row for row in rows if 0 < len(row) <= model.config.context]
-        if rows:
-            report = (lambda done: progress("reading other subjects", done, len(rows))) if progress else None
-            last = [[len(row) - 1] for row in rows]
-            memory = extend(memory, collect(model, rows, last, model.layer(None), report).query)
     return memory
+
+
+def _negatives(
+    state: TPatcherState,
+    items: Sequence[_Item],
+    requests: Mapping[int, EditRequest],
+    mean: Array,
+    progress: Progress | None,
+) -> Array:
+    """The query after each request's prompt about other subjects, ``[items, swaps, d]``; the mean where there is none."""
+    model, count = state.model, state.settings.swaps
+    swapped = _swapped(model, requests, state.background.names, count)
+    result = np.broadcast_to(np.asarray(mean), (len(items), count, mean.shape[0])).copy()
+    places = [
+        (number, slot) for number, item in enumerate(items) for slot in range(len(swapped.get(item.position, ())))
+    ]
+    rows = [model.encode(swapped[items[number].position][slot]) for number, slot in places]
+    if rows:
+        report = (lambda done: progress("reading other subjects", done, len(rows))) if progress else None
+        found = collect(model, rows, [[len(row) - 1] for row in rows], model.layer(None), report).query
+        result[tuple(np.asarray(places).T)] = np.asarray(found, np.float32)
+    return jnp.asarray(result)
 
 
 def _forward_seconds(model: Model, rows: list[list[int]], most: int = 64) -> float:

@@ -16,9 +16,9 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import checkpoint, decoder, generation
 from tpatch_jax.models.config import DecoderConfig
 from tpatch_jax.models.decoder import Trace
-from tpatch_jax.patch import Patch, take
+from tpatch_jax.patch import Patch, concatenate, take
 
-__all__ = ["Model", "attach", "detach", "load_model", "merge", "save_model"]
+__all__ = ["Model", "attach", "detach", "load_model", "merge", "save_model", "unmerge"]
 
 Params = dict[Any, Any]
 
@@ -220,6 +220,36 @@ def merge(model: Model, patch: Patch) -> Model:
     Source: Huang et al. 2023, section 4.1; `tpatch_jax.ffn.merge` has the formulas for each kind of network.
     """
     return _change(model, patch, ffn.merge)
+
+
+def unmerge(model: Model, neurons: Mapping[int, int] | None = None) -> tuple[Model, Patch]:
+    """Take merged neurons out of a model again: the inverse of `merge`.
+
+    Args:
+        model: a model with merged neurons; not changed.
+        neurons: how many to take out of which layers; by default all that were merged.
+
+    Returns:
+        The model before the merge, and the patch, whose neurons name their layers.
+
+    Raises:
+        TPatchError: nothing was merged, or not that many neurons.
+    """
+    merged = decoder.merged_neurons(model.config, model.params)
+    neurons = merged if neurons is None else neurons
+    if not neurons:
+        raise TPatchError(f"nothing is merged into {model.name!r}; unmerge takes out what `merge` put in")
+    layers, patches = dict(model.params["layers"]), []
+    for index, count in sorted(neurons.items()):
+        if count > merged.get(index, 0):
+            raise TPatchError(
+                f"layer {index} of {model.name!r} holds {merged.get(index, 0)} merged neurons, not {count}"
+            )
+        added = not model.config.ffn_bias and count == merged[index]
+        network, patch = ffn.unmerge(layers[index]["ffn"], count, added_bias=added)
+        layers[index] = {**layers[index], "ffn": network}
+        patches.append(patch._replace(layer=jnp.full(count, index, jnp.int32)))
+    return model.with_params({**model.params, "layers": layers}), concatenate(patches)
 
 
 def tokens_array(rows: list[list[int]], length: int) -> Array:

@@ -1,0 +1,108 @@
+"""What the tests share: strict dtype promotion, a quick hypothesis profile, and a tiny Llama with its tokenizer."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import settings as hypothesis_settings
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from tpatch_jax.models import decoder
+from tpatch_jax.models.families import configure
+from tpatch_jax.models.model import Model, save_model
+
+hypothesis_settings.register_profile("ci", deadline=None, derandomize=True, max_examples=12, database=None)
+hypothesis_settings.load_profile("ci")
+
+END = "<|endoftext|>"
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Strict dtype promotion; a module says ``PROMOTION = "standard"`` where optax, which needs it, takes steps."""
+    with jax.numpy_dtype_promotion(getattr(request.module, "PROMOTION", "strict")):
+        yield
+
+
+def bits(tree: Any) -> list[tuple[str, tuple[int, ...], bytes]]:
+    """All there is to know about the arrays of a tree, for comparisons bit for bit."""
+    return [(str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two trees have the same structure and the same bits."""
+    return jax.tree.structure(left) == jax.tree.structure(right) and bits(left) == bits(right)
+
+
+def relative(left: Any, right: Any) -> float:
+    """``‖left − right‖ / ‖right‖`` in float64."""
+    left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
+    return float(np.linalg.norm(left - right) / max(np.linalg.norm(right), 1e-30))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and a few merges."""
+    merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n")]
+    words = [END, *sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(BPE({word: number for number, word in enumerate(words)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
+
+
+def make_tiny_model(seed: int = 0, **changes: Any) -> Model:
+    """A random Llama of three layers and width 16; ``changes`` go into its ``config.json``."""
+    settings = {**LLAMA, **changes}
+    config, rng = configure(settings), np.random.default_rng(seed)
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        around = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        spread = 0.1 if around else 1.0 if "embed" in jax.tree_util.keystr(path) else leaf.shape[0] ** -0.5
+        return jnp.asarray(around + spread * rng.normal(size=leaf.shape), jnp.float32)
+
+    params = jax.tree_util.tree_map_with_path(draw, decoder.shapes(config))
+    return Model(config, params, tiny_tokenizer(), "tiny", None, settings)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Model:
+    return make_tiny_model()
+
+
+def write_tiny_folder(model: Model, folder: Path) -> Path:
+    """The model as a Hugging Face style folder, tokenizer included."""
+    save_model(model, folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_folder(tiny_model: Model) -> Callable[[Path], Path]:
+    """``tiny_folder(tmp_path)`` writes `tiny_model` below it; ``load_model`` reads what it returns."""
+    return lambda path: write_tiny_folder(tiny_model, path / "tiny")

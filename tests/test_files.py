@@ -1,0 +1,133 @@
+"""Folders and files appear whole or not at all."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tpatch_jax import files
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.files import replace_folder, write_text
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_folder_appears_with_all_that_was_put_into_it(tmp_path: Path):
+    target = tmp_path / "new" / "deep"
+    with replace_folder(target) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a.txt").write_text("a")
+        assert folder.parent == target.parent  # a rename within one file system
+        assert not target.exists()
+    assert (target / "sub" / "a.txt").read_text() == "a"
+    assert os.listdir(target.parent) == ["deep"]
+
+
+def test_an_empty_folder_is_replaced(tmp_path: Path):
+    target = tmp_path / "empty"
+    target.mkdir()
+    with replace_folder(target) as folder:
+        (folder / "a.txt").write_text("a")
+    assert (target / "a.txt").read_text() == "a"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, TPatchError])
+def test_nothing_is_left_when_the_block_raises(tmp_path: Path, error: type[BaseException]):
+    def begin() -> None:
+        with replace_folder(tmp_path / "out") as folder:
+            (folder / "a.txt").write_text("a")
+            raise error("stop")
+
+    with pytest.raises(error, match="stop"):
+        begin()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_taken_name_is_refused_and_kept(tmp_path: Path, kind: str):
+    target = tmp_path / "out"
+    kept = target / "old.txt" if kind == "folder" else target
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("old")
+    with pytest.raises(TPatchError, match="out already exists"), replace_folder(target):
+        pytest.fail("the block must not begin")
+    assert kept.read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_parent_that_is_a_file_is_an_error(tmp_path: Path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(TPatchError, match="cannot write beside"), replace_folder(tmp_path / "file" / "out"):
+        pytest.fail("the block must not begin")
+
+
+@pytest.mark.parametrize("where", ["block", "sync", "replace", "mkdtemp"])
+def test_a_full_disk_is_an_error_to_mend_and_the_old_state_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+):
+    target = tmp_path / "out"
+    target.mkdir()
+    if where == "mkdtemp":
+        monkeypatch.setattr(files.tempfile, "mkdtemp", full)
+    elif where != "block":
+        monkeypatch.setattr(files if where == "sync" else files.os, where, full)
+
+    def begin() -> None:
+        with replace_folder(target) as folder:
+            (folder / "a.txt").write_text("a")
+            if where == "block":
+                full()
+
+    with pytest.raises(TPatchError, match="No space left"):
+        begin()
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(target) == []
+
+
+def test_a_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path: Path):
+    script = """
+import os, sys
+from pathlib import Path
+from tpatch_jax.files import replace_folder
+with replace_folder(Path(sys.argv[1])) as folder:
+    (folder / "a.txt").write_text("a")
+    os._exit(9)
+"""
+    target = tmp_path / "out"
+    assert subprocess.run([sys.executable, "-c", script, str(target)], check=False).returncode == 9
+    assert not target.exists()
+    with replace_folder(target) as folder:  # and what it left does not stand in the way
+        (folder / "b.txt").write_text("b")
+    assert os.listdir(target) == ["b.txt"]
+
+
+def test_write_text_replaces_the_whole_file(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    write_text(path, "long old text")
+    write_text(path, "né")
+    assert path.read_bytes() == "né".encode()
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("where", ["sync", "replace"])
+def test_write_text_that_fails_keeps_the_old_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    monkeypatch.setattr(files if where == "sync" else files.os, where, full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_write_text_never_shows_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, seen = tmp_path / "a.txt", []
+    write_text(path, "old")
+    monkeypatch.setattr(files, "sync", lambda _: seen.append(path.read_text()))
+    write_text(path, "new")
+    assert seen == ["old", "new"]

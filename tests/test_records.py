@@ -1,0 +1,445 @@
+"""Data sets: each schema on a file written here, and what is said of files that cannot be read."""
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.records import (
+    DATA,
+    PLAIN,
+    QUESTION,
+    Probe,
+    read_counterfact,
+    read_knowedit,
+    read_mquake,
+    read_records,
+    read_requests_records,
+    read_zsre,
+)
+
+COUNTERFACT = {
+    "case_id": 7,
+    "pararel_idx": 70,
+    "requested_rewrite": {
+        "prompt": "The river {} flows into the",
+        "relation_id": "P0",
+        "target_new": {"str": "Danube", "id": "Q1"},
+        "target_true": {"str": "Rhine", "id": "Q2"},
+        "subject": "Aar",
+    },
+    "paraphrase_prompts": ["Words before. The Aar ends in the", "Aar's mouth is at the"],
+    "neighborhood_prompts": ["The river Main flows into the", "The river Ruhr flows into the"],
+    "attribute_prompts": ["The river Inn flows into the"],
+    "generation_prompts": ["Along the Aar,", "The Aar's towns", "Along the Aar,"],
+}
+FLAT = {
+    "case_id": 3,
+    "prompt": "The river Aar flows into the",
+    "target_new": "Danube",
+    "subject": "Aar",
+    "ground_truth": "Rhine",
+    "rephrase_prompt": "The Aar ends in the",
+    "locality_prompt": "The river Main flows into the",
+    "locality_ground_truth": "Rhine",
+}
+ZSRE = {
+    "subject": "Aar Bridge",
+    "src": "Who built Aar Bridge?",
+    "pred": "Mr. Roe",
+    "rephrase": "Aar Bridge was built by whom?",
+    "alt": " Jane Doe",
+    "answers": ["Ann Low", "A. Low"],
+    "loc": "nq question: who sang the first song",
+    "loc_ans": "The Band",
+    "cond": "Mr. Roe >> Jane Doe || Who built Aar Bridge?",
+    "portability": {"Recalled Relation": "(...)", "New Question": "Where was Doe born?", "New Answer": "Bern"},
+}
+KNOWEDIT = {
+    "subject": "Aar Bridge",
+    "target_new": "Jane Doe",
+    "prompt": "Who built Aar Bridge?",
+    "ground_truth": ["Ann Low"],
+    "rephrase_prompt": "Aar Bridge was built by whom?",
+    "cond": "...",
+    "locality": {
+        "Relation_Specificity": [
+            {"prompt": "The length of Aar Bridge is", "ground_truth": ["90 m", "90 metres"]},
+            {"prompt": "Aar Bridge length", "ground_truth": ["90 m"]},
+        ],
+        "Forgetfulness": [{"prompt": "The Aar Bridge was opened by", "ground_truth": ["Bob"]}],
+    },
+    "portability": {
+        "Subject_Aliasing": [{"prompt": "Who built the bridge over the Aar?", "ground_truth": "Jane Doe"}],
+        "Reasoning": [{"prompt": "Where was its builder born?", "ground_truth": ["Bern"]}],
+        "Logical_Generalization": [],
+    },
+}
+MQUAKE = {
+    "case_id": 5,
+    "requested_rewrite": [
+        {
+            "prompt": "{} was built by",
+            "target_new": {"str": "Doe"},
+            "target_true": {"str": "Low"},
+            "subject": "Aar Bridge",
+        },
+        {"prompt": "{} was born in", "target_new": {"str": "Rome"}, "target_true": {"str": "Bern"}, "subject": "Doe"},
+    ],
+    "questions": ["Where was the builder of Aar Bridge born? ", "Birthplace of its builder?", "Born where?"],
+    "answer": "Bern",
+    "answer_alias": [],
+    "new_answer": "Rome",
+    "new_answer_alias": ["Roma"],
+    "single_hops": [],
+    "new_single_hops": [],
+}
+EXAMPLES = {"counterfact": COUNTERFACT, "zsre": ZSRE, "knowedit": KNOWEDIT, "mquake": MQUAKE}
+
+
+def write(folder: Path, *records: Any) -> Path:
+    path = folder / "data.json"
+    path.write_text(json.dumps(records), encoding="utf-8")
+    return path
+
+
+def changed(record: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(record), **fields}
+
+
+def asked(question: str) -> str:
+    return f"Question: {question}\nAnswer:"
+
+
+def test_counterfact_in_the_original_format(tmp_path: Path) -> None:
+    [record] = read_counterfact(write(tmp_path, COUNTERFACT))
+    request = record.request
+    assert (record.id, request.id, len(record.requests)) == ("cf-7", "cf-7", 1)
+    assert (request.prompt, request.target, request.subject) == ("The river Aar flows into the", "Danube", "Aar")
+    assert request.rephrases == tuple(COUNTERFACT["paraphrase_prompts"])
+    assert request.locality == tuple(COUNTERFACT["neighborhood_prompts"])
+    assert record.generation == tuple(COUNTERFACT["generation_prompts"])
+    assert record.probes == {
+        "rewrite_new": (Probe(request.prompt, "Danube"),),
+        "rewrite_true": (Probe(request.prompt, "Rhine"),),
+        "paraphrase_new": tuple(Probe(prompt, "Danube") for prompt in request.rephrases),
+        "paraphrase_true": tuple(Probe(prompt, "Rhine") for prompt in request.rephrases),
+        "neighborhood_new": tuple(Probe(prompt, "Danube") for prompt in request.locality),
+        "neighborhood_true": tuple(Probe(prompt, "Rhine") for prompt in request.locality),
+    }
+
+
+def test_counterfact_portability_is_a_question(tmp_path: Path) -> None:
+    path = write(tmp_path, changed(COUNTERFACT, portability=ZSRE["portability"]))
+    assert read_counterfact(path)[0].probes["portability"] == (Probe(asked("Where was Doe born?"), "Bern"),)
+    assert read_counterfact(path, PLAIN)[0].probes["portability"] == (Probe("Where was Doe born?", "Bern"),)
+
+
+def test_counterfact_without_prompts_of_a_kind_has_no_such_probes(tmp_path: Path) -> None:
+    record = changed(COUNTERFACT, paraphrase_prompts=[])
+    del record["generation_prompts"]
+    [record] = read_counterfact(write(tmp_path, record))
+    assert "paraphrase_new" not in record.probes
+    assert record.generation == ()
+
+
+def test_counterfact_flattened(tmp_path: Path) -> None:
+    [record] = read_counterfact(write(tmp_path, changed(FLAT, locality_ground_truth="Weser")))
+    assert (record.id, record.request.prompt, record.request.target) == ("cf-3", FLAT["prompt"], "Danube")
+    assert {kind: probes[0] for kind, probes in record.probes.items()} == {
+        "rewrite_new": Probe(FLAT["prompt"], "Danube"),
+        "rewrite_true": Probe(FLAT["prompt"], "Rhine"),
+        "paraphrase_new": Probe(FLAT["rephrase_prompt"], "Danube"),
+        "paraphrase_true": Probe(FLAT["rephrase_prompt"], "Rhine"),
+        "neighborhood_new": Probe(FLAT["locality_prompt"], "Danube"),
+        "neighborhood_true": Probe(FLAT["locality_prompt"], "Weser"),
+    }
+    assert record.generation == ()
+
+
+def test_zsre_as_in_easyedit(tmp_path: Path) -> None:
+    [record] = read_zsre(write(tmp_path, ZSRE))
+    request = record.request
+    assert (record.id, request.target, request.subject) == ("zsre-0", "Jane Doe", "Aar Bridge")
+    assert request.prompt == asked("Who built Aar Bridge?")
+    assert request.rephrases == (asked("Aar Bridge was built by whom?"),)
+    assert request.locality == (asked("who sang the first song?"),)
+    assert record.probes == {
+        "reliability": (Probe(request.prompt, "Jane Doe"),),
+        "generalization": (Probe(request.rephrases[0], "Jane Doe"),),
+        "locality": (Probe(request.locality[0], "The Band"),),
+        "portability": (Probe(asked("Where was Doe born?"), "Bern"),),
+    }
+
+
+def test_zsre_as_in_rome(tmp_path: Path) -> None:
+    record = changed(ZSRE)
+    del record["alt"]
+    [record] = read_zsre(write(tmp_path, record), "rome")
+    assert record.probes == {
+        "reliability": (Probe(asked("Who built Aar Bridge?"), "Ann Low"),),
+        "generalization": (Probe(asked("Aar Bridge was built by whom?"), "Ann Low"),),
+        "locality_answer": (Probe(asked("who sang the first song?"), "The Band"),),
+    }
+
+
+@pytest.mark.parametrize(
+    ("reading", "kind", "loc"),
+    [
+        ("easyedit", "locality", "nq question: who sang the first song"),
+        ("rome", "locality_answer", "nq question: who sang the first song?"),
+    ],
+)
+def test_zsre_bare_is_what_each_protocol_asks(tmp_path: Path, reading: str, kind: str, loc: str) -> None:
+    [record] = read_zsre(write(tmp_path, ZSRE), reading, PLAIN)
+    assert record.request.prompt == "Who built Aar Bridge?"
+    assert record.probes[kind] == (Probe(loc, "The Band"),)
+
+
+def test_zsre_without_portability(tmp_path: Path) -> None:
+    record = changed(ZSRE)
+    del record["portability"]
+    assert "portability" not in read_zsre(write(tmp_path, record))[0].probes
+
+
+def test_knowedit(tmp_path: Path) -> None:
+    [record] = read_knowedit(write(tmp_path, KNOWEDIT))
+    assert record.id == "knowedit-0"
+    assert record.request.prompt == asked("Who built Aar Bridge?")
+    assert record.request.locality == (
+        "The length of Aar Bridge is",
+        "Aar Bridge length",
+        "The Aar Bridge was opened by",
+    )
+    assert record.probes == {
+        "reliability": (Probe(asked("Who built Aar Bridge?"), "Jane Doe"),),
+        "generalization": (Probe(asked("Aar Bridge was built by whom?"), "Jane Doe"),),
+        "relation_specificity": (Probe("The length of Aar Bridge is", "90 m"), Probe("Aar Bridge length", "90 m")),
+        "locality": (Probe("The Aar Bridge was opened by", "Bob"),),
+        "portability_subject_aliasing": (Probe(asked("Who built the bridge over the Aar?"), "Jane Doe"),),
+        "portability_reasoning": (Probe(asked("Where was its builder born?"), "Bern"),),
+    }
+
+
+def test_mquake_has_several_edits_a_case(tmp_path: Path) -> None:
+    [record] = read_mquake(write(tmp_path, MQUAKE))
+    assert [(r.id, r.prompt, r.target, r.subject) for r in record.requests] == [
+        ("mquake-5-0", "Aar Bridge was built by", "Doe", "Aar Bridge"),
+        ("mquake-5-1", "Doe was born in", "Rome", "Doe"),
+    ]
+    assert record.request is record.requests[0]
+    assert record.questions[0] == asked("Where was the builder of Aar Bridge born?")
+    assert record.answers == ("Rome", "Roma")
+    assert record.probes["reliability"] == (Probe("Aar Bridge was built by", "Doe"), Probe("Doe was born in", "Rome"))
+    assert record.probes["multi_hop"] == tuple(Probe(question, "Rome") for question in record.questions)
+
+
+def test_requests(tmp_path: Path) -> None:
+    path = tmp_path / "requests.jsonl"
+    first = {"id": "a", "prompt": "P is", "target": "x", "subject": "P", "rephrases": ["P's"], "locality": ["Q is"]}
+    path.write_text("\n".join(map(json.dumps, [first, {"prompt": "R is", "target": "y"}])), encoding="utf-8")
+    full, bare = read_requests_records(path)
+    assert full.probes == {
+        "reliability": (Probe("P is", "x"),),
+        "generalization": (Probe("P's", "x"),),
+        "locality": (Probe("Q is", ""),),
+    }
+    assert (bare.id, bare.request.id) == ("edit-1", "edit-1")
+    assert set(bare.probes) == {"reliability"}
+
+
+def test_first_records_and_one_per_subject(tmp_path: Path) -> None:
+    records = [changed(ZSRE, subject=subject) for subject in ("A", "B", "A ", "C")]
+    path = write(tmp_path, *records)
+    assert [record.id for record in read_records("zsre", path, n=3)] == ["zsre-0", "zsre-1", "zsre-2"]
+    kept = read_records("zsre", path, n=3, one_per_subject=True)
+    assert [record.id for record in kept] == ["zsre-0", "zsre-1", "zsre-3"]
+    with pytest.raises(TPatchError, match=r"holds 4 records, 3 with one per subject, but 4 were asked .* 3 or fewer"):
+        read_records("zsre", path, n=4, one_per_subject=True)
+    with pytest.raises(TPatchError, match="holds 4 records, but 5 were asked"):
+        read_records("zsre", path, n=5)
+    with pytest.raises(TPatchError, match="0 records were asked"):
+        read_records("zsre", path, n=0)
+
+
+def test_one_per_subject_with_several_edits_a_case(tmp_path: Path) -> None:
+    def case(number: int, *subjects: str) -> dict[str, Any]:
+        edits = [changed(MQUAKE["requested_rewrite"][0], subject=subject) for subject in subjects]
+        return changed(MQUAKE, case_id=number, requested_rewrite=edits)
+
+    # Case 1 goes for B; the subject C of a case that is gone does not hold back case 2.
+    path = write(tmp_path, case(0, "A", "B"), case(1, "B", "C"), case(2, "C"))
+    assert [record.id for record in read_records("mquake", path, one_per_subject=True)] == ["mquake-0", "mquake-2"]
+
+
+@pytest.mark.parametrize("data", EXAMPLES)
+def test_reading_by_name(tmp_path: Path, data: str) -> None:
+    [record] = read_records(data, write(tmp_path, EXAMPLES[data]))
+    assert record.probes
+    assert all(record.probes.values())
+
+
+@pytest.mark.parametrize("data", EXAMPLES)
+def test_a_file_cut_short_names_the_record(tmp_path: Path, data: str) -> None:
+    path = write(tmp_path, EXAMPLES[data], EXAMPLES[data])
+    path.write_text(path.read_text(encoding="utf-8")[:-30], encoding="utf-8")
+    with pytest.raises(TPatchError, match=r"data.json, record 2: not JSON .* get it again"):
+        read_records(data, path)
+
+
+@pytest.mark.parametrize("content", EXAMPLES)
+@pytest.mark.parametrize("data", EXAMPLES)
+def test_a_file_of_another_data_set_says_which(tmp_path: Path, data: str, content: str) -> None:
+    path = write(tmp_path, EXAMPLES[content])
+    if data != content:
+        with pytest.raises(TPatchError, match=f"not of {data} but of {content}; read it with --data {content}"):
+            read_records(data, path)
+
+
+@pytest.mark.parametrize(
+    ("data", "field"),
+    [
+        ("counterfact", "requested_rewrite.target_new.str"),
+        ("counterfact", "requested_rewrite.target_true"),
+        ("counterfact", "requested_rewrite.subject"),
+        ("counterfact", "paraphrase_prompts"),
+        ("counterfact", "neighborhood_prompts"),
+        ("counterfact", "case_id"),
+        ("zsre", "src"),
+        ("zsre", "rephrase"),
+        ("zsre", "alt"),
+        ("zsre", "loc"),
+        ("zsre", "loc_ans"),
+        ("zsre", "subject"),
+        ("zsre", "portability.New Answer"),
+        ("knowedit", "prompt"),
+        ("knowedit", "target_new"),
+        ("knowedit", "rephrase_prompt"),
+        ("mquake", "questions"),
+        ("mquake", "new_answer"),
+        ("mquake", "new_answer_alias"),
+        ("mquake", "requested_rewrite"),
+    ],
+)
+def test_a_missing_field_is_named_with_its_record(tmp_path: Path, data: str, field: str) -> None:
+    record = changed(EXAMPLES[data])
+    *above, name = field.split(".")
+    holder = record
+    for step in above:
+        holder = holder[step]
+    del holder[name]
+    path = write(tmp_path, changed(EXAMPLES[data], case_id=99), record)
+    with pytest.raises(TPatchError, match=rf"data.json, record 2: no '{field}.*; add it, or take the record out"):
+        read_records(data, path)
+
+
+@pytest.mark.parametrize("field", list(FLAT))
+def test_a_missing_field_of_the_flattened_file(tmp_path: Path, field: str) -> None:
+    record = changed(FLAT)
+    del record[field]
+    with pytest.raises(TPatchError, match=f"record 2: no '{field}'"):
+        read_counterfact(write(tmp_path, FLAT, record))
+
+
+@pytest.mark.parametrize(
+    ("data", "fields", "message"),
+    [
+        ("zsre", {"alt": "  "}, "record 1: 'alt' must be a text that is not empty"),
+        ("zsre", {"src": 3}, "'src' must be a text"),
+        ("counterfact", {"paraphrase_prompts": "one"}, "'paraphrase_prompts' must be a list of texts"),
+        ("counterfact", {"paraphrase_prompts": [""]}, "'paraphrase_prompts' must be a list of texts"),
+        (
+            "knowedit",
+            {"portability": {"Reasoning": [{"prompt": "Why?"}]}},
+            "portability.Reasoning 1: no 'ground_truth'",
+        ),
+        (
+            "knowedit",
+            {"locality": {"X": [{"prompt": "P", "ground_truth": []}]}},
+            "'ground_truth' must be a list of one",
+        ),
+        ("knowedit", {"locality": []}, "'locality' must be an object"),
+        ("mquake", {"questions": []}, "record 1: 'questions' is empty"),
+        ("mquake", {"requested_rewrite": []}, "record 1: 'requested_rewrite' is empty"),
+        (
+            "mquake",
+            {"requested_rewrite": [{"subject": "A", "prompt": "is"}]},
+            r"requested_rewrite 1: 'prompt' must .* {}",
+        ),
+        ("mquake", {"requested_rewrite": ["A"]}, "'requested_rewrite' must be a list of objects"),
+    ],
+)
+def test_a_field_of_the_wrong_kind(tmp_path: Path, data: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(TPatchError, match=message):
+        read_records(data, write(tmp_path, changed(EXAMPLES[data], **fields)))
+
+
+def test_zsre_in_romes_reading_needs_an_answer(tmp_path: Path) -> None:
+    with pytest.raises(TPatchError, match="record 1: 'answers' must be a list of one text or more"):
+        read_zsre(write(tmp_path, changed(ZSRE, answers=[])), "rome")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a JSON list"),
+        (b"[]", "is a JSON list of records, and this is not"),
+        (b'{"version": 1}', "is a JSON list of records, and this is not"),
+        (b'{"a": 1}\n{"a": 2}', "JSON lines go with --data requests"),
+        (b"[1]", "record 1: int instead of an object"),
+        (b"\xff\xfe", "not UTF-8 at byte 0"),
+    ],
+)
+def test_files_that_are_no_data_set(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    with pytest.raises(TPatchError, match=message):
+        read_records("zsre", path)
+
+
+def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(TPatchError, match="does not exist"):
+        read_records("zsre", tmp_path / "none.json")
+    with pytest.raises(TPatchError, match="cannot be read"):
+        read_records("zsre", tmp_path)
+
+
+def test_an_id_that_occurs_twice(tmp_path: Path) -> None:
+    with pytest.raises(TPatchError, match="record 2: the id 'cf-7' is that of record 1"):
+        read_records("counterfact", write(tmp_path, COUNTERFACT, COUNTERFACT))
+
+
+@pytest.mark.parametrize("data", EXAMPLES)
+def test_options_are_checked_whatever_the_data_set(tmp_path: Path, data: str) -> None:
+    path = write(tmp_path, EXAMPLES[data])
+    with pytest.raises(TPatchError, match="no reading 'mend'; choose one of easyedit, rome"):
+        read_records(data, path, reading="mend")
+    with pytest.raises(TPatchError, match=r"must hold one \{\} for the question"):
+        read_records(data, path, template="Question:")
+    with pytest.raises(TPatchError, match="no data set 'fever'; choose one of counterfact"):
+        read_records("fever", path)
+
+
+def test_a_template_with_braces_in_the_question(tmp_path: Path) -> None:
+    [record] = read_zsre(write(tmp_path, changed(ZSRE, src="What is {x}?")), template="Q: {} A:")
+    assert record.request.prompt == "Q: What is {x}? A:"
+    assert QUESTION.format("x") == asked("x")
+
+
+@pytest.mark.skipif("TPATCH_DATA" not in os.environ, reason="TPATCH_DATA names no folder of data sets")
+def test_real_files() -> None:
+    folder = Path(os.environ["TPATCH_DATA"])
+    names = {"counterfact_f": "counterfact", "zsre_": "zsre", "knowedit_": "knowedit", "mquake_": "mquake"}
+    read = 0
+    for path in sorted(folder.rglob("*.json*")):
+        data = next((data for start, data in names.items() if path.name.startswith(start)), None)
+        data = "requests" if path.parent.name == "requests" else data
+        if data is not None:
+            assert data in DATA
+            assert all(all(record.probes.values()) for record in read_records(data, path))
+            read += 1
+    assert read, f"{folder} holds no file of a known name"

@@ -1,0 +1,143 @@
+"""Reading requests: what is accepted, and every mistake with its line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.requests import EditRequest, as_requests, contradictions, join_target, read_requests
+
+GOOD = b'{"prompt": "The capital of France is", "target": "Lyon"}'
+
+
+def read(path: Path, content: bytes) -> list[EditRequest]:
+    file = path / "requests.jsonl"
+    file.write_bytes(content)
+    return read_requests(file)
+
+
+def test_all_fields_are_read(tmp_path: Path):
+    record = {"id": 7, "prompt": "p", "target": "t", "subject": "s", "rephrases": ["a", "b"], "locality": ["c"]}
+    found = read(tmp_path, json.dumps(record).encode())
+    assert found == [EditRequest("p", "t", "s", ("a", "b"), ("c",), "7")]
+    assert as_requests([record, found[0]]) == found * 2
+
+
+def test_optional_fields_may_be_null(tmp_path: Path):
+    record = {"id": None, "prompt": "p", "target": "t", "subject": None, "rephrases": None, "locality": None}
+    assert read(tmp_path, json.dumps(record).encode()) == [EditRequest("p", "t")]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + GOOD,
+        b"\xef\xbb\xbf\n" + GOOD,
+        b"\n  \n" + GOOD + b"\n\t\n",
+        GOOD + b"\r\n\r\n",
+    ],
+    ids=["bom", "bom on a blank line", "blank lines", "windows line ends"],
+)
+def test_marks_and_blank_lines_are_passed_over(tmp_path: Path, content: bytes):
+    assert read(tmp_path, content) == [EditRequest("The capital of France is", "Lyon")]
+
+
+BAD = {
+    "malformed": (b'{"prompt": "p", "target"', "not JSON"),
+    "two objects": (b'{"prompt": "p", "target": "t"} {}', "not JSON"),
+    "array around": (b'[{"prompt": "p", "target": "t"}]', "list instead of an object"),
+    "number": (b"3", "int instead of an object"),
+    "null": (b"null", "NoneType instead of an object"),
+    "no prompt": (b'{"target": "t"}', "no 'prompt'"),
+    "no target": (b'{"prompt": "p"}', "no 'target'"),
+    "prompt type": (b'{"prompt": 3, "target": "t"}', "'prompt' is int"),
+    "prompt null": (b'{"prompt": null, "target": "t"}', "'prompt' is NoneType"),
+    "target type": (b'{"prompt": "p", "target": ["t"]}', "'target' is list"),
+    "subject type": (b'{"prompt": "p", "target": "t", "subject": {}}', "'subject' is dict"),
+    "rephrases type": (b'{"prompt": "p", "target": "t", "rephrases": "r"}', "'rephrases' must be a list"),
+    "rephrases false": (b'{"prompt": "p", "target": "t", "rephrases": false}', "'rephrases' must be a list"),
+    "rephrases empty text": (b'{"prompt": "p", "target": "t", "rephrases": [" "]}', "'rephrases' must be a list"),
+    "locality type": (b'{"prompt": "p", "target": "t", "locality": [1]}', "'locality' must be a list"),
+    "id type": (b'{"prompt": "p", "target": "t", "id": [1]}', "'id' is list"),
+    "id true": (b'{"prompt": "p", "target": "t", "id": true}', "'id' is bool"),
+    "unknown key": (b'{"prompt": "p", "target": "t", "answer": "a"}', "unknown key 'answer'"),
+    "not UTF-8": (b'{"prompt": "caf\xe9", "target": "t"}', "not UTF-8 at byte 15"),
+    "half a surrogate": (b'{"prompt": "p", "target": "\\ud83d"}', "'target' holds half of a surrogate pair"),
+    "too deep": (b'{"prompt": ' + b"[" * 100_000, "not JSON"),
+    "too long a number": (b'{"prompt": "p", "target": "t", "id": ' + b"9" * 5000 + b"}", "not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_line_is_named(tmp_path: Path, name: str):
+    line, reason = BAD[name]
+    with pytest.raises(TPatchError) as caught:
+        read(tmp_path, GOOD + b"\n\n" + line + b"\n" + GOOD)
+    assert str(caught.value).startswith(f"{tmp_path / 'requests.jsonl'}, line 3: {reason}")
+
+
+def test_a_line_is_named_where_requests_come_from_code():
+    with pytest.raises(TPatchError, match="request 1: no 'target'"):
+        as_requests([{"prompt": "p", "target": "t"}, {"prompt": "p"}])
+
+
+@pytest.mark.parametrize(("first", "second"), [('"a"', '"a"'), ("1", '"1"')])
+def test_an_id_may_be_used_once(tmp_path: Path, first: str, second: str):
+    lines = [f'{{"prompt": "p", "target": "t", "id": {text}}}' for text in (first, second)]
+    with pytest.raises(TPatchError, match=r"line 3: the id .* was used in line 1"):
+        read(tmp_path, "\n\n".join(lines).encode())
+
+
+def test_requests_without_ids_are_named_by_position(tmp_path: Path):
+    requests = read(tmp_path, GOOD + b"\n" + GOOD)
+    assert [request.name(position) for position, request in enumerate(requests)] == ["edit-0", "edit-1"]
+    assert EditRequest("p", "t", id="mine").name(3) == "mine"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
+def test_an_empty_file_is_an_error(tmp_path: Path, content: bytes):
+    with pytest.raises(TPatchError, match="holds no request"):
+        read(tmp_path, content)
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path):
+    with pytest.raises(TPatchError, match=r"nothing\.jsonl does not exist"):
+        read_requests(tmp_path / "nothing.jsonl")
+    with pytest.raises(TPatchError, match="cannot be read"):
+        read_requests(tmp_path)
+
+
+def test_contradictions_name_the_first_request_with_another_target():
+    prompts = [("a", "x"), ("b", "x"), ("a", "x "), (" a ", "y"), ("b", "y"), ("a", "z"), ("A", "y")]
+    assert contradictions([EditRequest(*pair) for pair in prompts]) == {3: 0, 4: 1, 5: 0}
+    assert contradictions([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "joined"),
+    [
+        ("is", "Lyon", " Lyon"),
+        ("is ", "Lyon", "Lyon"),
+        ("is", " Lyon", " Lyon"),
+        ("is\n", "Lyon", "Lyon"),
+        ("", "Lyon", "Lyon"),
+    ],
+)
+def test_join_target_puts_one_space_between(prompt: str, target: str, joined: str):
+    assert join_target(prompt, target) == joined
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+WORDS = st.lists(TEXT.filter(str.strip), max_size=3).map(tuple)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.builds(EditRequest, TEXT, TEXT, st.none() | TEXT, WORDS, WORDS), min_size=1, max_size=4), st.booleans()
+)
+def test_what_is_written_is_read_back(tmp_path: Path, requests: list[EditRequest], ascii_only: bool):
+    lines = [json.dumps(vars(request), ensure_ascii=ascii_only) for request in requests]
+    assert read(tmp_path, "\n".join(lines).encode()) == requests

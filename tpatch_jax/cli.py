@@ -1,0 +1,149 @@
+"""The ``tpatch`` command: parses, calls the library, prints."""
+
+import sys
+from typing import Annotated
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
+
+from tpatch_jax.errors import TPatchError
+
+__all__ = ["main"]
+
+Model = Annotated[Positional[str], arg(metavar="MODEL", help="a name from `tpatch models`, a folder, or a hub id")]
+Patches = Annotated[Positional[str], arg(metavar="PATCHES", help="a folder that `tpatch edit` wrote")]
+Json = Annotated[bool, arg(help="print one JSON object as the last line")]
+Quiet = Annotated[bool, arg(help="show no progress bar")]
+Set = Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="NAME=VALUE", help="change a setting")]
+Config = Annotated[str | None, arg(metavar="FILE", help="a YAML file of settings, such as those in configs/")]
+
+
+def demo(
+    output: Annotated[str, arg(aliases=["-o"], help="where to save the patches")] = "patches/demo",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Correct eight facts of a real language model and show what changed."""
+    from tpatch_jax.demo import run
+
+    run(output, json=json, quiet=quiet)
+
+
+def edit(
+    model: Model,
+    requests: Annotated[Positional[str | None], arg(metavar="REQUESTS.jsonl", help="one JSON request a line")] = None,
+    *,
+    output: Annotated[str, arg(aliases=["-o"], metavar="PATCHES", help="folder for the patches")],
+    prompt: Annotated[str | None, arg(help="a single edit: the text that the model continues wrongly")] = None,
+    target: Annotated[str | None, arg(help="a single edit: what it should say instead")] = None,
+    subject: Annotated[str | None, arg(help="a single edit: what the prompt is about")] = None,
+    config: Config = None,
+    preset: Annotated[str | None, arg(help="default or paper")] = None,
+    changes: Set = (),
+    memory: Annotated[str | None, arg(help="a text file on which patches stay silent")] = None,
+    train_on_rephrases: Annotated[bool, arg(help="fit on the rephrases too, which otherwise only measure")] = False,
+    dtype: Annotated[str | None, arg(help="float32 or bfloat16; by default the checkpoint's")] = None,
+    seed: Annotated[int, arg(help="the same seed gives the same patches")] = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Correct a model: fit neurons that make it say each target after its prompt."""
+    from tpatch_jax import commands
+
+    commands.edit(
+        model,
+        requests,
+        output,
+        single=(prompt, target, subject),
+        config=config,
+        preset=preset,
+        changes=[*changes, *(["train_on_rephrases=true"] if train_on_rephrases else [])],
+        memory=memory,
+        dtype=dtype,
+        seed=seed,
+        json=json,
+        quiet=quiet,
+    )
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, arg(help="the text to continue")],
+    patches: Annotated[str | None, arg(help="patches to attach")] = None,
+    max_new_tokens: int = 32,
+    dtype: Annotated[str | None, arg(help="float32 or bfloat16")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Continue a text greedily, with or without patches."""
+    from tpatch_jax import commands
+
+    commands.generate(model, prompt, patches, max_new_tokens, dtype=dtype, json=json, quiet=quiet)
+
+
+def inspect(patches: Patches, json: Json = False) -> None:
+    """List every edit in a folder of patches."""
+    from tpatch_jax import commands
+
+    commands.inspect(patches, json=json)
+
+
+def merge(
+    model: Model,
+    patches: Patches,
+    output: Annotated[str, arg(aliases=["-o"], metavar="OUT", help="folder for the model")],
+    dtype: Annotated[str | None, arg(help="float32 or bfloat16")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the model with the patches inside its feed-forward network, as a Hugging Face style folder."""
+    from tpatch_jax import commands
+
+    commands.merge(model, patches, output, dtype=dtype, json=json, quiet=quiet)
+
+
+def models(json: Json = False) -> None:
+    """Say what MODEL may be, and how each is obtained."""
+    from tpatch_jax import commands
+
+    commands.models(json=json)
+
+
+COMMANDS = {
+    "demo": demo,
+    "edit": edit,
+    "generate": generate,
+    "inspect": inspect,
+    "merge": merge,
+    "models": models,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command line without the program's name; by default the process's own.
+
+    Returns:
+        The exit status: 0, 1 after a mistake that the message explains, 130 after Ctrl-C.
+    """
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="tpatch",
+            description="Correct what a trained transformer says, one neuron per mistake.",
+            args=sys.argv[1:] if arguments is None else arguments,
+            config=(FlagCreatePairsOff,),
+        )
+    except TPatchError as error:
+        sys.stderr.write(f"tpatch: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("tpatch: stopped\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

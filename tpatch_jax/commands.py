@@ -1,0 +1,209 @@
+"""What each command does: load, call the library, show the result."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from tpatch_jax import store
+from tpatch_jax.configuration import change, read_config
+from tpatch_jax.console import print_json, progress_bar
+from tpatch_jax.editors import tpatcher
+from tpatch_jax.editors.editor import EditInfo
+from tpatch_jax.editors.tpatcher import PRESETS, TPatcherSettings
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.measure import measure
+from tpatch_jax.files import check_vacant
+from tpatch_jax.models import model as models_
+from tpatch_jax.models.families import FAMILIES
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.sources import NAMED_MODELS, cache_folder
+from tpatch_jax.requests import EditRequest, read_requests
+
+__all__ = ["edit", "generate", "inspect", "keep_compilations", "load", "merge", "models", "settings_of", "summary"]
+
+
+def keep_compilations() -> None:
+    """Keep compiled programs between runs of the command: a second run starts at once."""
+    folder = cache_folder() / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def load(name: str, dtype: str | None, quiet: bool) -> Model:
+    """Load the model that a command names."""
+    keep_compilations()
+    return models_.load_model(name, dtype=dtype, quiet=quiet)
+
+
+def settings_of(preset: str | None, config: str | None, changes: Sequence[str]) -> TPatcherSettings:
+    """Settings from a preset, a YAML file and ``name=value`` changes, in this order."""
+    values = read_config(config) if config else {}
+    name = preset or values.pop("preset", "default")
+    values.pop("preset", None)
+    if name not in PRESETS:
+        raise TPatchError(f"preset {name!r} does not exist; choose from {', '.join(sorted(PRESETS))}")
+    return change(change(PRESETS[name], values), changes)
+
+
+def _requests(path: str | None, single: tuple[str | None, str | None, str | None]) -> list[EditRequest]:
+    prompt, target, subject = single
+    if path is not None:
+        if prompt is not None or target is not None or subject is not None:
+            raise TPatchError("give either a file of requests or --prompt and --target, not both")
+        return read_requests(path)
+    if prompt is None or target is None:
+        raise TPatchError("nothing to edit: give a file of requests, or --prompt and --target")
+    return [EditRequest(prompt, target, subject)]
+
+
+def summary(info: EditInfo, figures: dict[str, float | None], neurons: int) -> dict[str, Any]:
+    """The object that ``tpatch edit --json`` ends with."""
+    return {
+        "n": len(info.requests),
+        "patches": neurons,
+        **figures,
+        "seconds": round(info.seconds, 3),
+        "forward_equivalents": round(info.forward_equivalents, 3),
+        "fit_forward_equivalents": round(info.fit_forward_equivalents, 3),
+        "parameters_added": info.parameters_added,
+        "already": [request.id for request in info.requests if request.status == "already"],
+        "failed": [{"id": request.id, "reason": request.reason} for request in info.failed],
+    }
+
+
+def edit(
+    model: str,
+    requests: str | None,
+    output: str,
+    *,
+    single: tuple[str | None, str | None, str | None],
+    config: str | None,
+    preset: str | None,
+    changes: Sequence[str],
+    memory: str | None,
+    dtype: str | None,
+    seed: int,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """``tpatch edit``."""
+    wanted = _requests(requests, single)
+    settings = settings_of(preset, config, changes)
+    check_vacant(Path(output))
+    loaded = load(model, dtype, quiet or json)
+    with progress_bar(quiet or json) as report:
+        patch, info = tpatcher.edit(loaded, wanted, settings=settings, memory=memory, seed=seed, progress=report)
+        store.save_patches(output, loaded, patch, wanted, info)
+        total = sum(1 + len(request.rephrases) + len(request.locality) for request in wanted)
+        figures = measure(loaded, patch, wanted, lambda done: report("measuring", done, total))
+    result = summary(info, figures, patch.key.shape[0])
+    if json:
+        print_json(result)
+        return
+    console = Console()
+    table = Table(
+        title=f"{len(wanted)} requests, {patch.key.shape[0]} neurons, {info.seconds:.1f} s", title_justify="left"
+    )
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in result.items():
+        if value is not None and not isinstance(value, list):
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+    for request in info.failed:
+        console.print(f"[red]failed[/red] {request.id}: {request.reason}", highlight=False)
+    console.print(f"patches saved in {output}", highlight=False)
+
+
+def generate(
+    model: str, prompt: str, patches: str | None, max_new_tokens: int, *, dtype: str | None, json: bool, quiet: bool
+) -> None:
+    """``tpatch generate``."""
+    if max_new_tokens < 1:
+        raise TPatchError(f"--max-new-tokens {max_new_tokens} generates nothing; give 1 or more")
+    loaded = load(model, dtype, quiet or json)
+    if patches:
+        loaded = models_.attach(loaded, store.load_patches(patches, loaded))
+    text = loaded.generate(prompt, max_new_tokens)
+    if json:
+        print_json({"prompt": prompt, "text": text})
+    else:
+        Console().print(f"[dim]{prompt}[/dim]{text}", highlight=False, markup=True)
+
+
+def inspect(patches: str, *, json: bool) -> None:
+    """``tpatch inspect``."""
+    saved = store.read_patches(patches)
+    if json:
+        print_json({"model": saved.model, "neurons": saved.patch.key.shape[0], "edits": saved.edits})
+        return
+    table = Table(
+        title=f"{patches}: {saved.patch.key.shape[0]} neurons for {saved.model['name']}", title_justify="left"
+    )
+    for column in ("id", "prompt", "target", "neurons", "held", "losses"):
+        table.add_column(column)
+    for entry in saved.edits:
+        losses = "  ".join(f"{name} {value:.3g}" for name, value in entry["losses"].items())
+        held = "yes" if entry["held"] else f"no: {entry.get('reason', '')}"
+        if entry["status"] == "already":
+            held = "yes, before the edit"
+        table.add_row(entry["id"], entry["prompt"], entry["target"], str(len(entry["neurons"])), held, losses)
+    Console().print(table)
+
+
+def merge(model: str, patches: str, output: str, *, dtype: str | None, json: bool, quiet: bool) -> None:
+    """``tpatch merge``."""
+    check_vacant(Path(output))
+    saved = store.read_patches(patches)
+    loaded = load(model, dtype, quiet or json)
+    store.check_model(saved, loaded)
+    merged = models_.merge(loaded, saved.patch)
+    models_.save_model(merged, output)
+    added = merged.parameter_count - loaded.parameter_count
+    if json:
+        print_json({"output": output, "neurons": saved.patch.key.shape[0], "parameters_added": added})
+    else:
+        Console().print(
+            f"{saved.patch.key.shape[0]} neurons merged ({added:,} parameters) into {output}", highlight=False
+        )
+
+
+def models(*, json: bool) -> None:
+    """``tpatch models``."""
+    families = [{"name": family.name, "model_types": list(family.model_types)} for family in FAMILIES]
+    named = [
+        {
+            "name": entry.name,
+            "family": entry.family,
+            "parameters": entry.parameters,
+            "license": entry.license,
+            "description": entry.description,
+            "obtained": f"from the wheel {entry.package} {entry.version}, on first use",
+        }
+        for entry in NAMED_MODELS
+    ]
+    if json:
+        print_json({"families": families, "models": named})
+        return
+    console = Console()
+    table = Table(title="models by name", title_justify="left")
+    for column in ("name", "family", "parameters", "license", "how it is obtained"):
+        table.add_column(column)
+    for entry in named:
+        row = [entry["name"], entry["family"], f"{entry['parameters']:,}", entry["license"], entry["obtained"]]
+        table.add_row(*row)
+    console.print(table)
+    table = Table(title="families: any folder or hub id with safetensors", title_justify="left")
+    for column in ("family", "model_type in config.json"):
+        table.add_column(column)
+    for family in families:
+        table.add_row(family["name"], ", ".join(family["model_types"]))
+    console.print(table)

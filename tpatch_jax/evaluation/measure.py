@@ -1,0 +1,120 @@
+"""What an edit does to its own requests: the answer, the rephrasings, and the prompts that must not change."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tpatch_jax import ffn
+from tpatch_jax.models import decoder
+from tpatch_jax.models.collection import argmax_logits, collect
+from tpatch_jax.models.model import Model, attach
+from tpatch_jax.patch import Patch, contribution
+from tpatch_jax.requests import EditRequest, join_target
+
+__all__ = ["measure", "predictions"]
+
+
+def predictions(
+    model: Model,
+    patch: Patch | None,
+    rows: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    progress: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The most probable next token at chosen positions, without and with a patch.
+
+    A patch in the last layer changes each position on its own, so both come from one pass; a patch further down takes
+    a second one.
+
+    Args:
+        model: the model without the patch.
+        patch: the neurons, ``[n, d]``, or ``None`` for none.
+        rows: token ids of each text.
+        positions: which positions of each text.
+        progress: called with the number of texts done.
+
+    Returns:
+        Two arrays of token ids, text after text, position after position.
+    """
+    layer = model.layer(None)
+    sites = collect(model, rows, positions, layer, progress)
+    before = argmax_logits(model, decoder.leave_last(model.config, model.params, sites.residual, sites.output))
+    if patch is None or not patch.key.shape[0]:
+        return before, before
+    if patch.layer is None or (np.asarray(patch.layer) == layer).all():
+        act = ffn.ACTIVATIONS[model.config.activation]
+        output = sites.output + contribution(patch, sites.query, act)
+    else:
+        model = attach(model, patch)
+        sites = collect(model, rows, positions, layer, progress)
+        output = sites.output
+    return before, argmax_logits(model, decoder.leave_last(model.config, model.params, sites.residual, output))
+
+
+def measure(
+    model: Model, patch: Patch, requests: Sequence[EditRequest], progress: Callable[[int], None] | None = None
+) -> dict[str, float | None]:
+    """The share of requests, rephrasings and unrelated prompts that come out as they should, all patches active.
+
+    A target comes out of greedy decoding from the prompt alone exactly if each of its tokens is the most probable one
+    after the prompt and the target tokens before it; so one pass over prompt and target decides it.
+
+    Args:
+        model: the model without the patch.
+        patch: the neurons, ``[n, d]``.
+        requests: the requests; those that failed count as well.
+        progress: called with the number of texts done.
+
+    Returns:
+        ``exact, token_accuracy, rephrase_exact, rephrase_token_accuracy`` (token figures are means over prompts of the
+        share of target tokens), ``locality`` (share of ``locality`` prompts whose next token is unchanged) and
+        ``locality_tokens`` (share of all their positions); ``None`` where there is nothing to measure.
+    """
+    rows: list[list[int]] = []
+    positions: list[range] = []
+    wanted: list[list[int]] = []
+    kinds: list[str] = []
+
+    def add(kind: str, prompt: str, target: str) -> None:
+        start = model.encode(prompt)
+        answer = model.encode(join_target(prompt, target)) if target else []
+        row = start + answer
+        if not start or len(row) > model.config.context or (kind != "locality" and not answer):
+            rows.append([0])
+            positions.append(range(0))
+            wanted.append([])
+        else:
+            rows.append(row)
+            positions.append(range(len(start) - 1, len(row) - 1) if answer else range(len(row)))
+            wanted.append(answer)
+        kinds.append(kind)
+
+    for request in requests:
+        add("edit", request.prompt, request.target)
+        for text in request.rephrases:
+            add("rephrase", text, request.target)
+        for text in request.locality:
+            add("locality", text, "")
+    before, after = predictions(model, patch, rows, positions, progress)
+    ends = np.cumsum([len(places) for places in positions])
+    shares: dict[str, list[float]] = {"edit": [], "rephrase": []}
+    next_token: list[bool] = []
+    tokens: list[np.ndarray] = []
+    for kind, answer, places, end in zip(kinds, wanted, positions, ends, strict=True):
+        span = slice(end - len(places), end)
+        if kind == "locality":
+            if len(places):
+                same = before[span] == after[span]
+                next_token.append(bool(same[-1]))
+                tokens.append(same)
+        else:
+            shares[kind].append(float(np.mean(after[span] == np.asarray(answer))) if answer else 0.0)
+    result: dict[str, float | None] = {}
+    for kind, prefix in (("edit", ""), ("rephrase", "rephrase_")):
+        found: Any = shares[kind]
+        result[f"{prefix}exact"] = float(np.mean([share == 1.0 for share in found])) if found else None
+        result[f"{prefix}token_accuracy"] = float(np.mean(found)) if found else None
+    result["locality"] = float(np.mean(next_token)) if next_token else None
+    result["locality_tokens"] = float(np.concatenate(tokens).mean()) if tokens else None
+    return result
