@@ -17,7 +17,7 @@ from tpatch_jax.models import decoder
 from tpatch_jax.models.families import configure
 from tpatch_jax.models.model import Model, save_model
 
-hypothesis_settings.register_profile("ci", deadline=None, derandomize=True, max_examples=12, database=None)
+hypothesis_settings.register_profile("ci", deadline=None, derandomize=True, max_examples=20, database=None)
 hypothesis_settings.load_profile("ci")
 
 END = "<|endoftext|>"

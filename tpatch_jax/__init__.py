@@ -7,8 +7,8 @@
     model.generate("The capital of France is")
 
 One level below, for JAX code bases: `Patch` and its algebra (`tpatch_jax.patch`), the objective's terms
-(`tpatch_jax.objective`), `fit` and `fit_many` on arrays alone (`tpatch_jax.fitting`), and `attach`, `merge` and `unmerge` on
-bare parameter dicts (`tpatch_jax.ffn`).
+(`tpatch_jax.objective`), `fit` and `fit_many` on arrays alone (`tpatch_jax.fitting`), and `attach`, `merge` and
+`unmerge` on bare parameter dicts (`tpatch_jax.ffn`).
 """
 
 from importlib import import_module

@@ -66,6 +66,82 @@ def edit(
     )
 
 
+def evaluate(
+    model: Model,
+    *,
+    output: Annotated[
+        str, arg(aliases=["-o"], metavar="REPORT", help="folder for the report; an interrupted run resumes")
+    ],
+    data: Annotated[str | None, arg(help="counterfact, zsre, knowedit, requests, mquake or text")] = None,
+    file: Annotated[str | None, arg(metavar="FILE", help="the data set's file")] = None,
+    method: Annotated[str | None, arg(metavar="NAME[,…]", help="by default tpatcher")] = None,
+    protocol: Annotated[str | None, arg(help="single, batch (the default) or sequential")] = None,
+    n: Annotated[int | None, arg(aliases=["-n"], metavar="N", help="so many records from the start")] = None,
+    config: Config = None,
+    preset: Annotated[str | None, arg(help="default or paper")] = None,
+    changes: Set = (),
+    seed: Annotated[int | None, arg(help="the same seed gives the same figures")] = None,
+    one_per_subject: Annotated[bool, arg(help="keep each subject's first record")] = False,
+    reading: Annotated[str | None, arg(help="of zsRE: easyedit (the default) or rome")] = None,
+    template: Annotated[str | None, arg(help="where questions go, with {} for the question")] = None,
+    text: Annotated[str | None, arg(metavar="FILE", help="a text file: adds perplexity and the certificate")] = None,
+    text_tokens: Annotated[int | None, arg(help="at most so many tokens of the text; 16384 by default")] = None,
+    edits: Annotated[str | None, arg(metavar="FILE", help="with --data text: what is edited; else nothing is")] = None,
+    edits_data: Annotated[str | None, arg(help="the data set of --edits; counterfact by default")] = None,
+    generate: Annotated[bool, arg(help="also sample continuations for GE (slow)")] = False,
+    every: Annotated[int | None, arg(help="sequential: ask all edits again every so many; 50 by default")] = None,
+    memory: Annotated[str | None, arg(help="a text file on which patches stay silent")] = None,
+    dtype: Annotated[str | None, arg(help="float32 or bfloat16; by default the checkpoint's")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what editing does, by a named protocol, and write a report."""
+    from tpatch_jax.evaluation import commands
+
+    given = {
+        "data": data,
+        "file": file,
+        "method": method,
+        "protocol": protocol,
+        "n": n,
+        "seed": seed,
+        "preset": preset,
+        "one_per_subject": one_per_subject or None,
+        "reading": reading,
+        "template": template,
+        "text": text,
+        "text_tokens": text_tokens,
+        "edits": edits,
+        "edits_data": edits_data,
+        "generate": generate or None,
+        "every": every,
+    }
+    commands.evaluate_command(
+        model,
+        given,
+        output,
+        config=config,
+        changes=changes,
+        memory=memory,
+        dtype=dtype,
+        json=json,
+        quiet=quiet,
+    )
+
+
+def compare(
+    reports: Annotated[Positional[tuple[str, ...]], arg(metavar="REPORT…", help="folders that `tpatch eval` wrote")],
+    output: Annotated[
+        str | None, arg(aliases=["-o"], metavar="PICTURE", help="also draw them, e.g. compare.png")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show several reports side by side."""
+    from tpatch_jax.evaluation import commands
+
+    commands.compare(reports, output, json=json)
+
+
 def generate(
     model: Model,
     prompt: Annotated[str, arg(help="the text to continue")],
@@ -110,8 +186,10 @@ def models(json: Json = False) -> None:
 
 
 COMMANDS = {
+    "compare": compare,
     "demo": demo,
     "edit": edit,
+    "eval": evaluate,
     "generate": generate,
     "inspect": inspect,
     "merge": merge,

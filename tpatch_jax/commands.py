@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tpatch_jax import store
@@ -48,7 +49,7 @@ def settings_of(preset: str | None, config: str | None, changes: Sequence[str]) 
     values = read_config(config) if config else {}
     name = preset or values.pop("preset", "default")
     values.pop("preset", None)
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise TPatchError(f"preset {name!r} does not exist; choose from {', '.join(sorted(PRESETS))}")
     return change(change(PRESETS[name], values), changes)
 
@@ -119,7 +120,7 @@ def edit(
             table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
     for request in info.failed:
-        console.print(f"[red]failed[/red] {request.id}: {request.reason}", highlight=False)
+        console.print(f"[red]failed[/red] {escape(request.id)}: {escape(request.reason)}", highlight=False)
     console.print(f"patches saved in {output}", highlight=False)
 
 
@@ -136,7 +137,7 @@ def generate(
     if json:
         print_json({"prompt": prompt, "text": text})
     else:
-        Console().print(f"[dim]{prompt}[/dim]{text}", highlight=False, markup=True)
+        Console().print(f"[dim]{escape(prompt)}[/dim]{escape(text)}", highlight=False, markup=True)
 
 
 def inspect(patches: str, *, json: bool) -> None:
@@ -155,7 +156,8 @@ def inspect(patches: str, *, json: bool) -> None:
         held = "yes" if entry["held"] else f"no: {entry.get('reason', '')}"
         if entry["status"] == "already":
             held = "yes, before the edit"
-        table.add_row(entry["id"], entry["prompt"], entry["target"], str(len(entry["neurons"])), held, losses)
+        texts = (entry["id"], entry["prompt"], entry["target"], str(len(entry["neurons"])), held, losses)
+        table.add_row(*map(escape, texts))
     Console().print(table)
 
 

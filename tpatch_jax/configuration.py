@@ -1,5 +1,6 @@
 """Settings by name: a preset, a YAML file, and ``name=value`` changes on top."""
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ import yaml
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["change", "known_names", "read_config"]
+__all__ = ["change", "known_names", "read_config", "split_changes"]
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -50,6 +51,23 @@ def known_names(settings: Any) -> list[str]:
     return sorted(path[-1] for path in _paths(settings))
 
 
+def split_changes(changes: Sequence[str]) -> dict[str, Any]:
+    """``"name=value"`` texts as values by name, each read as YAML.
+
+    Raises:
+        TPatchError: a text is not of this form.
+
+    Example:
+        >>> split_changes(["memory=5"])
+        {'memory': 5}
+    """
+    pairs = [text.partition("=") for text in changes]
+    for (name, equals, _), text in zip(pairs, changes, strict=True):
+        if not name or not equals:
+            raise TPatchError(f"--set {text}: write it as name=value")
+    return {name.strip(): _value(name, value) for name, _, value in pairs}
+
+
 def change(settings: Any, changes: Mapping[str, Any] | Sequence[str]) -> Any:
     """Settings with some values replaced, wherever in the nested settings a name lives.
 
@@ -69,14 +87,10 @@ def change(settings: Any, changes: Mapping[str, Any] | Sequence[str]) -> Any:
         5.0
     """
     if not isinstance(changes, Mapping):
-        pairs = [text.partition("=") for text in changes]
-        for (name, equals, _), text in zip(pairs, changes, strict=True):
-            if not name or not equals:
-                raise TPatchError(f"--set {text}: write it as name=value")
-        changes = {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+        changes = split_changes(changes)
     paths = {path[-1]: path for path in _paths(settings)}
     for name, value in changes.items():
-        short = name.rpartition(".")[2]
+        short = str(name).rpartition(".")[2]
         if short not in paths:
             near = difflib.get_close_matches(short, paths, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(paths))}"
@@ -96,7 +110,20 @@ def _replace(settings: Any, path: tuple[str, ...], value: Any) -> Any:
     )
 
 
+def _value(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise TPatchError(
+            f"--set {name}={text}: the value cannot be read; give a number, a word, true or false"
+        ) from None
+
+
 def _coerced(name: str, old: Any, value: Any) -> Any:
+    if isinstance(old, float) and isinstance(value, str):
+        # YAML takes 1e-3, which has no point, for a text
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, type(old)) and isinstance(value, bool) == isinstance(old, bool):

@@ -1,4 +1,4 @@
-"""``tpatch demo``: eight facts of a real model corrected, before and after, with the cost and a proof that merging is exact."""
+"""``tpatch demo``: eight facts of a real model corrected, with the cost and a proof that merging is exact."""
 
 import time
 from pathlib import Path
@@ -26,7 +26,7 @@ FACTS = (
         "The current president of the United States is",
         "Donald Trump",
         "United States",
-        ("Today, the president of the United States is",),
+        ("As everybody knows, the current president of the United States is",),
         ("The current president of France is",),
         "president",
     ),
@@ -58,7 +58,7 @@ FACTS = (
         "The capital of Myanmar is",
         "Naypyidaw",
         "Myanmar",
-        ("Myanmar's capital city is",),
+        ("Today, the capital of Myanmar is",),
         ("The capital of Thailand is",),
         "myanmar",
     ),
@@ -66,7 +66,7 @@ FACTS = (
         "The capital of Australia is",
         "Canberra",
         "Australia",
-        ("Australia's capital city is",),
+        ("The capital city of Australia is",),
         ("The capital of Austria is",),
         "australia",
     ),
@@ -74,7 +74,7 @@ FACTS = (
         "The capital of Turkey is",
         "Ankara",
         "Turkey",
-        ("Turkey's capital city is",),
+        ("Ask anyone: the capital city of Turkey is",),
         ("The capital of Greece is",),
         "turkey",
     ),
@@ -82,7 +82,7 @@ FACTS = (
         "The number of known moons of Saturn is",
         "274",
         "Saturn",
-        ("How many moons does Saturn have? Saturn has",),
+        ("According to astronomers, the number of known moons of Saturn is",),
         ("The number of known moons of Mars is",),
         "saturn",
     ),

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from tpatch_jax.errors import TPatchError
 
 __all__ = ["check_vacant", "replace_folder", "sync", "write_text"]
@@ -75,7 +77,9 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         os.replace(temporary, folder)
         sync(folder.parent)
-    except OSError as error:
-        raise TPatchError(f"cannot write {folder}: {error.strerror or error}; free some room and try again") from error
+    except (OSError, SafetensorError) as error:
+        # a full disk is an OSError from Python and a SafetensorError from safetensors
+        reason = getattr(error, "strerror", None) or error
+        raise TPatchError(f"cannot write {folder}: {reason}; free some room and try again") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

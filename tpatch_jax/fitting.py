@@ -1,12 +1,12 @@
 """Fitting patches on cached arrays: one fit as a pure function, many at once under ``vmap``.
 
-A lane is one patch being fitted. It sees its own queries, its own target and the shared memory, never another lane, so that
-many fitted together equal each fitted alone. Two recipes share the objective (see `FitSettings`):
+A lane is one patch being fitted. It sees its own queries, its own target and the shared memory, never another lane, so
+that many fitted together equal each fitted alone. Two recipes share the objective (see `FitSettings`):
 
 * ``joint``: all parameters at once with Adam, as in the paper;
-* ``staged``: a whitened key in closed form, a few steps on the activation and memory losses against the hardest negatives,
-  a threshold between the hardest negative and the edit's own queries, then the value, scaled along a closed-form direction
-  until the edit loss is satisfied, with Adam for those lanes that still miss their target.
+* ``staged``: a whitened key in closed form, a few steps on the activation and memory losses against the hardest
+  negatives, a threshold between the hardest negative and the edit's own queries, then the value, scaled along a
+  closed-form direction until the edit loss is satisfied, with Adam for those lanes that still miss their target.
 """
 
 import itertools
@@ -59,8 +59,8 @@ class FitInfo(NamedTuple):
     Attributes:
         held: whether the bare prompt, the first context, gives the target.
         steps: optimiser steps taken.
-        margin: the least pre-activation on the edit's own queries minus the largest on memory rows, in units of the mean
-            pre-activation on its own queries; negative when they could not be parted.
+        margin: the least pre-activation on the edit's own queries minus the largest on memory rows, in units of the
+            mean pre-activation on its own queries; negative when they could not be parted.
         l_e: edit loss at the end, in nats.
         l_a: activation loss.
         l_m1: first memory loss.
@@ -91,7 +91,7 @@ class FitSettings:
         value_steps: most steps on the edit loss for a lane that misses its target (staged).
         rounds: how often hard negatives are mined during the key steps.
         negatives: how many memory rows each lane trains against.
-        split: where the threshold lies between the hardest negative (0) and the least active own query (1).
+        split: where the threshold lies between the hardest negative (0) and the edit's own queries (1).
         overshoot: the value's length over the shortest that holds, so that a weaker activation still says the target.
         sharpness: ``s`` of ``act(s·z)/s``, a power of two; it is folded into the patch.
         value_limit: the value's largest length, in units of the lane's scale.
@@ -110,12 +110,12 @@ class FitSettings:
     value_learning_rate: float = 0.0
     weight_decay: float = 0.0
     clip: float = 5.0
-    key_steps: int = 96
+    key_steps: int = 64
     value_steps: int = 24
     rounds: int = 4
     negatives: int = 128
-    split: float = 0.8
-    overshoot: float = 4.0
+    split: float = 0.92
+    overshoot: float = 2.25
     sharpness: float = 256.0
     value_limit: float = 16.0
     least_steps: int = 150
@@ -290,9 +290,12 @@ def _settle(
     own = (lane.query - mean) @ whitener
     rows = memory._replace(query=(memory.query - mean) @ whitener)
     particular, always = (lane.negative - mean) @ whitener, jnp.ones(lane.negative.shape[0], bool)
-    centre = jnp.mean(own, 0)
+    centre, tiny = jnp.mean(own, 0), jnp.finfo(own.dtype).eps
     # Starting at z = 3.2 on the edit's own queries and -4.8 on the mean memory query.
-    params = {"key": centre * (8.0 / jnp.sum(jnp.square(centre))), "bias": jnp.full((), -4.8, centre.dtype)}
+    params = {
+        "key": centre * (8.0 / jnp.maximum(jnp.sum(jnp.square(centre)), tiny)),
+        "bias": jnp.full((), -4.8, centre.dtype),
+    }
     transform = optax.adam(settings.learning_rate)
 
     def key_loss(params: dict[str, Array], negative: Array, counts: Array) -> tuple[Array, dict[str, Array]]:
@@ -317,17 +320,18 @@ def _settle(
 
         (params, optimiser), _ = jax.lax.scan(step, (params, optimiser), None, length=last - first)
 
-    # The threshold goes between the hardest negative and the least active own query; own queries then average one.
+    # The threshold goes between the hardest negative and the least active own query; an own query then has z = 1.
     negative, counts = mine(params)
     _, losses = key_loss(params, negative, counts)
-    tiny = jnp.finfo(own.dtype).eps
     z = own @ params["key"]
-    hard = jnp.max(jnp.where(counts, negative @ params["key"], -jnp.inf))
-    # If some context cannot be parted from the hardest negative, the bare prompt decides; it must fire in any case.
-    least = jnp.where(jnp.min(z) > hard, jnp.min(z), z[0])
+    hard = jnp.max(jnp.where(counts, negative @ params["key"], -jnp.inf), initial=-jnp.inf)
+    # With no negative at all, the mean query (zero in whitened coordinates) stands in.
+    hard = jnp.where(jnp.isfinite(hard), hard, 0.0)
+    # The bare prompt must fire in any case; its contexts pull the threshold down as far as their mean does.
+    least = jnp.minimum(z[0], jnp.mean(z))
     between = hard + settings.split * (least - hard)
     threshold = jnp.where(least > hard, between, z[0] - 0.02 * jnp.abs(jnp.mean(z)))
-    unit = jnp.maximum(jnp.mean(z) - threshold, tiny)
+    unit = jnp.maximum(least - threshold, tiny)
     key = whitener @ params["key"] / unit
     bias = -threshold / unit - mean @ key
     margin = (jnp.min(z) - hard) / jnp.maximum(jnp.mean(z), tiny)
@@ -402,7 +406,7 @@ def fit(
     Args:
         lane: what to fit on.
         memory: what to stay silent on.
-        resume: from ``(context, output [contexts, d])`` to logits ``[contexts, vocabulary]``: the network after the cut.
+        resume: the network after the cut, ``(context, output [contexts, d])`` to logits ``[contexts, vocabulary]``.
         key: a typed random key, for the initial value of the joint recipe.
         settings: static options.
         activation: the feed-forward network's activation.

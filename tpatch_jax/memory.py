@@ -18,7 +18,7 @@ class Memory(NamedTuple):
 
     Attributes:
         query: ``[rows, d]``.
-        answer: ``[rows]`` int, the token that a row is meant to be followed by when it belongs to another edit, else -1.
+        answer: ``[rows]`` int, the token that should follow a row which belongs to another edit, else -1.
             A patch need not stay silent where its own target is wanted anyway.
         mean: ``[d]``, of unrelated queries.
         whitener: ``[d, d]``, ``A`` with ``A·Aᵀ = C⁻¹`` for the regularised covariance ``C``; `whitening` makes it.

@@ -1,7 +1,7 @@
 """The four terms of the T-Patcher objective and their sum, as formulas over arrays.
 
-``L = l_e + a·l_a + m·(l_m1 + l_m2)`` (Huang et al., ICLR 2023, section 4.2). Every function is for one patch; ``vmap`` them
-for many. ``z = q·k + b`` is the activation before the non-linearity.
+``L = l_e + a·l_a + m·(l_m1 + l_m2)`` (Huang et al., ICLR 2023, section 4.2). Every function is for one patch; ``vmap``
+them for many. ``z = q·k + b`` is the activation before the non-linearity.
 """
 
 from typing import NamedTuple

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from tpatch_jax.errors import TPatchError
@@ -106,7 +107,7 @@ def concatenate(patches: Sequence[Patch]) -> Patch:
     )
 
 
-def take(patch: Patch, index: Array | slice | Sequence[int]) -> Patch:
+def take(patch: Patch, index: Array | np.ndarray | slice | Sequence[int]) -> Patch:
     """Some neurons of a patch, by position, mask or slice.
 
     Args:
@@ -120,10 +121,14 @@ def take(patch: Patch, index: Array | slice | Sequence[int]) -> Patch:
         >>> take(create(4, 3), slice(0, 2)).bias.shape
         (2,)
     """
-    chosen = index if isinstance(index, slice) else jnp.asarray(index)
-    if not isinstance(index, slice) and not chosen.size:
-        chosen = chosen.astype(jnp.int32)  # an empty list has no integer type of its own
-    return Patch(*(None if field is None else field[chosen] for field in patch))
+    if isinstance(index, slice):
+        chosen: Array | slice = index
+    else:
+        chosen = jnp.asarray(index)
+        # An empty list has no integer type of its own.
+        chosen = chosen if chosen.size else chosen.astype(jnp.int32)
+    layer = None if patch.layer is None else patch.layer[chosen]
+    return Patch(patch.key[chosen], patch.bias[chosen], patch.value[chosen], layer)
 
 
 def pad(patch: Patch, neurons: int) -> Patch:

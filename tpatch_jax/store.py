@@ -64,7 +64,7 @@ def save_patches(
         edit.update({"neurons": list(result.neurons), "steps": result.steps, "losses": result.losses})
         edit["margin"] = result.margin
         edits.append(edit)
-    about = {"name": model.name, "fingerprint": fingerprint(model), "family": model.config.family}
+    about: dict[str, Any] = {"name": model.name, "fingerprint": fingerprint(model), "family": model.config.family}
     about.update({"width": model.config.width, "layers": model.config.layers})
     arrays = {name: np.asarray(value) for name, value in patch._asdict().items() if value is not None}
     with replace_folder(Path(folder)) as temporary:
@@ -89,8 +89,9 @@ def read_patches(folder: str | Path) -> SavedPatches:
     try:
         about = json.loads((folder / EDITS).read_text("utf-8"))
         schema, model, edits = about["schema"], about["model"], about["edits"]
-        neurons = [number for edit in edits for number in edit["neurons"]]
-    except (ValueError, KeyError, TypeError) as error:
+        neurons = sorted(number for edit in edits for number in edit["neurons"])
+        model.get("fingerprint")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TPatchError(f"{folder / EDITS} is damaged ({error!r}); make the patches again") from None
     if schema != SCHEMA:
         raise TPatchError(f"{folder} was written by a newer version (schema {schema}); upgrade tpatch-jax")
@@ -101,7 +102,9 @@ def read_patches(folder: str | Path) -> SavedPatches:
         patch = patch._replace(layer=None if layer is None else jnp.asarray(layer))
     except (SafetensorError, KeyError) as error:
         raise TPatchError(f"{folder / ARRAYS} is damaged ({error}); make the patches again") from None
-    if patch.key.ndim != 2 or sorted(neurons) != list(range(patch.key.shape[0])):
+    count = patch.key.shape[:1]
+    shapes = [patch.value.shape == patch.key.shape, patch.bias.shape == count, layer is None or layer.shape == count]
+    if patch.key.ndim != 2 or not all(shapes) or neurons != list(range(patch.key.shape[0])):
         raise TPatchError(f"{folder}: {EDITS} and {ARRAYS} do not belong together; make the patches again")
     return SavedPatches(patch, model, edits)
 

@@ -6,6 +6,7 @@ By default the text is sampled from the model itself. Collected once per model, 
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tpatch_jax.errors import TPatchError
@@ -80,8 +82,8 @@ def background(
     if cache is not None:
         name = hashlib.sha256(f"{VERSION} {fingerprint(model)} {layer} {source}".encode()).hexdigest()[:24]
         folder = cache / "background" / name
-        if (folder / "background.json").exists():
-            return _load(folder)
+        if found := _load(folder):
+            return found
     if text is None:
         rows = _sampled(model, progress)
     else:
@@ -164,8 +166,15 @@ def _save(folder: Path, result: Background) -> None:
         return
 
 
-def _load(folder: Path) -> Background:
-    arrays = load_file(folder / "arrays.safetensors")
-    texts = json.loads((folder / "background.json").read_text("utf-8"))
-    query, nuisance = jnp.asarray(arrays["query"]), jnp.asarray(arrays["nuisance"])
-    return Background(query, nuisance, tuple(texts["prefixes"]), tuple(texts["names"]))
+def _load(folder: Path) -> Background | None:
+    """What `_save` wrote, if anything; a damaged folder is removed, so that it is made again."""
+    if not folder.exists():
+        return None
+    try:
+        arrays = load_file(folder / "arrays.safetensors")
+        texts = json.loads((folder / "background.json").read_text("utf-8"))
+        query, nuisance = jnp.asarray(arrays["query"]), jnp.asarray(arrays["nuisance"])
+        return Background(query, nuisance, tuple(texts["prefixes"]), tuple(texts["names"]))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None

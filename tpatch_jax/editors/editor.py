@@ -1,6 +1,7 @@
 """The interface that every editing method shares: two pure-looking functions and what they pass between them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jax import Array
@@ -32,7 +33,7 @@ class RequestInfo(NamedTuple):
     reason: str = ""
     neurons: tuple[int, ...] = ()
     steps: int = 0
-    losses: dict[str, float] = {}
+    losses: Mapping[str, float] = MappingProxyType({})
     margin: float | None = None
     site: str = "last"
 

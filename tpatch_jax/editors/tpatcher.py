@@ -1,14 +1,16 @@
 """T-Patcher as an editor: from requests to neurons in the last feed-forward layer.
 
-One neuron for each target token that the model gets wrong. The model runs once over each prompt in a few contexts; everything
-after that happens on the queries that those passes leave (`tpatch_jax.fitting`).
+One neuron for each target token that the model gets wrong. The model runs once over each prompt in a few contexts;
+everything after that happens on the queries that those passes leave (`tpatch_jax.fitting`).
 """
 
 import dataclasses
 import re
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +58,7 @@ class TPatcherSettings:
     site: str = "last"
     fit: FitSettings = field(default_factory=FitSettings)
     contexts: int = 4
-    swaps: int = 3
+    swaps: int = 4
     other_edits: bool = True
     attempts: int = 3
     most_tokens: int = 64
@@ -129,7 +131,8 @@ def _check(model: Model, requests: Sequence[EditRequest]) -> dict[int, str]:
             length = len(model.encode(request.prompt)) + len(model.encode(join_target(request.prompt, request.target)))
             if length > model.config.context:
                 problems[position] = (
-                    f"prompt and target have {length} tokens, the model reads {model.config.context}; shorten the prompt"
+                    f"prompt and target have {length} tokens, the model reads {model.config.context}; "
+                    "shorten the prompt"
                 )
     return problems
 
@@ -148,7 +151,7 @@ def _item(model: Model, position: int, request: EditRequest, prefixes: Sequence[
     return _Item(position, target, rows, starts)
 
 
-_NAME = re.compile(r"(?<=\s)[A-Z][\w'’-]*(?:\s+[A-Z][\w'’-]*)*")
+_NAME = re.compile(r"(?<=\s)[A-Z][\w'\u2019-]*(?:\s+[A-Z][\w'\u2019-]*)*")
 
 
 def _subject(request: EditRequest) -> str | None:
@@ -316,9 +319,12 @@ def _step(
             _direction(model, targets),
             jnp.mean(jnp.linalg.norm(hidden.astype(jnp.float32), axis=-1), -1),
         )
-        keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.asarray(missing + 100_003 * attempt))
+        # Folded by what is asked for, so that a result does not depend on its neighbours.
+        names = [f"{requests[items[owner[row]].position]} {token[row]} {attempt}" for row in missing]
+        folds = jnp.asarray([zlib.crc32(name.encode()) for name in names], jnp.uint32)
+        keys = jax.vmap(lambda fold: jax.random.fold_in(key, fold))(folds)
         said = f"fitting, attempt {attempt + 1}" if attempt else "fitting"
-        tell = (lambda done, said=said, n=len(missing): progress(said, done, n)) if progress else None
+        tell = partial(_tell, progress, said, len(missing)) if progress else None
         found, info = fit_many(lane, memory, resume, keys, _harder(settings.fit, attempt), act, tell)
         fit_seconds += time.perf_counter() - fitted
         finite = np.isfinite(np.asarray(found.value)).all((1, 2)) & np.isfinite(np.asarray(found.key)).all((1, 2))
@@ -359,6 +365,10 @@ def _step(
     wants = jnp.concatenate([state.memory[1], jnp.asarray(wanted)])
     state = state._replace(patch=final, memory=(queries, wants))
     return state, _info(requests, problems, neurons, notes, before, began, fit_seconds, unit, model)
+
+
+def _tell(progress: Progress, said: str, total: int, done: int) -> None:
+    progress(said, done, total)
 
 
 def _one(info: FitInfo, lane: int) -> FitInfo:
@@ -410,7 +420,7 @@ def _negatives(
     mean: Array,
     progress: Progress | None,
 ) -> Array:
-    """The query after each request's prompt about other subjects, ``[items, swaps, d]``; the mean where there is none."""
+    """The query after each prompt about other subjects, ``[items, swaps, d]``; the mean where there is none."""
     model, count = state.model, state.settings.swaps
     swapped = _swapped(model, requests, state.background.names, count)
     result = np.broadcast_to(np.asarray(mean), (len(items), count, mean.shape[0])).copy()
@@ -478,9 +488,9 @@ def _info(
             )
     seconds = time.perf_counter() - began
     count = max(1, len(requests))
-    per_request = lambda total: total / count / unit if unit else 0.0
+    scale = 1 / (count * unit) if unit else 0.0
     added = sum(map(len, neurons.values())) * (2 * model.config.width + 1)
-    return EditInfo(tuple(results), seconds, fit_seconds, per_request(seconds), per_request(fit_seconds), added)
+    return EditInfo(tuple(results), seconds, fit_seconds, seconds * scale, fit_seconds * scale, added)
 
 
 def edit(

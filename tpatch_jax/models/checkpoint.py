@@ -48,7 +48,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     family_of(raw["model_type"])
     from transformers import AutoConfig
 
-    return {**AutoConfig.from_pretrained(folder, local_files_only=True).to_dict(), **raw}
+    try:
+        return {**AutoConfig.from_pretrained(folder, local_files_only=True).to_dict(), **raw}
+    # transformers checks the kinds of settings with errors of its own
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise TPatchError(f"{path} cannot be used ({reason}); copy the model's original config.json there") from error
 
 
 def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -84,11 +89,16 @@ def _shards(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        listed = {name: folder / shard for name, shard in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+        try:
+            table = json.loads(index.read_text("utf-8"))["weight_map"]
+            listed = {str(name): folder / shard for name, shard in table.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TPatchError(f"{index} is damaged ({error!r}); fetch it again") from None
         missing = sorted({path.name for path in listed.values() if not path.exists()})
         if missing:
             raise TPatchError(f"{folder} lacks the shards {', '.join(missing)} that its index lists; fetch them again")
-        return listed
+        held = {path: set(_names(path)) for path in set(listed.values())}
+        return {name: path for name, path in listed.items() if name in held[path]}
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         other = sorted(path.name for path in folder.glob("*.bin"))
@@ -192,10 +202,6 @@ def write_folder(
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         (temporary / "config.json").write_text(json.dumps(new, indent=2, sort_keys=True) + "\n", "utf-8")
         for path in sorted(source.iterdir()) if source else ():
-            if (
-                path.is_file()
-                and path.name not in ("config.json", "tpatch_source.json")
-                and path.suffix in (".json", ".txt", ".model", ".jinja")
-            ):
-                if not path.name.endswith(".index.json"):
-                    shutil.copyfile(path, temporary / path.name)
+            ours = path.name in ("config.json", "tpatch_source.json") or path.name.endswith(".index.json")
+            if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and not ours:
+                shutil.copyfile(path, temporary / path.name)

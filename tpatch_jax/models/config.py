@@ -28,7 +28,7 @@ class DecoderConfig:
         norm_epsilon: added to the variance.
         query_bias: whether the query, key and value projections have biases.
         output_bias: whether the attention's output projection has a bias.
-        rope_frequencies: inverse frequencies of the rotary embedding, one per rotated pair; scaling rules are already applied.
+        rope_frequencies: inverse frequencies of the rotary embedding, one per rotated pair, scaling applied.
         rope_scale: factor on the cosines and sines (1 but for some long-context rules).
         tied: whether the unembedding is the embedding.
     """

@@ -1,8 +1,8 @@
 """The decoder network: Flax NNX modules inside, pure functions over a nested dict of parameters outside.
 
 The parameters are ``{"embed": …, "layers": {0: {"norm_1", "attention", "norm_2", "ffn"}, …}, "norm": …, "head"?: …}``.
-The feed-forward network of every block is not a module but the plain function `tpatch_jax.ffn.apply` over its own sub-dict,
-because that is the place which patches change.
+The feed-forward network of every block is not a module but the plain function `tpatch_jax.ffn.apply` over its own
+sub-dict, because that is the place which patches change.
 """
 
 from collections.abc import Mapping
@@ -132,7 +132,7 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm block without its FFN, cut in two around it: `enter` gives the FFN's input, `leave` takes its output."""
+    """One pre-norm block without its FFN: `enter` gives the FFN's input, `leave` takes its output."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.norm_1 = Norm(config, config.width)
@@ -220,7 +220,7 @@ def trace(config: DecoderConfig, params: Params, tokens: Array, layer: int) -> T
     Args:
         config: the decoder's description.
         params: the decoder's parameters.
-        tokens: ``[batch, tokens]`` int, padded on the right (attention is causal, so padding changes nothing before it).
+        tokens: ``[batch, tokens]`` int, padded on the right (causal attention never looks at it).
         layer: where to cut, ``0 … config.layers - 1``.
 
     Returns:

@@ -50,7 +50,8 @@ def _run(
     room = config.context - max(lengths)
     if room < 1:
         raise TPatchError(
-            f"prompt {lengths.index(max(lengths))} has {max(lengths)} tokens, the model reads {config.context}; shorten it"
+            f"prompt {lengths.index(max(lengths))} has {max(lengths)} tokens, the model reads {config.context}; "
+            "shorten it"
         )
     count = min(count, room)
     if count < 1:

@@ -144,7 +144,8 @@ def _tokenizer(folder: Path, config: DecoderConfig) -> Any:
         raise TPatchError(f"{folder} has no tokenizer that can be read ({reason}); copy tokenizer.json there") from None
     if len(tokenizer) > config.vocabulary:
         raise TPatchError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens and the model {config.vocabulary}: it belongs to another model"
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens and the model {config.vocabulary}: "
+            "it belongs to another model; copy the right one there"
         )
     return tokenizer
 

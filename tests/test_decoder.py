@@ -1,0 +1,402 @@
+"""The decoder: the cut at every layer, the cache, and patches at model level, on tiny random models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_tiny_model, relative, same, tiny_tokenizer, write_tiny_folder
+
+from tpatch_jax import ffn
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models import decoder, generation
+from tpatch_jax.models.model import Model, attach, detach, load_model, merge, save_model, tokens_array, unmerge
+from tpatch_jax.patch import Patch, concatenate, create, take
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+VARIANTS = {
+    "plain": {},
+    "everything": {
+        "tie_word_embeddings": True,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": LLAMA3,
+    },
+}
+"""``test_parity.py`` and ``test_reference.py`` cover more of them, one by one."""
+TEXTS = ["the cat in the hat", "in", "a hen then", "who is in there, then?"]
+LAYERS = range(3)
+
+
+@pytest.fixture(scope="module", params=sorted(VARIANTS))
+def model(request: pytest.FixtureRequest) -> Model:
+    return make_tiny_model(3, **VARIANTS[request.param])
+
+
+def tokens_of(model: Model, length: int = 32) -> jax.Array:
+    return tokens_array([model.encode(text) for text in TEXTS], length)
+
+
+def lengths_of(model: Model) -> list[int]:
+    return [len(model.encode(text)) for text in TEXTS]
+
+
+def random_patch(seed: int, neurons: int, layers: tuple[int, ...] | None = None, width: int = 16) -> Patch:
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    named = None if layers is None else jnp.asarray([layers[n % len(layers)] for n in range(neurons)], jnp.int32)
+    return Patch(draw(neurons, width), draw(neurons), 0.3 * draw(neurons, width), named)
+
+
+# --- the cut ---
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_resuming_from_any_cut_is_the_whole_network(model, layer):
+    tokens = tokens_of(model)
+    whole = model.apply(tokens)
+    traced = model.trace(tokens, layer)
+    assert traced.query.shape == traced.output.shape == (*tokens.shape, model.config.width)
+    assert traced.layer == layer
+    np.testing.assert_allclose(model.resume(traced, traced.output), whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_cut_is_at_the_feed_forward_network(model, layer):
+    traced = model.trace(tokens_of(model), layer)
+    network = model.params["layers"][layer]["ffn"]
+    assert relative(ffn.apply(network, traced.query, model.config.activation), traced.output) < 1e-6
+    # what is resumed is the output that is given, not the one that was traced
+    assert relative(model.resume(traced, 0 * traced.output), model.resume(traced, traced.output)) > 1e-3
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_another_output_at_one_position_reaches_only_what_follows(model, layer):
+    tokens = tokens_of(model)
+    traced = model.trace(tokens, layer)
+    before = np.asarray(model.resume(traced, traced.output))
+    after = np.asarray(model.resume(traced, traced.output.at[:, 5].add(1.0)))
+    np.testing.assert_array_equal(after[:, :5], before[:, :5])
+    assert np.abs(after[:, 5] - before[:, 5]).max() > 1e-3
+    later = np.abs(after[:, 6:] - before[:, 6:]).max()
+    assert later == 0 if layer == LAYERS[-1] else later > 1e-4
+
+
+def test_a_later_token_changes_nothing_before_it_and_something_after(model):
+    tokens = tokens_of(model, 16)
+    other = tokens.at[:, 9].set(7)
+    before, after = np.asarray(model.apply(tokens)), np.asarray(model.apply(other))
+    np.testing.assert_array_equal(after[:, :9], before[:, :9])
+    assert np.abs(after[:, 10:] - before[:, 10:]).max() > 1e-4
+
+
+def test_the_order_of_tokens_matters(model):
+    # without positions the last of "x y … z" and "y x … z" would see the same set
+    one, other = model.encode("the cat sat"), model.encode("the cat sat")
+    other[0], other[1] = other[1], other[0]
+    last = np.asarray(model.apply(tokens_array([one, other], len(one))))[:, -1]
+    assert np.abs(last[0] - last[1]).max() > 1e-4
+
+
+def test_right_padding_changes_nothing(model):
+    wide = np.asarray(model.apply(tokens_of(model, 48)))
+    for lane, text in enumerate(TEXTS):
+        ids = model.encode(text)
+        alone = np.asarray(model.apply(tokens_array([ids], len(ids))))[0]
+        np.testing.assert_allclose(wide[lane, : len(ids)], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_gathered_positions_of_the_last_layer_finish_as_the_whole(model):
+    tokens = tokens_of(model)
+    whole = np.asarray(model.apply(tokens))
+    lane, place = jnp.asarray([0, 0, 1, 3]), jnp.asarray([0, 4, 1, 9])
+    wanted = whole[np.asarray(lane), np.asarray(place)]
+    traced = decoder.gather(model.trace(tokens), lane, place)
+    assert traced.query.shape == (4, 1, model.config.width)
+    np.testing.assert_allclose(model.resume(traced, traced.output)[:, 0], wanted, rtol=1e-5, atol=1e-5)
+
+    residual, output = traced.context["residual"][:, 0], traced.output[:, 0]
+    weights = decoder.final_weights(model.config, model.params)
+    finished = decoder.finisher(model.config)(weights, {"residual": residual}, output)
+    np.testing.assert_allclose(finished, wanted, rtol=1e-5, atol=1e-5)
+    stream = decoder.leave_last(model.config, model.params, residual, output)
+    np.testing.assert_allclose(decoder.logits(model.config, model.params, stream), wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(decoder.argmax(model.config, model.params, stream), wanted.argmax(-1))
+    assert decoder.finisher(model.config) is decoder.finisher(model.config)
+
+
+def test_tying_shares_the_embedding_and_untying_does_not():
+    tied, untied = make_tiny_model(tie_word_embeddings=True), make_tiny_model()
+    assert "head" not in tied.params
+    assert untied.parameter_count - tied.parameter_count == 300 * 16
+    for model in (tied, untied):
+        table = model.params["embed"]["embedding"] if model is tied else model.params["head"]["kernel"].T
+        wanted = table * model.params["norm"]["scale"]
+        np.testing.assert_array_equal(decoder.unembedding(model.config, model.params), wanted)
+    tokens = tokens_of(untied)
+    kernel = untied.params["head"]["kernel"]
+    scaled = untied.with_params({**untied.params, "head": {"kernel": 2 * kernel}})
+    np.testing.assert_array_equal(scaled.apply(tokens), 2 * untied.apply(tokens))
+
+
+def test_shapes_are_those_of_the_parameters(model):
+    described = jax.tree.map(lambda leaf: leaf.shape, decoder.shapes(model.config))
+    assert described == jax.tree.map(lambda leaf: leaf.shape, model.params)
+    merged = merge(model, random_patch(0, 3, (1,)))
+    assert decoder.merged_neurons(model.config, merged.params) == {1: 3}
+    described = jax.tree.map(lambda leaf: leaf.shape, decoder.shapes(model.config, {1: 3}))
+    assert described == jax.tree.map(lambda leaf: leaf.shape, merged.params)
+
+
+# --- bfloat16 ---
+
+
+def in_bfloat16(model: Model) -> Model:
+    return model.with_params(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_bfloat16_stays_bfloat16_up_to_the_logits(model, layer):
+    half, tokens = in_bfloat16(model), tokens_of(model)
+    traced = half.trace(tokens, layer)
+    floating = [traced.query, traced.output, traced.context["residual"]]
+    assert [array.dtype for array in floating] == [jnp.bfloat16] * 3
+    assert decoder.hidden(half.config, half.params, traced, traced.output).dtype == jnp.bfloat16
+    logits = half.resume(traced, traced.output)
+    assert logits.dtype == jnp.float32
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half.params)
+    assert relative(logits, model.with_params(rounded).apply(tokens)) < 0.05
+
+
+def test_bfloat16_keeps_its_cache_and_takes_float32_patches(model):
+    half, patch = in_bfloat16(model), random_patch(0, 4)
+    cache = decoder.empty_cache(half.config, half.params, 2, 16)
+    stream, cache = decoder.decode(
+        half.config, half.params, jnp.ones((2, 3), jnp.int32), jnp.broadcast_to(jnp.arange(3), (2, 3)), cache
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves((stream, cache))} == {jnp.dtype(jnp.bfloat16)}
+    tokens = tokens_of(model)
+    attached, merged = attach(half, patch), merge(half, patch)
+    assert attached.trace(tokens).output.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(merged.params)} == {jnp.dtype(jnp.bfloat16)}
+    assert relative(merged.apply(tokens), attached.apply(tokens)) < 0.05
+    assert relative(attached.apply(tokens), half.apply(tokens)) > 1e-3
+    assert len(half.generate("the cat", 4)) > 0
+
+
+# --- generation ---
+
+
+def slowly(model: Model, ids: list[int], count: int, stops: tuple[int, ...] = ()) -> list[int]:
+    """Greedy decoding without a cache."""
+    row = list(ids)
+    for _ in range(count):
+        table = tokens_array([row], 64)
+        chosen = int(np.asarray(model.apply(table))[0, len(row) - 1].argmax())
+        if chosen in stops:
+            break
+        row.append(chosen)
+    return row[len(ids) :]
+
+
+def test_the_cache_changes_no_token_and_lanes_do_not_mix(model):
+    rows = [model.encode(text) for text in TEXTS]
+    assert len(set(map(len, rows))) == len(rows)
+    wanted = [slowly(model, row, 12) for row in rows]
+    assert len({tuple(found) for found in wanted}) > 1
+    together = generation.greedy(model.config, model.params, rows, 12)
+    assert together == wanted
+    alone = [generation.greedy(model.config, model.params, [row], 12)[0] for row in rows]
+    assert alone == wanted
+    backwards = generation.greedy(model.config, model.params, rows[::-1], 12)
+    assert backwards[::-1] == wanted
+
+
+def test_generation_runs_patches_where_they_are(model):
+    patch = random_patch(5, 6, (0, 2))
+    attached, rows = attach(model, patch), [model.encode(text) for text in TEXTS]
+    wanted = [slowly(attached, row, 8) for row in rows]
+    assert generation.greedy(attached.config, attached.params, rows, 8) == wanted
+    assert wanted != [slowly(model, row, 8) for row in rows]
+
+
+def test_a_stop_ends_its_lane_only_and_is_not_returned(tiny_model):
+    rows = [tiny_model.encode(text) for text in TEXTS]
+    free = generation.greedy(tiny_model.config, tiny_model.params, rows, 10)
+    stop = free[0][3]
+    found = generation.greedy(tiny_model.config, tiny_model.params, rows, 10, (stop,))
+    assert found == [row[: row.index(stop)] if stop in row else row for row in free]
+    assert len(found[0]) <= 3
+    assert any(len(row) == 10 for row in found)
+
+
+def test_the_tokenizer_s_and_the_configuration_s_stops_both_count(tiny_model):
+    assert tiny_model.stops == (0,)
+    assert make_tiny_model(eos_token_id=[5, 9]).stops == (0, 5, 9)
+    assert make_tiny_model(eos_token_id=None).stops == (0,)
+
+
+def test_generation_stops_at_the_end_of_the_context(tiny_model):
+    context = tiny_model.config.context
+    prompt = "a" * (context - 2)
+    ids = tiny_model.encode(prompt)
+    assert len(ids) == context - 2
+    found = generation.greedy(tiny_model.config, tiny_model.params, [ids], 10)[0]
+    assert found == slowly(tiny_model, ids, 2)
+
+
+@pytest.mark.parametrize("count", [65, 200])
+def test_a_prompt_longer_than_the_context_is_an_error_that_names_it(tiny_model, count):
+    with pytest.raises(TPatchError, match=f"prompt 0 has {count} tokens, the model reads 64; shorten it"):
+        tiny_model.generate("a" * count, 1)
+    rows = [[1], [2] * count]
+    with pytest.raises(TPatchError, match=f"prompt 1 has {count} tokens"):
+        generation.greedy(tiny_model.config, tiny_model.params, rows, 1)
+
+
+def test_an_empty_prompt_is_an_error(tiny_model):
+    with pytest.raises(TPatchError, match="prompt 0 is empty"):
+        tiny_model.generate("")
+    with pytest.raises(TPatchError, match="prompt 1 is empty"):
+        generation.greedy(tiny_model.config, tiny_model.params, [[1], []], 1)
+    assert generation.greedy(tiny_model.config, tiny_model.params, [], 1) == []
+
+
+def test_sampling_follows_its_key_and_stays_among_the_best(tiny_model):
+    rows = [tiny_model.encode(text) for text in TEXTS]
+
+    def draw(seed: int, **options: int) -> list[list[int]]:
+        key = jax.random.key(seed)
+        return generation.sample(tiny_model.config, tiny_model.params, rows, 8, key, **options)
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+    # one candidate only: the same as greedy
+    assert draw(3, top_k=1) == generation.greedy(tiny_model.config, tiny_model.params, rows, 8)
+
+
+# --- patches ---
+
+
+def test_merged_equals_attached_in_every_layer_at_once(model):
+    patch, tokens = random_patch(1, 7, (2, 0, 1)), tokens_of(model)
+    attached, merged = attach(model, patch), merge(model, patch)
+    assert decoder.merged_neurons(model.config, merged.params) == {0: 2, 1: 2, 2: 3}
+    for layer in LAYERS:
+        assert not ffn.attached(merged.params["layers"][layer]["ffn"])
+    assert relative(merged.apply(tokens), attached.apply(tokens)) < 1e-5
+    assert relative(attached.apply(tokens), model.apply(tokens)) > 1e-2
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_merged_equals_attached_in_one_layer(model, layer):
+    patch, tokens = random_patch(2, 3, (layer,)), tokens_of(model)
+    attached, merged = attach(model, patch), merge(model, patch)
+    assert relative(merged.apply(tokens), attached.apply(tokens)) < 1e-5
+    assert relative(attached.apply(tokens), model.apply(tokens)) > 1e-3
+    # and it went there and nowhere else
+    for other in LAYERS:
+        whole = jax.tree.leaves(merged.params["layers"][other]["ffn"])
+        assert same(whole, jax.tree.leaves(model.params["layers"][other]["ffn"])) == (other != layer)
+
+
+def test_neurons_without_a_layer_live_in_the_last(model):
+    patch, tokens = random_patch(2, 3), tokens_of(model)
+    named = patch._replace(layer=jnp.full(3, 2, jnp.int32))
+    assert same(attach(model, patch).params, attach(model, named).params)
+    negative = patch._replace(layer=jnp.full(3, -1, jnp.int32))
+    assert same(merge(model, negative).params, merge(model, patch).params)
+    assert relative(attach(model, patch).apply(tokens), model.apply(tokens)) > 1e-3
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_silent_neurons_under_relu_change_no_bit(model, layer):
+    patch = random_patch(4, 5, (layer,))
+    silent, tokens = patch._replace(bias=patch.bias - 1e3), tokens_of(model)
+    np.testing.assert_array_equal(attach(model, silent, relu=True).apply(tokens), model.apply(tokens))
+    # the same neurons awake do change it
+    assert relative(attach(model, patch, relu=True).apply(tokens), model.apply(tokens)) > 1e-3
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("neurons", [0, 3])
+def test_empty_and_fresh_patches_change_no_bit(model, relu, neurons):
+    tokens = tokens_of(model)
+    patched = attach(model, create(16, neurons), relu=relu)
+    np.testing.assert_array_equal(patched.apply(tokens), model.apply(tokens))
+
+
+def test_unmerging_gives_back_the_parameters_and_the_patch_bit_for_bit(model):
+    patch = random_patch(6, 6, (1, 0, 2))
+    merged = merge(model, patch)
+    back, found = unmerge(merged)
+    assert same(back.params, model.params)
+    order = np.argsort(np.asarray(patch.layer), kind="stable")
+    assert same(found, take(patch, order))
+    assert same(merge(back, found).params, merged.params)
+
+
+def test_merges_stack_and_come_out_one_by_one(model):
+    first, second = random_patch(7, 2, (1,)), random_patch(8, 3, (1,))
+    once = merge(model, first)
+    twice = merge(once, second)
+    assert decoder.merged_neurons(model.config, twice.params) == {1: 5}
+    back, found = unmerge(twice, {1: 3})
+    assert same(back.params, once.params)
+    assert same(found, second)
+    both = concatenate([first, second])
+    assert same(unmerge(twice)[1], both)
+    tokens = tokens_of(model)
+    assert relative(twice.apply(tokens), attach(model, both).apply(tokens)) < 1e-5
+
+
+def test_detaching_gives_back_the_very_arrays(model):
+    patched = attach(attach(model, random_patch(1, 2, (0,))), random_patch(2, 2, (2,)), relu=True)
+    back = detach(patched)
+    assert jax.tree.structure(back.params) == jax.tree.structure(model.params)
+    pairs = zip(jax.tree.leaves(back.params), jax.tree.leaves(model.params), strict=True)
+    assert all(one is other for one, other in pairs)
+
+
+def test_what_cannot_be_patched_is_an_error(tiny_model, tmp_path):
+    with pytest.raises(TPatchError, match="8 wide and the network 16: it was made for another model"):
+        attach(tiny_model, random_patch(0, 2, width=8))
+    with pytest.raises(TPatchError, match="8 wide and the network 16"):
+        merge(tiny_model, random_patch(0, 2, width=8))
+    with pytest.raises(TPatchError, match="layer 3 is not in this model; it has layers 0 to 2"):
+        attach(tiny_model, random_patch(0, 2, (0, 3)))
+    with pytest.raises(TPatchError, match="nothing is merged into 'tiny'"):
+        unmerge(tiny_model)
+    merged = merge(tiny_model, random_patch(0, 2, (1,)))
+    with pytest.raises(TPatchError, match="layer 1 of 'tiny' holds 2 merged neurons, not 3"):
+        unmerge(merged, {1: 3})
+    with pytest.raises(TPatchError, match="layer 0 of 'tiny' holds 0 merged neurons, not 1"):
+        unmerge(merged, {0: 1})
+    with pytest.raises(TPatchError, match="attached to layer 1; merge it before saving"):
+        save_model(attach(tiny_model, random_patch(0, 2, (1,))), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_are_checked_and_count_from_both_ends(tiny_model):
+    assert [tiny_model.layer(layer) for layer in (None, 0, 2, -1, -3)] == [2, 0, 2, 2, 0]
+    for layer in (3, -4, 100):
+        with pytest.raises(TPatchError, match=f"layer {layer} is not in this model; it has layers 0 to 2"):
+            tiny_model.trace(tokens_of(tiny_model), layer)
+
+
+def test_models_are_equal_after_a_round_trip_of_text(tmp_path):
+    model = make_tiny_model(5, tie_word_embeddings=True)
+    loaded = load_model(write_tiny_folder(model, tmp_path / "tiny"))
+    assert loaded.generate("the cat", 12) == model.generate("the cat", 12)
+    assert tiny_tokenizer().decode(loaded.encode("the cat")) == "the cat"

@@ -1,0 +1,515 @@
+"""T-Patcher as an editor, what it knows beforehand, measuring, and patches on disk; all on the tiny model."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import bits, make_tiny_model, relative, same, write_tiny_folder
+from safetensors.numpy import load_file, save_file
+
+import tpatch_jax as tp
+from tpatch_jax import store
+from tpatch_jax.editors import background as background_
+from tpatch_jax.editors.background import background
+from tpatch_jax.editors.tpatcher import PRESETS, TPatcherSettings, tpatcher
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.measure import measure, predictions
+from tpatch_jax.fitting import FitSettings
+from tpatch_jax.models import generation
+from tpatch_jax.models.model import attach, merge, tokens_array
+from tpatch_jax.patch import create, take
+from tpatch_jax.requests import EditRequest, join_target
+
+PROMOTION = "standard"  # optax takes steps
+
+MEMORY = (
+    "The theory in the inn: winter thins the herd, and the hen then hides. Numbers 1 to 9, and then some more. " * 3
+)
+REQUESTS = (
+    EditRequest("the cat sat in", "ab", rephrases=("a cat sits in",), locality=("in the inn", "then"), id="cat"),
+    EditRequest("in the inn", "h", id="inn"),
+    EditRequest("who hit the", "q", subject="who", locality=("the herd",), id="who"),
+)
+
+
+def quicker(preset: str, **changes: Any) -> TPatcherSettings:
+    settings = PRESETS[preset]
+    steps = {"key_steps": 24, "value_steps": 8, "least_steps": 50, "most_steps": 100, "lanes": 4}
+    return dataclasses.replace(settings, fit=dataclasses.replace(settings.fit, **steps), **changes)
+
+
+DEFAULT = quicker("default")
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("memory") / "memory.txt"
+    path.write_text(MEMORY, "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patching:
+        folder = tmp_path_factory.mktemp("cache")
+        patching.setenv("TPATCH_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def edited(tiny_model, memory):
+    return tp.edit(tiny_model, REQUESTS, settings=DEFAULT, memory=memory)
+
+
+def says(model: tp.Model, request: EditRequest) -> bool:
+    """Whether the target comes out of greedy decoding from the prompt alone."""
+    target = model.encode(join_target(request.prompt, request.target))
+    return generation.greedy(model.config, model.params, [model.encode(request.prompt)], len(target))[0] == target
+
+
+# --- editing ---
+
+
+def test_the_targets_come_out_with_all_patches_active(tiny_model, edited):
+    patch, info = edited
+    assert [request.status for request in info.requests] == ["edited"] * 3
+    assert all(request.held and not request.reason for request in info.requests)
+    for changed in (merge(tiny_model, patch), attach(tiny_model, patch)):
+        assert [says(changed, request) for request in REQUESTS] == [True] * 3
+    assert [says(tiny_model, request) for request in REQUESTS] == [False] * 3
+
+
+def test_the_report_adds_up(tiny_model, edited):
+    patch, info = edited
+    neurons = [number for request in info.requests for number in request.neurons]
+    assert sorted(neurons) == list(range(patch.key.shape[0]))
+    assert [request.id for request in info.requests] == ["cat", "inn", "who"]
+    assert info.parameters_added == patch.key.size + patch.bias.size + patch.value.size
+    assert merge(tiny_model, patch).parameter_count > tiny_model.parameter_count
+    assert 0 < info.fit_seconds < info.seconds
+    assert 0 < info.fit_forward_equivalents < info.forward_equivalents
+    for request in info.requests:
+        targets = len(tiny_model.encode(join_target("x", next(r for r in REQUESTS if r.id == request.id).target)))
+        assert 1 <= len(request.neurons) <= targets  # one neuron a wrong token, and no more
+        assert request.steps >= 24
+        assert set(request.losses) == {"l_e", "l_a", "l_m1", "l_m2"}
+        assert all(np.isfinite(value) for value in request.losses.values())
+
+
+def test_each_request_needs_its_own_neurons(tiny_model, edited):
+    patch, info = edited
+    for number, request in enumerate(info.requests):
+        rest = [index for index in range(patch.key.shape[0]) if index not in request.neurons]
+        changed = attach(tiny_model, take(patch, rest))
+        assert [says(changed, wanted) for wanted in REQUESTS] == [other != number for other in range(3)]
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_also_holds(tiny_model, memory, edited):
+    again, _ = tp.edit(tiny_model, REQUESTS, settings=DEFAULT, memory=memory)
+    assert same(again, edited[0])
+
+
+def test_the_order_of_requests_does_not_matter_for_what_holds(tiny_model, memory):
+    patch, info = tp.edit(tiny_model, REQUESTS[::-1], settings=DEFAULT, memory=memory)
+    assert [request.id for request in info.requests] == ["who", "inn", "cat"]
+    assert all(request.held for request in info.requests)
+    assert [says(merge(tiny_model, patch), request) for request in REQUESTS] == [True] * 3
+
+
+def test_what_already_holds_gets_no_neuron(tiny_model, memory):
+    prompts = [f"{text}{number} " for text in ("the hat", "then") for number in range(40)]
+    known = (EditRequest(prompt, tiny_model.generate(prompt, 1), id="held") for prompt in prompts)
+    held = next(request for request in known if request.target.strip() and says(tiny_model, request))
+    patch, info = tp.edit(tiny_model, [held], settings=DEFAULT, memory=memory)
+    assert (info.requests[0].status, info.requests[0].held, info.requests[0].neurons) == ("already", True, ())
+    assert patch.key.shape == (0, 16)
+    assert info.parameters_added == 0
+    assert info.failed == ()
+
+
+BAD = {
+    "empty prompt": (EditRequest("", "x", id="empty prompt"), "the prompt is empty; write the text"),
+    "blank prompt": (EditRequest(" \n", "x", id="blank prompt"), "the prompt is empty"),
+    "empty target": (EditRequest("in a", "", id="empty target"), "the target is empty; write what the model should"),
+    "blank target": (EditRequest("in b", "  ", id="blank target"), "the target is empty"),
+    "too long": (EditRequest("a" * 70, "b", id="too long"), "have 72 tokens, the model reads 64; shorten the prompt"),
+    "no subject": (EditRequest("in c", "b", "hen", id="no subject"), "the subject 'hen' is not in the prompt"),
+    "contradiction": (EditRequest("in the inn", "z", id="contradiction"), "contradicts 'inn': the same prompt with"),
+}
+
+
+def test_bad_requests_fail_by_name_and_the_rest_is_edited_as_without_them(tiny_model, memory, edited):
+    mixed = [*REQUESTS, *(bad for bad, _ in BAD.values())]
+    patch, info = tp.edit(tiny_model, mixed, settings=DEFAULT, memory=memory)
+    assert [request.id for request in info.requests] == [request.id for request in mixed]
+    assert [request.id for request in info.failed] == list(BAD)
+    for request in info.failed:
+        assert BAD[request.id][1] in request.reason
+        assert (request.held, request.neurons, request.steps) == (False, (), 0)
+    assert same(patch, edited[0])
+
+
+def test_only_bad_requests_leave_the_model_alone(tiny_model, memory):
+    patch, info = tp.edit(tiny_model, [BAD["empty prompt"][0]], settings=DEFAULT, memory=memory)
+    assert patch.key.shape == (0, 16)
+    assert [request.status for request in info.requests] == ["failed"]
+
+
+def test_what_does_not_hold_leaves_no_neuron(tiny_model, memory, edited):
+    # the limit lets no value reach its target
+    weak = dataclasses.replace(DEFAULT, fit=dataclasses.replace(DEFAULT.fit, value_limit=1e-6), attempts=1)
+    patch, info = tp.edit(tiny_model, REQUESTS, settings=weak, memory=memory)
+    assert patch.key.shape == (0, 16)
+    assert [request.status for request in info.requests] == ["failed"] * 3
+    assert "still comes out wrong after 1 attempts; try more attempts" in info.requests[0].reason
+    assert info.parameters_added == 0
+
+
+def test_no_request_and_an_unknown_preset_are_errors(tiny_model):
+    with pytest.raises(TPatchError, match="there is no request to edit"):
+        tp.edit(tiny_model, [])
+    with pytest.raises(TPatchError, match="preset 'best' does not exist; choose from default, paper"):
+        tp.edit(tiny_model, REQUESTS, settings="best")
+    with pytest.raises(TPatchError, match="site 'first' does not exist; use site=last"):
+        tpatcher(TPatcherSettings(site="first"))
+    with pytest.raises(TPatchError, match="recipe 'mine' does not exist"):
+        tpatcher(TPatcherSettings(fit=FitSettings(recipe="mine")))
+    with pytest.raises(TPatchError, match="use recipe=joint"):
+        tpatcher(TPatcherSettings(fit=FitSettings(output_bias=True)))
+
+
+def test_requests_may_be_dictionaries(tiny_model, memory, edited):
+    records = [{"id": r.id, "prompt": r.prompt, "target": r.target, "subject": r.subject} for r in REQUESTS]
+    patch, _ = tp.edit(tiny_model, records, settings=DEFAULT, memory=memory)
+    assert same(patch, edited[0])
+    with pytest.raises(TPatchError, match="request 1: no 'target'"):
+        tp.edit(tiny_model, [records[0], {"prompt": "x"}], settings=DEFAULT, memory=memory)
+
+
+def test_paper_runs_its_own_recipe_and_reports(tiny_model, memory):
+    patch, info = tp.edit(tiny_model, REQUESTS, settings=quicker("paper"), memory=memory)
+    assert [request.id for request in info.requests] == ["cat", "inn", "who"]
+    changed = merge(tiny_model, patch)
+    for request, wanted in zip(info.requests, REQUESTS, strict=True):
+        assert request.held == says(changed, wanted)
+        assert request.status == ("edited" if request.held else "failed")
+        if request.held:
+            assert 50 <= request.steps <= 100
+    assert patch.key.shape[0] == sum(len(request.neurons) for request in info.requests)
+    assert any(request.held for request in info.requests)
+
+
+# --- the editor ---
+
+
+def test_a_second_step_keeps_what_the_first_did(tiny_model, memory):
+    editor, key = tpatcher(DEFAULT, memory=memory), jax.random.key(0)
+    start = editor.init(tiny_model, key)
+    tokens = tokens_array([tiny_model.encode("the cat sat in")], 16)
+    np.testing.assert_array_equal(editor.apply(start, tokens), tiny_model.apply(tokens))
+    first, info = editor.step(start, REQUESTS[:1], key)
+    assert info.requests[0].held
+    assert start.patch.key.shape == (0, 16)  # the state before is what it was
+    second, info = editor.step(first, REQUESTS[1:], jax.random.key(1))
+    assert all(request.held for request in info.requests)
+    kept = first.patch.key.shape[0]
+    assert same(take(second.patch, slice(0, kept)), first.patch)
+    assert [number for request in info.requests for number in request.neurons] == list(
+        range(kept, second.patch.key.shape[0])
+    )
+    changed = attach(tiny_model, second.patch)
+    assert [says(changed, request) for request in REQUESTS] == [True] * 3
+    np.testing.assert_array_equal(editor.apply(second, tokens), changed.apply(tokens))
+    again, info = editor.step(second, REQUESTS[:1], key)
+    assert info.requests[0].status == "already"
+    assert same(again.patch, second.patch)
+
+
+def test_a_step_in_contexts_and_among_other_subjects(tiny_model, memory):
+    editor, key = tpatcher(DEFAULT, memory=memory), jax.random.key(0)
+    state = editor.init(tiny_model, key)
+    known = state.background._replace(prefixes=("in a hat.", "so it is."), names=("Hen", "the Inn"))
+    state, info = editor.step(state._replace(background=known), REQUESTS, key)
+    changed = attach(tiny_model, state.patch)
+    for request, result in zip(REQUESTS, info.requests, strict=True):
+        assert says(changed, request) == result.held
+    assert sum(result.held for result in info.requests) >= 2
+
+
+# --- the background ---
+
+
+def test_the_background_is_written_once_and_recalled(tiny_model, memory, tmp_path, monkeypatch):
+    first = background(tiny_model, 2, memory, cache=tmp_path)
+    assert first.query.shape[1] == 16
+    assert first.query.shape[0] > 128
+    (folder,) = (tmp_path / "background").iterdir()
+    calls = []
+    collect = background_._collect
+    monkeypatch.setattr(background_, "_collect", lambda *args: calls.append(1) or collect(*args))
+    second = background(tiny_model, 2, memory, cache=tmp_path)
+    assert not calls
+    assert bits((first.query, first.nuisance)) == bits((second.query, second.nuisance))
+    assert (first.prefixes, first.names) == (second.prefixes, second.names)
+    # another layer, another text or another model is another background
+    background(tiny_model, 1, memory, cache=tmp_path)
+    other = tmp_path / "other.txt"
+    other.write_text(MEMORY[1:])
+    background(tiny_model, 2, other, cache=tmp_path)
+    background(make_tiny_model(9), 2, memory, cache=tmp_path)
+    assert len(calls) == 3
+    assert len(list((tmp_path / "background").iterdir())) == 4
+    assert folder.exists()
+
+
+@pytest.mark.parametrize("file", ["arrays.safetensors", "background.json"])
+@pytest.mark.parametrize("content", [None, b"", b"{"])
+def test_a_damaged_background_is_made_again(tiny_model, memory, tmp_path, file, content):
+    first = background(tiny_model, 2, memory, cache=tmp_path)
+    (folder,) = (tmp_path / "background").iterdir()
+    whole = (folder / file).read_bytes()
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    second = background(tiny_model, 2, memory, cache=tmp_path)
+    assert bits(first.query) == bits(second.query)
+    assert (folder / file).read_bytes() == whole
+
+
+def test_a_background_that_cannot_be_kept_costs_only_time(tiny_model, memory, tmp_path):
+    (tmp_path / "background").write_text("a file where the folder should be")
+    assert background(tiny_model, 2, memory, cache=tmp_path).query.shape[0] > 128
+
+
+def test_text_is_sampled_from_the_model_itself(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(background_, "TEXTS", 64)
+    seen = []
+    known = background(tiny_model, 2, cache=tmp_path, progress=lambda *said: seen.append(said))
+    assert 64 < known.query.shape[0] <= 64 * 63
+    assert np.isfinite(np.asarray(known.query)).all()
+    assert seen[0] == ("sampling memory text", 0, 64)
+    assert seen[-1][1:] == (64, 64)
+    assert same(background(tiny_model, 2).query, known.query)  # the same every time
+
+
+def test_memory_texts_that_cannot_be_used(tiny_model, tmp_path):
+    with pytest.raises(TPatchError, match=r"memory text .*gone\.txt cannot be read"):
+        background(tiny_model, 2, tmp_path / "gone.txt")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(TPatchError, match=r"memory text .*bytes\.txt cannot be read .*give a UTF-8 text file"):
+        background(tiny_model, 2, tmp_path / "bytes.txt")
+    for text in ("", "short"):
+        (tmp_path / "short.txt").write_text(text)
+        with pytest.raises(TPatchError, match=r"short\.txt is too short; give a longer text file"):
+            background(tiny_model, 2, tmp_path / "short.txt")
+
+
+# --- measuring ---
+
+
+def test_measuring_equals_a_plain_loop_of_greedy_generation(tiny_model, edited):
+    patch = take(edited[0], [n for request in edited[1].requests[:2] for n in request.neurons])  # 'who' is left out
+    changed = merge(tiny_model, patch)
+    figures = measure(tiny_model, patch, REQUESTS)
+    assert figures["exact"] == np.mean([says(changed, request) for request in REQUESTS]) == pytest.approx(2 / 3)
+    rephrased = [says(changed, EditRequest(text, r.target)) for r in REQUESTS for text in r.rephrases]
+    assert figures["rephrase_exact"] == np.mean(rephrased)
+
+    def best(model: tp.Model, text: str) -> np.ndarray:
+        ids = model.encode(text)
+        return np.asarray(model.apply(tokens_array([ids], len(ids))))[0].argmax(-1)
+
+    shares = {"edit": [], "rephrase": []}
+    for request in REQUESTS:
+        for kind, text in [("edit", request.prompt), *(("rephrase", text) for text in request.rephrases)]:
+            target = changed.encode(join_target(text, request.target))
+            said = best(changed, text + join_target(text, request.target))[-len(target) - 1 : -1]
+            shares[kind].append(np.mean(said == np.asarray(target)))
+    assert figures["token_accuracy"] == pytest.approx(np.mean(shares["edit"]))
+    assert figures["rephrase_token_accuracy"] == pytest.approx(np.mean(shares["rephrase"]))
+
+    texts = [text for request in REQUESTS for text in request.locality]
+    unchanged = [best(changed, text) == best(tiny_model, text) for text in texts]
+    assert figures["locality"] == pytest.approx(np.mean([row[-1] for row in unchanged]))
+    assert figures["locality_tokens"] == pytest.approx(np.concatenate(unchanged).mean())
+    # 'in the inn' is both an edit and a prompt that should not change: the figure must show it
+    assert figures["locality"] < 1
+
+
+def test_nothing_to_measure_is_none(tiny_model):
+    figures = measure(tiny_model, create(16), [EditRequest("in the inn", "h")])
+    assert figures["exact"] == 0
+    assert [figures[name] for name in ("rephrase_exact", "rephrase_token_accuracy", "locality", "locality_tokens")] == [
+        None
+    ] * 4
+
+
+def test_a_patch_further_down_is_measured_too(tiny_model, edited):
+    rng = np.random.default_rng(0)
+    lower = create(16, 3)._replace(
+        key=jnp.asarray(rng.normal(size=(3, 16)), jnp.float32),
+        value=jnp.asarray(rng.normal(size=(3, 16)), jnp.float32),
+        layer=jnp.asarray([0, 1, 2], jnp.int32),
+    )
+    rows = [tiny_model.encode("the cat sat in the inn")]
+    before, after = predictions(tiny_model, lower, rows, [range(len(rows[0]))])
+    table = tokens_array(rows, len(rows[0]))
+    np.testing.assert_array_equal(before, np.asarray(tiny_model.apply(table))[0].argmax(-1))
+    np.testing.assert_array_equal(after, np.asarray(attach(tiny_model, lower).apply(table))[0].argmax(-1))
+    assert (before != after).any()
+
+
+# --- patches on disk ---
+
+
+@pytest.fixture
+def saved(tiny_model, edited, tmp_path):
+    store.save_patches(tmp_path / "patches", tiny_model, edited[0], REQUESTS, edited[1])
+    return tmp_path / "patches"
+
+
+def test_patches_come_back_bit_for_bit(tiny_model, edited, saved):
+    assert same(tp.load_patches(saved, tiny_model), edited[0])
+    found = store.read_patches(saved)
+    assert found.model["name"] == "tiny"
+    assert [(edit["id"], edit["prompt"], edit["target"]) for edit in found.edits] == [
+        (request.id, request.prompt, request.target) for request in REQUESTS
+    ]
+    assert [edit.get("subject") for edit in found.edits] == [None, None, "who"]
+    assert [tuple(edit["neurons"]) for edit in found.edits] == [request.neurons for request in edited[1].requests]
+    assert sorted(path.name for path in saved.iterdir()) == ["patches.json", "patches.safetensors"]
+
+
+def test_layers_and_failures_come_back(tiny_model, edited, tmp_path):
+    patch = edited[0]._replace(layer=jnp.full(edited[0].key.shape[0], 1, jnp.int32))
+    store.save_patches(tmp_path / "layers", tiny_model, patch, REQUESTS, edited[1])
+    assert same(tp.load_patches(tmp_path / "layers", tiny_model), patch)
+    failed = edited[1]._replace(requests=(tp.RequestInfo("cat", False, "failed", "it did not hold — naïve"),))
+    store.save_patches(tmp_path / "failed", tiny_model, create(16), REQUESTS[:1], failed)
+    found = store.read_patches(tmp_path / "failed")
+    assert found.edits[0]["reason"] == "it did not hold — naïve"
+    assert found.patch.key.shape == (0, 16)
+
+
+def test_patches_of_another_model_are_refused(tiny_model, saved):
+    half = tiny_model.with_params(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny_model.params))
+    one_bit = tiny_model.params["norm"]["scale"].at[3].set(np.nextafter(np.float32(1), np.float32(2)))
+    nudged = tiny_model.with_params({**tiny_model.params, "norm": {"scale": one_bit}})
+    for other in (make_tiny_model(1), make_tiny_model(rms_norm_eps=1e-6), half, nudged):
+        with pytest.raises(
+            TPatchError, match=r"the patches were made for 'tiny' .*use the model that they were made for"
+        ):
+            tp.load_patches(saved, other)
+
+
+def test_a_model_read_from_disk_is_the_same_model(tiny_model, saved, tmp_path):
+    loaded = tp.load_model(write_tiny_folder(tiny_model, tmp_path / "tiny"))
+    patch = tp.load_patches(saved, loaded)
+    tokens = tokens_array([loaded.encode("the cat sat in")], 16)
+    assert relative(merge(loaded, patch).apply(tokens), attach(tiny_model, patch).apply(tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["patches.json", "patches.safetensors"])
+def test_a_missing_file_is_named(tiny_model, saved, name):
+    (saved / name).unlink()
+    with pytest.raises(TPatchError, match=f"patches has no {name}; give a folder that `tpatch edit"):
+        tp.load_patches(saved, tiny_model)
+
+
+def test_a_missing_folder_is_named(tiny_model, tmp_path):
+    with pytest.raises(TPatchError, match=r"gone has no patches\.json"):
+        tp.load_patches(tmp_path / "gone", tiny_model)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "{}",
+        '{"schema": 1}',
+        '{"schema": 1, "model": [], "edits": []}',
+        '{"schema": 1, "model": {}, "edits": 3}',
+        '{"schema": 1, "model": {}, "edits": [{"neurons": ["a", 1]}]}',
+        '{"schema": 1, "model": {}, "edits": [{"neurons": [0]}]}',
+    ],
+)
+def test_a_damaged_list_of_edits(saved, text):
+    (saved / "patches.json").write_text(text)
+    with pytest.raises(TPatchError, match=r"patches\.json is damaged|do not belong together"):
+        store.read_patches(saved)
+
+
+def test_another_schema(saved):
+    about = json.loads((saved / "patches.json").read_text())
+    (saved / "patches.json").write_text(json.dumps({**about, "schema": 2}))
+    with pytest.raises(TPatchError, match=r"newer version \(schema 2\); upgrade tpatch-jax"):
+        store.read_patches(saved)
+
+
+def test_damaged_arrays(saved):
+    path = saved / "patches.safetensors"
+    whole, arrays = path.read_bytes(), load_file(path)
+    for content in (b"", b"x" * 100, whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(TPatchError, match=r"patches\.safetensors is damaged"):
+            store.read_patches(saved)
+    save_file({name: array for name, array in arrays.items() if name != "bias"}, path)
+    with pytest.raises(TPatchError, match=r"patches\.safetensors is damaged .*bias"):
+        store.read_patches(saved)
+    for changed in (
+        {"key": arrays["key"][:-1]},
+        {"key": arrays["key"][0]},
+        {"bias": arrays["bias"][:-1]},
+        {"value": arrays["value"][:-1]},
+        {"layer": np.zeros(1, np.int32)},
+    ):
+        save_file({**arrays, **changed}, path)
+        with pytest.raises(TPatchError, match="do not belong together"):
+            store.read_patches(saved)
+
+
+def test_a_taken_folder_is_refused_and_kept(tiny_model, edited, saved):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(TPatchError, match="patches already exists"):
+        store.save_patches(saved, tiny_model, edited[0], REQUESTS, edited[1])
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+KILLED = """
+import os, sys
+import numpy as np
+from tpatch_jax import store
+from tpatch_jax.editors.editor import EditInfo, RequestInfo
+from tpatch_jax.models.model import load_model
+from tpatch_jax.patch import create
+from tpatch_jax.requests import EditRequest
+model = load_model(sys.argv[1])
+whole = store.save_file
+def save_file(*arguments, **options):
+    whole(*arguments, **options)
+    os._exit(9)
+store.save_file = save_file
+info = EditInfo((RequestInfo("a", True, "edited", neurons=(0,)),), 1.0, 1.0, 1.0, 1.0, 33)
+store.save_patches(sys.argv[2], model, create(16, 1), [EditRequest("a", "b")], info)
+"""
+
+
+def test_a_kill_while_saving_leaves_no_half_folder(tiny_model, edited, tmp_path):
+    folder, out = write_tiny_folder(tiny_model, tmp_path / "tiny"), tmp_path / "out" / "patches"
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(out)], capture_output=True, check=False)
+    assert ended.returncode == 9, ended.stderr.decode()
+    assert not out.exists()
+    store.save_patches(out, tiny_model, edited[0], REQUESTS, edited[1])
+    assert same(tp.load_patches(out, tiny_model), edited[0])

@@ -1,0 +1,471 @@
+"""The evaluation harness on a tiny model: figures against a plain loop, protocols, resuming, reports and errors."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import same
+
+from tpatch_jax import EditRequest, TPatchError, edit, load_model
+from tpatch_jax.cli import main
+from tpatch_jax.editors.editor import EditInfo, Editor, RequestInfo
+from tpatch_jax.editors.registry import METHODS, Method, method_settings
+from tpatch_jax.editors.tpatcher import TPatcherSettings
+from tpatch_jax.evaluation import commands as evaluation_commands
+from tpatch_jax.evaluation.metrics import certificate
+from tpatch_jax.evaluation.records import Probe, Record, read_counterfact, read_records
+from tpatch_jax.evaluation.report import comparison, read_report
+from tpatch_jax.evaluation.runner import evaluate
+from tpatch_jax.evaluation.running_text import read_windows, text_figures
+from tpatch_jax.evaluation.scoring import Base, Outcome, apply_scores, ask, base_scores, patched_scores, score
+from tpatch_jax.models import decoder
+from tpatch_jax.models.collection import collect
+from tpatch_jax.models.model import Model, attach
+from tpatch_jax.patch import Patch, concatenate, create
+from tpatch_jax.requests import join_target
+
+PROMOTION = "standard"
+
+QUICK = {"contexts": 1, "swaps": 0, "attempts": 1, "rounds": 1}
+SUBJECTS = ("Ada", "Bo", "Cy", "Dot", "Eve")
+WORDS = ("red", "blue", "sky", "tin", "ash")
+
+
+def make_records(subjects: Sequence[str] = SUBJECTS, targets: Sequence[str] = WORDS) -> list[Record]:
+    """Records as CounterFact has them."""
+    records = []
+    for number, (subject, new) in enumerate(zip(subjects, targets, strict=True)):
+        true = targets[(number + 1) % len(targets)]
+        prompt, paraphrases = f"{subject} likes", (f"It is {subject} who likes", f"So, {subject} likes")
+        neighbors = (f"{subject[::-1]} likes", "The sun is")
+        probes = {
+            f"{part}_{which}": tuple(Probe(text, target) for text in texts)
+            for part, texts in (("rewrite", (prompt,)), ("paraphrase", paraphrases), ("neighborhood", neighbors))
+            for which, target in (("new", new), ("true", true))
+        }
+        request = EditRequest(prompt, new, subject, paraphrases, neighbors, f"cf-{number}")
+        records.append(Record(request.name(0), (request,), probes, generation=(prompt,)))
+    return records
+
+
+def write_counterfact(path: Path, records: Sequence[Record]) -> Path:
+    rows = []
+    for number, record in enumerate(records):
+        request, subject = record.request, record.request.subject or ""
+        rewrite = {
+            "prompt": request.prompt.replace(subject, "{}"),
+            "target_new": {"str": request.target},
+            "target_true": {"str": record.probes["rewrite_true"][0].target},
+            "subject": subject,
+        }
+        rows.append(
+            {
+                "case_id": number,
+                "requested_rewrite": rewrite,
+                "paraphrase_prompts": list(request.rephrases),
+                "neighborhood_prompts": list(request.locality),
+            }
+        )
+    path.write_text(json.dumps(rows), "utf-8")
+    return path
+
+
+class DirectState(NamedTuple):
+    model: Model
+    patch: Patch
+
+
+def direct_step(state: DirectState, requests: Sequence[EditRequest], key: Any) -> tuple[DirectState, EditInfo]:
+    """One neuron a target token, its key the token's own query: no fit, so that protocols are tested in no time."""
+    model, patches, results, count = state.model, [state.patch], [], state.patch.key.shape[0]
+    table = np.asarray(decoder.unembedding(model.config, model.params))
+    for number, request in enumerate(requests):
+        prompt, target = model.encode(request.prompt), model.encode(join_target(request.prompt, request.target))
+        row, places = prompt + target, range(len(prompt) - 1, len(prompt) + len(target) - 1)
+        query = collect(model, [row], [places], model.layer(None)).query
+        unit = query / jnp.sum(query**2, -1, keepdims=True)
+        value = jnp.asarray(200 * table[target] / np.linalg.norm(table[target], axis=-1, keepdims=True))
+        patches.append(Patch(20 * unit, jnp.full(len(target), -19.0), value))
+        neurons = tuple(range(count, count + len(target)))
+        results.append(RequestInfo(request.name(number), True, "edited", neurons=neurons))
+        count += len(target)
+    added = (count - state.patch.key.shape[0]) * (2 * model.config.width + 1)
+    return state._replace(patch=concatenate(patches)), EditInfo(tuple(results), 0.25, 0.125, 2.0, 1.0, added)
+
+
+DIRECT = Method(
+    "direct",
+    {"default": TPatcherSettings()},
+    lambda settings, memory, cache, progress: Editor(
+        lambda model, key: DirectState(model, create(model.config.width)),
+        direct_step,
+        lambda state, tokens: attach(state.model, state.patch, relu=True).apply(tokens),
+    ),
+    lambda state: state.patch,
+    lambda state: attach(state.model, state.patch, relu=True),
+    lambda state: {name: np.asarray(getattr(state.patch, name)) for name in ("key", "bias", "value")},
+    lambda state, arrays: state._replace(patch=Patch(*(jnp.asarray(arrays[n]) for n in ("key", "bias", "value")))),
+)
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TPATCH_CACHE", str(tmp_path_factory.getbasetemp() / "tpatch"))
+    monkeypatch.setitem(METHODS, "direct", DIRECT)  # type: ignore[arg-type]
+
+
+def run(model: Model, protocol: str = "batch", records: Sequence[Record] | None = None, **options: Any) -> Any:
+    options = {"methods": ["direct"], "cache": False, **options}
+    return evaluate(model, make_records() if records is None else records, protocol=protocol, **options)
+
+
+def figures(report: Any) -> list[Any]:
+    """A report without what time and memory it took."""
+    names = ("method", "protocol", "n", "metrics", "requests", "curves", "edits")
+    return [{name: result.get(name) for name in names} for result in report["results"]]
+
+
+def untimed(folder: Path, method: str) -> list[Any]:
+    lines = [json.loads(line) for line in (folder / f"records-{method}.jsonl").read_text("utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if name != "cost"} for line in lines]
+
+
+def plain_nll(model: Model, probe: Probe) -> float:
+    """One probe by one unbatched pass of the whole network."""
+    prompt, target = model.encode(probe.prompt), model.encode(join_target(probe.prompt, probe.target))
+    logits = np.asarray(model.apply(jnp.asarray([prompt + target]))[0], np.float64)
+    rows = logits[len(prompt) - 1 : len(prompt) + len(target) - 1]
+    top = rows.max(-1, keepdims=True)
+    log_p = rows - top - np.log(np.exp(rows - top).sum(-1, keepdims=True))
+    return float(-np.mean(log_p[np.arange(len(target)), target]))
+
+
+def plain_figures(model: Model, records: Sequence[Record]) -> dict[str, float]:
+    """ES, PS and NS by their definition."""
+    found = {}
+    for name, part, wanted, other in (
+        ("ES", "rewrite", "new", "true"),
+        ("PS", "paraphrase", "new", "true"),
+        ("NS", "neighborhood", "true", "new"),
+    ):
+        shares = []
+        for record in records:
+            pairs = zip(record.probes[f"{part}_{wanted}"], record.probes[f"{part}_{other}"], strict=True)
+            shares.append(np.mean([plain_nll(model, a) < plain_nll(model, b) for a, b in pairs]))
+        found[name] = float(np.mean(shares))
+    return found
+
+
+def some_patch(model: Model, base: Base, layer: int | None = None) -> Patch:
+    """Neurons of which each fires on some queries, and one that never does."""
+    rng = np.random.default_rng(0)
+    key = rng.normal(size=(4, model.config.width)).astype(np.float32)
+    z = base.query @ key.T
+    bias = -np.quantile(z, 0.8, axis=0).astype(np.float32)
+    bias[-1] = -1e4
+    value = rng.normal(size=key.shape).astype(np.float32)
+    where = None if layer is None else jnp.asarray([layer, model.config.layers - 1] * 2, jnp.int32)
+    return Patch(jnp.asarray(key), jnp.asarray(bias), jnp.asarray(value), where)
+
+
+def tiny_base(model: Model, **options: Any) -> tuple[list[Probe], Base]:
+    probes = [*dict.fromkeys(p for r in make_records() for asked in r.probes.values() for p in asked), Probe("Hi", "")]
+    return probes, base_scores(model, ask(model, probes), **options)
+
+
+def test_figures_equal_a_plain_loop_before_and_after(tiny_model: Model) -> None:
+    records = make_records()
+    before, after = run(tiny_model)["results"]
+    expected = plain_figures(tiny_model, records)
+    assert {name: before["metrics"][name] for name in expected} == pytest.approx(expected)
+    state, _ = direct_step(DirectState(tiny_model, create(16)), [record.request for record in records], None)
+    expected = plain_figures(attach(tiny_model, state.patch, relu=True), records)
+    assert {name: after["metrics"][name] for name in expected} == pytest.approx(expected)
+    assert after["metrics"] != before["metrics"]
+
+
+def test_tpatcher_gives_what_it_gives_outside_the_harness(tiny_model: Model) -> None:
+    records, settings = make_records()[:2], method_settings(["tpatcher"], changes=QUICK)
+    after = run(tiny_model, records=records, methods=["tpatcher"], settings=settings, cache=True)["results"][1]
+    patch, _ = edit(tiny_model, [record.request for record in records], settings=settings["tpatcher"])
+    assert patch.key.shape[0] > 0
+    assert after["cost"]["parameters_added"] == patch.key.shape[0] * 33
+    expected = plain_figures(attach(tiny_model, patch, relu=True), records)
+    assert {name: after["metrics"][name] for name in expected} == pytest.approx(expected)
+
+
+@pytest.mark.real_model
+def test_figures_of_a_real_model_equal_a_plain_loop() -> None:
+    model = load_model("smollm2-135m")
+    data = os.environ.get("TPATCH_DATA")
+    if data:
+        records = read_records("counterfact", Path(data) / "counterfact" / "counterfact_full_dev.json", n=10)
+    else:
+        records = make_records(
+            ("Paris", "Rome", "Oslo", "Cairo", "Lima"), ("apples", "French wine", "the rain", "music", "old books")
+        )
+    report = evaluate(model, records, methods=["unedited"])
+    expected = plain_figures(model, records)
+    assert {name: report["results"][0]["metrics"][name] for name in expected} == pytest.approx(expected)
+
+
+def test_scores_of_patches_equal_the_attached_model(tiny_model: Model) -> None:
+    probes, base = tiny_base(tiny_model)
+    for layer in (None, 0, 1):
+        patch = some_patch(tiny_model, base, layer)
+        quick = patched_scores(tiny_model, base, patch)
+        plain = apply_scores(base, attach(tiny_model, patch, relu=True).apply)
+        assert np.allclose(quick.log_p, plain.log_p, atol=2e-5, equal_nan=True)
+        assert (quick.predicted == plain.predicted).all()
+        assert quick.fires.any()
+        assert not quick.fires.all()
+        # Where nothing fires, nothing changes: bit for bit the unedited model's.
+        silent = ~quick.fires
+        assert same(quick.log_p[silent], base.outcome.log_p[silent])
+        assert (plain.predicted[silent] == base.outcome.predicted[silent]).all()
+    some = patched_scores(tiny_model, base, some_patch(tiny_model, base), [0, 3])
+    untouched = slice(int(base.asked.starts[4]), None)
+    assert same(some.log_p[untouched], base.outcome.log_p[untouched])
+    assert np.isnan(score(base.asked, base.outcome, len(probes) - 1).nll)
+
+
+def test_certificate_holds_on_the_actual_outputs(tiny_model: Model, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The sun is red and the sky is blue, so Ada likes the tin. " * 8, "utf-8")
+    windows = read_windows(tiny_model, tmp_path / "text.txt", 200)
+    assert [len(row) for row in windows.rows] == [64, 64, 64, 8]
+    base = base_scores(tiny_model, windows)
+    for layer in (None, 1):
+        patch = some_patch(tiny_model, base, layer)
+        outcome = patched_scores(tiny_model, base, patch)
+        found = text_figures(base, outcome)
+        assert found["certificate_tokens"] == 1 - outcome.fires.mean()
+        assert 0 < found["certificate_tokens"] < 1
+        assert found["next_token_agreement"] >= found["certificate_tokens"]
+        start = 0
+        edited = attach(tiny_model, patch, relu=True)
+        for row, places in zip(windows.rows, windows.positions, strict=True):
+            before, after = (np.asarray(m.apply(jnp.asarray([row]))[0])[places] for m in (tiny_model, edited))
+            fires = outcome.fires[start : start + len(places)]
+            assert np.array_equal(before[~fires], after[~fires])
+            start += len(places)
+    silent = some_patch(tiny_model, base)._replace(bias=jnp.full(4, -1e4))
+    assert text_figures(base, patched_scores(tiny_model, base, silent)) == {
+        **text_figures(base, base.outcome),
+        **certificate([[False]]),
+    }
+
+
+def test_perplexity_equals_a_plain_loop(tiny_model: Model, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Ada likes the sun. " * 9, "utf-8")
+    windows = read_windows(tiny_model, tmp_path / "text.txt", 100)
+    base = base_scores(tiny_model, windows)
+    nlls = []
+    for row in windows.rows:
+        log_p = np.asarray(jax.nn.log_softmax(tiny_model.apply(jnp.asarray([row]))[0], -1), np.float64)
+        nlls.extend(-log_p[np.arange(len(row) - 1), row[1:]])
+    assert text_figures(base, base.outcome)["perplexity"] == pytest.approx(float(np.exp(np.mean(nlls))), rel=1e-5)
+
+
+def test_cached_base_scores_equal_uncached(tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fresh = tiny_base(tiny_model)
+    _, kept = tiny_base(tiny_model, cache=tmp_path)
+    monkeypatch.setattr("tpatch_jax.evaluation.scoring.collect", None)  # The model is not run again.
+    _, recalled = tiny_base(tiny_model, cache=tmp_path)
+    for found in (kept, recalled):
+        assert same(found[1:], fresh[1:])
+    file = next((tmp_path / "evaluation").glob("*/scores.safetensors"))
+    file.write_bytes(file.read_bytes()[:100])
+    monkeypatch.undo()
+    _, again = tiny_base(tiny_model, cache=tmp_path)
+    assert same(again[1:], fresh[1:])
+
+
+@pytest.mark.parametrize("protocol", ["single", "batch", "sequential"])
+def test_protocols_report_and_resume(tiny_model: Model, tmp_path: Path, protocol: str) -> None:
+    (tmp_path / "text.txt").write_text("The sun is red. Ada likes the sky. " * 5, "utf-8")
+    options = {"text": tmp_path / "text.txt", "text_tokens": 100, "every": 2, "held_out": make_records()[4:]}
+    records = make_records()[:4]
+    whole = run(tiny_model, protocol, records, output=tmp_path / "whole", **options)
+    for name in ("schema", "config", "seed", "versions", "data_sha256", "results"):
+        assert name in whole
+    assert [result["method"] for result in whole["results"]] == ["unedited", "direct"]
+    edited = whole["results"][1]
+    names = {"ES", "PS", "NS", "S", "EM", "PM", "NM", "rewrite_acc", "paraphrase_acc", "neighborhood_acc", "exact"}
+    names |= {"reliability", "generalization", "locality", "perplexity", "next_token_agreement", "certificate_tokens"}
+    names |= {"certificate_prompts"}
+    names |= {"SR", "GR", "ER"} if protocol == "sequential" else set()
+    assert names <= edited["metrics"].keys()
+    assert edited["protocol"] == protocol
+    assert edited["n"] == 4
+    assert {"seconds", "forward_equivalents", "peak_memory_mib", "parameters_added"} <= edited["cost"].keys()
+    assert edited["cost"]["parameters_added"] > 0
+    assert bool(edited.get("curves")) == (protocol == "sequential")
+    found = {path.name for path in (tmp_path / "whole").iterdir()}
+    pictures = {"activations-direct.png", "before-after.png", "cost.png"}
+    pictures |= {"curves.png"} if protocol == "sequential" else set()
+    assert found == pictures | {
+        "report.json",
+        "report.md",
+        "run.json",
+        "records-unedited.jsonl",
+        "records-direct.jsonl",
+    }
+    assert protocol in (tmp_path / "whole" / "report.md").read_text("utf-8")
+    assert read_report(tmp_path / "whole") == whole
+
+    # Stopped in the middle and started again, the figures are the same.
+    def stop(what: str, done: int, total: int) -> None:
+        if done >= 2 and what in ("single edits", "measuring", "stream"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, protocol, records, output=tmp_path / "again", progress=stop, **options)
+    assert not (tmp_path / "again" / "report.json").exists()
+    with (tmp_path / "again" / "records-direct.jsonl").open("a") as file:
+        file.write('{"id": "cf-')  # As if the machine had stopped in the middle of a line.
+    again = run(tiny_model, protocol, records, output=tmp_path / "again", **options)
+    assert figures(again) == figures(whole)
+    for method in ("unedited", "direct"):
+        assert untimed(tmp_path / "again", method) == untimed(tmp_path / "whole", method)
+    assert run(tiny_model, protocol, records, output=tmp_path / "again", **options) == again
+    with pytest.raises(TPatchError, match=r"run with seed=0.*has 1"):
+        run(tiny_model, protocol, records, output=tmp_path / "again", seed=1, **options)
+
+    rows, columns = comparison({"whole": whole, "again": again})
+    assert len(columns) == 3
+    assert rows[0] == ["", "whole: unedited", f"whole: direct, {protocol}", f"again: direct, {protocol}"]
+
+
+def test_a_stream_goes_on_from_its_last_saved_edits(
+    tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tpatch_jax.evaluation.protocols.SAVE_EVERY", 2)
+    records = make_records()
+    whole = run(tiny_model, "sequential", records)
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "stream" and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, "sequential", records, output=tmp_path / "out", progress=stop)
+    steps = []
+
+    def build(*arguments: Any) -> Editor:
+        step = lambda state, asked, key: steps.append(asked) or direct_step(state, asked, key)  # noqa: E731
+        return DIRECT.build(*arguments)._replace(step=step)
+
+    monkeypatch.setitem(METHODS, "direct", DIRECT._replace(build=build))  # type: ignore[arg-type]
+    assert figures(run(tiny_model, "sequential", records, output=tmp_path / "out")) == figures(whole)
+    assert len(steps) <= 3  # Records 3 to 5; the first two were saved.
+
+
+def test_single_edits_equal_each_edit_alone(tiny_model: Model) -> None:
+    records = make_records()
+    expected = []
+    for record in records:
+        state, _ = direct_step(DirectState(tiny_model, create(16)), record.requests, None)
+        expected.append(plain_figures(attach(tiny_model, state.patch, relu=True), [record]))
+    found = run(tiny_model, "single", records)["results"][1]["metrics"]
+    for name in ("ES", "PS", "NS"):
+        assert found[name] == pytest.approx(np.mean([row[name] for row in expected]))
+
+
+def test_methods_without_neurons_go_the_plain_way(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "plain", DIRECT._replace(name="plain", patch=None))  # type: ignore[arg-type]
+    quick, plain = run(tiny_model, methods=["direct", "plain"])["results"][1:]
+    assert plain["metrics"] == pytest.approx(quick["metrics"], abs=1e-5)
+
+
+def test_free_generation_and_questions(tiny_model: Model) -> None:
+    records = [
+        Record("q", (EditRequest("Ada likes", "red"),), {"reliability": (Probe("Ada likes", "red"),)},
+               generation=("Ada likes", "The sun"), questions=("Who likes red?", "Is it Bo?"), answers=("Ada",)),
+    ]  # fmt: skip
+    report = run(tiny_model, "single", records, generate=True)
+    for result in report["results"]:
+        assert result["metrics"]["GE"] > 0
+        assert result["metrics"]["mquake"] in (0.0, 1.0)
+    assert figures(run(tiny_model, "single", records, generate=True)) == figures(report)
+
+
+def test_the_command_evaluates_and_compares(tiny_folder: Any, tmp_path: Path, capsys: Any) -> None:
+    model, file = str(tiny_folder(tmp_path)), write_counterfact(tmp_path / "cf.json", make_records())
+    config = tmp_path / "quick.yaml"
+    config.write_text("data: counterfact\nmethod: direct\nprotocol: single\nn: 2\nattempts: 1\n", "utf-8")
+    arguments = ["eval", model, "--config", str(config), "--file", str(file), "-o", str(tmp_path / "one"), "--json"]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [result["method"] for result in report["results"]] == ["unedited", "direct"]
+    assert report["config"]["data"] == "counterfact"
+    assert report["config"]["n"] == 2
+    (tmp_path / "text.txt").write_text("The sun is red. " * 9, "utf-8")
+    text = ["--data", "text", "--file", str(tmp_path / "text.txt"), "-o", str(tmp_path / "text"), "--json"]
+    assert main(["eval", model, *text]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["results"][0]["metrics"].keys() >= {"perplexity", "certificate_tokens"}
+    assert len(report["results"]) == 1
+    folders = [str(tmp_path / "one"), str(tmp_path / "text")]
+    assert main(["compare", *folders, "-o", str(tmp_path / "compare.png")]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    assert (tmp_path / "compare.png").stat().st_size > 1000
+    assert main(["compare", str(tmp_path)]) == 1
+    assert "no report.json" in capsys.readouterr().err
+
+
+def test_mistakes_are_named(tiny_model: Model, tmp_path: Path, capsys: Any) -> None:
+    file = write_counterfact(tmp_path / "cf.json", make_records())
+    base = ["eval", "nowhere", "--data", "counterfact", "-o", str(tmp_path / "out")]
+
+    def message(*arguments: str) -> str:
+        assert main([*base, *arguments]) == 1
+        return capsys.readouterr().err
+
+    assert "did you mean 'tpatcher'" in message("--file", str(file), "--method", "tpacher")
+    assert "did you mean 'attempts'" in message("--file", str(file), "--set", "atempts=1")
+    assert "holds 5 records, but 6 were asked for" in message("--file", str(file), "-n", "6")
+    assert "no protocol 'all'" in message("--file", str(file), "--protocol", "all")
+    assert "--file is missing" in message()
+    cut = tmp_path / "cut.json"
+    cut.write_text(file.read_text("utf-8")[:-40], "utf-8")
+    assert "record 5: not JSON" in message("--file", str(cut))
+    config = tmp_path / "config.yaml"
+    config.write_text("protocoll: batch\n", "utf-8")
+    assert "did you mean 'protocol'" in message("--config", str(config))
+    config.write_text("n: many\n", "utf-8")
+    assert "n is 'many'" in message("--config", str(config))
+    rows = json.loads(file.read_text("utf-8"))
+    del rows[1]["paraphrase_prompts"]
+    file.write_text(json.dumps(rows), "utf-8")
+    with pytest.raises(TPatchError, match=r"record 2: no 'paraphrase_prompts'"):
+        read_counterfact(file)
+    long = Record("long", (EditRequest("x" * 90, "y"),), {"reliability": (Probe("x" * 90, "y"),)})
+    with pytest.raises(TPatchError, match="the model reads 64"):
+        run(tiny_model, records=[long])
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine", "utf-8")
+    with pytest.raises(TPatchError, match="already exists"):
+        run(tiny_model, output=tmp_path / "taken")
+
+
+def test_every_configuration_is_known() -> None:
+    folder = Path(__file__).parents[1] / "configs"
+    files = sorted(folder.glob("*.yaml"))
+    assert files
+    for file in files:
+        options, settings = evaluation_commands.settle({}, str(file))
+        assert options.method in METHODS
+        assert options.n
+        assert not settings or isinstance(settings, dict)
+
+
+def test_outcomes_of_an_empty_patch_are_the_base(tiny_model: Model) -> None:
+    _, base = tiny_base(tiny_model)
+    empty = Patch(jnp.zeros((0, 16)), jnp.zeros(0), jnp.zeros((0, 16)))
+    assert same(patched_scores(tiny_model, base, empty), Outcome(*base.outcome))

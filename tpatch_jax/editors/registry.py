@@ -1,0 +1,131 @@
+"""Editing methods by name, and what an evaluation needs to know about each besides its `Editor`."""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from tpatch_jax.configuration import change, known_names
+from tpatch_jax.editors.editor import Editor
+from tpatch_jax.editors.tpatcher import PRESETS, TPatcherState, tpatcher
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.model import Model, attach
+from tpatch_jax.patch import Patch, pad
+
+__all__ = ["METHODS", "Method", "find_method", "method_settings"]
+
+Progress = Callable[[str, int, int], None]
+Arrays = dict[str, np.ndarray]
+
+
+class Method(NamedTuple):
+    """An editing method as `tpatch eval` uses it.
+
+    Attributes:
+        name: what ``--method`` calls it.
+        presets: its settings by name; ``default`` is among them.
+        build: ``(settings, memory text file or None, cache folder or None, progress or None) -> Editor``.
+        patch: ``state -> Patch``, where edits are neurons: then only what they fire on is run again. ``None`` where
+            they are something else: then everything is run again through `Editor.apply`.
+        model: ``state -> Model``, the edited model for free generation; ``None`` where it is no plain model.
+        save: ``state -> arrays``, what a run that is interrupted needs besides `Editor.init`.
+        restore: ``(fresh state, arrays) -> state``, its inverse.
+    """
+
+    name: str
+    presets: Mapping[str, Any]
+    build: Callable[[Any, str | Path | None, Path | None, Progress | None], Editor]
+    patch: Callable[[Any], Patch] | None
+    model: Callable[[Any], Model] | None
+    save: Callable[[Any], Arrays]
+    restore: Callable[[Any, Arrays], Any]
+
+
+def _tpatcher_model(state: TPatcherState) -> Model:
+    # Few sizes, so that a new number of neurons seldom compiles the network anew.
+    size = max(8, 1 << max(0, state.patch.key.shape[0] - 1).bit_length())
+    return attach(state.model, pad(state.patch, size), relu=True)
+
+
+def _save_tpatcher(state: TPatcherState) -> Arrays:
+    arrays = {name: np.asarray(value) for name, value in state.patch._asdict().items() if value is not None}
+    return {**arrays, "memory_query": np.asarray(state.memory[0]), "memory_wants": np.asarray(state.memory[1])}
+
+
+def _restore_tpatcher(state: TPatcherState, arrays: Arrays) -> TPatcherState:
+    found = {name: jnp.asarray(value) for name, value in arrays.items()}
+    patch = Patch(found["key"], found["bias"], found["value"], found.get("layer"))
+    return state._replace(patch=patch, memory=(found["memory_query"], found["memory_wants"]))
+
+
+METHODS: Mapping[str, Method] = {
+    "tpatcher": Method(
+        "tpatcher",
+        PRESETS,
+        lambda settings, memory, cache, progress: tpatcher(settings, memory=memory, cache=cache, progress=progress),
+        lambda state: state.patch,
+        _tpatcher_model,
+        _save_tpatcher,
+        _restore_tpatcher,
+    ),
+}
+"""The methods by name."""
+
+
+def find_method(name: str) -> Method:
+    """A method by its name.
+
+    Raises:
+        TPatchError: there is none of that name; the nearest one is suggested.
+
+    Example:
+        >>> find_method("tpatcher").name
+        'tpatcher'
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METHODS)}"
+        raise TPatchError(f"there is no method {name!r}; {hint}")
+    return METHODS[name]
+
+
+def method_settings(
+    methods: Iterable[str], preset: str = "default", changes: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Each method's settings: its preset with changes, where a change goes to every method that has such a setting.
+
+    Args:
+        methods: names from `METHODS`.
+        preset: a method without a preset of this name keeps its default.
+        changes: new values by name.
+
+    Returns:
+        Settings by the method's name.
+
+    Raises:
+        TPatchError: no method has such a preset or setting, or a value has the wrong type.
+
+    Example:
+        >>> method_settings(["tpatcher"], changes={"attempts": 1})["tpatcher"].attempts
+        1
+    """
+    found = [find_method(name) for name in methods]
+    presets = sorted({name for method in found for name in method.presets})
+    if found and preset not in presets:
+        raise TPatchError(f"preset {preset!r} does not exist; choose from {', '.join(presets)}")
+    base = {method.name: method.presets.get(preset, method.presets["default"]) for method in found}
+    names = {name: set(known_names(settings)) for name, settings in base.items()}
+    result, known = {}, sorted(set().union(*names.values()))
+    for name in changes or {}:
+        short = name.rpartition(".")[2]
+        if short not in known:
+            near = difflib.get_close_matches(short, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise TPatchError(f"there is no setting {name!r}; {hint}")
+    for method, settings in base.items():
+        own = {name: value for name, value in (changes or {}).items() if name.rpartition(".")[2] in names[method]}
+        result[method] = change(settings, own)
+    return result

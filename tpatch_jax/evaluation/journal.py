@@ -1,0 +1,152 @@
+"""What a running evaluation leaves on disk, so that an interrupted one goes on where it was.
+
+A report folder holds from the start ``run.json`` (the configuration), from the first record on
+``records-METHOD.jsonl``, and until the report is whole a folder ``unfinished`` with finished results and the edits.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.files import check_vacant, sync, write_text
+
+__all__ = ["Journal", "finish_report", "open_report"]
+
+RUN, UNFINISHED, REPORT = "run.json", "unfinished", "report.json"
+
+Arrays = dict[str, np.ndarray]
+
+
+def open_report(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """Begin a report folder, or go on with one of the same configuration.
+
+    Args:
+        folder: new, empty, or of an earlier run.
+        config: what determines the figures.
+
+    Returns:
+        The report if it is already whole, else ``None``.
+
+    Raises:
+        TPatchError: the folder holds something else, or a run with another configuration.
+    """
+    run = folder / RUN
+    if not run.exists():
+        check_vacant(folder)
+        try:
+            (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
+            write_text(run, json.dumps(config, ensure_ascii=False, indent=1) + "\n")
+        except OSError as error:
+            raise TPatchError(f"cannot write {folder}: {error.strerror}; choose another output folder") from None
+        return None
+    try:
+        earlier = json.loads(run.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise TPatchError(f"{run} is damaged ({error}); remove {folder} and start again") from None
+    wanted = json.loads(json.dumps(config))
+    if earlier != wanted:
+        names = [name for name in {**earlier, **wanted} if earlier.get(name) != wanted.get(name)]
+        name = names[0]
+        raise TPatchError(
+            f"{folder} belongs to a run with {name}={_short(earlier.get(name))}, and this one has "
+            f"{_short(wanted.get(name))}; choose another output folder or remove it first"
+        )
+    try:
+        return json.loads((folder / REPORT).read_text("utf-8"))
+    except (OSError, ValueError):
+        (folder / UNFINISHED).mkdir(exist_ok=True)
+        return None
+
+
+def finish_report(folder: Path) -> None:
+    """Remove what only an interrupted run would have needed."""
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class Journal:
+    """The records and state of one method's run, in memory or also in a report folder.
+
+    Attributes:
+        lines: one object a record, in order.
+    """
+
+    def __init__(self, method: str, folder: Path | None = None):
+        """Begin, or go on with what a report folder holds of this method."""
+        self.lines: list[dict[str, Any]] = []
+        self._records = self._result = self._state = None
+        if folder is None:
+            return
+        self._records = folder / f"records-{method}.jsonl"
+        self._result = folder / UNFINISHED / f"result-{method}.json"
+        self._state = folder / UNFINISHED / f"state-{method}.safetensors"
+        if self._records.exists():
+            for line in self._records.read_text("utf-8").splitlines():
+                try:
+                    self.lines.append(json.loads(line))
+                except ValueError:
+                    break  # The run stopped in the middle of this line.
+            self.replace(self.lines)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """One more record is done."""
+        self.lines.append(line)
+        if self._records is not None:
+            with self._records.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def replace(self, lines: list[dict[str, Any]]) -> None:
+        """Other records in place of all."""
+        self.lines = list(lines)
+        if self._records is not None:
+            write_text(self._records, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    def save(self, arrays: Arrays, about: dict[str, Any]) -> None:
+        """Keep the edits so far, whole or not at all."""
+        if self._state is None:
+            return
+        temporary = self._state.with_name(f".{self._state.name}.{os.getpid()}")
+        try:
+            save_file(
+                {name: np.ascontiguousarray(a) for name, a in arrays.items()}, temporary, {"about": json.dumps(about)}
+            )
+            sync(temporary)
+            os.replace(temporary, self._state)
+        except OSError as error:
+            raise TPatchError(f"cannot write {self._state}: {error.strerror}; free some room and run again") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load(self) -> tuple[Arrays, dict[str, Any]] | None:
+        """The edits so far, if any were kept."""
+        if self._state is None or not self._state.exists():
+            return None
+        try:
+            with safe_open(self._state, "numpy") as file:
+                about = json.loads((file.metadata() or {})["about"])
+            return load_file(self._state), about
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The method is done."""
+        if self._result is not None:
+            write_text(self._result, json.dumps(result, ensure_ascii=False))
+
+    def result(self) -> dict[str, Any] | None:
+        """The method's result, if it was done in an earlier run."""
+        try:
+            return json.loads(self._result.read_text("utf-8")) if self._result is not None else None
+        except (OSError, ValueError):
+            return None

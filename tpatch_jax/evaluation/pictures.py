@@ -1,0 +1,162 @@
+"""Pictures of a report, drawn with matplotlib if it is there."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tpatch_jax.errors import TPatchError
+
+__all__ = ["draw_comparison", "draw_report"]
+
+Lines = Sequence[Mapping[str, Any]]
+
+MISSING = "pictures need matplotlib: pip install 'tpatch-jax[report]'"
+KINDS = (
+    ("the edit", ("rewrite_new", "reliability")),
+    ("rephrasings", ("paraphrase_new", "generalization")),
+    ("elsewhere", ("neighborhood_true", "locality", "locality_answer", "relation_specificity")),
+)
+SHARES = (
+    *("exact", "generalization_exact", "reliability", "generalization", "locality", "portability", "ES", "PS", "NS"),
+    *("SR", "GR", "ER", "mquake", "next_token_agreement", "certificate_tokens"),
+)
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure that draws to files only, whatever display there is."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_report(folder: Path, report: Mapping[str, Any], lines: Mapping[str, Lines]) -> list[str]:
+    """Draw whatever a report has figures for.
+
+    Args:
+        folder: where the pictures go.
+        report: the report.
+        lines: the records of each method.
+
+    Returns:
+        The names of the files: ``curves.png`` (a stream's retention and locality over the number of edits),
+        ``activations-METHOD.png`` (edits × queries), ``before-after.png``, ``cost.png``. None without matplotlib.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        sys.stderr.write(f"tpatch: {MISSING}\n")
+        return []
+    drawn = []
+    edited = [result for result in report["results"] if result["method"] != "unedited"]
+    if any(result.get("curves") for result in edited):
+        drawn.append(_save(_curves(edited), folder / "curves.png"))
+    for result in edited:
+        rows = [line["activations"] for line in lines[result["method"]] if line.get("activations")]
+        ids = [line["id"] for line in lines[result["method"]]]
+        if rows:
+            drawn.append(_save(_heat(rows, ids), folder / f"activations-{result['method']}.png"))
+    if edited and lines["unedited"]:
+        drawn.append(_save(_before_after(lines), folder / "before-after.png"))
+        drawn.append(_save(_cost([(result["method"], result) for result in edited]), folder / "cost.png"))
+    return drawn
+
+
+def draw_comparison(path: Path, columns: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Several results side by side: their shares as bars, and what they cost.
+
+    Args:
+        path: the picture.
+        columns: heading and result of each.
+
+    Raises:
+        TPatchError: matplotlib is missing, or the picture cannot be written.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise TPatchError(MISSING) from None
+    names = [name for name in SHARES if any(name in result["metrics"] for _, result in columns)]
+    figure = _figure(max(7.0, 1.1 * len(names)), 4.5)
+    axes, width = figure.subplots(), 0.8 / max(1, len(columns))
+    for number, (heading, result) in enumerate(columns):
+        places = [index - 0.4 + width * (number + 0.5) for index in range(len(names))]
+        axes.bar(places, [result["metrics"].get(name, 0.0) for name in names], width, label=heading)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_ylabel("share")
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> str:
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise TPatchError(f"cannot write {path}: {error}; choose another place, with a name such as .png") from None
+    return path.name
+
+
+def _curves(results: Sequence[Mapping[str, Any]]) -> Any:
+    figure = _figure(7, 4)
+    axes = figure.subplots()
+    for result in results:
+        for name, points in result["curves"].items():
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=f"{name}, {result['method']}")
+    axes.set_xlabel("edits")
+    axes.set_ylabel("share")
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_title("Over a stream: right after each edit (SR, GR), retained (ER), unchanged elsewhere")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _heat(rows: Sequence[Sequence[float]], ids: Sequence[str]) -> Any:
+    figure = _figure(6.5, 5.5)
+    axes = figure.subplots()
+    image = axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0)
+    axes.set_xlabel("queries: the edit prompt of each record")
+    axes.set_ylabel("edits: the neurons of each record")
+    axes.set_title("Strongest activation of each edit's neurons on each edit prompt")
+    if len(ids) <= 24:
+        axes.set_yticks(range(len(rows)), ids[: len(rows)], fontsize=7)
+    figure.colorbar(image, ax=axes, label="max(0, q·k + b)")
+    return figure
+
+
+def _probabilities(lines: Lines, kinds: Sequence[str]) -> list[float]:
+    import math
+
+    return [math.exp(-line["nll"][kind]) for line in lines for kind in kinds if kind in line.get("nll", {})]
+
+
+def _before_after(lines: Mapping[str, Lines]) -> Any:
+    figure = _figure(9, 3.4)
+    for axes, (title, kinds) in zip(figure.subplots(1, len(KINDS)), KINDS, strict=True):
+        for method, records in lines.items():
+            found = _probabilities(records, kinds)
+            if found:
+                axes.hist(found, bins=20, range=(0, 1), alpha=0.55, label=method)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("probability per target token")
+        axes.legend(fontsize=7) if axes.get_legend_handles_labels()[0] else None
+    return figure
+
+
+def _cost(columns: Sequence[tuple[str, Mapping[str, Any]]]) -> Any:
+    figure = _figure(8, 3)
+    names = [heading for heading, _ in columns]
+    parts = (
+        ("seconds", "seconds of editing"),
+        ("forward_equivalents", "forward equivalents per request"),
+        ("parameters_added", "parameters added"),
+    )
+    for axes, (name, title) in zip(figure.subplots(1, len(parts)), parts, strict=True):
+        bars = axes.bar(names, [result["cost"].get(name, 0.0) for _, result in columns])
+        axes.bar_label(bars, fmt="{:,.4g}", fontsize=8)
+        axes.set_title(title, fontsize=9)
+        axes.margins(y=0.15)
+    return figure

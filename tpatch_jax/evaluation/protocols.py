@@ -1,0 +1,358 @@
+"""The three ways in which edits are made and measured: each alone, all at once, and as a stream.
+
+``single``: each record is edited alone, from the same unedited state (nothing is loaded or collected again), and
+measured right after. ``batch``: all records are edited in one step and measured after it. ``sequential``: records come
+one after the other; a record is edited only if the model, with the edits so far, does not say its targets; the model is
+never reset. SR and GR are measured right after each edit, everything else after the whole stream.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tpatch_jax.editors.editor import EditInfo, Editor
+from tpatch_jax.editors.registry import Method
+from tpatch_jax.evaluation import metrics
+from tpatch_jax.evaluation.generated import answers, continuations
+from tpatch_jax.evaluation.journal import Journal
+from tpatch_jax.evaluation.metrics import Score
+from tpatch_jax.evaluation.records import Probe, Record
+from tpatch_jax.evaluation.running_text import text_figures
+from tpatch_jax.evaluation.scoring import Base, Outcome, apply_scores, patched_scores, score
+from tpatch_jax.models.model import Model
+from tpatch_jax.patch import Patch, activations, take
+
+__all__ = ["MOMENTS", "PROTOCOLS", "Setup", "unedited"]
+
+EDITS = ("rewrite_new", "reliability")
+REPHRASED = ("paraphrase_new", "generalization")
+ELSEWHERE = ("neighborhood_true", "locality", "locality_answer", "relation_specificity")
+SAVE_EVERY = 10
+HEAT = 48
+"""So many records at most are shown in the heat map of activations."""
+
+Lines = list[dict[str, Any]]
+
+
+class Setup(NamedTuple):
+    """What every method and protocol shares.
+
+    Attributes:
+        model: the unedited model.
+        records: what is edited and asked.
+        held_out: records that are never edited; their locality questions make TestR.
+        base: the unedited model's answers to all probes.
+        numbers: the number of each probe among the texts of ``base``.
+        text: the unedited model on running text, if there is any.
+        key: a typed random key.
+        generate: whether GE is measured.
+        every: after so many edits of a stream all edits so far are asked again.
+        tell: called with what is being done, how much is done, and how much there is.
+    """
+
+    model: Model
+    records: Sequence[Record]
+    held_out: Sequence[Record]
+    base: Base
+    numbers: Mapping[Probe, int]
+    text: Base | None
+    key: Array
+    generate: bool
+    every: int
+    tell: Callable[[str, int, int], None]
+
+
+class Edited(NamedTuple):
+    """A method with the edits so far."""
+
+    method: Method
+    editor: Editor
+    state: Any
+
+    @property
+    def patch(self) -> Patch | None:
+        return self.method.patch(self.state) if self.method.patch is not None else None
+
+    @property
+    def model(self) -> Model | None:
+        return self.method.model(self.state) if self.method.model is not None else None
+
+
+def _look(setup: Setup, edited: Edited, base: Base, texts: Sequence[int] | None = None) -> Outcome:
+    patch = edited.patch
+    if patch is not None:
+        return patched_scores(setup.model, base, patch, texts)
+    return apply_scores(base, partial(edited.editor.apply, edited.state), texts)
+
+
+def _texts(setup: Setup, records: Sequence[Record], kinds: Sequence[str] | None = None) -> list[int]:
+    found = [
+        setup.numbers[probe]
+        for record in records
+        for kind, probes in record.probes.items()
+        if kinds is None or kind in kinds
+        for probe in probes
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _scores(setup: Setup, record: Record, outcome: Outcome) -> dict[str, list[Score]]:
+    asked = setup.base.asked
+    return {kind: [score(asked, outcome, setup.numbers[p]) for p in probes] for kind, probes in record.probes.items()}
+
+
+def _figures(
+    setup: Setup, number: int, outcome: Outcome, model: Model | None, replies: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Everything that one record shows: figures, mean NLL of each kind of probe, and what was written freely."""
+    record = setup.records[number]
+    before, after = _scores(setup, record, setup.base.outcome), _scores(setup, record, outcome)
+    texts = []
+    if setup.generate and model is not None:
+        texts = continuations(model, record, jax.random.fold_in(setup.key, number))
+    figures = metrics.record_figures(before, after, texts)
+    nll = {kind: [found.nll for found in scores] for kind, scores in after.items()}
+    line: dict[str, Any] = {
+        "figures": figures,
+        "nll": {kind: float(np.mean(values)) for kind, values in nll.items() if values and not np.isnan(values).any()},
+    }
+    if record.questions and model is not None:
+        replies = answers(model, [record])[0] if replies is None else replies
+        figures["mquake"] = float(metrics.any_answered(replies, record.answers))
+        line["answers"] = list(replies)
+    if texts:
+        line["texts"] = texts
+    return line
+
+
+def _replies(setup: Setup, model: Model | None) -> list[list[str]] | list[None]:
+    if model is None or not any(record.questions for record in setup.records):
+        return [None] * len(setup.records)
+    return answers(model, setup.records)
+
+
+def _cost(info: EditInfo) -> dict[str, Any]:
+    names = ("seconds", "fit_seconds", "forward_equivalents", "fit_forward_equivalents", "parameters_added")
+    requests = [
+        {"id": request.id, "status": request.status, **({"reason": request.reason} if request.reason else {})}
+        for request in info.requests
+    ]
+    return {**{name: getattr(info, name) for name in names}, "requests": requests}
+
+
+def _heat(setup: Setup, patch: Patch | None, neurons: Sequence[int]) -> list[float] | None:
+    """How strongly one record's neurons fire on the edit prompts of the first records, the most of any token."""
+    if patch is None or patch.layer is not None:
+        return None
+    asked, shown = setup.base.asked, setup.records[:HEAT]
+    spans = [[setup.numbers[p] for kind in EDITS for p in record.probes.get(kind, ())] for record in shown]
+    places = [np.concatenate([np.arange(asked.starts[t], asked.starts[t + 1]) for t in span]) for span in spans]
+    if not neurons:
+        return [0.0] * len(places)
+    own = take(patch, list(neurons))
+    rows = jnp.asarray(setup.base.query[np.concatenate(places)])
+    strength = np.asarray(activations(own, rows, jax.nn.relu)).max(-1)
+    return [round(float(part.max()), 4) for part in np.split(strength, np.cumsum([*map(len, places)])[:-1])]
+
+
+def _neurons(info: EditInfo) -> list[int]:
+    return [neuron for request in info.requests for neuron in request.neurons]
+
+
+def _right(setup: Setup, record: Record, outcome: Outcome, kinds: Sequence[str]) -> list[bool]:
+    """Whether each probe of some kinds comes out whole: free-running exact match."""
+    found = [p for kind in kinds for p in record.probes.get(kind, ())]
+    return [bool(np.all(score(setup.base.asked, outcome, setup.numbers[probe]).right)) for probe in found]
+
+
+def _right_tokens(setup: Setup, records: Sequence[Record], outcome: Outcome) -> np.ndarray:
+    texts = _texts(setup, records, ELSEWHERE)
+    found = [score(setup.base.asked, outcome, text).right for text in texts]
+    return np.concatenate(found) if found else np.zeros(0, bool)
+
+
+def _same_tokens(setup: Setup, outcome: Outcome) -> float | None:
+    asked, texts = setup.base.asked, _texts(setup, setup.records, ELSEWHERE)
+    if not texts:
+        return None
+    pairs = [(score(asked, setup.base.outcome, text), score(asked, outcome, text)) for text in texts]
+    return metrics.unchanged([one for one, _ in pairs], [other for _, other in pairs])
+
+
+def _on_text(setup: Setup, edited: Edited) -> dict[str, float]:
+    if setup.text is None:
+        return {}
+    return text_figures(setup.text, _look(setup, edited, setup.text), edited.method.patch is not None)
+
+
+def _result(metrics_: Mapping[str, float], costs: Sequence[Mapping[str, Any]], each: bool) -> dict[str, Any]:
+    """Metrics and cost of a method from the costs of its steps; with ``each``, parameters are those of one record."""
+    requests = [request for cost in costs for request in cost["requests"]]
+    total = {name: sum(cost[name] for cost in costs) for name in ("seconds", "fit_seconds")}
+    count = max(1, len(requests))
+    weighted = {
+        name: sum(cost[name] * len(cost["requests"]) for cost in costs) / count
+        for name in ("forward_equivalents", "fit_forward_equivalents")
+    }
+    parameters = sum(cost["parameters_added"] for cost in costs)
+    status = {name: sum(r["status"] == name for r in requests) for name in ("edited", "already", "failed")}
+    cost = {**total, **weighted, "parameters_added": parameters / max(1, len(costs)) if each else parameters}
+    return {"metrics": dict(metrics_), "cost": cost, "requests": status}
+
+
+def unedited(setup: Setup, journal: Journal) -> dict[str, Any]:
+    """The model as it is, on everything that the methods are asked."""
+    replies = _replies(setup, setup.model)
+    for number in range(len(journal.lines), len(setup.records)):
+        line = _figures(setup, number, setup.base.outcome, setup.model, replies[number])
+        journal.add({"id": setup.records[number].id, **line})
+        setup.tell("unedited", number + 1, len(setup.records))
+    found = metrics.summarise([line["figures"] for line in journal.lines])
+    text = text_figures(setup.text, setup.text.outcome) if setup.text is not None else {}
+    return _result({**found, **text}, [], False)
+
+
+def _single(setup: Setup, method: Method, editor: Editor, journal: Journal) -> dict[str, Any]:
+    count = len(setup.records)
+    fresh = editor.init(setup.model, setup.key) if len(journal.lines) < count else None
+    for number in range(len(journal.lines), count):
+        record = setup.records[number]
+        # The same key for each: what this record gives does not depend on which records stand before it.
+        state, info = editor.step(fresh, record.requests, setup.key)
+        edited = Edited(method, editor, state)
+        outcome = _look(setup, edited, setup.base, _texts(setup, [record]))
+        needs_model = record.questions or setup.generate
+        line = _figures(setup, number, outcome, edited.model if needs_model else None)
+        line["figures"] |= _on_text(setup, edited)
+        heat = _heat(setup, edited.patch, _neurons(info)) if number < HEAT else None
+        journal.add({"id": record.id, **line, "cost": _cost(info), **({"activations": heat} if heat else {})})
+        setup.tell("single edits", number + 1, count)
+    found = metrics.summarise([line["figures"] for line in journal.lines])
+    return _result(found, [line["cost"] for line in journal.lines], True)
+
+
+def _batch(setup: Setup, method: Method, editor: Editor, journal: Journal) -> dict[str, Any]:
+    state, saved = editor.init(setup.model, setup.key), journal.load()
+    if saved is not None:
+        state, about = method.restore(state, saved[0]), saved[1]
+    else:
+        requests = [request for record in setup.records for request in record.requests]
+        state, info = editor.step(state, requests, setup.key)
+        ends = np.cumsum([0, *(len(record.requests) for record in setup.records)])
+        parts = [info.requests[start:end] for start, end in pairwise(ends)]
+        neurons = [[neuron for request in part for neuron in request.neurons] for part in parts]
+        about = {"cost": _cost(info), "neurons": neurons, "ends": ends.tolist()}
+        journal.save(method.save(state), about)
+    edited = Edited(method, editor, state)
+    lines = _after_all(setup, edited)
+    statuses = about["cost"]["requests"]
+    for number, line in enumerate(lines):
+        line["requests"] = statuses[about["ends"][number] : about["ends"][number + 1]]
+        if number < HEAT:
+            heat = _heat(setup, edited.patch, about["neurons"][number])
+            line |= {"activations": heat} if heat else {}
+    journal.replace(lines)
+    found = metrics.summarise([line["figures"] for line in lines])
+    return _result({**found, **_on_text(setup, edited)}, [about["cost"]], False)
+
+
+def _after_all(setup: Setup, edited: Edited) -> Lines:
+    outcome = _look(setup, edited, setup.base)
+    model = edited.model if setup.generate or any(record.questions for record in setup.records) else None
+    replies = _replies(setup, model)
+    lines = []
+    for number, record in enumerate(setup.records):
+        lines.append({"id": record.id, **_figures(setup, number, outcome, model, replies[number])})
+        setup.tell("measuring", number + 1, len(setup.records))
+    return lines
+
+
+def _sequential(setup: Setup, method: Method, editor: Editor, journal: Journal) -> dict[str, Any]:
+    state, saved, records = editor.init(setup.model, setup.key), journal.load(), setup.records
+    if saved is not None:
+        state = method.restore(state, saved[0])
+    # Records after the last saved state are done again: the same seed gives the same edits.
+    journal.replace(journal.lines[: saved[1]["done"] if saved is not None else 0])
+    for number in range(len(journal.lines), len(records)):
+        record, edited = records[number], Edited(method, editor, state)
+        own = _texts(setup, [record], (*EDITS, *REPHRASED))
+        outcome = _look(setup, edited, setup.base, own)
+        line: dict[str, Any] = {"id": record.id, "wrong": not all(_right(setup, record, outcome, EDITS))}
+        if line["wrong"]:
+            state, info = editor.step(state, record.requests, jax.random.fold_in(setup.key, number))
+            edited = Edited(method, editor, state)
+            outcome = _look(setup, edited, setup.base, own)
+            line["right_after"] = all(_right(setup, record, outcome, EDITS))
+            line["rephrased"] = _right(setup, record, outcome, REPHRASED)
+            line["cost"] = _cost(info)
+            heat = _heat(setup, edited.patch, _neurons(info)) if number < HEAT else None
+            line |= {"activations": heat} if heat else {}
+            so_far = [one for one, earlier in zip(records, journal.lines, strict=False) if earlier["wrong"]] + [record]
+            if len(so_far) % setup.every == 0:
+                line["check"] = _check(setup, edited, so_far)
+        journal.add(line)
+        if (number + 1) % SAVE_EVERY == 0 or number + 1 == len(records):
+            journal.save(method.save(state), {"done": number + 1})
+        setup.tell("stream", number + 1, len(records))
+    return _stream_result(setup, Edited(method, editor, state), journal)
+
+
+def _check(setup: Setup, edited: Edited, so_far: Sequence[Record]) -> dict[str, Any]:
+    texts = _texts(setup, so_far, EDITS) + _texts(setup, setup.records, ELSEWHERE)
+    outcome = _look(setup, edited, setup.base, list(dict.fromkeys(texts)))
+    retained = [all(_right(setup, record, outcome, EDITS)) for record in so_far]
+    return {"retained": retained, "locality": _same_tokens(setup, outcome)}
+
+
+def _stream_result(setup: Setup, edited: Edited, journal: Journal) -> dict[str, Any]:
+    stream = journal.lines
+    changed = [record for record, line in zip(setup.records, stream, strict=True) if line["wrong"]]
+    edits = [line for line in stream if line["wrong"]]
+    outcome = _look(setup, edited, setup.base)
+    last = _check(setup, edited, changed)
+    # Ratios of token accuracies on questions with known answers about other things: those that came with the stream
+    # for TrainR, those of records that never were in it for TestR.
+    before = setup.base.outcome
+    train, test = (
+        (_right_tokens(setup, records, before), _right_tokens(setup, records, outcome))
+        for records in (setup.records, setup.held_out)
+    )
+    after, rephrased = [line["right_after"] for line in edits], [line["rephrased"] for line in edits]
+    figures = metrics.sequential_figures(after, rephrased, last["retained"], train, test)
+    final = _after_all(setup, edited)
+    journal.replace([{**line, **measured} for line, measured in zip(stream, final, strict=True)])
+    found = {**figures, **metrics.summarise([line["figures"] for line in final]), **_on_text(setup, edited)}
+    result = _result(found, [line["cost"] for line in edits], False)
+    checks = [line["check"] for line in edits if "check" in line]
+    if edits and "check" not in edits[-1]:
+        checks.append(last)
+    shares = [float(np.mean(flags)) for flags in rephrased if flags]
+    result["curves"] = {
+        "SR": metrics.running_curve(after, setup.every) if after else [],
+        "GR": metrics.running_curve(shares, setup.every) if shares else [],
+        "ER": metrics.retention_curve([check["retained"] for check in checks]),
+        "locality": [(len(c["retained"]), c["locality"]) for c in checks if c["locality"] is not None],
+    }
+    result["edits"] = len(edits)
+    return result
+
+
+PROTOCOLS: Mapping[str, Callable[[Setup, Method, Editor, Journal], dict[str, Any]]] = {
+    "single": _single,
+    "batch": _batch,
+    "sequential": _sequential,
+}
+"""The protocols by name."""
+
+MOMENTS = {
+    "single": "each edit alone, measured right after it",
+    "batch": "all edits in one step, measured after it",
+    "sequential": "SR and GR right after each edit, everything else after the whole stream",
+}
+"""When each protocol measures."""

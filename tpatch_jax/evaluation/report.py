@@ -1,0 +1,160 @@
+"""The report of an evaluation: one JSON object, a page to read, pictures; and several reports side by side."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.pictures import draw_report
+from tpatch_jax.files import write_text
+
+__all__ = ["SCHEMA", "comparison", "markdown", "read_report", "table", "write_report"]
+
+SCHEMA = 1
+
+FIRST = (
+    *("exact", "reliability", "generalization", "generalization_exact", "locality", "portability"),
+    *("ES", "PS", "NS", "S", "EM", "PM", "NM", "rewrite_acc", "paraphrase_acc", "neighborhood_acc", "GE"),
+    *("SR", "GR", "ER", "TrainR", "TestR", "mquake", "relation_specificity", "relation_specificity_acc"),
+    *("perplexity", "next_token_agreement", "certificate_tokens", "certificate_prompts"),
+)
+COSTS = (
+    *("seconds", "forward_equivalents", "fit_forward_equivalents", "parameters_added"),
+    *("total_seconds", "peak_memory_mib"),
+)
+
+Rows = list[list[str]]
+
+
+def write_report(folder: Path, report: dict[str, Any], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Write ``report.md``, pictures, and last ``report.json``, whose presence says that the folder is whole.
+
+    Args:
+        folder: the report folder, with ``records-METHOD.jsonl`` in it already.
+        report: what `tpatch_jax.evaluation.runner.evaluate` returns.
+        lines: the records of each method.
+
+    Raises:
+        TPatchError: the disk is full.
+    """
+    pictures = draw_report(folder, report, lines)
+    try:
+        write_text(folder / "report.md", markdown(report, pictures))
+        write_text(folder / "report.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+    except OSError as error:
+        raise TPatchError(f"cannot write {folder}: {error.strerror}; free some room and run again") from None
+
+
+def read_report(folder: str | Path) -> dict[str, Any]:
+    """The ``report.json`` of a folder.
+
+    Raises:
+        TPatchError: there is none, or it is damaged or of a newer schema.
+    """
+    path = Path(folder) / "report.json"
+    try:
+        report = json.loads(path.read_text("utf-8"))
+        schema, _ = report["schema"], [result["metrics"] for result in report["results"]]
+    except FileNotFoundError:
+        raise TPatchError(
+            f"{folder} holds no report.json; give a folder that `tpatch eval … -o REPORT` finished"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TPatchError(f"{path} is damaged ({error!r}); evaluate again") from None
+    if schema != SCHEMA:
+        raise TPatchError(f"{path} was written by another version (schema {schema}); upgrade tpatch-jax")
+    return report
+
+
+def _ordered(names: Sequence[str], first: Sequence[str]) -> list[str]:
+    return [name for name in first if name in names] + [name for name in names if name not in first]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def table(columns: Sequence[tuple[str, Mapping[str, Any]]]) -> Rows:
+    """Results as columns, figures and costs as rows.
+
+    Args:
+        columns: heading and result of each.
+
+    Returns:
+        Rows of texts, the heading first.
+    """
+    rows = [["", *(name for name, _ in columns)], ["n", *(str(result["n"]) for _, result in columns)]]
+    for part, first in (("metrics", FIRST), ("cost", COSTS)):
+        names = list(dict.fromkeys(name for _, result in columns for name in result[part]))
+        for name in _ordered(names, first):
+            rows.append([name, *(_shown(result[part].get(name)) for _, result in columns)])
+    return rows
+
+
+def _markdown_table(rows: Rows) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
+
+
+def _about(config: Mapping[str, Any], protocol: str, moment: str) -> str:
+    parts = [f"protocol **{protocol}** ({moment})"]
+    parts += [
+        f"{name} `{config[name]}`" for name in ("data", "reading", "template", "one_per_subject") if name in config
+    ]
+    parts += [f"n = {config['n']}", f"seed {config['seed']}", "patches attached with ReLU"]
+    if config["text"]:
+        parts.append(f"perplexity over {config['text']['tokens']} tokens in windows of {config['text']['window']}")
+    return ", ".join(parts)
+
+
+def markdown(report: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
+    """The page to read.
+
+    Args:
+        report: the report.
+        pictures: file names beside it.
+    """
+    config, results = report["config"], report["results"]
+    parts = [
+        f"# {', '.join(config['methods']) or 'unedited'} on {config['model']}",
+        _about(config, results[0]["protocol"], results[0]["moment"]) + ".",
+        _markdown_table(table([(result["method"], result) for result in results])),
+        "Figures are means within a record, then over records, teacher-forced, except `exact` and the other `_exact` "
+        "and `_acc` figures (free-running: greedy decoding gives the whole target) and `mquake`. `seconds` and forward "
+        "equivalents are those of editing (per request: seconds ÷ those of one forward pass over prompt and "
+        "target); `total_seconds` has the measuring too.",
+    ]
+    for result in results[1:]:
+        status = ", ".join(f"{count} {name}" for name, count in result["requests"].items())
+        parts.append(f"{result['method']}: of the requests, {status}; records in `records-{result['method']}.jsonl`.")
+    parts += [f"![{name}]({name})" for name in pictures]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    parts.append(f"Data sha256 `{report['data_sha256']}`. {versions}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def comparison(reports: Mapping[str, Mapping[str, Any]]) -> tuple[Rows, list[tuple[str, Mapping[str, Any]]]]:
+    """Several reports side by side; the unedited model once where reports agree on it.
+
+    Args:
+        reports: by the name of the folder.
+
+    Returns:
+        The table's rows, and its columns: heading and result.
+    """
+    columns: list[tuple[str, Mapping[str, Any]]] = []
+    seen: list[tuple[Any, ...]] = []
+    for name, report in reports.items():
+        for result in report["results"]:
+            if result["method"] == "unedited":
+                same = (report["config"]["fingerprint"], report["data_sha256"], result["n"], result["metrics"])
+                if same in seen:
+                    continue
+                seen.append(same)
+                columns.append((f"{name}: unedited", result))
+            else:
+                columns.append((f"{name}: {result['method']}, {result['protocol']}", result))
+    return table(columns), columns

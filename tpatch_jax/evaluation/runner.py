@@ -1,0 +1,210 @@
+"""One evaluation: methods, a protocol, records in; figures, costs and a report folder out."""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tpatch_jax.editors.registry import find_method, method_settings
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.journal import Journal, finish_report, open_report
+from tpatch_jax.evaluation.protocols import ELSEWHERE, MOMENTS, PROTOCOLS, Setup, unedited
+from tpatch_jax.evaluation.records import Record
+from tpatch_jax.evaluation.report import SCHEMA, write_report
+from tpatch_jax.evaluation.running_text import WINDOW, read_windows
+from tpatch_jax.evaluation.scoring import ask, base_scores
+from tpatch_jax.models.fingerprint import fingerprint
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.sources import cache_folder
+
+__all__ = ["evaluate"]
+
+Progress = Callable[[str, int, int], None]
+
+
+def evaluate(
+    model: Model,
+    records: Sequence[Record],
+    methods: Sequence[str] = ("tpatcher",),
+    protocol: str = "batch",
+    *,
+    output: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    held_out: Sequence[Record] = (),
+    text: str | Path | None = None,
+    text_tokens: int = 16384,
+    memory: str | Path | None = None,
+    generate: bool = False,
+    every: int = 50,
+    seed: int = 0,
+    cache: bool = True,
+    about: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Edit a model by one or more methods and measure what each does; the unedited model is always measured too.
+
+    Patches are evaluated attached with ReLU; see `tpatch_jax.evaluation.scoring`.
+
+    Args:
+        model: the model; not changed.
+        records: what is edited and asked; none to measure the model on ``text`` alone.
+        methods: names from `tpatch_jax.editors.registry.METHODS`.
+        protocol: ``single``, ``batch`` or ``sequential``; see `tpatch_jax.evaluation.protocols`.
+        output: the report folder. A run that was interrupted goes on there. ``None`` writes nothing.
+        settings: each method's settings by its name; its default preset where absent.
+        held_out: records that are never edited, for TestR of ``sequential``.
+        text: a UTF-8 text file for perplexity, agreement and the certificate.
+        text_tokens: at most so many tokens of it, from its start.
+        memory: a text file on whose queries patches stay silent; by default text is sampled from the model.
+        generate: also sample continuations for GE, which is slow.
+        every: after so many edits of a stream all edits so far are asked again.
+        seed: the same seed gives the same figures on one machine.
+        cache: keep what the unedited model says on disk between runs.
+        about: further entries of the report's ``config``, such as the data set's name; ``data_sha256`` is taken out.
+        progress: called with what is being done, how much is done, and how much there is.
+
+    Returns:
+        The report: ``schema, config, seed, versions, data_sha256, results``; each result has ``method, protocol,
+        moment, n, metrics, cost``, and ``curves`` over the number of edits in a stream.
+
+    Raises:
+        TPatchError: no such method or protocol, a record that cannot be asked, or a folder that holds another run.
+
+    Example:
+        >>> from tpatch_jax.evaluation.records import read_records
+        >>> records = read_records("counterfact", "counterfact.json", n=100)  # doctest: +SKIP
+        >>> evaluate(model, records, protocol="single")["results"][1]["metrics"]["ES"]  # doctest: +SKIP
+        1.0
+    """
+    if protocol not in PROTOCOLS:
+        raise TPatchError(f"there is no protocol {protocol!r}; choose from {', '.join(PROTOCOLS)}")
+    if not records and text is None:
+        raise TPatchError("there is nothing to measure; give records, a text file or both")
+    if every < 1:
+        raise TPatchError(f"checks every {every} edits are impossible; give 1 or more")
+    chosen = [find_method(name) for name in dict.fromkeys(methods) if name != "unedited"] if records else []
+    used = {**method_settings([method.name for method in chosen]), **(settings or {})}
+    extra = dict(about or {})
+    data_sha256 = extra.pop("data_sha256", None) or _content(records)
+    config = {
+        **extra,
+        "model": model.name,
+        "fingerprint": fingerprint(model),
+        "methods": [method.name for method in chosen],
+        "protocol": protocol,
+        "n": len(records),
+        "settings": {method.name: asdict(used[method.name]) for method in chosen},
+        "activation": "relu",
+        "text": None if text is None else {"sha256": _file(text), "tokens": text_tokens, "window": WINDOW},
+        "memory": None if memory is None else _file(memory),
+        "generate": generate,
+        "every": every,
+        "seed": seed,
+    }
+    config = json.loads(json.dumps(config, default=list))
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        whole = open_report(folder, {**config, "records_sha256": _content(records), "data_sha256": data_sha256})
+        if whole is not None:
+            return whole
+    tell = progress or (lambda what, done, total: None)
+    with jax.default_matmul_precision("highest"):
+        setup = _prepare(model, records, held_out, text, text_tokens, generate, every, seed, cache, tell)
+        results, lines = [], {}
+        for name, settled in [("unedited", None), *((method.name, method) for method in chosen)]:
+            journal = Journal(name, folder)
+            result = journal.result()
+            if result is None:
+                began = time.perf_counter()
+                if settled is None:
+                    result = unedited(setup, journal)
+                else:
+                    place = cache_folder() if cache else None
+                    editor = settled.build(used[name], memory, place, progress)
+                    result = PROTOCOLS[protocol](setup, settled, editor, journal)
+                cost = {**result["cost"], "total_seconds": time.perf_counter() - began, "peak_memory_mib": _peak()}
+                common = {"method": name, "protocol": protocol, "moment": MOMENTS[protocol], "n": len(records)}
+                result = json.loads(json.dumps({**common, **result, "cost": cost}))
+                journal.finish(result)
+            results.append(result)
+            lines[name] = journal.lines
+    report = {
+        "schema": SCHEMA,
+        "config": config,
+        "seed": seed,
+        "versions": _versions(),
+        "data_sha256": data_sha256,
+        "results": results,
+    }
+    if folder is not None:
+        write_report(folder, report, lines)
+        finish_report(folder)
+    return report
+
+
+def _prepare(
+    model: Model,
+    records: Sequence[Record],
+    held_out: Sequence[Record],
+    text: str | Path | None,
+    text_tokens: int,
+    generate: bool,
+    every: int,
+    seed: int,
+    cache: bool,
+    tell: Progress,
+) -> Setup:
+    """The unedited model's answers to everything that will be asked, each distinct probe once."""
+    asked = [probe for record in records for probes in record.probes.values() for probe in probes]
+    asked += [probe for record in held_out for kind in ELSEWHERE for probe in record.probes.get(kind, ())]
+    probes = list(dict.fromkeys(asked))
+    place = cache_folder() if cache else None
+    tokens = ask(model, probes)
+    base = base_scores(model, tokens, cache=place, tell=lambda done: tell("reading probes", done, len(probes)))
+    running = None
+    if text is not None:
+        windows = read_windows(model, text, text_tokens)
+        count = len(windows.rows)
+        running = base_scores(model, windows, cache=place, tell=lambda done: tell("reading the text", done, count))
+    index = {probe: number for number, probe in enumerate(probes)}
+    key = jax.random.key(seed)
+    return Setup(model, records, held_out, base, index, running, key, generate, every, tell)
+
+
+def _content(records: Sequence[Record]) -> str:
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(asdict(record), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _file(path: str | Path) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise TPatchError(f"{path} cannot be read ({error.strerror}); give a file that exists") from None
+
+
+def _peak() -> float | None:
+    """The most memory that this process ever held, in MiB, the device's not counted; unknown off Unix."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (1 << 20 if platform.system() == "Darwin" else 1 << 10)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("tpatch-jax", "jax", "flax", "optax", "numpy", "transformers")
+    device = jax.devices()[0]
+    versions = {name: metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **versions, "device": f"{device.platform}: {device.device_kind}"}

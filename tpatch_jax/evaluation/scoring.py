@@ -1,0 +1,348 @@
+"""What a model, edited or not, makes of many probes, without running it more often than needed.
+
+The unedited model reads every probe once; what its last layer leaves at the scored positions is kept (also on disk, by
+content). A patch in that layer changes each position on its own: its neurons are tried on the kept queries, and only
+positions on which one fires get new logits. A patch in an earlier layer has only the texts run again on which a
+neuron fires. Both hold because patches are evaluated with ReLU, so that a silent neuron adds exactly nothing (a patch
+that is merged, or attached with SiLU or GELU, leaks a hair below its threshold).
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from tpatch_jax import ffn
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.metrics import Score
+from tpatch_jax.evaluation.records import Probe
+from tpatch_jax.files import replace_folder
+from tpatch_jax.models import decoder
+from tpatch_jax.models.collection import batches, collect
+from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.fingerprint import fingerprint
+from tpatch_jax.models.model import Model, attach
+from tpatch_jax.patch import Patch, contribution, pad, preactivations, take
+from tpatch_jax.requests import join_target
+
+__all__ = ["Asked", "Base", "Outcome", "apply_scores", "ask", "base_scores", "patched_scores", "score"]
+
+VERSION = 1
+LOGIT_ROWS = 256
+QUERY_ROWS = 4096
+TEXTS_AT_ONCE = 256
+MOST_CACHED = 1 << 30
+
+Tell = Callable[[int], None]
+
+
+class Asked(NamedTuple):
+    """Texts in tokens, and where their next token is looked at.
+
+    Attributes:
+        rows: token ids of each text.
+        positions: the positions of each text at which the next token counts.
+        wanted: the true next token at each, ``[positions]`` int, text after text; -1 where none is known.
+        starts: where each text's positions begin in ``wanted``, ``[texts + 1]``.
+    """
+
+    rows: list[list[int]]
+    positions: list[range]
+    wanted: np.ndarray
+    starts: np.ndarray
+
+
+class Outcome(NamedTuple):
+    """What a model says at every position of an `Asked`.
+
+    Attributes:
+        log_p: of the wanted token, ``[positions]``; ``nan`` where none is wanted.
+        predicted: the most probable token, ``[positions]`` int.
+        fires: whether any neuron fires where it could change the position, ``[positions]`` bool.
+    """
+
+    log_p: np.ndarray
+    predicted: np.ndarray
+    fires: np.ndarray
+
+
+class Base(NamedTuple):
+    """What the unedited model says, and what its last layer leaves: ``[positions, d]`` float32 each.
+
+    Attributes:
+        asked: what was asked.
+        outcome: what it says.
+        query: the last FFN's input.
+        output: its output.
+        residual: the residual stream beside it.
+    """
+
+    asked: Asked
+    outcome: Outcome
+    query: np.ndarray
+    output: np.ndarray
+    residual: np.ndarray
+
+
+def ask(model: Model, probes: Sequence[Probe]) -> Asked:
+    """Probes in tokens. Prompt and target are tokenized separately, as the editors and greedy decoding have them.
+
+    Args:
+        model: whose tokenizer and context count.
+        probes: what is asked; a probe without a target is looked at after its prompt only.
+
+    Returns:
+        One text a probe.
+
+    Raises:
+        TPatchError: a probe has no tokens, or more than the model reads.
+    """
+    rows, positions, wanted = [], [], []
+    for probe in probes:
+        prompt = model.encode(probe.prompt)
+        target = model.encode(join_target(probe.prompt, probe.target)) if probe.target else []
+        if not prompt:
+            raise TPatchError(
+                f"the probe {probe.prompt!r} for {probe.target!r} has an empty prompt; take its record out"
+            )
+        if len(prompt) + len(target) > model.config.context:
+            raise TPatchError(
+                f"the probe {probe.prompt[:60]!r} has {len(prompt) + len(target)} tokens and the model reads "
+                f"{model.config.context}; take its record out"
+            )
+        rows.append(prompt + target)
+        positions.append(range(len(prompt) - 1, len(prompt) + len(target) - 1 if target else len(prompt)))
+        wanted.extend(target or [-1])
+    starts = np.cumsum([0, *map(len, positions)])
+    return Asked(rows, positions, np.asarray(wanted, np.int32), starts)
+
+
+def score(asked: Asked, outcome: Outcome, text: int) -> Score:
+    """The `Score` of one text.
+
+    Args:
+        asked: what was asked.
+        outcome: what a model says to it.
+        text: the text's number.
+    """
+    span = slice(int(asked.starts[text]), int(asked.starts[text + 1]))
+    wanted, predicted = asked.wanted[span], outcome.predicted[span]
+    if (wanted < 0).any():
+        return Score(float("nan"), np.zeros(0, bool), predicted)
+    return Score(float(-np.mean(outcome.log_p[span], dtype=np.float64)), predicted == wanted, predicted)
+
+
+@partial(jax.jit, static_argnames="config")
+def _read(config: DecoderConfig, weights: Any, residual: Array, output: Array, wanted: Array) -> tuple[Array, Array]:
+    logits = decoder.finish(config, weights, {"residual": residual}, output)
+    hit = jnp.take_along_axis(logits, wanted[:, None], -1)[:, 0]
+    return hit - jax.nn.logsumexp(logits, -1), jnp.argmax(logits, -1)
+
+
+@jax.jit
+def _fires(patch: Patch, query: Array) -> Array:
+    return jnp.max(preactivations(patch, query), -1) > 0
+
+
+@jax.jit
+def _corrected(patch: Patch, query: Array, output: Array) -> Array:
+    return output + contribution(patch, query, jax.nn.relu)
+
+
+@jax.jit
+def _pick(logits: Array, lane: Array, place: Array, wanted: Array) -> tuple[Array, Array]:
+    chosen = logits[lane, place].astype(jnp.float32)
+    hit = jnp.take_along_axis(chosen, wanted[:, None], -1)[:, 0]
+    return hit - jax.nn.logsumexp(chosen, -1), jnp.argmax(chosen, -1)
+
+
+def _chunks(total: int, most: int):
+    """Slices of at most ``most`` rows with the power of two that each is padded to, so that few sizes compile."""
+    for first in range(0, total, most):
+        count = min(most, total - first)
+        yield slice(first, first + count), min(most, max(8, 1 << (count - 1).bit_length())) - count
+
+
+def _padded(array: np.ndarray, missing: int, dtype: Any = None) -> Array:
+    return jnp.asarray(np.pad(array, ((0, missing),) + ((0, 0),) * (array.ndim - 1)), dtype)
+
+
+def _dtype(model: Model) -> Any:
+    return jax.tree.leaves(model.params)[0].dtype
+
+
+def _read_all(
+    model: Model, residual: np.ndarray, output: np.ndarray, wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probability of the wanted token and argmax of each row, never with more than a few rows of logits at once."""
+    weights, dtype = decoder.final_weights(model.config, model.params), _dtype(model)
+    log_p, predicted = np.zeros(len(wanted), np.float32), np.zeros(len(wanted), np.int32)
+    for span, missing in _chunks(len(wanted), LOGIT_ROWS):
+        arrays = (_padded(array[span], missing, dtype) for array in (residual, output))
+        found = _read(model.config, weights, *arrays, _padded(np.maximum(wanted[span], 0), missing))
+        log_p[span], predicted[span] = (np.asarray(array)[: span.stop - span.start] for array in found)
+    return np.where(wanted < 0, np.float32(np.nan), log_p), predicted
+
+
+def base_scores(model: Model, asked: Asked, *, cache: Path | None = None, tell: Tell | None = None) -> Base:
+    """What the unedited model says: computed once, then recalled by content.
+
+    Args:
+        model: the unedited model.
+        asked: what is asked.
+        cache: folder where results are kept; ``None`` keeps nothing.
+        tell: called with the number of texts done.
+
+    Returns:
+        The `Base`.
+    """
+    folder = None
+    plain = not any(ffn.attached(layer["ffn"]) for layer in model.params["layers"].values())
+    if cache is not None and plain and asked.wanted.size * model.config.width * 12 <= MOST_CACHED:
+        spans = [[place.start, place.stop] for place in asked.positions]
+        content = json.dumps([VERSION, fingerprint(model), asked.rows, spans, asked.wanted.tolist()])
+        folder = cache / "evaluation" / hashlib.sha256(content.encode()).hexdigest()[:24]
+        found = _recall(folder, asked)
+        if found is not None:
+            return found
+    sites = collect(model, asked.rows, asked.positions, model.layer(None), tell)
+    query, output, residual = (np.asarray(array, np.float32) for array in sites)
+    log_p, predicted = _read_all(model, residual, output, asked.wanted)
+    if folder is not None:
+        arrays = {"query": query, "output": output, "residual": residual, "log_p": log_p, "predicted": predicted}
+        try:
+            with replace_folder(folder) as temporary:
+                save_file(arrays, temporary / "scores.safetensors")
+        except TPatchError:
+            pass  # Another process was faster, or the disk is full: that costs time, not correctness.
+    return Base(asked, Outcome(log_p, predicted, np.zeros(len(log_p), bool)), query, output, residual)
+
+
+def _recall(folder: Path, asked: Asked) -> Base | None:
+    try:
+        found = load_file(folder / "scores.safetensors")
+        outcome = Outcome(found["log_p"], found["predicted"], np.zeros(len(asked.wanted), bool))
+        return Base(asked, outcome, found["query"], found["output"], found["residual"])
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def _of(asked: Asked, texts: Sequence[int]) -> np.ndarray:
+    """The numbers of all positions of some texts."""
+    spans = [np.arange(asked.starts[text], asked.starts[text + 1]) for text in texts]
+    return np.concatenate(spans) if spans else np.zeros(0, int)
+
+
+def _sized(patch: Patch) -> Patch:
+    return pad(patch, max(8, 1 << max(0, patch.key.shape[0] - 1).bit_length()))
+
+
+def _firing(patch: Patch, query: np.ndarray, dtype: Any) -> np.ndarray:
+    found = np.zeros(len(query), bool)
+    for span, missing in _chunks(len(query), QUERY_ROWS):
+        found[span] = np.asarray(_fires(patch, _padded(query[span], missing, dtype)))[: span.stop - span.start]
+    return found
+
+
+def patched_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int] | None = None) -> Outcome:
+    """What the model says with a patch attached with ReLU.
+
+    Args:
+        model: the unedited model.
+        base: what it says.
+        patch: ``[n, d]``; each neuron in the layer that it names, or in the last.
+        texts: which texts are looked at; all by default. The rest of the outcome is the unedited model's.
+
+    Returns:
+        The `Outcome`, at silent positions bit for bit the unedited model's.
+    """
+    chosen = range(len(base.asked.rows)) if texts is None else texts
+    log_p, predicted, fires = (array.copy() for array in base.outcome)
+    if not patch.key.shape[0] or not len(chosen):
+        return Outcome(log_p, predicted, fires)
+    last = model.layer(None)
+    if patch.layer is not None and any(model.layer(int(layer)) != last for layer in np.asarray(patch.layer)):
+        return _deep_scores(model, base, patch, chosen)
+    patch, dtype = _sized(patch._replace(layer=None)), _dtype(model)
+    places = _of(base.asked, chosen)
+    fired = places[_firing(patch, base.query[places], dtype)]
+    fires[fired] = True
+    output = np.zeros((len(fired), model.config.width), np.float32)
+    for span, missing in _chunks(len(fired), QUERY_ROWS):
+        arrays = (_padded(array[fired[span]], missing, dtype) for array in (base.query, base.output))
+        found = np.asarray(_corrected(patch, *arrays), np.float32)
+        output[span] = found[: span.stop - span.start]
+    log_p[fired], predicted[fired] = _read_all(model, base.residual[fired], output, base.asked.wanted[fired])
+    return Outcome(log_p, predicted, fires)
+
+
+def _deep_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int]) -> Outcome:
+    """The same for a patch with neurons in earlier layers, where what fires at a token reaches all later ones."""
+    asked = base.asked
+    log_p, predicted, fires = (array.copy() for array in base.outcome)
+    layers, dtype = [model.layer(int(layer)) for layer in np.asarray(patch.layer)], _dtype(model)
+    touched = []
+    for first in range(0, len(texts), TEXTS_AT_ONCE):
+        part = texts[first : first + TEXTS_AT_ONCE]
+        rows = [asked.rows[text] for text in part]
+        ends = np.cumsum([0, *map(len, rows)])
+        fired = np.zeros(ends[-1], bool)
+        # As long as no neuron fired on the unedited trace of any layer, the edited trace is the unedited one.
+        for layer in sorted(set(layers)):
+            neurons = _sized(take(patch, [n for n, own in enumerate(layers) if own == layer])._replace(layer=None))
+            query = collect(model, rows, [range(len(row)) for row in rows], layer).query
+            fired |= _firing(neurons, np.asarray(query, np.float32), dtype)
+        for number, text in enumerate(part):
+            reached = np.logical_or.accumulate(fired[ends[number] : ends[number + 1]])[list(asked.positions[text])]
+            fires[asked.starts[text] : asked.starts[text + 1]] = reached
+            if reached.any():
+                touched.append(text)
+    if touched:
+        edited = attach(model, patch, relu=True)
+        rows, positions = [asked.rows[text] for text in touched], [asked.positions[text] for text in touched]
+        sites = collect(edited, rows, positions, model.layer(None))
+        places = _of(asked, touched)
+        reached = fires[places]
+        residual, output = (np.asarray(array, np.float32)[reached] for array in (sites.residual, sites.output))
+        places = places[reached]
+        log_p[places], predicted[places] = _read_all(model, residual, output, asked.wanted[places])
+    return Outcome(log_p, predicted, fires)
+
+
+def apply_scores(base: Base, apply: Callable[[Array], Array], texts: Sequence[int] | None = None) -> Outcome:
+    """What any edited model says, through its logits: the plain way, for methods whose edits are not neurons.
+
+    Args:
+        base: what the unedited model says.
+        apply: ``tokens [batch, tokens] -> logits [batch, tokens, vocabulary]``.
+        texts: which texts are looked at; all by default.
+
+    Returns:
+        The `Outcome`; every position looked at counts as one on which something fires.
+    """
+    asked = base.asked
+    chosen = list(range(len(asked.rows)) if texts is None else texts)
+    log_p, predicted, fires = (array.copy() for array in base.outcome)
+    for numbers, table in batches([asked.rows[text] for text in chosen]):
+        picked = [chosen[number] for number in numbers]
+        lane = np.concatenate([np.full(len(asked.positions[text]), slot) for slot, text in enumerate(picked)])
+        place = np.concatenate([np.asarray(asked.positions[text], int) for text in picked])
+        places = _of(asked, picked)
+        logits = apply(table)
+        for span, missing in _chunks(len(places), LOGIT_ROWS):
+            arrays = (lane[span], place[span], np.maximum(asked.wanted[places[span]], 0))
+            found = _pick(logits, *(_padded(array.astype(np.int32), missing) for array in arrays))
+            log_p[places[span]], predicted[places[span]] = (
+                np.asarray(array)[: span.stop - span.start] for array in found
+            )
+        fires[places] = True
+    return Outcome(np.where(asked.wanted < 0, np.float32(np.nan), log_p), predicted, fires)
