@@ -33,8 +33,9 @@ from tpatch_jax.requests import join_target
 PROMOTION = "standard"
 
 QUICK = {"contexts": 1, "swaps": 0, "attempts": 1, "rounds": 1}
-SUBJECTS = ("Ada", "Bo", "Cy", "Dot", "Eve")
-WORDS = ("red", "blue", "sky", "tin", "ash")
+# Of few lengths, so that the plain loops compile little.
+SUBJECTS = ("Ada", "Bob", "Cyd", "Dot", "Eve")
+WORDS = ("red", "sky", "ash", "dog", "cup")
 
 
 def make_records(subjects: Sequence[str] = SUBJECTS, targets: Sequence[str] = WORDS) -> list[Record]:
@@ -166,9 +167,12 @@ def some_patch(model: Model, base: Base, layer: int | None = None) -> Patch:
     """Neurons of which each fires on some queries, and one that never does."""
     rng = np.random.default_rng(0)
     key = rng.normal(size=(4, model.config.width)).astype(np.float32)
-    z = base.query @ key.T
-    bias = -np.quantile(z, 0.8, axis=0).astype(np.float32)
-    bias[-1] = -1e4
+    at = model.config.layers - 1 if layer is None else layer
+    rows = base.asked.rows
+    # Every position counts in an earlier layer, so there neurons fire on fewer.
+    query = np.asarray(collect(model, rows, [range(len(row)) for row in rows], at).query)
+    bias = -np.quantile(query @ key.T, 0.9 if layer is None else 0.995, axis=0).astype(np.float32)
+    bias[1::2] = -1e4
     value = rng.normal(size=key.shape).astype(np.float32)
     where = None if layer is None else jnp.asarray([layer, model.config.layers - 1] * 2, jnp.int32)
     return Patch(jnp.asarray(key), jnp.asarray(bias), jnp.asarray(value), where)

