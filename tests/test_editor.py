@@ -236,10 +236,15 @@ def test_a_second_step_keeps_what_the_first_did(tiny_model, memory, edited):
     assert start.patch.key.shape == (0, 16)  # the state before is what it was
     assert [says(attach(tiny_model, first.patch), request) for request in REQUESTS] == [True] * 3
 
-    # the second one in several contexts, and among other subjects
+    # in several contexts and among other subjects it can't be parted from an earlier edit: refused, nothing changed
     known = first.background._replace(prefixes=("in a hat.", "so it is."), names=("Hen", "the Inn"))
     later = EditRequest("hence the", "k", subject="hence", id="later")
-    second, info = editor.step(first._replace(background=known), [later], jax.random.key(1))
+    refused, info = editor.step(first._replace(background=known), [later], jax.random.key(1))
+    assert info.requests[0].status == "failed"
+    assert "earlier edit" in info.requests[0].reason
+    assert same(refused.patch, first.patch)
+
+    second, info = editor.step(first, [later], jax.random.key(1))
     assert info.requests[0].held
     kept = first.patch.key.shape[0]
     assert same(take(second.patch, slice(0, kept)), first.patch)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tpatch_jax import commands, store
@@ -149,12 +150,12 @@ def run(output: str, *, json: bool = False, quiet: bool = False) -> None:
     for number in range(len(FACTS)):
         for part, style in enumerate(("bold", "", "dim")):
             index = 3 * number + part
-            shown.add_row(prompts[index], before[index], after[index], style=style)
+            shown.add_row(*map(escape, (prompts[index], before[index], after[index])), style=style)
     console.print(shown)
     console.print("[bold]edited prompt[/bold], a rephrasing, [dim]an unrelated prompt[/dim]")
     console.print(_cost(info, seconds, share), highlight=False)
     for request in info.failed:
-        console.print(f"[red]failed[/red] {request.id}: {request.reason}", highlight=False)
+        console.print(f"[red]failed[/red] {escape(request.id)}: {escape(request.reason)}", highlight=False)
     console.print(f"patches saved in {output}: try  tpatch inspect {output}", highlight=False)
     verdict = "the same token everywhere" if same else "DIFFERENT tokens"
     console.print(f"merged against attached: {verdict}, largest relative difference {difference:.1e}", highlight=False)

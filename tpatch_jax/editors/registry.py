@@ -10,8 +10,9 @@ import numpy as np
 
 from tpatch_jax.configuration import change, known_names
 from tpatch_jax.editors.editor import Editor
-from tpatch_jax.editors.tpatcher import PRESETS, TPatcherState, tpatcher
+from tpatch_jax.editors.tpatcher import PRESETS, Earlier, TPatcherState, tpatcher
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.collection import Sites
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.patch import Patch, pad
 
@@ -52,13 +53,15 @@ def _tpatcher_model(state: TPatcherState) -> Model:
 
 def _save_tpatcher(state: TPatcherState) -> Arrays:
     arrays = {name: np.asarray(value) for name, value in state.patch._asdict().items() if value is not None}
-    return {**arrays, "memory_query": np.asarray(state.memory[0]), "memory_wants": np.asarray(state.memory[1])}
+    earlier = {f"earlier_{name}": np.asarray(value) for name, value in state.earlier.sites._asdict().items()}
+    return {**arrays, **earlier, "earlier_wanted": np.asarray(state.earlier.wanted)}
 
 
 def _restore_tpatcher(state: TPatcherState, arrays: Arrays) -> TPatcherState:
     found = {name: jnp.asarray(value) for name, value in arrays.items()}
     patch = Patch(found["key"], found["bias"], found["value"], found.get("layer"))
-    return state._replace(patch=patch, memory=(found["memory_query"], found["memory_wants"]))
+    sites = Sites(*(found[f"earlier_{name}"] for name in Sites._fields))
+    return state._replace(patch=patch, earlier=Earlier(sites, found["earlier_wanted"]))
 
 
 METHODS: Mapping[str, Method] = {

@@ -30,7 +30,7 @@ from tpatch_jax.models import decoder
 from tpatch_jax.models.collection import Sites, argmax_logits, collect
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.objective import Weights
-from tpatch_jax.patch import Patch, concatenate, contribution, create, join, take
+from tpatch_jax.patch import Patch, concatenate, contribution, create, join, preactivations, take
 from tpatch_jax.requests import EditRequest, as_requests, contradictions, join_target
 
 __all__ = ["PRESETS", "TPatcherSettings", "TPatcherState", "edit", "tpatcher"]
@@ -86,6 +86,18 @@ PRESETS: Mapping[str, TPatcherSettings] = {
 """Named settings: ``default``, this library's best, and ``paper``, the values of the paper's zsRE experiments."""
 
 
+class Earlier(NamedTuple):
+    """The edits of earlier steps: what the cut gave at each of their target tokens, and the token wanted there.
+
+    Attributes:
+        sites: ``[rows, d]`` each.
+        wanted: ``[rows]`` int.
+    """
+
+    sites: Sites
+    wanted: Array
+
+
 class TPatcherState(NamedTuple):
     """What an edited model is made of.
 
@@ -93,14 +105,14 @@ class TPatcherState(NamedTuple):
         model: the model without the patch.
         patch: the neurons so far, ``[n, d]``.
         background: what is known about the unedited model.
-        memory: queries of earlier edits with the tokens that they want, on which later patches stay silent.
+        earlier: the edits of earlier steps, on which later patches stay silent and which they must not break.
         settings: the editor's options.
     """
 
     model: Model
     patch: Patch
     background: Background
-    memory: tuple[Array, Array]
+    earlier: Earlier
     settings: TPatcherSettings
 
 
@@ -238,7 +250,9 @@ def tpatcher(
     def init(model: Model, key: Array) -> TPatcherState:
         known = background(model, model.layer(None), memory, cache=cache, progress=progress)
         width = model.config.width
-        nothing = (jnp.zeros((0, width)), jnp.zeros(0, jnp.int32))
+        dtype = jax.tree.leaves(model.params)[0].dtype
+        empty = jnp.zeros((0, width), dtype)
+        nothing = Earlier(Sites(empty, empty, empty), jnp.zeros(0, jnp.int32))
         return TPatcherState(model, create(width), known, nothing, settings)
 
     def step(state: TPatcherState, requests: Sequence[EditRequest], key: Array) -> tuple[TPatcherState, EditInfo]:
@@ -337,10 +351,21 @@ def _step(
 
     # What does not hold is taken out; that may free or trip others, so look until it is stable.
     dropped: set[int] = set(owner[missing].tolist())
+    harmful: set[int] = set()
+    earlier = state.earlier
+    lost_before = _broken(model, earlier, state.patch)
     while True:
         alive = np.array([owner[lane] not in dropped for lane in lanes], bool)
         final = concatenate([state.patch, take(patch, np.flatnonzero(alive) + first_neuron)])
         broken = set(owner[wrong(final)].tolist()) - dropped
+        lost = np.setdiff1d(_broken(model, earlier, final), lost_before)
+        if len(lost) and alive.any():
+            # The new neuron that acts most strongly where an earlier edit broke has to go.
+            added = take(patch, np.flatnonzero(alive) + first_neuron)
+            strength = act(preactivations(added, earlier.sites.query[lost])) * jnp.linalg.norm(added.value, axis=1)
+            culprits = lanes[np.flatnonzero(alive)[np.asarray(jnp.argmax(jnp.abs(strength), 1))]]
+            harmful |= set(owner[culprits].tolist())
+            broken |= set(owner[culprits].tolist())
         if not broken:
             break
         dropped |= broken
@@ -356,19 +381,26 @@ def _step(
         count = len(items[number].target)
         bad = [int(token[row]) for row in missing if owner[row] == number]
         which = f"target token {bad[0] + 1} of {count} still comes out wrong" if bad else "another edit breaks it"
+        which = "it would break an earlier edit" if number in harmful else which
         problems[items[number].position] = (
             f"{which} after {settings.attempts} attempts; try more attempts, or give the request a subject"
         )
     before = {items[number].position for number in already if number not in dropped}
-    # The edits' own queries join the memory, so that later patches stay silent on them.
-    queries = jnp.concatenate([state.memory[0], bare_sites.query.astype(jnp.float32)])
-    wants = jnp.concatenate([state.memory[1], jnp.asarray(wanted)])
-    state = state._replace(patch=final, memory=(queries, wants))
+    # What holds joins the memory, so that later patches stay silent on it and are checked against it.
+    holds = np.flatnonzero(~np.isin(owner, sorted(dropped)))
+    sites_now = Sites(*(jnp.concatenate([old, new[holds]]) for old, new in zip(earlier.sites, bare_sites, strict=True)))
+    wanted_now = jnp.concatenate([earlier.wanted, jnp.asarray(wanted[holds])])
+    state = state._replace(patch=final, earlier=Earlier(sites_now, wanted_now))
     return state, _info(requests, problems, neurons, notes, before, began, fit_seconds, unit, model)
 
 
 def _tell(progress: Progress, said: str, total: int, done: int) -> None:
     progress(said, done, total)
+
+
+def _broken(model: Model, earlier: Earlier, patch: Patch) -> np.ndarray:
+    """The rows of earlier edits whose wanted token does not come out."""
+    return np.flatnonzero(argmax_logits(model, _patched(model, earlier.sites, patch)) != np.asarray(earlier.wanted))
 
 
 def _one(info: FitInfo, lane: int) -> FitInfo:
@@ -407,7 +439,7 @@ def _memory(
         share = min(0.9, sum(group.shape[0] for group in groups) / 200)
         nuisance = share * own / jnp.trace(own) + (1 - share) * nuisance / jnp.trace(nuisance)
     memory = create_memory(known.query, nuisance, weight=settings.nuisance_weight, shrinkage=settings.shrinkage)
-    memory = extend(memory, *state.memory)
+    memory = extend(memory, state.earlier.sites.query, state.earlier.wanted)
     if settings.other_edits:
         memory = extend(memory, sites.query, jnp.asarray(answers))
     return memory
