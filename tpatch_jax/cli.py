@@ -1,5 +1,6 @@
 """The ``tpatch`` command: parses, calls the library, prints."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -206,6 +207,8 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 after a mistake that the message explains, 130 after Ctrl-C.
     """
+    # Without torch, which nothing here needs, transformers would say so at every start.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
