@@ -385,7 +385,8 @@ def _step(
         problems[items[number].position] = (
             f"{which} after {settings.attempts} attempts; try more attempts, or give the request a subject"
         )
-    before = {items[number].position for number in already if number not in dropped}
+    # One that held, was disturbed by another edit and got a neuron for it counts as edited: its neurons need an owner.
+    before = {items[number].position for number in already if number not in dropped} - set(neurons)
     # What holds joins the memory, so that later patches stay silent on it and are checked against it.
     holds = np.flatnonzero(~np.isin(owner, sorted(dropped)))
     sites_now = Sites(*(jnp.concatenate([old, new[holds]]) for old, new in zip(earlier.sites, bare_sites, strict=True)))

@@ -69,7 +69,7 @@ class FitSettings:
         recipe: ``"staged"`` or ``"joint"``.
         weights: weights and margins of the objective.
         learning_rate: Adam's, for the key and its bias (in whitened coordinates when staged).
-        value_learning_rate: Adam's for the value; ``0`` uses ``learning_rate``.
+        value_learning_rate: Adam's for the value, in units of the lane's scale (staged); ``0`` means 0.05.
         weight_decay: decoupled, on all parameters.
         clip: the gradient's largest norm.
         key_steps: steps on the activation and memory losses (staged).

@@ -71,7 +71,7 @@ def settle(
 
         (params, optimiser), _ = jax.lax.scan(step, (params, optimiser), None, length=last - first)
 
-    # The threshold goes between the hardest negative and the least active own query; an own query then has z = 1.
+    # The threshold goes between the hardest negative and the edit's own queries, of which one then has z = 1.
     negative, counts = mine(params)
     _, losses = key_loss(params, negative, counts)
     z = own @ params["key"]
