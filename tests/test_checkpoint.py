@@ -334,7 +334,7 @@ def test_a_bias_that_the_configuration_does_not_know(folder):
 
 def test_quantised_weights(folder):
     edit_weights(folder, lambda tensors: tensors.update({ONE: np.ones((32, 16), np.int8)}))
-    refused(folder, f"{ONE} is int8: a quantised checkpoint")
+    refused(folder, f"{ONE} is I8: a quantised checkpoint")
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -92,7 +92,7 @@ FACTS = (
 
 
 def _say(model: Model, prompts: list[str]) -> list[str]:
-    rows = [model.encode(prompt) for prompt in prompts]
+    rows = [model.encode_prompt(prompt) for prompt in prompts]
     found = generation.greedy(model.config, model.params, rows, WORDS, model.stops)
     return [model.decode(row).strip().split("\n")[0] for row in found]
 
@@ -121,7 +121,7 @@ def run(output: str, *, json: bool = False, quiet: bool = False) -> None:
         figures = measure(model, patch, FACTS)
     store.save_patches(output, model, patch, FACTS, info)
 
-    rows = [model.encode(text) for text in prompts]
+    rows = [model.encode_prompt(text) for text in prompts]
     table = tokens_array(rows, generation.bucket(max(map(len, rows))))
     beside, inside = np.asarray(attached.apply(table)), np.asarray(merged.apply(table))
     lengths = [len(row) for row in rows]

@@ -88,7 +88,9 @@ def background(
         rows = _sampled(model, progress)
     else:
         ids = model.encode(_read(Path(text)))
-        rows = [ids[first : first + LENGTH] for first in range(0, min(len(ids), TEXTS * LENGTH), LENGTH)]
+        rows = [
+            [*model.start, *ids[first : first + LENGTH]] for first in range(0, min(len(ids), TEXTS * LENGTH), LENGTH)
+        ]
     rows = [row for row in rows if len(row) > 2]
     if sum(map(len, rows)) < 2 * LENGTH:
         raise TPatchError(f"the memory text {text or 'sampled from the model'} is too short; give a longer text file")
@@ -140,7 +142,7 @@ def _collect(model: Model, layer: int, rows: list[list[int]], progress: Progress
     spans, positions = [], []
     for sentence in words[len(PREFIX_LENGTHS) :][:SPANS]:
         for prefix in ["", *prefixes][:SPAN_CONTEXTS]:
-            ids = model.encode(f"{prefix} {' '.join(sentence[:12])}".strip())
+            ids = model.encode_prompt(f"{prefix} {' '.join(sentence[:12])}".strip())
             spans.append(ids)
             positions.append(range(len(ids) - 3, len(ids)))
     if spans and all(len(ids) >= 3 for ids in spans):

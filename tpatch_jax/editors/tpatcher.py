@@ -140,7 +140,9 @@ def _check(model: Model, requests: Sequence[EditRequest]) -> dict[int, str]:
         elif request.subject is not None and request.subject not in request.prompt:
             problems[position] = f"the subject {request.subject!r} is not in the prompt; copy it as it stands there"
         else:
-            length = len(model.encode(request.prompt)) + len(model.encode(join_target(request.prompt, request.target)))
+            length = len(model.encode_prompt(request.prompt)) + len(
+                model.encode_target(request.prompt, join_target(request.prompt, request.target))
+            )
             if length > model.config.context:
                 problems[position] = (
                     f"prompt and target have {length} tokens, the model reads {model.config.context}; "
@@ -150,14 +152,14 @@ def _check(model: Model, requests: Sequence[EditRequest]) -> dict[int, str]:
 
 
 def _item(model: Model, position: int, request: EditRequest, prefixes: Sequence[str], rephrases: bool) -> _Item:
-    target = model.encode(join_target(request.prompt, request.target))
+    target = model.encode_target(request.prompt, join_target(request.prompt, request.target))
     texts = [request.prompt, *(f"{prefix} {request.prompt}" for prefix in prefixes)]
     texts += list(request.rephrases) if rephrases else []
     rows, starts = [], []
     for number, text in enumerate(texts):
-        prompt = model.encode(text)
+        prompt = model.encode_prompt(text)
         if number and len(prompt) + len(target) > model.config.context:
-            prompt = model.encode(request.prompt)
+            prompt = model.encode_prompt(request.prompt)
         rows.append(prompt + target)
         starts.append(len(prompt))
     return _Item(position, target, rows, starts)
@@ -188,7 +190,7 @@ def _swapped(
             # Drawn from the request's own text, so that its swaps do not depend on its place in the list.
             picks = np.random.default_rng(list(request.prompt.encode())).permutation(len(others))[:count]
             texts = [request.prompt.replace(subject, others[pick]) for pick in picks]
-            fitting = [text for text in texts if len(model.encode(text)) <= model.config.context]
+            fitting = [text for text in texts if len(model.encode_prompt(text)) <= model.config.context]
             if fitting:
                 result[position] = fitting
     return result
@@ -460,7 +462,7 @@ def _negatives(
     places = [
         (number, slot) for number, item in enumerate(items) for slot in range(len(swapped.get(item.position, ())))
     ]
-    rows = [model.encode(swapped[items[number].position][slot]) for number, slot in places]
+    rows = [model.encode_prompt(swapped[items[number].position][slot]) for number, slot in places]
     if rows:
         report = (lambda done: progress("reading other subjects", done, len(rows))) if progress else None
         found = collect(model, rows, [[len(row) - 1] for row in rows], model.layer(None), report).query

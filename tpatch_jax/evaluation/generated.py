@@ -30,7 +30,7 @@ def continuations(model: Model, record: Record, key: Array) -> list[str]:
     Returns:
         The texts, openings included.
     """
-    prompts = [model.encode(text) for text in record.generation]
+    prompts = [model.encode_prompt(text) for text in record.generation]
     if not prompts:
         return []
     count = max(1, TEXT_TOKENS - min(map(len, prompts)))
@@ -48,7 +48,7 @@ def answers(model: Model, records: Sequence[Record]) -> list[list[str]]:
     Returns:
         For each record its answers, ``[questions]`` texts.
     """
-    prompts = [model.encode(question) for record in records for question in record.questions]
+    prompts = [model.encode_prompt(question) for record in records for question in record.questions]
     texts = [""] * len(prompts)
     # Neighbours in length share a batch, so that little of it is padding.
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")

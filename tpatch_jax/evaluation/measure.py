@@ -77,8 +77,8 @@ def measure(
     kinds: list[str] = []
 
     def add(kind: str, prompt: str, target: str) -> None:
-        start = model.encode(prompt)
-        answer = model.encode(join_target(prompt, target)) if target else []
+        start = model.encode_prompt(prompt)
+        answer = model.encode_target(prompt, join_target(prompt, target)) if target else []
         row = start + answer
         if not start or len(row) > model.config.context or (kind != "locality" and not answer):
             rows.append([0])

@@ -41,12 +41,13 @@ def read_windows(model: Model, path: str | Path, most: int) -> Asked:
         raise TPatchError(f"the text {path} cannot be read ({error}); give a UTF-8 text file") from None
     ids = model.encode(text)[:most]
     window = min(WINDOW, model.config.context)
-    rows = [ids[first : first + window] for first in range(0, len(ids), window)]
-    rows = [row for row in rows if len(row) > 1]
+    begin = len(model.start)
+    rows = [[*model.start, *ids[first : first + window - begin]] for first in range(0, len(ids), window - begin)]
+    rows = [row for row in rows if len(row) > begin + 1]
     if not rows:
         raise TPatchError(f"the text {path} has {len(ids)} tokens; give a longer text file")
-    positions = [range(len(row) - 1) for row in rows]
-    wanted = np.concatenate([np.asarray(row[1:], np.int32) for row in rows])
+    positions = [range(begin, len(row) - 1) for row in rows]
+    wanted = np.concatenate([np.asarray(row[begin + 1 :], np.int32) for row in rows])
     return Asked(rows, positions, wanted, np.cumsum([0, *map(len, positions)]))
 
 

@@ -108,8 +108,8 @@ def ask(model: Model, probes: Sequence[Probe]) -> Asked:
     """
     rows, positions, wanted = [], [], []
     for probe in probes:
-        prompt = model.encode(probe.prompt)
-        target = model.encode(join_target(probe.prompt, probe.target)) if probe.target else []
+        prompt = model.encode_prompt(probe.prompt)
+        target = model.encode_target(probe.prompt, join_target(probe.prompt, probe.target)) if probe.target else []
         if not prompt:
             raise TPatchError(
                 f"the probe {probe.prompt!r} for {probe.target!r} has an empty prompt; take its record out"

@@ -1,22 +1,24 @@
 """Reading and writing Hugging Face style folders: ``config.json`` and safetensors, one file or shards."""
 
 import json
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
+from safetensors.numpy import save_file
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import replace_folder
 from tpatch_jax.models import decoder
 from tpatch_jax.models.config import DecoderConfig
 from tpatch_jax.models.families import configure, family_of
+from tpatch_jax.models.layout import flatten, insert, join, layout, split
+from tpatch_jax.models.sharding import place
 
 __all__ = ["read_folder", "read_settings", "write_folder"]
 
@@ -25,7 +27,7 @@ Params = dict[Any, Any]
 NEURONS_KEY = "tpatch_neurons"
 """In ``config.json``: how many neurons were merged into which layers, ``{"29": 12}``."""
 
-_IGNORED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "attention.bias", "attention.masked_bias")
+_FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -56,35 +58,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise TPatchError(f"{path} cannot be used ({reason}); copy the model's original config.json there") from error
 
 
-def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, entry in tree.items():
-        path = f"{prefix}.{name}" if prefix else str(name)
-        if isinstance(entry, Mapping):
-            yield from _flatten(entry, path)
-        else:
-            yield path, entry
-
-
-def _insert(tree: Params, path: str, leaf: Any) -> None:
-    *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
-    for part in parents:
-        tree = tree.setdefault(part, {})
-    tree[last] = leaf
-
-
-def _checkpoint_name(names: Mapping[str, str], path: str) -> tuple[str, bool]:
-    """The checkpoint's name for one of our parameters, and whether it is stored transposed."""
-    parts = path.split(".")
-    layer = parts[1] if parts[0] == "layers" else ""
-    general = ".".join(["layers", "{}", *parts[2:]]) if layer else path
-    if general in names:
-        return names[general].format(layer), False
-    parent, _, leaf = general.rpartition(".")
-    if leaf == "kernel":
-        return f"{names[parent].format(layer)}.weight", True
-    return f"{names[parent].format(layer)}.{leaf}", False
-
-
 def _shards(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor."""
     index = folder / "model.safetensors.index.json"
@@ -109,18 +82,21 @@ def _shards(folder: Path) -> dict[str, Path]:
 
 def _names(path: Path) -> list[str]:
     try:
-        with safe_open(path, "flax") as file:
+        with safe_open(path, "np") as file:
             return list(file.keys())
     except SafetensorError as error:
         raise TPatchError(f"{path} is damaged ({error}); fetch it again") from None
 
 
-def read_folder(folder: Path, dtype: str | None = None) -> tuple[DecoderConfig, Params, dict[str, Any]]:
-    """Read a model.
+def read_folder(
+    folder: Path, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> tuple[DecoderConfig, Params, dict[str, Any]]:
+    """Read a model, tensor by tensor, so that memory never holds it twice.
 
     Args:
         folder: with ``config.json`` and safetensors.
         dtype: ``"float32"`` or ``"bfloat16"`` for the parameters; ``None`` keeps what the file has.
+        mesh: devices to which the parameters go directly; see `tpatch_jax.models.sharding`.
 
     Returns:
         The decoder's description, its parameters, and the settings of ``config.json``.
@@ -129,47 +105,58 @@ def read_folder(folder: Path, dtype: str | None = None) -> tuple[DecoderConfig, 
         TPatchError: weights are missing, damaged, of a wrong shape, or left over; all such tensors are named together.
     """
     settings = read_settings(folder)
-    config = configure(settings)
-    names = family_of(settings["model_type"]).names
+    if quantised := settings.get("quantization_config"):
+        kind = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else "unknown"
+        raise TPatchError(
+            f"{folder} is quantised ({kind}), and patches need weights as plain numbers; fetch the unquantised model, "
+            "or a GGUF file, which is converted"
+        )
+    config, family = configure(settings), family_of(settings["model_type"])
     merged = {int(layer): int(count) for layer, count in settings.get(NEURONS_KEY, {}).items()}
     shards = _shards(folder)
-    params: Params = {}
-    problems: list[str] = []
-    wanted = {}
-    for path, expected in _flatten(decoder.shapes(config, merged)):
-        name, transposed = _checkpoint_name(names, path)
-        wanted[name] = (path, expected.shape, transposed)
-        if name not in shards:
-            problems.append(f"{name} is missing")
+    # Checkpoints of the network without its head leave out the first part of every name.
+    bare = not any(name.startswith(family.prefix) for name in shards)
+    wanted = {
+        name.removeprefix(family.prefix) if bare else name: stored
+        for name, stored in layout(family, config, merged).items()
+    }
+    problems = [f"{name} is missing" for name in wanted if name not in shards]
     for name in shards:
-        if (
-            name not in wanted
-            and not name.endswith(_IGNORED)
-            and not (config.tied and name == names["head"] + ".weight")
-        ):
+        known = name in wanted or name.endswith(family.constants)
+        if not known and not (config.tied and name == family.names["head"] + ".weight"):
             problems.append(f"{name} is not part of a {config.family} model")
+    sizes = {}
     for shard in sorted(set(shards.values())):
-        with safe_open(shard, "flax") as file:
-            for name in file.keys():  # noqa: SIM118  (the handle is not a mapping)
-                if name not in wanted or shards[name] != shard:
+        with safe_open(shard, "np") as file:
+            for name in sorted(wanted):
+                if shards.get(name) != shard:
                     continue
-                path, shape, transposed = wanted[name]
-                tensor = file.get_tensor(name)
-                found = tensor.shape[::-1] if transposed else tensor.shape
-                if found != shape:
-                    problems.append(
-                        f"{name} has shape {tensor.shape}, config.json implies {shape[::-1] if transposed else shape}"
-                    )
-                    continue
-                if not jnp.issubdtype(tensor.dtype, jnp.floating):
-                    problems.append(f"{name} is {tensor.dtype}: a quantised checkpoint; convert it to float first")
-                    continue
-                tensor = tensor.T if transposed else tensor
-                _insert(params, path, jnp.asarray(tensor, dtype or tensor.dtype))
+                part, expected = file.get_slice(name), wanted[name].shape
+                found = tuple(part.get_shape())
+                if found != expected:
+                    problems.append(f"{name} has shape {found}, config.json implies {expected}")
+                elif part.get_dtype() not in _FLOATS:
+                    kind = part.get_dtype()
+                    problems.append(f"{name} is {kind}: a quantised checkpoint; fetch the unquantised model")
+                sizes[name] = math.prod(found)
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise TPatchError(f"{folder} does not hold the model that its config.json describes: {shown}")
-    return config, params, settings
+    params: Params = {}
+    # The largest first and each through a handle of its own: what is held twice for a moment, the tensor at hand and
+    # the mapped file behind it, is then never much of the whole.
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        with safe_open(shards[name], "np") as file:
+            tensor = file.get_tensor(name)
+        for path, part in split(wanted[name], tensor).items():
+            insert(params, path, place(path, part, dtype, mesh))
+    return config, _ordered(params), settings
+
+
+def _ordered(params: Params) -> Params:
+    """The same tree with its layers in order."""
+    layers = {index: params["layers"][index] for index in sorted(params["layers"])}
+    return {**params, "layers": layers}
 
 
 def write_folder(
@@ -187,17 +174,17 @@ def write_folder(
     Raises:
         TPatchError: the folder holds something already.
     """
-    names = family_of(settings["model_type"]).names
     merged = decoder.merged_neurons(config, params)
     new = {name: entry for name, entry in settings.items() if name != NEURONS_KEY}
     dtype = str(jax.tree.leaves(params)[0].dtype)
     new.update({"dtype": dtype, "torch_dtype": dtype})
     if merged:
         new[NEURONS_KEY] = {str(layer): count for layer, count in merged.items()}
-    tensors = {}
-    for path, leaf in _flatten(params):
-        name, transposed = _checkpoint_name(names, path)
-        tensors[name] = jnp.asarray(np.ascontiguousarray(np.asarray(leaf).T)) if transposed else leaf
+    leaves = dict(flatten(params))
+    tensors = {
+        name: join(stored, [np.asarray(leaves[path]) for path in stored.paths])
+        for name, stored in layout(family_of(settings["model_type"]), config, merged).items()
+    }
     with replace_folder(folder) as temporary:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         (temporary / "config.json").write_text(json.dumps(new, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -1,6 +1,7 @@
 """The decoder network: Flax NNX modules inside, pure functions over a nested dict of parameters outside.
 
-The parameters are ``{"embed": …, "layers": {0: {"norm_1", "attention", "norm_2", "ffn"}, …}, "norm": …, "head"?: …}``.
+The parameters are ``{"embed": …, "positions"?: …, "layers": {0: {"norm_1", "attention", "norm_2", "ffn"}, …},
+"norm": …, "head"?: …}``; `tpatch_jax.models.blocks` has the modules.
 The feed-forward network of every block is not a module but the plain function `tpatch_jax.ffn.apply` over its own
 sub-dict, because that is the place which patches change.
 """
@@ -15,7 +16,8 @@ from flax import nnx
 from jax import Array
 
 from tpatch_jax import ffn
-from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.blocks import Block, Cache, Norm, softcap
+from tpatch_jax.models.config import DecoderConfig, LayerKind
 
 __all__ = [
     "Cache",
@@ -32,6 +34,7 @@ __all__ = [
     "leave_last",
     "logits",
     "merged_neurons",
+    "residuals",
     "resume",
     "shapes",
     "trace",
@@ -39,13 +42,6 @@ __all__ = [
 ]
 
 Params = dict[Any, Any]
-
-
-class Cache(NamedTuple):
-    """Keys and values of one block's attention, ``[batch, context, key_value_heads, head_width]`` each."""
-
-    key: Array
-    value: Array
 
 
 class Trace(NamedTuple):
@@ -65,124 +61,49 @@ class Trace(NamedTuple):
     layer: int
 
 
-class Norm(nnx.Module):
-    """Root-mean-square or layer normalisation, computed in float32 whatever the parameters' type."""
-
-    def __init__(self, config: DecoderConfig, width: int):
-        self.kind, self.epsilon = config.norm, config.norm_epsilon
-        self.scale = nnx.Param(jnp.ones(width))
-        if config.norm == "layer":
-            self.bias = nnx.Param(jnp.zeros(width))
-
-    def __call__(self, x: Array) -> Array:
-        y = x.astype(jnp.float32)
-        if self.kind == "layer":
-            y = y - jnp.mean(y, -1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.epsilon)
-        y = y * self.scale[...].astype(jnp.float32)
-        if self.kind == "layer":
-            y = y + self.bias[...].astype(jnp.float32)
-        return y.astype(x.dtype)
-
-
-def _rotate(x: Array, positions: Array, config: DecoderConfig) -> Array:
-    """Rotary embedding of ``x [batch, tokens, heads, width]``, in the half-split layout."""
-    frequencies = jnp.asarray(config.rope_frequencies, jnp.float32)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    cos, sin = (jnp.cos(angles) * config.rope_scale)[:, :, None], (jnp.sin(angles) * config.rope_scale)[:, :, None]
-    pairs = frequencies.shape[0]
-    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), rest], -1)
-
-
-class Attention(nnx.Module):
-    """Causal self-attention with grouped queries and an optional cache."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        self.config = config
-        inner, shared = config.heads * config.head_width, config.key_value_heads * config.head_width
-        linear = partial(nnx.Linear, rngs=rngs)
-        self.query = linear(config.width, inner, use_bias=config.query_bias)
-        self.key = linear(config.width, shared, use_bias=config.query_bias)
-        self.value = linear(config.width, shared, use_bias=config.query_bias)
-        self.output = linear(inner, config.width, use_bias=config.output_bias)
-
-    def __call__(self, x: Array, positions: Array, cache: Cache | None) -> tuple[Array, Cache | None]:
-        config, (batch, tokens, _) = self.config, x.shape
-        query = self.query(x).reshape(batch, tokens, config.heads, config.head_width)
-        key = self.key(x).reshape(batch, tokens, config.key_value_heads, config.head_width)
-        value = self.value(x).reshape(batch, tokens, config.key_value_heads, config.head_width)
-        if config.rope_frequencies:
-            query, key = _rotate(query, positions, config), _rotate(key, positions, config)
-        if cache is not None:
-            lane = jnp.arange(batch)[:, None]
-            # Positions past the cache's end belong to padding; dropping them keeps real entries whole.
-            key = cache.key.at[lane, positions].set(key, mode="drop")
-            value = cache.value.at[lane, positions].set(value, mode="drop")
-            cache = Cache(key, value)
-        visible = jnp.arange(key.shape[1])[None, None, :] <= positions[:, :, None]
-        query = query.reshape(batch, tokens, config.key_value_heads, -1, config.head_width)
-        scores = jnp.einsum("btkgh,bskh->bkgts", query, key, preferred_element_type=jnp.float32)
-        scores = jnp.where(visible[:, None, None], scores * config.head_width**-0.5, -jnp.inf)
-        weights = jax.nn.softmax(scores, -1).astype(value.dtype)
-        mixed = jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(batch, tokens, -1)
-        return self.output(mixed), cache
-
-
-class Block(nnx.Module):
-    """One pre-norm block without its FFN: `enter` gives the FFN's input, `leave` takes its output."""
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        self.norm_1 = Norm(config, config.width)
-        self.attention = Attention(config, rngs=rngs)
-        self.norm_2 = Norm(config, config.width)
-
-    def enter(self, x: Array, positions: Array, cache: Cache | None) -> tuple[Array, Array, Cache | None]:
-        mixed, cache = self.attention(self.norm_1(x), positions, cache)
-        residual = x + mixed
-        return residual, self.norm_2(residual), cache
-
-    def leave(self, residual: Array, output: Array) -> Array:
-        return residual + output
+@lru_cache(maxsize=64)
+def _block_graph(config: DecoderConfig, kind: LayerKind) -> nnx.GraphDef:
+    """The structure of a block without its weights, made once per kind of layer."""
+    return nnx.split(nnx.eval_shape(lambda: Block(config, kind, rngs=nnx.Rngs(0))))[0]
 
 
 @lru_cache(maxsize=64)
-def _graph(kind: type[nnx.Module], *arguments: Any) -> nnx.GraphDef:
-    """The structure of a module without its weights, made once per configuration."""
-    if kind is Block:
-        module = nnx.eval_shape(lambda: Block(*arguments, rngs=nnx.Rngs(0)))
-    else:
-        module = nnx.eval_shape(lambda: kind(*arguments))
-    return nnx.split(module)[0]
+def _norm_graph(config: DecoderConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: Norm.of(config)))[0]
 
 
-def _block(config: DecoderConfig, params: Params) -> Block:
-    return nnx.merge(_graph(Block, config), {name: params[name] for name in params if name != "ffn"})
+def _block(config: DecoderConfig, kind: LayerKind, params: Params) -> Block:
+    return nnx.merge(_block_graph(config, kind), {name: params[name] for name in params if name != "ffn"})
 
 
-@partial(jax.jit, static_argnames="config")
-def _enter(config: DecoderConfig, params: Params, x: Array, positions: Array, cache: Cache | None):
-    residual, query, cache = _block(config, params).enter(x, positions, cache)
-    return residual, query, ffn.apply(params["ffn"], query, config.activation), cache
+@partial(jax.jit, static_argnames=("config", "kind"))
+def _enter(config: DecoderConfig, kind: LayerKind, params: Params, x: Array, positions: Array):
+    residual, query, _ = _block(config, kind, params).enter(x, positions, None)
+    return residual, query, ffn.apply(params["ffn"], query, config.activation)
 
 
-@partial(jax.jit, static_argnames="config")
-def _leave(config: DecoderConfig, params: Params, residual: Array, output: Array) -> Array:
-    return _block(config, params).leave(residual, output)
+@partial(jax.jit, static_argnames=("config", "kind"))
+def _leave(config: DecoderConfig, kind: LayerKind, params: Params, residual: Array, output: Array) -> Array:
+    return _block(config, kind, params).leave(residual, output)
 
 
-@partial(jax.jit, static_argnames="config")
-def _whole(config: DecoderConfig, params: Params, x: Array, positions: Array, cache: Cache | None):
-    block = _block(config, params)
+@partial(jax.jit, static_argnames=("config", "kind"))
+def _whole(config: DecoderConfig, kind: LayerKind, params: Params, x: Array, positions: Array, cache: Cache | None):
+    block = _block(config, kind, params)
     residual, query, cache = block.enter(x, positions, cache)
     return block.leave(residual, ffn.apply(params["ffn"], query, config.activation)), cache
 
 
 @partial(jax.jit, static_argnames="config")
-def _embed(config: DecoderConfig, params: Params, tokens: Array) -> Array:
-    return jnp.take(params["embed"]["embedding"], tokens, axis=0)
+def _embed(config: DecoderConfig, params: Params, tokens: Array, positions: Array) -> Array:
+    x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
+    if config.embed_scale != 1:
+        x = x * jnp.asarray(config.embed_scale, x.dtype)
+    if config.positions:
+        # Padding stands past the last position; the clipped row is never looked at.
+        table = params["positions"]["embedding"]
+        x = x + jnp.take(table, positions + config.position_offset, axis=0, mode="clip")
+    return x
 
 
 @partial(jax.jit, static_argnames="config")
@@ -197,17 +118,24 @@ def logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
     Returns:
         ``[..., vocabulary]``, float32.
     """
-    x = nnx.merge(_graph(Norm, config, config.width), params["norm"])(hidden)
+    x = nnx.merge(_norm_graph(config), params["norm"])(hidden)
     if config.tied:
-        return jnp.einsum("...d,vd->...v", x, params["embed"]["embedding"], preferred_element_type=jnp.float32)
-    result = jnp.einsum("...d,dv->...v", x, params["head"]["kernel"], preferred_element_type=jnp.float32)
-    return result + params["head"]["bias"].astype(jnp.float32) if "bias" in params["head"] else result
+        result = jnp.einsum("...d,vd->...v", x, params["embed"]["embedding"], preferred_element_type=jnp.float32)
+    else:
+        result = jnp.einsum("...d,dv->...v", x, params["head"]["kernel"], preferred_element_type=jnp.float32)
+    if config.head_bias:
+        result = result + params["head"]["bias"].astype(jnp.float32)
+    return softcap(result, config.logit_cap)
 
 
 @partial(jax.jit, static_argnames="config")
 def argmax(config: DecoderConfig, params: Params, hidden: Array) -> Array:
     """The most probable token after each residual stream, ``[..., d]`` to ``[...]`` int."""
     return jnp.argmax(logits(config, params, hidden), -1)
+
+
+def _without_ffn(layer: Params) -> Params:
+    return {name: entry for name, entry in layer.items() if name != "ffn"}
 
 
 def _positions(tokens: Array) -> Array:
@@ -226,19 +154,31 @@ def trace(config: DecoderConfig, params: Params, tokens: Array, layer: int) -> T
     Returns:
         The `Trace` at the cut.
     """
-    positions, x = _positions(tokens), _embed(config, params, tokens)
+    positions = _positions(tokens)
+    x = _embed(config, params, tokens, positions)
     for index in range(layer):
-        x, _ = _whole(config, params["layers"][index], x, positions, None)
-    residual, query, output, _ = _enter(config, params["layers"][layer], x, positions, None)
+        x, _ = _whole(config, config.kind(index), params["layers"][index], x, positions, None)
+    residual, query, output = _enter(config, config.kind(layer), params["layers"][layer], x, positions)
     return Trace(query, output, {"residual": residual, "positions": positions}, layer)
 
 
 def hidden(config: DecoderConfig, params: Params, traced: Trace, output: Array) -> Array:
     """Run everything after the cut but the final norm and the vocabulary projection: ``[batch, tokens, d]``."""
-    x = _leave(config, params["layers"][traced.layer], traced.context["residual"], output)
-    for index in range(traced.layer + 1, config.layers):
-        x, _ = _whole(config, params["layers"][index], x, traced.context["positions"], None)
+    layer, positions = traced.layer, traced.context["positions"]
+    x = _leave(config, config.kind(layer), _without_ffn(params["layers"][layer]), traced.context["residual"], output)
+    for index in range(layer + 1, config.layers):
+        x, _ = _whole(config, config.kind(index), params["layers"][index], x, positions, None)
     return x
+
+
+def residuals(config: DecoderConfig, params: Params, tokens: Array) -> list[Array]:
+    """The residual stream after every block, before the final norm: ``[batch, tokens, d]`` each."""
+    positions = _positions(tokens)
+    x, found = _embed(config, params, tokens, positions), []
+    for index in range(config.layers):
+        x, _ = _whole(config, config.kind(index), params["layers"][index], x, positions, None)
+        found.append(x)
+    return found
 
 
 def resume(config: DecoderConfig, params: Params, traced: Trace, output: Array) -> Array:
@@ -295,9 +235,9 @@ def decode(
     Returns:
         The residual stream after the last block, ``[batch, tokens, d]`` (see `logits`), and the new cache.
     """
-    x, grown = _embed(config, params, tokens), []
+    x, grown = _embed(config, params, tokens, positions), []
     for index in range(config.layers):
-        x, entry = _whole(config, params["layers"][index], x, positions, cache[index])
+        x, entry = _whole(config, config.kind(index), params["layers"][index], x, positions, cache[index])
         grown.append(entry)
     return x, grown
 
@@ -324,14 +264,18 @@ def shapes(config: DecoderConfig, merged: Mapping[int, int] | None = None) -> Pa
         entries = {name: linear(config.width, hidden, bias) for name in readers}
         return {**entries, "down": linear(hidden, config.width, config.ffn_bias)}
 
-    block = of(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))
+    block = of(nnx.eval_shape(lambda: Block(config, config.kind(0), rngs=nnx.Rngs(0))))
     result: Params = {
         "embed": {"embedding": shape((config.vocabulary, config.width))},
         "layers": {index: {**block, "ffn": network((merged or {}).get(index, 0))} for index in range(config.layers)},
-        "norm": of(nnx.eval_shape(lambda: Norm(config, config.width))),
+        "norm": of(nnx.eval_shape(lambda: Norm.of(config))),
     }
+    if config.positions:
+        result["positions"] = {"embedding": shape((config.positions, config.width))}
     if not config.tied:
-        result["head"] = linear(config.width, config.vocabulary, False)
+        result["head"] = linear(config.width, config.vocabulary, config.head_bias)
+    elif config.head_bias:
+        result["head"] = {"bias": shape((config.vocabulary,))}
     return result
 
 
@@ -350,28 +294,27 @@ def finish(config: DecoderConfig, weights: Params, context: Params, output: Arra
         context: ``{"residual": [rows, d]}``.
         output: the FFN's output, ``[rows, d]``.
     """
-    hidden = _leave(config, weights["layer"], context["residual"][:, None], output[:, None])[:, 0]
+    kind = config.kind(config.layers - 1)
+    hidden = _leave(config, kind, weights["layer"], context["residual"][:, None], output[:, None])[:, 0]
     return logits(config, weights, hidden)
 
 
-@partial(jax.jit, static_argnames="config")
 def leave_last(config: DecoderConfig, params: Params, residual: Array, output: Array) -> Array:
     """The residual stream after the last block from its FFN's output, ``[..., d]``, each position on its own."""
-    layer = params["layers"][config.layers - 1]
-    return _leave(config, {name: entry for name, entry in layer.items() if name != "ffn"}, residual, output)
+    last = config.layers - 1
+    return _leave(config, config.kind(last), _without_ffn(params["layers"][last]), residual, output)
 
 
 def unembedding(config: DecoderConfig, params: Params) -> Array:
     """The unembedding as the residual stream sees it, through the final norm's scale: ``[vocabulary, d]``."""
     table = params["embed"]["embedding"] if config.tied else params["head"]["kernel"].T
-    return table * params["norm"]["scale"]
+    return table * (params["norm"]["scale"] + jnp.asarray(config.norm_shift, table.dtype))
 
 
 def final_weights(config: DecoderConfig, params: Params) -> Params:
     """The few parameters that `finish` reads, so that a compiled fit does not carry the rest."""
-    layer = {name: entry for name, entry in params["layers"][config.layers - 1].items() if name != "ffn"}
-    rest = {name: params[name] for name in ("embed" if config.tied else "head", "norm")}
-    return {**rest, "layer": layer}
+    names = [name for name in ("embed", "head", "norm") if name in params and not (name == "embed" and not config.tied)]
+    return {**{name: params[name] for name in names}, "layer": _without_ffn(params["layers"][config.layers - 1])}
 
 
 @lru_cache(maxsize=16)

@@ -1,5 +1,6 @@
 """A fingerprint of a model: which configuration and which weights a patch was made for."""
 
+import dataclasses
 import hashlib
 import json
 
@@ -36,7 +37,13 @@ def fingerprint(model: Model) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    digest = hashlib.sha256(json.dumps(model.config.to_json(), sort_keys=True).encode())
+    # Only what differs from the defaults, so that a new field of the description changes no older fingerprint.
+    told = {
+        field.name: getattr(model.config, field.name)
+        for field in dataclasses.fields(model.config)
+        if getattr(model.config, field.name) != field.default
+    }
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
     layers = {index: {**layer, "ffn": ffn.detach(layer["ffn"])} for index, layer in model.params["layers"].items()}
     leaves = jax.tree_util.tree_leaves_with_path({**model.params, "layers": layers})
     sums = [(jax.tree_util.keystr(path), leaf, _mix(leaf)) for path, leaf in leaves]

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,28 @@ class Model:
         """The token ids of a text, without special tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The token ids of a text that the model reads from its start: after the tokens with which its texts begin."""
+        return [*self.start, *self.encode(text)]
+
+    def encode_target(self, prompt: str, target: str) -> list[int]:
+        """The token ids of what follows a prompt; ``target`` begins with the space between them, if there is one.
+
+        Read off the whole text where the prompt's tokens stay the same in it: a tokenizer of SentencePiece's kind puts a
+        space of its own before a text that stands alone.
+        """
+        before, whole = self.encode(prompt), self.encode(prompt + target)
+        return whole[len(before) :] if whole[: len(before)] == before else self.encode(target)
+
+    @cached_property
+    def start(self) -> tuple[int, ...]:
+        """The special tokens that the tokenizer puts before a text; Llama and Gemma have one, SmolLM2 has none."""
+        plain, whole = self.encode("a"), self.tokenizer.encode("a", add_special_tokens=True)
+        for first in range(len(whole) - len(plain) + 1):
+            if whole[first : first + len(plain)] == plain:
+                return tuple(whole[:first])
+        return ()
+
     def decode(self, tokens: Any) -> str:
         """The text of token ids."""
         return self.tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=True)
@@ -88,7 +111,7 @@ class Model:
             TPatchError: the prompt is empty, or longer than the context.
         """
         return self.decode(
-            generation.greedy(self.config, self.params, [self.encode(prompt)], max_new_tokens, self.stops)[0]
+            generation.greedy(self.config, self.params, [self.encode_prompt(prompt)], max_new_tokens, self.stops)[0]
         )
 
     @property
@@ -105,13 +128,16 @@ class Model:
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
-def load_model(model: str | Path, *, dtype: str | None = None, quiet: bool = True) -> Model:
+def load_model(
+    model: str | Path, *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None, quiet: bool = True
+) -> Model:
     """Load a model to edit.
 
     Args:
         model: a registered name such as ``"smollm2-135m"`` (fetched once, then cached), a folder with ``config.json``
             and safetensors, or a hub id ``owner/name``.
         dtype: ``"float32"`` or ``"bfloat16"``; ``None`` keeps the checkpoint's.
+        mesh: devices to which the parameters go directly, split over its axis ``"model"`` if it has one.
         quiet: show no progress bar while fetching.
 
     Returns:
@@ -130,7 +156,7 @@ def load_model(model: str | Path, *, dtype: str | None = None, quiet: bool = Tru
     if dtype not in (None, "float32", "bfloat16"):
         raise TPatchError(f"dtype {dtype!r} is not supported; use 'float32' or 'bfloat16'")
     folder = resolve_model(str(model), quiet=quiet)
-    config, params, settings = checkpoint.read_folder(folder, dtype)
+    config, params, settings = checkpoint.read_folder(folder, dtype, mesh)
     return Model(config, params, _tokenizer(folder, config), str(model), folder, settings)
 
 

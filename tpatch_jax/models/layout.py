@@ -1,0 +1,107 @@
+"""Which checkpoint tensor holds which of our parameters, and how to get from one to the other."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tpatch_jax.models import decoder
+from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.zoo.family import Family
+
+__all__ = ["Stored", "flatten", "insert", "join", "layout", "split"]
+
+Params = dict[Any, Any]
+Shape = tuple[int, ...]
+
+
+class Stored(NamedTuple):
+    """One tensor of a checkpoint.
+
+    Attributes:
+        paths: which of our parameters it holds, one after the other.
+        shapes: their shapes.
+        transposed: whether kernels lie in it as ``[out, in]``.
+        heads: so many times the parts alternate; 1 is no alternation.
+    """
+
+    paths: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    transposed: bool
+    heads: int
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the tensor in the checkpoint."""
+        *rows, _ = self.shapes[0]
+        ours = (*rows, sum(shape[-1] for shape in self.shapes))
+        return ours[::-1] if self.transposed else ours
+
+
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of nested dicts with its dotted path."""
+    for name, entry in tree.items():
+        path = f"{prefix}.{name}" if prefix else str(name)
+        if isinstance(entry, Mapping):
+            yield from flatten(entry, path)
+        else:
+            yield path, entry
+
+
+def insert(tree: Params, path: str, leaf: Any) -> None:
+    """Put a leaf under its dotted path into nested dicts; numbers in the path are layers."""
+    *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
+    for part in parents:
+        tree = tree.setdefault(part, {})
+    tree[last] = leaf
+
+
+def layout(family: Family, config: DecoderConfig, merged: Mapping[int, int] | None = None) -> dict[str, Stored]:
+    """Every tensor of a checkpoint by its name.
+
+    Args:
+        family: the model's family.
+        config: the decoder's description.
+        merged: how many patch neurons are merged into which layers.
+    """
+    shapes = {path: leaf.shape for path, leaf in flatten(decoder.shapes(config, merged))}
+    result: dict[str, Stored] = {}
+    for path, shape in shapes.items():
+        parts = path.split(".")
+        layer = parts[1] if parts[0] == "layers" else ""
+        general = ".".join(["layers", "{}", *parts[2:]]) if layer else path
+        parent, _, leaf = general.rpartition(".")
+        stored_leaf = leaf if leaf == "bias" else "weight"
+        # An unembedding is a linear layer like any other, even where the blocks store theirs the other way round.
+        transposed = leaf == "kernel" and (family.transposed or parts[0] == "head")
+        if general in family.names:
+            result[family.names[general].format(layer)] = Stored((path,), (shape,), transposed, 1)
+        elif parent in family.names:
+            name = f"{family.names[parent].format(layer)}.{stored_leaf}"
+            result[name] = Stored((path,), (shape,), transposed, 1)
+        else:
+            fused = next(entry for entry in family.fused if parent in entry.parts)
+            paths = tuple(f"{part.format(layer)}.{leaf}" for part in fused.parts)
+            heads = config.heads if fused.by_head else 1
+            stored = Stored(paths, tuple(shapes[part] for part in paths), transposed, heads)
+            result[f"{fused.name.format(layer)}.{stored_leaf}"] = stored
+    return result
+
+
+def split(stored: Stored, tensor: np.ndarray) -> dict[str, np.ndarray]:
+    """Our parameters from a checkpoint's tensor; views where that is possible."""
+    ours = tensor.T if stored.transposed else tensor
+    if len(stored.paths) == 1:
+        return {stored.paths[0]: ours}
+    by_head = ours.reshape(*ours.shape[:-1], stored.heads, -1)
+    edges = np.cumsum([shape[-1] // stored.heads for shape in stored.shapes])[:-1]
+    parts = np.split(by_head, edges, axis=-1)
+    return {path: part.reshape(shape) for path, shape, part in zip(stored.paths, stored.shapes, parts, strict=True)}
+
+
+def join(stored: Stored, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The inverse of `split`: a checkpoint's tensor, contiguous, from our parameters in the order of ``paths``."""
+    by_head = [np.asarray(part).reshape(*part.shape[:-1], stored.heads, -1) for part in parts]
+    ours = np.concatenate(by_head, -1) if len(by_head) > 1 else by_head[0]
+    ours = ours.reshape(*ours.shape[:-2], -1)
+    return np.ascontiguousarray(ours.T if stored.transposed else ours)

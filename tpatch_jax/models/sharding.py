@@ -1,0 +1,61 @@
+"""Where a model's parameters live when there are several devices."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+__all__ = ["MODEL_AXIS", "place", "spec"]
+
+MODEL_AXIS = "model"
+"""The mesh axis over which base weights are split; over every other axis they are repeated."""
+
+_BY_OUTPUT = ("query", "key", "value", "gate", "up", "head")
+_BY_INPUT = ("output", "down")
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How one parameter is split: readers by their outputs, writers by their inputs, embeddings by the vocabulary.
+
+    Args:
+        path: the parameter's dotted path, such as ``"layers.0.ffn.up.kernel"``.
+        shape: its shape; an axis that the mesh axis does not divide is not split.
+        mesh: with an axis ``"model"``, or nothing is split.
+
+    Example:
+        >>> mesh = jax.make_mesh((1,), ("model",))
+        >>> spec("layers.0.ffn.up.kernel", (16, 32), mesh)
+        PartitionSpec(None, 'model')
+    """
+    parent, _, leaf = path.rpartition(".")
+    owner = parent.rpartition(".")[2]
+    if owner in _BY_OUTPUT:
+        axis = len(shape) - 1
+    elif (owner in _BY_INPUT and leaf == "kernel") or path == "embed.embedding":
+        axis = 0
+    else:
+        return PartitionSpec()
+    if MODEL_AXIS not in mesh.axis_names or shape[axis] % mesh.shape[MODEL_AXIS]:
+        return PartitionSpec()
+    names: list[Any] = [None] * len(shape)
+    names[axis] = MODEL_AXIS
+    return PartitionSpec(*names)
+
+
+def place(path: str, array: np.ndarray, dtype: str | None, mesh: Mesh | None) -> Array:
+    """One parameter on its device or devices, each of which gets its own part only.
+
+    Args:
+        path: the parameter's dotted path.
+        array: the whole parameter on the host.
+        dtype: what it becomes on the way; ``None`` keeps its type.
+        mesh: the devices; ``None`` is the default device.
+    """
+    wanted = jnp.dtype(dtype) if dtype else array.dtype
+    if mesh is None:
+        return jnp.asarray(np.ascontiguousarray(array, wanted))
+    sharding = NamedSharding(mesh, spec(path, array.shape, mesh))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.ascontiguousarray(array[index], wanted))

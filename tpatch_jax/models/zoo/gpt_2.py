@@ -1,0 +1,62 @@
+"""GPT-2 in all sizes: learned positions, layer norms, and kernels stored as ``[in, out]``."""
+
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.zoo.family import Family, Fused, Settings, activation, setting
+
+__all__ = ["GPT_2"]
+
+
+def _gpt_2(settings: Settings) -> DecoderConfig:
+    if settings.get("scale_attn_by_inverse_layer_idx") or settings.get("scale_attn_weights") is False:
+        raise TPatchError("config.json changes the scale of attention, which no GPT-2 release does; not supported")
+    heads, width = setting(settings, "n_head"), setting(settings, "n_embd")
+    context = setting(settings, "n_positions")
+    return DecoderConfig(
+        family="gpt2",
+        vocabulary=setting(settings, "vocab_size"),
+        width=width,
+        layers=setting(settings, "n_layer"),
+        heads=heads,
+        key_value_heads=heads,
+        head_width=width // heads,
+        ffn_width=settings.get("n_inner") or 4 * width,
+        context=context,
+        activation=activation(setting(settings, "activation_function")),
+        gated=False,
+        ffn_bias=True,
+        norm="layer",
+        norm_epsilon=setting(settings, "layer_norm_epsilon"),
+        query_bias=True,
+        output_bias=True,
+        positions=context,
+        tied=bool(settings.get("tie_word_embeddings", True)),
+    )
+
+
+GPT_2 = Family(
+    "gpt2",
+    ("gpt2",),
+    _gpt_2,
+    "transformer.",
+    {
+        "embed.embedding": "transformer.wte.weight",
+        "positions.embedding": "transformer.wpe.weight",
+        "layers.{}.norm_1": "transformer.h.{}.ln_1",
+        "layers.{}.attention.output": "transformer.h.{}.attn.c_proj",
+        "layers.{}.norm_2": "transformer.h.{}.ln_2",
+        "layers.{}.ffn.up": "transformer.h.{}.mlp.c_fc",
+        "layers.{}.ffn.down": "transformer.h.{}.mlp.c_proj",
+        "norm": "transformer.ln_f",
+        "head": "lm_head",
+    },
+    fused=(
+        Fused(
+            "transformer.h.{}.attn.c_attn",
+            ("layers.{}.attention.query", "layers.{}.attention.key", "layers.{}.attention.value"),
+        ),
+    ),
+    transposed=False,
+    constants=(".attn.bias", ".attn.masked_bias"),
+    ffn_width="n_inner",
+)

@@ -1,0 +1,75 @@
+"""Llama 2 and 3, Mistral, Qwen 2, 2.5 and 3: pre-norm blocks, rotary positions, grouped queries, a gated FFN."""
+
+from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.zoo.family import Family, Settings, activation, rope, setting, windows
+
+__all__ = ["LLAMA", "MISTRAL", "NAMES", "QWEN_2", "QWEN_3", "configure_llama"]
+
+NAMES = {
+    "embed.embedding": "model.embed_tokens.weight",
+    "layers.{}.norm_1.scale": "model.layers.{}.input_layernorm.weight",
+    "layers.{}.attention.query": "model.layers.{}.self_attn.q_proj",
+    "layers.{}.attention.key": "model.layers.{}.self_attn.k_proj",
+    "layers.{}.attention.value": "model.layers.{}.self_attn.v_proj",
+    "layers.{}.attention.output": "model.layers.{}.self_attn.o_proj",
+    "layers.{}.norm_2.scale": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.{}.ffn.gate": "model.layers.{}.mlp.gate_proj",
+    "layers.{}.ffn.up": "model.layers.{}.mlp.up_proj",
+    "layers.{}.ffn.down": "model.layers.{}.mlp.down_proj",
+    "norm.scale": "model.norm.weight",
+    "head": "lm_head",
+}
+
+
+def configure_llama(settings: Settings, family: str = "llama", **changes: object) -> DecoderConfig:
+    """What all families of this kind share; ``changes`` are the fields in which one differs."""
+    heads, width = setting(settings, "num_attention_heads"), setting(settings, "hidden_size")
+    head_width = settings.get("head_dim") or width // heads
+    frequencies, scale = rope(settings, head_width)
+    bias = bool(settings.get("attention_bias"))
+    fields = {
+        "family": family,
+        "vocabulary": setting(settings, "vocab_size"),
+        "width": width,
+        "layers": setting(settings, "num_hidden_layers"),
+        "heads": heads,
+        "key_value_heads": settings.get("num_key_value_heads") or heads,
+        "head_width": head_width,
+        "ffn_width": setting(settings, "intermediate_size"),
+        "context": setting(settings, "max_position_embeddings"),
+        "activation": activation(settings.get("hidden_act", "silu")),
+        "ffn_bias": bool(settings.get("mlp_bias")),
+        "norm_epsilon": settings.get("rms_norm_eps", 1e-6),
+        "query_bias": bias,
+        "output_bias": bias,
+        "rope_frequencies": frequencies,
+        "rope_scale": scale,
+        "tied": bool(settings.get("tie_word_embeddings")),
+    }
+    return DecoderConfig(**{**fields, **changes})
+
+
+def _mistral(settings: Settings) -> DecoderConfig:
+    window, layers = settings.get("sliding_window") or 0, setting(settings, "num_hidden_layers")
+    return configure_llama(settings, "mistral", windows=(window,) * layers if window else ())
+
+
+def _qwen_2(settings: Settings) -> DecoderConfig:
+    seen = windows(settings, setting(settings, "num_hidden_layers"))
+    return configure_llama(settings, "qwen2", query_bias=True, output_bias=False, windows=seen)
+
+
+def _qwen_3(settings: Settings) -> DecoderConfig:
+    seen = windows(settings, setting(settings, "num_hidden_layers"))
+    return configure_llama(settings, "qwen3", query_norm=True, windows=seen)
+
+
+_QUERY_NORM = {
+    "layers.{}.attention.query_norm.scale": "model.layers.{}.self_attn.q_norm.weight",
+    "layers.{}.attention.key_norm.scale": "model.layers.{}.self_attn.k_norm.weight",
+}
+
+LLAMA = Family("llama", ("llama",), configure_llama, "model.", NAMES, constants=("rotary_emb.inv_freq",))
+MISTRAL = Family("mistral", ("mistral",), _mistral, "model.", NAMES)
+QWEN_2 = Family("qwen2", ("qwen2",), _qwen_2, "model.", NAMES)
+QWEN_3 = Family("qwen3", ("qwen3",), _qwen_3, "model.", {**NAMES, **_QUERY_NORM})
