@@ -78,8 +78,8 @@ class Model:
     def encode_target(self, prompt: str, target: str) -> list[int]:
         """The token ids of what follows a prompt; ``target`` begins with the space between them, if there is one.
 
-        Read off the whole text where the prompt's tokens stay the same in it: a tokenizer of SentencePiece's kind puts a
-        space of its own before a text that stands alone.
+        Read off the whole text where the prompt's tokens stay the same in it: tokenizers of SentencePiece's kind put a
+        space of their own before a text that stands alone.
         """
         before, whole = self.encode(prompt), self.encode(prompt + target)
         return whole[len(before) :] if whole[: len(before)] == before else self.encode(target)
