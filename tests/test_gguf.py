@@ -482,6 +482,18 @@ def test_sentencepiece_joins_by_score_and_falls_back_to_bytes(tmp_path: Path) ->
     ]
 
 
+def test_sentencepiece_does_not_join_letters_to_the_name_of_a_byte(tmp_path: Path) -> None:
+    more = [*"<0x41>", "<0", "x4", "1>", "<0x4"]
+    tokenizer = spm_tokenizer(
+        tmp_path,
+        tokens=SPM_TOKENS + more,
+        scores=[*SPM["tokenizer.ggml.scores"], *(-100.0 - rank for rank in range(len(more)))],
+        token_type=SPM["tokenizer.ggml.token_type"] + [1] * len(more),
+    )
+    assert tokenizer.tokenize("t<0x41>") == ["▁t", "<0x4", "1>"]
+    assert tokenizer.tokenize("tA") == ["▁t", "<0x41>"]
+
+
 def test_sentencepiece_begins_with_bos_unless_the_file_says_otherwise(tmp_path: Path) -> None:
     tokenizer = spm_tokenizer(tmp_path, add_eos_token=True)
     assert tokenizer.encode("the") == [1, SPM_TOKENS.index("▁the"), 2]
