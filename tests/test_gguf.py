@@ -213,7 +213,7 @@ def test_tokenizer_splits_digits_and_keeps_special_tokens_whole(folder: Path) ->
     assert chat == "<|im_start|>the<|im_end|>"
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "default", "llama-bpe"])
+@pytest.mark.parametrize("pre", ["gpt-2", "default", "llama-bpe", "llama-v3"])
 def test_other_pre_tokenizers_may_merge_digits(tmp_path: Path, pre: str) -> None:
     target = converted(tmp_path, write_tiny_gguf(tmp_path / "tiny.gguf", keys={"tokenizer.ggml.pre": pre}))
     tokenizer = AutoTokenizer.from_pretrained(target)

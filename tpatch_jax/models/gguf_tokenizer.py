@@ -20,18 +20,22 @@ _LLAMA3_SPLIT = (
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
+_LLAMA3 = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": _LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False},
+        _BYTE_LEVEL | {"use_regex": False},
+    ],
+}
+
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+
 # `tokenizer.ggml.pre` -> the `pre_tokenizer` of tokenizer.json
 _PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     "default": _BYTE_LEVEL,
     "gpt-2": _BYTE_LEVEL,
     "gpt2": _BYTE_LEVEL,
-    "llama-bpe": {
-        "type": "Sequence",
-        "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": _LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False},
-            _BYTE_LEVEL | {"use_regex": False},
-        ],
-    },
+    **dict.fromkeys(_LLAMA3_NAMES, _LLAMA3),
     "smollm": {
         "type": "Sequence",
         "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
@@ -162,11 +166,11 @@ def _byte_level(metadata: Metadata) -> _Kind:
         decoder=_BYTE_LEVEL,
         model={
             "merges": [merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]],
-            "ignore_merges": pre == "llama-bpe",
+            "ignore_merges": pre in _LLAMA3_NAMES,
         },
         processors=[_BYTE_LEVEL],
         # llama.cpp adds a BOS for Llama 3 even where the file does not say so
-        starts_with_bos=pre == "llama-bpe",
+        starts_with_bos=pre in _LLAMA3_NAMES,
         prefix_space=False,
     )
 
