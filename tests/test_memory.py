@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpatch_jax.memory import NO_ANSWER, create_memory, extend, hardest, nuisance_scatter, second_moments, whitening
+from tpatch_jax.memory import (
+    NO_ANSWER,
+    counted,
+    create_memory,
+    extend,
+    hardest,
+    nuisance_scatter,
+    second_moments,
+    whitening,
+)
 
 SEEDS = st.integers(0, 10_000)
 
@@ -102,10 +111,20 @@ def test_memory_rows_are_unanswered_and_extending_keeps_the_statistics():
     assert memory.query.dtype == jnp.float32
     assert (memory.answer == NO_ANSWER).all()
     longer = extend(extend(memory, jnp.ones((2, 6)), jnp.array([5, 7])), jnp.zeros((1, 6)))
-    assert longer.answer.tolist() == [NO_ANSWER] * 60 + [5, 7, NO_ANSWER]
-    np.testing.assert_array_equal(longer.query[60:], [[1] * 6, [1] * 6, [0] * 6])
+    assert longer.answer.tolist() == [NO_ANSWER, 5, 7] + [NO_ANSWER] * 60
+    np.testing.assert_array_equal(longer.query[:3], [[0] * 6, [1] * 6, [1] * 6])
     assert longer.mean is memory.mean
     assert longer.whitener is memory.whitener
+
+
+def test_padding_rows_never_count():
+    memory = create_memory(jnp.asarray(queries(0)))
+    padded = extend(memory, jnp.full((2, 6), 100.0), jnp.array([5, 7]), size=8)
+    assert padded.query.shape == (68, 6)
+    assert counted(padded, jnp.array(7)).tolist() == [False] * 6 + [True, False] + [True] * 60
+    rows, counts = hardest(jnp.full(6, -1.0), jnp.array(0), padded, 68)
+    assert not counts[np.isin(rows, range(6))].any()
+    assert counts[np.isin(rows, range(6), invert=True)].all()
 
 
 @given(SEEDS, st.sampled_from([(1, 1), (12, 5), (13, 5), (60, 7), (60, 60), (13, 100)]), st.integers(0, 4))

@@ -16,6 +16,7 @@ from tpatch_jax.files import check_vacant
 from tpatch_jax.models import generation
 from tpatch_jax.models.model import Model, attach, merge, tokens_array
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.sizes import power_of_two
 
 __all__ = ["FACTS", "run"]
 
@@ -122,7 +123,7 @@ def run(output: str, *, json: bool = False, quiet: bool = False) -> None:
     store.save_patches(output, model, patch, FACTS, info)
 
     rows = [model.encode_prompt(text) for text in prompts]
-    table = tokens_array(rows, generation.bucket(max(map(len, rows))))
+    table = tokens_array(rows, power_of_two(max(map(len, rows)), 8))
     beside, inside = np.asarray(attached.apply(table)), np.asarray(merged.apply(table))
     lengths = [len(row) for row in rows]
     pairs = [(beside[lane, :length], inside[lane, :length]) for lane, length in enumerate(lengths)]

@@ -22,6 +22,7 @@ from tpatch_jax.memory import Memory
 from tpatch_jax.patch import Patch
 from tpatch_jax.recipes import joint, staged
 from tpatch_jax.recipes.lane import FitInfo, FitSettings, Lane, Resume
+from tpatch_jax.sizes import power_of_two
 
 __all__ = ["FitInfo", "FitSettings", "Lane", "fit", "fit_many"]
 
@@ -103,7 +104,7 @@ def _staged_bucket(
     settled = _many_settle(lanes, memory, resume, settings, activation)
     missing = np.flatnonzero(~np.asarray(settled.held)[:count])
     if missing.size:
-        size = _bucket(missing.size, settings.lanes)
+        size = power_of_two(missing.size, most=settings.lanes)
         part = _padded(jax.tree.map(lambda leaf: leaf[missing], (settled, lanes)), size)
         improved = _many_improve(*part, resume, settings, activation)
         settled = jax.tree.map(lambda old, new: old.at[missing].set(new[: missing.size]), settled, improved)
@@ -123,10 +124,6 @@ def _many_advance(states, lanes, memory, resume, settings, activation):
 @partial(jax.jit, static_argnames=("settings", "activation"))
 def _many_end(states, lanes, memory, resume, settings, activation):
     return jax.vmap(lambda state, lane: joint.end(state, lane, memory, resume, settings, activation))(states, lanes)
-
-
-def _bucket(size: int, largest: int) -> int:
-    return min(1 << (size - 1).bit_length(), largest)
 
 
 def _padded(tree: Any, size: int) -> Any:
@@ -187,7 +184,7 @@ def fit_many(
     for first in range(0, total, settings.lanes):
         part = jax.tree.map(lambda leaf, first=first: leaf[first : first + settings.lanes], lanes)
         count = part.target.shape[0]
-        part = _padded(part, _bucket(count, settings.lanes))
+        part = _padded(part, power_of_two(count, most=settings.lanes))
         if settings.recipe == "staged":
             patch, info = _staged_bucket(part, memory, resume, count, settings, activation)
         else:
@@ -222,8 +219,8 @@ def _joint_bucket(
             if done[slot]:
                 finished[lane] = jax.tree.map(lambda leaf, slot=slot: leaf[slot], states)
         going = [(slot, lane) for slot, lane in going if not done[slot]]
-        if going and _bucket(len(going), settings.lanes) < part.target.shape[0]:
-            (slots, rest), size = np.asarray(going).T, _bucket(len(going), settings.lanes)
+        if going and power_of_two(len(going), most=settings.lanes) < part.target.shape[0]:
+            (slots, rest), size = np.asarray(going).T, power_of_two(len(going), most=settings.lanes)
             states = _padded(jax.tree.map(lambda leaf, slots=slots: leaf[slots], states), size)
             part = _padded(jax.tree.map(lambda leaf, rest=rest: leaf[rest], lanes), size)
             going = list(enumerate(rest.tolist()))

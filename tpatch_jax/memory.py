@@ -8,9 +8,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["Memory", "create_memory", "extend", "hardest", "nuisance_scatter", "second_moments", "whitening"]
+__all__ = ["Memory", "counted", "create_memory", "extend", "hardest", "nuisance_scatter", "second_moments", "whitening"]
 
-NO_ANSWER = -1
+NO_ANSWER, PADDING = -1, -2
 
 
 class Memory(NamedTuple):
@@ -19,7 +19,7 @@ class Memory(NamedTuple):
     Attributes:
         query: ``[rows, d]``.
         answer: ``[rows]`` int, the token that should follow a row which belongs to another edit, else -1.
-            A patch need not stay silent where its own target is wanted anyway.
+            A patch need not stay silent where its own target is wanted anyway. -2 marks a row that does not count.
         mean: ``[d]``, of unrelated queries.
         whitener: ``[d, d]``, ``A`` with ``A·Aᵀ = C⁻¹`` for the regularised covariance ``C``; `whitening` makes it.
     """
@@ -127,23 +127,42 @@ def create_memory(
     return Memory(query.astype(jnp.float32), jnp.full(query.shape[0], NO_ANSWER, jnp.int32), mean, whitener)
 
 
-def extend(memory: Memory, query: Array, answer: Array | None = None) -> Memory:
+def extend(memory: Memory, query: Array, answer: Array | None = None, size: int | None = None) -> Memory:
     """The memory with more rows; mean and whitener stay those of unrelated text.
 
     Args:
         memory: the memory; not changed.
         query: ``[rows, d]``.
         answer: ``[rows]`` int, the token that each row is meant to be followed by, if it belongs to another edit.
+        size: as if there were so many rows; those that are missing do not count. So a new number of rows need not
+            compile anything anew.
 
     Example:
         >>> extend(create_memory(jnp.eye(4)), jnp.ones((2, 4))).query.shape
         (6, 4)
     """
     answer = jnp.full(query.shape[0], NO_ANSWER, jnp.int32) if answer is None else answer.astype(jnp.int32)
+    missing = max(0, (size or 0) - query.shape[0])
+    # In front of the others: what is held out of a memory is taken from its end.
+    query = jnp.pad(query.astype(jnp.float32), ((missing, 0), (0, 0)))
+    answer = jnp.pad(answer, (missing, 0), constant_values=PADDING)
     return memory._replace(
-        query=jnp.concatenate([memory.query, query.astype(jnp.float32)]),
-        answer=jnp.concatenate([memory.answer, answer]),
+        query=jnp.concatenate([query, memory.query]), answer=jnp.concatenate([answer, memory.answer])
     )
+
+
+def counted(memory: Memory, target: Array) -> Array:
+    """Which rows a patch has to stay silent on, ``[rows]`` bool: all but padding and rows that want its own target.
+
+    Args:
+        memory: the memory.
+        target: the patch's target token, a scalar int.
+
+    Example:
+        >>> counted(extend(create_memory(jnp.eye(2)), jnp.eye(2), jnp.array([5, 7])), jnp.array(5)).tolist()
+        [True, False, True, True]
+    """
+    return (memory.answer != target) & (memory.answer != PADDING)
 
 
 def hardest(key: Array, target: Array, memory: Memory, count: int) -> tuple[Array, Array]:
@@ -165,7 +184,7 @@ def hardest(key: Array, target: Array, memory: Memory, count: int) -> tuple[Arra
         >>> rows.shape
         (2,)
     """
-    score = jnp.where(memory.answer == target, -jnp.inf, memory.query @ key)
+    score = jnp.where(counted(memory, target), memory.query @ key, -jnp.inf)
     total = score.shape[0]
     count = min(count, total)
     depth = -(-total // count)

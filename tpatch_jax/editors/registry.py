@@ -15,6 +15,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import Sites
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.patch import Patch, pad
+from tpatch_jax.sizes import power_of_two
 
 __all__ = ["METHODS", "Method", "find_method", "method_settings"]
 
@@ -47,7 +48,7 @@ class Method(NamedTuple):
 
 def _tpatcher_model(state: TPatcherState) -> Model:
     # Few sizes, so that a new number of neurons seldom compiles the network anew.
-    size = max(8, 1 << max(0, state.patch.key.shape[0] - 1).bit_length())
+    size = power_of_two(state.patch.key.shape[0], 8)
     return attach(state.model, pad(state.patch, size), relu=True)
 
 

@@ -30,8 +30,9 @@ from tpatch_jax.models import decoder
 from tpatch_jax.models.collection import Sites, argmax_logits, collect
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.objective import Weights
-from tpatch_jax.patch import Patch, concatenate, contribution, create, join, preactivations, take
+from tpatch_jax.patch import Patch, concatenate, contribution, create, join, pad, preactivations, take
 from tpatch_jax.requests import EditRequest, as_requests, contradictions, join_target
+from tpatch_jax.sizes import power_of_two
 
 __all__ = ["PRESETS", "TPatcherSettings", "TPatcherState", "edit", "tpatcher"]
 
@@ -211,11 +212,16 @@ def _resume(model: Model) -> Partial:
     return Partial(decoder.finisher(model.config), decoder.final_weights(model.config, model.params))
 
 
+def _added(model: Model, patch: Patch, query: Array) -> Array:
+    """What a patch adds to the FFN's output; silent neurons fill it up to one of few sizes."""
+    patch = pad(patch, power_of_two(patch.key.shape[0], 64))
+    return contribution(patch, query, ffn.ACTIVATIONS[model.config.activation])
+
+
 def _patched(model: Model, sites: Sites, patch: Patch) -> Array:
     """The residual stream after the last block with the patch active, ``[rows, d]``."""
-    act = ffn.ACTIVATIONS[model.config.activation]
     return decoder.leave_last(
-        model.config, model.params, sites.residual, sites.output + contribution(patch, sites.query, act)
+        model.config, model.params, sites.residual, sites.output + _added(model, patch, sites.query)
     )
 
 
@@ -322,7 +328,7 @@ def _step(
         if settings.train_on_rephrases:
             chosen = _with_rephrases(table, owner, token, missing)
         queries = sites.query[chosen]
-        beside = sites.output[chosen] + contribution(patch, queries, act)
+        beside = sites.output[chosen] + _added(model, patch, queries)
         targets = jnp.asarray(wanted[missing])
         hidden = decoder.leave_last(model.config, model.params, sites.residual[chosen], beside)
         lane = Lane(
@@ -442,10 +448,10 @@ def _memory(
         share = min(0.9, sum(group.shape[0] for group in groups) / 200)
         nuisance = share * own / jnp.trace(own) + (1 - share) * nuisance / jnp.trace(nuisance)
     memory = create_memory(known.query, nuisance, weight=settings.nuisance_weight, shrinkage=settings.shrinkage)
-    memory = extend(memory, state.earlier.sites.query, state.earlier.wanted)
+    query, answer = state.earlier.sites.query, state.earlier.wanted
     if settings.other_edits:
-        memory = extend(memory, sites.query, jnp.asarray(answers))
-    return memory
+        query, answer = jnp.concatenate([query, sites.query]), jnp.concatenate([answer, jnp.asarray(answers)])
+    return extend(memory, query, answer, power_of_two(query.shape[0], 64)) if query.shape[0] else memory
 
 
 def _negatives(

@@ -33,6 +33,7 @@ from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.patch import Patch, contribution, pad, preactivations, take
 from tpatch_jax.requests import join_target
+from tpatch_jax.sizes import power_of_two
 
 __all__ = ["Asked", "Base", "Outcome", "apply_scores", "ask", "base_scores", "patched_scores", "score"]
 
@@ -169,7 +170,7 @@ def _chunks(total: int, most: int):
     """Slices of at most ``most`` rows with the power of two that each is padded to, so that few sizes compile."""
     for first in range(0, total, most):
         count = min(most, total - first)
-        yield slice(first, first + count), min(most, max(8, 1 << (count - 1).bit_length())) - count
+        yield slice(first, first + count), power_of_two(count, 8, most) - count
 
 
 def _padded(array: np.ndarray, missing: int, dtype: Any = None) -> Array:
@@ -243,7 +244,7 @@ def _of(asked: Asked, texts: Sequence[int]) -> np.ndarray:
 
 
 def _sized(patch: Patch) -> Patch:
-    return pad(patch, max(8, 1 << max(0, patch.key.shape[0] - 1).bit_length()))
+    return pad(patch, power_of_two(patch.key.shape[0], 8))
 
 
 def _firing(patch: Patch, query: np.ndarray, dtype: Any) -> np.ndarray:

@@ -10,6 +10,7 @@ from jax import Array
 
 from tpatch_jax.models import decoder
 from tpatch_jax.models.model import Model, tokens_array
+from tpatch_jax.sizes import power_of_two
 
 __all__ = ["Sites", "argmax_logits", "batches", "collect"]
 
@@ -32,7 +33,7 @@ class Sites(NamedTuple):
 
 def _length(tokens: int) -> int:
     """Lengths come in few sizes: multiples of 8 up to 64, then powers of two."""
-    return max(8, -(-tokens // 8) * 8) if tokens <= 64 else 1 << (tokens - 1).bit_length()
+    return max(8, -(-tokens // 8) * 8) if tokens <= 64 else power_of_two(tokens)
 
 
 def batches(rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Array]]:
@@ -53,7 +54,7 @@ def batches(rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Array]]:
         lanes = 1 << (lanes.bit_length() - 1)
         for first in range(0, len(numbers), lanes):
             chosen = numbers[first : first + lanes]
-            size = min(lanes, 1 << (len(chosen) - 1).bit_length())
+            size = power_of_two(len(chosen), most=lanes)
             padding: list[list[int]] = [[] for _ in range(size - len(chosen))]
             yield chosen, tokens_array([*(list(rows[number]) for number in chosen), *padding], length)
 
@@ -113,7 +114,7 @@ def argmax_logits(model: Model, hidden: Array, rows: int = 1024) -> np.ndarray:
     for first in range(0, total, rows):
         part = hidden[first : first + rows]
         count = part.shape[0]
-        size = min(rows, 1 << max(0, count - 1).bit_length())
+        size = power_of_two(count, most=rows)
         part = jnp.pad(part, ((0, size - count), (0, 0)))
         result[first : first + count] = np.asarray(decoder.argmax(model.config, model.params, part))[:count]
     return result

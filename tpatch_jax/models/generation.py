@@ -12,15 +12,11 @@ from jax import Array
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import decoder
 from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.sizes import power_of_two
 
 __all__ = ["greedy", "sample"]
 
 Params = dict[Any, Any]
-
-
-def bucket(size: int, smallest: int = 8) -> int:
-    """The power of two that holds ``size``, so that a new size seldom needs a new compilation."""
-    return max(smallest, 1 << (size - 1).bit_length())
 
 
 @partial(jax.jit, static_argnames=("config", "top_k"))
@@ -56,8 +52,8 @@ def _run(
     count = min(count, room)
     if count < 1:
         return [[] for _ in prompts]
-    lanes, width = bucket(len(prompts), 1), bucket(max(lengths))
-    total = min(bucket(max(lengths) + count), max(config.context, width))
+    lanes, width = power_of_two(len(prompts)), power_of_two(max(lengths), 8)
+    total = min(power_of_two(max(lengths) + count, 8), max(config.context, width))
     table = np.zeros((lanes, width), np.int32)
     # Padding is written past the cache's end, where it is dropped.
     positions = np.full((lanes, width), total, np.int32)

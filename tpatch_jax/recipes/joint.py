@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from tpatch_jax.memory import Memory
+from tpatch_jax.memory import Memory, counted
 from tpatch_jax.objective import edit_loss, total_loss
 from tpatch_jax.patch import Patch
 from tpatch_jax.recipes.lane import FitInfo, FitSettings, Lane, Resume, held
@@ -64,7 +64,7 @@ def _joint_loss(
 
 def _silence(params: dict[str, Array], lane: Lane, memory: Memory, settings: FitSettings) -> Array:
     bias = 0.0 if settings.output_bias else params["bias"]
-    z = jnp.where(memory.answer == lane.target, -jnp.inf, memory.query @ params["key"] + bias)
+    z = jnp.where(counted(memory, lane.target), memory.query @ params["key"] + bias, -jnp.inf)
     return jnp.concatenate([z, lane.negative @ params["key"] + bias])
 
 

@@ -81,8 +81,10 @@ def settle(
     # The bare prompt must fire in any case; its contexts pull the threshold down as far as their mean does.
     least = jnp.minimum(z[0], jnp.mean(z))
     between = hard + settings.split * (least - hard)
-    threshold = jnp.where(least > hard, between, z[0] - 0.02 * jnp.abs(jnp.mean(z)))
-    unit = jnp.maximum(least - threshold, tiny)
+    # Where they cannot be parted the threshold lies just below the bare prompt, which then has z = 1.
+    parted, least_room = least > hard, 0.02 * jnp.abs(jnp.mean(z))
+    threshold = jnp.where(parted, between, z[0] - least_room)
+    unit = jnp.maximum(jnp.where(parted, least - threshold, least_room), tiny)
     key = whitener @ params["key"] / unit
     bias = -threshold / unit - mean @ key
     margin = (jnp.min(z) - hard) / jnp.maximum(jnp.mean(z), tiny)
