@@ -28,7 +28,7 @@ from tpatch_jax.models.model import Model
 
 __all__ = ["Background", "background"]
 
-VERSION = 1
+VERSION = 2
 TEXTS = 256
 LENGTH = 64
 PREFIX_LENGTHS = (5, 10, 5, 10, 8, 6, 10)
@@ -78,26 +78,43 @@ def background(
         TPatchError: the text file is missing, not UTF-8, or too short.
     """
     source = "itself" if text is None else hashlib.sha256(_read(Path(text)).encode()).hexdigest()
-    folder = None
-    if cache is not None:
-        name = hashlib.sha256(f"{VERSION} {fingerprint(model)} {layer} {source}".encode()).hexdigest()[:24]
-        folder = cache / "background" / name
-        if found := _load(folder):
-            return found
-    if text is None:
-        rows = _sampled(model, progress)
-    else:
-        ids = model.encode(_read(Path(text)))
-        rows = [
-            [*model.start, *ids[first : first + LENGTH]] for first in range(0, min(len(ids), TEXTS * LENGTH), LENGTH)
-        ]
-    rows = [row for row in rows if len(row) > 2]
-    if sum(map(len, rows)) < 2 * LENGTH:
-        raise TPatchError(f"the memory text {text or 'sampled from the model'} is too short; give a longer text file")
+    mark = f"{VERSION} {fingerprint(model)} {source}" if cache is not None else ""
+    folder = _folder(cache, f"{mark} {layer}")
+    if folder is not None and (found := _load(folder)):
+        return found
+    rows = _texts(model, text, _folder(cache, mark), progress)
     result = _collect(model, layer, rows, progress)
     if folder is not None:
         _save(folder, result)
     return result
+
+
+def _folder(cache: Path | None, mark: str) -> Path | None:
+    return None if cache is None else cache / "background" / hashlib.sha256(mark.encode()).hexdigest()[:24]
+
+
+def _texts(model: Model, text: str | Path | None, folder: Path | None, progress: Progress | None) -> list[list[int]]:
+    """The texts behind the memory, in tokens: the same for every layer, so that sampling them is done once."""
+    if folder is not None and folder.exists():
+        try:
+            found = load_file(folder / "texts.safetensors")
+            return [part.tolist() for part in np.split(found["tokens"], np.cumsum(found["lengths"])[:-1])]
+        except (OSError, ValueError, KeyError, SafetensorError):
+            shutil.rmtree(folder, ignore_errors=True)
+    if text is None:
+        rows = _sampled(model, progress)
+    else:
+        ids = model.encode(_read(Path(text)))
+        starts = range(0, min(len(ids), TEXTS * LENGTH), LENGTH)
+        rows = [[*model.start, *ids[first : first + LENGTH]] for first in starts]
+    rows = [row for row in rows if len(row) > 2]
+    if sum(map(len, rows)) < 2 * LENGTH:
+        raise TPatchError(f"the memory text {text or 'sampled from the model'} is too short; give a longer text file")
+    if folder is not None:
+        arrays = {"tokens": np.concatenate([np.asarray(row, np.int32) for row in rows])}
+        arrays["lengths"] = np.asarray([len(row) for row in rows], np.int32)
+        _keep(folder, lambda temporary: save_file(arrays, temporary / "texts.safetensors"))
+    return rows
 
 
 def _read(path: Path) -> str:
@@ -156,16 +173,23 @@ def _collect(model: Model, layer: int, rows: list[list[int]], progress: Progress
     return Background(query.astype(jnp.float32), nuisance, tuple(prefixes), tuple(dict.fromkeys(names))[:200])
 
 
-def _save(folder: Path, result: Background) -> None:
+def _keep(folder: Path, write: Callable[[Path], object]) -> None:
     try:
         with replace_folder(folder) as temporary:
-            arrays = {"query": np.asarray(result.query), "nuisance": np.asarray(result.nuisance)}
-            save_file(arrays, temporary / "arrays.safetensors")
-            texts = {"prefixes": result.prefixes, "names": result.names}
-            (temporary / "background.json").write_text(json.dumps(texts, ensure_ascii=False, indent=1), "utf-8")
+            write(temporary)
     except TPatchError:
         # Another process was faster, or the disk is full: a cache that cannot be written costs time, not correctness.
         return
+
+
+def _save(folder: Path, result: Background) -> None:
+    def write(temporary: Path) -> None:
+        arrays = {"query": np.asarray(result.query), "nuisance": np.asarray(result.nuisance)}
+        save_file(arrays, temporary / "arrays.safetensors")
+        texts = {"prefixes": result.prefixes, "names": result.names}
+        (temporary / "background.json").write_text(json.dumps(texts, ensure_ascii=False, indent=1), "utf-8")
+
+    _keep(folder, write)
 
 
 def _load(folder: Path) -> Background | None:

@@ -21,6 +21,7 @@ from tpatch_jax.models.config import DecoderConfig, LayerKind
 
 __all__ = [
     "Cache",
+    "Fork",
     "Trace",
     "apply",
     "argmax",
@@ -29,6 +30,7 @@ __all__ = [
     "final_weights",
     "finish",
     "finisher",
+    "fork",
     "gather",
     "hidden",
     "leave_last",
@@ -36,6 +38,7 @@ __all__ = [
     "merged_neurons",
     "residuals",
     "resume",
+    "resume_fork",
     "shapes",
     "trace",
     "unembedding",
@@ -205,6 +208,71 @@ def gather(traced: Trace, lane: Array, position: Array) -> Trace:
     """
     pick = lambda x: x[lane, position][:, None]  # noqa: E731
     return Trace(pick(traced.query), pick(traced.output), jax.tree.map(pick, traced.context), traced.layer)
+
+
+class Fork(NamedTuple):
+    """Rows cut at one layer, of which only the end is run again: a change at a token reaches no earlier one.
+
+    Attributes:
+        query: the FFN's input from each row's first position on, ``[rows, span, d]``.
+        output: the FFN's output there, ``[rows, span, d]``.
+        residual: the residual stream beside the FFN there, ``[rows, span, d]``.
+        positions: where that is, ``[rows, span]``; positions past a row's end are padding.
+        caches: keys and values of all tokens in each layer after the cut.
+        layer: the cut.
+    """
+
+    query: Array
+    output: Array
+    residual: Array
+    positions: Array
+    caches: list[Cache]
+    layer: int
+
+
+def fork(config: DecoderConfig, params: Params, tokens: Array, layer: int, first: Array, span: int) -> Fork:
+    """Run rows through the network once and keep what running their ends again needs.
+
+    Args:
+        config: the decoder's description.
+        params: the decoder's parameters.
+        tokens: ``[rows, tokens]`` int, padded on the right.
+        layer: where to cut.
+        first: the position in each row from which on the FFN's output may change, ``[rows]`` int.
+        span: how many positions from there are looked at.
+
+    Returns:
+        The `Fork`.
+    """
+    traced = trace(config, params, tokens, layer)
+    positions = first[:, None] + jnp.arange(span)
+    index = jnp.minimum(positions, tokens.shape[1] - 1)[..., None]
+    end = lambda x: jnp.take_along_axis(x, index, 1)  # noqa: E731
+    kind, residual = config.kind(layer), traced.context["residual"]
+    x = _leave(config, kind, _without_ffn(params["layers"][layer]), residual, traced.output)
+    empty = empty_cache(config, params, *tokens.shape)
+    caches = []
+    for number in range(layer + 1, config.layers):
+        kind = config.kind(number)
+        x, cache = _whole(config, kind, params["layers"][number], x, traced.context["positions"], empty[number])
+        caches.append(cache)
+    return Fork(end(traced.query), end(traced.output), end(residual), positions, caches, layer)
+
+
+def resume_fork(config: DecoderConfig, params: Params, forked: Fork, output: Array) -> Array:
+    """Run the rows' ends after the cut from a given FFN output: the residual stream, ``[rows, span, d]``.
+
+    Args:
+        config: the decoder's description.
+        params: the decoder's parameters.
+        forked: from `fork`.
+        output: the FFN's output to go on from, ``[rows, span, d]``.
+    """
+    layer = forked.layer
+    x = _leave(config, config.kind(layer), _without_ffn(params["layers"][layer]), forked.residual, output)
+    for number, cache in zip(range(layer + 1, config.layers), forked.caches, strict=True):
+        x, _ = _whole(config, config.kind(number), params["layers"][number], x, forked.positions, cache)
+    return x
 
 
 def apply(config: DecoderConfig, params: Params, tokens: Array) -> Array:

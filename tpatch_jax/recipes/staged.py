@@ -14,7 +14,7 @@ from tpatch_jax.objective import edit_loss, total_loss
 from tpatch_jax.patch import Patch, sharpen
 from tpatch_jax.recipes.lane import FitInfo, FitSettings, Lane, Resume, held
 
-__all__ = ["Staged", "end", "improve", "settle"]
+__all__ = ["Recognised", "Staged", "end", "improve", "recognise", "settle"]
 
 
 class Staged(NamedTuple):
@@ -33,14 +33,39 @@ def _sharp(activation: Callable[[Array], Array], settings: FitSettings) -> Calla
     return lambda z: activation(z * settings.sharpness) / settings.sharpness
 
 
-def settle(
-    lane: Lane, memory: Memory, resume: Resume, settings: FitSettings, activation: Callable[[Array], Array]
-) -> Staged:
-    """The key, the threshold, and the shortest value along the lane's direction that holds."""
+class Recognised(NamedTuple):
+    """A key with its threshold.
+
+    Attributes:
+        key: ``[d]``.
+        bias: scalar.
+        margin: as in `FitInfo`.
+        losses: ``l_a, l_m1, l_m2`` of the key.
+    """
+
+    key: Array
+    bias: Array
+    margin: Array
+    losses: dict[str, Array]
+
+
+def recognise(query: Array, target: Array, particular: Array, memory: Memory, settings: FitSettings) -> Recognised:
+    """The key, and the threshold between the hardest negative and the edit's own queries.
+
+    Args:
+        query: the edit's own queries, the bare prompt first, ``[contexts, d]``.
+        target: memory rows with this answer are no negatives, a scalar int.
+        particular: queries on which this key in particular must stay silent, ``[own_negatives, d]``.
+        memory: shared by all keys.
+        settings: options; those of the key count.
+
+    Returns:
+        A key with ``z = 0`` at the threshold and ``z = 1`` on the bare prompt or, if that is less, on its contexts' mean.
+    """
     whitener, mean = memory.whitener, memory.mean
-    own = (lane.query - mean) @ whitener
+    own = (query - mean) @ whitener
     rows = memory._replace(query=(memory.query - mean) @ whitener)
-    particular, always = (lane.negative - mean) @ whitener, jnp.ones(lane.negative.shape[0], bool)
+    particular, always = (particular - mean) @ whitener, jnp.ones(particular.shape[0], bool)
     centre, tiny = jnp.mean(own, 0), jnp.finfo(own.dtype).eps
     # Starting at z = 3.2 on the edit's own queries and -4.8 on the mean memory query.
     params = {
@@ -55,7 +80,7 @@ def settle(
         return total_loss(jnp.zeros(()), z, z_memory, settings.weights)
 
     def mine(params: dict[str, Array]) -> tuple[Array, Array]:
-        index, counts = hardest(params["key"], lane.target, rows, settings.negatives)
+        index, counts = hardest(params["key"], target, rows, settings.negatives)
         return jnp.concatenate([rows.query[index], particular]), jnp.concatenate([counts, always])
 
     optimiser = transform.init(params)
@@ -88,9 +113,16 @@ def settle(
     key = whitener @ params["key"] / unit
     bias = -threshold / unit - mean @ key
     margin = (jnp.min(z) - hard) / jnp.maximum(jnp.mean(z), tiny)
+    return Recognised(key, bias, margin, losses)
 
+
+def settle(
+    lane: Lane, memory: Memory, resume: Resume, settings: FitSettings, activation: Callable[[Array], Array]
+) -> Staged:
+    """The key, the threshold, and the shortest value along the lane's direction that holds."""
+    key, bias, margin, losses = recognise(lane.query, lane.target, lane.negative, memory, settings)
     a = _sharp(activation, settings)(lane.query @ key + bias)
-    direction = lane.direction / jnp.maximum(jnp.linalg.norm(lane.direction), jnp.finfo(own.dtype).tiny)
+    direction = lane.direction / jnp.maximum(jnp.linalg.norm(lane.direction), jnp.finfo(lane.direction.dtype).tiny)
     lengths = lane.scale * 2.0 ** jnp.arange(-4.0, 3.0)
 
     def says(length: Array, activity: Array | float) -> Array:
