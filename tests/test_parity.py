@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 torch = pytest.importorskip("torch", reason="torch is only needed to compare with it: the 'parity' extra")
 
 import transformers  # noqa: E402
 
 from tpatch_jax.models import checkpoint, decoder, generation  # noqa: E402
-from tpatch_jax.models.model import load_model, tokens_array  # noqa: E402
+from tpatch_jax.models.model import Model, load_model, save_model, tokens_array  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent / "reference"))
-import make_llama  # noqa: E402
+import make_references  # noqa: E402
 
 # what torch and transformers warn about is not ours to mend
 pytestmark = [
@@ -28,17 +29,66 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:torch.*"),
 ]
 
-PLAIN = {"attention_bias": False, "mlp_bias": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-ROTATION = make_llama.SETTINGS["rope_parameters"]
+ROTATION = make_references.ROTATION
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+SPREAD = {"attention_bias": False, "mlp_bias": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+LOCAL = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}
 # each variant compiles its own network: a second or two
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "every head its own key, tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
-    "one key for all heads, llama3 rotation": {"num_key_value_heads": 1, "rope_parameters": ROTATION},
-    "wide heads, attention bias": {"head_dim": 16, "attention_bias": True},
-    "mlp bias, linear rotation": {"mlp_bias": True, "rope_parameters": LINEAR},
-    "another norm, gelu": {"rms_norm_eps": 0.1, "hidden_act": "gelu"},
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {
+        "plain": {},
+        "every head its own key, tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
+        "one key for all heads": {"num_key_value_heads": 1},
+        "wide heads, attention bias": {"head_dim": 16, "attention_bias": True},
+        "mlp bias, linear rotation": {"mlp_bias": True, "rope_parameters": LINEAR},
+        "another norm, gelu": {"rms_norm_eps": 0.1, "hidden_act": "gelu"},
+    },
+    "gpt2": {
+        "default width, untied, relu": {"n_inner": None, "tie_word_embeddings": False, "activation_function": "relu"},
+        "another norm": {"layer_norm_epsilon": 0.1},
+    },
+    "gpt_neo": {"local everywhere": {"attention_types": [[["local"], 3]], "window_size": 5}},
+    "gptj": {"whole heads rotated, exact gelu": {"rotary_dim": 8, "activation_function": "gelu"}},
+    "gpt_neox": {
+        "one after the other": {"use_parallel_residual": False},
+        "a quarter rotated, more heads": {
+            "num_attention_heads": 4,
+            "hidden_size": 32,
+            "rope_parameters": {**ROTATION, "partial_rotary_factor": 0.25},
+        },
+        "no attention bias, tied": {"attention_bias": False, "tie_word_embeddings": True},
+    },
+    "mistral": {"no window": {"sliding_window": None}, "narrow heads": {"head_dim": None, "sliding_window": 3}},
+    "qwen2": {"windows from the second layer on": LOCAL, "tied": {"tie_word_embeddings": True}},
+    "qwen3": {"windows, bias": {**LOCAL, "attention_bias": True}, "untied": {"tie_word_embeddings": False}},
+    "gemma": {
+        "every head its own key": {"num_key_value_heads": 4},
+        "bias, relu": {"attention_bias": True, "hidden_act": "relu"},
+    },
+    "gemma2": {
+        "no soft caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        "wide window": {"sliding_window": 64, "query_pre_attn_scalar": 256},
+    },
+    "gemma3_text": {
+        "default rotations": {"rope_parameters": None},
+        "full attention first": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    },
+    "phi3": {
+        "plain rotation, more heads": {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": ROTATION,
+        },
+        "half rotated, window": {
+            "sliding_window": 8,
+            "rope_parameters": {**ROTATION, "partial_rotary_factor": 0.5},
+            "tie_word_embeddings": True,
+        },
+    },
+    "opt": {
+        "gelu, untied": {"activation_function": "gelu", "tie_word_embeddings": False},
+        "no biases": {"enable_bias": False},
+    },
 }
 TOLERANCE = 2e-4
 PROMPTS = (
@@ -52,11 +102,11 @@ PROMPTS = (
 
 def compare(config: Any, params: Any, reference: Any, table: np.ndarray) -> None:
     """Every block, then the logits: a failure names the first layer that differs."""
-    expected = make_llama.run(reference, torch.asarray(table.astype(np.int64)))
+    expected = make_references.run(reference, torch.asarray(table.astype(np.int64)))
     tokens = tokens_array(table.tolist(), table.shape[1])
-    for layer in range(config.layers):
-        traced = decoder.trace(config, params, tokens, layer)
-        found = np.asarray(traced.context["residual"] + traced.output)
+    residuals = decoder.residuals(config, params, tokens)
+    assert len(residuals) == config.layers == len(make_references.blocks(reference))
+    for layer, found in enumerate(residuals):
         wanted = expected[f"layer_{layer}"].numpy()
         # residual streams of large models carry entries in the thousands, where float32 has fewer digits left
         scale = max(1.0, float(np.abs(wanted).max()) / 10)
@@ -65,45 +115,105 @@ def compare(config: Any, params: Any, reference: Any, table: np.ndarray) -> None
     np.testing.assert_allclose(found, expected["logits"].numpy(), rtol=0, atol=TOLERANCE, err_msg="logits")
 
 
-@pytest.mark.parametrize("name", sorted(VARIANTS))
-def test_a_random_llama_agrees(tmp_path, name):
-    settings = {**make_llama.SETTINGS, **PLAIN, **VARIANTS[name]}
-    reference = make_llama.randomise(transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)), 7)
+def build(name: str, **changes: Any) -> Any:
+    """A family's network in torch with random weights, the same ones for all changes that keep their shapes."""
+    return make_references.randomise(make_references.build(name, **changes), 7)
+
+
+@pytest.mark.parametrize(("name", "variant"), [(name, variant) for name in VARIANTS for variant in VARIANTS[name]])
+def test_a_variant_agrees(tmp_path, name, variant):
+    reference = build(name, **{**(SPREAD if name == "llama" else {}), **VARIANTS[name][variant]})
     reference.save_pretrained(tmp_path / "saved")
     config, params, _ = checkpoint.read_folder(tmp_path / "saved")
-    assert ("head" in params) == (not name.endswith("tied"))
-    table = np.random.default_rng(2).integers(0, config.vocabulary, (2, 48))
+    table = np.random.default_rng(2).integers(0, config.vocabulary, (2, 40))
     compare(config, params, reference, table)
 
 
-def test_a_wrong_rotation_would_be_noticed():
-    """The comparison can fail: the same weights under another rotation are far beyond the tolerance."""
-    settings = {**make_llama.SETTINGS, **PLAIN}
-    build = lambda **changes: make_llama.randomise(  # noqa: E731
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes})), 7
-    )
-    tokens = torch.arange(40)[None]
-    one, other = make_llama.run(build(), tokens), make_llama.run(build(rope_parameters=LINEAR), tokens)
-    assert float((one["logits"] - other["logits"]).abs().max()) > 100 * TOLERANCE
+# families × what a reader of config.json could forget
+MATTERS: dict[str, list[dict[str, Any]]] = {
+    "gpt2": [{"n_head": 2}, {"activation_function": "gelu"}, {"layer_norm_epsilon": 0.01}],
+    "gpt_neo": [{"window_size": 9}, {"attention_types": [[["global"], 3]]}, {"num_heads": 2}],
+    "gptj": [{"rotary_dim": 2}, {"n_head": 1}],
+    "gpt_neox": [
+        {"use_parallel_residual": False},
+        {"rope_parameters": {**ROTATION, "partial_rotary_factor": 0.25}},
+        {"hidden_act": "gelu_new"},
+    ],
+    "llama": [{"rope_parameters": LINEAR}, {"rms_norm_eps": 0.01}],
+    "mistral": [{"sliding_window": 9}, {"sliding_window": None}, {"rope_parameters": LINEAR}],
+    "qwen2": [LOCAL, {"rope_parameters": LINEAR}],
+    "qwen3": [LOCAL, {"rope_parameters": LINEAR}],
+    "gemma": [{"rope_parameters": LINEAR}, {"hidden_act": "relu"}],
+    "gemma2": [
+        {"sliding_window": 9},
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        {"query_pre_attn_scalar": 8},
+        {"attn_logit_softcapping": None},
+        {"final_logit_softcapping": None},
+    ],
+    "gemma3_text": [
+        {"sliding_window": 9},
+        {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+        {"query_pre_attn_scalar": 8},
+        *(
+            {"rope_parameters": {**make_references.SETTINGS["gemma3_text"]["rope_parameters"], kind: ROTATION}}
+            for kind in ("sliding_attention", "full_attention")
+        ),
+    ],
+    "phi3": [
+        {"rope_parameters": {**make_references.SETTINGS["phi3"]["rope_parameters"], **change}}
+        for change in ({"short_factor": [1.0, 1.5, 1.5]}, {"attention_factor": 1.0})
+    ],
+    "opt": [{"activation_function": "gelu"}, {"num_attention_heads": 2}],
+}
 
 
-def test_shards_as_transformers_writes_them(tmp_path):
-    reference = make_llama.randomise(
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**make_llama.SETTINGS, **PLAIN})), 7
-    )
-    reference.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+@pytest.mark.parametrize("name", sorted(MATTERS))
+def test_what_config_json_says_matters(name):
+    """The comparisons can fail: the same weights under any other setting are beyond the tolerance, most of them far.
+
+    (The two kinds of GELU are the nearest to each other: four times the tolerance.)
+    """
+    tokens = torch.asarray(expectations(name)["tokens"].astype(np.int64))
+    base = make_references.run(build(name), tokens)["logits"]
+    for change in MATTERS[name]:
+        other = make_references.run(build(name, **change), tokens)["logits"]
+        assert float((base - other).abs().max()) > 3 * TOLERANCE, (name, change)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3"])
+def test_shards_as_transformers_writes_them(tmp_path, name):
+    reference = build(name)
+    reference.save_pretrained(tmp_path / "saved", max_shard_size="10KB")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 2
     config, params, _ = checkpoint.read_folder(tmp_path / "saved")
     compare(config, params, reference, np.arange(32).reshape(2, 16))
 
 
-def test_the_committed_reference_is_what_the_script_makes():
-    from safetensors.numpy import load_file
+def expectations(name: str) -> dict[str, np.ndarray]:
+    return load_file(Path(make_references.__file__).parent / f"{name}_expected.safetensors")
 
-    expected = load_file(Path(make_llama.__file__).parent / "llama_expected.safetensors")
-    reference = make_llama.randomise(transformers.LlamaForCausalLM(transformers.LlamaConfig(**make_llama.SETTINGS)), 0)
-    found = make_llama.run(reference, torch.asarray(expected["tokens"].astype(np.int64)))
-    np.testing.assert_allclose(found["logits"].numpy(), expected["logits"], rtol=0, atol=1e-4)
+
+@pytest.mark.parametrize("name", sorted(make_references.SETTINGS))
+def test_the_committed_references_are_what_the_script_makes(name):
+    expected = expectations(name)
+    reference = make_references.randomise(make_references.build(name), 0)
+    found = make_references.run(reference, torch.asarray(expected["tokens"].astype(np.int64)))
+    assert set(found) | {"tokens"} == set(expected)
+    for key, wanted in expected.items():
+        if key != "tokens":
+            np.testing.assert_allclose(found[key].numpy(), wanted, rtol=0, atol=1e-4, err_msg=f"{name}, {key}")
+
+
+@pytest.mark.parametrize("name", sorted(make_references.SETTINGS))
+def test_transformers_reads_what_we_write(tmp_path, name):
+    config, params, settings = checkpoint.read_folder(Path(make_references.__file__).parent / name)
+    save_model(Model(config, params, None, name, None, settings), tmp_path / "ours")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    expected = expectations(name)
+    with torch.no_grad():
+        found = reference(torch.asarray(expected["tokens"].astype(np.int64)), use_cache=False).logits
+    np.testing.assert_allclose(found.numpy(), expected["logits"], rtol=0, atol=1e-4, err_msg=name)
 
 
 @pytest.fixture(scope="module")

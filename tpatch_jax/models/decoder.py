@@ -97,8 +97,13 @@ def _whole(config: DecoderConfig, kind: LayerKind, params: Params, x: Array, pos
     return block.leave(residual, ffn.apply(params["ffn"], query, config.activation)), cache
 
 
-@partial(jax.jit, static_argnames="config")
 def _embed(config: DecoderConfig, params: Params, tokens: Array, positions: Array) -> Array:
+    read = {name: params[name] for name in ("embed", "positions") if name in params}
+    return _embedded(config, read, tokens, positions)
+
+
+@partial(jax.jit, static_argnames="config")
+def _embedded(config: DecoderConfig, params: Params, tokens: Array, positions: Array) -> Array:
     x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
@@ -109,7 +114,12 @@ def _embed(config: DecoderConfig, params: Params, tokens: Array, positions: Arra
     return x
 
 
-@partial(jax.jit, static_argnames="config")
+def _tail(config: DecoderConfig, params: Params) -> Params:
+    """What `logits` reads, so that neither a merged nor an attached patch has it compiled again."""
+    names = ("embed", "head", "norm") if config.tied else ("head", "norm")
+    return {name: params[name] for name in names if name in params}
+
+
 def logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
     """From the residual stream after the last block to logits: ``norm(hidden) · unembedding``.
 
@@ -121,6 +131,11 @@ def logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
     Returns:
         ``[..., vocabulary]``, float32.
     """
+    return _logits(config, _tail(config, params), hidden)
+
+
+@partial(jax.jit, static_argnames="config")
+def _logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
     x = nnx.merge(_norm_graph(config), params["norm"])(hidden)
     if config.tied:
         result = jnp.einsum("...d,vd->...v", x, params["embed"]["embedding"], preferred_element_type=jnp.float32)
@@ -131,10 +146,14 @@ def logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
     return softcap(result, config.logit_cap)
 
 
-@partial(jax.jit, static_argnames="config")
 def argmax(config: DecoderConfig, params: Params, hidden: Array) -> Array:
     """The most probable token after each residual stream, ``[..., d]`` to ``[...]`` int."""
-    return jnp.argmax(logits(config, params, hidden), -1)
+    return _argmax(config, _tail(config, params), hidden)
+
+
+@partial(jax.jit, static_argnames="config")
+def _argmax(config: DecoderConfig, params: Params, hidden: Array) -> Array:
+    return jnp.argmax(_logits(config, params, hidden), -1)
 
 
 def _without_ffn(layer: Params) -> Params:
@@ -381,8 +400,7 @@ def unembedding(config: DecoderConfig, params: Params) -> Array:
 
 def final_weights(config: DecoderConfig, params: Params) -> Params:
     """The few parameters that `finish` reads, so that a compiled fit does not carry the rest."""
-    names = [name for name in ("embed", "head", "norm") if name in params and not (name == "embed" and not config.tied)]
-    return {**{name: params[name] for name in names}, "layer": _without_ffn(params["layers"][config.layers - 1])}
+    return {**_tail(config, params), "layer": _without_ffn(params["layers"][config.layers - 1])}
 
 
 @lru_cache(maxsize=16)

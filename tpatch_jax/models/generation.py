@@ -66,10 +66,11 @@ def _run(
     cache = decoder.empty_cache(config, params, lanes, total)
     hidden, cache = decoder.decode(config, params, jnp.asarray(table), jnp.asarray(positions), cache)
     hidden = hidden[np.arange(lanes), last]
+    tail = decoder.final_weights(config, params)
     results: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
     for step in range(count):
-        chosen = _choose(config, params, hidden, jax.random.fold_in(key, step), temperature_array, top_k)
+        chosen = _choose(config, tail, hidden, jax.random.fold_in(key, step), temperature_array, top_k)
         ids = np.asarray(chosen)
         for lane in sorted(going):
             if int(ids[lane]) in stops:

@@ -1,5 +1,6 @@
 """Gemma 1, 2 and 3 (text): scaled embeddings, norms around one, and from 2 on sandwich norms and windows."""
 
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import DecoderConfig
 from tpatch_jax.models.zoo.family import Family, Settings, activation, rope, setting, windows
 from tpatch_jax.models.zoo.llama import NAMES, configure_llama
@@ -8,12 +9,15 @@ __all__ = ["GEMMA", "GEMMA_2", "GEMMA_3"]
 
 
 def _gemma(settings: Settings) -> DecoderConfig:
+    named = settings.get("hidden_activation") or settings.get("hidden_act") or "gelu"
     # The first release said "gelu" and meant its approximation by tanh.
-    named = settings.get("hidden_activation") or "gelu_pytorch_tanh"
+    named = "gelu_pytorch_tanh" if named == "gelu" else named
     return configure_llama(settings, "gemma", **_common(settings, named))
 
 
 def _common(settings: Settings, named: str) -> dict[str, object]:
+    if settings.get("use_bidirectional_attention"):
+        raise TPatchError("config.json describes a Gemma whose tokens see the ones after them, which is not a decoder")
     return {
         "activation": activation(named),
         "norm_shift": 1.0,
