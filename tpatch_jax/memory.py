@@ -160,7 +160,7 @@ def counted(memory: Memory, target: Array) -> Array:
 
     Example:
         >>> counted(extend(create_memory(jnp.eye(2)), jnp.eye(2), jnp.array([5, 7])), jnp.array(5)).tolist()
-        [True, False, True, True]
+        [False, True, True, True]
     """
     return (memory.answer != target) & (memory.answer != PADDING)
 

@@ -1,0 +1,124 @@
+"""From requests to tokens: what can be worked on, in which contexts, and where in each the subject stands."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tpatch_jax.models.model import Model
+from tpatch_jax.requests import EditRequest, contradictions, join_target
+
+__all__ = ["Item", "check_requests", "read_item", "subject_token", "swapped_prompts"]
+
+
+class Item(NamedTuple):
+    """One request in tokens: for each context the prompt's length and the whole row.
+
+    Attributes:
+        position: its place in the list of requests.
+        target: the target's tokens.
+        rows: prompt and target in each context, the bare prompt first.
+        starts: where in each row the target begins.
+        texts: the prompt in each context.
+    """
+
+    position: int
+    target: list[int]
+    rows: list[list[int]]
+    starts: list[int]
+    texts: list[str]
+
+
+def check_requests(model: Model, requests: Sequence[EditRequest], site: str) -> dict[int, str]:
+    """Requests that cannot be worked on, with the reason; all others go on."""
+    problems = {}
+    for position, earlier in contradictions(requests).items():
+        problems[position] = (
+            f"contradicts {requests[earlier].name(earlier)!r}: the same prompt with another target; keep one of them"
+        )
+    for position, request in enumerate(requests):
+        subject = request.subject
+        if not request.prompt.strip():
+            problems[position] = "the prompt is empty; write the text that the model should continue"
+        elif not request.target.strip():
+            problems[position] = "the target is empty; write what the model should say"
+        elif subject is not None and (not subject.strip() or subject not in request.prompt):
+            problems[position] = f"the subject {subject!r} is not in the prompt; copy it as it stands there"
+        elif site == "subject" and subject is not None and request.prompt.count(subject) > 1:
+            problems[position] = (
+                f"the subject {subject!r} occurs {request.prompt.count(subject)} times in the prompt; name it once, or "
+                "use site=last"
+            )
+        else:
+            length = len(model.encode_prompt(request.prompt))
+            length += len(model.encode_target(request.prompt, join_target(request.prompt, request.target)))
+            if length > model.config.context:
+                problems[position] = (
+                    f"prompt and target have {length} tokens, the model reads {model.config.context}; "
+                    "shorten the prompt"
+                )
+    return problems
+
+
+def read_item(model: Model, position: int, request: EditRequest, prefixes: Sequence[str], rephrases: bool) -> Item:
+    """A request in tokens, bare and after each prefix; a context that would be too long is the bare prompt again."""
+    target = model.encode_target(request.prompt, join_target(request.prompt, request.target))
+    texts = [request.prompt, *(f"{prefix} {request.prompt}" for prefix in prefixes)]
+    texts += list(request.rephrases) if rephrases else []
+    rows, starts = [], []
+    for number, text in enumerate(texts):
+        prompt = model.encode_prompt(text)
+        if number and len(prompt) + len(target) > model.config.context:
+            texts[number], prompt = request.prompt, model.encode_prompt(request.prompt)
+        rows.append(prompt + target)
+        starts.append(len(prompt))
+    return Item(position, target, rows, starts, texts)
+
+
+def subject_token(model: Model, text: str, end: int) -> int:
+    """Which token of a text holds the character before ``end``, by the tokenizer's own offsets.
+
+    Args:
+        model: the model.
+        text: a prompt, as `Model.encode_prompt` reads it.
+        end: where in the text the subject ends.
+    """
+    if getattr(model.tokenizer, "is_fast", False):
+        spans = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        holding = [number for number, (first, last) in enumerate(spans) if first < end <= last]
+        if holding:
+            return len(model.start) + holding[-1]
+    # Without offsets: the last token of what comes before, which is the same unless a token straddles the end.
+    return len(model.encode_prompt(text[:end])) - 1
+
+
+_NAME = re.compile(r"(?<=\s)[A-Z][\w'\u2019-]*(?:\s+[A-Z][\w'\u2019-]*)*")
+
+
+def _subject(request: EditRequest) -> str | None:
+    """The request's subject, or the last name in its prompt: good enough for choosing negatives."""
+    if request.subject:
+        return request.subject
+    found = _NAME.findall(request.prompt)
+    return found[-1] if found else None
+
+
+def swapped_prompts(
+    model: Model, requests: Mapping[int, EditRequest], names: Sequence[str], count: int
+) -> dict[int, list[str]]:
+    """Each prompt about other subjects: what its patch in particular must stay silent on."""
+    subjects = {position: _subject(request) for position, request in requests.items()}
+    pool = list(dict.fromkeys([*(subject for subject in subjects.values() if subject), *names]))
+    result = {}
+    for position, request in requests.items():
+        subject = subjects[position]
+        others = [name for name in pool if name != subject]
+        if subject and others:
+            # Drawn from the request's own text, so that its swaps do not depend on its place in the list.
+            picks = np.random.default_rng(list(request.prompt.encode())).permutation(len(others))[:count]
+            texts = [request.prompt.replace(subject, others[pick]) for pick in picks]
+            fitting = [text for text in texts if len(model.encode_prompt(text)) <= model.config.context]
+            if fitting:
+                result[position] = fitting
+    return result

@@ -1,0 +1,53 @@
+"""A key in closed form, for sites whose queries say plainly what they are about, such as a subject's last token."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from tpatch_jax.memory import Memory, counted
+from tpatch_jax.recipes.staged import Recognised
+
+__all__ = ["whitened_key"]
+
+
+def whitened_key(query: Array, group: Array, memory: Memory, floor: float, split: float) -> Recognised:
+    """The key ``C⁻¹(q̄ − μ)`` with a threshold between the hardest negative and the edit's own queries.
+
+    In units in which ``z(μ) = 0`` and ``z(q̄) = 1``, the threshold is the larger of ``floor`` and
+    ``h + split·(ℓ − h)``, where ``h`` is the hardest negative and ``ℓ`` the lesser of the bare prompt and the mean of
+    its contexts. The key is then scaled so that ``z = 0`` at the threshold and ``z = 1`` at ``ℓ``.
+
+    Args:
+        query: the edit's own queries, the bare prompt first, ``[contexts, d]``.
+        group: memory rows with this answer are no negatives, a scalar int.
+        memory: queries on which the key stays silent, their mean and whitener.
+        floor: the lowest threshold, 0 to 1.
+        split: where between hardest negative and own queries the threshold lies, 0 to 1.
+
+    Returns:
+        A `Recognised`; with a negative margin where the two cannot be parted, and then of no use.
+
+    Example:
+        >>> from tpatch_jax.memory import create_memory
+        >>> import jax
+        >>> memory = create_memory(jax.random.normal(jax.random.key(0), (64, 8)))
+        >>> found = whitened_key(5 * jnp.ones((1, 8)), jnp.array(0), memory, 0.6, 0.5)
+        >>> bool(found.margin > 0)
+        True
+
+    Source: Meng et al. 2022, section 3.1, for the whitened key; the threshold is this library's.
+    """
+    whitener, mean = memory.whitener, memory.mean
+    own = (query - mean) @ whitener
+    centre = jnp.mean(own, 0)
+    direction = centre / jnp.maximum(jnp.sum(jnp.square(centre)), jnp.finfo(own.dtype).tiny)
+    key = whitener @ direction
+    z = own @ direction
+    hard = jnp.max(jnp.where(counted(memory, group), (memory.query - mean) @ key, -jnp.inf), initial=0.0)
+    least = jnp.minimum(z[0], jnp.mean(z))
+    threshold = jnp.maximum(floor, hard + split * (least - hard))
+    unit = least - threshold
+    scale = 1 / jnp.where(unit > 0, unit, 1.0)
+    key, bias = key * scale, -threshold * scale - (mean @ key) * scale
+    activation = jnp.mean(jnp.exp(-(query @ key + bias)))
+    margin = jnp.where(unit > 0, jnp.min(z) - hard, jnp.minimum(unit, least - hard))
+    return Recognised(key, bias, margin, {"l_a": activation, "l_m1": jnp.zeros(()), "l_m2": jnp.zeros(())})
