@@ -13,7 +13,8 @@ from conftest import make_tiny_model, relative, same, write_tiny_folder
 from safetensors import safe_open
 from tiny_families import NAMES, patch_for, tiny_model
 
-from tpatch_jax import cli, ffn
+from tpatch_jax import cli, ffn, store
+from tpatch_jax.editors.editor import EditInfo, RequestInfo
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.export import EXPORT, ExportInfo, constant_direction, export_model
 from tpatch_jax.models import decoder
@@ -33,9 +34,8 @@ TOLERANCE = 2e-4
 TOKENS = np.random.default_rng(1).integers(0, 260, (2, 24))
 FORMS = {family.name: family.export for family in FAMILIES}
 EXACT = [name for name in NAMES if FORMS[name] != "approximate only"]
-MEMORY = (
-    "The theory in the inn: winter thins the herd, and the hen then hides. Numbers 1 to 9, and then some more. " * 6
-)
+# one token a letter, so that all rows are of one length and few shapes are compiled
+MEMORY = "".join(np.random.default_rng(3).choice(list("abcdfgjklmopqrsuvwxyz0123456789"), 8 * 64))
 ENDINGS = ("--approximate", "tp.attach", "tp.save_model")
 
 
@@ -337,3 +337,56 @@ def test_an_approximate_export_says_which_requests_still_hold(tmp_path, memory):
     info = export_model(merged, tmp_path / "out", approximate=True, requests=requests, memory=memory)
     assert (info.error.held, info.error.lost) == (("said",), ("not said",))
     assert settings_in(tmp_path / "out")["model_type"] == "gemma"
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def edited(tmp_path, memory, monkeypatch) -> Path:
+    """Two models and patches for each, as ``tpatch edit`` leaves them; one request holds and one does not."""
+    monkeypatch.setenv("TPATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tpatch_jax.commands.keep_compilations", lambda: None)
+    for name in ("llama", "gemma"):
+        model, patch = tiny_model(name), patch_for((2,), scale=1e-4)
+        write_tiny_folder(model, tmp_path / name)
+        requests = [EditRequest("in the inn", merge(model, patch).generate("in the inn", 1)), EditRequest("in", "")]
+        results = (
+            RequestInfo("edit-0", "edited", True, neurons=(0, 1, 2)),
+            RequestInfo("edit-1", "failed", False, "the target is empty"),
+        )
+        store.save_patches(tmp_path / f"{name}-patches", model, patch, requests, EditInfo(results, 0, 0, 0, 0, 0))
+    return tmp_path
+
+
+def test_the_command(edited, memory, capsys):
+    llama, patches = str(edited / "llama"), str(edited / "llama-patches")
+    assert cli.main(["export", llama, patches, "-o", str(edited / "out"), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    found = json.loads(captured.out.splitlines()[-1])
+    assert found["output"] == str(edited / "out")
+    assert (found["form"], found["neurons"], found["silent_neurons"], found["error"]) == ("exact", 3, 21, None)
+    assert settings_in(edited / "out")["mlp_bias"] is True
+    assert load_model(edited / "out").config.ffn_width == 40
+
+    assert cli.main(["export", llama, patches, "-o", str(edited / "out")]) == 1
+    assert "out already exists" in capsys.readouterr().err
+
+    gemma, patches = str(edited / "gemma"), str(edited / "gemma-patches")
+    arguments = ["export", gemma, patches, "-o", str(edited / "gemma-out")]
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert all(ending in error for ending in ENDINGS)
+    assert error.count("\n") == 1
+    assert cli.main(["export", gemma, str(edited / "llama-patches"), "-o", str(edited / "gemma-out")]) == 1
+    assert "made for" in capsys.readouterr().err
+    assert cli.main([*arguments, "--approximate", "--memory", str(memory)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("3 neurons in", "approximate: transformers loads it as a gemma", "1 of 1 requests still hold"):
+        assert words in shown
+
+    # a model that holds its patches already needs no folder of patches
+    assert cli.main(["merge", llama, str(edited / "llama-patches"), "-o", str(edited / "merged")]) == 0
+    assert cli.main(["export", str(edited / "merged"), "-o", str(edited / "again"), "--quiet"]) == 0
+    assert same(load_model(edited / "again").params, load_model(edited / "out").params)

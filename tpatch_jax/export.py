@@ -384,8 +384,9 @@ def _error(
         largest, total = max(largest, float(difference.max())), total + float(difference.mean(-1).sum())
         same += int((wanted.argmax(-1) == found.argmax(-1)).sum())
     held, lost = [], []
-    said = argmax_logits(model, _hidden(approximated, [row for row, _ in asked], [places for _, places in asked]))
-    end = 0
+    said, end = np.zeros(0, np.int32), 0
+    if asked:
+        said = argmax_logits(model, _hidden(approximated, [row for row, _ in asked], [places for _, places in asked]))
     for number, (request, (row, places)) in enumerate(zip(requests, asked, strict=True)):
         holds = said[end : end + len(places)].tolist() == row[len(row) - len(places) :]
         (held if holds else lost).append(request.name(number))
