@@ -1,4 +1,4 @@
-"""Corrected models in folders that the stock transformers library reads: the same logits, or a refusal that says why."""
+"""Corrected models in folders for the stock transformers library: the same logits, or a refusal that says why."""
 
 import json
 from collections.abc import Iterator
