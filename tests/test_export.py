@@ -114,7 +114,7 @@ def test_stock_transformers_says_the_same(name, tmp_path, memory):
     if not exact:
         with pytest.raises(TPatchError, match="cannot be written exactly"):
             export_model(merged, tmp_path / "out")
-    info = export_model(merged, tmp_path / "out", approximate=True, memory=memory)
+    info = export_model(merged, tmp_path / "out", approximate=True, memory=memory, cache=False)
     assert info.form == (FORMS[name] if exact else "approximate")
     assert (info.neurons, info.silent_neurons, info.ffn_width) == (6, 3 * 8 - 6, 40)
     assert (info.error is None) == exact
@@ -192,7 +192,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "norms of queries": ("qwen3", {}, "a qwen3 has .* normalises queries and keys"),
     "gemma": ("gemma", {}, "norms multiply by one more than their weight and its embeddings are scaled"),
-    "gemma2": ("gemma2", {}, "sees only 8 of 64 .* capped .* normalises what attention and feed-forward"),
+    "gemma2": ("gemma2", {}, "sees only 8 of 64 .* normalises what attention and feed-forward .* capped"),
     "gemma3": ("gemma3", {}, "rotate by different rules"),
     "heads": (
         "mistral",
@@ -308,10 +308,13 @@ def test_where_queries_have_a_constant_nothing_is_lost(gated):
 
 def test_the_requests_own_queries_weigh_as_much_as_all_others():
     rng = np.random.default_rng(0)
-    query, own = rng.normal(size=(256, 8)), rng.normal(size=(2, 8))
-    plain, heard = (constant_direction(jnp.asarray(query, jnp.float32), given) for given in (None, own))
+    # what the text has in common says nothing about the requests
+    query, own = (
+        jnp.asarray(rng.normal(size=shape) + 3 * np.eye(8)[axis]) for shape, axis in (((256, 8), 0), ((2, 8), 1))
+    )
+    plain, heard = constant_direction(query), constant_direction(query, own)
     error = lambda direction: float(np.abs(own @ np.asarray(direction) - 1).max())  # noqa: E731
-    assert error(heard) < 0.2 < error(plain)
+    assert error(heard) < 0.5 * error(plain)
 
 
 def test_the_error_is_that_of_the_written_folder(tmp_path, memory):
@@ -321,7 +324,7 @@ def test_the_error_is_that_of_the_written_folder(tmp_path, memory):
     for number, scale in enumerate((1e-4, 0.5)):
         folder = tmp_path / str(number)
         merged = merge(model, patch_for((1,), scale=scale))
-        info = export_model(merged, folder, approximate=True, memory=memory)
+        info = export_model(merged, folder, approximate=True, memory=memory, cache=False)
         difference = np.abs(logits_of(load_model(folder)) - logits_of(merged))
         assert info.error.mean_logit_difference == pytest.approx(difference.mean(), rel=2)
         errors.append(info.error)
@@ -329,12 +332,22 @@ def test_the_error_is_that_of_the_written_folder(tmp_path, memory):
     assert errors[0].same_argmax > 0.99 >= errors[0].same_argmax - errors[1].same_argmax
 
 
+def printable(model: Model) -> EditRequest:
+    """A request that holds already, whose target is one character; a tied random model repeats the space."""
+    for letter in "abcdefghijklmnopqrstuvwxyz":
+        # After a space nothing is put before the target.
+        said = model.generate(f"{letter} ", 1)
+        if said.isascii() and said.isprintable() and said:
+            return EditRequest(f"{letter} ", said, id="said")
+    raise AssertionError("this random model never says a character")
+
+
 def test_an_approximate_export_says_which_requests_still_hold(tmp_path, memory):
     model = tiny_model("gemma")
     merged = merge(model, patch_for((2,), scale=1e-4))
-    said = merged.generate("in the inn", 1)
-    requests = [EditRequest("in the inn", said, id="said"), EditRequest("in the inn", said + "~", id="not said")]
-    info = export_model(merged, tmp_path / "out", approximate=True, requests=requests, memory=memory)
+    said = printable(merged)
+    requests = [said, EditRequest(said.prompt, said.target + "~", id="not said")]
+    info = export_model(merged, tmp_path / "out", approximate=True, requests=requests, memory=memory, cache=False)
     assert (info.error.held, info.error.lost) == (("said",), ("not said",))
     assert settings_in(tmp_path / "out")["model_type"] == "gemma"
 
@@ -350,10 +363,10 @@ def edited(tmp_path, memory, monkeypatch) -> Path:
     for name in ("llama", "gemma"):
         model, patch = tiny_model(name), patch_for((2,), scale=1e-4)
         write_tiny_folder(model, tmp_path / name)
-        requests = [EditRequest("in the inn", merge(model, patch).generate("in the inn", 1)), EditRequest("in", "")]
+        requests = [printable(merge(model, patch)), EditRequest("in", "")]
         results = (
-            RequestInfo("edit-0", "edited", True, neurons=(0, 1, 2)),
-            RequestInfo("edit-1", "failed", False, "the target is empty"),
+            RequestInfo("said", True, "edited", neurons=(0, 1, 2)),
+            RequestInfo("edit-1", False, "failed", "the target is empty"),
         )
         store.save_patches(tmp_path / f"{name}-patches", model, patch, requests, EditInfo(results, 0, 0, 0, 0, 0))
     return tmp_path

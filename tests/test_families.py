@@ -3,8 +3,11 @@
 import ast
 import dataclasses
 import json
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ from tiny_families import NAMES, tiny_model
 from tpatch_jax import cli
 from tpatch_jax.configuration import change
 from tpatch_jax.editors.tpatcher import PRESETS, edit
+from tpatch_jax.models import checkpoint, decoder, families
 from tpatch_jax.models.families import FAMILIES
 from tpatch_jax.models.model import Model, attach, merge
 from tpatch_jax.models.promises import PROMISES, promised
@@ -49,7 +53,7 @@ def memory(tmp_path_factory) -> Path:
 
 
 def loud(model: Model) -> Model:
-    """Where a norm follows the FFN it bounds what a neuron can say; its scale is large in trained models' last layers."""
+    """A norm behind the FFN bounds what a neuron can say; its scale is large in the last layers of trained models."""
     if not model.config.sandwich:
         return model
     layers = dict(model.params["layers"])
@@ -101,3 +105,35 @@ def test_every_column_has_its_test(promise):
     path, _, name = promise.test.partition("::")
     module = ast.parse((Path(__file__).parent.parent / path).read_text("utf-8"))
     assert name in [node.name for node in module.body if isinstance(node, ast.FunctionDef)]
+
+
+# --- a new family ---
+
+EXAMPLE = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text("utf-8")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("changes", [{}, {"use_parallel_residual": True, "use_qkv_bias": False}])
+def test_the_worked_example_agrees_with_torch(changes, tmp_path, monkeypatch):
+    """The blocks of CONTRIBUTING.md as they stand there: the family's file, and the row of its reference."""
+    torch = pytest.importorskip("torch", reason="torch is only needed to compare with it: the 'parity' extra")
+    sys.path.insert(0, str(Path(__file__).parent / "reference"))
+    import make_references
+
+    code, row = re.findall(r"```python\n(.*?)```", EXAMPLE, re.DOTALL)
+    made: dict[str, Any] = {}
+    exec(code, made)
+    monkeypatch.setattr(families, "FAMILIES", (*FAMILIES, made["STABLELM"]))
+    settings = eval(f"{{{row.strip()}}}", vars(make_references))
+    monkeypatch.setitem(make_references.SETTINGS, "stablelm", settings["stablelm"])
+    reference = make_references.randomise(make_references.build("stablelm", **changes), 0)
+    reference.save_pretrained(tmp_path / "saved")
+    config, params, _ = checkpoint.read_folder(tmp_path / "saved")
+    assert (config.norm, config.query_bias) == ("layer", not changes)
+    tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(1))
+    expected = make_references.run(reference, tokens)
+    for layer, found in enumerate(decoder.residuals(config, params, jnp.asarray(tokens.numpy(), jnp.int32))):
+        np.testing.assert_allclose(found, expected[f"layer_{layer}"].numpy(), rtol=0, atol=2e-4)
+    logits = decoder.logits(config, params, found)
+    np.testing.assert_allclose(logits, expected["logits"].numpy(), rtol=0, atol=2e-4)

@@ -26,6 +26,7 @@ from tpatch_jax.models.collection import argmax_logits, collect
 from tpatch_jax.models.config import DecoderConfig
 from tpatch_jax.models.families import configure, family_of
 from tpatch_jax.models.model import Model
+from tpatch_jax.models.sources import cache_folder
 from tpatch_jax.patch import take
 from tpatch_jax.requests import EditRequest, join_target
 
@@ -99,6 +100,7 @@ def export_model(
     approximate: bool = False,
     requests: Sequence[EditRequest] = (),
     memory: str | Path | None = None,
+    cache: bool = True,
     progress: Progress | None = None,
 ) -> ExportInfo:
     """Write a corrected model as a folder that the stock transformers library loads, whole or not at all.
@@ -116,6 +118,7 @@ def export_model(
         approximate: if the model cannot be written exactly, write it approximately, and measure how far off it is.
         requests: what the patches are for; an approximate export says which of them still hold.
         memory: for an approximate export, a text file to fit and measure on; by default text is sampled from the model.
+        cache: keep that text on disk between runs, where `tpatch_jax.edit` keeps it.
         progress: called with what is being done, how much is done, and how much there is.
 
     Returns:
@@ -150,7 +153,7 @@ def export_model(
         settings = {**model.settings, family_of(model.settings["model_type"]).ffn_width: _width(model)}
         target = configure(settings)
         with jax.default_matmul_precision("highest"):
-            approximated, error = _approximate(model, requests, memory, progress)
+            approximated, error = _approximate(model, requests, memory, cache, progress)
         params = approximated.params
     grown = _grown(params, decoder.shapes(target), jax.tree.leaves(params)[0].dtype)
     info = _info(model, form, target, grown, error)
@@ -307,11 +310,11 @@ def _write_tokenizer(folder: Path, model: Model, renamed: bool) -> None:
 
 
 def _approximate(
-    model: Model, requests: Sequence[EditRequest], memory: str | Path | None, progress: Progress | None
+    model: Model, requests: Sequence[EditRequest], memory: str | Path | None, cache: bool, progress: Progress | None
 ) -> tuple[Model, ExportError]:
     """The model with its merged patches as weights alone, and how far off it is."""
     base, patch = models_.unmerge(model)
-    rows = memory_rows(base, memory, progress=progress)
+    rows = memory_rows(base, memory, cache=cache_folder() if cache else None, progress=progress)
     measured = rows[::HELD_OUT]
     fitted = [row for number, row in enumerate(rows) if number % HELD_OUT] or rows
     asked = [_asked(model, request) for request in requests]

@@ -29,7 +29,7 @@ PROMISES = (
     Promise("bfloat16", "5%", "tests/test_reference.py::test_bfloat16_stays_near"),
     Promise("edit", "holds", "tests/test_families.py::test_an_edit_holds"),
 )
-"""Parity: logits beside torch's, absolute. Merge and bfloat16: logits beside those attached and in float32, relative."""
+"""Logits beside torch's, absolute; merged beside attached, relative; in bfloat16 beside float32, relative."""
 
 
 def promised(family: Family) -> dict[str, str]:
