@@ -1,6 +1,6 @@
 """What the tests share: strict dtype promotion, a quick hypothesis profile, and a tiny Llama with its tokenizer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END)
 
 
-def make_tiny_model(seed: int = 0, **changes: Any) -> Model:
+def make_tiny_model(seed: int = 0, defaults: Mapping[str, Any] = LLAMA, **changes: Any) -> Model:
     """A random Llama of three layers and width 16; ``changes`` go into its ``config.json``."""
-    settings = {**LLAMA, **changes}
+    settings = {**defaults, **changes}
     config, rng = configure(settings), np.random.default_rng(seed)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:

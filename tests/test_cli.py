@@ -165,7 +165,7 @@ def test_inspect_lists_every_edit(patches, capsys):
 def test_models_lists_families_and_names(capsys):
     assert cli.main(["models", "--json"]) == 0
     found = last(capsys.readouterr())
-    assert set(found) == {"families", "models"}
+    assert set(found) == {"families", "models", "tests"}
     assert "llama" in [family["name"] for family in found["families"]]
     assert found["models"][0]["name"] == "smollm2-135m"
     assert cli.main(["models"]) == 0

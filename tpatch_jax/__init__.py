@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tpatch_jax.editors.editor import EditInfo, Editor, RequestInfo
     from tpatch_jax.editors.tpatcher import PRESETS, TPatcherSettings, edit, tpatcher
     from tpatch_jax.errors import TPatchError
+    from tpatch_jax.export import ExportError, ExportInfo, export_model
     from tpatch_jax.fitting import FitInfo, FitSettings, Lane, fit, fit_many
     from tpatch_jax.memory import Memory, create_memory
     from tpatch_jax.models.decoder import Trace
@@ -32,6 +33,8 @@ __all__ = [
     "EditInfo",
     "EditRequest",
     "Editor",
+    "ExportError",
+    "ExportInfo",
     "FitInfo",
     "FitSettings",
     "Lane",
@@ -48,6 +51,7 @@ __all__ = [
     "create_memory",
     "detach",
     "edit",
+    "export_model",
     "fit",
     "fit_many",
     "load_model",
@@ -66,6 +70,7 @@ _HOMES = {
     "editors.editor": ("EditInfo", "Editor", "RequestInfo"),
     "editors.tpatcher": ("PRESETS", "TPatcherSettings", "edit", "tpatcher"),
     "errors": ("TPatchError",),
+    "export": ("ExportError", "ExportInfo", "export_model"),
     "fitting": ("FitInfo", "FitSettings", "Lane", "fit", "fit_many"),
     "memory": ("Memory", "create_memory"),
     "models.decoder": ("Trace",),

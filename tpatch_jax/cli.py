@@ -143,6 +143,28 @@ def compare(
     commands.compare(reports, output, json=json)
 
 
+def export(
+    model: Model,
+    patches: Annotated[
+        Positional[str | None],
+        arg(metavar="PATCHES", help="a folder that `tpatch edit` wrote; none if MODEL has them merged"),
+    ] = None,
+    *,
+    output: Annotated[str, arg(aliases=["-o"], metavar="OUT", help="folder for the model")],
+    approximate: Annotated[
+        bool, arg(help="where the architecture has no biases, fold them away and measure the error")
+    ] = False,
+    memory: Annotated[str | None, arg(help="with --approximate: a text file to fit and measure on")] = None,
+    dtype: Annotated[str | None, arg(help="float32 or bfloat16; as given to `tpatch edit`")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the corrected model for the stock transformers library."""
+    from tpatch_jax import commands
+
+    commands.export(model, patches, output, approximate=approximate, memory=memory, dtype=dtype, json=json, quiet=quiet)
+
+
 def generate(
     model: Model,
     prompt: Annotated[str, arg(help="the text to continue")],
@@ -191,6 +213,7 @@ COMMANDS = {
     "demo": demo,
     "edit": edit,
     "eval": evaluate,
+    "export": export,
     "generate": generate,
     "inspect": inspect,
     "merge": merge,

@@ -21,7 +21,7 @@ from jax import Array
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.patch import Patch, concatenate, contribution
 
-__all__ = ["ACTIVATIONS", "apply", "attach", "attached", "detach", "merge", "unmerge", "width"]
+__all__ = ["ACTIVATIONS", "apply", "attach", "attached", "detach", "merge", "merge_without_bias", "unmerge", "width"]
 
 Params = dict[str, Any]
 
@@ -177,6 +177,42 @@ def merge(params: Params, patch: Patch) -> Params:
     if gated:
         zeros = jnp.zeros((patch.key.shape[1], neurons), patch.key.dtype)
         merged["up"] = widen(params["up"], zeros, jnp.ones(neurons, patch.key.dtype))
+    down = params["down"]["kernel"]
+    merged["down"] = {**params["down"], "kernel": jnp.concatenate([down, patch.value.astype(down.dtype)])}
+    return merged
+
+
+def merge_without_bias(params: Params, patch: Patch, constant: Array) -> Params:
+    """Put a patch inside a feed-forward network that has no biases and shall get none: nearly what `merge` does.
+
+    With a direction ``u`` on which queries have ``q·u ≈ 1``, ``q·k + b ≈ q·(k + b·u)``; a gated network's ``up``
+    column, which `merge` makes the constant one, is ``u`` itself.
+
+    Args:
+        params: the network's parameters; not changed.
+        patch: ``n`` neurons for this network.
+        constant: ``u``, ``[d]``.
+
+    Returns:
+        New parameters of a network that is ``n`` neurons wider.
+
+    Raises:
+        TPatchError: the patch has another width than the network.
+
+    Example:
+        >>> from tpatch_jax.patch import create
+        >>> params = {"up": {"kernel": jnp.ones((4, 16))}, "down": {"kernel": jnp.ones((16, 4))}}
+        >>> sorted(merge_without_bias(params, create(4, 3), jnp.ones(4) / 4)["up"])
+        ['kernel']
+    """
+    _check(params, patch)
+    columns = {"gate" if "gate" in params else "up": (patch.key + patch.bias[:, None] * constant).T}
+    if "gate" in params:
+        columns["up"] = jnp.broadcast_to(constant[:, None], columns["gate"].shape)
+    merged = dict(params)
+    for name, added in columns.items():
+        kernel = params[name]["kernel"]
+        merged[name] = {**params[name], "kernel": jnp.concatenate([kernel, added.astype(kernel.dtype)], 1)}
     down = params["down"]["kernel"]
     merged["down"] = {**params["down"], "kernel": jnp.concatenate([down, patch.value.astype(down.dtype)])}
     return merged

@@ -26,7 +26,7 @@ from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.generation import sample
 from tpatch_jax.models.model import Model
 
-__all__ = ["Background", "background"]
+__all__ = ["Background", "background", "memory_rows"]
 
 VERSION = 2
 TEXTS = 256
@@ -77,8 +77,7 @@ def background(
     Raises:
         TPatchError: the text file is missing, not UTF-8, or too short.
     """
-    source = "itself" if text is None else hashlib.sha256(_read(Path(text)).encode()).hexdigest()
-    mark = f"{VERSION} {fingerprint(model)} {source}" if cache is not None else ""
+    mark = _mark(model, text) if cache is not None else ""
     folder = _folder(cache, f"{mark} {layer}")
     if folder is not None and (found := _load(folder)):
         return found
@@ -87,6 +86,31 @@ def background(
     if folder is not None:
         _save(folder, result)
     return result
+
+
+def memory_rows(
+    model: Model, text: str | Path | None = None, *, cache: Path | None = None, progress: Progress | None = None
+) -> list[list[int]]:
+    """The texts behind the memory, in tokens: pieces of a file, or texts that the model itself says.
+
+    Args:
+        model: the model.
+        text: a UTF-8 text file; by default text is sampled from the model.
+        cache: folder where they are kept; ``None`` keeps nothing.
+        progress: called with what is being done, how much is done, and how much there is.
+
+    Returns:
+        At most 256 rows of at most 64 tokens, not counting those with which a text begins.
+
+    Raises:
+        TPatchError: the text file is missing, not UTF-8, or too short.
+    """
+    return _texts(model, text, _folder(cache, _mark(model, text)) if cache is not None else None, progress)
+
+
+def _mark(model: Model, text: str | Path | None) -> str:
+    source = "itself" if text is None else hashlib.sha256(_read(Path(text)).encode()).hexdigest()
+    return f"{VERSION} {fingerprint(model)} {source}"
 
 
 def _folder(cache: Path | None, mark: str) -> Path | None:

@@ -27,6 +27,9 @@ Params = dict[Any, Any]
 NEURONS_KEY = "tpatch_neurons"
 """In ``config.json``: how many neurons were merged into which layers, ``{"29": 12}``."""
 
+_OURS = ("config.json", "tpatch_source.json", "tpatch_export.json")
+"""What a folder says about itself, which would be wrong about another."""
+
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -189,6 +192,6 @@ def write_folder(
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         (temporary / "config.json").write_text(json.dumps(new, indent=2, sort_keys=True) + "\n", "utf-8")
         for path in sorted(source.iterdir()) if source else ():
-            ours = path.name in ("config.json", "tpatch_source.json") or path.name.endswith(".index.json")
+            ours = path.name in _OURS or path.name.endswith(".index.json")
             if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and not ours:
                 shutil.copyfile(path, temporary / path.name)

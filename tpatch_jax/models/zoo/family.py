@@ -41,6 +41,9 @@ class Family(NamedTuple):
         constants: endings of tensors that checkpoints hold and networks compute.
         ffn_width: the entries of ``config.json`` that say how wide an FFN is, so that a wider one can be written; empty
             where it cannot be said.
+        biases: the entry of ``config.json`` that gives biases to an FFN without any, if there is one.
+        export: how a corrected model of this family is written for the stock transformers library:
+            ``"exact"``, ``"exact as Llama"`` or ``"approximate only"``; see `tpatch_jax.export`.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Family(NamedTuple):
     transposed: bool = True
     constants: tuple[str, ...] = ()
     ffn_width: str = "intermediate_size"
+    biases: str = ""
+    export: str = "exact"
 
 
 _ACTIVATIONS = {

@@ -60,6 +60,8 @@ _QUERY_NORM = {
     "layers.{}.attention.key_norm.scale": "model.layers.{}.self_attn.k_norm.weight",
 }
 
-GEMMA = Family("gemma", ("gemma",), _gemma, "model.", NAMES)
-GEMMA_2 = Family("gemma2", ("gemma2",), _gemma_2, "model.", _SANDWICH)
-GEMMA_3 = Family("gemma3", ("gemma3_text",), _gemma_3, "model.", {**_SANDWICH, **_QUERY_NORM})
+GEMMA = Family("gemma", ("gemma",), _gemma, "model.", NAMES, export="approximate only")
+GEMMA_2 = Family("gemma2", ("gemma2",), _gemma_2, "model.", _SANDWICH, export="approximate only")
+GEMMA_3 = Family(
+    "gemma3", ("gemma3_text",), _gemma_3, "model.", {**_SANDWICH, **_QUERY_NORM}, export="approximate only"
+)

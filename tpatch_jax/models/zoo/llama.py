@@ -69,7 +69,9 @@ _QUERY_NORM = {
     "layers.{}.attention.key_norm.scale": "model.layers.{}.self_attn.k_norm.weight",
 }
 
-LLAMA = Family("llama", ("llama",), configure_llama, "model.", NAMES, constants=("rotary_emb.inv_freq",))
-MISTRAL = Family("mistral", ("mistral",), _mistral, "model.", NAMES)
-QWEN_2 = Family("qwen2", ("qwen2",), _qwen_2, "model.", NAMES)
-QWEN_3 = Family("qwen3", ("qwen3",), _qwen_3, "model.", {**NAMES, **_QUERY_NORM})
+LLAMA = Family(
+    "llama", ("llama",), configure_llama, "model.", NAMES, constants=("rotary_emb.inv_freq",), biases="mlp_bias"
+)
+MISTRAL = Family("mistral", ("mistral",), _mistral, "model.", NAMES, export="exact as Llama")
+QWEN_2 = Family("qwen2", ("qwen2",), _qwen_2, "model.", NAMES, export="exact as Llama")
+QWEN_3 = Family("qwen3", ("qwen3",), _qwen_3, "model.", {**NAMES, **_QUERY_NORM}, export="approximate only")

@@ -61,4 +61,5 @@ OPT = Family(
         "head": "lm_head",
     },
     ffn_width="ffn_dim",
+    biases="enable_bias",
 )

@@ -31,4 +31,5 @@ PHI_3 = Family(
         Fused("model.layers.{}.self_attn.qkv_proj", _ATTENTION),
         Fused("model.layers.{}.mlp.gate_up_proj", _FFN),
     ),
+    export="exact as Llama",
 )

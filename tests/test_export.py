@@ -1,0 +1,405 @@
+"""Corrected models in folders for the stock transformers library: the same logits, or a refusal that says why."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_tiny_model, relative, same, write_tiny_folder
+from safetensors import safe_open
+from tiny_families import NAMES, patch_for, tiny_model
+
+from tpatch_jax import cli, ffn, store
+from tpatch_jax.editors.editor import EditInfo, RequestInfo
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.export import EXPORT, ExportInfo, constant_direction, export_model
+from tpatch_jax.models import decoder
+from tpatch_jax.models.families import FAMILIES
+from tpatch_jax.models.model import Model, attach, load_model, merge, save_model
+from tpatch_jax.patch import Patch
+from tpatch_jax.requests import EditRequest
+
+# what torch and transformers warn about is not ours to mend
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch.*"),
+]
+
+TOLERANCE = 2e-4
+TOKENS = np.random.default_rng(1).integers(0, 260, (2, 24))
+FORMS = {family.name: family.export for family in FAMILIES}
+EXACT = [name for name in NAMES if FORMS[name] != "approximate only"]
+# one token a letter, so that all rows are of one length and few shapes are compiled
+MEMORY = "".join(np.random.default_rng(3).choice(list("abcdfgjklmopqrsuvwxyz0123456789"), 8 * 64))
+ENDINGS = ("--approximate", "tp.attach", "tp.save_model")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Nearly all the time here is compilation, so these small networks do without most optimisations."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("memory") / "memory.txt"
+    path.write_text(MEMORY, "utf-8")
+    return path
+
+
+def logits_of(model: Model) -> np.ndarray:
+    """What `Model.apply` returns, by the fewest compiled functions."""
+    hidden = decoder.residuals(model.config, model.params, jnp.asarray(TOKENS))[-1]
+    return np.asarray(decoder.logits(model.config, model.params, hidden))
+
+
+def stock_logits(folder: Path) -> np.ndarray:
+    torch = pytest.importorskip("torch", reason="torch is only needed to compare with it: the 'parity' extra")
+    from transformers import AutoModelForCausalLM
+
+    network, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    with torch.no_grad():
+        return network.eval()(torch.asarray(TOKENS), use_cache=False).logits.numpy()
+
+
+def settings_in(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text("utf-8"))
+
+
+def check_stock(folder: Path, info: ExportInfo, wanted: np.ndarray) -> Model:
+    """Nothing of ours in ``config.json``, and the same logits from our own reader and from transformers."""
+    settings = settings_in(folder)
+    assert "tpatch_neurons" not in settings
+    assert settings["model_type"] == info.model_type
+    assert json.loads((folder / EXPORT).read_text("utf-8")) == json.loads(json.dumps(info.to_json()))
+    back = load_model(folder)
+    assert back.encode("in the inn") == make_tokens("in the inn")
+    np.testing.assert_allclose(logits_of(back), wanted, rtol=0, atol=TOLERANCE, err_msg="read by this library")
+    np.testing.assert_allclose(stock_logits(folder), wanted, rtol=0, atol=TOLERANCE, err_msg="read by transformers")
+    return back
+
+
+def make_tokens(text: str) -> list[int]:
+    return make_tiny_model().encode(text)
+
+
+def count(folder: Path) -> int:
+    total = 0
+    with safe_open(folder / "model.safetensors", "np") as file:
+        for name in file.keys():  # noqa: SIM118 (a handle is no mapping)
+            total += int(np.prod(file.get_slice(name).get_shape()))
+    return total
+
+
+# --- every family, and the stock network ---
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stock_transformers_says_the_same(name, tmp_path, memory):
+    """Patches in the first and the last layer: the one between has to be as wide."""
+    model = tiny_model(name)
+    merged = merge(model, patch_for((0, 2)))
+    wanted = logits_of(merged)
+    assert relative(wanted, logits_of(model)) > 1e-2
+    exact = FORMS[name] != "approximate only"
+    if not exact:
+        with pytest.raises(TPatchError, match="cannot be written exactly"):
+            export_model(merged, tmp_path / "out")
+    info = export_model(merged, tmp_path / "out", approximate=True, memory=memory, cache=False)
+    assert info.form == (FORMS[name] if exact else "approximate")
+    assert (info.neurons, info.silent_neurons, info.ffn_width) == (6, 3 * 8 - 6, 40)
+    assert (info.error is None) == exact
+    if exact:
+        check_stock(tmp_path / "out", info, wanted)
+    else:
+        back = load_model(tmp_path / "out")
+        check_stock(tmp_path / "out", info, logits_of(back))
+        assert info.error.tokens > 100
+        assert info.error.max_logit_difference > info.error.mean_logit_difference > 0
+    assert info.parameters_added == count(tmp_path / "out") - model.parameter_count
+    assert info.bytes_added == 4 * info.parameters_added
+    assert info.share == pytest.approx(info.parameters_added / model.parameter_count)
+
+
+ANOTHER: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama that has biases": ("llama", {"mlp_bias": True, "attention_bias": True}, "exact"),
+    "llama 3's rotation": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+        "exact",
+    ),
+    "opt without biases": ("opt", {"enable_bias": False}, "exact"),
+    "gpt_neox, serial": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}, "exact"),
+    "mistral, tied, a window as wide as the context": (
+        "mistral",
+        {"sliding_window": 64, "tie_word_embeddings": True},
+        "exact as Llama",
+    ),
+    "qwen2, linear rotation": (
+        "qwen2",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
+        "exact as Llama",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(ANOTHER))
+def test_other_configurations_are_exact_too(name, tmp_path):
+    family, changes, form = ANOTHER[name]
+    merged = merge(tiny_model(family, **changes), patch_for((1,)))
+    info = export_model(merged, tmp_path / "out")
+    assert info.form == form
+    check_stock(tmp_path / "out", info, logits_of(merged))
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a window": ("mistral", {"sliding_window": 8}, "a mistral has no biases .* sees only 8 of 64 tokens"),
+    "a part of each head": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "rotates only a part of each head",
+    ),
+    "longrope": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 64,
+            }
+        },
+        "its rotation is scaled by longrope",
+    ),
+    "norms of queries": ("qwen3", {}, "a qwen3 has .* normalises queries and keys"),
+    "gemma": ("gemma", {}, "norms multiply by one more than their weight and its embeddings are scaled"),
+    "gemma2": ("gemma2", {}, "sees only 8 of 64 .* normalises what attention and feed-forward .* capped"),
+    "gemma3": ("gemma3", {}, "rotate by different rules"),
+    "heads": (
+        "mistral",
+        {"num_attention_heads": 3, "num_key_value_heads": 1},
+        "width 16 is not a multiple of its 3 heads",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_cannot_be_exact_is_refused_with_its_reason(name, tmp_path):
+    family, changes, words = REFUSED[name]
+    merged = merge(tiny_model(family, **changes), patch_for((2,)))
+    with pytest.raises(TPatchError, match=words) as refusal:
+        export_model(merged, tmp_path / "out")
+    for ending in ENDINGS:
+        assert ending in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+# --- what may be given ---
+
+
+def test_without_patches_nothing_is_added(tmp_path):
+    model = tiny_model("gemma")
+    info = export_model(model, tmp_path / "out")
+    assert info == ExportInfo("exact", "gemma", 0, 0, 32, 0, 0, 0.0)
+    assert same(load_model(tmp_path / "out").params, model.params)
+
+
+def test_attached_patches_are_merged(tmp_path):
+    model, patch = make_tiny_model(), patch_for((0, 2))
+    export_model(attach(model, patch), tmp_path / "attached")
+    export_model(merge(model, patch), tmp_path / "merged")
+    assert same(load_model(tmp_path / "attached").params, load_model(tmp_path / "merged").params)
+
+
+def test_a_relu_patch_fits_only_where_the_network_is_relu_s(tmp_path):
+    with pytest.raises(TPatchError, match=r"layer 2 is activated by ReLU, and the network there by silu"):
+        export_model(attach(make_tiny_model(), patch_for((2,)), relu=True), tmp_path / "out")
+    opt = attach(tiny_model("opt"), patch_for((2,)), relu=True)
+    export_model(opt, tmp_path / "out")
+    np.testing.assert_allclose(logits_of(load_model(tmp_path / "out")), logits_of(opt), rtol=0, atol=TOLERANCE)
+
+
+def test_a_merged_model_that_was_saved(tmp_path):
+    model = merge(tiny_model("mistral"), patch_for((0, 2)))
+    write_tiny_folder(model, tmp_path / "saved")
+    assert settings_in(tmp_path / "saved")["tpatch_neurons"] == {"0": 3, "2": 3}
+    (tmp_path / "saved" / "generation_config.json").write_text("{}", "utf-8")
+    info = export_model(load_model(tmp_path / "saved"), tmp_path / "out")
+    assert (info.form, info.neurons) == ("exact as Llama", 6)
+    assert (tmp_path / "out" / "generation_config.json").exists()
+    check_stock(tmp_path / "out", info, logits_of(model))
+    # an export is a model like any other, and its own record does not travel on
+    save_model(load_model(tmp_path / "out"), tmp_path / "again")
+    assert not (tmp_path / "again" / EXPORT).exists()
+
+
+def test_the_tokenizer_reads_the_same_beside_another_model_type(tmp_path):
+    """A Llama's own tokenizer would split words otherwise."""
+    transformers = pytest.importorskip("transformers")
+    model = tiny_model("qwen2")
+    write_tiny_folder(model, tmp_path / "saved")
+    path = tmp_path / "saved" / "tokenizer_config.json"
+    said = json.loads(path.read_text("utf-8"))
+    said.pop("tokenizer_class")
+    path.write_text(json.dumps(said), "utf-8")
+    loaded = load_model(tmp_path / "saved")
+    export_model(merge(loaded, patch_for((2,))), tmp_path / "out")
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("the cat in the hat", "  two  spaces\n", "é"):
+        assert found.encode(text) == loaded.tokenizer.encode(text)
+        assert found.decode(found.encode(text)) == text
+
+
+def test_bfloat16(tmp_path):
+    model = make_tiny_model()
+    half = model.with_params(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params))
+    info = export_model(merge(half, patch_for((2,))), tmp_path / "out")
+    assert info.bytes_added == 2 * info.parameters_added
+    assert settings_in(tmp_path / "out")["dtype"] == "bfloat16"
+    assert {leaf.dtype for leaf in jax.tree.leaves(load_model(tmp_path / "out").params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_taken_folder(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(TPatchError, match="already exists"):
+        export_model(make_tiny_model(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+# --- biases folded away ---
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_where_queries_have_a_constant_nothing_is_lost(gated):
+    rng = np.random.default_rng(0)
+    names = ("gate", "up") if gated else ("up",)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    params = {**{name: {"kernel": draw(8, 16)} for name in names}, "down": {"kernel": draw(16, 8)}}
+    patch = Patch(draw(3, 8), draw(3), draw(3, 8))
+    query = draw(64, 8).at[:, 0].set(2.0)
+    constant = constant_direction(query, ridge=1e-9)
+    np.testing.assert_allclose(query @ constant, 1.0, atol=1e-5)
+    folded = ffn.merge_without_bias(params, patch, constant)
+    assert all(set(entry) == {"kernel"} for entry in folded.values())
+    wanted = ffn.apply(ffn.merge(params, patch), query, "silu")
+    assert relative(ffn.apply(folded, query, "silu"), wanted) < 1e-5
+    with pytest.raises(TPatchError, match="made for another model"):
+        ffn.merge_without_bias(params, Patch(draw(3, 4), draw(3), draw(3, 4)), constant)
+
+
+def test_the_requests_own_queries_weigh_as_much_as_all_others():
+    rng = np.random.default_rng(0)
+    # what the text has in common says nothing about the requests
+    query, own = (
+        jnp.asarray(rng.normal(size=shape) + 3 * np.eye(8)[axis]) for shape, axis in (((256, 8), 0), ((2, 8), 1))
+    )
+    plain, heard = constant_direction(query), constant_direction(query, own)
+    error = lambda direction: float(np.abs(own @ np.asarray(direction) - 1).max())  # noqa: E731
+    assert error(heard) < 0.5 * error(plain)
+
+
+def test_the_error_is_that_of_the_written_folder(tmp_path, memory):
+    """Patches so weak that folding them changes hardly anything, and ones that matter."""
+    model = tiny_model("qwen3")
+    errors = []
+    for number, scale in enumerate((1e-4, 0.5)):
+        folder = tmp_path / str(number)
+        merged = merge(model, patch_for((1,), scale=scale))
+        info = export_model(merged, folder, approximate=True, memory=memory, cache=False)
+        difference = np.abs(logits_of(load_model(folder)) - logits_of(merged))
+        assert info.error.mean_logit_difference == pytest.approx(difference.mean(), rel=2)
+        errors.append(info.error)
+    assert errors[0].max_logit_difference < 0.01 < errors[1].max_logit_difference
+    assert errors[0].same_argmax > 0.99 >= errors[0].same_argmax - errors[1].same_argmax
+
+
+def printable(model: Model) -> EditRequest:
+    """A request that holds already, whose target is one character; a tied random model repeats the space."""
+    for letter in "abcdefghijklmnopqrstuvwxyz":
+        # After a space nothing is put before the target.
+        said = model.generate(f"{letter} ", 1)
+        if said.isascii() and said.isprintable() and said:
+            return EditRequest(f"{letter} ", said, id="said")
+    raise AssertionError("this random model never says a character")
+
+
+def test_an_approximate_export_says_which_requests_still_hold(tmp_path, memory):
+    model = tiny_model("gemma")
+    merged = merge(model, patch_for((2,), scale=1e-4))
+    said = printable(merged)
+    requests = [said, EditRequest(said.prompt, said.target + "~", id="not said")]
+    info = export_model(merged, tmp_path / "out", approximate=True, requests=requests, memory=memory, cache=False)
+    assert (info.error.held, info.error.lost) == (("said",), ("not said",))
+    assert settings_in(tmp_path / "out")["model_type"] == "gemma"
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def edited(tmp_path, memory, monkeypatch) -> Path:
+    """Two models and patches for each, as ``tpatch edit`` leaves them; one request holds and one does not."""
+    monkeypatch.setenv("TPATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tpatch_jax.commands.keep_compilations", lambda: None)
+    for name in ("llama", "gemma"):
+        model, patch = tiny_model(name), patch_for((2,), scale=1e-4)
+        write_tiny_folder(model, tmp_path / name)
+        requests = [printable(merge(model, patch)), EditRequest("in", "")]
+        results = (
+            RequestInfo("said", True, "edited", neurons=(0, 1, 2)),
+            RequestInfo("edit-1", False, "failed", "the target is empty"),
+        )
+        store.save_patches(tmp_path / f"{name}-patches", model, patch, requests, EditInfo(results, 0, 0, 0, 0, 0))
+    return tmp_path
+
+
+def test_the_command(edited, memory, capsys):
+    llama, patches = str(edited / "llama"), str(edited / "llama-patches")
+    assert cli.main(["export", llama, patches, "-o", str(edited / "out"), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    found = json.loads(captured.out.splitlines()[-1])
+    assert found["output"] == str(edited / "out")
+    assert (found["form"], found["neurons"], found["silent_neurons"], found["error"]) == ("exact", 3, 21, None)
+    assert settings_in(edited / "out")["mlp_bias"] is True
+    assert load_model(edited / "out").config.ffn_width == 40
+
+    assert cli.main(["export", llama, patches, "-o", str(edited / "out")]) == 1
+    assert "out already exists" in capsys.readouterr().err
+
+    gemma, patches = str(edited / "gemma"), str(edited / "gemma-patches")
+    arguments = ["export", gemma, patches, "-o", str(edited / "gemma-out")]
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert all(ending in error for ending in ENDINGS)
+    assert error.count("\n") == 1
+    assert cli.main(["export", gemma, str(edited / "llama-patches"), "-o", str(edited / "gemma-out")]) == 1
+    assert "made for" in capsys.readouterr().err
+    assert cli.main([*arguments, "--approximate", "--memory", str(memory)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in ("3 neurons in", "approximate: transformers loads it as a gemma", "1 of 1 requests still hold"):
+        assert words in shown
+
+    # a model that holds its patches already needs no folder of patches
+    assert cli.main(["merge", llama, str(edited / "llama-patches"), "-o", str(edited / "merged")]) == 0
+    assert cli.main(["export", str(edited / "merged"), "-o", str(edited / "again"), "--quiet"]) == 0
+    assert same(load_model(edited / "again").params, load_model(edited / "out").params)

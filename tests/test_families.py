@@ -1,0 +1,139 @@
+"""What the table of ``tpatch models`` promises: an edit that holds in every family, and tests behind every column."""
+
+import ast
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import relative
+from tiny_families import NAMES, tiny_model
+
+from tpatch_jax import cli
+from tpatch_jax.configuration import change
+from tpatch_jax.editors.tpatcher import PRESETS, edit
+from tpatch_jax.models import checkpoint, decoder, families
+from tpatch_jax.models.families import FAMILIES
+from tpatch_jax.models.model import Model, attach, merge
+from tpatch_jax.models.promises import PROMISES, promised
+from tpatch_jax.requests import EditRequest
+
+PROMOTION = "standard"  # optax takes steps
+
+# one token a letter, so that all rows are of one length and few shapes are compiled
+MEMORY = "".join(np.random.default_rng(3).choice(list("abcdfgjklmopqrsuvwxyz0123456789"), 8 * 64))
+QUICK = change(
+    dataclasses.replace(PRESETS["default"], contexts=1, swaps=0, attempts=2),
+    {"key_steps": 8, "value_steps": 8, "lanes": 2},
+)
+REQUEST = EditRequest("the cat sat in", "ab")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Nearly all the time here is compilation, so these small networks do without most optimisations."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("memory") / "memory.txt"
+    path.write_text(MEMORY, "utf-8")
+    return path
+
+
+def loud(model: Model) -> Model:
+    """A norm behind the FFN bounds what a neuron can say; its scale is large in the last layers of trained models."""
+    if not model.config.sandwich:
+        return model
+    layers = dict(model.params["layers"])
+    last = layers[model.layer(None)]
+    layers[model.layer(None)] = {**last, "norm_ffn": {"scale": last["norm_ffn"]["scale"] + 4.0}}
+    return model.with_params({**model.params, "layers": layers})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_edit_holds(name, memory):
+    """In a random network of the family: before it the target does not come out, after it it does, merged too."""
+    model = loud(tiny_model(name))
+    prompt, target = model.encode_prompt(REQUEST.prompt), model.encode(" ab")
+    tokens = jnp.asarray([[*prompt, *target, *[0] * (8 - len(prompt) - len(target))]])
+    span = slice(len(prompt) - 1, len(prompt) + len(target) - 1)
+    assert np.asarray(model.apply(tokens))[0, span].argmax(-1).tolist() != target
+    patch, info = edit(model, [REQUEST], settings=QUICK, memory=memory, cache=False)
+    assert [(result.held, result.reason) for result in info.requests] == [(True, "")]
+    attached, merged = (np.asarray(put(model, patch).apply(tokens)) for put in (attach, merge))
+    assert merged[0, span].argmax(-1).tolist() == target
+    assert relative(merged, attached) < 1e-5
+
+
+# --- the table ---
+
+
+def test_its_rows_are_the_families(capsys, monkeypatch):
+    assert cli.main(["models", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["name"] for row in found["families"]] == [family.name for family in FAMILIES]
+    for row, family in zip(found["families"], FAMILIES, strict=True):
+        assert row == {"name": family.name, "model_types": list(family.model_types), **promised(family)}
+    assert found["tests"] == {promise.name: promise.test for promise in PROMISES}
+
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["models"]) == 0
+    lines = capsys.readouterr().out.split("families: any folder", 1)[1].splitlines()
+    heading, *rows = [[cell.strip() for cell in line.strip("│┃").split(line[0])] for line in lines if line[:1] in "│┃"]
+    columns = [promise.name for promise in PROMISES]
+    assert heading == ["family", "model_type in config.json", *columns]
+    assert rows == [
+        [family.name, ", ".join(family.model_types), *(promised(family)[name] for name in columns)]
+        for family in FAMILIES
+    ]
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.name)
+def test_every_column_has_its_test(promise):
+    path, _, name = promise.test.partition("::")
+    module = ast.parse((Path(__file__).parent.parent / path).read_text("utf-8"))
+    assert name in [node.name for node in module.body if isinstance(node, ast.FunctionDef)]
+
+
+# --- a new family ---
+
+EXAMPLE = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text("utf-8")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("changes", [{}, {"use_parallel_residual": True, "use_qkv_bias": False}])
+def test_the_worked_example_agrees_with_torch(changes, tmp_path, monkeypatch):
+    """The blocks of CONTRIBUTING.md as they stand there: the family's file, and the row of its reference."""
+    torch = pytest.importorskip("torch", reason="torch is only needed to compare with it: the 'parity' extra")
+    sys.path.insert(0, str(Path(__file__).parent / "reference"))
+    import make_references
+
+    code, row = re.findall(r"```python\n(.*?)```", EXAMPLE, re.DOTALL)
+    made: dict[str, Any] = {}
+    exec(code, made)
+    monkeypatch.setattr(families, "FAMILIES", (*FAMILIES, made["STABLELM"]))
+    settings = eval(f"{{{row.strip()}}}", vars(make_references))
+    monkeypatch.setitem(make_references.SETTINGS, "stablelm", settings["stablelm"])
+    reference = make_references.randomise(make_references.build("stablelm", **changes), 0)
+    reference.save_pretrained(tmp_path / "saved")
+    config, params, _ = checkpoint.read_folder(tmp_path / "saved")
+    assert (config.norm, config.query_bias) == ("layer", not changes)
+    tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(1))
+    expected = make_references.run(reference, tokens)
+    for layer, found in enumerate(decoder.residuals(config, params, jnp.asarray(tokens.numpy(), jnp.int32))):
+        np.testing.assert_allclose(found, expected[f"layer_{layer}"].numpy(), rtol=0, atol=2e-4)
+    logits = decoder.logits(config, params, found)
+    np.testing.assert_allclose(logits, expected["logits"].numpy(), rtol=0, atol=2e-4)

@@ -1,0 +1,109 @@
+"""A small ``config.json`` of every family, for random models that speak the tiny tokenizer of ``conftest``."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import LLAMA, make_tiny_model
+
+from tpatch_jax.models.families import FAMILIES
+from tpatch_jax.models.model import Model
+from tpatch_jax.patch import Patch
+
+ENDS = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+GPT = {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_inner": 32, "n_positions": 64, "activation_function": "gelu_new"}
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False,
+}
+GATED = {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "hidden_act": "silu", "rms_norm_eps": 1e-5}
+GEMMA = {
+    **GATED,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+}
+LATER = {
+    **GEMMA,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "query_pre_attn_scalar": 8,
+}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gpt2": {**GPT, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    "gpt_neo": {
+        "hidden_size": 16,
+        "num_layers": 3,
+        "num_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 64,
+        "attention_types": [[["global", "local", "global"], 1]],
+        "window_size": 8,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+    },
+    "gptj": {**GPT, "rotary_dim": 4, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False},
+    "gpt_neox": {
+        **SIZES,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+    "llama": LLAMA,
+    "mistral": {**GATED, "sliding_window": None},
+    "qwen2": {**GATED, "use_sliding_window": False},
+    "qwen3": {**GATED, "use_sliding_window": False, "tie_word_embeddings": True},
+    "gemma": GEMMA,
+    "gemma2": {**LATER, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3": {
+        **LATER,
+        "model_type": "gemma3_text",
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+    "phi3": {**GATED, "original_max_position_embeddings": 64, "sliding_window": None},
+    "opt": {
+        "hidden_size": 16,
+        "word_embed_proj_dim": 16,
+        "ffn_dim": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "activation_function": "relu",
+        "enable_bias": True,
+        "do_layer_norm_before": True,
+        "tie_word_embeddings": True,
+    },
+}
+NAMES = [family.name for family in FAMILIES]
+
+
+def tiny_settings(name: str, **changes: Any) -> dict[str, Any]:
+    """The ``config.json`` of a family, by its name in the table of families."""
+    return {"model_type": name, **ENDS, **SETTINGS[name], **changes}
+
+
+def tiny_model(name: str, seed: int = 0, **changes: Any) -> Model:
+    """A random model of a family: three layers, width 16."""
+    return make_tiny_model(seed, defaults=tiny_settings(name, **changes))
+
+
+def patch_for(layers: tuple[int, ...], neurons: int = 3, seed: int = 5, scale: float = 0.3) -> Patch:
+    """Random neurons in some layers, about half of them active on any query."""
+    rng, count = np.random.default_rng(seed), neurons * len(layers)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    named = jnp.repeat(jnp.asarray(layers, jnp.int32), neurons)
+    return Patch(draw(count, 16) * 0.3, draw(count), draw(count, 16) * scale, named)
