@@ -5,7 +5,6 @@ everything after that happens on the queries that those passes leave (`tpatch_ja
 """
 
 import dataclasses
-import re
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,8 @@ from jax.tree_util import Partial
 from tpatch_jax import ffn
 from tpatch_jax.editors.background import Background, background
 from tpatch_jax.editors.editor import EditInfo, Editor, RequestInfo
+from tpatch_jax.editors.reading import Item, check_requests, read_item, swapped_prompts
+from tpatch_jax.editors.subject_site import SubjectNeuron, SubjectSettings, fit_subjects, subject_layer
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.fitting import FitInfo, FitSettings, Lane, fit_many
 from tpatch_jax.memory import Memory, create_memory, extend, nuisance_scatter
@@ -31,7 +32,7 @@ from tpatch_jax.models.collection import Sites, argmax_logits, collect
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.objective import Weights
 from tpatch_jax.patch import Patch, concatenate, contribution, create, join, pad, preactivations, take
-from tpatch_jax.requests import EditRequest, as_requests, contradictions, join_target
+from tpatch_jax.requests import EditRequest, as_requests
 from tpatch_jax.sizes import power_of_two
 
 __all__ = ["PRESETS", "TPatcherSettings", "TPatcherState", "edit", "tpatcher"]
@@ -44,8 +45,12 @@ class TPatcherSettings:
     """Options of the T-Patcher editor.
 
     Attributes:
-        site: where patches go: ``"last"``, the mistaken token in the last layer.
-        fit: how a patch is fitted.
+        site: where patches go: ``"last"``, the mistaken token in the last layer; ``"subject"``, the last token of the
+            subject in an earlier layer, completed in the last layer where that does not say the whole target. A request
+            without a subject is edited in the last layer in any case.
+        layer: of the subject site: ``"auto"``, a third of the way up, or a number.
+        fit: how a patch in the last layer is fitted.
+        subject: how a patch at the subject is fitted.
         contexts: in how many contexts each prompt is seen, the bare one included.
         swaps: how many versions of a prompt with another subject a patch must stay silent on (needs a subject).
         other_edits: whether the other edits' queries are negatives as well.
@@ -57,7 +62,9 @@ class TPatcherSettings:
     """
 
     site: str = "last"
+    layer: str = "auto"
     fit: FitSettings = field(default_factory=FitSettings)
+    subject: SubjectSettings = field(default_factory=SubjectSettings)
     contexts: int = 4
     swaps: int = 4
     other_edits: bool = True
@@ -99,13 +106,23 @@ class Earlier(NamedTuple):
     wanted: Array
 
 
+class _Note(NamedTuple):
+    """How the fit of one neuron went."""
+
+    site: str
+    steps: int
+    margin: float
+    losses: Mapping[str, float]
+
+
 class TPatcherState(NamedTuple):
     """What an edited model is made of.
 
     Attributes:
         model: the model without the patch.
         patch: the neurons so far, ``[n, d]``.
-        background: what is known about the unedited model.
+        background: what is known about the unedited model at its last layer.
+        deep: the same at the layer of the subject site, if that is used.
         earlier: the edits of earlier steps, on which later patches stay silent and which they must not break.
         settings: the editor's options.
     """
@@ -113,88 +130,9 @@ class TPatcherState(NamedTuple):
     model: Model
     patch: Patch
     background: Background
+    deep: Background | None
     earlier: Earlier
     settings: TPatcherSettings
-
-
-class _Item(NamedTuple):
-    """One request in tokens: for each context the prompt's length and the whole row."""
-
-    position: int
-    target: list[int]
-    rows: list[list[int]]
-    starts: list[int]
-
-
-def _check(model: Model, requests: Sequence[EditRequest]) -> dict[int, str]:
-    """Requests that cannot be worked on, with the reason; all others go on."""
-    problems = {}
-    for position, earlier in contradictions(requests).items():
-        problems[position] = (
-            f"contradicts {requests[earlier].name(earlier)!r}: the same prompt with another target; keep one of them"
-        )
-    for position, request in enumerate(requests):
-        if not request.prompt.strip():
-            problems[position] = "the prompt is empty; write the text that the model should continue"
-        elif not request.target.strip():
-            problems[position] = "the target is empty; write what the model should say"
-        elif request.subject is not None and request.subject not in request.prompt:
-            problems[position] = f"the subject {request.subject!r} is not in the prompt; copy it as it stands there"
-        else:
-            length = len(model.encode_prompt(request.prompt)) + len(
-                model.encode_target(request.prompt, join_target(request.prompt, request.target))
-            )
-            if length > model.config.context:
-                problems[position] = (
-                    f"prompt and target have {length} tokens, the model reads {model.config.context}; "
-                    "shorten the prompt"
-                )
-    return problems
-
-
-def _item(model: Model, position: int, request: EditRequest, prefixes: Sequence[str], rephrases: bool) -> _Item:
-    target = model.encode_target(request.prompt, join_target(request.prompt, request.target))
-    texts = [request.prompt, *(f"{prefix} {request.prompt}" for prefix in prefixes)]
-    texts += list(request.rephrases) if rephrases else []
-    rows, starts = [], []
-    for number, text in enumerate(texts):
-        prompt = model.encode_prompt(text)
-        if number and len(prompt) + len(target) > model.config.context:
-            prompt = model.encode_prompt(request.prompt)
-        rows.append(prompt + target)
-        starts.append(len(prompt))
-    return _Item(position, target, rows, starts)
-
-
-_NAME = re.compile(r"(?<=\s)[A-Z][\w'\u2019-]*(?:\s+[A-Z][\w'\u2019-]*)*")
-
-
-def _subject(request: EditRequest) -> str | None:
-    """The request's subject, or the last name in its prompt: good enough for choosing negatives."""
-    if request.subject:
-        return request.subject
-    found = _NAME.findall(request.prompt)
-    return found[-1] if found else None
-
-
-def _swapped(
-    model: Model, requests: Mapping[int, EditRequest], names: Sequence[str], count: int
-) -> dict[int, list[str]]:
-    """Each prompt about other subjects: what its patch in particular must stay silent on."""
-    subjects = {position: _subject(request) for position, request in requests.items()}
-    pool = list(dict.fromkeys([*(subject for subject in subjects.values() if subject), *names]))
-    result = {}
-    for position, request in requests.items():
-        subject = subjects[position]
-        others = [name for name in pool if name != subject]
-        if subject and others:
-            # Drawn from the request's own text, so that its swaps do not depend on its place in the list.
-            picks = np.random.default_rng(list(request.prompt.encode())).permutation(len(others))[:count]
-            texts = [request.prompt.replace(subject, others[pick]) for pick in picks]
-            fitting = [text for text in texts if len(model.encode_prompt(text)) <= model.config.context]
-            if fitting:
-                result[position] = fitting
-    return result
 
 
 def _direction(model: Model, tokens: Array) -> Array:
@@ -248,8 +186,10 @@ def tpatcher(
 
     Source: Huang et al. 2023.
     """
-    if settings.site != "last":
-        raise TPatchError(f"site {settings.site!r} does not exist; use site=last")
+    if settings.site not in ("last", "subject"):
+        raise TPatchError(f"site {settings.site!r} does not exist; use site=last or site=subject")
+    if settings.layer != "auto" and not settings.layer.isdigit():
+        raise TPatchError(f"layer {settings.layer!r} is not a layer; use layer=auto or a number")
     if settings.fit.recipe not in ("staged", "joint"):
         raise TPatchError(f"recipe {settings.fit.recipe!r} does not exist; use 'staged' or 'joint'")
     if settings.fit.output_bias and settings.fit.recipe == "staged":
@@ -261,7 +201,16 @@ def tpatcher(
         dtype = jax.tree.leaves(model.params)[0].dtype
         empty = jnp.zeros((0, width), dtype)
         nothing = Earlier(Sites(empty, empty, empty), jnp.zeros(0, jnp.int32))
-        return TPatcherState(model, create(width), known, nothing, settings)
+        patch, deep = create(width), None
+        if settings.site == "subject":
+            layer = model.layer(subject_layer(model.config.layers, settings.layer))
+            if layer == model.layer(None):
+                raise TPatchError(
+                    f"layer {layer} is the last one, where a subject can no longer be heard; use site=last"
+                )
+            deep = background(model, layer, memory, cache=cache, progress=progress)
+            patch = patch._replace(layer=jnp.zeros(0, jnp.int32))
+        return TPatcherState(model, patch, known, deep, nothing, settings)
 
     def step(state: TPatcherState, requests: Sequence[EditRequest], key: Array) -> tuple[TPatcherState, EditInfo]:
         return _step(state, as_requests(requests), key, progress)
@@ -277,15 +226,26 @@ def _step(
 ) -> tuple[TPatcherState, EditInfo]:
     began = time.perf_counter()
     model, settings, known = state.model, state.settings, state.background
-    problems = _check(model, requests)
+    if settings.site == "subject" and state.earlier.wanted.size:
+        raise TPatchError("site=subject edits in one step for now; give all requests together, or use site=last")
+    problems = check_requests(model, requests, settings.site)
     prefixes = known.prefixes[: settings.contexts - 1]
     good = [position for position in range(len(requests)) if position not in problems]
-    items = [_item(model, position, requests[position], prefixes, settings.train_on_rephrases) for position in good]
+    items = [read_item(model, position, requests[position], prefixes, settings.train_on_rephrases) for position in good]
     if not items:
         return state, _info(requests, problems, {}, {}, {}, began, 0.0, 0.0, model)
 
-    # One pass over every prompt in every context: all that training will ever see of the model.
     layer = model.layer(None)
+    deep, below = create(model.config.width), []
+    unedited = model
+    fit_seconds = 0.0
+    if settings.site == "subject":
+        fitted = time.perf_counter()
+        deep, below = _fit_subjects(state, items, requests, progress)
+        fit_seconds = time.perf_counter() - fitted
+        model = attach(model, deep) if below else model
+
+    # One pass over every prompt in every context: all that training will ever see of the model.
     rows = [row for item in items for row in item.rows]
     places = [range(start - 1, start - 1 + len(item.target)) for item in items for start in item.starts]
     report = (lambda done: progress("reading prompts", done, len(rows))) if progress else None
@@ -310,9 +270,8 @@ def _step(
     negatives = _negatives(state, items, {p: requests[p] for p in good}, memory.mean, progress)
     act = ffn.ACTIVATIONS[model.config.activation]
     resume = _resume(model)
-    patch, lanes, fits = state.patch, np.zeros(0, np.int64), []
+    patch, lanes, fits = state.patch._replace(layer=None), np.zeros(0, np.int64), []
     first_neuron = state.patch.key.shape[0]
-    fit_seconds = 0.0
 
     def wrong(patch: Patch) -> np.ndarray:
         return np.flatnonzero(argmax_logits(model, _patched(model, bare_sites, patch)) != wanted)
@@ -364,7 +323,7 @@ def _step(
     lost_before = _broken(model, earlier, state.patch)
     while True:
         alive = np.array([owner[lane] not in dropped for lane in lanes], bool)
-        final = concatenate([state.patch, take(patch, np.flatnonzero(alive) + first_neuron)])
+        final = concatenate([state.patch._replace(layer=None), take(patch, np.flatnonzero(alive) + first_neuron)])
         broken = set(owner[wrong(final)].tolist()) - dropped
         lost = np.setdiff1d(_broken(model, earlier, final), lost_before)
         if len(lost) and alive.any():
@@ -377,14 +336,33 @@ def _step(
         if not broken:
             break
         dropped |= broken
+        gone = {items[number].position for number in broken}
+        if any(neuron.position in gone for neuron in below):
+            # Without a neuron further down the last layer sees something else.
+            below = [neuron for neuron in below if neuron.position not in gone]
+            model = attach(unedited, take(deep, [neuron.neuron for neuron in below])) if below else unedited
+            bare_sites = collect(
+                model,
+                [item.rows[0] for item in items],
+                [range(item.starts[0] - 1, item.starts[0] - 1 + len(item.target)) for item in items],
+                layer,
+            )
 
     neurons: dict[int, list[int]] = {}
+    notes: dict[int, list[_Note]] = {}
+    for number, neuron in enumerate(below):
+        neurons.setdefault(neuron.position, []).append(first_neuron + number)
+        notes.setdefault(neuron.position, []).append(_Note("subject", neuron.steps, neuron.margin, neuron.losses))
     kept = np.flatnonzero(alive)
     for number, lane in enumerate(kept):
-        neurons.setdefault(items[owner[lanes[lane]]].position, []).append(first_neuron + number)
-    notes = {items[owner[lanes[lane]]].position: [] for lane in kept}
-    for lane in kept:
-        notes[items[owner[lanes[lane]]].position].append(fits[lane])
+        position, fit = items[owner[lanes[lane]]].position, fits[lane]
+        neurons.setdefault(position, []).append(first_neuron + len(below) + number)
+        losses = {term: float(getattr(fit, term)) for term in ("l_e", "l_a", "l_m1", "l_m2")}
+        notes.setdefault(position, []).append(_Note("last", int(fit.steps), float(fit.margin), losses))
+    if settings.site == "subject":
+        where = jnp.full(final.key.shape[0], layer, jnp.int32)
+        deep = take(deep, [neuron.neuron for neuron in below])
+        final = concatenate([deep, final._replace(layer=where)]) if below else final._replace(layer=where)
     for number in sorted(dropped):
         count = len(items[number].target)
         bad = [int(token[row]) for row in missing if owner[row] == number]
@@ -401,6 +379,28 @@ def _step(
     wanted_now = jnp.concatenate([earlier.wanted, jnp.asarray(wanted[holds])])
     state = state._replace(patch=final, earlier=Earlier(sites_now, wanted_now))
     return state, _info(requests, problems, neurons, notes, before, began, fit_seconds, unit, model)
+
+
+def _fit_subjects(
+    state: TPatcherState, items: Sequence[Item], requests: Sequence[EditRequest], progress: Progress | None
+) -> tuple[Patch, list[SubjectNeuron]]:
+    """Neurons at the subjects of those requests that have one and do not hold already."""
+    model, settings = state.model, state.settings
+    places = [range(item.starts[0] - 1, item.starts[0] - 1 + len(item.target)) for item in items]
+    sites = collect(model, [item.rows[0] for item in items], places, model.layer(None))
+    said = argmax_logits(model, decoder.leave_last(model.config, model.params, sites.residual, sites.output))
+    ends = np.cumsum([len(item.target) for item in items])[:-1]
+    chosen = [
+        item
+        for item, found in zip(items, np.split(said, ends), strict=True)
+        if requests[item.position].subject and found.tolist() != item.target
+    ]
+    if not chosen or state.deep is None:
+        return create(model.config.width), []
+    layer = subject_layer(model.config.layers, settings.layer)
+    nothing = (jnp.zeros((0, model.config.width)), jnp.zeros(0, jnp.int32))
+    none = create(model.config.width)
+    return fit_subjects(model, none, layer, state.deep, chosen, requests, nothing, settings.subject, progress)
 
 
 def _tell(progress: Progress, said: str, total: int, done: int) -> None:
@@ -456,14 +456,14 @@ def _memory(
 
 def _negatives(
     state: TPatcherState,
-    items: Sequence[_Item],
+    items: Sequence[Item],
     requests: Mapping[int, EditRequest],
     mean: Array,
     progress: Progress | None,
 ) -> Array:
     """The query after each prompt about other subjects, ``[items, swaps, d]``; the mean where there is none."""
     model, count = state.model, state.settings.swaps
-    swapped = _swapped(model, requests, state.background.names, count)
+    swapped = swapped_prompts(model, requests, state.background.names, count)
     result = np.broadcast_to(np.asarray(mean), (len(items), count, mean.shape[0])).copy()
     places = [
         (number, slot) for number, item in enumerate(items) for slot in range(len(swapped.get(item.position, ())))
@@ -495,7 +495,7 @@ def _info(
     requests: Sequence[EditRequest],
     problems: Mapping[int, str],
     neurons: Mapping[int, list[int]],
-    notes: Mapping[int, list[FitInfo]],
+    notes: Mapping[int, list[_Note]],
     already: Any,
     began: float,
     fit_seconds: float,
@@ -511,20 +511,17 @@ def _info(
             results.append(RequestInfo(name, True, "already"))
         else:
             fits = notes.get(position, [])
-            losses = (
-                {term: float(np.mean([getattr(fit, term) for fit in fits])) for term in ("l_e", "l_a", "l_m1", "l_m2")}
-                if fits
-                else {}
-            )
+            terms = fits[0].losses if fits else ()
             results.append(
                 RequestInfo(
                     name,
                     True,
                     "edited",
                     neurons=tuple(neurons.get(position, ())),
-                    steps=max((int(fit.steps) for fit in fits), default=0),
-                    losses=losses,
-                    margin=min((float(fit.margin) for fit in fits), default=None),
+                    steps=max((fit.steps for fit in fits), default=0),
+                    losses={term: float(np.mean([fit.losses[term] for fit in fits])) for term in terms},
+                    margin=min((fit.margin for fit in fits), default=None),
+                    site="subject" if any(fit.site == "subject" for fit in fits) else "last",
                 )
             )
     seconds = time.perf_counter() - began

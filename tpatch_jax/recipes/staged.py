@@ -60,7 +60,7 @@ def recognise(query: Array, target: Array, particular: Array, memory: Memory, se
         settings: options; those of the key count.
 
     Returns:
-        A key with ``z = 0`` at the threshold and ``z = 1`` on the bare prompt or, if that is less, on its contexts' mean.
+        A key with ``z = 0`` at the threshold and ``z = 1`` at the lesser of the bare prompt and its contexts' mean.
     """
     whitener, mean = memory.whitener, memory.mean
     own = (query - mean) @ whitener
