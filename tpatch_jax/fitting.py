@@ -92,6 +92,13 @@ def _many_end_staged(settled, lanes, resume, settings, activation):
     return jax.vmap(lambda state, lane: staged.end(state, lane, resume, settings, activation))(settled, lanes)
 
 
+def _replaced(old: Array, rows: np.ndarray, new: Array) -> np.ndarray:
+    """Some rows of an array replaced by the first ones of another, on the host."""
+    result = np.array(old)
+    result[rows] = np.asarray(new)[: rows.size]
+    return result
+
+
 def _staged_bucket(
     lanes: Lane,
     memory: Memory,
@@ -105,9 +112,10 @@ def _staged_bucket(
     missing = np.flatnonzero(~np.asarray(settled.held)[:count])
     if missing.size:
         size = power_of_two(missing.size, most=settings.lanes)
-        part = _padded(jax.tree.map(lambda leaf: leaf[missing], (settled, lanes)), size)
+        # On the host, where a new number of lanes compiles nothing.
+        part = jax.tree.map(lambda leaf: np.asarray(leaf)[np.resize(missing, size)], (settled, lanes))
         improved = _many_improve(*part, resume, settings, activation)
-        settled = jax.tree.map(lambda old, new: old.at[missing].set(new[: missing.size]), settled, improved)
+        settled = jax.tree.map(lambda old, new: _replaced(old, missing, new), settled, improved)
     return _many_end_staged(settled, lanes, resume, settings, activation)
 
 
@@ -130,8 +138,11 @@ def _padded(tree: Any, size: int) -> Any:
     """A batch with its first lane repeated up to ``size``; repeated lanes are dropped afterwards."""
 
     def widen(leaf: Array) -> Array:
-        missing = size - leaf.shape[0]
-        return jnp.concatenate([leaf, jnp.broadcast_to(leaf[:1], (missing, *leaf.shape[1:]))]) if missing else leaf
+        count = leaf.shape[0]
+        # On the host, where a new number of lanes compiles nothing; random keys stay what they are.
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf[np.r_[:count, np.zeros(size - count, int)]]
+        return jnp.asarray(np.asarray(leaf)[np.r_[:count, np.zeros(size - count, int)]]) if count < size else leaf
 
     return jax.tree.map(widen, tree)
 

@@ -54,8 +54,8 @@ class SubjectSettings:
 
     value: ThroughSettings = field(default_factory=ThroughSettings)
     key_contexts: int = 6
-    contexts: int = 3
-    neutral: int = 2
+    contexts: int = 4
+    neutral: int = 1
     floor: float = 0.6
     split: float = 0.5
     nuisance_weight: float = 0.5
@@ -264,7 +264,8 @@ def fit_subjects(
         [_prompt_row(model, requests[i.position], i, c) for c in range(min(settings.contexts, len(i.texts)))]
         for i in items
     ]
-    alone = [f"{prefix} {{}}" for prefix in known.prefixes[settings.contexts :]][: settings.key_contexts // 2]
+    # At the very start of a text, too, where a subject looks different from anywhere else.
+    alone = ["{}", *(f"{prefix} {{}}" for prefix in known.prefixes[settings.contexts :])][: settings.key_contexts // 2]
     seen = [own + _subject_rows(model, subject, alone) for own, subject in zip(prompts, subjects, strict=True)]
     report = (lambda done: progress("reading subjects", done, len(seen) * len(seen[0]))) if progress else None
     own, memory = _memory(model, known, layer, seen, groups, earlier, settings, report)

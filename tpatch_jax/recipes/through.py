@@ -35,13 +35,13 @@ class ThroughSettings(NamedTuple):
         decay: weight of the value's squared length over its limit.
     """
 
-    steps: int = 20
+    steps: int = 25
     learning_rate: float = 0.1
     momentum: float = 0.8
     limit: float = 4.0
-    enough: float = 0.1
-    closeness: float = 0.25
-    decay: float = 0.05
+    enough: float = 0.01
+    closeness: float = 0.0625
+    decay: float = 0.02
 
 
 class Asked(NamedTuple):
