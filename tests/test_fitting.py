@@ -220,3 +220,19 @@ def test_output_bias_is_an_ungated_neuron():
     logits = resume(lane.context, lane.output + contribution(patch, lane.query, ACT))
     assert info.held
     assert info.l_e == pytest.approx(float(edit_loss(logits, lane.target)), rel=1e-3, abs=1e-5)
+
+
+def test_a_key_that_cannot_be_parted_from_memory_keeps_a_sane_length():
+    given = problem()
+    lanes = pick(given.lanes, slice(0, 1))
+    prompt = lanes.query[:, :1]
+    # A negative that is stronger than the prompt, and contexts that look away from it.
+    lanes = lanes._replace(
+        query=jnp.concatenate([prompt, -prompt / 4, -prompt / 4], 1),
+        negative=jnp.concatenate([2 * prompt, 2 * prompt], 1),
+    )
+    patches, info = fit_many(lanes, given.memory, given.resume, given.keys[:1], SETTINGS["staged"], ACT)
+    assert info.margin[0] < 0
+    z = preactivations(pick(patches, 0), lanes.query[0])[:, 0] / SETTINGS["staged"].sharpness
+    assert 0.5 < float(z[0]) < 2
+    assert float(jnp.abs(z).max()) < 1e3
