@@ -14,18 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.tree_util import Partial
 
 from tpatch_jax.editors.background import PREFIX_LENGTHS, SPANS
 from tpatch_jax.editors.editor import EditInfo, RequestInfo
+from tpatch_jax.editors.token_lanes import create_lanes, output_moment
 from tpatch_jax.editors.tpatcher import PRESETS, TPatcherSettings, _harder
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.fitting import FitInfo, Lane, fit_many
+from tpatch_jax.fitting import FitInfo, fit_many
 from tpatch_jax.memory import Memory, create_memory, extend, nuisance_scatter
 from tpatch_jax.models.foreign import Network
 from tpatch_jax.models.foreign_collection import TokenSites, collect_queries, collect_tokens, said
-from tpatch_jax.patch import Patch, concatenate, contribution, create, join, take
+from tpatch_jax.patch import Patch, concatenate, create, join, take
 from tpatch_jax.requests import EditRequest, contradictions
+from tpatch_jax.sizes import power_of_two
 
 __all__ = ["edit_tokens"]
 
@@ -163,9 +164,9 @@ def _edit(
 
     memory = _memory(network, memory_rows, settings, longest)
     if settings.other_edits:
-        memory = extend(memory, sites.query, jnp.asarray(answers))
+        memory = extend(memory, sites.query, jnp.asarray(answers), power_of_two(len(answers), 64))
     finish, key = network.finisher(), jax.random.key(seed)
-    moment = _moment(finish, _references(network, memory_rows, longest))
+    moment = output_moment(finish, _references(network, memory_rows, longest))
 
     def wrong(patch: Patch) -> np.ndarray:
         spoken = said(network.attach(patch), bare_rows, [_places(item.rows[0], item.target) for item in items], longest)
@@ -181,7 +182,7 @@ def _edit(
             break
         fitted = time.perf_counter()
         chosen = np.stack([table[owner[row]][:, token[row]] for row in missing])
-        lane = _lanes(network, sites, chosen, jnp.asarray(wanted[missing]), patch, finish, moment)
+        lane = create_lanes(network, sites, chosen, jnp.asarray(wanted[missing]), patch, finish, moment)
         # Folded by what is asked for, so that a result does not depend on its neighbours.
         names = [f"{items[owner[row]].rows[0]} {token[row]} {attempt}" for row in missing]
         folds = jnp.asarray([zlib.crc32(name.encode()) for name in names], jnp.uint32)
@@ -298,68 +299,6 @@ def _references(network: Network, rows: list[list[int]], longest: int) -> TokenS
     return collect_tokens(network, chosen, [[len(row) - 1] for row in chosen], longest)
 
 
-def _lanes(
-    network: Network,
-    sites: TokenSites,
-    chosen: np.ndarray,
-    targets: Array,
-    patch: Patch,
-    finish: Partial,
-    moment: Array,
-) -> Lane:
-    """What each patch is fitted on: rows ``chosen [lanes, contexts]`` of the sites, with the patch so far active."""
-    act = network.activation
-    query, context = sites.query[chosen], jax.tree.map(lambda leaf: leaf[chosen], sites.context)
-    output = sites.output[chosen] + contribution(patch, query, act)
-    if not network.pointwise:
-        context["output"] = context["output"] + contribution(patch, context.pop("query"), act)
-    # Beside the FFN's output stands the residual stream; their lengths say what a strong value is.
-    strength = jnp.linalg.norm(output.astype(jnp.float32), axis=-1)
-    for name in network.cut(network.example.shape).context:
-        beside = context[name]
-        if beside.shape[-1] == network.width and beside.ndim == 4:
-            at = jnp.zeros(chosen.shape, int) if network.pointwise else context["position"]
-            beside = jnp.take_along_axis(beside, at[..., None, None], 2)[:, :, 0]
-            strength = strength + jnp.linalg.norm(beside.astype(jnp.float32), axis=-1)
-    first = jax.tree.map(lambda leaf: leaf[:, 0], (context, output))
-    return Lane(
-        query.astype(jnp.float32),
-        output.astype(jnp.float32),
-        jnp.zeros((len(chosen), 0, network.width)),
-        context,
-        targets,
-        _directions(finish, moment, *first, targets),
-        jnp.mean(strength, -1),
-    )
-
-
-def _logits(finish: Partial, output: Array, context: Any) -> Array:
-    """The rest of the network for one position: ``[d]`` to ``[vocabulary]``, float32."""
-    return finish(jax.tree.map(lambda leaf: leaf[None], context), output[None])[0].astype(jnp.float32)
-
-
-@jax.jit
-def _moment(finish: Partial, sites: TokenSites) -> Array:
-    """``M``, the mean of ``JᵀJ/V`` over a few positions, with ``J = ∂logits/∂output``: ``[d, d]``, regularised."""
-
-    def one(place: tuple[Array, Any]) -> Array:
-        jacobian = jax.jacfwd(lambda output: _logits(finish, output, place[1]))(place[0])
-        return jacobian.T @ jacobian / jacobian.shape[0]
-
-    mean = jnp.mean(jax.lax.map(one, (sites.output.astype(jnp.float32), sites.context)), 0)
-    return mean + 0.01 * jnp.trace(mean) / mean.shape[0] * jnp.eye(mean.shape[0])
-
-
-@jax.jit
-def _directions(finish: Partial, moment: Array, context: Any, output: Array, targets: Array) -> Array:
-    """Where each target's value starts: the direction that raises its logit most against all others, ``[lanes, d]``.
-
-    It is ``M⁻¹·∂logit/∂output``, which for a linear rest of the network is ``M⁻¹·u``, with ``u`` the unembedding row.
-    """
-    gradient = jax.vmap(jax.grad(lambda output, context, target: _logits(finish, output, context)[target]))
-    return jnp.linalg.solve(moment, gradient(output.astype(jnp.float32), context, targets).T).T
-
-
 def _seconds(run: Callable[[], Any]) -> float:
     began = time.perf_counter()
     run()
@@ -391,5 +330,5 @@ def _info(
             kept = tuple(neurons[position])
             results.append(RequestInfo(name, True, "edited", "", kept, steps, losses, margin))
     seconds, scale = time.perf_counter() - began, 1 / (count * unit) if unit else 0.0
-    added = sum(map(len, neurons.values())) * (2 * network.width + 1)
-    return EditInfo(tuple(results), seconds, fit_seconds, seconds * scale, fit_seconds * scale, added)
+    numbers = sum(map(len, neurons.values())) * (2 * network.width + 1)
+    return EditInfo(tuple(results), seconds, fit_seconds, seconds * scale, fit_seconds * scale, numbers)

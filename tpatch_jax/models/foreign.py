@@ -20,7 +20,8 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import decoder
 from tpatch_jax.models.cut import Cut, cut
 from tpatch_jax.models.decoder import Trace
-from tpatch_jax.patch import Patch, concatenate, contribution
+from tpatch_jax.patch import Patch, concatenate, contribution, pad
+from tpatch_jax.sizes import power_of_two
 
 __all__ = ["Activation", "Growth", "Network", "added", "token_table"]
 
@@ -303,13 +304,15 @@ class Network:
         return Patch(query / jnp.sum(jnp.square(query), -1, keepdims=True), jnp.zeros_like(query[:, 0]), value)
 
 
-@partial(jax.jit, static_argnames="activation")
 def added(patch: Patch, query: Array, output: Array, activation: Activation) -> Array:
-    """``output + Σ act(q·k + b)·v``, as a program of its own.
+    """``output + Σ act(q·k + b)·v``; silent neurons fill the patch up to one of few sizes."""
+    return _added(pad(patch, power_of_two(patch.key.shape[0], 8)), query, output, activation)
 
-    The two halves of a network are then the very same programs with a patch and without, so that a patch which
-    contributes nothing changes no bit.
-    """
+
+# A program of its own: the two halves of a network are then the very same programs with a patch and without, so that a
+# patch which contributes nothing changes no bit.
+@partial(jax.jit, static_argnames="activation")
+def _added(patch: Patch, query: Array, output: Array, activation: Activation) -> Array:
     return output + contribution(patch, query, activation)
 
 
