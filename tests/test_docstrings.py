@@ -10,7 +10,21 @@ import pytest
 PROMOTION = "standard"
 
 
-@pytest.mark.parametrize("name", ["errors", "fitting", "ffn", "memory", "objective", "patch", "requests"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "errors",
+        "fitting",
+        "ffn",
+        "memory",
+        "models.cut",
+        "models.foreign_linen",
+        "models.foreign_nnx",
+        "objective",
+        "patch",
+        "requests",
+    ],
+)
 def test_examples_work(name):
     module = import_module(f"tpatch_jax.{name}")
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -220,3 +220,17 @@ def test_output_bias_is_an_ungated_neuron():
     logits = resume(lane.context, lane.output + contribution(patch, lane.query, ACT))
     assert info.held
     assert info.l_e == pytest.approx(float(edit_loss(logits, lane.target)), rel=1e-3, abs=1e-5)
+
+
+def test_a_key_that_cannot_be_parted_from_memory_keeps_a_sane_length():
+    given, prompt = problem(), problem().lanes.query[:, :1]
+    # A negative that is stronger than the prompt, and contexts in which it is weak.
+    lanes = given.lanes._replace(
+        query=jnp.concatenate([prompt, prompt / 4, prompt / 4], 1),
+        negative=jnp.concatenate([1.5 * prompt, 1.5 * prompt], 1),
+    )
+    patches, info = fit_many(lanes, given.memory, given.resume, given.keys, SETTINGS["staged"], ACT)
+    assert (np.asarray(info.margin) < 0).all()
+    z = jax.vmap(preactivations)(patches, lanes.query)[..., 0] / SETTINGS["staged"].sharpness
+    assert (np.abs(np.asarray(z[:, 0]) - 1) < 0.5).all()
+    assert float(jnp.abs(z).max()) < 1e3

@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tpatch_jax.editors.editor import EditInfo, Editor, RequestInfo
+    from tpatch_jax.editors.tokens import edit_tokens
     from tpatch_jax.editors.tpatcher import PRESETS, TPatcherSettings, edit, tpatcher
     from tpatch_jax.errors import TPatchError
     from tpatch_jax.export import ExportError, ExportInfo, export_model
     from tpatch_jax.fitting import FitInfo, FitSettings, Lane, fit, fit_many
     from tpatch_jax.memory import Memory, create_memory
     from tpatch_jax.models.decoder import Trace
+    from tpatch_jax.models.foreign import Network
+    from tpatch_jax.models.foreign_linen import from_linen
+    from tpatch_jax.models.foreign_nnx import from_nnx
     from tpatch_jax.models.model import Model, attach, detach, load_model, merge, save_model, unmerge
     from tpatch_jax.objective import Weights
     from tpatch_jax.patch import Patch, concatenate
@@ -40,6 +44,7 @@ __all__ = [
     "Lane",
     "Memory",
     "Model",
+    "Network",
     "Patch",
     "RequestInfo",
     "TPatchError",
@@ -51,9 +56,12 @@ __all__ = [
     "create_memory",
     "detach",
     "edit",
+    "edit_tokens",
     "export_model",
     "fit",
     "fit_many",
+    "from_linen",
+    "from_nnx",
     "load_model",
     "load_patches",
     "merge",
@@ -68,12 +76,16 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "editors.editor": ("EditInfo", "Editor", "RequestInfo"),
+    "editors.tokens": ("edit_tokens",),
     "editors.tpatcher": ("PRESETS", "TPatcherSettings", "edit", "tpatcher"),
     "errors": ("TPatchError",),
     "export": ("ExportError", "ExportInfo", "export_model"),
     "fitting": ("FitInfo", "FitSettings", "Lane", "fit", "fit_many"),
     "memory": ("Memory", "create_memory"),
     "models.decoder": ("Trace",),
+    "models.foreign": ("Network",),
+    "models.foreign_linen": ("from_linen",),
+    "models.foreign_nnx": ("from_nnx",),
     "models.model": ("Model", "attach", "detach", "load_model", "merge", "save_model", "unmerge"),
     "objective": ("Weights",),
     "patch": ("Patch", "concatenate"),
