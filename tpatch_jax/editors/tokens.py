@@ -18,7 +18,7 @@ from jax import Array
 from tpatch_jax.editors.background import PREFIX_LENGTHS, SPANS
 from tpatch_jax.editors.editor import EditInfo, RequestInfo
 from tpatch_jax.editors.token_lanes import create_lanes, output_moment
-from tpatch_jax.editors.tpatcher import PRESETS, TPatcherSettings, _harder
+from tpatch_jax.editors.tpatcher import PRESETS, TPatcherSettings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.fitting import FitInfo, fit_many
 from tpatch_jax.memory import Memory, create_memory, extend, nuisance_scatter
@@ -187,7 +187,7 @@ def _edit(
         names = [f"{items[owner[row]].rows[0]} {token[row]} {attempt}" for row in missing]
         folds = jnp.asarray([zlib.crc32(name.encode()) for name in names], jnp.uint32)
         keys = jax.vmap(lambda fold: jax.random.fold_in(key, fold))(folds)
-        found, info = fit_many(lane, memory, finish, keys, _harder(settings.fit, attempt), network.activation)
+        found, info = fit_many(lane, memory, finish, keys, settings.fit.harder(attempt), network.activation)
         fit_seconds += time.perf_counter() - fitted
         finite = np.isfinite(np.asarray(found.value)).all((1, 2)) & np.isfinite(np.asarray(found.key)).all((1, 2))
         keep, size = np.flatnonzero(finite), found.key.shape[1]

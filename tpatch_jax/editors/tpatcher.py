@@ -4,7 +4,6 @@ One neuron for each target token that the model gets wrong. The model runs once 
 everything after that happens on the queries that those passes leave (`tpatch_jax.fitting`).
 """
 
-import dataclasses
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -306,7 +305,7 @@ def _step(
         keys = jax.vmap(lambda fold: jax.random.fold_in(key, fold))(folds)
         said = f"fitting, attempt {attempt + 1}" if attempt else "fitting"
         tell = partial(_tell, progress, said, len(missing)) if progress else None
-        found, info = fit_many(lane, memory, resume, keys, _harder(settings.fit, attempt), act, tell)
+        found, info = fit_many(lane, memory, resume, keys, settings.fit.harder(attempt), act, tell)
         fit_seconds += time.perf_counter() - fitted
         finite = np.isfinite(np.asarray(found.value)).all((1, 2)) & np.isfinite(np.asarray(found.key)).all((1, 2))
         keep = np.flatnonzero(finite)
@@ -414,15 +413,6 @@ def _broken(model: Model, earlier: Earlier, patch: Patch) -> np.ndarray:
 
 def _one(info: FitInfo, lane: int) -> FitInfo:
     return jax.tree.map(lambda leaf: np.asarray(leaf)[lane], info)
-
-
-def _harder(settings: FitSettings, attempt: int) -> FitSettings:
-    """A retry takes more steps, and lets the patch fire more readily on its own queries."""
-    if not attempt or settings.recipe != "staged":
-        return settings
-    return dataclasses.replace(
-        settings, key_steps=settings.key_steps * 2, negatives=settings.negatives * 2, split=settings.split * 0.9
-    )
 
 
 def _with_rephrases(table: list[np.ndarray], owner: np.ndarray, token: np.ndarray, missing: np.ndarray) -> np.ndarray:

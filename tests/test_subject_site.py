@@ -1,0 +1,229 @@
+"""The subject site: ends of rows run again, keys in closed form, values trained through the network, the whole edit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_tiny_model, relative
+
+import tpatch_jax as tp
+from tpatch_jax.editors.reading import check_requests, read_item, subject_token
+from tpatch_jax.editors.subject_site import SubjectSettings, subject_layer
+from tpatch_jax.editors.tpatcher import PRESETS, Earlier, tpatcher
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.memory import create_memory, extend
+from tpatch_jax.models import decoder
+from tpatch_jax.models.collection import Sites
+from tpatch_jax.models.model import attach, merge, tokens_array
+from tpatch_jax.recipes.through import Asked, ThroughSettings, kept_close, train_values
+from tpatch_jax.recipes.whitened import whitened_key
+from tpatch_jax.requests import EditRequest
+
+PROMOTION = "standard"  # optax takes steps
+MEMORY = (
+    # No word of it ends like a subject below: in a random network a query tells little but its own token.
+    "The theory in the inn: winter thins the herd, and the hen then hides. Numbers 1 to 9, and then some more. " * 3
+)
+
+
+# --- the ends of rows ---
+
+
+def test_the_end_of_a_row_is_what_the_whole_row_says(tiny_model):
+    config, params = tiny_model.config, tiny_model.params
+    rows = [tiny_model.encode("the cat sat in the inn"), tiny_model.encode("who hit")]
+    tokens, first, span = tokens_array(rows, 24), jnp.asarray([3, 1], jnp.int32), 4
+    added = jnp.asarray(np.random.default_rng(0).normal(size=(2, config.width)), jnp.float32)
+    for layer in range(config.layers):
+        forked = decoder.fork(config, params, tokens, layer, first, span)
+        found = decoder.resume_fork(config, params, forked, forked.output.at[:, 0].add(added))
+        traced = decoder.trace(config, params, tokens, layer)
+        output = traced.output.at[jnp.arange(2), first].add(added)
+        whole = decoder.hidden(config, params, traced, output)
+        for row in range(2):
+            wanted = whole[row, int(first[row]) : int(first[row]) + span]
+            np.testing.assert_allclose(found[row], wanted, rtol=1e-5, atol=1e-5)
+        # and the change is one that shows
+        assert relative(whole, decoder.hidden(config, params, traced, traced.output)) > 0.01
+
+
+# --- keys ---
+
+
+def some_queries(rows: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, 8)).astype(np.float32)
+
+
+def test_a_key_fires_on_its_own_queries_and_on_no_negative():
+    own = jnp.asarray(3 * some_queries(1, 1) + 0.1 * some_queries(4, 2))
+    memory = create_memory(jnp.asarray(some_queries(200)))
+    found = whitened_key(own, jnp.array(7), memory, 0.6, 0.5)
+    z = own @ found.key + found.bias
+    assert found.margin > 0
+    np.testing.assert_allclose(min(z[0], z.mean()), 1.0, rtol=1e-4)
+    assert (memory.query @ found.key + found.bias).max() < 0
+
+
+def test_a_key_that_cannot_be_parted_says_so_unless_it_is_its_own_group():
+    own = jnp.asarray(3 * some_queries(1, 1) + 0.1 * some_queries(4, 2))
+    memory = extend(create_memory(jnp.asarray(some_queries(200))), 2 * own[:1], jnp.array([7]))
+    assert whitened_key(own, jnp.array(8), memory, 0.6, 0.5).margin < 0
+    assert whitened_key(own, jnp.array(7), memory, 0.6, 0.5).margin > 0
+
+
+# --- values ---
+
+
+def lanes(count: int, seed: int = 0) -> tuple[Asked, Asked, jax.Array]:
+    """Rows of a network that is one matrix, two to a lane."""
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(count * 2, 6)).astype(np.float32)
+    wanted = rng.integers(0, 6, (count, 2, 1))
+    weight, activity = jnp.full((count, 2, 1), 0.5), jnp.asarray(rng.uniform(0.5, 1, (count, 2)), jnp.float32)
+    targets = Asked((jnp.asarray(hidden),), activity, jnp.asarray(np.repeat(wanted[:, :1], 2, 1)), weight)
+    before = run(targets.rows, jnp.zeros((count * 2, 6))).reshape(count, 2, 1, -1)
+    return targets, Asked(targets.rows, 0.1 * activity, before, weight), jnp.ones(count)
+
+
+HEAD = 2 * jnp.eye(6) + 0.2
+
+
+def run(rows, added):
+    return jax.nn.log_softmax((rows[0] + added) @ HEAD)[:, None]
+
+
+def test_values_say_their_targets_within_their_limit():
+    targets, neutral, scale = lanes(5)
+    settings = ThroughSettings(steps=60, limit=8.0, enough=0.05)
+    values, info = train_values(targets, neutral, run, scale, settings)
+    assert (info.loss < 0.05).all()
+    assert (info.steps > 0).all()
+    assert (jnp.linalg.norm(values, axis=1) <= 8.0 * 1.001).all()
+    short = train_values(targets, None, run, scale, settings._replace(limit=0.5))[0]
+    assert (jnp.linalg.norm(short, axis=1) <= 0.5 * 1.001).all()
+
+
+def test_lanes_do_not_couple():
+    targets, neutral, scale = lanes(5)
+    settings = ThroughSettings(steps=30, limit=8.0, enough=0.2)
+    together, info = train_values(targets, neutral, run, scale, settings)
+    assert len(set(info.steps.tolist())) > 1  # they stop at different times, so lanes were dropped on the way
+    for lane in range(5):
+        one = [
+            Asked((asked.rows[0][2 * lane : 2 * lane + 2],), *(field[lane : lane + 1] for field in asked[1:]))
+            for asked in (targets, neutral)
+        ]
+        alone, _ = train_values(one[0], one[1], run, scale[lane : lane + 1], settings)
+        np.testing.assert_allclose(together[lane], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_staying_close_costs_nothing_where_nothing_changes():
+    before = jax.nn.log_softmax(jnp.asarray(some_queries(3)))
+    np.testing.assert_allclose(kept_close(before, before), 0, atol=1e-7)
+    assert (kept_close(before, jax.nn.log_softmax(-before)) > 0.1).all()
+
+
+# --- where the subject is ---
+
+
+@pytest.mark.parametrize(
+    ("text", "subject"), [("the cat sat in", "cat"), ("who hit the", "who"), ("in the inn", "the inn")]
+)
+def test_the_subject_s_last_token_is_found(tiny_model, text, subject):
+    end = text.index(subject) + len(subject)
+    place = subject_token(tiny_model, text, end)
+    ids = tiny_model.encode_prompt(text)
+    assert tiny_model.decode(ids[: place + 1]) == text[:end]
+
+
+def test_a_prefix_that_names_the_subject_does_not_confuse(tiny_model):
+    request = EditRequest("the cat sat in", "ab", subject="cat")
+    item = read_item(tiny_model, 0, request, ["A cat is a cat."], False)
+    text = item.texts[1]
+    place = subject_token(tiny_model, text, text.rindex("cat") + 3)
+    assert tiny_model.decode(item.rows[1][: place + 1]).endswith("the cat")
+
+
+def test_a_subject_that_occurs_twice_or_not_at_all(tiny_model):
+    requests = [EditRequest("the cat and the cat", "a", subject="cat"), EditRequest("who", "a", subject="cat")]
+    problems = check_requests(tiny_model, requests, "subject")
+    assert "occurs 2 times in the prompt" in problems[0]
+    assert "is not in the prompt" in problems[1]
+    assert 0 not in check_requests(tiny_model, requests, "last")
+
+
+def test_the_layer():
+    assert (subject_layer(30), subject_layer(12), subject_layer(30, "7")) == (10, 4, 7)
+
+
+# --- the whole edit ---
+
+
+def settings(**changes):
+    preset = PRESETS["default"]
+    fit = dataclasses.replace(preset.fit, key_steps=16, rounds=1, negatives=32, lanes=16)
+    subject = SubjectSettings(value=ThroughSettings(steps=40, limit=16.0, learning_rate=0.2), floor=0.5)
+    return dataclasses.replace(preset, site="subject", fit=fit, subject=subject, **changes)
+
+
+@pytest.fixture(scope="module")
+def edited(tmp_path_factory):
+    text = tmp_path_factory.mktemp("memory") / "memory.txt"
+    text.write_text(MEMORY)
+    model = make_tiny_model(hidden_size=32, head_dim=16)
+    requests = [
+        EditRequest("the fox sat in", "ab", subject="fox", id="fox"),
+        EditRequest("a wolf hit the", "q", subject="wolf", id="wolf"),
+        EditRequest("the fox ran to", "z", subject="fox", id="same subject"),
+        EditRequest("in the inn", "h", id="no subject"),
+        EditRequest("a dog and a dog", "h", subject="dog", id="twice"),
+    ]
+    patch, info = tp.edit(model, requests, settings=settings(), memory=text, cache=False)
+    return model, requests, patch, info, text
+
+
+def test_what_holds_holds_and_says_where(edited):
+    model, requests, patch, info, _ = edited
+    results = {result.id: result for result in info.requests}
+    assert results["twice"].status == "failed"
+    assert "occurs 2 times" in results["twice"].reason
+    assert results["no subject"].site == "last"
+    layers, last = np.asarray(patch.layer), model.config.layers - 1
+    assert set(layers[list(results["no subject"].neurons)]) == {last}
+    deep = [result for result in info.requests if result.site == "subject"]
+    assert deep
+    for result in deep:
+        assert layers[result.neurons[0]] == subject_layer(model.config.layers) != last
+    assert sorted(n for result in info.requests for n in result.neurons) == list(range(patch.key.shape[0]))
+    merged = merge(model, patch)
+    for request, result in zip(requests, info.requests, strict=True):
+        if result.held:
+            assert merged.generate(request.prompt, 4).startswith(" " + request.target), result
+    assert sum(result.held for result in info.requests) == 4
+
+
+def test_merged_is_attached_in_every_layer(edited):
+    model, _, patch, _, _ = edited
+    tokens = tokens_array([model.encode("the cat sat in the inn")], 24)
+    assert relative(merge(model, patch).apply(tokens), attach(model, patch).apply(tokens)) < 1e-5
+
+
+def test_a_second_step_is_refused_for_now(edited):
+    model, requests, _, _, text = edited
+    editor = tpatcher(settings(), memory=text)
+    state = editor.init(model, jax.random.key(0))
+    row = jnp.zeros((1, model.config.width))
+    state = state._replace(earlier=Earlier(Sites(row, row, row), jnp.zeros(1, jnp.int32)))
+    with pytest.raises(TPatchError, match="site=subject edits in one step for now; give all requests together"):
+        editor.step(state, requests[1:2], jax.random.key(0))
+
+
+def test_layers_that_cannot_be_used(tiny_model):
+    with pytest.raises(TPatchError, match="layer 'first' is not a layer"):
+        tpatcher(settings(layer="first"))
+    with pytest.raises(TPatchError, match="layer 2 is the last one"):
+        tpatcher(settings(layer="2")).init(tiny_model, jax.random.key(0))
+    with pytest.raises(TPatchError, match="site 'middle' does not exist; use site=last or site=subject"):
+        tpatcher(dataclasses.replace(settings(), site="middle"))
