@@ -261,11 +261,16 @@ def test_a_second_step_keeps_what_the_first_did(tiny_model, memory, edited):
 # --- the background ---
 
 
+def kept(cache: Path, what: str) -> list[Path]:
+    """The folders of a cache that hold texts, or what was collected from them."""
+    return [file.parent for file in (cache / "background").glob(f"*/{what}.safetensors")]
+
+
 def test_the_background_is_written_once_and_recalled(tiny_model, memory, tmp_path, monkeypatch):
     first = background(tiny_model, 2, memory, cache=tmp_path)
     assert first.query.shape[1] == 16
     assert first.query.shape[0] > 128
-    (folder,) = (tmp_path / "background").iterdir()
+    (folder,) = kept(tmp_path, "arrays")
     calls = []
     collect = background_._collect
     monkeypatch.setattr(background_, "_collect", lambda *args: calls.append(1) or collect(*args))
@@ -280,7 +285,8 @@ def test_the_background_is_written_once_and_recalled(tiny_model, memory, tmp_pat
     background(tiny_model, 2, other, cache=tmp_path)
     background(make_tiny_model(9), 2, memory, cache=tmp_path)
     assert len(calls) == 3
-    assert len(list((tmp_path / "background").iterdir())) == 4
+    assert len(kept(tmp_path, "arrays")) == 4
+    assert len(kept(tmp_path, "texts")) == 3  # the same for both layers
     assert folder.exists()
 
 
@@ -288,7 +294,7 @@ def test_the_background_is_written_once_and_recalled(tiny_model, memory, tmp_pat
 @pytest.mark.parametrize("content", [None, b"", b"{"])
 def test_a_damaged_background_is_made_again(tiny_model, memory, tmp_path, file, content):
     first = background(tiny_model, 2, memory, cache=tmp_path)
-    (folder,) = (tmp_path / "background").iterdir()
+    (folder,) = kept(tmp_path, "arrays")
     whole = (folder / file).read_bytes()
     if content is None:
         (folder / file).unlink()
@@ -297,6 +303,16 @@ def test_a_damaged_background_is_made_again(tiny_model, memory, tmp_path, file, 
     second = background(tiny_model, 2, memory, cache=tmp_path)
     assert bits(first.query) == bits(second.query)
     assert (folder / file).read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [b"", b"{"])
+def test_damaged_texts_are_made_again(tiny_model, memory, tmp_path, content):
+    background(tiny_model, 2, memory, cache=tmp_path)
+    (folder,) = kept(tmp_path, "texts")
+    whole = (folder / "texts.safetensors").read_bytes()
+    (folder / "texts.safetensors").write_bytes(content)
+    background(tiny_model, 1, memory, cache=tmp_path)
+    assert (folder / "texts.safetensors").read_bytes() == whole
 
 
 def test_a_background_that_cannot_be_kept_costs_only_time(tiny_model, memory, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from conftest import make_tiny_model, relative
 
 import tpatch_jax as tp
+from tpatch_jax.configuration import known_names
 from tpatch_jax.editors.reading import check_requests, read_item, subject_token
 from tpatch_jax.editors.subject_site import SubjectSettings, subject_layer
 from tpatch_jax.editors.tpatcher import PRESETS, Earlier, tpatcher
@@ -96,18 +97,18 @@ def run(rows, added):
 
 def test_values_say_their_targets_within_their_limit():
     targets, neutral, scale = lanes(5)
-    settings = ThroughSettings(steps=60, limit=8.0, enough=0.05)
+    settings = ThroughSettings(steps=60, longest=8.0, enough=0.05)
     values, info = train_values(targets, neutral, run, scale, settings)
     assert (info.loss < 0.05).all()
     assert (info.steps > 0).all()
     assert (jnp.linalg.norm(values, axis=1) <= 8.0 * 1.001).all()
-    short = train_values(targets, None, run, scale, settings._replace(limit=0.5))[0]
+    short = train_values(targets, None, run, scale, settings._replace(longest=0.5))[0]
     assert (jnp.linalg.norm(short, axis=1) <= 0.5 * 1.001).all()
 
 
 def test_lanes_do_not_couple():
     targets, neutral, scale = lanes(5)
-    settings = ThroughSettings(steps=30, limit=8.0, enough=0.2)
+    settings = ThroughSettings(steps=30, longest=8.0, enough=0.2)
     together, info = train_values(targets, neutral, run, scale, settings)
     assert len(set(info.steps.tolist())) > 1  # they stop at different times, so lanes were dropped on the way
     for lane in range(5):
@@ -164,7 +165,7 @@ def test_the_layer():
 def settings(**changes):
     preset = PRESETS["default"]
     fit = dataclasses.replace(preset.fit, key_steps=16, rounds=1, negatives=32, lanes=16)
-    subject = SubjectSettings(value=ThroughSettings(steps=40, limit=16.0, learning_rate=0.2), floor=0.5)
+    subject = SubjectSettings(value=ThroughSettings(steps=40, longest=16.0, rate=0.2), key_floor=0.5)
     return dataclasses.replace(preset, site="subject", fit=fit, subject=subject, **changes)
 
 
@@ -218,6 +219,11 @@ def test_a_second_step_is_refused_for_now(edited):
     state = state._replace(earlier=Earlier(Sites(row, row, row), jnp.zeros(1, jnp.int32)))
     with pytest.raises(TPatchError, match="site=subject edits in one step for now; give all requests together"):
         editor.step(state, requests[1:2], jax.random.key(0))
+
+
+def test_every_setting_has_a_name_of_its_own():
+    names = [name.rpartition(".")[2] for name in known_names(PRESETS["default"])]
+    assert len(set(names)) == len(names)
 
 
 def test_layers_that_cannot_be_used(tiny_model):

@@ -33,6 +33,9 @@ __all__ = ["SubjectNeuron", "SubjectSettings", "fit_subjects", "subject_layer"]
 NEUTRAL = ("{} is a", "{} is known for", "The history of {} began", "People who like {} also like", "{} and")
 """Prompts that ask nothing in particular about a subject: what is said after them should change little."""
 
+SHARPNESS = 256.0
+"""``s`` of ``act(s·z)/s``, folded into the patch."""
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -40,27 +43,27 @@ Progress = Callable[[str, int, int], None]
 class SubjectSettings:
     """Options of the subject site.
 
+    No name stands for another setting of the editor as well, so that each can be given alone on the command line.
+
     Attributes:
         value: how values are trained.
         key_contexts: in how many contexts a key sees its subject at most; half of them without the rest of the prompt.
-        contexts: through how many contexts a value is trained, the bare prompt included.
+        value_contexts: through how many contexts a value is trained, the bare prompt included.
         neutral: on how many neutral prompts about the subject the edited model is kept close to the unedited one.
-        floor: the lowest threshold of a key, where 0 is the mean query and 1 the subject's own.
-        split: where the threshold lies between the hardest negative (0) and the edit's own queries (1).
-        nuisance_weight: how strongly a key avoids directions in which only the context shows.
-        sharpness: ``s`` of ``act(s·z)/s``, folded into the patch.
-        lanes: how many values are trained together at most.
+        key_floor: the lowest threshold of a key, where 0 is the mean query and 1 the subject's own.
+        key_split: where the threshold lies between the hardest negative (0) and the edit's own queries (1).
+        key_nuisance: how strongly a key avoids directions in which only the context shows.
+        value_lanes: how many values are trained together at most.
     """
 
     value: ThroughSettings = field(default_factory=ThroughSettings)
     key_contexts: int = 6
-    contexts: int = 4
+    value_contexts: int = 4
     neutral: int = 1
-    floor: float = 0.6
-    split: float = 0.5
-    nuisance_weight: float = 0.5
-    sharpness: float = 256.0
-    lanes: int = 16
+    key_floor: float = 0.6
+    key_split: float = 0.5
+    key_nuisance: float = 0.5
+    value_lanes: int = 16
 
 
 class SubjectNeuron(NamedTuple):
@@ -149,7 +152,7 @@ def _memory(
     nuisance = nuisance_scatter(own) if len(rows) > 1 else known.nuisance
     share = min(0.9, len(rows) / 30)
     nuisance = share * nuisance / jnp.trace(nuisance) + (1 - share) * known.nuisance / jnp.trace(known.nuisance)
-    memory = create_memory(known.query, nuisance, weight=settings.nuisance_weight)
+    memory = create_memory(known.query, nuisance, weight=settings.key_nuisance)
     query = jnp.concatenate([earlier[0].astype(jnp.float32), sites.astype(jnp.float32)])
     answer = jnp.concatenate([earlier[1], jnp.asarray(groups[lane])])
     return own, extend(memory, query, answer, power_of_two(query.shape[0], 64))
@@ -213,7 +216,7 @@ def _values(
     run = _runner(model, layer)
     targets = Asked(
         (tuple(forked[:-1]), places),
-        _activity(model, patch, forked, settings.sharpness),
+        _activity(model, patch, forked, SHARPNESS),
         jnp.asarray(wanted),
         jnp.asarray(weight),
     )
@@ -228,9 +231,7 @@ def _values(
             lanes, settings.neutral, 1, -1
         )
         share = jnp.full((lanes, settings.neutral, 1), 1 / settings.neutral)
-        close = Asked(
-            (tuple(beside[:-1]), places), _activity(model, patch, beside, settings.sharpness), reference, share
-        )
+        close = Asked((tuple(beside[:-1]), places), _activity(model, patch, beside, SHARPNESS), reference, share)
     return train_values(targets, close, run, scale, settings.value)
 
 
@@ -261,17 +262,21 @@ def fit_subjects(
     subjects = [requests[item.position].subject or "" for item in items]
     groups = np.asarray([group_of(subject) for subject in subjects], np.int32)
     prompts = [
-        [_prompt_row(model, requests[i.position], i, c) for c in range(min(settings.contexts, len(i.texts)))]
+        [_prompt_row(model, requests[i.position], i, c) for c in range(min(settings.value_contexts, len(i.texts)))]
         for i in items
     ]
     # At the very start of a text, too, where a subject looks different from anywhere else.
-    alone = ["{}", *(f"{prefix} {{}}" for prefix in known.prefixes[settings.contexts :])][: settings.key_contexts // 2]
+    alone = ["{}", *(f"{prefix} {{}}" for prefix in known.prefixes[settings.value_contexts :])][
+        : settings.key_contexts // 2
+    ]
     seen = [own + _subject_rows(model, subject, alone) for own, subject in zip(prompts, subjects, strict=True)]
     report = (lambda done: progress("reading subjects", done, len(seen) * len(seen[0]))) if progress else None
     own, memory = _memory(model, known, layer, seen, groups, earlier, settings, report)
     size = power_of_two(len(items))
     padded = (jnp.pad(own, ((0, size - len(items)), (0, 0), (0, 0)), mode="edge"), jnp.asarray(np.resize(groups, size)))
-    found = jax.tree.map(lambda leaf: leaf[: len(items)], _keys(*padded, memory, settings.floor, settings.split))
+    found = jax.tree.map(
+        lambda leaf: leaf[: len(items)], _keys(*padded, memory, settings.key_floor, settings.key_split)
+    )
     parted = np.flatnonzero(np.asarray(found.margin) > 0).tolist()
     neutral = [_subject_rows(model, subject, NEUTRAL[: settings.neutral]) for subject in subjects]
 
@@ -285,8 +290,8 @@ def fit_subjects(
         there = concatenate([deep, result]) if deep.key.shape[0] else result
         present = attach(model, there) if there.key.shape[0] else model
         fresh: list[Patch] = []
-        for first in range(0, len(now), settings.lanes):
-            chunk = now[first : first + settings.lanes]
+        for first in range(0, len(now), settings.value_lanes):
+            chunk = now[first : first + settings.value_lanes]
             # Lanes come in few numbers too; one that stands in twice is dropped again.
             lanes = [*chunk, *[chunk[-1]] * (power_of_two(len(chunk)) - len(chunk))]
             pick = np.asarray(lanes)
@@ -304,7 +309,7 @@ def fit_subjects(
                 neuron = result.key.shape[0] + sum(part.key.shape[0] for part in fresh) + number
                 steps, margin = int(info.steps[number]), float(found.margin[lane])
                 neurons.append(SubjectNeuron(items[lane].position, neuron, steps, margin, losses))
-            fitted = sharpen(silent._replace(value=value), settings.sharpness)
+            fitted = sharpen(silent._replace(value=value), SHARPNESS)
             where = jnp.full(len(chunk), layer, jnp.int32)
             fresh.append(take(fitted, np.arange(len(chunk)))._replace(layer=where))
             done += len(chunk)

@@ -152,7 +152,8 @@ def read_folder(
         with safe_open(shards[name], "np") as file:
             tensor = file.get_tensor(name)
         for path, part in split(wanted[name], tensor).items():
-            insert(params, path, place(path, part, dtype, mesh))
+            # Placing is asynchronous; without waiting, what is still to be copied would pile up on a busy machine.
+            insert(params, path, jax.block_until_ready(place(path, part, dtype, mesh)))
     return config, _ordered(params), settings
 
 

@@ -27,18 +27,18 @@ class ThroughSettings(NamedTuple):
 
     Attributes:
         steps: at most so many steps of Adam.
-        learning_rate: Adam's, in units of ``limit / √d`` per entry.
+        rate: Adam's learning rate, in units of ``longest · ‖output‖ / √d`` per entry.
         momentum: Adam's ``b1``.
-        limit: the value's largest length, over the length of the FFN's output at its site.
+        longest: the value's largest length, over the length of the FFN's output at its site.
         enough: a lane stops once the mean loss of its targets, in nats, is below this.
         closeness: weight of the divergence from the unedited model on neutral prompts.
         decay: weight of the value's squared length over its limit.
     """
 
     steps: int = 25
-    learning_rate: float = 0.1
+    rate: float = 0.1
     momentum: float = 0.8
-    limit: float = 4.0
+    longest: float = 4.0
     enough: float = 0.01
     closeness: float = 0.0625
     decay: float = 0.02
@@ -140,7 +140,7 @@ def train_values(
     Source: Meng et al. 2022, section 3.1, for the objective; T-Patcher's value is trained the same way here.
     """
     total, width = scale.shape[0], jax.tree.leaves(targets.rows)[0].shape[-1]
-    transform = optax.adam(settings.learning_rate, b1=settings.momentum, b2=0.95)
+    transform = optax.adam(settings.rate, b1=settings.momentum, b2=0.95)
 
     def loss(moves: Array, now: _Moving) -> tuple[Array, tuple[Array, Array]]:
         values = moves * now.unit
@@ -152,7 +152,7 @@ def train_values(
         return jnp.sum(said + settings.closeness * close + decay), (said, close)
 
     step = jax.value_and_grad(loss, has_aux=True)
-    unit = (settings.limit * scale / width**0.5)[:, None]
+    unit = (settings.longest * scale / width**0.5)[:, None]
     start = jnp.zeros((total, width), jnp.float32)
     now = _Moving(np.arange(total), targets, neutral, unit, start, transform.init(start))
     values, info = np.zeros((total, width), np.float32), ThroughInfo(*np.zeros((3, total)))
