@@ -155,6 +155,20 @@ def _added(model: Model, patch: Patch, query: Array) -> Array:
     return contribution(patch, query, ffn.ACTIVATIONS[model.config.activation])
 
 
+def _scale(model: Model, residual: Array, output: Array, beside: Array) -> Array:
+    """What a value of medium strength measures: the residual stream's norm, mean over contexts, ``[lanes]``.
+
+    Where another neuron fires it has to be outdone, so the stream with that neuron counts; but only up to four times
+    the unedited stream, or in a long sequence each value would outgrow the last without end.
+    """
+
+    def norm(output: Array) -> Array:
+        hidden = decoder.leave_last(model.config, model.params, residual, output)
+        return jnp.mean(jnp.linalg.norm(hidden.astype(jnp.float32), axis=-1), -1)
+
+    return jnp.minimum(norm(beside), 4 * norm(output))
+
+
 def _patched(model: Model, sites: Sites, patch: Patch) -> Array:
     """The residual stream after the last block with the patch active, ``[rows, d]``."""
     return decoder.leave_last(
@@ -288,7 +302,6 @@ def _step(
         queries = sites.query[chosen]
         beside = sites.output[chosen] + _added(model, patch, queries)
         targets = jnp.asarray(wanted[missing])
-        hidden = decoder.leave_last(model.config, model.params, sites.residual[chosen], beside)
         lane = Lane(
             queries.astype(jnp.float32),
             beside.astype(jnp.float32),
@@ -297,7 +310,7 @@ def _step(
             {"residual": sites.residual[chosen]},
             targets,
             _direction(model, targets),
-            jnp.mean(jnp.linalg.norm(hidden.astype(jnp.float32), axis=-1), -1),
+            _scale(model, sites.residual[chosen], sites.output[chosen], beside),
         )
         # Folded by what is asked for, so that a result does not depend on its neighbours.
         names = [f"{requests[items[owner[row]].position]} {token[row]} {attempt}" for row in missing]
