@@ -543,3 +543,13 @@ def test_a_kill_while_saving_leaves_no_half_folder(tiny_model, edited, tmp_path)
     assert not out.exists()
     store.save_patches(out, tiny_model, edited[0], REQUESTS, edited[1])
     assert same(tp.load_patches(out, tiny_model), edited[0])
+
+
+def test_a_value_does_not_outgrow_a_stream_that_another_neuron_dominates(tiny_model):
+    residual, output = (jnp.asarray(np.random.default_rng(n).normal(size=(3, 2, 16)), jnp.float32) for n in (0, 1))
+    alone = tpatcher_._scale(tiny_model, residual, output, output)
+    loud = tpatcher_._scale(tiny_model, residual, output, 1e9 * output)
+    louder = tpatcher_._scale(tiny_model, residual, output, 1.5 * output)
+    np.testing.assert_allclose(loud, 4 * alone, rtol=1e-6)
+    assert ((louder > alone) & (louder < 4 * alone)).all()
+    np.testing.assert_allclose(alone, jnp.linalg.norm(residual + output, axis=-1).mean(-1), rtol=1e-6)
