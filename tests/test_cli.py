@@ -14,7 +14,7 @@ from conftest import make_tiny_model, write_tiny_folder
 from jax.experimental.compilation_cache import compilation_cache
 
 from tpatch_jax import cli
-from tpatch_jax.editors.tpatcher import PRESETS
+from tpatch_jax.editors.settings import PRESETS
 from tpatch_jax.models.model import load_model
 
 PROMOTION = "standard"  # optax takes steps

@@ -18,9 +18,10 @@ from safetensors.numpy import load_file, save_file
 import tpatch_jax as tp
 from tpatch_jax import store
 from tpatch_jax.editors import background as background_
-from tpatch_jax.editors import tpatcher as tpatcher_
+from tpatch_jax.editors import last_site, rounds
 from tpatch_jax.editors.background import background
-from tpatch_jax.editors.tpatcher import PRESETS, TPatcherSettings, tpatcher
+from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
+from tpatch_jax.editors.tpatcher import tpatcher
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.measure import measure, predictions
 from tpatch_jax.fitting import FitSettings
@@ -174,13 +175,13 @@ def test_only_bad_requests_leave_the_model_alone(tiny_model, memory):
 
 @pytest.mark.parametrize("spoiled", [0.0, float("nan")])
 def test_what_does_not_hold_leaves_no_neuron(tiny_model, memory, edited, monkeypatch, spoiled):
-    whole = tpatcher_.fit_many
+    whole = rounds.fit_many
 
     def spoil(*arguments: Any) -> Any:
         patch, info = whole(*arguments)
         return patch._replace(value=patch.value.at[0].set(spoiled)), info  # the first token of 'cat'
 
-    monkeypatch.setattr(tpatcher_, "fit_many", spoil)
+    monkeypatch.setattr(rounds, "fit_many", spoil)
     patch, info = tp.edit(tiny_model, REQUESTS, settings=DEFAULT, memory=memory)
     assert [request.status for request in info.requests] == ["failed", "edited", "edited"]
     assert (info.requests[0].neurons, info.requests[0].held) == ((), False)
@@ -547,9 +548,9 @@ def test_a_kill_while_saving_leaves_no_half_folder(tiny_model, edited, tmp_path)
 
 def test_a_value_does_not_outgrow_a_stream_that_another_neuron_dominates(tiny_model):
     residual, output = (jnp.asarray(np.random.default_rng(n).normal(size=(3, 2, 16)), jnp.float32) for n in (0, 1))
-    alone = tpatcher_._scale(tiny_model, residual, output, output)
-    loud = tpatcher_._scale(tiny_model, residual, output, 1e9 * output)
-    louder = tpatcher_._scale(tiny_model, residual, output, 1.5 * output)
-    np.testing.assert_allclose(loud, 4 * alone, rtol=1e-6)
-    assert ((louder > alone) & (louder < 4 * alone)).all()
+    alone = last_site._scale(tiny_model, residual, output, output)
+    loud = last_site._scale(tiny_model, residual, output, 1e9 * output)
+    louder = last_site._scale(tiny_model, residual, output, 1.5 * output)
+    np.testing.assert_allclose(loud, last_site.LOUDEST * alone, rtol=1e-6)
+    assert ((louder > alone) & (louder < last_site.LOUDEST * alone)).all()
     np.testing.assert_allclose(alone, jnp.linalg.norm(residual + output, axis=-1).mean(-1), rtol=1e-6)

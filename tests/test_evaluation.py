@@ -16,7 +16,7 @@ from tpatch_jax import EditRequest, TPatchError, edit, load_model
 from tpatch_jax.cli import main
 from tpatch_jax.editors.editor import EditInfo, Editor, RequestInfo
 from tpatch_jax.editors.registry import METHODS, Method, method_settings
-from tpatch_jax.editors.tpatcher import TPatcherSettings
+from tpatch_jax.editors.settings import TPatcherSettings
 from tpatch_jax.evaluation import commands as evaluation_commands
 from tpatch_jax.evaluation.metrics import certificate
 from tpatch_jax.evaluation.records import Probe, Record, read_counterfact, read_records

@@ -18,7 +18,8 @@ from tiny_families import NAMES, tiny_model
 
 from tpatch_jax import cli
 from tpatch_jax.configuration import change
-from tpatch_jax.editors.tpatcher import PRESETS, edit
+from tpatch_jax.editors.settings import PRESETS
+from tpatch_jax.editors.tpatcher import edit
 from tpatch_jax.models import checkpoint, decoder, families
 from tpatch_jax.models.families import FAMILIES
 from tpatch_jax.models.model import Model, attach, merge

@@ -10,13 +10,14 @@ from conftest import make_tiny_model, relative
 
 import tpatch_jax as tp
 from tpatch_jax.configuration import known_names
+from tpatch_jax.editors.earlier import load_earlier, save_earlier
 from tpatch_jax.editors.reading import check_requests, read_item, subject_token
+from tpatch_jax.editors.settings import PRESETS
 from tpatch_jax.editors.subject_site import SubjectSettings, subject_layer
-from tpatch_jax.editors.tpatcher import PRESETS, Earlier, tpatcher
+from tpatch_jax.editors.tpatcher import tpatcher
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.memory import create_memory, extend
 from tpatch_jax.models import decoder
-from tpatch_jax.models.collection import Sites
 from tpatch_jax.models.model import attach, merge, tokens_array
 from tpatch_jax.recipes.through import Asked, ThroughSettings, kept_close, train_values
 from tpatch_jax.recipes.whitened import whitened_key
@@ -211,14 +212,30 @@ def test_merged_is_attached_in_every_layer(edited):
     assert relative(merge(model, patch).apply(tokens), attach(model, patch).apply(tokens)) < 1e-5
 
 
-def test_a_second_step_is_refused_for_now(edited):
+def test_a_second_step_keeps_what_the_first_did(edited):
     model, requests, _, _, text = edited
-    editor = tpatcher(settings(), memory=text)
-    state = editor.init(model, jax.random.key(0))
-    row = jnp.zeros((1, model.config.width))
-    state = state._replace(earlier=Earlier(Sites(row, row, row), jnp.zeros(1, jnp.int32)))
-    with pytest.raises(TPatchError, match="site=subject edits in one step for now; give all requests together"):
-        editor.step(state, requests[1:2], jax.random.key(0))
+    editor, key = tpatcher(settings(), memory=text), jax.random.key(0)
+    state, first = editor.step(editor.init(model, key), requests[:2], key)
+    assert [result.held for result in first.requests] == [True, True]
+    # the second step asks something else about a subject of the first, and something about a new one
+    later = [requests[2], EditRequest("the cow ate in", "g", subject="cow", id="new")]
+    state, second = editor.step(state, later, key)
+    assert [result.held for result in second.requests] == [True, True]
+    assert "subject" in {result.site for result in second.requests}
+    numbers = sorted(n for info in (first, second) for result in info.requests for n in result.neurons)
+    assert numbers == list(range(state.patch.key.shape[0]))
+    merged = merge(model, state.patch)
+    for request in [*requests[:2], *later]:
+        assert merged.generate(request.prompt, 4).startswith(" " + request.target), request
+
+
+def test_edits_of_earlier_steps_are_saved_and_loaded(edited):
+    model, requests, _, _, text = edited
+    editor, key = tpatcher(settings(), memory=text), jax.random.key(0)
+    earlier = editor.step(editor.init(model, key), requests[:2], key)[0].earlier
+    loaded = load_earlier(save_earlier(earlier))
+    jax.tree.map(np.testing.assert_array_equal, loaded, earlier)
+    assert [model.decode(row) for row in loaded.rows] == [f"{r.prompt} {r.target}" for r in requests[:2]]
 
 
 def test_every_setting_has_a_name_of_its_own():

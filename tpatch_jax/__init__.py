@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tpatch_jax.editors.editor import EditInfo, Editor, RequestInfo
+    from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
     from tpatch_jax.editors.tokens import edit_tokens
-    from tpatch_jax.editors.tpatcher import PRESETS, TPatcherSettings, edit, tpatcher
+    from tpatch_jax.editors.tpatcher import edit, tpatcher
     from tpatch_jax.errors import TPatchError
     from tpatch_jax.export import ExportError, ExportInfo, export_model
     from tpatch_jax.fitting import FitInfo, FitSettings, Lane, fit, fit_many
@@ -77,7 +78,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "editors.editor": ("EditInfo", "Editor", "RequestInfo"),
     "editors.tokens": ("edit_tokens",),
-    "editors.tpatcher": ("PRESETS", "TPatcherSettings", "edit", "tpatcher"),
+    "editors.settings": ("PRESETS", "TPatcherSettings"),
+    "editors.tpatcher": ("edit", "tpatcher"),
     "errors": ("TPatchError",),
     "export": ("ExportError", "ExportInfo", "export_model"),
     "fitting": ("FitInfo", "FitSettings", "Lane", "fit", "fit_many"),

@@ -14,7 +14,7 @@ from tpatch_jax.configuration import change, read_config
 from tpatch_jax.console import print_json, progress_bar
 from tpatch_jax.editors import tpatcher
 from tpatch_jax.editors.editor import EditInfo
-from tpatch_jax.editors.tpatcher import PRESETS, TPatcherSettings
+from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.measure import measure
 from tpatch_jax.export import export_model

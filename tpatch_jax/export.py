@@ -22,7 +22,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import check_vacant, replace_folder
 from tpatch_jax.models import checkpoint, decoder
 from tpatch_jax.models import model as models_
-from tpatch_jax.models.collection import argmax_logits, collect
+from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.config import DecoderConfig
 from tpatch_jax.models.families import configure, family_of
 from tpatch_jax.models.model import Model
@@ -389,7 +389,8 @@ def _error(
     held, lost = [], []
     said, end = np.zeros(0, np.int32), 0
     if asked:
-        said = argmax_logits(model, _hidden(approximated, [row for row, _ in asked], [places for _, places in asked]))
+        rows, positions = [row for row, _ in asked], [places for _, places in asked]
+        said = predicted(model, collect(approximated, rows, positions, model.layer(None)))
     for number, (request, (row, places)) in enumerate(zip(requests, asked, strict=True)):
         holds = said[end : end + len(places)].tolist() == row[len(row) - len(places) :]
         (held if holds else lost).append(request.name(number))

@@ -6,9 +6,20 @@ Arrays only; `tpatch_jax.editors.tpatcher` collects the queries from a model.
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-__all__ = ["Memory", "counted", "create_memory", "extend", "hardest", "nuisance_scatter", "second_moments", "whitening"]
+__all__ = [
+    "Memory",
+    "blended",
+    "counted",
+    "create_memory",
+    "extend",
+    "hardest",
+    "nuisance_scatter",
+    "second_moments",
+    "whitening",
+]
 
 NO_ANSWER, PADDING = -1, -2
 
@@ -71,6 +82,21 @@ def nuisance_scatter(groups: Array) -> Array:
     return centred.T @ centred / centred.shape[0]
 
 
+def blended(own: Array, general: Array, share: float) -> Array:
+    """A mixture of two scatters, each taken at a trace of one: ``share·own/tr + (1-share)·general/tr``.
+
+    Args:
+        own: ``[d, d]``.
+        general: ``[d, d]``.
+        share: of ``own``, 0 to 1.
+
+    Example:
+        >>> float(blended(4 * jnp.eye(2), jnp.eye(2), 0.5)[0, 0])
+        0.5
+    """
+    return share * own / jnp.trace(own) + (1 - share) * general / jnp.trace(general)
+
+
 def whitening(
     covariance: Array, nuisance: Array | None = None, *, weight: float = 0.8, shrinkage: float = 0.1
 ) -> Array:
@@ -127,7 +153,9 @@ def create_memory(
     return Memory(query.astype(jnp.float32), jnp.full(query.shape[0], NO_ANSWER, jnp.int32), mean, whitener)
 
 
-def extend(memory: Memory, query: Array, answer: Array | None = None, size: int | None = None) -> Memory:
+def extend(
+    memory: Memory, query: Array | np.ndarray, answer: Array | np.ndarray | None = None, size: int | None = None
+) -> Memory:
     """The memory with more rows; mean and whitener stay those of unrelated text.
 
     Args:
@@ -141,13 +169,14 @@ def extend(memory: Memory, query: Array, answer: Array | None = None, size: int 
         >>> extend(create_memory(jnp.eye(4)), jnp.ones((2, 4))).query.shape
         (6, 4)
     """
-    answer = jnp.full(query.shape[0], NO_ANSWER, jnp.int32) if answer is None else answer.astype(jnp.int32)
+    answer = np.full(query.shape[0], NO_ANSWER, np.int32) if answer is None else np.asarray(answer, np.int32)
     missing = max(0, (size or 0) - query.shape[0])
-    # In front of the others: what is held out of a memory is taken from its end.
-    query = jnp.pad(query.astype(jnp.float32), ((missing, 0), (0, 0)))
-    answer = jnp.pad(answer, (missing, 0), constant_values=PADDING)
+    # In front of the others: what is held out of a memory is taken from its end. On the host: it compiles nothing.
+    query = np.pad(np.asarray(query, np.float32), ((missing, 0), (0, 0)))
+    answer = np.pad(np.asarray(answer), (missing, 0), constant_values=PADDING)
     return memory._replace(
-        query=jnp.concatenate([query, memory.query]), answer=jnp.concatenate([answer, memory.answer])
+        query=jnp.concatenate([jnp.asarray(query), memory.query]),
+        answer=jnp.concatenate([jnp.asarray(answer), memory.answer]),
     )
 
 

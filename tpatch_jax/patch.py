@@ -2,16 +2,21 @@
 
 A patch neuron has a key ``k``, a bias ``b`` and a value ``v``. On a query ``q`` (the input of the edited feed-forward
 network) it adds ``act(q·k + b)·v`` to that network's output (Huang et al., ICLR 2023, section 4.1).
+
+What is put together or picked from patches of NumPy arrays stays on the host, where a new number of neurons compiles
+nothing.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.sizes import power_of_two
 
 __all__ = [
     "Patch",
@@ -23,6 +28,7 @@ __all__ = [
     "pad",
     "preactivations",
     "sharpen",
+    "sized",
     "take",
 ]
 
@@ -74,6 +80,10 @@ def create(width: int, neurons: int = 0, dtype: jnp.dtype | type = jnp.float32) 
     return Patch(zeros, jnp.full(neurons, SILENT_BIAS, dtype), zeros)
 
 
+def _on_host(*patches: Patch) -> bool:
+    return all(isinstance(leaf, np.ndarray) for patch in patches for leaf in patch if leaf is not None)
+
+
 def concatenate(patches: Sequence[Patch]) -> Patch:
     """All neurons of several patches, in order, as one patch.
 
@@ -99,11 +109,12 @@ def concatenate(patches: Sequence[Patch]) -> Patch:
     named = [layer for layer in layers if layer is not None]
     if named and len(named) < len(layers):
         raise TPatchError("some patches name their layer and some do not; give each one a `layer` first")
+    together: Any = np.concatenate if _on_host(*patches) else jnp.concatenate
     return Patch(
-        jnp.concatenate([patch.key for patch in patches]),
-        jnp.concatenate([patch.bias for patch in patches]),
-        jnp.concatenate([patch.value for patch in patches]),
-        jnp.concatenate(named) if named else None,
+        together([patch.key for patch in patches]),
+        together([patch.bias for patch in patches]),
+        together([patch.value for patch in patches]),
+        together(named) if named else None,
     )
 
 
@@ -121,12 +132,11 @@ def take(patch: Patch, index: Array | np.ndarray | slice | Sequence[int]) -> Pat
         >>> take(create(4, 3), slice(0, 2)).bias.shape
         (2,)
     """
-    if isinstance(index, slice):
-        chosen: Array | slice = index
-    else:
-        chosen = jnp.asarray(index)
+    chosen: Any = index
+    if not isinstance(index, slice):
+        chosen = np.asarray(index) if _on_host(patch) else jnp.asarray(index)
         # An empty list has no integer type of its own.
-        chosen = chosen if chosen.size else chosen.astype(jnp.int32)
+        chosen = chosen if chosen.size else chosen.astype(np.int32)
     layer = None if patch.layer is None else patch.layer[chosen]
     return Patch(patch.key[chosen], patch.bias[chosen], patch.value[chosen], layer)
 
@@ -157,7 +167,25 @@ def pad(patch: Patch, neurons: int) -> Patch:
         return patch
     filler = create(patch.key.shape[1], missing, patch.key.dtype)
     layer = None if patch.layer is None else jnp.full(missing, patch.layer[-1] if patch.layer.size else 0)
-    return concatenate([patch, filler._replace(layer=layer)])
+    filler = filler._replace(layer=layer)
+    return concatenate([patch, jax.tree.map(np.asarray, filler) if _on_host(patch) else filler])
+
+
+def sized(patch: Patch, least: int = 8) -> Patch:
+    """The patch padded to a power of two neurons, so that a new number of them seldom compiles anything anew.
+
+    Args:
+        patch: ``n`` neurons.
+        least: the smallest size.
+
+    Returns:
+        A patch of at least ``n`` neurons, the given ones first.
+
+    Example:
+        >>> sized(create(4, 9)).key.shape
+        (16, 4)
+    """
+    return pad(patch, power_of_two(patch.key.shape[0], least))
 
 
 def join(patch: Patch) -> Patch:

@@ -29,6 +29,10 @@ class Item(NamedTuple):
     starts: list[int]
     texts: list[str]
 
+    def places(self, context: int) -> range:
+        """The positions in a row whose next token is the target's."""
+        return range(self.starts[context] - 1, self.starts[context] - 1 + len(self.target))
+
 
 def check_requests(model: Model, requests: Sequence[EditRequest], site: str) -> dict[int, str]:
     """Requests that cannot be worked on, with the reason; all others go on."""

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpatch_jax.configuration import change, known_names
+from tpatch_jax.editors.earlier import load_earlier, save_earlier
 from tpatch_jax.editors.editor import Editor
-from tpatch_jax.editors.tpatcher import PRESETS, Earlier, TPatcherState, tpatcher
+from tpatch_jax.editors.settings import PRESETS
+from tpatch_jax.editors.tpatcher import TPatcherState, tpatcher
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.collection import Sites
 from tpatch_jax.models.model import Model, attach
-from tpatch_jax.patch import Patch, pad
-from tpatch_jax.sizes import power_of_two
+from tpatch_jax.patch import Patch, sized
 
 __all__ = ["METHODS", "Method", "find_method", "method_settings"]
 
@@ -48,21 +48,17 @@ class Method(NamedTuple):
 
 def _tpatcher_model(state: TPatcherState) -> Model:
     # Few sizes, so that a new number of neurons seldom compiles the network anew.
-    size = power_of_two(state.patch.key.shape[0], 8)
-    return attach(state.model, pad(state.patch, size), relu=True)
+    return attach(state.model, sized(state.patch), relu=True)
 
 
 def _save_tpatcher(state: TPatcherState) -> Arrays:
     arrays = {name: np.asarray(value) for name, value in state.patch._asdict().items() if value is not None}
-    earlier = {f"earlier_{name}": np.asarray(value) for name, value in state.earlier.sites._asdict().items()}
-    return {**arrays, **earlier, "earlier_wanted": np.asarray(state.earlier.wanted)}
+    return {**arrays, **save_earlier(state.earlier)}
 
 
 def _restore_tpatcher(state: TPatcherState, arrays: Arrays) -> TPatcherState:
-    found = {name: jnp.asarray(value) for name, value in arrays.items()}
-    patch = Patch(found["key"], found["bias"], found["value"], found.get("layer"))
-    sites = Sites(*(found[f"earlier_{name}"] for name in Sites._fields))
-    return state._replace(patch=patch, earlier=Earlier(sites, found["earlier_wanted"]))
+    patch = Patch(**{name: jnp.asarray(arrays[name]) for name in Patch._fields if name in arrays})
+    return state._replace(patch=patch, earlier=load_earlier(arrays))
 
 
 METHODS: Mapping[str, Method] = {

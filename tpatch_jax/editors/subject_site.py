@@ -16,19 +16,28 @@ from jax import Array
 
 from tpatch_jax import ffn
 from tpatch_jax.editors.background import Background
+from tpatch_jax.editors.earlier import NO_SUBJECT, Earlier
 from tpatch_jax.editors.reading import Item, subject_token
-from tpatch_jax.memory import Memory, create_memory, extend, nuisance_scatter
+from tpatch_jax.memory import Memory, blended, create_memory, extend, nuisance_scatter
 from tpatch_jax.models import decoder
-from tpatch_jax.models.collection import collect
+from tpatch_jax.models.collection import collect, row_length
 from tpatch_jax.models.model import Model, attach, tokens_array
-from tpatch_jax.patch import Patch, concatenate, create, sharpen, take
+from tpatch_jax.patch import Patch, concatenate, create, sharpen, sized, take
 from tpatch_jax.recipes.staged import Recognised
 from tpatch_jax.recipes.through import Asked, ThroughInfo, ThroughSettings, train_values
 from tpatch_jax.recipes.whitened import whitened_key
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.sizes import power_of_two
 
-__all__ = ["SubjectNeuron", "SubjectSettings", "fit_subjects", "subject_layer"]
+__all__ = [
+    "FittedSubjects",
+    "SubjectNeuron",
+    "SubjectSettings",
+    "Subjects",
+    "fit_subjects",
+    "read_subjects",
+    "subject_layer",
+]
 
 NEUTRAL = ("{} is a", "{} is known for", "The history of {} began", "People who like {} also like", "{} and")
 """Prompts that ask nothing in particular about a subject: what is said after them should change little."""
@@ -71,7 +80,7 @@ class SubjectNeuron(NamedTuple):
 
     Attributes:
         position: the request's place in the list.
-        neuron: its neuron in the patch that `fit_subjects` returns.
+        neuron: its place among the neurons that `fit_subjects` returns.
         steps: steps on its value.
         margin: see `tpatch_jax.recipes.lane.FitInfo`.
         losses: the terms of the objective at the end.
@@ -116,11 +125,10 @@ def _prompt_row(model: Model, request: EditRequest, item: Item, context: int) ->
     subject, text = request.subject or "", item.texts[context]
     # Searched within the prompt, which is what the text ends with: a prefix may name the subject as well.
     end = len(text) - len(request.prompt) + request.prompt.index(subject) + len(subject)
-    start = item.starts[context]
     return _Row(
         item.rows[context],
         subject_token(model, text, end),
-        list(range(start - 1, start - 1 + len(item.target))),
+        list(item.places(context)),
         item.target,
     )
 
@@ -134,30 +142,6 @@ def _subject_rows(model: Model, subject: str, texts: Sequence[str]) -> list[_Row
     return rows
 
 
-def _memory(
-    model: Model, known: Background, layer: int, rows: Sequence[Sequence[_Row]], groups: np.ndarray,
-    earlier: tuple[Array, Array], settings: SubjectSettings, report: Callable[[int], None] | None
-) -> tuple[Array, Memory]:  # fmt: skip
-    """Every subject's own queries, ``[lanes, contexts, d]``, and what its key must stay silent on."""
-    # Nothing after the subject reaches its query. Of the bare prompt every token up to it is a negative of the others.
-    cut = [row.tokens[: row.subject + 1] for own in rows for row in own]
-    contexts = len(rows[0])
-    places = [range(len(row)) if number % contexts == 0 else [len(row) - 1] for number, row in enumerate(cut)]
-    sites = collect(model, cut, places, layer, report).query
-    ends = np.cumsum([len(place) for place in places]) - 1
-    own = sites[ends].reshape(len(rows), contexts, -1).astype(jnp.float32)
-    lane = np.repeat(
-        np.arange(len(rows)), [sum(map(len, places[n * contexts : (n + 1) * contexts])) for n in range(len(rows))]
-    )
-    nuisance = nuisance_scatter(own) if len(rows) > 1 else known.nuisance
-    share = min(0.9, len(rows) / 30)
-    nuisance = share * nuisance / jnp.trace(nuisance) + (1 - share) * known.nuisance / jnp.trace(known.nuisance)
-    memory = create_memory(known.query, nuisance, weight=settings.key_nuisance)
-    query = jnp.concatenate([earlier[0].astype(jnp.float32), sites.astype(jnp.float32)])
-    answer = jnp.concatenate([earlier[1], jnp.asarray(groups[lane])])
-    return own, extend(memory, query, answer, power_of_two(query.shape[0], 64))
-
-
 @jax.jit
 def _keys(query: Array, groups: Array, memory: Memory, floor: float, split: float) -> Recognised:
     # One lane at a time: the memory's responses to many keys at once would be the largest array of all.
@@ -165,7 +149,7 @@ def _keys(query: Array, groups: Array, memory: Memory, floor: float, split: floa
 
 
 def _forked(model: Model, rows: Sequence[_Row], layer: int, places: int) -> tuple[decoder.Fork, Array]:
-    length = -(-max(len(row.tokens) for row in rows) // 8) * 8
+    length = row_length(max(len(row.tokens) for row in rows))
     span = power_of_two(max(len(row.tokens) - row.subject for row in rows), 4)
     first = jnp.asarray([row.subject for row in rows], jnp.int32)
     forked = decoder.fork(
@@ -235,85 +219,206 @@ def _values(
     return train_values(targets, close, run, scale, settings.value)
 
 
+class Subjects(NamedTuple):
+    """The subjects of some requests, as the layer of this site sees them, with the key that recognises each.
+
+    Attributes:
+        model: the unedited model.
+        layer: the layer.
+        settings: options.
+        lanes: the requests that have a subject, as places in the list of items.
+        prompts: of each lane the prompts through which its value is trained, the bare one first.
+        neutral: of each lane prompts after which little should change.
+        groups: a number for each item's subject, -1 without one.
+        queries: of each item the query at every token of its bare prompt and target, ``[tokens, d]``.
+        found: the lanes' keys.
+        positions: of each item the request's place in the list of requests.
+    """
+
+    model: Model
+    layer: int
+    settings: SubjectSettings
+    lanes: list[int]
+    prompts: dict[int, list[_Row]]
+    neutral: dict[int, list[_Row]]
+    groups: np.ndarray
+    queries: list[np.ndarray]
+    found: Recognised | None
+    positions: list[int]
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Where an item's subject ends in its bare prompt, and its group; -1 without a subject."""
+        return (self.prompts[number][0].subject if number in self.prompts else -1), int(self.groups[number])
+
+    def heard(self, numbers: Sequence[int]) -> np.ndarray:
+        """The queries of some items, one after the other, ``[tokens, d]``."""
+        return np.concatenate([self.queries[number] for number in numbers]) if len(numbers) else self.queries[0][:0]
+
+
+class FittedSubjects(NamedTuple):
+    """Neurons at subjects, ``[n, d]``, which name their layer, and what became of the requests they belong to."""
+
+    patch: Patch
+    neurons: list[SubjectNeuron]
+
+
+def read_subjects(
+    model: Model, known: Background, layer: int, items: Sequence[Item], requests: Sequence[EditRequest],
+    earlier: Earlier, settings: SubjectSettings, progress: Progress | None = None
+) -> Subjects:  # fmt: skip
+    """What the layer sees of each subject in a few contexts, and a key that recognises it.
+
+    Args:
+        model: the model without any patch.
+        known: what is known about it at this layer.
+        layer: the layer.
+        items: the requests in tokens.
+        requests: all requests, by ``Item.position``.
+        earlier: the edits of earlier steps, on which the keys stay silent unless they are of the same subject.
+        settings: options.
+        progress: called with what is being done, how much is done, and how much there is.
+    """
+    subjects = [requests[item.position].subject for item in items]
+    groups = np.asarray([NO_SUBJECT if subject is None else group_of(subject) for subject in subjects], np.int32)
+    lanes = [number for number, subject in enumerate(subjects) if subject is not None]
+    prompts = {
+        number: [
+            _prompt_row(model, requests[items[number].position], items[number], context)
+            for context in range(min(settings.value_contexts, len(items[number].texts)))
+        ]
+        for number in lanes
+    }
+    # At the very start of a text, too, where a subject looks different from anywhere else.
+    alone = ["{}", *(f"{prefix} {{}}" for prefix in known.prefixes[settings.value_contexts :])]
+    alone = alone[: settings.key_contexts // 2]
+    more = {number: prompts[number][1:] + _subject_rows(model, subjects[number] or "", alone) for number in lanes}
+    neutral = {number: _subject_rows(model, subjects[number] or "", NEUTRAL[: settings.neutral]) for number in lanes}
+
+    # Nothing after the subject reaches its query.
+    whole = [item.rows[0] for item in items]
+    cut = [row.tokens[: row.subject + 1] for number in lanes for row in more[number]]
+    rows, places = [*whole, *cut], [*(range(len(row)) for row in whole), *([len(row) - 1] for row in cut)]
+    report = (lambda done: progress("reading subjects", done, len(rows))) if progress else None
+    seen = collect(model, rows, places, layer, report).query
+    queries = np.split(seen[: sum(map(len, whole))], np.cumsum([len(row) for row in whole])[:-1])
+    found = None
+    if lanes:
+        contexts = seen[sum(map(len, whole)) :].reshape(len(lanes), -1, seen.shape[1])
+        bare = np.stack([queries[number][prompts[number][0].subject] for number in lanes])
+        own = np.concatenate([bare[:, None], contexts], 1).astype(np.float32)
+        # Of the prompts every token up to the subject is a negative of the others.
+        ends = [
+            prompts[number][0].subject + 1 if number in prompts else items[number].starts[0]
+            for number in range(len(items))
+        ]
+        part = np.concatenate([query[:end] for query, end in zip(queries, ends, strict=True)])
+        heard, owner = _heard_before(earlier)
+        negative = np.concatenate([heard, part, contexts.reshape(-1, seen.shape[1])])
+        answer = np.concatenate([owner, np.repeat(groups, ends), np.repeat(groups[lanes], contexts.shape[1])])
+        found = _recognised(known, own, groups[lanes], negative, answer, settings)
+    return Subjects(
+        model, layer, settings, lanes, prompts, neutral, groups, queries, found, [item.position for item in items]
+    )
+
+
+def _heard_before(earlier: Earlier) -> tuple[np.ndarray, np.ndarray]:
+    """Queries of earlier edits up to the end of their subjects, and the groups they belong to."""
+    ends = np.where(earlier.subjects >= 0, earlier.subjects + 1, earlier.starts)
+    firsts = np.cumsum(earlier.lengths) - earlier.lengths
+    index = [np.arange(first, first + end) for first, end in zip(firsts, ends, strict=True)]
+    return earlier.heard[np.concatenate([np.zeros(0, int), *index])], np.repeat(earlier.groups, ends)
+
+
+def _recognised(
+    known: Background, own: np.ndarray, groups: np.ndarray, negative: np.ndarray, answer: np.ndarray,
+    settings: SubjectSettings
+) -> Recognised:  # fmt: skip
+    """The keys of some subjects, silent on ``negative [rows, d]`` but for rows of their own group."""
+    lanes, nuisance = len(own), known.nuisance
+    if lanes > 1:
+        # The subjects' own contexts tell more than the general ones, the more of them there are.
+        nuisance = blended(nuisance_scatter(jnp.asarray(own)), nuisance, min(0.9, lanes / 30))
+    memory = create_memory(known.query, nuisance, weight=settings.key_nuisance)
+    memory = extend(memory, negative, answer, power_of_two(len(negative), 64))
+    size = power_of_two(lanes)
+    padded = np.pad(own, ((0, size - lanes), (0, 0), (0, 0)), mode="edge"), np.resize(groups, size)
+    found = _keys(*padded, memory, settings.key_floor, settings.key_split)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:lanes], found)
+
+
 def fit_subjects(
-    model: Model, deep: Patch, layer: int, known: Background, items: Sequence[Item], requests: Sequence[EditRequest],
-    earlier: tuple[Array, Array], settings: SubjectSettings, progress: Progress | None = None
-) -> tuple[Patch, list[SubjectNeuron]]:  # fmt: skip
+    read: Subjects, before: Patch, wrong: Sequence[bool], earlier: Earlier, progress: Progress | None = None
+) -> FittedSubjects:
     """One neuron for each request, at its subject.
 
     Several requests about one subject are fitted one after the other, each in the presence of those before it and held
     to their answers; requests about different subjects do not see each other's values.
 
     Args:
-        model: the model without any patch.
-        deep: the neurons that earlier steps put into this layer.
-        layer: the layer.
-        known: what is known about the unedited model at this layer.
-        items: the requests in tokens.
-        requests: all requests, by ``Item.position``; those of ``items`` have a subject.
-        earlier: queries of earlier edits at this layer, ``[rows, d]``, and the groups of their subjects, ``[rows]``.
-        settings: options.
+        read: the subjects.
+        before: the neurons that earlier steps put into this layer, ``[n, d]``.
+        wrong: which items want a neuron.
+        earlier: the edits of earlier steps; those of the same subject must go on.
         progress: called with what is being done, how much is done, and how much there is.
 
     Returns:
-        The new neurons, ``[n, d]``, which name their layer, and what became of each request. A request whose queries
-        cannot be parted from others' gets none.
+        The new neurons. A request whose queries cannot be parted from others' gets none.
     """
-    subjects = [requests[item.position].subject or "" for item in items]
-    groups = np.asarray([group_of(subject) for subject in subjects], np.int32)
-    prompts = [
-        [_prompt_row(model, requests[i.position], i, c) for c in range(min(settings.value_contexts, len(i.texts)))]
-        for i in items
-    ]
-    # At the very start of a text, too, where a subject looks different from anywhere else.
-    alone = ["{}", *(f"{prefix} {{}}" for prefix in known.prefixes[settings.value_contexts :])][
-        : settings.key_contexts // 2
-    ]
-    seen = [own + _subject_rows(model, subject, alone) for own, subject in zip(prompts, subjects, strict=True)]
-    report = (lambda done: progress("reading subjects", done, len(seen) * len(seen[0]))) if progress else None
-    own, memory = _memory(model, known, layer, seen, groups, earlier, settings, report)
-    size = power_of_two(len(items))
-    padded = (jnp.pad(own, ((0, size - len(items)), (0, 0), (0, 0)), mode="edge"), jnp.asarray(np.resize(groups, size)))
-    found = jax.tree.map(
-        lambda leaf: leaf[: len(items)], _keys(*padded, memory, settings.key_floor, settings.key_split)
-    )
-    parted = np.flatnonzero(np.asarray(found.margin) > 0).tolist()
-    neutral = [_subject_rows(model, subject, NEUTRAL[: settings.neutral]) for subject in subjects]
-
-    result, neurons, done = create(model.config.width, 0), [], 0
-    result = result._replace(layer=jnp.zeros(0, jnp.int32))
-    turn = [int(np.sum(groups[:number] == group)) for number, group in enumerate(groups)]
-    for round_ in range(max(turn, default=-1) + 1):
-        now = [lane for lane in parted if turn[lane] == round_]
+    model, layer, settings, prompts, groups = read.model, read.layer, read.settings, read.prompts, read.groups
+    width = model.config.width
+    result = jax.tree.map(np.asarray, create(width)._replace(layer=jnp.zeros(0, jnp.int32)))
+    if read.found is None:
+        return FittedSubjects(result, [])
+    found, slot = read.found, {number: slot for slot, number in enumerate(read.lanes)}
+    going = [number for number in read.lanes if wrong[number] and found.margin[slot[number]] > 0]
+    turn = {number: sum(groups[other] == groups[number] for other in going if other < number) for number in going}
+    neurons: list[SubjectNeuron] = []
+    for round_ in range(max(turn.values(), default=-1) + 1):
+        now = [number for number in going if turn[number] == round_]
         # Of similar lengths together, so that little is padding.
-        now.sort(key=lambda lane: (len(items[lane].target), max(len(row.tokens) for row in prompts[lane])))
-        there = concatenate([deep, result]) if deep.key.shape[0] else result
-        present = attach(model, there) if there.key.shape[0] else model
-        fresh: list[Patch] = []
+        now.sort(key=lambda number: (len(prompts[number][0].wanted), max(len(row.tokens) for row in prompts[number])))
+        there = concatenate([before, result]) if before.key.shape[0] else result
+        present = attach(model, sized(there)) if there.key.shape[0] else model
         for first in range(0, len(now), settings.value_lanes):
             chunk = now[first : first + settings.value_lanes]
             # Lanes come in few numbers too; one that stands in twice is dropped again.
             lanes = [*chunk, *[chunk[-1]] * (power_of_two(len(chunk)) - len(chunk))]
-            pick = np.asarray(lanes)
+            pick = [slot[number] for number in lanes]
             silent = Patch(found.key[pick], found.bias[pick], jnp.zeros_like(found.key[pick]))
-            kept = [[prompts[n][0] for n in range(lane) if groups[n] == groups[lane] and n in parted] for lane in lanes]
+            kept = [
+                [
+                    *(prompts[n][0] for n in read.lanes if groups[n] == groups[number] and turn.get(n, -1) < round_),
+                    *_earlier_rows(earlier, groups[number]),
+                ]
+                for number in lanes
+            ]
             value, info = _values(
-                present, model, layer, silent, [prompts[n] for n in lanes],
-                kept, [neutral[n] for n in lanes], settings,
+                present, model, layer, silent, [prompts[n] for n in lanes], kept, [read.neutral[n] for n in lanes],
+                settings,
             )  # fmt: skip
             for number, lane in enumerate(chunk):
-                losses = {
-                    "l_e": float(info.loss[number]),
-                    **{name: float(loss[lane]) for name, loss in found.losses.items()},
-                }
-                neuron = result.key.shape[0] + sum(part.key.shape[0] for part in fresh) + number
-                steps, margin = int(info.steps[number]), float(found.margin[lane])
-                neurons.append(SubjectNeuron(items[lane].position, neuron, steps, margin, losses))
-            fitted = sharpen(silent._replace(value=value), SHARPNESS)
-            where = jnp.full(len(chunk), layer, jnp.int32)
-            fresh.append(take(fitted, np.arange(len(chunk)))._replace(layer=where))
-            done += len(chunk)
+                key_losses = {name: float(loss[slot[lane]]) for name, loss in found.losses.items()}
+                losses = {"l_e": float(info.loss[number]), **key_losses}
+                steps, margin = int(info.steps[number]), float(found.margin[slot[lane]])
+                place = result.key.shape[0] + number
+                neurons.append(SubjectNeuron(read.positions[lane], place, steps, margin, losses))
+            new = jax.tree.map(np.asarray, sharpen(silent._replace(value=value), SHARPNESS))
+            new = take(new, np.arange(len(chunk)))._replace(layer=np.full(len(chunk), layer, np.int32))
+            result = concatenate([result, new])
             if progress:
-                progress("training values", done, len(parted))
-        result = concatenate([result, *fresh])
-    return result, neurons
+                progress("training values", len(neurons), len(going))
+    return FittedSubjects(result, neurons)
+
+
+def _earlier_rows(earlier: Earlier, group: int) -> list[_Row]:
+    """The bare prompts of earlier edits of one subject."""
+    found, rows = np.flatnonzero(earlier.groups == group), earlier.rows
+    return [
+        _Row(
+            rows[n],
+            int(earlier.subjects[n]),
+            list(range(earlier.starts[n] - 1, earlier.lengths[n] - 1)),
+            rows[n][earlier.starts[n] :],
+        )
+        for n in found
+    ]

@@ -6,7 +6,6 @@ What that editor reads off its own model is measured here: the direction of a va
 """
 
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,15 +15,16 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax.editors.background import PREFIX_LENGTHS, SPANS
-from tpatch_jax.editors.editor import EditInfo, RequestInfo
+from tpatch_jax.editors.editor import EditInfo
+from tpatch_jax.editors.rounds import Note, ask, finished, fit_rounds, report
+from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
 from tpatch_jax.editors.token_lanes import create_lanes, output_moment
-from tpatch_jax.editors.tpatcher import PRESETS, TPatcherSettings
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.fitting import FitInfo, fit_many
+from tpatch_jax.fitting import Lane
 from tpatch_jax.memory import Memory, create_memory, extend, nuisance_scatter
 from tpatch_jax.models.foreign import Network
 from tpatch_jax.models.foreign_collection import TokenSites, collect_queries, collect_tokens, said
-from tpatch_jax.patch import Patch, concatenate, create, join, take
+from tpatch_jax.patch import Patch, create, take
 from tpatch_jax.requests import EditRequest, contradictions
 from tpatch_jax.sizes import power_of_two
 
@@ -144,82 +144,65 @@ def _edit(
     began = time.perf_counter()
     problems: dict[int, str] = {}
     items = _items(prompts, targets, memory_rows, network.vocabulary, settings, problems)
-    patch, final = create(network.width), create(network.width)
+    names = [f"edit-{position}" for position in range(len(prompts))]
+
+    def told(neurons: dict[int, list[int]], notes: dict[int, list[Note]], already: set[int], fit: float, unit: float):
+        times = time.perf_counter() - began, fit, unit
+        return report(names, problems, already, neurons, notes, network.width, times)
+
     if not items:
-        return final, _info(len(prompts), problems, {}, {}, set(), began, 0.0, 0.0, network)
+        return create(network.width), told({}, {}, set(), 0.0, 0.0)
     # No row is longer than one that the user gave: the network's own limit is not known.
     longest = max(len(row) for row in [*memory_rows, *(item.rows[0] for item in items)])
-    bare_rows = [item.rows[0] for item in items]
+    bare_rows, bare_places = [item.rows[0] for item in items], [_places(item.rows[0], item.target) for item in items]
     rows = [row for item in items for row in item.rows]
     sites = collect_tokens(network, rows, [_places(row, item.target) for item in items for row in item.rows], longest)
-    table, offset = [], 0
-    for item in items:
-        span = np.arange(len(item.rows) * len(item.target)).reshape(len(item.rows), -1) + offset
-        table.append(span)
-        offset += span.size
-    answers = np.concatenate([item.target * len(item.rows) for item in items])
-    owner = np.concatenate([np.full(len(item.target), number) for number, item in enumerate(items)])
-    token = np.concatenate([np.arange(len(item.target)) for item in items])
-    wanted = np.concatenate([item.target for item in items])
+    asked = ask([item.target for item in items], [len(item.rows) for item in items])
 
     memory = _memory(network, memory_rows, settings, longest)
     if settings.other_edits:
-        memory = extend(memory, sites.query, jnp.asarray(answers), power_of_two(len(answers), 64))
+        memory = extend(memory, sites.query, asked.answers, power_of_two(len(asked.answers), 64))
     finish, key = network.finisher(), jax.random.key(seed)
     moment = output_moment(finish, _references(network, memory_rows, longest))
 
     def wrong(patch: Patch) -> np.ndarray:
-        spoken = said(network.attach(patch), bare_rows, [_places(item.rows[0], item.target) for item in items], longest)
-        return np.flatnonzero(spoken != wanted)
+        return np.flatnonzero(said(network.attach(patch), bare_rows, bare_places, longest) != asked.wanted)
 
-    missing = wrong(patch)
-    unit = _seconds(lambda: wrong(create(network.width))) / len(items)
-    already = set(range(len(items))) - set(owner[missing].tolist())
-    lanes, fits, fit_seconds = np.zeros(0, np.int64), [], 0.0
-    for attempt in range(settings.attempts):
-        missing = missing[token[missing] < settings.most_tokens]
-        if not len(missing):
-            break
-        fitted = time.perf_counter()
-        chosen = np.stack([table[owner[row]][:, token[row]] for row in missing])
-        lane = create_lanes(network, sites, chosen, jnp.asarray(wanted[missing]), patch, finish, moment)
-        # Folded by what is asked for, so that a result does not depend on its neighbours.
-        names = [f"{items[owner[row]].rows[0]} {token[row]} {attempt}" for row in missing]
-        folds = jnp.asarray([zlib.crc32(name.encode()) for name in names], jnp.uint32)
-        keys = jax.vmap(lambda fold: jax.random.fold_in(key, fold))(folds)
-        found, info = fit_many(lane, memory, finish, keys, settings.fit.harder(attempt), network.activation)
-        fit_seconds += time.perf_counter() - fitted
-        finite = np.isfinite(np.asarray(found.value)).all((1, 2)) & np.isfinite(np.asarray(found.key)).all((1, 2))
-        keep, size = np.flatnonzero(finite), found.key.shape[1]
-        patch = concatenate([patch, join(take(found, keep))])
-        lanes = np.concatenate([lanes, np.repeat(missing[keep], size)])
-        fits += [jax.tree.map(lambda leaf, at=at: leaf[at], info) for at in keep for _ in range(size)]
-        missing = wrong(patch)
+    def lanes(rows: np.ndarray, patch: Patch) -> Lane:
+        chosen = np.stack([asked.table[asked.owner[row]][:, asked.token[row]] for row in rows])
+        return create_lanes(network, sites, chosen, jnp.asarray(asked.wanted[rows]), patch, finish, moment)
 
-    # What does not hold is taken out; that may free or trip others, so look until it is stable.
-    dropped = set(owner[missing].tolist())
-    while True:
-        alive = np.flatnonzero([owner[lane] not in dropped for lane in lanes])
-        final = take(patch, alive)
-        broken = set(owner[wrong(final)].tolist()) - dropped
-        if not broken:
-            break
-        dropped |= broken
-    for number in sorted(dropped):
-        bad = [int(token[row]) + 1 for row in missing if owner[row] == number]
-        which = f"target token {bad[0]} of {len(items[number].target)} still comes out wrong" if bad else ""
-        problems[items[number].position] = (
-            f"{which or 'another edit breaks it'} after {settings.attempts} attempts; try more attempts, more memory, "
-            "or a later layer"
-        )
+    nothing = create(network.width)
+    missing = wrong(nothing)
+    unit = _seconds(lambda: wrong(nothing)) / len(items)
+    already = set(range(len(items))) - set(asked.owner[missing].tolist())
+    fitted = fit_rounds(
+        nothing,
+        lanes,
+        wrong,
+        [f"{items[own].rows[0]} {token}" for own, token in zip(asked.owner, asked.token, strict=True)],
+        asked,
+        memory,
+        finish,
+        key,
+        settings.fit,
+        attempts=settings.attempts,
+        most_tokens=settings.most_tokens,
+        activation=network.activation,
+    )
+    alive, reasons = finished(fitted, asked, wrong)
+    for number, reason in reasons.items():
+        mend = "try more attempts, more memory, or a later layer"
+        problems[items[number].position] = f"{reason} after {settings.attempts} attempts; {mend}"
     neurons: dict[int, list[int]] = {}
-    notes: dict[int, list[FitInfo]] = {}
-    for place, lane_number in enumerate(alive):
-        position = items[owner[lanes[lane_number]]].position
+    notes: dict[int, list[Note]] = {}
+    for place, lane in enumerate(alive):
+        position = items[asked.owner[fitted.row[lane]]].position
         neurons.setdefault(position, []).append(place)
-        notes.setdefault(position, []).append(fits[lane_number])
-    before = {items[number].position for number in already} - set(neurons) - set(problems)
-    return final, _info(len(prompts), problems, neurons, notes, before, began, fit_seconds, unit, network)
+        notes.setdefault(position, []).append(fitted.notes[lane])
+    before = {items[number].position for number in already}
+    patch = jax.tree.map(jnp.asarray, take(fitted.patch, alive))
+    return patch, told(neurons, notes, before, fitted.seconds, unit)
 
 
 def _items(
@@ -303,32 +286,3 @@ def _seconds(run: Callable[[], Any]) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
-
-
-def _info(
-    count: int,
-    problems: dict[int, str],
-    neurons: dict[int, list[int]],
-    notes: dict[int, list[FitInfo]],
-    already: set[int],
-    began: float,
-    fit_seconds: float,
-    unit: float,
-    network: Network,
-) -> EditInfo:
-    results = []
-    for position in range(count):
-        name, fits = f"edit-{position}", notes.get(position, [])
-        if position in problems:
-            results.append(RequestInfo(name, False, "failed", problems[position]))
-        elif position in already:
-            results.append(RequestInfo(name, True, "already"))
-        else:
-            terms = ("l_e", "l_a", "l_m1", "l_m2")
-            losses = {term: float(np.mean([getattr(fit, term) for fit in fits])) for term in terms}
-            margin, steps = min(float(fit.margin) for fit in fits), max(int(fit.steps) for fit in fits)
-            kept = tuple(neurons[position])
-            results.append(RequestInfo(name, True, "edited", "", kept, steps, losses, margin))
-    seconds, scale = time.perf_counter() - began, 1 / (count * unit) if unit else 0.0
-    numbers = sum(map(len, neurons.values())) * (2 * network.width + 1)
-    return EditInfo(tuple(results), seconds, fit_seconds, seconds * scale, fit_seconds * scale, numbers)

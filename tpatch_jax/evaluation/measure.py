@@ -5,11 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from tpatch_jax import ffn
-from tpatch_jax.models import decoder
-from tpatch_jax.models.collection import argmax_logits, collect
+from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.model import Model, attach
-from tpatch_jax.patch import Patch, contribution
+from tpatch_jax.patch import Patch
 from tpatch_jax.requests import EditRequest, join_target
 
 __all__ = ["measure", "predictions"]
@@ -39,17 +37,13 @@ def predictions(
     """
     layer = model.layer(None)
     sites = collect(model, rows, positions, layer, progress)
-    before = argmax_logits(model, decoder.leave_last(model.config, model.params, sites.residual, sites.output))
+    before = predicted(model, sites)
     if patch is None or not patch.key.shape[0]:
         return before, before
     if patch.layer is None or (np.asarray(patch.layer) == layer).all():
-        act = ffn.ACTIVATIONS[model.config.activation]
-        output = sites.output + contribution(patch, sites.query, act)
-    else:
-        model = attach(model, patch)
-        sites = collect(model, rows, positions, layer, progress)
-        output = sites.output
-    return before, argmax_logits(model, decoder.leave_last(model.config, model.params, sites.residual, output))
+        return before, predicted(model, sites, patch)
+    model = attach(model, patch)
+    return before, predicted(model, collect(model, rows, positions, layer, progress))
 
 
 def measure(

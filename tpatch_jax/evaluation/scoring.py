@@ -31,7 +31,7 @@ from tpatch_jax.models.collection import batches, collect
 from tpatch_jax.models.config import DecoderConfig
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, attach
-from tpatch_jax.patch import Patch, contribution, pad, preactivations, take
+from tpatch_jax.patch import Patch, contribution, preactivations, sized, take
 from tpatch_jax.requests import join_target
 from tpatch_jax.sizes import power_of_two
 
@@ -243,10 +243,6 @@ def _of(asked: Asked, texts: Sequence[int]) -> np.ndarray:
     return np.concatenate(spans) if spans else np.zeros(0, int)
 
 
-def _sized(patch: Patch) -> Patch:
-    return pad(patch, power_of_two(patch.key.shape[0], 8))
-
-
 def _firing(patch: Patch, query: np.ndarray, dtype: Any) -> np.ndarray:
     found = np.zeros(len(query), bool)
     for span, missing in _chunks(len(query), QUERY_ROWS):
@@ -273,7 +269,7 @@ def patched_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int] 
     last = model.layer(None)
     if patch.layer is not None and any(model.layer(int(layer)) != last for layer in np.asarray(patch.layer)):
         return _deep_scores(model, base, patch, chosen)
-    patch, dtype = _sized(patch._replace(layer=None)), _dtype(model)
+    patch, dtype = sized(patch._replace(layer=None)), _dtype(model)
     places = _of(base.asked, chosen)
     fired = places[_firing(patch, base.query[places], dtype)]
     fires[fired] = True
@@ -299,7 +295,7 @@ def _deep_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int]) -
         fired = np.zeros(ends[-1], bool)
         # As long as no neuron fired on the unedited trace of any layer, the edited trace is the unedited one.
         for layer in sorted(set(layers)):
-            neurons = _sized(take(patch, [n for n, own in enumerate(layers) if own == layer])._replace(layer=None))
+            neurons = sized(take(patch, [n for n, own in enumerate(layers) if own == layer])._replace(layer=None))
             query = collect(model, rows, [range(len(row)) for row in rows], layer).query
             fired |= _firing(neurons, np.asarray(query, np.float32), dtype)
         for number, text in enumerate(part):

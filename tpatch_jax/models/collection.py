@@ -1,24 +1,32 @@
 """Running a model over many texts of different lengths: sorted, bucketed, and cut at one layer."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tpatch_jax.ffn import ACTIVATIONS
 from tpatch_jax.models import decoder
+from tpatch_jax.models.config import DecoderConfig
 from tpatch_jax.models.model import Model, tokens_array
+from tpatch_jax.patch import Patch, contribution, create, sized
 from tpatch_jax.sizes import power_of_two
 
-__all__ = ["Sites", "argmax_logits", "batches", "collect"]
+__all__ = ["Sites", "batches", "collect", "predicted", "row_length"]
 
 TOKENS_PER_BATCH = 1024
+Rows = Any
+"""``[rows, d]`` in NumPy, which JAX takes as it is."""
 
 
 class Sites(NamedTuple):
     """What the cut gives at chosen positions: rows in the order in which they were asked for.
+
+    They stay on the host: so many of them can be kept, and picking some compiles nothing.
 
     Attributes:
         query: the FFN's input, ``[rows, d]``.
@@ -26,13 +34,18 @@ class Sites(NamedTuple):
         residual: the residual stream beside the FFN, ``[rows, d]``.
     """
 
-    query: Array
-    output: Array
-    residual: Array
+    query: Rows
+    output: Rows
+    residual: Rows
 
 
-def _length(tokens: int) -> int:
-    """Lengths come in few sizes: multiples of 8 up to 64, then powers of two."""
+def row_length(tokens: int) -> int:
+    """The length that a row is padded to: a multiple of 8 up to 64, then a power of two.
+
+    Example:
+        >>> row_length(5), row_length(17), row_length(70)
+        (8, 24, 128)
+    """
     return max(8, -(-tokens // 8) * 8) if tokens <= 64 else power_of_two(tokens)
 
 
@@ -47,7 +60,7 @@ def batches(rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Array]]:
     """
     by_length: dict[int, list[int]] = {}
     for number, row in enumerate(rows):
-        by_length.setdefault(_length(len(row)), []).append(number)
+        by_length.setdefault(row_length(len(row)), []).append(number)
     for length in sorted(by_length):
         numbers = by_length[length]
         lanes = max(1, TOKENS_PER_BATCH // length)
@@ -95,26 +108,34 @@ def collect(
         done += len(numbers)
         if progress:
             progress(done)
-    return Sites(*(jnp.asarray(array) for array in found))
+    return Sites(*found)
 
 
-def argmax_logits(model: Model, hidden: Array, rows: int = 1024) -> np.ndarray:
-    """The most probable token after each residual stream, in chunks so that logits never pile up.
+@partial(jax.jit, static_argnames="config")
+def _predicted(config: DecoderConfig, weights: Any, patch: Patch, sites: Sites) -> Array:
+    output = sites.output + contribution(patch, sites.query, ACTIVATIONS[config.activation])
+    return jnp.argmax(decoder.finish(config, weights, {"residual": sites.residual}, output), -1)
+
+
+def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int = 1024) -> np.ndarray:
+    """The most probable token after each row of the last layer, in chunks so that logits never pile up.
 
     Args:
         model: the model.
-        hidden: the residual stream after the last block, ``[n, d]``.
+        sites: from `collect` at the model's last layer.
+        patch: neurons that are active in that layer, ``[n, d]``, with the feed-forward network's own activation.
         rows: how many at a time.
 
     Returns:
-        ``[n]`` int.
+        ``[rows]`` int.
     """
-    total = hidden.shape[0]
+    total = sites.query.shape[0]
     result = np.zeros(total, np.int32)
+    weights = decoder.final_weights(model.config, model.params)
+    patch = sized((create(model.config.width) if patch is None else patch)._replace(layer=None), 64)
     for first in range(0, total, rows):
-        part = hidden[first : first + rows]
-        count = part.shape[0]
-        size = power_of_two(count, most=rows)
-        part = jnp.pad(part, ((0, size - count), (0, 0)))
-        result[first : first + count] = np.asarray(decoder.argmax(model.config, model.params, part))[:count]
+        count = min(rows, total - first)
+        missing = power_of_two(count, min(64, rows), rows) - count
+        part = Sites(*(np.pad(array[first : first + count], ((0, missing), (0, 0))) for array in sites))
+        result[first : first + count] = np.asarray(_predicted(model.config, weights, patch, part))[:count]
     return result

@@ -20,8 +20,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import decoder
 from tpatch_jax.models.cut import Cut, cut
 from tpatch_jax.models.decoder import Trace
-from tpatch_jax.patch import Patch, concatenate, contribution, pad
-from tpatch_jax.sizes import power_of_two
+from tpatch_jax.patch import Patch, concatenate, contribution, sized
 
 __all__ = ["Activation", "Growth", "Network", "added", "token_table"]
 
@@ -306,7 +305,7 @@ class Network:
 
 def added(patch: Patch, query: Array, output: Array, activation: Activation) -> Array:
     """``output + Σ act(q·k + b)·v``; silent neurons fill the patch up to one of few sizes."""
-    return _added(pad(patch, power_of_two(patch.key.shape[0], 8)), query, output, activation)
+    return _added(sized(patch), query, output, activation)
 
 
 # A program of its own: the two halves of a network are then the very same programs with a patch and without, so that a

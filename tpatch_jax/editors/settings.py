@@ -1,0 +1,64 @@
+"""Options of the T-Patcher editor, and the named sets of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tpatch_jax.editors.subject_site import SubjectSettings
+from tpatch_jax.fitting import FitSettings
+from tpatch_jax.objective import Weights
+
+__all__ = ["PRESETS", "TPatcherSettings"]
+
+
+@dataclass(frozen=True)
+class TPatcherSettings:
+    """Options of the T-Patcher editor.
+
+    Attributes:
+        site: where patches go: ``"last"``, the mistaken token in the last layer; ``"subject"``, the last token of the
+            subject in an earlier layer, completed in the last layer where that does not say the whole target. A request
+            without a subject is edited in the last layer in any case.
+        layer: of the subject site: ``"auto"``, a third of the way up, or a number.
+        fit: how a patch in the last layer is fitted.
+        subject: how a patch at the subject is fitted.
+        contexts: in how many contexts each prompt is seen, the bare one included.
+        swaps: how many versions of a prompt with another subject a patch must stay silent on (needs a subject).
+        other_edits: whether the other edits' queries are negatives as well.
+        attempts: how often what does not hold yet is fitted again, in the presence of what does.
+        most_tokens: at most so many wrong target tokens of one request get a neuron.
+        nuisance_weight: how strongly the key avoids directions in which only the context shows.
+        shrinkage: of the covariance behind the whitened key.
+        train_on_rephrases: use the requests' rephrases as further contexts; otherwise they only measure.
+    """
+
+    site: str = "last"
+    layer: str = "auto"
+    fit: FitSettings = field(default_factory=FitSettings)
+    subject: SubjectSettings = field(default_factory=SubjectSettings)
+    contexts: int = 4
+    swaps: int = 4
+    other_edits: bool = True
+    attempts: int = 3
+    most_tokens: int = 64
+    nuisance_weight: float = 0.8
+    shrinkage: float = 0.1
+    train_on_rephrases: bool = False
+
+
+PRESETS: Mapping[str, TPatcherSettings] = {
+    "default": TPatcherSettings(fit=FitSettings(weights=Weights(memory=5.0, hardest=32))),
+    "paper": TPatcherSettings(
+        fit=FitSettings(
+            recipe="joint",
+            weights=Weights(activation=1.0, memory=10.0, limit=0.0, margin=0.0, hardest=1000, label_smoothing=0.1),
+            learning_rate=0.01,
+            weight_decay=0.01,
+        ),
+        contexts=1,
+        swaps=0,
+        other_edits=False,
+        attempts=1,
+        most_tokens=5,
+    ),
+}
+"""Named settings: ``default``, this library's best, and ``paper``, the values of the paper's zsRE experiments."""
