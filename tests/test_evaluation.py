@@ -302,7 +302,7 @@ def test_protocols_report_and_resume(tiny_model: Model, tmp_path: Path, protocol
     edited = whole["results"][1]
     names = {"ES", "PS", "NS", "S", "EM", "PM", "NM", "rewrite_acc", "paraphrase_acc", "neighborhood_acc", "exact"}
     names |= {"reliability", "generalization", "locality", "perplexity", "next_token_agreement", "certificate_tokens"}
-    names |= {"certificate_prompts"}
+    names |= {"certificate_prompts", "silent_tokens"}
     names |= {"SR", "GR", "ER"} if protocol == "sequential" else set()
     assert names <= edited["metrics"].keys()
     assert edited["protocol"] == protocol

@@ -208,6 +208,42 @@ def models(json: Json = False) -> None:
     commands.models(json=json)
 
 
+def sweep(
+    model: Model,
+    requests: Annotated[Positional[str], arg(metavar="REQUESTS.jsonl", help="requests with subjects and rephrases")],
+    *,
+    output: Annotated[str, arg(aliases=["-o"], metavar="OUT", help="folder for figures, settings and a picture")],
+    layers: Annotated[str | None, arg(help="such as 2,6,10; by default eight over the whole height")] = None,
+    positions: Annotated[str, arg(help="subject, prompt or both: at whose last token")] = "subject,prompt",
+    n: Annotated[int | None, arg(aliases=["-n"], metavar="N", help="so many requests from the start")] = None,
+    config: Config = None,
+    changes: Set = (),
+    memory: Annotated[str | None, arg(help="a text file on which patches stay silent")] = None,
+    dtype: Annotated[str | None, arg(help="float32 or bfloat16; by default the checkpoint's")] = None,
+    seed: Annotated[int, arg(help="the same seed gives the same figures")] = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the layer and position for patches at subjects: edit at each, measure, and choose."""
+    from tpatch_jax.evaluation import commands
+
+    commands.sweep_command(
+        model,
+        requests,
+        output,
+        layers=layers,
+        positions=positions,
+        n=n,
+        config=config,
+        changes=changes,
+        memory=memory,
+        dtype=dtype,
+        seed=seed,
+        json=json,
+        quiet=quiet,
+    )
+
+
 COMMANDS = {
     "compare": compare,
     "demo": demo,
@@ -218,6 +254,7 @@ COMMANDS = {
     "inspect": inspect,
     "merge": merge,
     "models": models,
+    "sweep": sweep,
 }
 
 

@@ -19,6 +19,7 @@ class TPatcherSettings:
             subject in an earlier layer, completed in the last layer where that does not say the whole target. A request
             without a subject is edited in the last layer in any case.
         layer: of the subject site: ``"auto"``, a third of the way up, or a number.
+        complete: whether what a neuron at a subject leaves wrong is completed in the last layer.
         fit: how a patch in the last layer is fitted.
         subject: how a patch at the subject is fitted.
         contexts: in how many contexts each prompt is seen, the bare one included.
@@ -33,6 +34,7 @@ class TPatcherSettings:
 
     site: str = "last"
     layer: str = "auto"
+    complete: bool = True
     fit: FitSettings = field(default_factory=FitSettings)
     subject: SubjectSettings = field(default_factory=SubjectSettings)
     contexts: int = 4

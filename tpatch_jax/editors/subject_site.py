@@ -30,6 +30,7 @@ from tpatch_jax.requests import EditRequest
 from tpatch_jax.sizes import power_of_two
 
 __all__ = [
+    "POSITIONS",
     "FittedSubjects",
     "SubjectNeuron",
     "SubjectSettings",
@@ -39,8 +40,23 @@ __all__ = [
     "subject_layer",
 ]
 
-NEUTRAL = ("{} is a", "{} is known for", "The history of {} began", "People who like {} also like", "{} and")
-"""Prompts that ask nothing in particular about a subject: what is said after them should change little."""
+NEUTRAL = (
+    "{} is a",
+    "The origin of the name {} is",
+    "{} was born in",
+    "The country of {} is",
+    "The occupation of {} is",
+    "{} date of",
+    "The parent of {} is",
+    "{} is owned by",
+    "The language of {} is",
+    "The type of {} is",
+    "The location of {} is",
+    "The name of the partner of {} is",
+)
+"""Other things that can be asked about a subject: what is said after them should change little."""
+
+POSITIONS = ("subject", "prompt")
 
 SHARPNESS = 256.0
 """``s`` of ``act(s·z)/s``, folded into the patch."""
@@ -55,6 +71,7 @@ class SubjectSettings:
     No name stands for another setting of the editor as well, so that each can be given alone on the command line.
 
     Attributes:
+        token: at whose last token: ``"subject"``, or ``"prompt"``, of use for comparison only.
         value: how values are trained.
         key_contexts: in how many contexts a key sees its subject at most; half of them without the rest of the prompt.
         value_contexts: through how many contexts a value is trained, the bare prompt included.
@@ -62,16 +79,19 @@ class SubjectSettings:
         key_floor: the lowest threshold of a key, where 0 is the mean query and 1 the subject's own.
         key_split: where the threshold lies between the hardest negative (0) and the edit's own queries (1).
         key_nuisance: how strongly a key avoids directions in which only the context shows.
+        value_gain: trained values are lengthened by this factor, for rephrasings on which the key responds less.
         value_lanes: how many values are trained together at most.
     """
 
+    token: str = "subject"
     value: ThroughSettings = field(default_factory=ThroughSettings)
     key_contexts: int = 6
     value_contexts: int = 4
-    neutral: int = 1
+    neutral: int = 8
     key_floor: float = 0.6
     key_split: float = 0.5
     key_nuisance: float = 0.5
+    value_gain: float = 1.0
     value_lanes: int = 16
 
 
@@ -121,16 +141,14 @@ def group_of(subject: str) -> int:
     return zlib.crc32(subject.encode()) & 0x7FFFFFFF
 
 
-def _prompt_row(model: Model, request: EditRequest, item: Item, context: int) -> _Row:
-    subject, text = request.subject or "", item.texts[context]
+def _prompt_row(model: Model, request: EditRequest, item: Item, context: int, token: str) -> _Row:
+    places, text = list(item.places(context)), item.texts[context]
+    if token == "prompt":
+        return _Row(item.rows[context], places[0], places, item.target)
+    subject = request.subject or ""
     # Searched within the prompt, which is what the text ends with: a prefix may name the subject as well.
     end = len(text) - len(request.prompt) + request.prompt.index(subject) + len(subject)
-    return _Row(
-        item.rows[context],
-        subject_token(model, text, end),
-        list(item.places(context)),
-        item.target,
-    )
+    return _Row(item.rows[context], subject_token(model, text, end), places, item.target)
 
 
 def _subject_rows(model: Model, subject: str, texts: Sequence[str]) -> list[_Row]:
@@ -279,18 +297,20 @@ def read_subjects(
         progress: called with what is being done, how much is done, and how much there is.
     """
     subjects = [requests[item.position].subject for item in items]
-    groups = np.asarray([NO_SUBJECT if subject is None else group_of(subject) for subject in subjects], np.int32)
+    # What a key stands for: queries of the same are no negatives of each other.
+    named = [s if s is None or settings.token == "subject" else items[n].texts[0] for n, s in enumerate(subjects)]
+    groups = np.asarray([NO_SUBJECT if name is None else group_of(name) for name in named], np.int32)
     lanes = [number for number, subject in enumerate(subjects) if subject is not None]
     prompts = {
         number: [
-            _prompt_row(model, requests[items[number].position], items[number], context)
+            _prompt_row(model, requests[items[number].position], items[number], context, settings.token)
             for context in range(min(settings.value_contexts, len(items[number].texts)))
         ]
         for number in lanes
     }
     # At the very start of a text, too, where a subject looks different from anywhere else.
     alone = ["{}", *(f"{prefix} {{}}" for prefix in known.prefixes[settings.value_contexts :])]
-    alone = alone[: settings.key_contexts // 2]
+    alone = alone[: settings.key_contexts // 2] if settings.token == "subject" else []
     more = {number: prompts[number][1:] + _subject_rows(model, subjects[number] or "", alone) for number in lanes}
     neutral = {number: _subject_rows(model, subjects[number] or "", NEUTRAL[: settings.neutral]) for number in lanes}
 
@@ -402,7 +422,7 @@ def fit_subjects(
                 steps, margin = int(info.steps[number]), float(found.margin[slot[lane]])
                 place = result.key.shape[0] + number
                 neurons.append(SubjectNeuron(read.positions[lane], place, steps, margin, losses))
-            new = jax.tree.map(np.asarray, sharpen(silent._replace(value=value), SHARPNESS))
+            new = jax.tree.map(np.asarray, sharpen(silent._replace(value=settings.value_gain * value), SHARPNESS))
             new = take(new, np.arange(len(chunk)))._replace(layer=np.full(len(chunk), layer, np.int32))
             result = concatenate([result, new])
             if progress:

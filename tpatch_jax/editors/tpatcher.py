@@ -31,7 +31,14 @@ from tpatch_jax.editors.last_site import (
 from tpatch_jax.editors.reading import Item, check_requests, read_item
 from tpatch_jax.editors.rounds import Note, ask, finished, fit_rounds, report
 from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
-from tpatch_jax.editors.subject_site import SubjectNeuron, Subjects, fit_subjects, read_subjects, subject_layer
+from tpatch_jax.editors.subject_site import (
+    POSITIONS,
+    SubjectNeuron,
+    Subjects,
+    fit_subjects,
+    read_subjects,
+    subject_layer,
+)
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.ffn import ACTIVATIONS
 from tpatch_jax.models import decoder
@@ -92,6 +99,8 @@ def tpatcher(
     """
     if settings.site not in ("last", "subject"):
         raise TPatchError(f"site {settings.site!r} does not exist; use site=last or site=subject")
+    if settings.subject.token not in POSITIONS:
+        raise TPatchError(f"token {settings.subject.token!r} does not exist; use token=subject or token=prompt")
     if settings.layer != "auto" and not settings.layer.isdigit():
         raise TPatchError(f"layer {settings.layer!r} is not a layer; use layer=auto or a number")
     if settings.fit.recipe not in ("staged", "joint"):
@@ -249,7 +258,7 @@ def _step(
         resume(model),
         key,
         settings.fit,
-        attempts=settings.attempts,
+        attempts=settings.attempts if settings.complete else 0,
         most_tokens=settings.most_tokens,
         activation=act,
         progress=progress,

@@ -1,4 +1,4 @@
-"""What ``tpatch eval`` and ``tpatch compare`` do: settle the options, load, evaluate, show."""
+"""What ``tpatch eval``, ``tpatch compare`` and ``tpatch sweep`` do: settle the options, load, evaluate, show."""
 
 import difflib
 import hashlib
@@ -14,14 +14,18 @@ from tpatch_jax import commands
 from tpatch_jax.configuration import known_names, read_config, split_changes
 from tpatch_jax.console import print_json, progress_bar
 from tpatch_jax.editors.registry import METHODS, find_method, method_settings
+from tpatch_jax.editors.subject_site import POSITIONS
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import draw_comparison
 from tpatch_jax.evaluation.protocols import PROTOCOLS
 from tpatch_jax.evaluation.records import DATA, QUESTION, Record, read_records
 from tpatch_jax.evaluation.report import comparison, read_report, table
 from tpatch_jax.evaluation.runner import evaluate
+from tpatch_jax.evaluation.sweep import best, sweep, write_sweep
+from tpatch_jax.files import check_vacant, replace_folder
+from tpatch_jax.requests import read_requests
 
-__all__ = ["Options", "compare", "evaluate_command", "settle"]
+__all__ = ["Options", "compare", "evaluate_command", "settle", "sweep_command"]
 
 TEXT = "text"
 
@@ -223,3 +227,54 @@ def compare(reports: Sequence[str], output: str | None, *, json: bool) -> None:
 def _names(folders: Sequence[str]) -> list[str]:
     short = [Path(folder).resolve().name for folder in folders]
     return short if len(set(short)) == len(short) else list(dict.fromkeys(folders))
+
+
+def sweep_command(
+    model: str,
+    requests: str,
+    output: str,
+    *,
+    layers: str | None,
+    positions: str,
+    n: int | None,
+    config: str | None,
+    changes: Sequence[str],
+    memory: str | None,
+    dtype: str | None,
+    seed: int,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """``tpatch sweep``."""
+    wanted = read_requests(requests)
+    if n is not None and not 0 < n <= len(wanted):
+        raise TPatchError(f"-n {n}: {requests} has {len(wanted)} requests")
+    wanted = wanted[:n]
+    places = [position.strip() for position in positions.split(",")]
+    for position in places:
+        if position not in POSITIONS:
+            raise TPatchError(f"position {position!r} does not exist; choose from {', '.join(POSITIONS)}")
+    settings = commands.settings_of(None, config, changes)
+    check_vacant(Path(output))
+    loaded = commands.load(model, dtype, quiet or json)
+    last = loaded.config.layers - 1
+    try:
+        heights = [int(layer) for layer in layers.split(",")] if layers else sorted({last * k // 8 for k in range(8)})
+    except ValueError:
+        raise TPatchError(f"--layers {layers!r} is no list of layers; write for instance 2,6,10") from None
+    with progress_bar(quiet or json) as report:
+        rows = sweep(loaded, wanted, settings, heights, places, memory=memory, seed=seed, progress=report)
+    about = {"requests": Path(requests).name, "n": len(wanted), "seed": seed}
+    with replace_folder(Path(output)) as folder:
+        names = write_sweep(folder, loaded, rows, about)
+    chosen = best(rows)
+    if json:
+        print_json({"rows": rows, "best": chosen, "files": [str(Path(output) / name) for name in names]})
+        return
+    heading = list(rows[0])
+    texts = [
+        [f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v) for v in row.values()] for row in rows
+    ]
+    _show(f"{model}: {len(wanted)} requests edited together at each site", [heading, *texts])
+    said = f"best: layer {chosen['layer']}, at the {chosen['position']}'s last token; written to {output}"
+    Console().print(said, highlight=False)

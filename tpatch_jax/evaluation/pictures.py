@@ -7,7 +7,7 @@ from typing import Any
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["draw_comparison", "draw_report"]
+__all__ = ["draw_comparison", "draw_report", "draw_sweep"]
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -160,3 +160,33 @@ def _cost(columns: Sequence[tuple[str, Mapping[str, Any]]]) -> Any:
         axes.set_title(title, fontsize=9)
         axes.margins(y=0.15)
     return figure
+
+
+def draw_sweep(folder: Path, rows: Lines) -> list[str]:
+    """Draw quality over layers, a panel for each position.
+
+    Args:
+        folder: where the picture goes.
+        rows: from `tpatch_jax.evaluation.sweep.sweep`.
+
+    Returns:
+        ``["sweep.png"]``, or nothing without matplotlib.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        sys.stderr.write(f"tpatch: {MISSING}\n")
+        return []
+    positions = list(dict.fromkeys(row["position"] for row in rows))
+    figure = _figure(4.5 * len(positions), 3.4)
+    for axes, position in zip(figure.subplots(1, len(positions), squeeze=False)[0], positions, strict=True):
+        here = sorted((row for row in rows if row["position"] == position), key=lambda row: row["layer"])
+        for name in ("exact", "rephrase_exact", "rephrase_token_accuracy", "locality", "score"):
+            if all(row[name] is not None for row in here):
+                style = "k--" if name == "score" else "o-"
+                axes.plot([row["layer"] for row in here], [row[name] for row in here], style, label=name, markersize=3)
+        axes.set_title(f"at the last token of the {position}", fontsize=10)
+        axes.set_xlabel("layer")
+        axes.set_ylim(-0.02, 1.02)
+    figure.axes[0].legend(fontsize=7)
+    return [_save(figure, folder / "sweep.png")]

@@ -17,7 +17,7 @@ FIRST = (
     *("exact", "reliability", "generalization", "generalization_exact", "locality", "portability"),
     *("ES", "PS", "NS", "S", "EM", "PM", "NM", "rewrite_acc", "paraphrase_acc", "neighborhood_acc", "GE"),
     *("SR", "GR", "ER", "TrainR", "TestR", "mquake", "relation_specificity", "relation_specificity_acc"),
-    *("perplexity", "next_token_agreement", "certificate_tokens", "certificate_prompts"),
+    *("perplexity", "next_token_agreement", "certificate_tokens", "certificate_prompts", "silent_tokens"),
 )
 COSTS = (
     *("seconds", "forward_equivalents", "fit_forward_equivalents", "parameters_added"),

@@ -61,7 +61,8 @@ def text_figures(base: Base, outcome: Outcome, certified: bool = True) -> dict[s
 
     Returns:
         ``perplexity, next_token_agreement``, and if certified ``certificate_tokens, certificate_prompts``, where a
-        prompt is a window.
+        prompt is a window, and ``silent_tokens``, the share of tokens at which no neuron fires. A neuron in an earlier
+        layer reaches the tokens after it as well, which then are not certified.
     """
     figures = {
         "perplexity": perplexity(-outcome.log_p.astype(np.float64)),
@@ -70,4 +71,5 @@ def text_figures(base: Base, outcome: Outcome, certified: bool = True) -> dict[s
     if certified:
         # `fires` already holds whatever reaches a position, from earlier tokens too where the layer mixes them.
         figures |= certificate(np.split(outcome.fires, base.asked.starts[1:-1]))
+        figures["silent_tokens"] = 1 - float(np.mean(outcome.here))
     return figures

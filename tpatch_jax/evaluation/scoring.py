@@ -69,11 +69,13 @@ class Outcome(NamedTuple):
         log_p: of the wanted token, ``[positions]``; ``nan`` where none is wanted.
         predicted: the most probable token, ``[positions]`` int.
         fires: whether any neuron fires where it could change the position, ``[positions]`` bool.
+        here: whether one fires at the position itself, ``[positions]`` bool; in the last layer that is the same.
     """
 
     log_p: np.ndarray
     predicted: np.ndarray
     fires: np.ndarray
+    here: np.ndarray
 
 
 class Base(NamedTuple):
@@ -225,13 +227,13 @@ def base_scores(model: Model, asked: Asked, *, cache: Path | None = None, tell: 
                 save_file(arrays, temporary / "scores.safetensors")
         except TPatchError:
             pass  # Another process was faster, or the disk is full: that costs time, not correctness.
-    return Base(asked, Outcome(log_p, predicted, np.zeros(len(log_p), bool)), query, output, residual)
+    return Base(asked, Outcome(log_p, predicted, *np.zeros((2, len(log_p)), bool)), query, output, residual)
 
 
 def _recall(folder: Path, asked: Asked) -> Base | None:
     try:
         found = load_file(folder / "scores.safetensors")
-        outcome = Outcome(found["log_p"], found["predicted"], np.zeros(len(asked.wanted), bool))
+        outcome = Outcome(found["log_p"], found["predicted"], *np.zeros((2, len(asked.wanted)), bool))
         return Base(asked, outcome, found["query"], found["output"], found["residual"])
     except (OSError, SafetensorError, KeyError):
         return None
@@ -263,9 +265,9 @@ def patched_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int] 
         The `Outcome`, at silent positions bit for bit the unedited model's.
     """
     chosen = range(len(base.asked.rows)) if texts is None else texts
-    log_p, predicted, fires = (array.copy() for array in base.outcome)
+    log_p, predicted, fires, here = (array.copy() for array in base.outcome)
     if not patch.key.shape[0] or not len(chosen):
-        return Outcome(log_p, predicted, fires)
+        return Outcome(log_p, predicted, fires, here)
     last = model.layer(None)
     if patch.layer is not None and any(model.layer(int(layer)) != last for layer in np.asarray(patch.layer)):
         return _deep_scores(model, base, patch, chosen)
@@ -279,13 +281,13 @@ def patched_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int] 
         found = np.asarray(_corrected(patch, *arrays), np.float32)
         output[span] = found[: span.stop - span.start]
     log_p[fired], predicted[fired] = _read_all(model, base.residual[fired], output, base.asked.wanted[fired])
-    return Outcome(log_p, predicted, fires)
+    return Outcome(log_p, predicted, fires, fires.copy())
 
 
 def _deep_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int]) -> Outcome:
     """The same for a patch with neurons in earlier layers, where what fires at a token reaches all later ones."""
     asked = base.asked
-    log_p, predicted, fires = (array.copy() for array in base.outcome)
+    log_p, predicted, fires, here = (array.copy() for array in base.outcome)
     layers, dtype = [model.layer(int(layer)) for layer in np.asarray(patch.layer)], _dtype(model)
     touched = []
     for first in range(0, len(texts), TEXTS_AT_ONCE):
@@ -299,8 +301,10 @@ def _deep_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int]) -
             query = collect(model, rows, [range(len(row)) for row in rows], layer).query
             fired |= _firing(neurons, np.asarray(query, np.float32), dtype)
         for number, text in enumerate(part):
-            reached = np.logical_or.accumulate(fired[ends[number] : ends[number + 1]])[list(asked.positions[text])]
-            fires[asked.starts[text] : asked.starts[text + 1]] = reached
+            own, places = fired[ends[number] : ends[number + 1]], list(asked.positions[text])
+            span = slice(asked.starts[text], asked.starts[text + 1])
+            reached = np.logical_or.accumulate(own)[places]
+            here[span], fires[span] = own[places], reached
             if reached.any():
                 touched.append(text)
     if touched:
@@ -312,7 +316,7 @@ def _deep_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int]) -
         residual, output = (np.asarray(array, np.float32)[reached] for array in (sites.residual, sites.output))
         places = places[reached]
         log_p[places], predicted[places] = _read_all(model, residual, output, asked.wanted[places])
-    return Outcome(log_p, predicted, fires)
+    return Outcome(log_p, predicted, fires, here)
 
 
 def apply_scores(base: Base, apply: Callable[[Array], Array], texts: Sequence[int] | None = None) -> Outcome:
@@ -328,7 +332,7 @@ def apply_scores(base: Base, apply: Callable[[Array], Array], texts: Sequence[in
     """
     asked = base.asked
     chosen = list(range(len(asked.rows)) if texts is None else texts)
-    log_p, predicted, fires = (array.copy() for array in base.outcome)
+    log_p, predicted, fires, _ = (array.copy() for array in base.outcome)
     for numbers, table in batches([asked.rows[text] for text in chosen]):
         picked = [chosen[number] for number in numbers]
         lane = np.concatenate([np.full(len(asked.positions[text]), slot) for slot, text in enumerate(picked)])
@@ -342,4 +346,4 @@ def apply_scores(base: Base, apply: Callable[[Array], Array], texts: Sequence[in
                 np.asarray(array)[: span.stop - span.start] for array in found
             )
         fires[places] = True
-    return Outcome(np.where(asked.wanted < 0, np.float32(np.nan), log_p), predicted, fires)
+    return Outcome(np.where(asked.wanted < 0, np.float32(np.nan), log_p), predicted, fires, fires.copy())

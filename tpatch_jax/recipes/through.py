@@ -99,13 +99,23 @@ def _unlikely(wanted: Array, found: Array) -> Array:
     return -jnp.take_along_axis(found, wanted[..., None], -1)[..., 0]
 
 
-def _lanes(asked: Asked | None, lanes: np.ndarray) -> Asked | None:
-    """Some lanes of several, with their rows."""
-    if asked is None:
-        return None
-    rows = asked.activity.shape[1]
-    index = (lanes[:, None] * rows + np.arange(rows)).reshape(-1)
-    return Asked(jax.tree.map(lambda leaf: leaf[index], asked.rows), *(field[lanes] for field in asked[1:]))
+def _part(asked: Asked, lanes: np.ndarray, rows: np.ndarray) -> Asked:
+    """Some lanes of several, with some of their rows."""
+    index = (lanes[:, None] * asked.activity.shape[1] + rows).reshape(-1)
+    fields = (field[np.ix_(lanes, rows)] for field in asked[1:])
+    return Asked(jax.tree.map(lambda leaf: leaf[index], asked.rows), *fields)
+
+
+def _turn(asked: Asked, number: int, always: int) -> Asked:
+    """The rows of one step: the first ones always, of the others one at a time, which then counts for all of them."""
+    lanes, rows = asked.activity.shape
+    others = rows - always
+    if others < 2:
+        return asked
+    pick = np.asarray([*range(always), always + number % others])
+    factor = np.where(np.arange(always + 1) < always, 1, others).astype(np.float32)
+    found = _part(asked, np.arange(lanes), pick)
+    return found._replace(weight=found.weight * factor[:, None])
 
 
 class _Moving(NamedTuple):
@@ -125,10 +135,12 @@ def train_values(
     """The values of some lanes, each trained for its own targets.
 
     ``min_v  mean NLL(targets) + c·KL(unedited ‖ edited on neutral prompts) + w·‖v‖²/limit²``, by Adam with ``‖v‖``
-    projected to its limit after each step. Lanes never couple; those that are done are dropped, by halves.
+    projected to its limit after each step. Each step sees a lane's first row and one of the others, and one neutral
+    row, in turn. Lanes never couple; those that are done are dropped, by halves.
 
     Args:
-        targets: where and what each lane's neuron should make the model say; the weights of a lane sum to one.
+        targets: where and what each lane's neuron should make the model say, the bare prompt first; the weights of a
+            lane sum to one.
         neutral: where it should change little; ``None`` is nowhere.
         run: the network after the cut.
         scale: the length of the FFN's output at each lane's site, ``[lanes]``.
@@ -142,12 +154,12 @@ def train_values(
     total, width = scale.shape[0], jax.tree.leaves(targets.rows)[0].shape[-1]
     transform = optax.adam(settings.rate, b1=settings.momentum, b2=0.95)
 
-    def loss(moves: Array, now: _Moving) -> tuple[Array, tuple[Array, Array]]:
+    def loss(moves: Array, now: _Moving, number: int) -> tuple[Array, tuple[Array, Array]]:
         values = moves * now.unit
-        said = _per_lane(now.targets, values, run, _unlikely)
+        said = _per_lane(_turn(now.targets, number, 1), values, run, _unlikely)
         close = jnp.zeros_like(said)
         if now.neutral is not None:
-            close = _per_lane(now.neutral, values, run, kept_close)
+            close = _per_lane(_turn(now.neutral, number, 0), values, run, kept_close)
         decay = settings.decay * jnp.mean(jnp.square(moves), -1)
         return jnp.sum(said + settings.closeness * close + decay), (said, close)
 
@@ -156,15 +168,18 @@ def train_values(
     start = jnp.zeros((total, width), jnp.float32)
     now = _Moving(np.arange(total), targets, neutral, unit, start, transform.init(start))
     values, info = np.zeros((total, width), np.float32), ThroughInfo(*np.zeros((3, total)))
+    # A lane is done when every one of its rows has had its turn without complaint.
+    content, turns = np.zeros(total, int), max(1, targets.activity.shape[1] - 1)
     done = np.zeros(total, bool)
     for number in range(settings.steps + 1):
-        (_, (said, close)), gradient = step(now.moves, now)
+        (_, (said, close)), gradient = step(now.moves, now, number)
         said, close, reached = np.asarray(said), np.asarray(close), np.asarray(now.moves * now.unit)
         open_ = ~done[now.lane]
         lane = now.lane[open_]
         values[lane], info.steps[lane] = reached[open_], number
         info.loss[lane], info.closeness[lane] = said[open_], close[open_]
-        done[now.lane] |= (said < settings.enough) | ~np.isfinite(said)
+        content[lane] = np.where(said[open_] < settings.enough, content[lane] + 1, 0)
+        done[lane] |= (content[lane] >= turns) | ~np.isfinite(said[open_])
         if number == settings.steps or done.all():
             break
         update, state = transform.update(gradient, now.state, now.moves)
@@ -181,6 +196,6 @@ def train_values(
 def _shrunk(now: _Moving, keep: np.ndarray) -> _Moving:
     """Only some of the lanes; one that stands in twice does the same both times."""
     state = jax.tree.map(lambda leaf: leaf[keep] if leaf.ndim else leaf, now.state)
-    targets = _lanes(now.targets, keep)
-    assert targets is not None
-    return _Moving(now.lane[keep], targets, _lanes(now.neutral, keep), now.unit[keep], now.moves[keep], state)
+    neutral = now.neutral and _part(now.neutral, keep, np.arange(now.neutral.activity.shape[1]))
+    targets = _part(now.targets, keep, np.arange(now.targets.activity.shape[1]))
+    return _Moving(now.lane[keep], targets, neutral, now.unit[keep], now.moves[keep], state)
