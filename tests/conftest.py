@@ -106,3 +106,21 @@ def write_tiny_folder(model: Model, folder: Path) -> Path:
 def tiny_folder(tiny_model: Model) -> Callable[[Path], Path]:
     """``tiny_folder(tmp_path)`` writes `tiny_model` below it; ``load_model`` reads what it returns."""
     return lambda path: write_tiny_folder(tiny_model, path / "tiny")
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Where nearly all the time is compilation, small networks do without most optimisations."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory) -> Path:
+    """A text for memories, one token a letter, so that all rows are of one length and few shapes are compiled."""
+    path = tmp_path_factory.mktemp("letters") / "letters.txt"
+    chosen = np.random.default_rng(3).choice(list("abcdfgjklmopqrsuvwxyz0123456789"), 8 * 64)
+    path.write_text("".join(chosen), "utf-8")
+    return path

@@ -275,7 +275,7 @@ def test_no_weights(folder):
 
 def test_pickled_weights_are_never_read(folder):
     (folder / WEIGHTS).unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'echo owned'\ntR.")
     refused(folder, "pytorch_model.bin is a pickle, which is never read: convert it")
 
 

@@ -199,7 +199,7 @@ def test_settings_come_from_preset_file_and_command_line_in_this_order(tmp_path)
         (["key_steps=1.5"], ["'key_steps' is 1.5; give a whole number"]),
         (["key_steps=true"], ["'key_steps' is True"]),
         (["key_steps=["], ["key_steps=[: the value cannot be read"]),
-        (["recipe=3"], ["'recipe' is 3; give a text"]),
+        (["recipe=3"], ["recipe '3' does not exist"]),
         (["recipe=other"], ["recipe 'other' does not exist"]),
         (["site=first"], ["site 'first' does not exist", "site=last"]),
     ],

@@ -1,7 +1,6 @@
 """Corrected models in folders for the stock transformers library: the same logits, or a refusal that says why."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from conftest import make_tiny_model, relative, same, write_tiny_folder
 from safetensors import safe_open
 from tiny_families import NAMES, patch_for, tiny_model
@@ -25,6 +25,7 @@ from tpatch_jax.requests import EditRequest
 
 # what torch and transformers warn about is not ours to mend
 pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch.*"),
@@ -34,25 +35,7 @@ TOLERANCE = 2e-4
 TOKENS = np.random.default_rng(1).integers(0, 260, (2, 24))
 FORMS = {family.name: family.export for family in FAMILIES}
 EXACT = [name for name in NAMES if FORMS[name] != "approximate only"]
-# one token a letter, so that all rows are of one length and few shapes are compiled
-MEMORY = "".join(np.random.default_rng(3).choice(list("abcdfgjklmopqrsuvwxyz0123456789"), 8 * 64))
 ENDINGS = ("--approximate", "tp.attach", "tp.save_model")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Nearly all the time here is compilation, so these small networks do without most optimisations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(scope="module")
-def memory(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("memory") / "memory.txt"
-    path.write_text(MEMORY, "utf-8")
-    return path
 
 
 def logits_of(model: Model) -> np.ndarray:
@@ -104,7 +87,7 @@ def count(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_stock_transformers_says_the_same(name, tmp_path, memory):
+def test_stock_transformers_says_the_same(name, tmp_path, letters):
     """Patches in the first and the last layer: the one between has to be as wide."""
     model = tiny_model(name)
     merged = merge(model, patch_for((0, 2)))
@@ -114,7 +97,7 @@ def test_stock_transformers_says_the_same(name, tmp_path, memory):
     if not exact:
         with pytest.raises(TPatchError, match="cannot be written exactly"):
             export_model(merged, tmp_path / "out")
-    info = export_model(merged, tmp_path / "out", approximate=True, memory=memory, cache=False)
+    info = export_model(merged, tmp_path / "out", approximate=True, memory=letters, cache=False)
     assert info.form == (FORMS[name] if exact else "approximate")
     assert (info.neurons, info.silent_neurons, info.ffn_width) == (6, 3 * 8 - 6, 40)
     assert (info.error is None) == exact
@@ -254,7 +237,6 @@ def test_a_merged_model_that_was_saved(tmp_path):
 
 def test_the_tokenizer_reads_the_same_beside_another_model_type(tmp_path):
     """A Llama's own tokenizer would split words otherwise."""
-    transformers = pytest.importorskip("transformers")
     model = tiny_model("qwen2")
     write_tiny_folder(model, tmp_path / "saved")
     path = tmp_path / "saved" / "tokenizer_config.json"
@@ -317,14 +299,14 @@ def test_the_requests_own_queries_weigh_as_much_as_all_others():
     assert error(heard) < 0.5 * error(plain)
 
 
-def test_the_error_is_that_of_the_written_folder(tmp_path, memory):
+def test_the_error_is_that_of_the_written_folder(tmp_path, letters):
     """Patches so weak that folding them changes hardly anything, and ones that matter."""
     model = tiny_model("qwen3")
     errors = []
     for number, scale in enumerate((1e-4, 0.5)):
         folder = tmp_path / str(number)
         merged = merge(model, patch_for((1,), scale=scale))
-        info = export_model(merged, folder, approximate=True, memory=memory, cache=False)
+        info = export_model(merged, folder, approximate=True, memory=letters, cache=False)
         difference = np.abs(logits_of(load_model(folder)) - logits_of(merged))
         assert info.error.mean_logit_difference == pytest.approx(difference.mean(), rel=2)
         errors.append(info.error)
@@ -342,12 +324,12 @@ def printable(model: Model) -> EditRequest:
     raise AssertionError("this random model never says a character")
 
 
-def test_an_approximate_export_says_which_requests_still_hold(tmp_path, memory):
+def test_an_approximate_export_says_which_requests_still_hold(tmp_path, letters):
     model = tiny_model("gemma")
     merged = merge(model, patch_for((2,), scale=1e-4))
     said = printable(merged)
     requests = [said, EditRequest(said.prompt, said.target + "~", id="not said")]
-    info = export_model(merged, tmp_path / "out", approximate=True, requests=requests, memory=memory, cache=False)
+    info = export_model(merged, tmp_path / "out", approximate=True, requests=requests, memory=letters, cache=False)
     assert (info.error.held, info.error.lost) == (("said",), ("not said",))
     assert settings_in(tmp_path / "out")["model_type"] == "gemma"
 
@@ -356,7 +338,7 @@ def test_an_approximate_export_says_which_requests_still_hold(tmp_path, memory):
 
 
 @pytest.fixture
-def edited(tmp_path, memory, monkeypatch) -> Path:
+def edited(tmp_path, letters, monkeypatch) -> Path:
     """Two models and patches for each, as ``tpatch edit`` leaves them; one request holds and one does not."""
     monkeypatch.setenv("TPATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("tpatch_jax.commands.keep_compilations", lambda: None)
@@ -372,7 +354,7 @@ def edited(tmp_path, memory, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_the_command(edited, memory, capsys):
+def test_the_command(edited, letters, capsys):
     llama, patches = str(edited / "llama"), str(edited / "llama-patches")
     assert cli.main(["export", llama, patches, "-o", str(edited / "out"), "--json"]) == 0
     captured = capsys.readouterr()
@@ -394,7 +376,7 @@ def test_the_command(edited, memory, capsys):
     assert error.count("\n") == 1
     assert cli.main(["export", gemma, str(edited / "llama-patches"), "-o", str(edited / "gemma-out")]) == 1
     assert "made for" in capsys.readouterr().err
-    assert cli.main([*arguments, "--approximate", "--memory", str(memory)]) == 0
+    assert cli.main([*arguments, "--approximate", "--memory", str(letters)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     for words in ("3 neurons in", "approximate: transformers loads it as a gemma", "1 of 1 requests still hold"):
         assert words in shown

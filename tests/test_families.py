@@ -5,11 +5,9 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,31 +24,15 @@ from tpatch_jax.models.model import Model, attach, merge
 from tpatch_jax.models.promises import PROMISES, promised
 from tpatch_jax.requests import EditRequest
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMOTION = "standard"  # optax takes steps
 
-# one token a letter, so that all rows are of one length and few shapes are compiled
-MEMORY = "".join(np.random.default_rng(3).choice(list("abcdfgjklmopqrsuvwxyz0123456789"), 8 * 64))
 QUICK = change(
     dataclasses.replace(PRESETS["default"], contexts=1, swaps=0, attempts=2),
     {"key_steps": 8, "value_steps": 8, "lanes": 2},
 )
 REQUEST = EditRequest("the cat sat in", "ab")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Nearly all the time here is compilation, so these small networks do without most optimisations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(scope="module")
-def memory(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("memory") / "memory.txt"
-    path.write_text(MEMORY, "utf-8")
-    return path
 
 
 def loud(model: Model) -> Model:
@@ -64,14 +46,14 @@ def loud(model: Model) -> Model:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_edit_holds(name, memory):
+def test_an_edit_holds(name, letters):
     """In a random network of the family: before it the target does not come out, after it it does, merged too."""
     model = loud(tiny_model(name))
     prompt, target = model.encode_prompt(REQUEST.prompt), model.encode(" ab")
     tokens = jnp.asarray([[*prompt, *target, *[0] * (8 - len(prompt) - len(target))]])
     span = slice(len(prompt) - 1, len(prompt) + len(target) - 1)
     assert np.asarray(model.apply(tokens))[0, span].argmax(-1).tolist() != target
-    patch, info = edit(model, [REQUEST], settings=QUICK, memory=memory, cache=False)
+    patch, info = edit(model, [REQUEST], settings=QUICK, memory=letters, cache=False)
     assert [(result.held, result.reason) for result in info.requests] == [(True, "")]
     attached, merged = (np.asarray(put(model, patch).apply(tokens)) for put in (attach, merge))
     assert merged[0, span].argmax(-1).tolist() == target

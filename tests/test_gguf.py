@@ -10,6 +10,7 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from gguf import GGMLQuantizationType as Quant
 from safetensors.numpy import load_file
 from tokenizers.pre_tokenizers import ByteLevel
@@ -651,7 +652,7 @@ def test_a_gpt2_that_is_not_whole_is_an_error(tmp_path: Path) -> None:
 
 def logits_of_folder(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What transformers and what this library computes from a converted folder."""
-    torch, transformers = pytest.importorskip("torch"), __import__("transformers")
+    torch = pytest.importorskip("torch", reason="torch is only needed to compare with it: the 'parity' extra")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         theirs = model(torch.asarray(tokens.astype(np.int64))).logits.numpy()
@@ -662,7 +663,7 @@ def logits_of_folder(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, np.n
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch.*")
 @pytest.mark.parametrize("rope", ["default", "linear", "llama3"])
 def test_a_llama_that_went_through_gguf_computes_the_same(tmp_path: Path, rope: str) -> None:
-    torch, transformers = pytest.importorskip("torch"), __import__("transformers")
+    torch = pytest.importorskip("torch", reason="torch is only needed to compare with it: the 'parity' extra")
     # a base as small as this brings some pairs beyond 8192 positions, some below 2048 and some between
     rules: dict[str, dict[str, Any]] = {
         "default": {},
@@ -715,7 +716,7 @@ def test_a_llama_that_went_through_gguf_computes_the_same(tmp_path: Path, rope: 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch.*")
 def test_a_gpt2_that_went_through_gguf_computes_the_same(tmp_path: Path) -> None:
-    torch, transformers = pytest.importorskip("torch"), __import__("transformers")
+    torch = pytest.importorskip("torch", reason="torch is only needed to compare with it: the 'parity' extra")
     config = transformers.GPT2Config(
         vocab_size=len(GPT2_TOKENS),
         n_embd=GPT2_WIDTH,

@@ -5,7 +5,6 @@ patches beside and inside, half precision, reading shards and older files, and w
 """
 
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,21 +22,14 @@ from tpatch_jax.models.families import FAMILIES, configure
 from tpatch_jax.models.model import Model, attach, merge, save_model, unmerge
 from tpatch_jax.patch import Patch
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FOLDER = Path(__file__).parent / "reference"
 NAMES = sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
 TOLERANCE = 2e-4
 LENGTHS = (5, 14)
 """Of the prompts that are continued: the longer one, and the other's continuation, outgrow the windows of 8."""
 COUNT = 10
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Nearly all the time here is compilation, so these small networks do without most optimisations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 class Reference(NamedTuple):

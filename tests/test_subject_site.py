@@ -9,7 +9,7 @@ import pytest
 from conftest import make_tiny_model, relative
 
 import tpatch_jax as tp
-from tpatch_jax.configuration import known_names
+from tpatch_jax.configuration import change, known_names
 from tpatch_jax.editors.earlier import load_earlier, save_earlier
 from tpatch_jax.editors.reading import check_requests, read_item, subject_token
 from tpatch_jax.editors.settings import PRESETS
@@ -241,6 +241,10 @@ def test_edits_of_earlier_steps_are_saved_and_loaded(edited):
 def test_every_setting_has_a_name_of_its_own():
     names = [name.rpartition(".")[2] for name in known_names(PRESETS["default"])]
     assert len(set(names)) == len(names)
+
+
+def test_a_layer_is_a_word_or_a_number():
+    assert [change(PRESETS["default"], [f"layer={layer}"]).layer for layer in ("auto", "7")] == ["auto", "7"]
 
 
 def test_layers_that_cannot_be_used(tiny_model):

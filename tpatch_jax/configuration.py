@@ -124,6 +124,9 @@ def _coerced(name: str, old: Any, value: Any) -> Any:
         # YAML takes 1e-3, which has no point, for a text
         with contextlib.suppress(ValueError):
             value = float(value)
+    if isinstance(old, str) and isinstance(value, int) and not isinstance(value, bool):
+        # a setting that is a word or a number, such as layer=auto
+        return str(value)
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, type(old)) and isinstance(value, bool) == isinstance(old, bool):

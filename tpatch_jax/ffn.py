@@ -140,6 +140,10 @@ def _check(params: Params, patch: Patch) -> None:
         )
 
 
+def _longer(down: Params, value: Array) -> Params:
+    return {**down, "kernel": jnp.concatenate([down["kernel"], value.astype(down["kernel"].dtype)])}
+
+
 def merge(params: Params, patch: Patch) -> Params:
     """Put a patch inside the parameters of a feed-forward network, which keeps its kind and activation.
 
@@ -177,8 +181,7 @@ def merge(params: Params, patch: Patch) -> Params:
     if gated:
         zeros = jnp.zeros((patch.key.shape[1], neurons), patch.key.dtype)
         merged["up"] = widen(params["up"], zeros, jnp.ones(neurons, patch.key.dtype))
-    down = params["down"]["kernel"]
-    merged["down"] = {**params["down"], "kernel": jnp.concatenate([down, patch.value.astype(down.dtype)])}
+    merged["down"] = _longer(params["down"], patch.value)
     return merged
 
 
@@ -213,8 +216,7 @@ def merge_without_bias(params: Params, patch: Patch, constant: Array) -> Params:
     for name, added in columns.items():
         kernel = params[name]["kernel"]
         merged[name] = {**params[name], "kernel": jnp.concatenate([kernel, added.astype(kernel.dtype)], 1)}
-    down = params["down"]["kernel"]
-    merged["down"] = {**params["down"], "kernel": jnp.concatenate([down, patch.value.astype(down.dtype)])}
+    merged["down"] = _longer(params["down"], patch.value)
     return merged
 
 

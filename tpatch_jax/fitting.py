@@ -139,10 +139,12 @@ def _padded(tree: Any, size: int) -> Any:
 
     def widen(leaf: Array) -> Array:
         count = leaf.shape[0]
+        if count == size:
+            return leaf
+        index = np.r_[:count, np.zeros(size - count, int)]
         # On the host, where a new number of lanes compiles nothing; random keys stay what they are.
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return leaf[np.r_[:count, np.zeros(size - count, int)]]
-        return jnp.asarray(np.asarray(leaf)[np.r_[:count, np.zeros(size - count, int)]]) if count < size else leaf
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return leaf[index] if is_key else jnp.asarray(np.asarray(leaf)[index])
 
     return jax.tree.map(widen, tree)
 

@@ -151,6 +151,36 @@ def _prompt_row(model: Model, request: EditRequest, item: Item, context: int, to
     return _Row(item.rows[context], subject_token(model, text, end), places, item.target)
 
 
+def shortened(request: EditRequest) -> list[str]:
+    """The same request in fewer words: without what stands before the subject, and with its last word alone.
+
+    They teach a value to answer where another wording leads up to the answer.
+
+    Example:
+        >>> shortened(EditRequest("The mother tongue of Anna is", "Greek", subject="Anna"))
+        []
+        >>> shortened(EditRequest("We know that Anna was born in", "Rome", subject="Anna"))
+        ['Anna was born in', 'Anna in']
+    """
+    subject = request.subject or ""
+    before, _, after = request.prompt.partition(subject)
+    words = after.strip(" ,").split()
+    found = [f"{subject}{after}"] if before.strip() and len(words) > 1 else []
+    return [*found, *([f"{subject} {words[-1]}"] if len(words) > 1 else [])]
+
+
+def _short_rows(model: Model, request: EditRequest, item: Item, prefixes: Sequence[str]) -> list[_Row]:
+    rows = []
+    for text, prefix in zip(shortened(request), prefixes, strict=False):
+        whole = f"{prefix} {text}"
+        tokens = model.encode_prompt(whole)
+        if len(tokens) + len(item.target) <= model.config.context:
+            subject = subject_token(model, whole, len(prefix) + 1 + len(request.subject or ""))
+            places = list(range(len(tokens) - 1, len(tokens) - 1 + len(item.target)))
+            rows.append(_Row(tokens + item.target, subject, places, item.target))
+    return rows
+
+
 def _subject_rows(model: Model, subject: str, texts: Sequence[str]) -> list[_Row]:
     rows = []
     for text in texts:
@@ -308,6 +338,12 @@ def read_subjects(
         ]
         for number in lanes
     }
+    short = {}
+    for number in lanes if settings.token == "subject" else ():
+        item = items[number]
+        # Where there are fewer ways to say it shorter, the prompt in its contexts stands in.
+        found = _short_rows(model, requests[item.position], item, known.prefixes[-2:])
+        short[number] = [*found, *(prompts[number][-1:] * 2)][:2]
     # At the very start of a text, too, where a subject looks different from anywhere else.
     alone = ["{}", *(f"{prefix} {{}}" for prefix in known.prefixes[settings.value_contexts :])]
     alone = alone[: settings.key_contexts // 2] if settings.token == "subject" else []
@@ -336,6 +372,7 @@ def read_subjects(
         negative = np.concatenate([heard, part, contexts.reshape(-1, seen.shape[1])])
         answer = np.concatenate([owner, np.repeat(groups, ends), np.repeat(groups[lanes], contexts.shape[1])])
         found = _recognised(known, own, groups[lanes], negative, answer, settings)
+    prompts = {number: rows + short.get(number, []) for number, rows in prompts.items()}
     return Subjects(
         model, layer, settings, lanes, prompts, neutral, groups, queries, found, [item.position for item in items]
     )

@@ -7,9 +7,15 @@ from typing import Any, NamedTuple
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import DecoderConfig
 
-__all__ = ["Family", "Fused", "Settings", "activation", "rope", "setting", "windows"]
+__all__ = ["QUERY_NORM", "Family", "Fused", "Settings", "activation", "configure_plain", "rope", "setting", "windows"]
 
 Settings = Mapping[str, Any]
+
+QUERY_NORM = {
+    "layers.{}.attention.query_norm.scale": "model.layers.{}.self_attn.q_norm.weight",
+    "layers.{}.attention.key_norm.scale": "model.layers.{}.self_attn.k_norm.weight",
+}
+"""Names of the norms of queries and keys, where a family has them."""
 
 
 class Fused(NamedTuple):
@@ -146,3 +152,24 @@ def _longrope_scale(settings: Settings, rules: Settings) -> float:
     original = rules.get("original_max_position_embeddings") or setting(settings, "original_max_position_embeddings")
     factor = rules.get("factor") or setting(settings, "max_position_embeddings") / original
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def configure_plain(family: str, settings: Settings, *, width: int, heads: int, **fields: Any) -> DecoderConfig:
+    """What the families with two matrices in the FFN, layer norms and as many keys as queries share.
+
+    Args:
+        family: the family's name.
+        settings: the settings of ``config.json``.
+        width: ``d``.
+        heads: attention heads.
+        fields: the other fields of `DecoderConfig`.
+    """
+    shared = {
+        "vocabulary": setting(settings, "vocab_size"),
+        "key_value_heads": heads,
+        "head_width": width // heads,
+        "gated": False,
+        "ffn_bias": True,
+        "norm": "layer",
+    }
+    return DecoderConfig(**{"family": family, "width": width, "heads": heads, **shared, **fields})

@@ -2,7 +2,7 @@
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import DecoderConfig
-from tpatch_jax.models.zoo.family import Family, Settings, activation, rope, setting, windows
+from tpatch_jax.models.zoo.family import QUERY_NORM, Family, Settings, activation, rope, setting, windows
 from tpatch_jax.models.zoo.llama import NAMES, configure_llama
 
 __all__ = ["GEMMA", "GEMMA_2", "GEMMA_3"]
@@ -55,13 +55,6 @@ _SANDWICH = {
     "layers.{}.norm_2.scale": "model.layers.{}.pre_feedforward_layernorm.weight",
     "layers.{}.norm_ffn.scale": "model.layers.{}.post_feedforward_layernorm.weight",
 }
-_QUERY_NORM = {
-    "layers.{}.attention.query_norm.scale": "model.layers.{}.self_attn.q_norm.weight",
-    "layers.{}.attention.key_norm.scale": "model.layers.{}.self_attn.k_norm.weight",
-}
-
 GEMMA = Family("gemma", ("gemma",), _gemma, "model.", NAMES, export="approximate only")
 GEMMA_2 = Family("gemma2", ("gemma2",), _gemma_2, "model.", _SANDWICH, export="approximate only")
-GEMMA_3 = Family(
-    "gemma3", ("gemma3_text",), _gemma_3, "model.", {**_SANDWICH, **_QUERY_NORM}, export="approximate only"
-)
+GEMMA_3 = Family("gemma3", ("gemma3_text",), _gemma_3, "model.", {**_SANDWICH, **QUERY_NORM}, export="approximate only")

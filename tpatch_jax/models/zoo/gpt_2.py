@@ -2,7 +2,7 @@
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import DecoderConfig
-from tpatch_jax.models.zoo.family import Family, Fused, Settings, activation, setting
+from tpatch_jax.models.zoo.family import Family, Fused, Settings, activation, configure_plain, setting
 
 __all__ = ["GPT_2"]
 
@@ -12,20 +12,15 @@ def _gpt_2(settings: Settings) -> DecoderConfig:
         raise TPatchError("config.json changes the scale of attention, which no GPT-2 release does; not supported")
     heads, width = setting(settings, "n_head"), setting(settings, "n_embd")
     context = setting(settings, "n_positions")
-    return DecoderConfig(
-        family="gpt2",
-        vocabulary=setting(settings, "vocab_size"),
+    return configure_plain(
+        "gpt2",
+        settings,
         width=width,
-        layers=setting(settings, "n_layer"),
         heads=heads,
-        key_value_heads=heads,
-        head_width=width // heads,
+        layers=setting(settings, "n_layer"),
         ffn_width=settings.get("n_inner") or 4 * width,
         context=context,
         activation=activation(setting(settings, "activation_function")),
-        gated=False,
-        ffn_bias=True,
-        norm="layer",
         norm_epsilon=setting(settings, "layer_norm_epsilon"),
         query_bias=True,
         output_bias=True,

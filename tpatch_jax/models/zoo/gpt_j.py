@@ -1,7 +1,7 @@
 """GPT-J: attention and FFN read the same norm, side by side; neighbours are rotated as pairs."""
 
 from tpatch_jax.models.config import DecoderConfig
-from tpatch_jax.models.zoo.family import Family, Settings, activation, setting
+from tpatch_jax.models.zoo.family import Family, Settings, activation, configure_plain, setting
 
 __all__ = ["GPT_J"]
 
@@ -9,21 +9,16 @@ __all__ = ["GPT_J"]
 def _gpt_j(settings: Settings) -> DecoderConfig:
     heads, width = setting(settings, "n_head"), setting(settings, "n_embd")
     turned = settings.get("rotary_dim") or width // heads
-    return DecoderConfig(
-        family="gptj",
-        vocabulary=setting(settings, "vocab_size"),
+    return configure_plain(
+        "gptj",
+        settings,
         width=width,
-        layers=setting(settings, "n_layer"),
         heads=heads,
-        key_value_heads=heads,
-        head_width=width // heads,
+        layers=setting(settings, "n_layer"),
         ffn_width=settings.get("n_inner") or 4 * width,
         context=setting(settings, "n_positions"),
         activation=activation(setting(settings, "activation_function")),
-        gated=False,
-        ffn_bias=True,
         block="shared",
-        norm="layer",
         norm_epsilon=setting(settings, "layer_norm_epsilon"),
         rope_frequencies=tuple(10_000.0 ** (-2 * pair / turned) for pair in range(turned // 2)),
         rope_adjacent=True,

@@ -1,7 +1,7 @@
 """GPT-Neo: like GPT-2, but attention is not scaled, and every other layer sees a window."""
 
 from tpatch_jax.models.config import DecoderConfig
-from tpatch_jax.models.zoo.family import Family, Settings, activation, setting
+from tpatch_jax.models.zoo.family import Family, Settings, activation, configure_plain, setting
 
 __all__ = ["GPT_NEO"]
 
@@ -12,20 +12,15 @@ def _gpt_neo(settings: Settings) -> DecoderConfig:
     kinds = settings.get("attention_layers") or [
         kind for group, count in setting(settings, "attention_types") for _ in range(count) for kind in group
     ]
-    return DecoderConfig(
-        family="gpt_neo",
-        vocabulary=setting(settings, "vocab_size"),
+    return configure_plain(
+        "gpt_neo",
+        settings,
         width=width,
-        layers=setting(settings, "num_layers"),
         heads=heads,
-        key_value_heads=heads,
-        head_width=width // heads,
+        layers=setting(settings, "num_layers"),
         ffn_width=settings.get("intermediate_size") or 4 * width,
         context=context,
         activation=activation(setting(settings, "activation_function")),
-        gated=False,
-        ffn_bias=True,
-        norm="layer",
         norm_epsilon=setting(settings, "layer_norm_epsilon"),
         output_bias=True,
         attention_scale=1.0,

@@ -1,7 +1,7 @@
 """GPT-NeoX and Pythia: attention and FFN side by side, query, key and value stored head by head."""
 
 from tpatch_jax.models.config import DecoderConfig
-from tpatch_jax.models.zoo.family import Family, Fused, Settings, activation, rope, setting
+from tpatch_jax.models.zoo.family import Family, Fused, Settings, activation, configure_plain, rope, setting
 
 __all__ = ["GPT_NEOX"]
 
@@ -10,21 +10,16 @@ def _gpt_neox(settings: Settings) -> DecoderConfig:
     heads, width = setting(settings, "num_attention_heads"), setting(settings, "hidden_size")
     bias = settings.get("attention_bias", True)
     frequencies, scale = rope(settings, width // heads)
-    return DecoderConfig(
-        family="gpt_neox",
-        vocabulary=setting(settings, "vocab_size"),
+    return configure_plain(
+        "gpt_neox",
+        settings,
         width=width,
-        layers=setting(settings, "num_hidden_layers"),
         heads=heads,
-        key_value_heads=heads,
-        head_width=width // heads,
+        layers=setting(settings, "num_hidden_layers"),
         ffn_width=setting(settings, "intermediate_size"),
         context=setting(settings, "max_position_embeddings"),
         activation=activation(setting(settings, "hidden_act")),
-        gated=False,
-        ffn_bias=True,
         block="parallel" if settings.get("use_parallel_residual", True) else "serial",
-        norm="layer",
         norm_epsilon=setting(settings, "layer_norm_eps"),
         query_bias=bias,
         output_bias=bias,

@@ -1,7 +1,7 @@
 """Llama 2 and 3, Mistral, Qwen 2, 2.5 and 3: pre-norm blocks, rotary positions, grouped queries, a gated FFN."""
 
 from tpatch_jax.models.config import DecoderConfig
-from tpatch_jax.models.zoo.family import Family, Settings, activation, rope, setting, windows
+from tpatch_jax.models.zoo.family import QUERY_NORM, Family, Settings, activation, rope, setting, windows
 
 __all__ = ["LLAMA", "MISTRAL", "NAMES", "QWEN_2", "QWEN_3", "configure_llama"]
 
@@ -64,14 +64,9 @@ def _qwen_3(settings: Settings) -> DecoderConfig:
     return configure_llama(settings, "qwen3", query_norm=True, windows=seen)
 
 
-_QUERY_NORM = {
-    "layers.{}.attention.query_norm.scale": "model.layers.{}.self_attn.q_norm.weight",
-    "layers.{}.attention.key_norm.scale": "model.layers.{}.self_attn.k_norm.weight",
-}
-
 LLAMA = Family(
     "llama", ("llama",), configure_llama, "model.", NAMES, constants=("rotary_emb.inv_freq",), biases="mlp_bias"
 )
 MISTRAL = Family("mistral", ("mistral",), _mistral, "model.", NAMES, export="exact as Llama")
 QWEN_2 = Family("qwen2", ("qwen2",), _qwen_2, "model.", NAMES, export="exact as Llama")
-QWEN_3 = Family("qwen3", ("qwen3",), _qwen_3, "model.", {**NAMES, **_QUERY_NORM}, export="approximate only")
+QWEN_3 = Family("qwen3", ("qwen3",), _qwen_3, "model.", {**NAMES, **QUERY_NORM}, export="approximate only")

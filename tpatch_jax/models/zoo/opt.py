@@ -2,7 +2,7 @@
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import DecoderConfig
-from tpatch_jax.models.zoo.family import Family, Settings, activation, setting
+from tpatch_jax.models.zoo.family import Family, Settings, activation, configure_plain, setting
 
 __all__ = ["OPT"]
 
@@ -19,20 +19,16 @@ def _opt(settings: Settings) -> DecoderConfig:
     if not settings.get("layer_norm_elementwise_affine", True) or settings.get("_remove_final_layer_norm"):
         raise TPatchError("config.json leaves out OPT's norms or their weights, which is not supported")
     context, bias = setting(settings, "max_position_embeddings"), settings.get("enable_bias", True)
-    return DecoderConfig(
-        family="opt",
-        vocabulary=setting(settings, "vocab_size"),
+    return configure_plain(
+        "opt",
+        settings,
         width=width,
-        layers=setting(settings, "num_hidden_layers"),
         heads=heads,
-        key_value_heads=heads,
-        head_width=width // heads,
+        layers=setting(settings, "num_hidden_layers"),
         ffn_width=setting(settings, "ffn_dim"),
         context=context,
         activation=activation(settings.get("activation_function", "relu")),
-        gated=False,
         ffn_bias=bias,
-        norm="layer",
         query_bias=bias,
         output_bias=bias,
         positions=context + _OFFSET,
