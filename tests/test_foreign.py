@@ -13,7 +13,7 @@ from flax import nnx
 
 import tpatch_jax as tp
 from tpatch_jax import ffn
-from tpatch_jax.editors import tokens
+from tpatch_jax.editors import rounds
 from tpatch_jax.fitting import fit_many
 from tpatch_jax.models.foreign import Network
 from tpatch_jax.patch import Patch, create
@@ -482,7 +482,7 @@ def test_failed_edits_are_reported_and_left_out(network, monkeypatch):
         patches, info = fit_many(*args)
         return patches._replace(value=patches.value.at[0].set(0)), info
 
-    monkeypatch.setattr(tokens, "fit_many", spoilt)
+    monkeypatch.setattr(rounds, "fit_many", spoilt)
     once = dataclasses.replace(LIGHT, attempts=1)
     patch, info = tp.edit_tokens(network, PROMPTS, TARGETS, MEMORY, settings=once)
     assert [request.status for request in info.requests] == ["failed", "edited", "edited"]

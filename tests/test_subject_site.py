@@ -13,7 +13,7 @@ from tpatch_jax.configuration import change, known_names
 from tpatch_jax.editors.earlier import load_earlier, save_earlier
 from tpatch_jax.editors.reading import check_requests, read_item, subject_token
 from tpatch_jax.editors.settings import PRESETS
-from tpatch_jax.editors.subject_site import SubjectSettings, subject_layer
+from tpatch_jax.editors.subject_site import SubjectSettings, short_rows, shortened, subject_layer
 from tpatch_jax.editors.tpatcher import tpatcher
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.memory import create_memory, extend
@@ -156,6 +156,17 @@ def test_a_subject_that_occurs_twice_or_not_at_all(tiny_model):
     assert 0 not in check_requests(tiny_model, requests, "last")
 
 
+def test_shorter_wordings_end_where_the_prompt_ends(tiny_model):
+    request = EditRequest("we saw that the cat ran to the", "ab", subject="cat")
+    assert shortened(request) == ["cat ran to the", "cat the"]
+    item = read_item(tiny_model, 0, request, [], False)
+    rows = short_rows(tiny_model, request, item, ["A fox.", "The inn is."])
+    assert [tiny_model.decode(row.tokens) for row in rows] == ["A fox. cat ran to the ab", "The inn is. cat the ab"]
+    for row in rows:
+        assert tiny_model.decode(row.tokens[: row.subject + 1]).endswith(" cat")
+        assert [row.tokens[place + 1] for place in row.places] == row.wanted == item.target
+
+
 def test_the_layer():
     assert (subject_layer(30), subject_layer(12), subject_layer(30, "7")) == (10, 4, 7)
 
@@ -166,7 +177,9 @@ def test_the_layer():
 def settings(**changes):
     preset = PRESETS["default"]
     fit = dataclasses.replace(preset.fit, key_steps=16, rounds=1, negatives=32, lanes=16)
-    subject = SubjectSettings(value=ThroughSettings(steps=40, longest=16.0, rate=0.2), key_floor=0.5)
+    subject = SubjectSettings(
+        value=ThroughSettings(steps=40, longest=16.0, rate=0.2), key_floor=0.5, shorter=0, neutral=1
+    )
     return dataclasses.replace(preset, site="subject", fit=fit, subject=subject, **changes)
 
 

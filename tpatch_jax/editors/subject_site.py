@@ -75,6 +75,7 @@ class SubjectSettings:
         value: how values are trained.
         key_contexts: in how many contexts a key sees its subject at most; half of them without the rest of the prompt.
         value_contexts: through how many contexts a value is trained, the bare prompt included.
+        shorter: through how many shorter wordings of the prompt as well, 0 to 2.
         neutral: on how many neutral prompts about the subject the edited model is kept close to the unedited one.
         key_floor: the lowest threshold of a key, where 0 is the mean query and 1 the subject's own.
         key_split: where the threshold lies between the hardest negative (0) and the edit's own queries (1).
@@ -87,6 +88,7 @@ class SubjectSettings:
     value: ThroughSettings = field(default_factory=ThroughSettings)
     key_contexts: int = 6
     value_contexts: int = 4
+    shorter: int = 2
     neutral: int = 8
     key_floor: float = 0.6
     key_split: float = 0.5
@@ -169,7 +171,8 @@ def shortened(request: EditRequest) -> list[str]:
     return [*found, *([f"{subject} {words[-1]}"] if len(words) > 1 else [])]
 
 
-def _short_rows(model: Model, request: EditRequest, item: Item, prefixes: Sequence[str]) -> list[_Row]:
+def short_rows(model: Model, request: EditRequest, item: Item, prefixes: Sequence[str]) -> list[_Row]:
+    """What `shortened` gives in tokens, each after a prefix; one that would be too long is left out."""
     rows = []
     for text, prefix in zip(shortened(request), prefixes, strict=False):
         whole = f"{prefix} {text}"
@@ -342,8 +345,8 @@ def read_subjects(
     for number in lanes if settings.token == "subject" else ():
         item = items[number]
         # Where there are fewer ways to say it shorter, the prompt in its contexts stands in.
-        found = _short_rows(model, requests[item.position], item, known.prefixes[-2:])
-        short[number] = [*found, *(prompts[number][-1:] * 2)][:2]
+        found = short_rows(model, requests[item.position], item, known.prefixes[-2:])
+        short[number] = [*found, *(prompts[number][-1:] * 2)][: settings.shorter]
     # At the very start of a text, too, where a subject looks different from anywhere else.
     alone = ["{}", *(f"{prefix} {{}}" for prefix in known.prefixes[settings.value_contexts :])]
     alone = alone[: settings.key_contexts // 2] if settings.token == "subject" else []
