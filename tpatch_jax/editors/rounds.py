@@ -20,7 +20,7 @@ from tpatch_jax.memory import Memory
 from tpatch_jax.patch import Patch, concatenate, join, take
 from tpatch_jax.recipes.lane import Resume
 
-__all__ = ["Asked", "Fitted", "Note", "ask", "finished", "fit_rounds", "report"]
+__all__ = ["Asked", "Fitted", "Note", "ask", "finished", "fit_rounds", "numbered", "report"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -205,6 +205,16 @@ def finished(
         dropped |= set(broken)
         reasons |= broken
         gone(set(broken))
+
+
+def numbered(made: Sequence[tuple[int, Note]], first: int) -> tuple[dict[int, list[int]], dict[int, list[Note]]]:
+    """The neurons of each request, counted from ``first``, and how their fits went: what `report` is told."""
+    neurons: dict[int, list[int]] = {}
+    notes: dict[int, list[Note]] = {}
+    for number, (position, note) in enumerate(made, first):
+        neurons.setdefault(position, []).append(number)
+        notes.setdefault(position, []).append(note)
+    return neurons, notes
 
 
 def report(

@@ -16,7 +16,7 @@ from jax import Array
 
 from tpatch_jax.editors.background import PREFIX_LENGTHS, SPANS
 from tpatch_jax.editors.editor import EditInfo
-from tpatch_jax.editors.rounds import Note, ask, finished, fit_rounds, report
+from tpatch_jax.editors.rounds import Note, ask, finished, fit_rounds, numbered, report
 from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
 from tpatch_jax.editors.token_lanes import create_lanes, output_moment
 from tpatch_jax.errors import TPatchError
@@ -194,12 +194,8 @@ def _edit(
     for number, reason in reasons.items():
         mend = "try more attempts, more memory, or a later layer"
         problems[items[number].position] = f"{reason} after {settings.attempts} attempts; {mend}"
-    neurons: dict[int, list[int]] = {}
-    notes: dict[int, list[Note]] = {}
-    for place, lane in enumerate(alive):
-        position = items[asked.owner[fitted.row[lane]]].position
-        neurons.setdefault(position, []).append(place)
-        notes.setdefault(position, []).append(fitted.notes[lane])
+    made = [(items[asked.owner[fitted.row[lane]]].position, fitted.notes[lane]) for lane in alive]
+    neurons, notes = numbered(made, 0)
     before = {items[number].position for number in already}
     patch = jax.tree.map(jnp.asarray, take(fitted.patch, alive))
     return patch, told(neurons, notes, before, fitted.seconds, unit)

@@ -29,7 +29,7 @@ from tpatch_jax.editors.last_site import (
     swaps,
 )
 from tpatch_jax.editors.reading import Item, check_requests, read_item
-from tpatch_jax.editors.rounds import Note, ask, finished, fit_rounds, report
+from tpatch_jax.editors.rounds import Note, ask, finished, fit_rounds, numbered, report
 from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
 from tpatch_jax.editors.subject_site import (
     POSITIONS,
@@ -175,7 +175,7 @@ def _split(state: TPatcherState) -> tuple[Patch, Patch]:
     if patch.layer is None:
         return take(patch, []), patch
     here = np.asarray(patch.layer) == state.model.layer(None)
-    return take(patch, np.flatnonzero(~here)), take(patch, np.flatnonzero(here))
+    return take(patch, np.flatnonzero(~here)), take(patch, np.flatnonzero(here))._replace(layer=None)
 
 
 def _fit_deep(
@@ -225,9 +225,8 @@ def _step(
         return state, report(names, problems, set(), {}, {}, width, (time.perf_counter() - began, 0.0, 0.0))
 
     before, last = _split(state)
-    deep = _fit_deep(state, items, requests, before, last._replace(layer=None), progress)
+    deep = _fit_deep(state, items, requests, before, last, progress)
     deep_seconds = time.perf_counter() - began if deep.neurons else 0.0
-    last = last._replace(layer=None)
     model = deep.model
 
     sites = collect_items(model, items, progress)
@@ -287,13 +286,9 @@ def _step(
     for number, reason in reasons.items():
         mend = "try more attempts, or give the request a subject"
         problems[items[number].position] = f"{reason} after {settings.attempts} attempts; {mend}"
-    neurons: dict[int, list[int]] = {}
-    notes: dict[int, list[Note]] = {}
     made = [(neuron.position, Note("subject", neuron.steps, neuron.margin, neuron.losses)) for neuron in deep.neurons]
     made += [(items[asked.owner[fitted.row[lane]]].position, fitted.notes[lane]) for lane in alive]
-    for number, (position, note) in enumerate(made):
-        neurons.setdefault(position, []).append(state.patch.key.shape[0] + number)
-        notes.setdefault(position, []).append(note)
+    neurons, notes = numbered(made, state.patch.key.shape[0])
     patch = _together(state, deep.patch, fitted.patch, older, alive)
     holds = [number for number in range(len(items)) if number not in reasons]
     rows = np.flatnonzero(np.isin(asked.owner, holds))
