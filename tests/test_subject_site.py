@@ -13,7 +13,7 @@ from tpatch_jax.configuration import change, known_names
 from tpatch_jax.editors.earlier import load_earlier, save_earlier
 from tpatch_jax.editors.reading import check_requests, read_item, subject_token
 from tpatch_jax.editors.settings import PRESETS
-from tpatch_jax.editors.subject_site import SubjectSettings, short_rows, shortened, subject_layer
+from tpatch_jax.editors.subject_site import SubjectSettings, short_rows, subject_layer
 from tpatch_jax.editors.tpatcher import tpatcher
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.memory import create_memory, extend
@@ -73,6 +73,24 @@ def test_a_key_that_cannot_be_parted_says_so_unless_it_is_its_own_group():
     memory = extend(create_memory(jnp.asarray(some_queries(200))), 2 * own[:1], jnp.array([7]))
     assert whitened_key(own, jnp.array(8), memory, 0.6, 0.5).margin < 0
     assert whitened_key(own, jnp.array(7), memory, 0.6, 0.5).margin > 0
+
+
+def test_a_key_turns_away_from_what_it_is_told_to_avoid():
+    rng = np.random.default_rng(3)
+    shared, mark = 3 * rng.normal(size=8), np.eye(8)[0] * 4
+    own = jnp.asarray(shared + mark + 0.1 * rng.normal(size=(4, 8)), jnp.float32)
+    beside = jnp.asarray(shared - mark + 0.1 * rng.normal(size=(6, 8)), jnp.float32)
+    memory = create_memory(jnp.asarray(some_queries(200)))
+
+    def response(**options):
+        found = whitened_key(own, jnp.array(7), memory, 0.6, 0.5, **options)
+        assert found.margin > 0
+        return float(jnp.max(beside @ found.key + found.bias))
+
+    assert response(avoid=beside, avoidance=1.0) < min(response(), 0)
+    # as many rows of the mean change nothing
+    nothing = jnp.broadcast_to(memory.mean, beside.shape)
+    np.testing.assert_allclose(response(avoid=nothing, avoidance=1.0), response(), rtol=1e-5)
 
 
 # --- values ---
@@ -158,10 +176,9 @@ def test_a_subject_that_occurs_twice_or_not_at_all(tiny_model):
 
 def test_shorter_wordings_end_where_the_prompt_ends(tiny_model):
     request = EditRequest("we saw that the cat ran to the", "ab", subject="cat")
-    assert shortened(request) == ["cat ran to the", "cat the"]
     item = read_item(tiny_model, 0, request, [], False)
     rows = short_rows(tiny_model, request, item, ["A fox.", "The inn is."])
-    assert [tiny_model.decode(row.tokens) for row in rows] == ["A fox. cat ran to the ab", "The inn is. cat the ab"]
+    assert [tiny_model.decode(row.tokens) for row in rows] == ["A fox. cat ran to the ab", "The inn is. cat to the ab"]
     for row in rows:
         assert tiny_model.decode(row.tokens[: row.subject + 1]).endswith(" cat")
         assert [row.tokens[place + 1] for place in row.places] == row.wanted == item.target

@@ -18,6 +18,7 @@ from tpatch_jax import ffn
 from tpatch_jax.editors.background import Background
 from tpatch_jax.editors.earlier import NO_SUBJECT, Earlier
 from tpatch_jax.editors.reading import Item, subject_token
+from tpatch_jax.editors.wordings import Wording, neutral_wordings, question, shortened
 from tpatch_jax.memory import Memory, blended, create_memory, extend, nuisance_scatter
 from tpatch_jax.models import decoder
 from tpatch_jax.models.collection import collect, row_length
@@ -40,23 +41,13 @@ __all__ = [
     "subject_layer",
 ]
 
-NEUTRAL = (
-    "{} is a",
-    "The origin of the name {} is",
-    "{} was born in",
-    "The country of {} is",
-    "The occupation of {} is",
-    "{} date of",
-    "The parent of {} is",
-    "{} is owned by",
-    "The language of {} is",
-    "The type of {} is",
-    "The location of {} is",
-    "The name of the partner of {} is",
-)
-"""Other things that can be asked about a subject: what is said after them should change little."""
-
 POSITIONS = ("subject", "prompt")
+
+AVOIDED = 8
+"""On so many statements about its subject a question's key learns what to turn away from."""
+
+HEARD = 0.1
+"""A key hears a wording on which it fires this strongly, the bare prompt being 1."""
 
 SHARPNESS = 256.0
 """``s`` of ``act(s·z)/s``, folded into the patch."""
@@ -75,26 +66,33 @@ class SubjectSettings:
         value: how values are trained.
         key_contexts: in how many contexts a key sees its subject at most; half of them without the rest of the prompt.
         value_contexts: through how many contexts a value is trained, the bare prompt included.
-        shorter: through how many shorter wordings of the prompt as well, 0 to 2.
+        shorter: through how many shorter wordings of the prompt as well, 0 to 3.
         neutral: on how many neutral prompts about the subject the edited model is kept close to the unedited one.
         key_floor: the lowest threshold of a key, where 0 is the mean query and 1 the subject's own.
         key_split: where the threshold lies between the hardest negative (0) and the edit's own queries (1).
+        question_avoidance: how strongly the key of a question turns away from its subject where nothing is asked.
+        question_floor: the same as `key_floor` for keys that turn away.
+        question_split: the same as `key_split` for keys that turn away.
         key_nuisance: how strongly a key avoids directions in which only the context shows.
-        value_gain: trained values are lengthened by this factor, for rephrasings on which the key responds less.
         value_lanes: how many values are trained together at most.
+        plateau: the response stops growing here, where 1 is that of the edit's own queries; it takes a second neuron.
+            0 lets it grow.
     """
 
     token: str = "subject"
     value: ThroughSettings = field(default_factory=ThroughSettings)
     key_contexts: int = 6
     value_contexts: int = 4
-    shorter: int = 2
+    shorter: int = 3
     neutral: int = 8
     key_floor: float = 0.6
     key_split: float = 0.5
     key_nuisance: float = 0.5
-    value_gain: float = 1.0
+    question_avoidance: float = 0.02
+    question_floor: float = 0.5
+    question_split: float = 0.4
     value_lanes: int = 16
+    plateau: float = 0.3
 
 
 class SubjectNeuron(NamedTuple):
@@ -153,50 +151,61 @@ def _prompt_row(model: Model, request: EditRequest, item: Item, context: int, to
     return _Row(item.rows[context], subject_token(model, text, end), places, item.target)
 
 
-def shortened(request: EditRequest) -> list[str]:
-    """The same request in fewer words: without what stands before the subject, and with its last word alone.
+def _row(model: Model, wording: Wording, target: Sequence[int] = ()) -> _Row | None:
+    """A text in tokens with what should follow it; ``None`` if it is too long."""
+    tokens = model.encode_prompt(wording.text)
+    if len(tokens) + len(target) > model.config.context:
+        return None
+    last = len(tokens) - 1
+    places = list(range(last, last + max(1, len(target))))
+    return _Row([*tokens, *target], subject_token(model, *wording), places, list(target))
 
-    They teach a value to answer where another wording leads up to the answer.
 
-    Example:
-        >>> shortened(EditRequest("The mother tongue of Anna is", "Greek", subject="Anna"))
-        []
-        >>> shortened(EditRequest("We know that Anna was born in", "Rome", subject="Anna"))
-        ['Anna was born in', 'Anna in']
+def _rows(model: Model, wordings: Sequence[Wording]) -> list[_Row]:
+    """Texts in tokens; the first that fits stands in for one that is too long."""
+    rows = [_row(model, wording) for wording in wordings]
+    first = next((row for row in rows if row is not None), None)
+    return [] if first is None else [row or first for row in rows]
+
+
+def _key_wordings(
+    request: EditRequest, prefixes: Sequence[str], settings: SubjectSettings
+) -> tuple[list[Wording], list[Wording]]:
+    """Where else a key should see its subject, and where it should not know it.
+
+    A key for a statement knows its subject anywhere, at the very start of a text, too. One for a question knows it in
+    questions only: what asks for the same is a question as well, and what is said of the subject stays as it was.
     """
-    subject = request.subject or ""
-    before, _, after = request.prompt.partition(subject)
-    words = after.strip(" ,").split()
-    found = [f"{subject}{after}"] if before.strip() and len(words) > 1 else []
-    return [*found, *([f"{subject} {words[-1]}"] if len(words) > 1 else [])]
+    subject, count = request.subject or "", settings.key_contexts // 2
+    if settings.token != "subject":
+        return [], []
+    if question(request) is None:
+        alone = Wording(subject, len(subject))
+        return [alone, *(alone.after(prefix) for prefix in prefixes)][:count], []
+    # Other questions count as its own, or it would know its subject in few rephrasings.
+    end = request.prompt.index(subject) + len(subject)
+    own = [Wording(request.prompt[:end], end), *neutral_wordings(request, count - 1, asked=True)]
+    own = [wording.after(prefix) for wording, prefix in zip(own, prefixes, strict=False)] + own
+    return own[:count], neutral_wordings(request, AVOIDED) if settings.question_avoidance else []
 
 
 def short_rows(model: Model, request: EditRequest, item: Item, prefixes: Sequence[str]) -> list[_Row]:
     """What `shortened` gives in tokens, each after a prefix; one that would be too long is left out."""
-    rows = []
-    for text, prefix in zip(shortened(request), prefixes, strict=False):
-        whole = f"{prefix} {text}"
-        tokens = model.encode_prompt(whole)
-        if len(tokens) + len(item.target) <= model.config.context:
-            subject = subject_token(model, whole, len(prefix) + 1 + len(request.subject or ""))
-            places = list(range(len(tokens) - 1, len(tokens) - 1 + len(item.target)))
-            rows.append(_Row(tokens + item.target, subject, places, item.target))
-    return rows
-
-
-def _subject_rows(model: Model, subject: str, texts: Sequence[str]) -> list[_Row]:
-    rows = []
-    for text in texts:
-        whole = text.format(subject)
-        tokens = model.encode_prompt(whole)
-        rows.append(_Row(tokens, subject_token(model, whole, text.index("{}") + len(subject)), [len(tokens) - 1], []))
-    return rows
+    pairs = zip(shortened(request), prefixes, strict=False)
+    rows = (_row(model, wording.after(prefix), item.target) for wording, prefix in pairs)
+    return [row for row in rows if row is not None]
 
 
 @jax.jit
-def _keys(query: Array, groups: Array, memory: Memory, floor: float, split: float) -> Recognised:
+def _keys(
+    query: Array, groups: Array, floor: Array, split: Array, avoid: Array, memory: Memory, avoidance: float
+) -> Recognised:
+    def key(lane: tuple[Array, ...]) -> Recognised:
+        own, group, low, share, away = lane
+        return whitened_key(own, group, memory, low, share, away, avoidance)
+
     # One lane at a time: the memory's responses to many keys at once would be the largest array of all.
-    return jax.lax.map(lambda lane: whitened_key(lane[0], lane[1], memory, floor, split), (query, groups))
+    return jax.lax.map(key, (query, groups, floor, split, avoid))
 
 
 def _forked(model: Model, rows: Sequence[_Row], layer: int, places: int) -> tuple[decoder.Fork, Array]:
@@ -225,11 +234,25 @@ def _runner(model: Model, layer: int) -> Callable[[tuple[tuple, Array], Array], 
     return run
 
 
-def _activity(model: Model, patch: Patch, forked: decoder.Fork, sharpness: float) -> Array:
-    """How strongly each lane's neuron fires at the subject in each of its rows, ``[lanes, rows]``."""
+def _levelled(patch: Patch, plateau: float) -> Patch:
+    """Neurons whose response rises from 0 at ``z = 0`` to 1 at ``z = plateau`` and stays there: two for each, in turn.
+
+    ``act(z)/p - act(z - p)/p``. A value then says the same however strongly a rephrasing is recognised.
+    """
+    if not plateau:
+        return patch
+    height = patch.value / plateau
+    pair = patch._replace(value=height), patch._replace(bias=patch.bias - plateau, value=-height)
+    return jax.tree.map(lambda low, high: jnp.stack([low, high], 1).reshape(-1, *low.shape[1:]), *pair)
+
+
+def _activity(model: Model, patch: Patch, forked: decoder.Fork, plateau: float) -> Array:
+    """How strongly each lane's neurons fire at the subject in each of its rows, ``[lanes, rows]``."""
     query = forked.query[:, 0].reshape(patch.key.shape[0], -1, patch.key.shape[1]).astype(jnp.float32)
     z = jnp.einsum("nrd,nd->nr", query, patch.key) + patch.bias[:, None]
-    return ffn.ACTIVATIONS[model.config.activation](z * sharpness) / sharpness
+    act = ffn.ACTIVATIONS[model.config.activation]
+    fired = act(z * SHARPNESS) / SHARPNESS
+    return (fired - act((z - plateau) * SHARPNESS) / SHARPNESS) / plateau if plateau else fired
 
 
 def _values(
@@ -249,11 +272,13 @@ def _values(
             weight[lane, number, : len(row.wanted)] = 1 / (group * len(row.wanted))
     forked, places = _forked(model, [row for own in rows for row in own], layer, count)
     run = _runner(model, layer)
+    activity = np.asarray(_activity(model, patch, forked, settings.plateau))
+    # A wording that the key does not know can teach the value nothing.
+    heard = activity > HEARD * activity[:, :1]
+    weight *= np.where(np.arange(each) < len(prompts[0]), heard, True)[..., None]
+    share = weight.sum((1, 2), keepdims=True)
     targets = Asked(
-        (tuple(forked[:-1]), places),
-        _activity(model, patch, forked, SHARPNESS),
-        jnp.asarray(wanted),
-        jnp.asarray(weight),
+        (tuple(forked[:-1]), places), jnp.asarray(activity), jnp.asarray(wanted), jnp.asarray(weight / share)
     )
     scale = jnp.linalg.norm(forked.output[:, 0].astype(jnp.float32), axis=-1).reshape(lanes, each)[:, 0]
     close = None
@@ -266,7 +291,7 @@ def _values(
             lanes, settings.neutral, 1, -1
         )
         share = jnp.full((lanes, settings.neutral, 1), 1 / settings.neutral)
-        close = Asked((tuple(beside[:-1]), places), _activity(model, patch, beside, SHARPNESS), reference, share)
+        close = Asked((tuple(beside[:-1]), places), _activity(model, patch, beside, settings.plateau), reference, share)
     return train_values(targets, close, run, scale, settings.value)
 
 
@@ -345,24 +370,30 @@ def read_subjects(
     for number in lanes if settings.token == "subject" else ():
         item = items[number]
         # Where there are fewer ways to say it shorter, the prompt in its contexts stands in.
-        found = short_rows(model, requests[item.position], item, known.prefixes[-2:])
-        short[number] = [*found, *(prompts[number][-1:] * 2)][: settings.shorter]
-    # At the very start of a text, too, where a subject looks different from anywhere else.
-    alone = ["{}", *(f"{prefix} {{}}" for prefix in known.prefixes[settings.value_contexts :])]
-    alone = alone[: settings.key_contexts // 2] if settings.token == "subject" else []
-    more = {number: prompts[number][1:] + _subject_rows(model, subjects[number] or "", alone) for number in lanes}
-    neutral = {number: _subject_rows(model, subjects[number] or "", NEUTRAL[: settings.neutral]) for number in lanes}
+        found = short_rows(model, requests[item.position], item, known.prefixes[-settings.shorter :])
+        short[number] = [*found, *(prompts[number][-1:] * settings.shorter)][: settings.shorter]
+    more, neutral, avoid = {}, {}, {}
+    for number in lanes:
+        request = requests[items[number].position]
+        asked = question(request) is not None
+        own, others = _key_wordings(request, known.prefixes[settings.value_contexts :], settings)
+        more[number] = [*prompts[number][1:], *_rows(model, own)]
+        avoid[number] = _rows(model, others)
+        neutral[number] = _rows(model, neutral_wordings(request, settings.neutral, asked))
 
     # Nothing after the subject reaches its query.
     whole = [item.rows[0] for item in items]
     cut = [row.tokens[: row.subject + 1] for number in lanes for row in more[number]]
-    rows, places = [*whole, *cut], [*(range(len(row)) for row in whole), *([len(row) - 1] for row in cut)]
+    beside = [row.tokens[: row.subject + 1] for number in lanes for row in avoid[number]]
+    rows = [*whole, *cut, *beside]
+    places = [*(range(len(row)) for row in whole), *([len(row) - 1] for row in [*cut, *beside])]
     report = (lambda done: progress("reading subjects", done, len(rows))) if progress else None
     seen = collect(model, rows, places, layer, report).query
     queries = np.split(seen[: sum(map(len, whole))], np.cumsum([len(row) for row in whole])[:-1])
     found = None
     if lanes:
-        contexts = seen[sum(map(len, whole)) :].reshape(len(lanes), -1, seen.shape[1])
+        upto = np.cumsum([sum(map(len, whole)), len(cut), len(beside)])
+        contexts = seen[upto[0] : upto[1]].reshape(len(lanes), -1, seen.shape[1])
         bare = np.stack([queries[number][prompts[number][0].subject] for number in lanes])
         own = np.concatenate([bare[:, None], contexts], 1).astype(np.float32)
         # Of the prompts every token up to the subject is a negative of the others.
@@ -374,7 +405,10 @@ def read_subjects(
         heard, owner = _heard_before(earlier)
         negative = np.concatenate([heard, part, contexts.reshape(-1, seen.shape[1])])
         answer = np.concatenate([owner, np.repeat(groups, ends), np.repeat(groups[lanes], contexts.shape[1])])
-        found = _recognised(known, own, groups[lanes], negative, answer, settings)
+        turned = np.full((len(lanes), AVOIDED, seen.shape[1]), np.nan, np.float32)
+        asked = np.flatnonzero([bool(avoid[number]) for number in lanes])
+        turned[asked] = seen[upto[1] :].reshape(len(asked), AVOIDED, seen.shape[1])
+        found = _recognised(known, own, groups[lanes], turned, negative, answer, settings)
     prompts = {number: rows + short.get(number, []) for number, rows in prompts.items()}
     return Subjects(
         model, layer, settings, lanes, prompts, neutral, groups, queries, found, [item.position for item in items]
@@ -390,19 +424,25 @@ def _heard_before(earlier: Earlier) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _recognised(
-    known: Background, own: np.ndarray, groups: np.ndarray, negative: np.ndarray, answer: np.ndarray,
-    settings: SubjectSettings
+    known: Background, own: np.ndarray, groups: np.ndarray, avoid: np.ndarray, negative: np.ndarray,
+    answer: np.ndarray, settings: SubjectSettings
 ) -> Recognised:  # fmt: skip
-    """The keys of some subjects, silent on ``negative [rows, d]`` but for rows of their own group."""
+    """The keys of some subjects, silent on ``negative [rows, d]`` but for rows of their own group.
+
+    ``avoid [lanes, rows, d]`` is not a number for lanes that avoid nothing.
+    """
     lanes, nuisance = len(own), known.nuisance
     if lanes > 1:
         # The subjects' own contexts tell more than the general ones, the more of them there are.
         nuisance = blended(nuisance_scatter(jnp.asarray(own)), nuisance, min(0.9, lanes / 30))
     memory = create_memory(known.query, nuisance, weight=settings.key_nuisance)
+    floor = np.where(np.isnan(avoid[:, 0, 0]), settings.key_floor, settings.question_floor).astype(np.float32)
+    split = np.where(np.isnan(avoid[:, 0, 0]), settings.key_split, settings.question_split).astype(np.float32)
+    avoid = np.where(np.isnan(avoid), np.asarray(memory.mean, np.float32), avoid)
     memory = extend(memory, negative, answer, power_of_two(len(negative), 64))
-    size = power_of_two(lanes)
-    padded = np.pad(own, ((0, size - lanes), (0, 0), (0, 0)), mode="edge"), np.resize(groups, size)
-    found = _keys(*padded, memory, settings.key_floor, settings.key_split)
+    # Lanes come in few numbers; one that stands in twice is dropped again.
+    index = np.minimum(np.arange(power_of_two(lanes)), lanes - 1)
+    found = _keys(*(part[index] for part in (own, groups, floor, split, avoid)), memory, settings.question_avoidance)
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:lanes], found)
 
 
@@ -433,6 +473,7 @@ def fit_subjects(
     going = [number for number in read.lanes if wrong[number] and found.margin[slot[number]] > 0]
     turn = {number: sum(groups[other] == groups[number] for other in going if other < number) for number in going}
     neurons: list[SubjectNeuron] = []
+    each = 2 if settings.plateau else 1
     for round_ in range(max(turn.values(), default=-1) + 1):
         now = [number for number in going if turn[number] == round_]
         # Of similar lengths together, so that little is padding.
@@ -460,13 +501,13 @@ def fit_subjects(
                 key_losses = {name: float(loss[slot[lane]]) for name, loss in found.losses.items()}
                 losses = {"l_e": float(info.loss[number]), **key_losses}
                 steps, margin = int(info.steps[number]), float(found.margin[slot[lane]])
-                place = result.key.shape[0] + number
-                neurons.append(SubjectNeuron(read.positions[lane], place, steps, margin, losses))
-            new = jax.tree.map(np.asarray, sharpen(silent._replace(value=settings.value_gain * value), SHARPNESS))
-            new = take(new, np.arange(len(chunk)))._replace(layer=np.full(len(chunk), layer, np.int32))
-            result = concatenate([result, new])
+                first = result.key.shape[0] + number * each
+                neurons += [SubjectNeuron(read.positions[lane], first + n, steps, margin, losses) for n in range(each)]
+            new = _levelled(silent._replace(value=value), settings.plateau)
+            new = take(jax.tree.map(np.asarray, sharpen(new, SHARPNESS)), np.arange(len(chunk) * each))
+            result = concatenate([result, new._replace(layer=np.full(len(chunk) * each, layer, np.int32))])
             if progress:
-                progress("training values", len(neurons), len(going))
+                progress("training values", len(neurons) // each, len(going))
     return FittedSubjects(result, neurons)
 
 

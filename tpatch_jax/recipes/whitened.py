@@ -9,12 +9,18 @@ from tpatch_jax.recipes.staged import Recognised
 __all__ = ["whitened_key"]
 
 
-def whitened_key(query: Array, group: Array, memory: Memory, floor: float, split: float) -> Recognised:
+def whitened_key(
+    query: Array, group: Array, memory: Memory, floor: float | Array, split: float | Array, avoid: Array | None = None,
+    avoidance: float = 0.0
+) -> Recognised:  # fmt: skip
     """The key ``C⁻¹(q̄ − μ)`` with a threshold between the hardest negative and the edit's own queries.
 
     In units in which ``z(μ) = 0`` and ``z(q̄) = 1``, the threshold is the larger of ``floor`` and
     ``h + split·(ℓ − h)``, where ``h`` is the hardest negative and ``ℓ`` the lesser of the bare prompt and the mean of
     its contexts. The key is then scaled so that ``z = 0`` at the threshold and ``z = 1`` at ``ℓ``.
+
+    With ``avoid``, ``C`` is joined by ``w·d·A/tr A`` of their second moment ``A`` about ``μ``, measured where ``C`` is
+    the identity: such a key turns away from what they have in common with the edit's own queries.
 
     Args:
         query: the edit's own queries, the bare prompt first, ``[contexts, d]``.
@@ -22,6 +28,9 @@ def whitened_key(query: Array, group: Array, memory: Memory, floor: float, split
         memory: queries on which the key stays silent, their mean and whitener.
         floor: the lowest threshold, 0 to 1.
         split: where between hardest negative and own queries the threshold lies, 0 to 1.
+        avoid: queries that are much like the edit's own and still none of them, ``[rows, d]``; a row of ``μ`` counts
+            for nothing.
+        avoidance: ``w``.
 
     Returns:
         A `Recognised`; with a negative margin where the two cannot be parted, and then of no use.
@@ -39,7 +48,13 @@ def whitened_key(query: Array, group: Array, memory: Memory, floor: float, split
     whitener, mean = memory.whitener, memory.mean
     own = (query - mean) @ whitener
     centre = jnp.mean(own, 0)
-    direction = centre / jnp.maximum(jnp.sum(jnp.square(centre)), jnp.finfo(own.dtype).tiny)
+    tiny = jnp.finfo(own.dtype).tiny
+    direction = centre
+    if avoid is not None:
+        away = (avoid - mean) @ whitener
+        away = away * jnp.sqrt(avoidance * mean.shape[0] / jnp.maximum(jnp.sum(jnp.square(away)), 1e-12))
+        direction -= away.T @ jnp.linalg.solve(jnp.eye(len(away), dtype=own.dtype) + away @ away.T, away @ centre)
+    direction = direction / jnp.maximum(direction @ centre, tiny)
     key = whitener @ direction
     z = own @ direction
     hard = jnp.max(jnp.where(counted(memory, group), (memory.query - mean) @ key, -jnp.inf), initial=0.0)

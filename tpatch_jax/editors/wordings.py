@@ -1,0 +1,126 @@
+"""Other ways to say a request, and other things that can be asked about its subject."""
+
+import re
+from typing import NamedTuple
+
+from tpatch_jax.requests import EditRequest
+
+__all__ = ["NEUTRAL", "Wording", "neutral_wordings", "question", "shortened"]
+
+NEUTRAL = (
+    "{} is a",
+    "The origin of the name {} is",
+    "{} was born in",
+    "The country of {} is",
+    "The occupation of {} is",
+    "{} date of",
+    "The parent of {} is",
+    "{} is owned by",
+    "The language of {} is",
+    "The type of {} is",
+    "The location of {} is",
+    "The name of the partner of {} is",
+)
+"""Other things that can be said about a subject: what follows them should change little."""
+
+NEUTRAL_QUESTIONS = (
+    "What is {}?",
+    "Where does the name {} come from?",
+    "When was {} born?",
+    "Which country does {} belong to?",
+    "What does {} do?",
+    "When was {} made?",
+    "Who is the father of {}?",
+    "Who owns {}?",
+    "Which language goes with {}?",
+    "What kind of thing is {}?",
+    "Where is {}?",
+    "Who is the partner of {}?",
+)
+"""The same, asked."""
+
+_BREAK = re.compile(r"\n|[.!?:]\s")
+
+
+class Wording(NamedTuple):
+    """A text, and where in it the subject ends."""
+
+    text: str
+    end: int
+
+    @classmethod
+    def of(cls, before: str, subject: str, after: str) -> "Wording":
+        """A subject between two other texts."""
+        return cls(f"{before}{subject}{after}", len(before) + len(subject))
+
+    def after(self, prefix: str) -> "Wording":
+        """The same behind another text."""
+        return Wording(f"{prefix} {self.text}", len(prefix) + 1 + self.end)
+
+
+def question(request: EditRequest) -> tuple[str, str, str, str] | None:
+    """What stands before the question, in it before and after the subject, and behind it; ``None`` if none is asked.
+
+    Example:
+        >>> question(EditRequest("Question: Where does Anna live?\\nAnswer:", "Rome", subject="Anna"))
+        ('Question: ', 'Where does ', ' live?', '\\nAnswer:')
+        >>> question(EditRequest("Anna lives in", "Rome", subject="Anna"))
+    """
+    subject = request.subject or ""
+    before, _, after = request.prompt.partition(subject)
+    end = after.find("?") + 1
+    if not end or _BREAK.search(after[: end - 1]):
+        return None
+    start = max((found.end() for found in _BREAK.finditer(before)), default=0)
+    return before[:start], before[start:], after[:end], after[end:]
+
+
+def shortened(request: EditRequest) -> list[Wording]:
+    """The same request in fewer words or in another order.
+
+    They teach a value to answer where another wording leads up to the answer.
+
+    Example:
+        >>> [text for text, _ in shortened(EditRequest("The mother tongue of Anna is", "Greek", subject="Anna"))]
+        ['Anna, the mother tongue is', 'tongue of Anna is']
+        >>> [text for text, _ in shortened(EditRequest("We know that Anna was born in", "Rome", subject="Anna"))]
+        ['Anna was born in', 'Anna born in', 'Anna in']
+        >>> [text for text, _ in shortened(EditRequest("Where does Anna live?", "Rome", subject="Anna"))]
+        ['Anna, where does live?', 'Where does Anna?']
+    """
+    subject, asked = request.subject or "", question(request)
+    if asked is not None:
+        frame, before, after, behind = asked
+        if not before.strip():
+            return []
+        turned = f", {before[:1].lower()}{before[1:].rstrip()}{after}{behind}"
+        short = [Wording.of(frame + before, subject, f"?{behind}")] if after.strip(" ?") else []
+        return [Wording.of(frame, subject, turned), *short]
+    before, _, after = request.prompt.partition(subject)
+    first, words = before.split(), after.strip(" ,").split()
+    found = []
+    if len(words) > 1:
+        tails = dict.fromkeys(" ".join(words[start:]) for start in (len(words) // 2, -1))
+        found = [Wording.of("", subject, after)] if first else []
+        found += [Wording.of("", subject, f" {tail}") for tail in tails]
+    elif len(first) > 1:
+        turned = " ".join([first[0].lower(), *first[1:-1]])
+        found = [
+            Wording.of("", subject, f", {turned}{after}"),
+            Wording.of(" ".join(first[len(first) // 2 :]) + " ", subject, after),
+        ]
+    return found
+
+
+def neutral_wordings(request: EditRequest, count: int, asked: bool = False) -> list[Wording]:
+    """Other things about the subject: said, or asked as the request asks.
+
+    Example:
+        >>> neutral_wordings(EditRequest("Where does Anna live?", "Rome", subject="Anna"), 1, asked=True)
+        [Wording(text='What is Anna?', end=12)]
+    """
+    subject = request.subject or ""
+    frame, _, _, behind = (question(request) if asked else None) or ("", "", "", "")
+    texts = (NEUTRAL_QUESTIONS if asked else NEUTRAL)[:count]
+    parts = [text.split("{}") for text in texts]
+    return [Wording.of(frame + before, subject, after + behind) for before, after in parts]
