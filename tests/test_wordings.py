@@ -47,8 +47,8 @@ def test_questions_are_asked_in_the_frame_of_the_request_and_statements_are_not(
 @pytest.mark.parametrize(
     ("prompt", "found"),
     [
-        ("Question: Where does Ann live?\nAnswer:", ["Ann, where does live?", "Where does Ann?"]),
-        ("Question: Who is Ann?\nAnswer:", ["Ann, who is?"]),
+        ("Question: Where does Ann live?\nAnswer:", ["Ann, where does live?", "Where does Ann?", "does Ann live?"]),
+        ("Question: Who is Ann?\nAnswer:", ["Ann, who is?", "is Ann?"]),
         ("Question: Ann lives where?\nAnswer:", []),
     ],
 )

@@ -86,7 +86,7 @@ def shortened(request: EditRequest) -> list[Wording]:
         >>> [text for text, _ in shortened(EditRequest("We know that Anna was born in", "Rome", subject="Anna"))]
         ['Anna was born in', 'Anna born in', 'Anna in']
         >>> [text for text, _ in shortened(EditRequest("Where does Anna live?", "Rome", subject="Anna"))]
-        ['Anna, where does live?', 'Where does Anna?']
+        ['Anna, where does live?', 'Where does Anna?', 'does Anna live?']
     """
     subject, asked = request.subject or "", question(request)
     if asked is not None:
@@ -94,8 +94,10 @@ def shortened(request: EditRequest) -> list[Wording]:
         if not before.strip():
             return []
         turned = f", {before[:1].lower()}{before[1:].rstrip()}{after}{behind}"
+        words = before.split()
+        tail = " ".join([*words[len(words) // 2 :], ""])
         short = [Wording.of(frame + before, subject, f"?{behind}")] if after.strip(" ?") else []
-        return [Wording.of(frame, subject, turned), *short]
+        return [Wording.of(frame, subject, turned), *short, Wording.of(frame + tail, subject, after + behind)]
     before, _, after = request.prompt.partition(subject)
     first, words = before.split(), after.strip(" ,").split()
     found = []

@@ -17,6 +17,9 @@ from tpatch_jax.sizes import power_of_two
 
 __all__ = ["Asked", "ThroughInfo", "ThroughSettings", "kept_close", "train_values"]
 
+NEUTRAL_EVERY = 2
+"""A neutral row is looked at in every second step, and then counts for both: it costs as much as a target's."""
+
 Run = Callable[[Any, Array], Array]
 """From what is known of some rows, and what is added to the FFN's output at their first positions, ``[rows, d]``, to
 log-probabilities at the asked places, ``[rows, places, vocabulary]``."""
@@ -67,7 +70,7 @@ class ThroughInfo(NamedTuple):
     Attributes:
         steps: steps taken.
         loss: mean negative log-likelihood of the targets at the end, in nats.
-        closeness: divergence from the unedited model on the neutral prompts, in nats.
+        closeness: divergence from the unedited model on the neutral prompt last looked at, in nats.
     """
 
     steps: np.ndarray
@@ -135,8 +138,8 @@ def train_values(
     """The values of some lanes, each trained for its own targets.
 
     ``min_v  mean NLL(targets) + c·KL(unedited ‖ edited on neutral prompts) + w·‖v‖²/limit²``, by Adam with ``‖v‖``
-    projected to its limit after each step. Each step sees a lane's first row and one of the others, and one neutral
-    row, in turn. Lanes never couple; those that are done are dropped, by halves.
+    projected to its limit after each step. Each step sees a lane's first row and one of the others, every second
+    step one neutral row as well, in turn. Lanes never couple; those that are done are dropped, by halves.
 
     Args:
         targets: where and what each lane's neuron should make the model say, the bare prompt first; the weights of a
@@ -158,10 +161,10 @@ def train_values(
         values = moves * now.unit
         said = _per_lane(_turn(now.targets, number, 1), values, run, _unlikely)
         close = jnp.zeros_like(said)
-        if now.neutral is not None:
-            close = _per_lane(_turn(now.neutral, number, 0), values, run, kept_close)
+        if now.neutral is not None and number % NEUTRAL_EVERY == 0:
+            close = _per_lane(_turn(now.neutral, number // NEUTRAL_EVERY, 0), values, run, kept_close)
         decay = settings.decay * jnp.mean(jnp.square(moves), -1)
-        return jnp.sum(said + settings.closeness * close + decay), (said, close)
+        return jnp.sum(said + NEUTRAL_EVERY * settings.closeness * close + decay), (said, close)
 
     step = jax.value_and_grad(loss, has_aux=True)
     unit = (settings.longest * scale / width**0.5)[:, None]
@@ -177,7 +180,9 @@ def train_values(
         open_ = ~done[now.lane]
         lane = now.lane[open_]
         values[lane], info.steps[lane] = reached[open_], number
-        info.loss[lane], info.closeness[lane] = said[open_], close[open_]
+        info.loss[lane] = said[open_]
+        if number % NEUTRAL_EVERY == 0:
+            info.closeness[lane] = close[open_]
         content[lane] = np.where(said[open_] < settings.enough, content[lane] + 1, 0)
         done[lane] |= (content[lane] >= turns) | ~np.isfinite(said[open_])
         if number == settings.steps or done.all():
