@@ -449,7 +449,7 @@ def _recognised(
 def fit_subjects(
     read: Subjects, before: Patch, wrong: Sequence[bool], earlier: Earlier, progress: Progress | None = None
 ) -> FittedSubjects:
-    """One neuron for each request, at its subject.
+    """A pair of neurons for each request, at its subject; a single one without a plateau.
 
     Several requests about one subject are fitted one after the other, each in the presence of those before it and held
     to their answers; requests about different subjects do not see each other's values.

@@ -1,7 +1,7 @@
 """T-Patcher as an editor: from requests to neurons.
 
-One neuron for each target token that the model gets wrong, in the last feed-forward layer; or one for each request, at
-its subject in an earlier layer, completed in the last layer where that does not say the whole target.
+One neuron for each target token that the model gets wrong, in the last feed-forward layer; or a pair for each request,
+at its subject in an earlier layer, completed in the last layer where that does not say the whole target.
 """
 
 import time
@@ -336,8 +336,9 @@ def edit(
         progress: called with what is being done, how much is done, and how much there is.
 
     Returns:
-        The patch, ``[n, d]``, with one neuron per wrong target token, and an `EditInfo` that says what became of each
-        request. Requests that do not hold are reported there and leave no neuron.
+        The patch, ``[n, d]``, with one neuron per wrong target token, or a pair per request at the subject site, and an
+        `EditInfo` that says what became of each request. Requests that do not hold are reported there and leave no
+        neuron.
 
     Raises:
         TPatchError: there is no request, or a setting does not exist.
