@@ -13,11 +13,14 @@ from tpatch_jax.configuration import change, known_names
 from tpatch_jax.editors.earlier import load_earlier, save_earlier
 from tpatch_jax.editors.reading import check_requests, read_item, subject_token
 from tpatch_jax.editors.settings import PRESETS
-from tpatch_jax.editors.subject_site import SubjectSettings, short_rows, subject_layer
+from tpatch_jax.editors.subject_rows import forked_rows, row_of, runner, short_rows
+from tpatch_jax.editors.subject_site import SubjectSettings, subject_layer
 from tpatch_jax.editors.tpatcher import tpatcher
+from tpatch_jax.editors.wordings import Wording
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.memory import create_memory, extend
 from tpatch_jax.models import decoder
+from tpatch_jax.models.collection import row_length
 from tpatch_jax.models.model import attach, merge, tokens_array
 from tpatch_jax.recipes.through import Asked, ThroughSettings, kept_close, train_values
 from tpatch_jax.recipes.whitened import whitened_key
@@ -49,6 +52,22 @@ def test_the_end_of_a_row_is_what_the_whole_row_says(tiny_model):
             np.testing.assert_allclose(found[row], wanted, rtol=1e-5, atol=1e-5)
         # and the change is one that shows
         assert relative(whole, decoder.hidden(config, params, traced, traced.output)) > 0.01
+
+
+def test_rows_of_any_length_keep_their_order(tiny_model):
+    wordings = [Wording("a fox sat in", 5), Wording("who hit the herd in the inn at the theory of the den", 3)]
+    wordings += [Wording("the hen", 7), Wording("in winter the hen hit the fox", 17)]
+    wanted = [tiny_model.encode(text) for text in ("ab", "q", "hit", "z")]
+    rows = [row_of(tiny_model, wording, target) for wording, target in zip(wordings, wanted, strict=True)]
+    assert len({row_length(len(row.tokens)) for row in rows}) > 1
+    places = 2 + max(len(row.places) for row in rows)
+    forked, table = forked_rows(tiny_model, rows, 0, places)
+    found = runner(tiny_model, 0)((tuple(forked[:-1]), table), jnp.zeros((len(rows), tiny_model.config.width)))
+    assert found.shape[:2] == (len(rows), places)
+    for row, logs in zip(rows, found, strict=True):
+        whole = jax.nn.log_softmax(tiny_model.apply(jnp.asarray([row.tokens])))[0]
+        for place, log in zip(row.places, logs, strict=False):
+            np.testing.assert_allclose(log, whole[place], rtol=1e-4, atol=1e-4)
 
 
 # --- keys ---
@@ -91,6 +110,20 @@ def test_a_key_turns_away_from_what_it_is_told_to_avoid():
     # as many rows of the mean change nothing
     nothing = jnp.broadcast_to(memory.mean, beside.shape)
     np.testing.assert_allclose(response(avoid=nothing, avoidance=1.0), response(), rtol=1e-5)
+
+
+def test_a_key_turns_away_from_subjects_that_look_alike():
+    rng = np.random.default_rng(4)
+    shared, mark = 3 * rng.normal(size=8), np.eye(8)[0] * 2
+    own = jnp.asarray(shared + mark + 0.1 * rng.normal(size=(4, 8)), jnp.float32)
+    alike = np.asarray(shared - mark + 0.1 * rng.normal(size=(3, 8)), np.float32)
+    memory = extend(create_memory(jnp.asarray(some_queries(200))), jnp.asarray(alike), jnp.array([1, 2, 3]))
+    margin = {w: float(whitened_key(own, jnp.array(7), memory, 0.1, 0.5, contrast=w).margin) for w in (0.0, 1.0)}
+    assert margin[1.0] > 1.2 * margin[0.0]
+    # with nothing alike to turn away from, it is the same key
+    plain = create_memory(jnp.asarray(0.1 * some_queries(200)))
+    keys = [whitened_key(own, jnp.array(7), plain, 0.1, 0.5, contrast=w).key for w in (0.0, 1.0)]
+    np.testing.assert_allclose(keys[0], keys[1], rtol=1e-5)
 
 
 # --- values ---
@@ -266,6 +299,17 @@ def test_edits_of_earlier_steps_are_saved_and_loaded(edited):
     loaded = load_earlier(save_earlier(earlier))
     jax.tree.map(np.testing.assert_array_equal, loaded, earlier)
     assert [model.decode(row) for row in loaded.rows] == [f"{r.prompt} {r.target}" for r in requests[:2]]
+
+
+def test_more_contexts_than_there_are(edited):
+    model, requests, _, _, text = edited
+    now = settings()
+    now = dataclasses.replace(now, subject=dataclasses.replace(now.subject, key_contexts=60))
+    # a statement and a question, which have different numbers of contexts
+    asked = EditRequest("who hit the hen?", "ab", subject="hen", id="question")
+    _, info = tp.edit(model, [requests[0], asked], settings=now, memory=text, cache=False)
+    assert info.requests[0].site == "subject"
+    assert [result.held for result in info.requests] == [True, True]
 
 
 def test_every_setting_has_a_name_of_its_own():

@@ -1,6 +1,6 @@
-"""Sizes by powers of two, so that a new number of things seldom needs a new compilation."""
+"""Sizes in steps, so that a new number of things seldom needs a new compilation."""
 
-__all__ = ["power_of_two"]
+__all__ = ["power_of_two", "round_up"]
 
 
 def power_of_two(count: int, least: int = 1, most: int | None = None) -> int:
@@ -17,3 +17,13 @@ def power_of_two(count: int, least: int = 1, most: int | None = None) -> int:
     """
     size = max(least, 1 << max(0, count - 1).bit_length())
     return size if most is None else min(size, most)
+
+
+def round_up(count: int, step: int) -> int:
+    """The multiple of ``step`` that holds ``count``, at least one ``step``.
+
+    Example:
+        >>> round_up(9, 4), round_up(0, 4)
+        (12, 4)
+    """
+    return max(1, -(-count // step)) * step

@@ -7,6 +7,8 @@ differently, which one in the last layer does not.
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle, islice
 from typing import NamedTuple
 
 import jax
@@ -17,18 +19,19 @@ from jax import Array
 from tpatch_jax import ffn
 from tpatch_jax.editors.background import Background
 from tpatch_jax.editors.earlier import NO_SUBJECT, Earlier
-from tpatch_jax.editors.reading import Item, subject_token
-from tpatch_jax.editors.wordings import Wording, neutral_wordings, question, shortened
+from tpatch_jax.editors.reading import Item
+from tpatch_jax.editors.subject_rows import Row, forked_rows, prompt_row, rows_of, runner, short_rows
+from tpatch_jax.editors.wordings import Wording, neutral_wordings, question
 from tpatch_jax.memory import Memory, blended, create_memory, extend, nuisance_scatter
 from tpatch_jax.models import decoder
-from tpatch_jax.models.collection import collect, row_length
-from tpatch_jax.models.model import Model, attach, tokens_array
+from tpatch_jax.models.collection import collect
+from tpatch_jax.models.model import Model, attach
 from tpatch_jax.patch import Patch, concatenate, create, sharpen, sized, take
 from tpatch_jax.recipes.staged import Recognised
 from tpatch_jax.recipes.through import Asked, ThroughInfo, ThroughSettings, train_values
 from tpatch_jax.recipes.whitened import whitened_key
 from tpatch_jax.requests import EditRequest
-from tpatch_jax.sizes import power_of_two
+from tpatch_jax.sizes import power_of_two, round_up
 
 __all__ = [
     "POSITIONS",
@@ -70,6 +73,7 @@ class SubjectSettings:
         neutral: on how many neutral prompts about the subject the edited model is kept close to the unedited one.
         key_floor: the lowest threshold of a key, where 0 is the mean query and 1 the subject's own.
         key_split: where the threshold lies between the hardest negative (0) and the edit's own queries (1).
+        key_contrast: how strongly a key turns away from other subjects that look much the same.
         question_avoidance: how strongly the key of a question turns away from its subject where nothing is asked.
         question_floor: the same as `key_floor` for keys that turn away.
         question_split: the same as `key_split` for keys that turn away.
@@ -85,9 +89,10 @@ class SubjectSettings:
     value_contexts: int = 4
     shorter: int = 3
     neutral: int = 8
-    key_floor: float = 0.6
-    key_split: float = 0.5
+    key_floor: float = 0.7
+    key_split: float = 0.4
     key_nuisance: float = 0.5
+    key_contrast: float = 0.01
     question_avoidance: float = 0.02
     question_floor: float = 0.5
     question_split: float = 0.4
@@ -113,15 +118,6 @@ class SubjectNeuron(NamedTuple):
     losses: Mapping[str, float]
 
 
-class _Row(NamedTuple):
-    """A text in tokens, where the subject ends in it, and what is asked: places and the tokens wanted there."""
-
-    tokens: list[int]
-    subject: int
-    places: list[int]
-    wanted: list[int]
-
-
 def subject_layer(layers: int, wanted: str = "auto") -> int:
     """The layer of the subject site: a third of the way up unless one is named.
 
@@ -139,33 +135,6 @@ def subject_layer(layers: int, wanted: str = "auto") -> int:
 def group_of(subject: str) -> int:
     """A number for a subject: queries of one subject are no negatives of each other."""
     return zlib.crc32(subject.encode()) & 0x7FFFFFFF
-
-
-def _prompt_row(model: Model, request: EditRequest, item: Item, context: int, token: str) -> _Row:
-    places, text = list(item.places(context)), item.texts[context]
-    if token == "prompt":
-        return _Row(item.rows[context], places[0], places, item.target)
-    subject = request.subject or ""
-    # Searched within the prompt, which is what the text ends with: a prefix may name the subject as well.
-    end = len(text) - len(request.prompt) + request.prompt.index(subject) + len(subject)
-    return _Row(item.rows[context], subject_token(model, text, end), places, item.target)
-
-
-def _row(model: Model, wording: Wording, target: Sequence[int] = ()) -> _Row | None:
-    """A text in tokens with what should follow it; ``None`` if it is too long."""
-    tokens = model.encode_prompt(wording.text)
-    if len(tokens) + len(target) > model.config.context:
-        return None
-    last = len(tokens) - 1
-    places = list(range(last, last + max(1, len(target))))
-    return _Row([*tokens, *target], subject_token(model, *wording), places, list(target))
-
-
-def _rows(model: Model, wordings: Sequence[Wording]) -> list[_Row]:
-    """Texts in tokens; the first that fits stands in for one that is too long."""
-    rows = [_row(model, wording) for wording in wordings]
-    first = next((row for row in rows if row is not None), None)
-    return [] if first is None else [row or first for row in rows]
 
 
 def _key_wordings(
@@ -189,49 +158,17 @@ def _key_wordings(
     return own[:count], neutral_wordings(request, AVOIDED) if settings.question_avoidance else []
 
 
-def short_rows(model: Model, request: EditRequest, item: Item, prefixes: Sequence[str]) -> list[_Row]:
-    """What `shortened` gives in tokens, each after a prefix; one that would be too long is left out."""
-    pairs = zip(shortened(request), prefixes, strict=False)
-    rows = (_row(model, wording.after(prefix), item.target) for wording, prefix in pairs)
-    return [row for row in rows if row is not None]
-
-
-@jax.jit
+@partial(jax.jit, static_argnames="contrast")
 def _keys(
-    query: Array, groups: Array, floor: Array, split: Array, avoid: Array, memory: Memory, avoidance: float
-) -> Recognised:
+    query: Array, groups: Array, floor: Array, split: Array, avoid: Array, memory: Memory, avoidance: float,
+    contrast: float
+) -> Recognised:  # fmt: skip
     def key(lane: tuple[Array, ...]) -> Recognised:
         own, group, low, share, away = lane
-        return whitened_key(own, group, memory, low, share, away, avoidance)
+        return whitened_key(own, group, memory, low, share, away, avoidance, contrast)
 
     # One lane at a time: the memory's responses to many keys at once would be the largest array of all.
     return jax.lax.map(key, (query, groups, floor, split, avoid))
-
-
-def _forked(model: Model, rows: Sequence[_Row], layer: int, places: int) -> tuple[decoder.Fork, Array]:
-    length = row_length(max(len(row.tokens) for row in rows))
-    span = power_of_two(max(len(row.tokens) - row.subject for row in rows), 4)
-    first = jnp.asarray([row.subject for row in rows], jnp.int32)
-    forked = decoder.fork(
-        model.config, model.params, tokens_array([row.tokens for row in rows], length), layer, first, span
-    )
-    table = np.zeros((len(rows), places), np.int32)
-    for number, row in enumerate(rows):
-        table[number, : len(row.places)] = np.asarray(row.places) - row.subject
-    return forked, jnp.asarray(table)
-
-
-def _runner(model: Model, layer: int) -> Callable[[tuple[tuple, Array], Array], Array]:
-    config, params = model.config, model.params
-
-    def run(rows: tuple[tuple, Array], added: Array) -> Array:
-        forked, places = decoder.Fork(*rows[0], layer=layer), rows[1]
-        output = forked.output.at[:, 0].add(added.astype(forked.output.dtype))
-        end = decoder.resume_fork(config, params, forked, output)
-        end = jnp.take_along_axis(end, places[..., None], 1)
-        return jax.nn.log_softmax(decoder.logits(config, params, end))
-
-    return run
 
 
 def _levelled(patch: Patch, plateau: float) -> Patch:
@@ -256,22 +193,22 @@ def _activity(model: Model, patch: Patch, forked: decoder.Fork, plateau: float) 
 
 
 def _values(
-    model: Model, unedited: Model, layer: int, patch: Patch, prompts: Sequence[list[_Row]], kept: Sequence[list[_Row]],
-    neutral: Sequence[list[_Row]], settings: SubjectSettings
+    model: Model, unedited: Model, layer: int, patch: Patch, prompts: Sequence[list[Row]], kept: Sequence[list[Row]],
+    neutral: Sequence[list[Row]], settings: SubjectSettings
 ) -> tuple[Array, ThroughInfo]:  # fmt: skip
     """The values of one chunk of lanes. ``kept`` are prompts of earlier edits of the same subject, which must go on."""
     lanes, most = len(prompts), max((len(rows) for rows in kept), default=0)
     # A lane without that many repeats its own bare prompt, which then counts for nothing.
     rows = [[*own, *also, *[own[0]] * (most - len(also))] for own, also in zip(prompts, kept, strict=True)]
-    each, count = len(rows[0]), power_of_two(max(len(row.wanted) for own in rows for row in own))
+    each, count = len(rows[0]), round_up(max(len(row.wanted) for own in rows for row in own), 2)
     wanted, weight = np.zeros((lanes, each, count), np.int32), np.zeros((lanes, each, count), np.float32)
     for lane, own in enumerate(rows):
         for number, row in enumerate(own[: len(prompts[lane]) + len(kept[lane])]):
             wanted[lane, number, : len(row.wanted)] = row.wanted
             group = len(prompts[lane]) if number < len(prompts[lane]) else 1
             weight[lane, number, : len(row.wanted)] = 1 / (group * len(row.wanted))
-    forked, places = _forked(model, [row for own in rows for row in own], layer, count)
-    run = _runner(model, layer)
+    forked, places = forked_rows(model, [row for own in rows for row in own], layer, count)
+    run = runner(model, layer)
     activity = np.asarray(_activity(model, patch, forked, settings.plateau))
     # A wording that the key does not know can teach the value nothing.
     heard = activity > HEARD * activity[:, :1]
@@ -284,10 +221,10 @@ def _values(
     close = None
     if settings.neutral:
         flat = [row for own in neutral for row in own]
-        beside, places = _forked(model, flat, layer, 1)
-        before = beside if model is unedited else _forked(unedited, flat, layer, 1)[0]
+        beside, places = forked_rows(model, flat, layer, 1)
+        before = beside if model is unedited else forked_rows(unedited, flat, layer, 1)[0]
         silent = jnp.zeros((len(flat), patch.key.shape[1]), jnp.float32)
-        reference = _runner(unedited, layer)((tuple(before[:-1]), places), silent).reshape(
+        reference = runner(unedited, layer)((tuple(before[:-1]), places), silent).reshape(
             lanes, settings.neutral, 1, -1
         )
         share = jnp.full((lanes, settings.neutral, 1), 1 / settings.neutral)
@@ -315,8 +252,8 @@ class Subjects(NamedTuple):
     layer: int
     settings: SubjectSettings
     lanes: list[int]
-    prompts: dict[int, list[_Row]]
-    neutral: dict[int, list[_Row]]
+    prompts: dict[int, list[Row]]
+    neutral: dict[int, list[Row]]
     groups: np.ndarray
     queries: list[np.ndarray]
     found: Recognised | None
@@ -361,7 +298,7 @@ def read_subjects(
     lanes = [number for number, subject in enumerate(subjects) if subject is not None]
     prompts = {
         number: [
-            _prompt_row(model, requests[items[number].position], items[number], context, settings.token)
+            prompt_row(model, requests[items[number].position], items[number], context, settings.token)
             for context in range(min(settings.value_contexts, len(items[number].texts)))
         ]
         for number in lanes
@@ -377,9 +314,13 @@ def read_subjects(
         request = requests[items[number].position]
         asked = question(request) is not None
         own, others = _key_wordings(request, known.prefixes[settings.value_contexts :], settings)
-        more[number] = [*prompts[number][1:], *_rows(model, own)]
-        avoid[number] = _rows(model, others)
-        neutral[number] = _rows(model, neutral_wordings(request, settings.neutral, asked))
+        more[number] = [*prompts[number][1:], *rows_of(model, own)]
+        avoid[number] = rows_of(model, others)
+        neutral[number] = rows_of(model, neutral_wordings(request, settings.neutral, asked))
+
+    # Lanes see equally many contexts; where there are fewer, they come again.
+    most = max(map(len, more.values()), default=0)
+    more = {number: [*islice(cycle(rows or prompts[number][:1]), most)] for number, rows in more.items()}
 
     # Nothing after the subject reaches its query.
     whole = [item.rows[0] for item in items]
@@ -442,7 +383,8 @@ def _recognised(
     memory = extend(memory, negative, answer, power_of_two(len(negative), 64))
     # Lanes come in few numbers; one that stands in twice is dropped again.
     index = np.minimum(np.arange(power_of_two(lanes)), lanes - 1)
-    found = _keys(*(part[index] for part in (own, groups, floor, split, avoid)), memory, settings.question_avoidance)
+    lanewise = (part[index] for part in (own, groups, floor, split, avoid))
+    found = _keys(*lanewise, memory, settings.question_avoidance, contrast=settings.key_contrast)
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:lanes], found)
 
 
@@ -511,11 +453,11 @@ def fit_subjects(
     return FittedSubjects(result, neurons)
 
 
-def _earlier_rows(earlier: Earlier, group: int) -> list[_Row]:
+def _earlier_rows(earlier: Earlier, group: int) -> list[Row]:
     """The bare prompts of earlier edits of one subject."""
     found, rows = np.flatnonzero(earlier.groups == group), earlier.rows
     return [
-        _Row(
+        Row(
             rows[n],
             int(earlier.subjects[n]),
             list(range(earlier.starts[n] - 1, earlier.lengths[n] - 1)),

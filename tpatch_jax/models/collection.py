@@ -14,7 +14,7 @@ from tpatch_jax.models import decoder
 from tpatch_jax.models.config import DecoderConfig
 from tpatch_jax.models.model import Model, tokens_array
 from tpatch_jax.patch import Patch, contribution, create, sized
-from tpatch_jax.sizes import power_of_two
+from tpatch_jax.sizes import power_of_two, round_up
 
 __all__ = ["Sites", "batches", "collect", "predicted", "row_length"]
 
@@ -46,7 +46,7 @@ def row_length(tokens: int) -> int:
         >>> row_length(5), row_length(17), row_length(70)
         (8, 24, 128)
     """
-    return max(8, -(-tokens // 8) * 8) if tokens <= 64 else power_of_two(tokens)
+    return round_up(tokens, 8) if tokens <= 64 else power_of_two(tokens)
 
 
 def batches(rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Array]]:

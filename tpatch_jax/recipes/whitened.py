@@ -1,5 +1,6 @@
 """A key in closed form, for sites whose queries say plainly what they are about, such as a subject's last token."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -8,10 +9,27 @@ from tpatch_jax.recipes.staged import Recognised
 
 __all__ = ["whitened_key"]
 
+HARD = 8
+"""A key turns away from so many of its hardest negatives at most."""
+
+ALIKE = 0.35
+"""A negative is hard above this response, where 1 is that of the edit's own queries."""
+
+
+def _scaled(rows: Array, weight: Array | float, total: Array) -> Array:
+    """Rows whose second moment has the trace ``weight · d``."""
+    return rows * jnp.sqrt(weight * rows.shape[1] / jnp.maximum(total, 1e-12))
+
+
+def _direction(centre: Array, away: Array) -> Array:
+    """``(I + AᵀA)⁻¹ c``, of which ``c`` says 1."""
+    direction = centre - away.T @ jnp.linalg.solve(jnp.eye(len(away), dtype=away.dtype) + away @ away.T, away @ centre)
+    return direction / jnp.maximum(direction @ centre, jnp.finfo(centre.dtype).tiny)
+
 
 def whitened_key(
     query: Array, group: Array, memory: Memory, floor: float | Array, split: float | Array, avoid: Array | None = None,
-    avoidance: float = 0.0
+    avoidance: float = 0.0, contrast: float = 0.0
 ) -> Recognised:  # fmt: skip
     """The key ``C⁻¹(q̄ − μ)`` with a threshold between the hardest negative and the edit's own queries.
 
@@ -20,7 +38,8 @@ def whitened_key(
     its contexts. The key is then scaled so that ``z = 0`` at the threshold and ``z = 1`` at ``ℓ``.
 
     With ``avoid``, ``C`` is joined by ``w·d·A/tr A`` of their second moment ``A`` about ``μ``, measured where ``C`` is
-    the identity: such a key turns away from what they have in common with the edit's own queries.
+    the identity: such a key turns away from what they have in common with the edit's own queries. With ``contrast``,
+    it is then joined in the same way by the hardest negatives, if any are much like the edit's own queries.
 
     Args:
         query: the edit's own queries, the bare prompt first, ``[contexts, d]``.
@@ -30,7 +49,8 @@ def whitened_key(
         split: where between hardest negative and own queries the threshold lies, 0 to 1.
         avoid: queries that are much like the edit's own and still none of them, ``[rows, d]``; a row of ``μ`` counts
             for nothing.
-        avoidance: ``w``.
+        avoidance: ``w`` of `avoid`.
+        contrast: ``w`` of the hardest negatives.
 
     Returns:
         A `Recognised`; with a negative margin where the two cannot be parted, and then of no use.
@@ -43,21 +63,28 @@ def whitened_key(
         >>> bool(found.margin > 0)
         True
 
-    Source: Meng et al. 2022, section 3.1, for the whitened key; the threshold is this library's.
+    Source: Meng et al. 2022, section 3.1, for the whitened key; the threshold and what it turns away from are this
+    library's.
     """
     whitener, mean = memory.whitener, memory.mean
     own = (query - mean) @ whitener
     centre = jnp.mean(own, 0)
-    tiny = jnp.finfo(own.dtype).tiny
-    direction = centre
+    away = jnp.zeros((0, own.shape[1]), own.dtype)
     if avoid is not None:
-        away = (avoid - mean) @ whitener
-        away = away * jnp.sqrt(avoidance * mean.shape[0] / jnp.maximum(jnp.sum(jnp.square(away)), 1e-12))
-        direction -= away.T @ jnp.linalg.solve(jnp.eye(len(away), dtype=own.dtype) + away @ away.T, away @ centre)
-    direction = direction / jnp.maximum(direction @ centre, tiny)
+        rows = (avoid - mean) @ whitener
+        away = _scaled(rows, avoidance, jnp.sum(jnp.square(rows)))
+    direction = _direction(centre, away)
+    foreign = counted(memory, group)
+    responses = jnp.where(foreign, (memory.query - mean) @ (whitener @ direction), -jnp.inf)
+    if contrast:
+        alike, index = jax.lax.top_k(responses, min(HARD, len(responses)))
+        rows = jnp.where(alike[:, None] > ALIKE, (memory.query[index] - mean) @ whitener, 0.0)
+        away = jnp.concatenate([away, _scaled(rows, contrast, jnp.sum(jnp.square(rows)))])
+        direction = _direction(centre, away)
+        responses = jnp.where(foreign, (memory.query - mean) @ (whitener @ direction), -jnp.inf)
     key = whitener @ direction
     z = own @ direction
-    hard = jnp.max(jnp.where(counted(memory, group), (memory.query - mean) @ key, -jnp.inf), initial=0.0)
+    hard = jnp.max(responses, initial=0.0)
     least = jnp.minimum(z[0], jnp.mean(z))
     threshold = jnp.maximum(floor, hard + split * (least - hard))
     unit = least - threshold

@@ -1,0 +1,114 @@
+"""Texts in tokens with the end of a subject in them, and the network from there on."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tpatch_jax.editors.reading import Item, subject_token
+from tpatch_jax.editors.wordings import Wording, shortened
+from tpatch_jax.models import decoder
+from tpatch_jax.models.collection import row_length
+from tpatch_jax.models.model import Model, tokens_array
+from tpatch_jax.requests import EditRequest
+from tpatch_jax.sizes import round_up
+
+__all__ = ["Row", "forked_rows", "prompt_row", "row_of", "rows_of", "runner", "short_rows"]
+
+
+class Row(NamedTuple):
+    """A text in tokens, where the subject ends in it, and what is asked: places and the tokens wanted there."""
+
+    tokens: list[int]
+    subject: int
+    places: list[int]
+    wanted: list[int]
+
+
+def prompt_row(model: Model, request: EditRequest, item: Item, context: int, token: str) -> Row:
+    """A request's prompt and target in one of its contexts, cut at the last token of the subject or of the prompt."""
+    places, text = list(item.places(context)), item.texts[context]
+    if token == "prompt":
+        return Row(item.rows[context], places[0], places, item.target)
+    subject = request.subject or ""
+    # Searched within the prompt, which is what the text ends with: a prefix may name the subject as well.
+    end = len(text) - len(request.prompt) + request.prompt.index(subject) + len(subject)
+    return Row(item.rows[context], subject_token(model, text, end), places, item.target)
+
+
+def row_of(model: Model, wording: Wording, target: Sequence[int] = ()) -> Row | None:
+    """A text in tokens with what should follow it; ``None`` if it is too long."""
+    tokens = model.encode_prompt(wording.text)
+    if len(tokens) + len(target) > model.config.context:
+        return None
+    last = len(tokens) - 1
+    places = list(range(last, last + max(1, len(target))))
+    return Row([*tokens, *target], subject_token(model, *wording), places, list(target))
+
+
+def rows_of(model: Model, wordings: Sequence[Wording]) -> list[Row]:
+    """Texts in tokens; the first that fits stands in for one that is too long."""
+    rows = [row_of(model, wording) for wording in wordings]
+    first = next((row for row in rows if row is not None), None)
+    return [] if first is None else [row or first for row in rows]
+
+
+def short_rows(model: Model, request: EditRequest, item: Item, prefixes: Sequence[str]) -> list[Row]:
+    """What `shortened` gives in tokens, each after a prefix; one that would be too long is left out."""
+    pairs = zip(shortened(request), prefixes, strict=False)
+    rows = (row_of(model, wording.after(prefix), item.target) for wording, prefix in pairs)
+    return [row for row in rows if row is not None]
+
+
+def forked_rows(model: Model, rows: Sequence[Row], layer: int, places: int) -> tuple[decoder.Fork, Array]:
+    """Rows run up to a layer's FFN, from their subject on, and where in that part they are asked.
+
+    Args:
+        model: the model.
+        rows: the rows.
+        layer: the layer.
+        places: as many places for each row; those it has not are place 0.
+
+    Returns:
+        A `tpatch_jax.models.decoder.Fork` and the places, ``[rows, places]``, counted from the subject.
+    """
+    span = round_up(max(len(row.tokens) - row.subject for row in rows), 4)
+    number: list[int] = []
+    parts: list[decoder.Fork] = []
+    # Rows of like length together: a few with a long context would else lengthen all.
+    lengths = np.asarray([row_length(len(row.tokens)) for row in rows])
+    for length in np.unique(lengths):
+        part = np.flatnonzero(lengths == length).tolist()
+        there = [*part, *[part[-1]] * (round_up(len(part), 8) - len(part))]
+        tokens = tokens_array([rows[row].tokens for row in there], int(length))
+        first = jnp.asarray([rows[row].subject for row in there], jnp.int32)
+        found = decoder.fork(model.config, model.params, tokens, layer, first, span)
+        pad = [(0, 0), (0, int(lengths.max() - length)), (0, 0), (0, 0)]
+        parts.append(
+            found._replace(caches=[decoder.Cache(*(jnp.pad(leaf, pad) for leaf in cache)) for cache in found.caches])
+        )
+        number += there
+    back = np.zeros(len(rows), int)
+    back[number[::-1]] = np.arange(len(number))[::-1]
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[back], *(part[:-1] for part in parts))
+    table = np.zeros((len(rows), places), np.int32)
+    for row, own in enumerate(rows):
+        table[row, : len(own.places)] = np.asarray(own.places) - own.subject
+    return decoder.Fork(*joined, layer=layer), jnp.asarray(table)
+
+
+def runner(model: Model, layer: int) -> Callable[[tuple[tuple, Array], Array], Array]:
+    """The network from a layer's FFN on, as `tpatch_jax.recipes.through.train_values` runs it on `forked_rows`."""
+    config, params = model.config, model.params
+
+    def run(rows: tuple[tuple, Array], added: Array) -> Array:
+        forked, places = decoder.Fork(*rows[0], layer=layer), rows[1]
+        output = forked.output.at[:, 0].add(added.astype(forked.output.dtype))
+        end = decoder.resume_fork(config, params, forked, output)
+        end = jnp.take_along_axis(end, places[..., None], 1)
+        return jax.nn.log_softmax(decoder.logits(config, params, end))
+
+    return run
