@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpatch_jax.editors.wordings import NEUTRAL, neutral_wordings, question, shortened
+from tpatch_jax.editors.wordings import NEUTRAL, look_alikes, neutral_wordings, question, shortened
 from tpatch_jax.requests import EditRequest
 
 NAMES = st.text("Abc é", min_size=1, max_size=8).filter(lambda name: name.strip() == name)
@@ -55,3 +55,13 @@ def test_questions_are_asked_in_the_frame_of_the_request_and_statements_are_not(
 def test_a_question_in_other_words_stays_one(prompt, found):
     texts = [text for text, _ in shortened(EditRequest(prompt, "Rome", subject="Ann"))]
     assert texts == [f"Question: {text}\nAnswer:" for text in found]
+
+
+def test_look_alikes_end_like_the_subject_and_are_nobody_named():
+    request = EditRequest("Where Maury County lies", "Rome", subject="Maury County")
+    names = ["Anna Bell", "Franklin Pierce", "Franklin County", "Lyon", "Maury Povich"]
+    found = look_alikes(request, names, 8)
+    assert [text for text, _ in found] == ["Where Anna County"]
+    assert all(text[:end].endswith(" County") and end == len(text) for text, end in found)
+    assert len(look_alikes(request, ["Anna Bell", "Eva Green"], 1)) == 1
+    assert look_alikes(EditRequest("Lyon is in", "Italy", subject="Lyon"), names, 8) == []

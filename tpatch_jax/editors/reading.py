@@ -81,13 +81,17 @@ def read_item(model: Model, position: int, request: EditRequest, prefixes: Seque
 
 
 def subject_token(model: Model, text: str, end: int) -> int:
-    """Which token of a text holds the character before ``end``, by the tokenizer's own offsets.
+    """The last token of what ends at ``end`` that holds a letter or digit of it, by the tokenizer's own offsets.
+
+    A bracket or quotation mark at the end often shares its token with what follows, which no rephrasing repeats.
 
     Args:
         model: the model.
         text: a prompt, as `Model.encode_prompt` reads it.
         end: where in the text the subject ends.
     """
+    while end > 1 and not text[end - 1].isalnum() and text[end - 2 : end - 1].strip():
+        end -= 1
     if getattr(model.tokenizer, "is_fast", False):
         spans = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         holding = [number for number, (first, last) in enumerate(spans) if first < end <= last]

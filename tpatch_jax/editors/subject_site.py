@@ -21,7 +21,7 @@ from tpatch_jax.editors.background import Background
 from tpatch_jax.editors.earlier import NO_SUBJECT, Earlier
 from tpatch_jax.editors.reading import Item
 from tpatch_jax.editors.subject_rows import Row, forked_rows, prompt_row, rows_of, runner, short_rows
-from tpatch_jax.editors.wordings import Wording, neutral_wordings, question
+from tpatch_jax.editors.wordings import Wording, look_alikes, neutral_wordings, question
 from tpatch_jax.memory import Memory, blended, create_memory, extend, nuisance_scatter
 from tpatch_jax.models import decoder
 from tpatch_jax.models.collection import collect
@@ -47,7 +47,7 @@ __all__ = [
 POSITIONS = ("subject", "prompt")
 
 AVOIDED = 8
-"""On so many statements about its subject a question's key learns what to turn away from."""
+"""From so many texts a key learns what to turn away from."""
 
 HEARD = 0.1
 """A key hears a wording on which it fires this strongly, the bare prompt being 1."""
@@ -73,6 +73,7 @@ class SubjectSettings:
         neutral: on how many neutral prompts about the subject the edited model is kept close to the unedited one.
         key_floor: the lowest threshold of a key, where 0 is the mean query and 1 the subject's own.
         key_split: where the threshold lies between the hardest negative (0) and the edit's own queries (1).
+        key_avoidance: how strongly the key of a statement turns away from subjects that end in the same word.
         key_contrast: how strongly a key turns away from other subjects that look much the same.
         question_avoidance: how strongly the key of a question turns away from its subject where nothing is asked.
         question_floor: the same as `key_floor` for keys that turn away.
@@ -92,6 +93,7 @@ class SubjectSettings:
     key_floor: float = 0.7
     key_split: float = 0.4
     key_nuisance: float = 0.5
+    key_avoidance: float = 0.003
     key_contrast: float = 0.01
     question_avoidance: float = 0.02
     question_floor: float = 0.5
@@ -138,11 +140,12 @@ def group_of(subject: str) -> int:
 
 
 def _key_wordings(
-    request: EditRequest, prefixes: Sequence[str], settings: SubjectSettings
+    request: EditRequest, prefixes: Sequence[str], names: Sequence[str], settings: SubjectSettings
 ) -> tuple[list[Wording], list[Wording]]:
     """Where else a key should see its subject, and where it should not know it.
 
-    A key for a statement knows its subject anywhere, at the very start of a text, too. One for a question knows it in
+    A key for a statement knows its subject anywhere, at the very start of a text, too, and does not mistake another
+    that ends in the same word for it. One for a question knows it in
     questions only: what asks for the same is a question as well, and what is said of the subject stays as it was.
     """
     subject, count = request.subject or "", settings.key_contexts // 2
@@ -150,7 +153,8 @@ def _key_wordings(
         return [], []
     if question(request) is None:
         alone = Wording(subject, len(subject))
-        return [alone, *(alone.after(prefix) for prefix in prefixes)][:count], []
+        others = look_alikes(request, names, AVOIDED) if settings.key_avoidance else []
+        return [alone, *(alone.after(prefix) for prefix in prefixes)][:count], others
     # Other questions count as its own, or it would know its subject in few rephrasings.
     end = request.prompt.index(subject) + len(subject)
     own = [Wording(request.prompt[:end], end), *neutral_wordings(request, count - 1, asked=True)]
@@ -160,15 +164,15 @@ def _key_wordings(
 
 @partial(jax.jit, static_argnames="contrast")
 def _keys(
-    query: Array, groups: Array, floor: Array, split: Array, avoid: Array, memory: Memory, avoidance: float,
+    query: Array, groups: Array, floor: Array, split: Array, avoid: Array, strength: Array, memory: Memory,
     contrast: float
 ) -> Recognised:  # fmt: skip
     def key(lane: tuple[Array, ...]) -> Recognised:
-        own, group, low, share, away = lane
-        return whitened_key(own, group, memory, low, share, away, avoidance, contrast)
+        own, group, low, share, away, weight = lane
+        return whitened_key(own, group, memory, low, share, away, weight, contrast)
 
     # One lane at a time: the memory's responses to many keys at once would be the largest array of all.
-    return jax.lax.map(key, (query, groups, floor, split, avoid))
+    return jax.lax.map(key, (query, groups, floor, split, avoid, strength))
 
 
 def _levelled(patch: Patch, plateau: float) -> Patch:
@@ -310,12 +314,14 @@ def read_subjects(
         found = short_rows(model, requests[item.position], item, known.prefixes[-settings.shorter :])
         short[number] = [*found, *(prompts[number][-1:] * settings.shorter)][: settings.shorter]
     more, neutral, avoid = {}, {}, {}
+    pool = list(dict.fromkeys([*known.names, *(subject for subject in subjects if subject)]))
     for number in lanes:
         request = requests[items[number].position]
         asked = question(request) is not None
-        own, others = _key_wordings(request, known.prefixes[settings.value_contexts :], settings)
+        own, others = _key_wordings(request, known.prefixes[settings.value_contexts :], pool, settings)
         more[number] = [*prompts[number][1:], *rows_of(model, own)]
-        avoid[number] = rows_of(model, others)
+        found = rows_of(model, others)
+        avoid[number] = [*islice(cycle(found), AVOIDED)] if found else []
         neutral[number] = rows_of(model, neutral_wordings(request, settings.neutral, asked))
 
     # Lanes see equally many contexts; where there are fewer, they come again.
@@ -347,9 +353,10 @@ def read_subjects(
         negative = np.concatenate([heard, part, contexts.reshape(-1, seen.shape[1])])
         answer = np.concatenate([owner, np.repeat(groups, ends), np.repeat(groups[lanes], contexts.shape[1])])
         turned = np.full((len(lanes), AVOIDED, seen.shape[1]), np.nan, np.float32)
-        asked = np.flatnonzero([bool(avoid[number]) for number in lanes])
-        turned[asked] = seen[upto[1] :].reshape(len(asked), AVOIDED, seen.shape[1])
-        found = _recognised(known, own, groups[lanes], turned, negative, answer, settings)
+        turning = np.flatnonzero([bool(avoid[number]) for number in lanes])
+        turned[turning] = seen[upto[1] :].reshape(len(turning), AVOIDED, seen.shape[1])
+        asks = np.asarray([question(requests[items[number].position]) is not None for number in lanes])
+        found = _recognised(known, own, groups[lanes], turned, asks, negative, answer, settings)
     prompts = {number: rows + short.get(number, []) for number, rows in prompts.items()}
     return Subjects(
         model, layer, settings, lanes, prompts, neutral, groups, queries, found, [item.position for item in items]
@@ -365,26 +372,27 @@ def _heard_before(earlier: Earlier) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _recognised(
-    known: Background, own: np.ndarray, groups: np.ndarray, avoid: np.ndarray, negative: np.ndarray,
-    answer: np.ndarray, settings: SubjectSettings
+    known: Background, own: np.ndarray, groups: np.ndarray, avoid: np.ndarray, asks: np.ndarray,
+    negative: np.ndarray, answer: np.ndarray, settings: SubjectSettings
 ) -> Recognised:  # fmt: skip
     """The keys of some subjects, silent on ``negative [rows, d]`` but for rows of their own group.
 
-    ``avoid [lanes, rows, d]`` is not a number for lanes that avoid nothing.
+    ``avoid [lanes, rows, d]`` is not a number for lanes that avoid nothing; ``asks [lanes]`` says which ask a question.
     """
     lanes, nuisance = len(own), known.nuisance
     if lanes > 1:
         # The subjects' own contexts tell more than the general ones, the more of them there are.
         nuisance = blended(nuisance_scatter(jnp.asarray(own)), nuisance, min(0.9, lanes / 30))
     memory = create_memory(known.query, nuisance, weight=settings.key_nuisance)
-    floor = np.where(np.isnan(avoid[:, 0, 0]), settings.key_floor, settings.question_floor).astype(np.float32)
-    split = np.where(np.isnan(avoid[:, 0, 0]), settings.key_split, settings.question_split).astype(np.float32)
+    floor = np.where(asks, settings.question_floor, settings.key_floor).astype(np.float32)
+    split = np.where(asks, settings.question_split, settings.key_split).astype(np.float32)
+    strength = np.where(asks, settings.question_avoidance, settings.key_avoidance).astype(np.float32)
     avoid = np.where(np.isnan(avoid), np.asarray(memory.mean, np.float32), avoid)
     memory = extend(memory, negative, answer, power_of_two(len(negative), 64))
     # Lanes come in few numbers; one that stands in twice is dropped again.
     index = np.minimum(np.arange(power_of_two(lanes)), lanes - 1)
-    lanewise = (part[index] for part in (own, groups, floor, split, avoid))
-    found = _keys(*lanewise, memory, settings.question_avoidance, contrast=settings.key_contrast)
+    lanewise = (part[index] for part in (own, groups, floor, split, avoid, strength))
+    found = _keys(*lanewise, memory, contrast=settings.key_contrast)
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:lanes], found)
 
 

@@ -1,11 +1,14 @@
-"""Other ways to say a request, and other things that can be asked about its subject."""
+"""Other ways to say a request, other things that can be asked about its subject, and subjects that look like it."""
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from tpatch_jax.requests import EditRequest
 
-__all__ = ["NEUTRAL", "Wording", "neutral_wordings", "question", "shortened"]
+__all__ = ["NEUTRAL", "Wording", "look_alikes", "neutral_wordings", "question", "shortened"]
 
 NEUTRAL = (
     "{} is a",
@@ -126,3 +129,28 @@ def neutral_wordings(request: EditRequest, count: int, asked: bool = False) -> l
     texts = (NEUTRAL_QUESTIONS if asked else NEUTRAL)[:count]
     parts = [text.split("{}") for text in texts]
     return [Wording.of(frame + before, subject, after + behind) for before, after in parts]
+
+
+def look_alikes(request: EditRequest, names: Sequence[str], count: int) -> list[Wording]:
+    """The prompt up to its subject, with a subject that ends in the same word but begins like another name.
+
+    Args:
+        request: with a subject; one of a single word has none.
+        names: other names, of which those with several words are of use.
+        count: how many at most.
+
+    Example:
+        >>> request = EditRequest("The seat of Orange County is", "Rome", subject="Orange County")
+        >>> [text for text, _ in look_alikes(request, ["Anna Bell", "Lyon", "Old Red Hill"], 2)]
+        ['The seat of Anna County', 'The seat of Old Red County']
+    """
+    subject = request.subject or ""
+    front, _, last = subject.rpartition(" ")
+    if not front:
+        return []
+    others = [name.rpartition(" ")[0] for name in names]
+    others = [other for other in dict.fromkeys(others) if other and other != front and f"{other} {last}" not in names]
+    # Drawn from the subject itself, so that its look-alikes do not depend on its place in the list.
+    picks = np.random.default_rng(list(subject.encode())).permutation(len(others))[:count]
+    before = request.prompt.partition(subject)[0]
+    return [Wording.of(before, f"{others[pick]} {last}", "") for pick in picks]

@@ -29,7 +29,7 @@ def _direction(centre: Array, away: Array) -> Array:
 
 def whitened_key(
     query: Array, group: Array, memory: Memory, floor: float | Array, split: float | Array, avoid: Array | None = None,
-    avoidance: float = 0.0, contrast: float = 0.0
+    avoidance: float | Array = 0.0, contrast: float = 0.0
 ) -> Recognised:  # fmt: skip
     """The key ``C⁻¹(q̄ − μ)`` with a threshold between the hardest negative and the edit's own queries.
 
