@@ -39,7 +39,7 @@ class ThroughSettings(NamedTuple):
     """
 
     steps: int = 25
-    rate: float = 0.1
+    rate: float = 0.16
     momentum: float = 0.8
     longest: float = 4.0
     enough: float = 0.01
