@@ -4,6 +4,7 @@ One entry of `_KINDS` per algorithm, one of `_PRE_TOKENIZERS` per rule that spli
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tpatch_jax.errors import TPatchError
@@ -175,10 +176,20 @@ def _byte_level(metadata: Metadata) -> _Kind:
     )
 
 
+def _merges(ids: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Every pair of tokens whose union is a token, the best scored union first, then the longest left part."""
+    pairs = [
+        (token[:at], token[at:], scores[id])
+        for token, id in ids.items()
+        for at in range(1, len(token))
+        if token[:at] in ids and token[at:] in ids
+    ]
+    pairs.sort(key=lambda pair: (-pair[2], -len(pair[0]), -len(pair[1])))
+    return [(left, right) for left, right, _ in pairs]
+
+
 def _sentencepiece(metadata: Metadata) -> _Kind:
     """SentencePiece's BPE, which joins the pair whose union scores highest, as BPE with the merges in that order."""
-    from transformers.convert_slow_tokenizer import generate_merges
-
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     scores = metadata["tokenizer.ggml.scores"]
     if len(scores) != len(tokens):
@@ -211,7 +222,7 @@ def _sentencepiece(metadata: Metadata) -> _Kind:
             "unk_token": None if unknown is None else tokens[unknown],
             "fuse_unk": True,
             "byte_fallback": _BYTE in types,
-            "merges": generate_merges(joined, {token: scores[id] for token, id in joined.items()}),
+            "merges": _merges(joined, scores),
         },
         processors=[],
         starts_with_bos=True,
