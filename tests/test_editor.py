@@ -196,7 +196,7 @@ def test_no_request_and_an_unknown_preset_are_errors(tiny_model):
         tp.edit(tiny_model, [])
     with pytest.raises(TPatchError, match="preset 'best' does not exist; choose from default, paper"):
         tp.edit(tiny_model, REQUESTS, settings="best")
-    with pytest.raises(TPatchError, match="site 'first' does not exist; use site=last"):
+    with pytest.raises(TPatchError, match="site 'first' does not exist; use site=auto, site=last"):
         tpatcher(TPatcherSettings(site="first"))
     with pytest.raises(TPatchError, match="recipe 'mine' does not exist"):
         tpatcher(TPatcherSettings(fit=FitSettings(recipe="mine")))

@@ -9,6 +9,7 @@ import pytest
 from conftest import make_tiny_model, relative
 
 import tpatch_jax as tp
+import tpatch_jax.editors.tpatcher as tpatcher_module
 from tpatch_jax.configuration import change, known_names
 from tpatch_jax.editors.earlier import load_earlier, save_earlier
 from tpatch_jax.editors.reading import check_requests, read_item, subject_token
@@ -213,10 +214,10 @@ def test_a_prefix_that_names_the_subject_does_not_confuse(tiny_model):
 
 def test_a_subject_that_occurs_twice_or_not_at_all(tiny_model):
     requests = [EditRequest("the cat and the cat", "a", subject="cat"), EditRequest("who", "a", subject="cat")]
-    problems = check_requests(tiny_model, requests, "subject")
+    problems = check_requests(tiny_model, requests, True)
     assert "occurs 2 times in the prompt" in problems[0]
     assert "is not in the prompt" in problems[1]
-    assert 0 not in check_requests(tiny_model, requests, "last")
+    assert 0 not in check_requests(tiny_model, requests, False)
 
 
 def test_shorter_wordings_end_where_the_prompt_ends(tiny_model):
@@ -338,5 +339,31 @@ def test_layers_that_cannot_be_used(tiny_model):
         tpatcher(settings(layer="first"))
     with pytest.raises(TPatchError, match="layer 2 is the last one"):
         tpatcher(settings(layer="2")).init(tiny_model, jax.random.key(0))
-    with pytest.raises(TPatchError, match="site 'middle' does not exist; use site=last or site=subject"):
+    with pytest.raises(TPatchError, match="site 'middle' does not exist; use site=auto, site=last or site=subject"):
         tpatcher(dataclasses.replace(settings(), site="middle"))
+
+
+def test_the_site_is_chosen_by_model_and_requests(edited, monkeypatch):
+    model, requests, _, _, text = edited
+    auto, key = dataclasses.replace(settings(), site="auto"), jax.random.key(0)
+
+    def deep(model, settings):
+        return tpatcher(settings, memory=text).init(model, key).deep
+
+    assert deep(model, auto) is not None
+    two_layers = make_tiny_model(num_hidden_layers=2)
+    assert deep(two_layers, auto) is None
+    assert deep(model, dataclasses.replace(auto, site="last")) is None
+    with pytest.raises(TPatchError, match="layer 1 is the last one"):
+        deep(two_layers, settings())
+    with pytest.raises(TPatchError, match="layer 2 is the last one"):
+        deep(model, dataclasses.replace(auto, layer="2"))
+    # without any subject nothing is read at an earlier layer
+    layers = []
+    known = tpatcher_module.background
+    monkeypatch.setattr(
+        tpatcher_module, "background", lambda m, layer, *_, **__: layers.append(layer) or known(m, layer, *_, **__)
+    )
+    _, info = tp.edit(model, requests[3:4], settings=auto, memory=text, cache=False)
+    assert [(result.held, result.site) for result in info.requests] == [(True, "last")]
+    assert layers == [2]

@@ -34,8 +34,8 @@ class Item(NamedTuple):
         return range(self.starts[context] - 1, self.starts[context] - 1 + len(self.target))
 
 
-def check_requests(model: Model, requests: Sequence[EditRequest], site: str) -> dict[int, str]:
-    """Requests that cannot be worked on, with the reason; all others go on."""
+def check_requests(model: Model, requests: Sequence[EditRequest], subjects: bool) -> dict[int, str]:
+    """Requests that cannot be worked on, at their subjects or elsewhere, with the reason; all others go on."""
     problems = {}
     for position, earlier in contradictions(requests).items():
         problems[position] = (
@@ -49,7 +49,7 @@ def check_requests(model: Model, requests: Sequence[EditRequest], site: str) -> 
             problems[position] = "the target is empty; write what the model should say"
         elif subject is not None and (not subject.strip() or subject not in request.prompt):
             problems[position] = f"the subject {subject!r} is not in the prompt; copy it as it stands there"
-        elif site == "subject" and subject is not None and request.prompt.count(subject) > 1:
+        elif subjects and subject is not None and request.prompt.count(subject) > 1:
             problems[position] = (
                 f"the subject {subject!r} occurs {request.prompt.count(subject)} times in the prompt; name it once, or "
                 "use site=last"

@@ -16,8 +16,9 @@ class TPatcherSettings:
 
     Attributes:
         site: where patches go: ``"last"``, the mistaken token in the last layer; ``"subject"``, the last token of the
-            subject in an earlier layer, completed in the last layer where that does not say the whole target. A request
-            without a subject is edited in the last layer in any case.
+            subject in an earlier layer, completed in the last layer where that does not say the whole target;
+            ``"auto"``, the subject if the model has an earlier layer for it. A request without a subject is edited in
+            the last layer in any case.
         layer: of the subject site: ``"auto"``, a third of the way up, or a number.
         complete: whether what a neuron at a subject leaves wrong is completed in the last layer.
         fit: how a patch in the last layer is fitted.
@@ -32,7 +33,7 @@ class TPatcherSettings:
         train_on_rephrases: use the requests' rephrases as further contexts; otherwise they only measure.
     """
 
-    site: str = "last"
+    site: str = "auto"
     layer: str = "auto"
     complete: bool = True
     fit: FitSettings = field(default_factory=FitSettings)
@@ -56,6 +57,7 @@ PRESETS: Mapping[str, TPatcherSettings] = {
             learning_rate=0.01,
             weight_decay=0.01,
         ),
+        site="last",
         contexts=1,
         swaps=0,
         other_edits=False,

@@ -88,7 +88,7 @@ def edit_tokens(
         if settings not in PRESETS:
             raise TPatchError(f"preset {settings!r} does not exist; choose from {', '.join(sorted(PRESETS))}")
         settings = PRESETS[settings]
-    if settings.site != "last":
+    if settings.site == "subject":
         raise TPatchError(f"site {settings.site!r} needs a subject, which token ids do not have; use site=last")
     if len(prompts) != len(targets):
         raise TPatchError(f"{len(prompts)} prompts and {len(targets)} targets; give each prompt its own target")

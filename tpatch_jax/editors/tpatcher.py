@@ -4,6 +4,7 @@ One neuron for each target token that the model gets wrong, in the last feed-for
 at its subject in an earlier layer, completed in the last layer where that does not say the whole target.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -97,8 +98,8 @@ def tpatcher(
 
     Source: Huang et al. 2023.
     """
-    if settings.site not in ("last", "subject"):
-        raise TPatchError(f"site {settings.site!r} does not exist; use site=last or site=subject")
+    if settings.site not in ("auto", "last", "subject"):
+        raise TPatchError(f"site {settings.site!r} does not exist; use site=auto, site=last or site=subject")
     if settings.subject.token not in POSITIONS:
         raise TPatchError(f"token {settings.subject.token!r} does not exist; use token=subject or token=prompt")
     if settings.layer != "auto" and not settings.layer.isdigit():
@@ -112,12 +113,8 @@ def tpatcher(
         known = background(model, model.layer(None), memory, cache=cache, progress=progress)
         width = model.config.width
         patch, deep = create(width), None
-        if settings.site == "subject":
-            layer = model.layer(subject_layer(model.config.layers, settings.layer))
-            if layer == model.layer(None):
-                raise TPatchError(
-                    f"layer {layer} is the last one, where a subject can no longer be heard; use site=last"
-                )
+        layer = _subject_layer(model, settings)
+        if layer is not None:
             deep = background(model, layer, memory, cache=cache, progress=progress)
             patch = patch._replace(layer=jnp.zeros(0, jnp.int32))
         spread = moment(decoder.unembedding(model.config, model.params))
@@ -131,6 +128,18 @@ def tpatcher(
         return attach(state.model, state.patch).apply(tokens)
 
     return Editor(init, step, apply)
+
+
+def _subject_layer(model: Model, settings: TPatcherSettings) -> int | None:
+    """The layer of the subject site, if that is used; a model too low for it is edited in the last layer."""
+    if settings.site == "last":
+        return None
+    layer = model.layer(subject_layer(model.config.layers, settings.layer))
+    if layer != model.layer(None):
+        return layer
+    if settings.site == "auto" and settings.layer == "auto":
+        return None
+    raise TPatchError(f"layer {layer} is the last one, where a subject can no longer be heard; use site=last")
 
 
 class _Deep(NamedTuple):
@@ -186,7 +195,7 @@ def _fit_deep(
     unedited, settings, earlier = state.model, state.settings, state.earlier
     model = _with_deep(unedited, before)
     none = take(before, [])
-    if settings.site != "subject" or state.deep is None:
+    if state.deep is None:
         return _Deep(model, before, none, [], None, earlier)
     layer = unedited.layer(subject_layer(unedited.config.layers, settings.layer))
     said = predicted(model, collect_bare(model, items), last)
@@ -214,7 +223,7 @@ def _step(
     settings, known = state.settings, state.background
     names = [request.name(position) for position, request in enumerate(requests)]
     width = state.model.config.width
-    problems = check_requests(state.model, requests, settings.site)
+    problems = check_requests(state.model, requests, state.deep is not None)
     prefixes = known.prefixes[: settings.contexts - 1]
     good = {position: request for position, request in enumerate(requests) if position not in problems}
     items = [
@@ -360,8 +369,10 @@ def edit(
         if settings not in PRESETS:
             raise TPatchError(f"preset {settings!r} does not exist; choose from {', '.join(sorted(PRESETS))}")
         settings = PRESETS[settings]
-    key = jax.random.key(seed)
+    wanted, key = as_requests(requests), jax.random.key(seed)
+    if settings.site == "auto" and not any(request.subject for request in wanted):
+        settings = dataclasses.replace(settings, site="last")
     with jax.default_matmul_precision("highest"):
         editor = tpatcher(settings, memory=memory, cache=cache_folder() if cache else None, progress=progress)
-        state, info = editor.step(editor.init(model, key), as_requests(requests), key)
+        state, info = editor.step(editor.init(model, key), wanted, key)
     return state.patch, info
