@@ -24,7 +24,7 @@ from tpatch_jax.evaluation.report import comparison, read_report
 from tpatch_jax.evaluation.runner import evaluate
 from tpatch_jax.evaluation.running_text import read_windows, text_figures
 from tpatch_jax.evaluation.scoring import Base, Outcome, apply_scores, ask, base_scores, patched_scores, score
-from tpatch_jax.models import decoder
+from tpatch_jax.models import networks
 from tpatch_jax.models.collection import collect
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.patch import Patch, concatenate, create
@@ -85,7 +85,7 @@ class DirectState(NamedTuple):
 def direct_step(state: DirectState, requests: Sequence[EditRequest], key: Any) -> tuple[DirectState, EditInfo]:
     """One neuron a target token, its key the token's own query: no fit, so that protocols are tested in no time."""
     model, patches, results, count = state.model, [state.patch], [], state.patch.key.shape[0]
-    table = np.asarray(decoder.unembedding(model.config, model.params))
+    table = np.asarray(networks.unembedding(model.config, model.params))
     for number, request in enumerate(requests):
         prompt, target = model.encode(request.prompt), model.encode(join_target(request.prompt, request.target))
         row, places = prompt + target, range(len(prompt) - 1, len(prompt) + len(target) - 1)

@@ -17,7 +17,7 @@ from tpatch_jax import cli, ffn, store
 from tpatch_jax.editors.editor import EditInfo, RequestInfo
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.export import EXPORT, ExportInfo, constant_direction, export_model
-from tpatch_jax.models import decoder
+from tpatch_jax.models import networks
 from tpatch_jax.models.families import FAMILIES
 from tpatch_jax.models.model import Model, attach, load_model, merge, save_model
 from tpatch_jax.patch import Patch
@@ -40,8 +40,8 @@ ENDINGS = ("--approximate", "tp.attach", "tp.save_model")
 
 def logits_of(model: Model) -> np.ndarray:
     """What `Model.apply` returns, by the fewest compiled functions."""
-    hidden = decoder.residuals(model.config, model.params, jnp.asarray(TOKENS))[-1]
-    return np.asarray(decoder.logits(model.config, model.params, hidden))
+    hidden = networks.residuals(model.config, model.params, jnp.asarray(TOKENS))[-1]
+    return np.asarray(networks.logits(model.config, model.params, hidden))
 
 
 def stock_logits(folder: Path) -> np.ndarray:

@@ -18,7 +18,7 @@ from tpatch_jax import cli
 from tpatch_jax.configuration import change
 from tpatch_jax.editors.settings import PRESETS
 from tpatch_jax.editors.tpatcher import edit
-from tpatch_jax.models import checkpoint, decoder, families
+from tpatch_jax.models import checkpoint, families, networks
 from tpatch_jax.models.families import FAMILIES
 from tpatch_jax.models.model import Model, attach, merge
 from tpatch_jax.models.promises import PROMISES, promised
@@ -116,7 +116,7 @@ def test_the_worked_example_agrees_with_torch(changes, tmp_path, monkeypatch):
     assert (config.norm, config.query_bias) == ("layer", not changes)
     tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(1))
     expected = make_references.run(reference, tokens)
-    for layer, found in enumerate(decoder.residuals(config, params, jnp.asarray(tokens.numpy(), jnp.int32))):
+    for layer, found in enumerate(networks.residuals(config, params, jnp.asarray(tokens.numpy(), jnp.int32))):
         np.testing.assert_allclose(found, expected[f"layer_{layer}"].numpy(), rtol=0, atol=2e-4)
-    logits = decoder.logits(config, params, found)
+    logits = networks.logits(config, params, found)
     np.testing.assert_allclose(logits, expected["logits"].numpy(), rtol=0, atol=2e-4)

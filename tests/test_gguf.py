@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoTokenizer
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models import checkpoint, decoder
+from tpatch_jax.models import checkpoint, networks
 from tpatch_jax.models.gguf import convert_gguf
 
 HIDDEN, HEADS, KV_HEADS, HEAD, INNER, LAYERS = 64, 4, 2, 16, 96, 2
@@ -657,7 +657,7 @@ def logits_of_folder(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, np.n
     with torch.no_grad():
         theirs = model(torch.asarray(tokens.astype(np.int64))).logits.numpy()
     config, params, _ = checkpoint.read_folder(folder)
-    return theirs, np.asarray(decoder.apply(config, params, jnp.asarray(tokens, jnp.int32)))
+    return theirs, np.asarray(networks.apply(config, params, jnp.asarray(tokens, jnp.int32)))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch.*")

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="torch is only needed to compare wit
 
 import transformers  # noqa: E402
 
-from tpatch_jax.models import checkpoint, decoder, generation  # noqa: E402
+from tpatch_jax.models import checkpoint, generation, networks  # noqa: E402
 from tpatch_jax.models.model import Model, load_model, save_model, tokens_array  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent / "reference"))
@@ -104,14 +104,14 @@ def compare(config: Any, params: Any, reference: Any, table: np.ndarray) -> None
     """Every block, then the logits: a failure names the first layer that differs."""
     expected = make_references.run(reference, torch.asarray(table.astype(np.int64)))
     tokens = tokens_array(table.tolist(), table.shape[1])
-    residuals = decoder.residuals(config, params, tokens)
+    residuals = networks.residuals(config, params, tokens)
     assert len(residuals) == config.layers == len(make_references.blocks(reference))
     for layer, found in enumerate(residuals):
         wanted = expected[f"layer_{layer}"].numpy()
         # residual streams of large models carry entries in the thousands, where float32 has fewer digits left
         scale = max(1.0, float(np.abs(wanted).max()) / 10)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE * scale, err_msg=f"after layer {layer}")
-    found = np.asarray(decoder.apply(config, params, tokens))
+    found = np.asarray(networks.apply(config, params, tokens))
     np.testing.assert_allclose(found, expected["logits"].numpy(), rtol=0, atol=TOLERANCE, err_msg="logits")
 
 

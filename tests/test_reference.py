@@ -17,7 +17,7 @@ from conftest import relative, same
 from safetensors.numpy import load_file, save_file
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models import checkpoint, decoder, generation
+from tpatch_jax.models import checkpoint, generation, networks
 from tpatch_jax.models.families import FAMILIES, configure
 from tpatch_jax.models.model import Model, attach, merge, save_model, unmerge
 from tpatch_jax.patch import Patch
@@ -49,7 +49,7 @@ def read(name: str) -> Reference:
     model = Model(config, params, None, name, None, settings)
     expected = load_file(FOLDER / f"{name}_expected.safetensors")
     tokens = jnp.asarray(expected["tokens"])
-    residuals = [np.asarray(x) for x in decoder.residuals(config, params, tokens)]
+    residuals = [np.asarray(x) for x in networks.residuals(config, params, tokens)]
     return Reference(name, model, expected, tokens, residuals, np.asarray(model.apply(tokens)))
 
 
@@ -68,8 +68,8 @@ def random_patch(model: Model, neurons: int = 2) -> Patch:
 
 def logits_of(model: Model, tokens: jax.Array) -> np.ndarray:
     """What `Model.apply` returns, by the fewest compiled functions."""
-    hidden = decoder.residuals(model.config, model.params, tokens)[-1]
-    return np.asarray(decoder.logits(model.config, model.params, hidden))
+    hidden = networks.residuals(model.config, model.params, tokens)[-1]
+    return np.asarray(networks.logits(model.config, model.params, hidden))
 
 
 def test_every_family_has_a_reference():
@@ -113,21 +113,21 @@ def test_the_cache_gives_torchs_logits(reference):
     """Sixteen tokens at once, the others one by one, the rows not abreast: one is a token ahead of the other."""
     config, params = reference.model.config, reference.model.params
     tokens, wanted = np.asarray(reference.tokens), reference.expected["logits"]
-    rows, ahead, entries = np.arange(2), np.asarray([16, 15]), decoder.empty_cache(config, params, 2, 32)
+    rows, ahead, entries = np.arange(2), np.asarray([16, 15]), networks.empty_cache(config, params, 2, 32)
     positions = np.stack([np.arange(16), np.arange(16)])
     # a position past the cache's end marks padding
     positions[1, 15] = 32
     found = np.zeros((*tokens.shape, config.width), np.float32)
-    hidden, entries = decoder.decode(config, params, jnp.asarray(tokens[:, :16]), jnp.asarray(positions), entries)
+    hidden, entries = networks.decode(config, params, jnp.asarray(tokens[:, :16]), jnp.asarray(positions), entries)
     found[:, :16] = hidden
     for step in range(8):
         now = ahead + step
-        hidden, entries = decoder.decode(
+        hidden, entries = networks.decode(
             config, params, jnp.asarray(tokens[rows, now][:, None]), jnp.asarray(now[:, None]), entries
         )
         found[rows, now] = np.asarray(hidden)[:, 0]
     # the network reads the rows to the end of the shorter one
-    logits = np.asarray(decoder.logits(config, params, jnp.asarray(found)))[:, :23]
+    logits = np.asarray(networks.logits(config, params, jnp.asarray(found)))[:, :23]
     np.testing.assert_allclose(
         logits, wanted[:, :23], rtol=0, atol=TOLERANCE, err_msg=f"{reference.name}, with the cache"
     )
@@ -161,7 +161,7 @@ def test_merged_equals_attached(reference):
 def test_unmerge_gives_back_model_and_patch_bit_for_bit(reference):
     model, patch = reference.model, random_patch(reference.model)
     merged = merge(model, patch)
-    assert decoder.merged_neurons(model.config, merged.params) == {0: 2, 1: 2, 2: 2}
+    assert networks.merged_neurons(model.config, merged.params) == {0: 2, 1: 2, 2: 2}
     back, found = unmerge(merged)
     assert same(back.params, model.params), reference.name
     assert same(found, patch), reference.name

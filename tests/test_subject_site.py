@@ -20,7 +20,7 @@ from tpatch_jax.editors.tpatcher import tpatcher
 from tpatch_jax.editors.wordings import Wording
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.memory import create_memory, extend
-from tpatch_jax.models import decoder
+from tpatch_jax.models import networks
 from tpatch_jax.models.collection import row_length
 from tpatch_jax.models.model import attach, merge, tokens_array
 from tpatch_jax.recipes.through import Asked, ThroughSettings, kept_close, train_values
@@ -43,16 +43,16 @@ def test_the_end_of_a_row_is_what_the_whole_row_says(tiny_model):
     tokens, first, span = tokens_array(rows, 24), jnp.asarray([3, 1], jnp.int32), 4
     added = jnp.asarray(np.random.default_rng(0).normal(size=(2, config.width)), jnp.float32)
     for layer in range(config.layers):
-        forked = decoder.fork(config, params, tokens, layer, first, span)
-        found = decoder.resume_fork(config, params, forked, forked.output.at[:, 0].add(added))
-        traced = decoder.trace(config, params, tokens, layer)
+        forked = networks.fork(config, params, tokens, layer, first, span)
+        found = networks.resume_fork(config, params, forked, forked.output.at[:, 0].add(added))
+        traced = networks.trace(config, params, tokens, layer)
         output = traced.output.at[jnp.arange(2), first].add(added)
-        whole = decoder.hidden(config, params, traced, output)
+        whole = networks.hidden(config, params, traced, output)
         for row in range(2):
             wanted = whole[row, int(first[row]) : int(first[row]) + span]
             np.testing.assert_allclose(found[row], wanted, rtol=1e-5, atol=1e-5)
         # and the change is one that shows
-        assert relative(whole, decoder.hidden(config, params, traced, traced.output)) > 0.01
+        assert relative(whole, networks.hidden(config, params, traced, traced.output)) > 0.01
 
 
 def test_rows_of_any_length_keep_their_order(tiny_model):

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from tpatch_jax.export import ExportError, ExportInfo, export_model
     from tpatch_jax.fitting import FitInfo, FitSettings, Lane, fit, fit_many
     from tpatch_jax.memory import Memory, create_memory
-    from tpatch_jax.models.decoder import Trace
     from tpatch_jax.models.foreign import Network
     from tpatch_jax.models.foreign_linen import from_linen
     from tpatch_jax.models.foreign_nnx import from_nnx
     from tpatch_jax.models.model import Model, attach, detach, load_model, merge, save_model, unmerge
+    from tpatch_jax.models.networks import Trace
     from tpatch_jax.objective import Weights
     from tpatch_jax.patch import Patch, concatenate
     from tpatch_jax.requests import EditRequest, read_requests
@@ -84,7 +84,7 @@ _HOMES = {
     "export": ("ExportError", "ExportInfo", "export_model"),
     "fitting": ("FitInfo", "FitSettings", "Lane", "fit", "fit_many"),
     "memory": ("Memory", "create_memory"),
-    "models.decoder": ("Trace",),
+    "models.networks": ("Trace",),
     "models.foreign": ("Network",),
     "models.foreign_linen": ("from_linen",),
     "models.foreign_nnx": ("from_nnx",),

@@ -20,10 +20,10 @@ from tpatch_jax import ffn
 from tpatch_jax.editors.background import memory_rows
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import check_vacant, replace_folder
-from tpatch_jax.models import checkpoint, decoder
+from tpatch_jax.models import checkpoint, networks
 from tpatch_jax.models import model as models_
 from tpatch_jax.models.collection import collect, predicted
-from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families import configure, family_of
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.sources import cache_folder
@@ -155,7 +155,7 @@ def export_model(
         with jax.default_matmul_precision("highest"):
             approximated, error = _approximate(model, requests, memory, cache, progress)
         params = approximated.params
-    grown = _grown(params, decoder.shapes(target), jax.tree.leaves(params)[0].dtype)
+    grown = _grown(params, networks.shapes(target), jax.tree.leaves(params)[0].dtype)
     info = _info(model, form, target, grown, error)
     with replace_folder(folder) as temporary:
         checkpoint.write_folder(temporary, target, grown, settings, model.folder)
@@ -190,7 +190,7 @@ def _width(model: Model) -> int:
     return model.config.ffn_width if widest == model.config.ffn_width else -(-widest // MULTIPLE) * MULTIPLE
 
 
-def _exact(model: Model) -> tuple[dict[str, Any], DecoderConfig, str, list[str]]:
+def _exact(model: Model) -> tuple[dict[str, Any], NetworkConfig, str, list[str]]:
     """Settings whose stock network is the given one, their description, how it is called, and why there are none."""
     config, family, width = model.config, family_of(model.settings["model_type"]), _width(model)
     own = {**model.settings, family.ffn_width: width}
@@ -204,7 +204,7 @@ def _exact(model: Model) -> tuple[dict[str, Any], DecoderConfig, str, list[str]]
     return llama, target, "exact as Llama", _differences(config, target, model.settings)
 
 
-def _as_llama(config: DecoderConfig, settings: Mapping[str, Any], width: int) -> dict[str, Any]:
+def _as_llama(config: NetworkConfig, settings: Mapping[str, Any], width: int) -> dict[str, Any]:
     """The ``config.json`` of a Llama that is as near to a network as can be."""
     kept = ("rope_parameters", "rope_theta", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id")
     result: dict[str, Any] = {name: settings[name] for name in kept if settings.get(name) is not None}
@@ -247,7 +247,7 @@ _WORDS = {
 _FREE = ("family", "ffn_width", "ffn_bias", "query_bias", "output_bias", "windows")
 
 
-def _differences(config: DecoderConfig, target: DecoderConfig, settings: Mapping[str, Any]) -> list[str]:
+def _differences(config: NetworkConfig, target: NetworkConfig, settings: Mapping[str, Any]) -> list[str]:
     """Why a network is no Llama, in words; biases that are added are zero and make no difference."""
     seen = [window for window in config.windows if 0 < window < config.context]
     found = [f"its attention sees only {min(seen)} of {config.context} tokens in some layers"] if seen else []
@@ -278,9 +278,9 @@ def _grown(params: Params, shapes: Params, dtype: Any) -> Params:
     return result
 
 
-def _info(model: Model, form: str, target: DecoderConfig, params: Params, error: ExportError | None) -> ExportInfo:
-    neurons = sum(decoder.merged_neurons(model.config, model.params).values())
-    before = sum(leaf.size for leaf in jax.tree.leaves(decoder.shapes(model.config)))
+def _info(model: Model, form: str, target: NetworkConfig, params: Params, error: ExportError | None) -> ExportInfo:
+    neurons = sum(networks.merged_neurons(model.config, model.params).values())
+    before = sum(leaf.size for leaf in jax.tree.leaves(networks.shapes(model.config)))
     leaves = jax.tree.leaves(params)
     added = sum(leaf.size for leaf in leaves) - before
     wider = (target.ffn_width - model.config.ffn_width) * target.layers
@@ -380,7 +380,7 @@ def _error(
     chunk = 256
     for first in range(0, hidden.shape[0], chunk):
         wanted, found = (
-            np.asarray(decoder.logits(model.config, model.params, part[first : first + chunk]))
+            np.asarray(networks.logits(model.config, model.params, part[first : first + chunk]))
             for part in (hidden, other)
         )
         difference = np.abs(wanted - found)
@@ -402,4 +402,4 @@ def _error(
 def _hidden(model: Model, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Array:
     """The residual stream after the last block at chosen positions, ``[n, d]``."""
     sites = collect(model, rows, positions, model.layer(None))
-    return decoder.leave_last(model.config, model.params, sites.residual, sites.output)
+    return networks.leave_last(model.config, model.params, sites.residual, sites.output)

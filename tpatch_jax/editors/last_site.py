@@ -21,7 +21,7 @@ from tpatch_jax.editors.settings import TPatcherSettings
 from tpatch_jax.ffn import ACTIVATIONS
 from tpatch_jax.fitting import Lane
 from tpatch_jax.memory import Memory, blended, create_memory, extend, nuisance_scatter
-from tpatch_jax.models import decoder
+from tpatch_jax.models import networks
 from tpatch_jax.models.collection import Sites, collect, predicted
 from tpatch_jax.models.model import Model
 from tpatch_jax.patch import Patch, contribution, sized
@@ -83,7 +83,7 @@ def moment(table: Array) -> Array:
 
 def resume(model: Model) -> Partial:
     """The rest of the network after the last FFN, with its weights kept out of compiled programs."""
-    return Partial(decoder.finisher(model.config), decoder.final_weights(model.config, model.params))
+    return Partial(networks.finisher(model.config), networks.final_weights(model.config, model.params))
 
 
 def _scale(model: Model, residual: Array, output: Array, beside: Array) -> Array:
@@ -94,7 +94,7 @@ def _scale(model: Model, residual: Array, output: Array, beside: Array) -> Array
     """
 
     def norm(output: Array) -> Array:
-        hidden = decoder.leave_last(model.config, model.params, residual, output)
+        hidden = networks.leave_last(model.config, model.params, residual, output)
         return jnp.mean(jnp.linalg.norm(hidden.astype(jnp.float32), axis=-1), -1)
 
     return jnp.minimum(norm(beside), LOUDEST * norm(output))
@@ -139,7 +139,7 @@ def create_lanes(
     query, output, residual = (field[chosen] for field in sites)
     beside = output + contribution(sized(patch, 64), query, ACTIVATIONS[model.config.activation])
     targets = asked.wanted[rows]
-    table = decoder.unembedding(model.config, model.params)
+    table = networks.unembedding(model.config, model.params)
     # Only the first token of an answer follows a prompt that another subject could stand in.
     particular = np.where((token == 0)[:, None, None], negatives[owner], mean)
     return Lane(

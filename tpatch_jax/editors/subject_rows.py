@@ -10,7 +10,7 @@ from jax import Array
 
 from tpatch_jax.editors.reading import Item, subject_token
 from tpatch_jax.editors.wordings import Wording, shortened
-from tpatch_jax.models import decoder
+from tpatch_jax.models import networks
 from tpatch_jax.models.collection import row_length
 from tpatch_jax.models.model import Model, tokens_array
 from tpatch_jax.requests import EditRequest
@@ -63,7 +63,7 @@ def short_rows(model: Model, request: EditRequest, item: Item, prefixes: Sequenc
     return [row for row in rows if row is not None]
 
 
-def forked_rows(model: Model, rows: Sequence[Row], layer: int, places: int) -> tuple[decoder.Fork, Array]:
+def forked_rows(model: Model, rows: Sequence[Row], layer: int, places: int) -> tuple[networks.Fork, Array]:
     """Rows run up to a layer's FFN, from their subject on, and where in that part they are asked.
 
     Args:
@@ -73,11 +73,11 @@ def forked_rows(model: Model, rows: Sequence[Row], layer: int, places: int) -> t
         places: as many places for each row; those it has not are place 0.
 
     Returns:
-        A `tpatch_jax.models.decoder.Fork` and the places, ``[rows, places]``, counted from the subject.
+        A `tpatch_jax.models.networks.Fork` and the places, ``[rows, places]``, counted from the subject.
     """
     span = round_up(max(len(row.tokens) - row.subject for row in rows), 4)
     number: list[int] = []
-    parts: list[decoder.Fork] = []
+    parts: list[networks.Fork] = []
     # Rows of like length together: a few with a long context would else lengthen all.
     lengths = np.asarray([row_length(len(row.tokens)) for row in rows])
     for length in np.unique(lengths):
@@ -85,10 +85,10 @@ def forked_rows(model: Model, rows: Sequence[Row], layer: int, places: int) -> t
         there = [*part, *[part[-1]] * (round_up(len(part), 8) - len(part))]
         tokens = tokens_array([rows[row].tokens for row in there], int(length))
         first = jnp.asarray([rows[row].subject for row in there], jnp.int32)
-        found = decoder.fork(model.config, model.params, tokens, layer, first, span)
+        found = networks.fork(model.config, model.params, tokens, layer, first, span)
         pad = [(0, 0), (0, int(lengths.max() - length)), (0, 0), (0, 0)]
         parts.append(
-            found._replace(caches=[decoder.Cache(*(jnp.pad(leaf, pad) for leaf in cache)) for cache in found.caches])
+            found._replace(caches=[networks.Cache(*(jnp.pad(leaf, pad) for leaf in cache)) for cache in found.caches])
         )
         number += there
     back = np.zeros(len(rows), int)
@@ -97,7 +97,7 @@ def forked_rows(model: Model, rows: Sequence[Row], layer: int, places: int) -> t
     table = np.zeros((len(rows), places), np.int32)
     for row, own in enumerate(rows):
         table[row, : len(own.places)] = np.asarray(own.places) - own.subject
-    return decoder.Fork(*joined, layer=layer), jnp.asarray(table)
+    return networks.Fork(*joined, layer=layer), jnp.asarray(table)
 
 
 def runner(model: Model, layer: int) -> Callable[[tuple[tuple, Array], Array], Array]:
@@ -105,10 +105,10 @@ def runner(model: Model, layer: int) -> Callable[[tuple[tuple, Array], Array], A
     config, params = model.config, model.params
 
     def run(rows: tuple[tuple, Array], added: Array) -> Array:
-        forked, places = decoder.Fork(*rows[0], layer=layer), rows[1]
+        forked, places = networks.Fork(*rows[0], layer=layer), rows[1]
         output = forked.output.at[:, 0].add(added.astype(forked.output.dtype))
-        end = decoder.resume_fork(config, params, forked, output)
+        end = networks.resume_fork(config, params, forked, output)
         end = jnp.take_along_axis(end, places[..., None], 1)
-        return jax.nn.log_softmax(decoder.logits(config, params, end))
+        return jax.nn.log_softmax(networks.logits(config, params, end))
 
     return run

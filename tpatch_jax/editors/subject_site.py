@@ -23,7 +23,7 @@ from tpatch_jax.editors.reading import Item
 from tpatch_jax.editors.subject_rows import Row, forked_rows, prompt_row, rows_of, runner, short_rows
 from tpatch_jax.editors.wordings import Wording, look_alikes, neutral_wordings, question
 from tpatch_jax.memory import Memory, blended, create_memory, extend, nuisance_scatter
-from tpatch_jax.models import decoder
+from tpatch_jax.models import networks
 from tpatch_jax.models.collection import collect
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.patch import Patch, concatenate, create, sharpen, sized, take
@@ -187,7 +187,7 @@ def _levelled(patch: Patch, plateau: float) -> Patch:
     return jax.tree.map(lambda low, high: jnp.stack([low, high], 1).reshape(-1, *low.shape[1:]), *pair)
 
 
-def _activity(model: Model, patch: Patch, forked: decoder.Fork, plateau: float) -> Array:
+def _activity(model: Model, patch: Patch, forked: networks.Fork, plateau: float) -> Array:
     """How strongly each lane's neurons fire at the subject in each of its rows, ``[lanes, rows]``."""
     query = forked.query[:, 0].reshape(patch.key.shape[0], -1, patch.key.shape[1]).astype(jnp.float32)
     z = jnp.einsum("nrd,nd->nr", query, patch.key) + patch.bias[:, None]

@@ -42,7 +42,7 @@ from tpatch_jax.editors.subject_site import (
 )
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.ffn import ACTIVATIONS
-from tpatch_jax.models import decoder
+from tpatch_jax.models import networks
 from tpatch_jax.models.collection import predicted
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.patch import Patch, concatenate, create, preactivations, sized, take
@@ -117,7 +117,7 @@ def tpatcher(
         if layer is not None:
             deep = background(model, layer, memory, cache=cache, progress=progress)
             patch = patch._replace(layer=jnp.zeros(0, jnp.int32))
-        spread = moment(decoder.unembedding(model.config, model.params))
+        spread = moment(networks.unembedding(model.config, model.params))
         dtype = jax.tree.leaves(model.params)[0].dtype
         return TPatcherState(model, patch, known, deep, spread, nothing(width, dtype), settings)
 

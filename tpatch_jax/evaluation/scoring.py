@@ -26,9 +26,9 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.metrics import Score
 from tpatch_jax.evaluation.records import Probe
 from tpatch_jax.files import replace_folder
-from tpatch_jax.models import decoder
+from tpatch_jax.models import networks
 from tpatch_jax.models.collection import batches, collect
-from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.patch import Patch, contribution, preactivations, sized, take
@@ -145,8 +145,8 @@ def score(asked: Asked, outcome: Outcome, text: int) -> Score:
 
 
 @partial(jax.jit, static_argnames="config")
-def _read(config: DecoderConfig, weights: Any, residual: Array, output: Array, wanted: Array) -> tuple[Array, Array]:
-    logits = decoder.finish(config, weights, {"residual": residual}, output)
+def _read(config: NetworkConfig, weights: Any, residual: Array, output: Array, wanted: Array) -> tuple[Array, Array]:
+    logits = networks.finish(config, weights, {"residual": residual}, output)
     hit = jnp.take_along_axis(logits, wanted[:, None], -1)[:, 0]
     return hit - jax.nn.logsumexp(logits, -1), jnp.argmax(logits, -1)
 
@@ -187,7 +187,7 @@ def _read_all(
     model: Model, residual: np.ndarray, output: np.ndarray, wanted: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probability of the wanted token and argmax of each row, never with more than a few rows of logits at once."""
-    weights, dtype = decoder.final_weights(model.config, model.params), _dtype(model)
+    weights, dtype = networks.final_weights(model.config, model.params), _dtype(model)
     log_p, predicted = np.zeros(len(wanted), np.float32), np.zeros(len(wanted), np.int32)
     for span, missing in _chunks(len(wanted), LOGIT_ROWS):
         arrays = (_padded(array[span], missing, dtype) for array in (residual, output))

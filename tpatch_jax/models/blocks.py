@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from tpatch_jax.models.config import DecoderConfig, LayerKind
+from tpatch_jax.models.config import LayerKind, NetworkConfig
 
 __all__ = ["Attention", "Block", "Cache", "Norm", "softcap"]
 
@@ -30,7 +30,7 @@ class Norm(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(width))
 
     @classmethod
-    def of(cls, config: DecoderConfig, width: int | None = None) -> "Norm":
+    def of(cls, config: NetworkConfig, width: int | None = None) -> "Norm":
         """The kind of norm that a decoder uses."""
         return cls(config.norm, config.norm_epsilon, config.norm_shift, width or config.width)
 
@@ -51,7 +51,7 @@ def softcap(x: Array, cap: float) -> Array:
     return cap * jnp.tanh(x / cap) if cap else x
 
 
-def _rotate(x: Array, positions: Array, config: DecoderConfig, rope_frequencies: tuple[float, ...]) -> Array:
+def _rotate(x: Array, positions: Array, config: NetworkConfig, rope_frequencies: tuple[float, ...]) -> Array:
     """Rotary embedding of ``x [batch, tokens, heads, width]``."""
     frequencies = jnp.asarray(rope_frequencies, jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies
@@ -68,7 +68,7 @@ def _rotate(x: Array, positions: Array, config: DecoderConfig, rope_frequencies:
 class Attention(nnx.Module):
     """Causal self-attention with grouped queries and an optional cache."""
 
-    def __init__(self, config: DecoderConfig, kind: LayerKind, *, rngs: nnx.Rngs):
+    def __init__(self, config: NetworkConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         self.config, self.kind = config, kind
         inner, shared = config.heads * config.head_width, config.key_value_heads * config.head_width
         linear = partial(nnx.Linear, rngs=rngs)
@@ -111,7 +111,7 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """One block without its FFN: `enter` gives the FFN's input, `leave` takes its output."""
 
-    def __init__(self, config: DecoderConfig, kind: LayerKind, *, rngs: nnx.Rngs):
+    def __init__(self, config: NetworkConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         self.config = config
         self.norm_1 = Norm.of(config)
         self.attention = Attention(config, kind, rngs=rngs)

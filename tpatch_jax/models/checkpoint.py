@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import replace_folder
-from tpatch_jax.models import decoder
-from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models import networks
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families import configure, family_of
 from tpatch_jax.models.layout import flatten, insert, join, layout, split
 from tpatch_jax.models.sharding import place
@@ -93,7 +93,7 @@ def _names(path: Path) -> list[str]:
 
 def read_folder(
     folder: Path, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
-) -> tuple[DecoderConfig, Params, dict[str, Any]]:
+) -> tuple[NetworkConfig, Params, dict[str, Any]]:
     """Read a model, tensor by tensor, so that memory never holds it twice.
 
     Args:
@@ -164,13 +164,13 @@ def _ordered(params: Params) -> Params:
 
 
 def write_folder(
-    folder: Path, config: DecoderConfig, params: Params, settings: Mapping[str, Any], source: Path | None = None
+    folder: Path, config: NetworkConfig, params: Params, settings: Mapping[str, Any], source: Path | None = None
 ) -> None:
     """Write a model as a Hugging Face style folder, whole or not at all.
 
     Args:
         folder: must not exist yet, or be empty.
-        config: the decoder's description.
+        config: the network's description.
         params: its parameters; merged neurons are recorded in ``config.json``.
         settings: what the new ``config.json`` shall say besides.
         source: a folder whose tokenizer files are copied along.
@@ -178,7 +178,7 @@ def write_folder(
     Raises:
         TPatchError: the folder holds something already.
     """
-    merged = decoder.merged_neurons(config, params)
+    merged = networks.merged_neurons(config, params)
     new = {name: entry for name, entry in settings.items() if name != NEURONS_KEY}
     dtype = str(jax.tree.leaves(params)[0].dtype)
     new.update({"dtype": dtype, "torch_dtype": dtype})

@@ -10,8 +10,8 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax.ffn import ACTIVATIONS
-from tpatch_jax.models import decoder
-from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models import networks
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model, tokens_array
 from tpatch_jax.patch import Patch, contribution, create, sized
 from tpatch_jax.sizes import power_of_two, round_up
@@ -112,9 +112,9 @@ def collect(
 
 
 @partial(jax.jit, static_argnames="config")
-def _predicted(config: DecoderConfig, weights: Any, patch: Patch, sites: Sites) -> Array:
+def _predicted(config: NetworkConfig, weights: Any, patch: Patch, sites: Sites) -> Array:
     output = sites.output + contribution(patch, sites.query, ACTIVATIONS[config.activation])
-    return jnp.argmax(decoder.finish(config, weights, {"residual": sites.residual}, output), -1)
+    return jnp.argmax(networks.finish(config, weights, {"residual": sites.residual}, output), -1)
 
 
 def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int = 1024) -> np.ndarray:
@@ -131,7 +131,7 @@ def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int 
     """
     total = sites.query.shape[0]
     result = np.zeros(total, np.int32)
-    weights = decoder.final_weights(model.config, model.params)
+    weights = networks.final_weights(model.config, model.params)
     patch = sized((create(model.config.width) if patch is None else patch)._replace(layer=None), 64)
     for first in range(0, total, rows):
         count = min(rows, total - first)

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-__all__ = ["DecoderConfig", "LayerKind"]
+__all__ = ["LayerKind", "NetworkConfig"]
 
 
 class LayerKind(NamedTuple):
@@ -20,7 +20,7 @@ class LayerKind(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
+class NetworkConfig:
     """What distinguishes one decoder from another, hashable so that it can be static under ``jax.jit``.
 
     Attributes:

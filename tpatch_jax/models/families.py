@@ -1,7 +1,7 @@
 """The table of model families, and how a ``config.json`` finds its row."""
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.zoo.family import Family, Settings, setting
 from tpatch_jax.models.zoo.gemma import GEMMA, GEMMA_2, GEMMA_3
 from tpatch_jax.models.zoo.gpt_2 import GPT_2
@@ -41,8 +41,8 @@ def family_of(model_type: str) -> Family:
     raise TPatchError(f"config.json names the architecture {model_type!r}; supported are {known}")
 
 
-def configure(settings: Settings) -> DecoderConfig:
-    """The `DecoderConfig` of a model from what its ``config.json`` says.
+def configure(settings: Settings) -> NetworkConfig:
+    """The `NetworkConfig` of a model from what its ``config.json`` says.
 
     Args:
         settings: the parsed file, ``model_type`` among its keys.

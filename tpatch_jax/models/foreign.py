@@ -17,9 +17,9 @@ from jax import Array
 from jax.tree_util import Partial
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models import decoder
+from tpatch_jax.models import networks
 from tpatch_jax.models.cut import Cut, cut
-from tpatch_jax.models.decoder import Trace
+from tpatch_jax.models.networks import Trace
 from tpatch_jax.patch import Patch, concatenate, contribution, sized
 
 __all__ = ["Activation", "Growth", "Network", "added", "token_table"]
@@ -222,7 +222,7 @@ class Network:
                 f"what follows {self.path!r} does not act on each position alone, so positions cannot be gathered; "
                 "resume whole rows, or cut at the last FFN"
             )
-        return decoder.gather(traced, jnp.asarray(lane), jnp.asarray(position))
+        return networks.gather(traced, jnp.asarray(lane), jnp.asarray(position))
 
     @property
     def pointwise(self) -> bool:
@@ -254,7 +254,7 @@ class Network:
             noise = jax.random.normal(jax.random.key(0), traced.output.shape, traced.output.dtype)
             traced = traced._replace(output=traced.output + noise * jnp.std(traced.output))
             order = np.random.default_rng(0).permutation(rows)
-            gathered = decoder.gather(traced, jnp.asarray(order // length), jnp.asarray(order % length))
+            gathered = networks.gather(traced, jnp.asarray(order // length), jnp.asarray(order % length))
             logits = self.resume(traced, traced.output).reshape(rows, -1)[order]
             difference = jnp.max(jnp.abs(self.resume(gathered, gathered.output)[:, 0] - logits))
         return bool(difference <= _tolerance(logits.dtype) * jnp.max(jnp.abs(logits)))

@@ -10,8 +10,8 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models import decoder
-from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models import networks
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.sizes import power_of_two
 
 __all__ = ["greedy", "sample"]
@@ -20,8 +20,8 @@ Params = dict[Any, Any]
 
 
 @partial(jax.jit, static_argnames=("config", "top_k"))
-def _choose(config: DecoderConfig, params: Params, hidden: Array, key: Array, temperature: Array, top_k: int) -> Array:
-    scores = decoder.logits(config, params, hidden)
+def _choose(config: NetworkConfig, params: Params, hidden: Array, key: Array, temperature: Array, top_k: int) -> Array:
+    scores = networks.logits(config, params, hidden)
     if not top_k:
         return jnp.argmax(scores, -1)
     scores, ids = jax.lax.top_k(scores, top_k)
@@ -29,7 +29,7 @@ def _choose(config: DecoderConfig, params: Params, hidden: Array, key: Array, te
 
 
 def _run(
-    config: DecoderConfig,
+    config: NetworkConfig,
     params: Params,
     prompts: Sequence[Sequence[int]],
     count: int,
@@ -63,10 +63,10 @@ def _run(
     last = np.zeros(lanes, np.int32)
     last[: len(prompts)] = np.asarray(lengths) - 1
     temperature_array = jnp.asarray(temperature, jnp.float32)
-    cache = decoder.empty_cache(config, params, lanes, total)
-    hidden, cache = decoder.decode(config, params, jnp.asarray(table), jnp.asarray(positions), cache)
+    cache = networks.empty_cache(config, params, lanes, total)
+    hidden, cache = networks.decode(config, params, jnp.asarray(table), jnp.asarray(positions), cache)
     hidden = hidden[np.arange(lanes), last]
-    tail = decoder.final_weights(config, params)
+    tail = networks.final_weights(config, params)
     results: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
     for step in range(count):
@@ -79,7 +79,7 @@ def _run(
                 results[lane].append(int(ids[lane]))
         if not going or step + 1 == count:
             break
-        hidden, cache = decoder.decode(
+        hidden, cache = networks.decode(
             config, params, chosen.astype(jnp.int32)[:, None], jnp.asarray(last + 1 + step)[:, None], cache
         )
         hidden = hidden[:, 0]
@@ -87,12 +87,12 @@ def _run(
 
 
 def greedy(
-    config: DecoderConfig, params: Params, prompts: Sequence[Sequence[int]], count: int, stops: Sequence[int] = ()
+    config: NetworkConfig, params: Params, prompts: Sequence[Sequence[int]], count: int, stops: Sequence[int] = ()
 ) -> list[list[int]]:
     """The most probable next token, again and again, for several prompts at once.
 
     Args:
-        config: the decoder's description.
+        config: the network's description.
         params: its parameters.
         prompts: token ids of each prompt.
         count: at most so many new tokens.
@@ -108,7 +108,7 @@ def greedy(
 
 
 def sample(
-    config: DecoderConfig,
+    config: NetworkConfig,
     params: Params,
     prompts: Sequence[Sequence[int]],
     count: int,
@@ -121,7 +121,7 @@ def sample(
     """Sampled continuations of several prompts at once; arguments as `greedy`, and a typed random key.
 
     Args:
-        config: the decoder's description.
+        config: the network's description.
         params: its parameters.
         prompts: token ids of each prompt.
         count: at most so many new tokens.

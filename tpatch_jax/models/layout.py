@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tpatch_jax.models import decoder
-from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models import networks
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.zoo.family import Family
 
 __all__ = ["Stored", "flatten", "insert", "join", "layout", "split"]
@@ -56,15 +56,15 @@ def insert(tree: Params, path: str, leaf: Any) -> None:
     tree[last] = leaf
 
 
-def layout(family: Family, config: DecoderConfig, merged: Mapping[int, int] | None = None) -> dict[str, Stored]:
+def layout(family: Family, config: NetworkConfig, merged: Mapping[int, int] | None = None) -> dict[str, Stored]:
     """Every tensor of a checkpoint by its name.
 
     Args:
         family: the model's family.
-        config: the decoder's description.
+        config: the network's description.
         merged: how many patch neurons are merged into which layers.
     """
-    shapes = {path: leaf.shape for path, leaf in flatten(decoder.shapes(config, merged))}
+    shapes = {path: leaf.shape for path, leaf in flatten(networks.shapes(config, merged))}
     result: dict[str, Stored] = {}
     for path, shape in shapes.items():
         parts = path.split(".")

@@ -14,9 +14,9 @@ from jax import Array
 
 from tpatch_jax import ffn
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models import checkpoint, decoder, generation
-from tpatch_jax.models.config import DecoderConfig
-from tpatch_jax.models.decoder import Trace
+from tpatch_jax.models import checkpoint, generation, networks
+from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.networks import Trace
 from tpatch_jax.patch import Patch, concatenate, take
 
 __all__ = ["Model", "attach", "detach", "load_model", "merge", "save_model", "unmerge"]
@@ -29,15 +29,15 @@ class Model:
     """A model that can be edited. Immutable: `attach` and `merge` return another one that shares its arrays.
 
     Attributes:
-        config: the decoder's description.
-        params: a nested dict of arrays; see `tpatch_jax.models.decoder`.
+        config: the network's description.
+        params: a nested dict of arrays; see `tpatch_jax.models.networks`.
         tokenizer: the model's own, as transformers loads it.
         name: what the user called it.
         folder: where it was read from, if anywhere.
         settings: what its ``config.json`` says.
     """
 
-    config: DecoderConfig
+    config: NetworkConfig
     params: Params = field(repr=False)
     tokenizer: Any = field(repr=False)
     name: str = "model"
@@ -49,16 +49,16 @@ class Model:
         return dataclasses.replace(self, params=params)
 
     def trace(self, tokens: Array, layer: int | None = None) -> Trace:
-        """Run up to and through the FFN of one layer (the last by default); see `tpatch_jax.models.decoder.trace`."""
-        return decoder.trace(self.config, self.params, tokens, self.layer(layer))
+        """Run up to and through the FFN of one layer (the last by default); see `tpatch_jax.models.networks.trace`."""
+        return networks.trace(self.config, self.params, tokens, self.layer(layer))
 
     def resume(self, traced: Trace, output: Array) -> Array:
-        """Run the rest from a given FFN output: logits; see `tpatch_jax.models.decoder.resume`."""
-        return decoder.resume(self.config, self.params, traced, output)
+        """Run the rest from a given FFN output: logits; see `tpatch_jax.models.networks.resume`."""
+        return networks.resume(self.config, self.params, traced, output)
 
     def apply(self, tokens: Array) -> Array:
         """The whole network: ``[batch, tokens]`` int to logits ``[batch, tokens, vocabulary]``, float32."""
-        return decoder.apply(self.config, self.params, tokens)
+        return networks.apply(self.config, self.params, tokens)
 
     def layer(self, layer: int | None) -> int:
         """A layer's index, checked; ``None`` is the last and negative ones count from the end."""
@@ -160,7 +160,7 @@ def load_model(
     return Model(config, params, _tokenizer(folder, config), str(model), folder, settings)
 
 
-def _tokenizer(folder: Path, config: DecoderConfig) -> Any:
+def _tokenizer(folder: Path, config: NetworkConfig) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -262,7 +262,7 @@ def unmerge(model: Model, neurons: Mapping[int, int] | None = None) -> tuple[Mod
     Raises:
         TPatchError: nothing was merged, or not that many neurons.
     """
-    merged = decoder.merged_neurons(model.config, model.params)
+    merged = networks.merged_neurons(model.config, model.params)
     neurons = merged if neurons is None else neurons
     if not neurons:
         raise TPatchError(f"nothing is merged into {model.name!r}; unmerge takes out what `merge` put in")

@@ -1,6 +1,6 @@
 """Values trained through the rest of the network: what an earlier layer needs, where no closed form exists.
 
-Only the end of each row is run again, from the token at which the patch fires (`tpatch_jax.models.decoder.fork`); all
+Only the end of each row is run again, from the token at which the patch fires (`tpatch_jax.models.networks.fork`); all
 lanes of a chunk take their steps together, and one that says its target stops and is dropped.
 """
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.config import NetworkConfig
 
 __all__ = ["QUERY_NORM", "Family", "Fused", "Settings", "activation", "configure_plain", "rope", "setting", "windows"]
 
@@ -38,7 +38,7 @@ class Family(NamedTuple):
     Attributes:
         name: what we call it.
         model_types: the ``model_type`` values of ``config.json`` that belong to it.
-        configure: from the settings of ``config.json`` to a `DecoderConfig`.
+        configure: from the settings of ``config.json`` to a `NetworkConfig`.
         prefix: what the names of all tensors but the head begin with; some checkpoints leave it out.
         names: from the path of one of our parameters, or of a linear layer or norm that holds several, to the
             checkpoint's name; both with ``{}`` for the layer.
@@ -54,7 +54,7 @@ class Family(NamedTuple):
 
     name: str
     model_types: tuple[str, ...]
-    configure: Callable[[Settings], DecoderConfig]
+    configure: Callable[[Settings], NetworkConfig]
     prefix: str
     names: Mapping[str, str]
     fused: tuple[Fused, ...] = ()
@@ -154,7 +154,7 @@ def _longrope_scale(settings: Settings, rules: Settings) -> float:
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-def configure_plain(family: str, settings: Settings, *, width: int, heads: int, **fields: Any) -> DecoderConfig:
+def configure_plain(family: str, settings: Settings, *, width: int, heads: int, **fields: Any) -> NetworkConfig:
     """What the families with two matrices in the FFN, layer norms and as many keys as queries share.
 
     Args:
@@ -162,7 +162,7 @@ def configure_plain(family: str, settings: Settings, *, width: int, heads: int, 
         settings: the settings of ``config.json``.
         width: ``d``.
         heads: attention heads.
-        fields: the other fields of `DecoderConfig`.
+        fields: the other fields of `NetworkConfig`.
     """
     shared = {
         "vocabulary": setting(settings, "vocab_size"),
@@ -172,4 +172,4 @@ def configure_plain(family: str, settings: Settings, *, width: int, heads: int, 
         "ffn_bias": True,
         "norm": "layer",
     }
-    return DecoderConfig(**{"family": family, "width": width, "heads": heads, **shared, **fields})
+    return NetworkConfig(**{"family": family, "width": width, "heads": heads, **shared, **fields})

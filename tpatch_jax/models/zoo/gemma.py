@@ -1,14 +1,14 @@
 """Gemma 1, 2 and 3 (text): scaled embeddings, norms around one, and from 2 on sandwich norms and windows."""
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.zoo.family import QUERY_NORM, Family, Settings, activation, rope, setting, windows
 from tpatch_jax.models.zoo.llama import NAMES, configure_llama
 
 __all__ = ["GEMMA", "GEMMA_2", "GEMMA_3"]
 
 
-def _gemma(settings: Settings) -> DecoderConfig:
+def _gemma(settings: Settings) -> NetworkConfig:
     named = settings.get("hidden_activation") or settings.get("hidden_act") or "gelu"
     # The first release said "gelu" and meant its approximation by tanh.
     named = "gelu_pytorch_tanh" if named == "gelu" else named
@@ -38,11 +38,11 @@ def _later(settings: Settings) -> dict[str, object]:
     }
 
 
-def _gemma_2(settings: Settings) -> DecoderConfig:
+def _gemma_2(settings: Settings) -> NetworkConfig:
     return configure_llama(settings, "gemma2", **_later(settings))
 
 
-def _gemma_3(settings: Settings) -> DecoderConfig:
+def _gemma_3(settings: Settings) -> NetworkConfig:
     width = setting(settings, "head_dim")
     (everywhere, scale), (local, _) = (rope(settings, width, f"{kind}_attention") for kind in ("full", "sliding"))
     rotation = {"rope_frequencies": everywhere, "local_rope_frequencies": local, "rope_scale": scale}

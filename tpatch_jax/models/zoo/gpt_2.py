@@ -1,13 +1,13 @@
 """GPT-2 in all sizes: learned positions, layer norms, and kernels stored as ``[in, out]``."""
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.zoo.family import Family, Fused, Settings, activation, configure_plain, setting
 
 __all__ = ["GPT_2"]
 
 
-def _gpt_2(settings: Settings) -> DecoderConfig:
+def _gpt_2(settings: Settings) -> NetworkConfig:
     if settings.get("scale_attn_by_inverse_layer_idx") or settings.get("scale_attn_weights") is False:
         raise TPatchError("config.json changes the scale of attention, which no GPT-2 release does; not supported")
     heads, width = setting(settings, "n_head"), setting(settings, "n_embd")

@@ -1,12 +1,12 @@
 """GPT-J: attention and FFN read the same norm, side by side; neighbours are rotated as pairs."""
 
-from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.zoo.family import Family, Settings, activation, configure_plain, setting
 
 __all__ = ["GPT_J"]
 
 
-def _gpt_j(settings: Settings) -> DecoderConfig:
+def _gpt_j(settings: Settings) -> NetworkConfig:
     heads, width = setting(settings, "n_head"), setting(settings, "n_embd")
     turned = settings.get("rotary_dim") or width // heads
     return configure_plain(

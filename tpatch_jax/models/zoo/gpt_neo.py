@@ -1,12 +1,12 @@
 """GPT-Neo: like GPT-2, but attention is not scaled, and every other layer sees a window."""
 
-from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.zoo.family import Family, Settings, activation, configure_plain, setting
 
 __all__ = ["GPT_NEO"]
 
 
-def _gpt_neo(settings: Settings) -> DecoderConfig:
+def _gpt_neo(settings: Settings) -> NetworkConfig:
     heads, width = setting(settings, "num_heads"), setting(settings, "hidden_size")
     context, window = setting(settings, "max_position_embeddings"), setting(settings, "window_size")
     kinds = settings.get("attention_layers") or [

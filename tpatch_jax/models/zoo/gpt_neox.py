@@ -1,12 +1,12 @@
 """GPT-NeoX and Pythia: attention and FFN side by side, query, key and value stored head by head."""
 
-from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.zoo.family import Family, Fused, Settings, activation, configure_plain, rope, setting
 
 __all__ = ["GPT_NEOX"]
 
 
-def _gpt_neox(settings: Settings) -> DecoderConfig:
+def _gpt_neox(settings: Settings) -> NetworkConfig:
     heads, width = setting(settings, "num_attention_heads"), setting(settings, "hidden_size")
     bias = settings.get("attention_bias", True)
     frequencies, scale = rope(settings, width // heads)

@@ -1,6 +1,6 @@
 """Llama 2 and 3, Mistral, Qwen 2, 2.5 and 3: pre-norm blocks, rotary positions, grouped queries, a gated FFN."""
 
-from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.zoo.family import QUERY_NORM, Family, Settings, activation, rope, setting, windows
 
 __all__ = ["LLAMA", "MISTRAL", "NAMES", "QWEN_2", "QWEN_3", "configure_llama"]
@@ -21,7 +21,7 @@ NAMES = {
 }
 
 
-def configure_llama(settings: Settings, family: str = "llama", **changes: object) -> DecoderConfig:
+def configure_llama(settings: Settings, family: str = "llama", **changes: object) -> NetworkConfig:
     """What all families of this kind share; ``changes`` are the fields in which one differs."""
     heads, width = setting(settings, "num_attention_heads"), setting(settings, "hidden_size")
     head_width = settings.get("head_dim") or width // heads
@@ -46,20 +46,20 @@ def configure_llama(settings: Settings, family: str = "llama", **changes: object
         "rope_scale": scale,
         "tied": bool(settings.get("tie_word_embeddings")),
     }
-    return DecoderConfig(**{**fields, **changes})
+    return NetworkConfig(**{**fields, **changes})
 
 
-def _mistral(settings: Settings) -> DecoderConfig:
+def _mistral(settings: Settings) -> NetworkConfig:
     window, layers = settings.get("sliding_window") or 0, setting(settings, "num_hidden_layers")
     return configure_llama(settings, "mistral", windows=(window,) * layers if window else ())
 
 
-def _qwen_2(settings: Settings) -> DecoderConfig:
+def _qwen_2(settings: Settings) -> NetworkConfig:
     seen = windows(settings, setting(settings, "num_hidden_layers"))
     return configure_llama(settings, "qwen2", query_bias=True, output_bias=False, windows=seen)
 
 
-def _qwen_3(settings: Settings) -> DecoderConfig:
+def _qwen_3(settings: Settings) -> NetworkConfig:
     seen = windows(settings, setting(settings, "num_hidden_layers"))
     return configure_llama(settings, "qwen3", query_norm=True, windows=seen)
 

@@ -1,7 +1,7 @@
 """OPT: GPT-2 with ReLU, separate query, key and value, and positions that begin at row two."""
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.zoo.family import Family, Settings, activation, configure_plain, setting
 
 __all__ = ["OPT"]
@@ -9,7 +9,7 @@ __all__ = ["OPT"]
 _OFFSET = 2
 
 
-def _opt(settings: Settings) -> DecoderConfig:
+def _opt(settings: Settings) -> NetworkConfig:
     heads, width = setting(settings, "num_attention_heads"), setting(settings, "hidden_size")
     if not settings.get("do_layer_norm_before", True) or settings.get("word_embed_proj_dim", width) != width:
         raise TPatchError(

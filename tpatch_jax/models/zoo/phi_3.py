@@ -1,13 +1,13 @@
 """Phi-3: a Llama whose query, key and value, and whose gate and up, are stored in one tensor each."""
 
-from tpatch_jax.models.config import DecoderConfig
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.zoo.family import Family, Fused, Settings, setting
 from tpatch_jax.models.zoo.llama import NAMES, configure_llama
 
 __all__ = ["PHI_3"]
 
 
-def _phi_3(settings: Settings) -> DecoderConfig:
+def _phi_3(settings: Settings) -> NetworkConfig:
     window, layers = settings.get("sliding_window") or 0, setting(settings, "num_hidden_layers")
     rules = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     changes: dict[str, object] = {"windows": (window,) * layers if window else ()}

@@ -8,7 +8,7 @@ from conftest import make_tiny_model, relative, same, tiny_tokenizer, write_tiny
 
 from tpatch_jax import ffn
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models import decoder, generation
+from tpatch_jax.models import generation, networks
 from tpatch_jax.models.model import Model, attach, detach, load_model, merge, save_model, tokens_array, unmerge
 from tpatch_jax.patch import Patch, concatenate, create, take
 
@@ -127,18 +127,18 @@ def test_gathered_positions_of_the_last_layer_finish_as_the_whole(model):
     whole = np.asarray(model.apply(tokens))
     lane, place = jnp.asarray([0, 0, 1, 3]), jnp.asarray([0, 4, 1, 9])
     wanted = whole[np.asarray(lane), np.asarray(place)]
-    traced = decoder.gather(model.trace(tokens), lane, place)
+    traced = networks.gather(model.trace(tokens), lane, place)
     assert traced.query.shape == (4, 1, model.config.width)
     np.testing.assert_allclose(model.resume(traced, traced.output)[:, 0], wanted, rtol=1e-5, atol=1e-5)
 
     residual, output = traced.context["residual"][:, 0], traced.output[:, 0]
-    weights = decoder.final_weights(model.config, model.params)
-    finished = decoder.finisher(model.config)(weights, {"residual": residual}, output)
+    weights = networks.final_weights(model.config, model.params)
+    finished = networks.finisher(model.config)(weights, {"residual": residual}, output)
     np.testing.assert_allclose(finished, wanted, rtol=1e-5, atol=1e-5)
-    stream = decoder.leave_last(model.config, model.params, residual, output)
-    np.testing.assert_allclose(decoder.logits(model.config, model.params, stream), wanted, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(decoder.argmax(model.config, model.params, stream), wanted.argmax(-1))
-    assert decoder.finisher(model.config) is decoder.finisher(model.config)
+    stream = networks.leave_last(model.config, model.params, residual, output)
+    np.testing.assert_allclose(networks.logits(model.config, model.params, stream), wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(networks.argmax(model.config, model.params, stream), wanted.argmax(-1))
+    assert networks.finisher(model.config) is networks.finisher(model.config)
 
 
 def test_tying_shares_the_embedding_and_untying_does_not():
@@ -148,7 +148,7 @@ def test_tying_shares_the_embedding_and_untying_does_not():
     for model in (tied, untied):
         table = model.params["embed"]["embedding"] if model is tied else model.params["head"]["kernel"].T
         wanted = table * model.params["norm"]["scale"]
-        np.testing.assert_array_equal(decoder.unembedding(model.config, model.params), wanted)
+        np.testing.assert_array_equal(networks.unembedding(model.config, model.params), wanted)
     tokens = tokens_of(untied)
     kernel = untied.params["head"]["kernel"]
     scaled = untied.with_params({**untied.params, "head": {"kernel": 2 * kernel}})
@@ -156,11 +156,11 @@ def test_tying_shares_the_embedding_and_untying_does_not():
 
 
 def test_shapes_are_those_of_the_parameters(model):
-    described = jax.tree.map(lambda leaf: leaf.shape, decoder.shapes(model.config))
+    described = jax.tree.map(lambda leaf: leaf.shape, networks.shapes(model.config))
     assert described == jax.tree.map(lambda leaf: leaf.shape, model.params)
     merged = merge(model, random_patch(0, 3, (1,)))
-    assert decoder.merged_neurons(model.config, merged.params) == {1: 3}
-    described = jax.tree.map(lambda leaf: leaf.shape, decoder.shapes(model.config, {1: 3}))
+    assert networks.merged_neurons(model.config, merged.params) == {1: 3}
+    described = jax.tree.map(lambda leaf: leaf.shape, networks.shapes(model.config, {1: 3}))
     assert described == jax.tree.map(lambda leaf: leaf.shape, merged.params)
 
 
@@ -177,7 +177,7 @@ def test_bfloat16_stays_bfloat16_up_to_the_logits(rich, layer):
     traced = half.trace(tokens, layer)
     floating = [traced.query, traced.output, traced.context["residual"]]
     assert [array.dtype for array in floating] == [jnp.bfloat16] * 3
-    assert decoder.hidden(half.config, half.params, traced, traced.output).dtype == jnp.bfloat16
+    assert networks.hidden(half.config, half.params, traced, traced.output).dtype == jnp.bfloat16
     logits = half.resume(traced, traced.output)
     assert logits.dtype == jnp.float32
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half.params)
@@ -186,8 +186,8 @@ def test_bfloat16_stays_bfloat16_up_to_the_logits(rich, layer):
 
 def test_bfloat16_keeps_its_cache_and_takes_float32_patches(rich):
     half, patch = in_bfloat16(rich), random_patch(0, 4)
-    cache = decoder.empty_cache(half.config, half.params, 2, 16)
-    stream, cache = decoder.decode(
+    cache = networks.empty_cache(half.config, half.params, 2, 16)
+    stream, cache = networks.decode(
         half.config, half.params, jnp.ones((2, 3), jnp.int32), jnp.broadcast_to(jnp.arange(3), (2, 3)), cache
     )
     assert {leaf.dtype for leaf in jax.tree.leaves((stream, cache))} == {jnp.dtype(jnp.bfloat16)}
@@ -297,7 +297,7 @@ def test_sampling_follows_its_key_and_stays_among_the_best(tiny_model):
 def test_merged_equals_attached_in_every_layer_at_once(rich):
     patch, tokens = random_patch(1, 6, (2, 0, 1)), tokens_of(rich)
     attached, merged = attach(rich, patch), merge(rich, patch)
-    assert decoder.merged_neurons(rich.config, merged.params) == {0: 2, 1: 2, 2: 2}
+    assert networks.merged_neurons(rich.config, merged.params) == {0: 2, 1: 2, 2: 2}
     for layer in LAYERS:
         assert not ffn.attached(merged.params["layers"][layer]["ffn"])
     assert relative(merged.apply(tokens), attached.apply(tokens)) < 1e-5
@@ -356,7 +356,7 @@ def test_merges_stack_and_come_out_one_by_one(rich):
     first, second = random_patch(7, 2, (1,)), random_patch(8, 3, (1,))
     once = merge(rich, first)
     twice = merge(once, second)
-    assert decoder.merged_neurons(rich.config, twice.params) == {1: 5}
+    assert networks.merged_neurons(rich.config, twice.params) == {1: 5}
     back, found = unmerge(twice, {1: 3})
     assert same(back.params, once.params)
     assert same(found, second)

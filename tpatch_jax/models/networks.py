@@ -17,7 +17,7 @@ from jax import Array
 
 from tpatch_jax import ffn
 from tpatch_jax.models.blocks import Block, Cache, Norm, softcap
-from tpatch_jax.models.config import DecoderConfig, LayerKind
+from tpatch_jax.models.config import LayerKind, NetworkConfig
 
 __all__ = [
     "Cache",
@@ -65,45 +65,45 @@ class Trace(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _block_graph(config: DecoderConfig, kind: LayerKind) -> nnx.GraphDef:
+def _block_graph(config: NetworkConfig, kind: LayerKind) -> nnx.GraphDef:
     """The structure of a block without its weights, made once per kind of layer."""
     return nnx.split(nnx.eval_shape(lambda: Block(config, kind, rngs=nnx.Rngs(0))))[0]
 
 
 @lru_cache(maxsize=64)
-def _norm_graph(config: DecoderConfig) -> nnx.GraphDef:
+def _norm_graph(config: NetworkConfig) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: Norm.of(config)))[0]
 
 
-def _block(config: DecoderConfig, kind: LayerKind, params: Params) -> Block:
+def _block(config: NetworkConfig, kind: LayerKind, params: Params) -> Block:
     return nnx.merge(_block_graph(config, kind), {name: params[name] for name in params if name != "ffn"})
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
-def _enter(config: DecoderConfig, kind: LayerKind, params: Params, x: Array, positions: Array):
+def _enter(config: NetworkConfig, kind: LayerKind, params: Params, x: Array, positions: Array):
     residual, query, _ = _block(config, kind, params).enter(x, positions, None)
     return residual, query, ffn.apply(params["ffn"], query, config.activation)
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
-def _leave(config: DecoderConfig, kind: LayerKind, params: Params, residual: Array, output: Array) -> Array:
+def _leave(config: NetworkConfig, kind: LayerKind, params: Params, residual: Array, output: Array) -> Array:
     return _block(config, kind, params).leave(residual, output)
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
-def _whole(config: DecoderConfig, kind: LayerKind, params: Params, x: Array, positions: Array, cache: Cache | None):
+def _whole(config: NetworkConfig, kind: LayerKind, params: Params, x: Array, positions: Array, cache: Cache | None):
     block = _block(config, kind, params)
     residual, query, cache = block.enter(x, positions, cache)
     return block.leave(residual, ffn.apply(params["ffn"], query, config.activation)), cache
 
 
-def _embed(config: DecoderConfig, params: Params, tokens: Array, positions: Array) -> Array:
+def _embed(config: NetworkConfig, params: Params, tokens: Array, positions: Array) -> Array:
     read = {name: params[name] for name in ("embed", "positions") if name in params}
     return _embedded(config, read, tokens, positions)
 
 
 @partial(jax.jit, static_argnames="config")
-def _embedded(config: DecoderConfig, params: Params, tokens: Array, positions: Array) -> Array:
+def _embedded(config: NetworkConfig, params: Params, tokens: Array, positions: Array) -> Array:
     x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
@@ -114,18 +114,18 @@ def _embedded(config: DecoderConfig, params: Params, tokens: Array, positions: A
     return x
 
 
-def _tail(config: DecoderConfig, params: Params) -> Params:
+def _tail(config: NetworkConfig, params: Params) -> Params:
     """What `logits` reads, so that neither a merged nor an attached patch has it compiled again."""
     names = ("embed", "head", "norm") if config.tied else ("head", "norm")
     return {name: params[name] for name in names if name in params}
 
 
-def logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
+def logits(config: NetworkConfig, params: Params, hidden: Array) -> Array:
     """From the residual stream after the last block to logits: ``norm(hidden) · unembedding``.
 
     Args:
-        config: the decoder's description.
-        params: the decoder's parameters; only the final norm and the (un)embedding are read.
+        config: the network's description.
+        params: the network's parameters; only the final norm and the (un)embedding are read.
         hidden: ``[..., d]``; gather the positions of interest first, since the vocabulary is wide.
 
     Returns:
@@ -135,7 +135,7 @@ def logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames="config")
-def _logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
+def _logits(config: NetworkConfig, params: Params, hidden: Array) -> Array:
     x = nnx.merge(_norm_graph(config), params["norm"])(hidden)
     if config.tied:
         result = jnp.einsum("...d,vd->...v", x, params["embed"]["embedding"], preferred_element_type=jnp.float32)
@@ -146,13 +146,13 @@ def _logits(config: DecoderConfig, params: Params, hidden: Array) -> Array:
     return softcap(result, config.logit_cap)
 
 
-def argmax(config: DecoderConfig, params: Params, hidden: Array) -> Array:
+def argmax(config: NetworkConfig, params: Params, hidden: Array) -> Array:
     """The most probable token after each residual stream, ``[..., d]`` to ``[...]`` int."""
     return _argmax(config, _tail(config, params), hidden)
 
 
 @partial(jax.jit, static_argnames="config")
-def _argmax(config: DecoderConfig, params: Params, hidden: Array) -> Array:
+def _argmax(config: NetworkConfig, params: Params, hidden: Array) -> Array:
     return jnp.argmax(_logits(config, params, hidden), -1)
 
 
@@ -164,12 +164,12 @@ def _positions(tokens: Array) -> Array:
     return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
 
-def trace(config: DecoderConfig, params: Params, tokens: Array, layer: int) -> Trace:
+def trace(config: NetworkConfig, params: Params, tokens: Array, layer: int) -> Trace:
     """Run everything up to the FFN of one layer, and that FFN.
 
     Args:
-        config: the decoder's description.
-        params: the decoder's parameters.
+        config: the network's description.
+        params: the network's parameters.
         tokens: ``[batch, tokens]`` int, padded on the right (causal attention never looks at it).
         layer: where to cut, ``0 … config.layers - 1``.
 
@@ -184,7 +184,7 @@ def trace(config: DecoderConfig, params: Params, tokens: Array, layer: int) -> T
     return Trace(query, output, {"residual": residual, "positions": positions}, layer)
 
 
-def hidden(config: DecoderConfig, params: Params, traced: Trace, output: Array) -> Array:
+def hidden(config: NetworkConfig, params: Params, traced: Trace, output: Array) -> Array:
     """Run everything after the cut but the final norm and the vocabulary projection: ``[batch, tokens, d]``."""
     layer, positions = traced.layer, traced.context["positions"]
     x = _leave(config, config.kind(layer), _without_ffn(params["layers"][layer]), traced.context["residual"], output)
@@ -193,7 +193,7 @@ def hidden(config: DecoderConfig, params: Params, traced: Trace, output: Array) 
     return x
 
 
-def residuals(config: DecoderConfig, params: Params, tokens: Array) -> list[Array]:
+def residuals(config: NetworkConfig, params: Params, tokens: Array) -> list[Array]:
     """The residual stream after every block, before the final norm: ``[batch, tokens, d]`` each."""
     positions = _positions(tokens)
     x, found = _embed(config, params, tokens, positions), []
@@ -203,12 +203,12 @@ def residuals(config: DecoderConfig, params: Params, tokens: Array) -> list[Arra
     return found
 
 
-def resume(config: DecoderConfig, params: Params, traced: Trace, output: Array) -> Array:
+def resume(config: NetworkConfig, params: Params, traced: Trace, output: Array) -> Array:
     """Run everything after the cut from a given FFN output: logits ``[batch, tokens, vocabulary]``, float32.
 
     Args:
-        config: the decoder's description.
-        params: the decoder's parameters.
+        config: the network's description.
+        params: the network's parameters.
         traced: what `trace` returned, possibly through `gather` when the cut is in the last layer.
         output: the FFN's output to go on from, ``[batch, tokens, d]``.
     """
@@ -249,12 +249,12 @@ class Fork(NamedTuple):
     layer: int
 
 
-def fork(config: DecoderConfig, params: Params, tokens: Array, layer: int, first: Array, span: int) -> Fork:
+def fork(config: NetworkConfig, params: Params, tokens: Array, layer: int, first: Array, span: int) -> Fork:
     """Run rows through the network once and keep what running their ends again needs.
 
     Args:
-        config: the decoder's description.
-        params: the decoder's parameters.
+        config: the network's description.
+        params: the network's parameters.
         tokens: ``[rows, tokens]`` int, padded on the right.
         layer: where to cut.
         first: the position in each row from which on the FFN's output may change, ``[rows]`` int.
@@ -278,12 +278,12 @@ def fork(config: DecoderConfig, params: Params, tokens: Array, layer: int, first
     return Fork(end(traced.query), end(traced.output), end(residual), positions, caches, layer)
 
 
-def resume_fork(config: DecoderConfig, params: Params, forked: Fork, output: Array) -> Array:
+def resume_fork(config: NetworkConfig, params: Params, forked: Fork, output: Array) -> Array:
     """Run the rows' ends after the cut from a given FFN output: the residual stream, ``[rows, span, d]``.
 
     Args:
-        config: the decoder's description.
-        params: the decoder's parameters.
+        config: the network's description.
+        params: the network's parameters.
         forked: from `fork`.
         output: the FFN's output to go on from, ``[rows, span, d]``.
     """
@@ -294,13 +294,13 @@ def resume_fork(config: DecoderConfig, params: Params, forked: Fork, output: Arr
     return x
 
 
-def apply(config: DecoderConfig, params: Params, tokens: Array) -> Array:
+def apply(config: NetworkConfig, params: Params, tokens: Array) -> Array:
     """The whole network: ``[batch, tokens]`` int to logits ``[batch, tokens, vocabulary]``, float32."""
     traced = trace(config, params, tokens, config.layers - 1)
     return resume(config, params, traced, traced.output)
 
 
-def empty_cache(config: DecoderConfig, params: Params, batch: int, context: int) -> list[Cache]:
+def empty_cache(config: NetworkConfig, params: Params, batch: int, context: int) -> list[Cache]:
     """An empty key-value cache for every layer, for ``batch`` lanes of at most ``context`` tokens."""
     dtype = params["embed"]["embedding"].dtype
     shape = (batch, context, config.key_value_heads, config.head_width)
@@ -308,13 +308,13 @@ def empty_cache(config: DecoderConfig, params: Params, batch: int, context: int)
 
 
 def decode(
-    config: DecoderConfig, params: Params, tokens: Array, positions: Array, cache: list[Cache]
+    config: NetworkConfig, params: Params, tokens: Array, positions: Array, cache: list[Cache]
 ) -> tuple[Array, list[Cache]]:
     """Run some more tokens on top of a cache.
 
     Args:
-        config: the decoder's description.
-        params: the decoder's parameters.
+        config: the network's description.
+        params: the network's parameters.
         tokens: ``[batch, tokens]`` int.
         positions: their positions, ``[batch, tokens]`` int; a position past the cache's end marks padding.
         cache: from `empty_cache` or an earlier call.
@@ -329,11 +329,11 @@ def decode(
     return x, grown
 
 
-def shapes(config: DecoderConfig, merged: Mapping[int, int] | None = None) -> Params:
+def shapes(config: NetworkConfig, merged: Mapping[int, int] | None = None) -> Params:
     """The shapes of all parameters, as `jax.ShapeDtypeStruct` leaves in the parameters' own nesting.
 
     Args:
-        config: the decoder's description.
+        config: the network's description.
         merged: how many patch neurons are merged into which layers.
     """
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -366,17 +366,17 @@ def shapes(config: DecoderConfig, merged: Mapping[int, int] | None = None) -> Pa
     return result
 
 
-def merged_neurons(config: DecoderConfig, params: Params) -> dict[int, int]:
+def merged_neurons(config: NetworkConfig, params: Params) -> dict[int, int]:
     """How many patch neurons are merged into which layers; layers without any are left out."""
     extra = {index: ffn.width(layer["ffn"]) - config.ffn_width for index, layer in params["layers"].items()}
     return {index: count for index, count in extra.items() if count}
 
 
-def finish(config: DecoderConfig, weights: Params, context: Params, output: Array) -> Array:
+def finish(config: NetworkConfig, weights: Params, context: Params, output: Array) -> Array:
     """`resume` for rows cut in the last layer, each a position of its own: ``[rows, d]`` to ``[rows, vocabulary]``.
 
     Args:
-        config: the decoder's description.
+        config: the network's description.
         weights: what `final_weights` returned.
         context: ``{"residual": [rows, d]}``.
         output: the FFN's output, ``[rows, d]``.
@@ -386,24 +386,24 @@ def finish(config: DecoderConfig, weights: Params, context: Params, output: Arra
     return logits(config, weights, hidden)
 
 
-def leave_last(config: DecoderConfig, params: Params, residual: Array, output: Array) -> Array:
+def leave_last(config: NetworkConfig, params: Params, residual: Array, output: Array) -> Array:
     """The residual stream after the last block from its FFN's output, ``[..., d]``, each position on its own."""
     last = config.layers - 1
     return _leave(config, config.kind(last), _without_ffn(params["layers"][last]), residual, output)
 
 
-def unembedding(config: DecoderConfig, params: Params) -> Array:
+def unembedding(config: NetworkConfig, params: Params) -> Array:
     """The unembedding as the residual stream sees it, through the final norm's scale: ``[vocabulary, d]``."""
     table = params["embed"]["embedding"] if config.tied else params["head"]["kernel"].T
     return table * (params["norm"]["scale"] + jnp.asarray(config.norm_shift, table.dtype))
 
 
-def final_weights(config: DecoderConfig, params: Params) -> Params:
+def final_weights(config: NetworkConfig, params: Params) -> Params:
     """The few parameters that `finish` reads, so that a compiled fit does not carry the rest."""
     return {**_tail(config, params), "layer": _without_ffn(params["layers"][config.layers - 1])}
 
 
 @lru_cache(maxsize=16)
-def finisher(config: DecoderConfig):
+def finisher(config: NetworkConfig):
     """`finish` for one configuration, the same object every time, so that ``jit`` recognises it."""
     return partial(finish, config)
