@@ -26,7 +26,8 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.measure import measure, predictions
 from tpatch_jax.fitting import FitSettings
 from tpatch_jax.models import generation
-from tpatch_jax.models.model import attach, merge, tokens_array
+from tpatch_jax.models.model import attach, merge
+from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.patch import create, take
 from tpatch_jax.requests import EditRequest, join_target
 
@@ -526,6 +527,7 @@ from tpatch_jax.editors.editor import EditInfo, RequestInfo
 from tpatch_jax.models.model import load_model
 from tpatch_jax.patch import create
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.models.rows import tokens_array
 model = load_model(sys.argv[1])
 whole = store.save_file
 def save_file(*arguments, **options):

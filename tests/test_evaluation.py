@@ -224,7 +224,7 @@ def test_scores_of_patches_equal_the_attached_model(tiny_model: Model) -> None:
     for layer in (None, 0, 1):
         patch = some_patch(tiny_model, base, layer)
         quick = patched_scores(tiny_model, base, patch)
-        plain = apply_scores(base, attach(tiny_model, patch, relu=True).apply)
+        plain = apply_scores(tiny_model, base, attach(tiny_model, patch, relu=True).apply)
         assert np.allclose(quick.log_p, plain.log_p, atol=2e-5, equal_nan=True)
         assert (quick.predicted == plain.predicted).all()
         assert quick.fires.any()

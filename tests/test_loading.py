@@ -48,7 +48,8 @@ SHARDED = """
 import json, sys
 import jax
 import numpy as np
-from tpatch_jax.models.model import load_model, tokens_array
+from tpatch_jax.models.model import load_model
+from tpatch_jax.models.rows import tokens_array
 
 mesh = jax.make_mesh((2, 4), ("data", "model"))
 one, many = load_model(sys.argv[1]), load_model(sys.argv[1], mesh=mesh)

@@ -9,7 +9,8 @@ from conftest import make_tiny_model, relative, same, tiny_tokenizer, write_tiny
 from tpatch_jax import ffn
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation, networks
-from tpatch_jax.models.model import Model, attach, detach, load_model, merge, save_model, tokens_array, unmerge
+from tpatch_jax.models.model import Model, attach, detach, load_model, merge, save_model, unmerge
+from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.patch import Patch, concatenate, create, take
 
 LLAMA3 = {

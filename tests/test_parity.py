@@ -17,7 +17,8 @@ torch = pytest.importorskip("torch", reason="torch is only needed to compare wit
 import transformers  # noqa: E402
 
 from tpatch_jax.models import checkpoint, generation, networks  # noqa: E402
-from tpatch_jax.models.model import Model, load_model, save_model, tokens_array  # noqa: E402
+from tpatch_jax.models.model import Model, load_model, save_model  # noqa: E402
+from tpatch_jax.models.rows import tokens_array  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent / "reference"))
 import make_references  # noqa: E402

@@ -7,7 +7,7 @@ from conftest import relative
 
 import tpatch_jax as tp
 from tpatch_jax.editors import background
-from tpatch_jax.models.model import tokens_array
+from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.models.sources import cache_folder
 
 PROMOTION = "standard"  # optax takes steps

@@ -21,8 +21,8 @@ from tpatch_jax.editors.wordings import Wording
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.memory import create_memory, extend
 from tpatch_jax.models import networks
-from tpatch_jax.models.collection import row_length
-from tpatch_jax.models.model import attach, merge, tokens_array
+from tpatch_jax.models.model import attach, merge
+from tpatch_jax.models.rows import row_length, tokens_array
 from tpatch_jax.recipes.through import Asked, ThroughSettings, kept_close, train_values
 from tpatch_jax.recipes.whitened import whitened_key
 from tpatch_jax.requests import EditRequest

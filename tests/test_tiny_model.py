@@ -3,7 +3,8 @@
 import numpy as np
 from conftest import same
 
-from tpatch_jax.models.model import load_model, tokens_array
+from tpatch_jax.models.model import load_model
+from tpatch_jax.models.rows import tokens_array
 
 
 def test_a_written_model_is_read_back_bit_for_bit(tiny_model, tiny_folder, tmp_path):

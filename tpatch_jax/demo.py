@@ -14,7 +14,8 @@ from tpatch_jax.editors import tpatcher
 from tpatch_jax.evaluation.measure import measure
 from tpatch_jax.files import check_vacant
 from tpatch_jax.models import generation
-from tpatch_jax.models.model import Model, attach, merge, tokens_array
+from tpatch_jax.models.model import Model, attach, merge
+from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.sizes import power_of_two
 

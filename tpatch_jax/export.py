@@ -150,7 +150,7 @@ def export_model(
         )
     if problems:
         form = "approximate"
-        settings = {**model.settings, family_of(model.settings["model_type"]).ffn_width: _width(model)}
+        settings = {**model.settings, family_of(model.settings).ffn_width: _width(model)}
         target = configure(settings)
         with jax.default_matmul_precision("highest"):
             approximated, error = _approximate(model, requests, memory, cache, progress)
@@ -192,7 +192,7 @@ def _width(model: Model) -> int:
 
 def _exact(model: Model) -> tuple[dict[str, Any], NetworkConfig, str, list[str]]:
     """Settings whose stock network is the given one, their description, how it is called, and why there are none."""
-    config, family, width = model.config, family_of(model.settings["model_type"]), _width(model)
+    config, family, width = model.config, family_of(model.settings), _width(model)
     own = {**model.settings, family.ffn_width: width}
     if width == config.ffn_width:
         return own, configure(own), "exact", []

@@ -17,7 +17,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 
 ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 GPT = {"vocab_size": 64, "n_embd": 16, "n_layer": 3, "n_inner": 32, "n_positions": 48, **ENDS}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from jax import Array
 
 from tpatch_jax.models.model import Model
+from tpatch_jax.models.networks import Batch
 from tpatch_jax.requests import EditRequest
 
 __all__ = ["EditInfo", "Editor", "RequestInfo"]
@@ -69,9 +70,9 @@ class Editor(NamedTuple):
     Attributes:
         init: ``(model, key) -> state``.
         step: ``(state, requests, key) -> (state, info)``; requests that do not hold leave no trace in the state.
-        apply: ``(state, tokens [batch, tokens]) -> logits [batch, tokens, vocabulary]``.
+        apply: ``(state, batch) -> logits``, as `tpatch_jax.models.networks.apply` has them.
     """
 
     init: Callable[[Model, Array], Any]
     step: Callable[[Any, Sequence[EditRequest], Array], tuple[Any, EditInfo]]
-    apply: Callable[[Any, Array], Array]
+    apply: Callable[[Any, Batch], Array]

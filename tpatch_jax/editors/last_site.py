@@ -62,7 +62,7 @@ def forward_seconds(model: Model, items: Sequence[Item], most: int = 64) -> floa
     """Seconds of one forward pass per request over its prompt and target, compiled and warm."""
     chosen = items[:: max(1, len(items) // most)][:most]
     rows = [item.rows[0] for item in chosen]
-    places = [[len(row) - 1] for row in rows]
+    places = [item.places(0)[-1:] for item in chosen]
 
     def run() -> None:
         predicted(model, collect(model, rows, places, model.layer(None)))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest, contradictions, join_target
 
@@ -55,13 +56,13 @@ def check_requests(model: Model, requests: Sequence[EditRequest], subjects: bool
                 "use site=last"
             )
         else:
-            length = len(model.encode_prompt(request.prompt))
-            length += len(model.encode_target(request.prompt, join_target(request.prompt, request.target)))
-            if length > model.config.context:
-                problems[position] = (
-                    f"prompt and target have {length} tokens, the model reads {model.config.context}; "
-                    "shorten the prompt"
-                )
+            try:
+                target = model.encode_target(request.prompt, join_target(request.prompt, request.target))
+                reason = model.excess(model.encode_prompt(request.prompt), target)
+            except TPatchError as error:
+                reason = str(error)
+            if reason:
+                problems[position] = reason
     return problems
 
 
@@ -73,7 +74,7 @@ def read_item(model: Model, position: int, request: EditRequest, prefixes: Seque
     rows, starts = [], []
     for number, text in enumerate(texts):
         prompt = model.encode_prompt(text)
-        if number and len(prompt) + len(target) > model.config.context:
+        if number and model.excess(prompt, target):
             texts[number], prompt = request.prompt, model.encode_prompt(request.prompt)
         rows.append(prompt + target)
         starts.append(len(prompt))
@@ -126,7 +127,7 @@ def swapped_prompts(
             # Drawn from the request's own text, so that its swaps do not depend on its place in the list.
             picks = np.random.default_rng(list(request.prompt.encode())).permutation(len(others))[:count]
             texts = [request.prompt.replace(subject, others[pick]) for pick in picks]
-            fitting = [text for text in texts if len(model.encode_prompt(text)) <= model.config.context]
+            fitting = [text for text in texts if not model.excess(model.encode_prompt(text), ())]
             if fitting:
                 result[position] = fitting
     return result

@@ -1,6 +1,7 @@
 """Texts in tokens with the end of a subject in them, and the network from there on."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,8 +12,8 @@ from jax import Array
 from tpatch_jax.editors.reading import Item, subject_token
 from tpatch_jax.editors.wordings import Wording, shortened
 from tpatch_jax.models import networks
-from tpatch_jax.models.collection import row_length
-from tpatch_jax.models.model import Model, tokens_array
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.rows import row_length, tokens_array
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.sizes import round_up
 
@@ -87,9 +88,7 @@ def forked_rows(model: Model, rows: Sequence[Row], layer: int, places: int) -> t
         first = jnp.asarray([rows[row].subject for row in there], jnp.int32)
         found = networks.fork(model.config, model.params, tokens, layer, first, span)
         pad = [(0, 0), (0, int(lengths.max() - length)), (0, 0), (0, 0)]
-        parts.append(
-            found._replace(caches=[networks.Cache(*(jnp.pad(leaf, pad) for leaf in cache)) for cache in found.caches])
-        )
+        parts.append(found._replace(caches=jax.tree.map(partial(jnp.pad, pad_width=pad), found.caches)))
         number += there
     back = np.zeros(len(rows), int)
     back[number[::-1]] = np.arange(len(number))[::-1]

@@ -45,6 +45,7 @@ from tpatch_jax.ffn import ACTIVATIONS
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import predicted
 from tpatch_jax.models.model import Model, attach
+from tpatch_jax.models.networks import Batch
 from tpatch_jax.patch import Patch, concatenate, create, preactivations, sized, take
 from tpatch_jax.requests import EditRequest, as_requests
 
@@ -124,8 +125,8 @@ def tpatcher(
     def step(state: TPatcherState, requests: Sequence[EditRequest], key: Array) -> tuple[TPatcherState, EditInfo]:
         return _step(state, as_requests(requests), key, progress)
 
-    def apply(state: TPatcherState, tokens: Array) -> Array:
-        return attach(state.model, state.patch).apply(tokens)
+    def apply(state: TPatcherState, batch: Batch) -> Array:
+        return attach(state.model, state.patch).apply(batch)
 
     return Editor(init, step, apply)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.patch import Patch
@@ -72,15 +73,19 @@ def measure(
 
     def add(kind: str, prompt: str, target: str) -> None:
         start = model.encode_prompt(prompt)
-        answer = model.encode_target(prompt, join_target(prompt, target)) if target else []
+        try:
+            answer = model.encode_target(prompt, join_target(prompt, target)) if target else []
+        except TPatchError:  # a label that the classifier does not have never comes out
+            answer = []
         row = start + answer
-        if not start or len(row) > model.config.context or (kind != "locality" and not answer):
+        if not start or model.excess(start, answer) or (kind != "locality" and not answer):
             rows.append([0])
             positions.append(range(0))
             wanted.append([])
         else:
             rows.append(row)
-            positions.append(range(len(start) - 1, len(row) - 1) if answer else range(len(row)))
+            spoken = range(len(row)) if model.config.architecture == "decoder" else range(len(row) - 1, len(row))
+            positions.append(range(len(start) - 1, len(row) - 1) if answer else spoken)
             wanted.append(answer)
         kinds.append(kind)
 

@@ -88,7 +88,7 @@ def _look(setup: Setup, edited: Edited, base: Base, texts: Sequence[int] | None 
     patch = edited.patch
     if patch is not None:
         return patched_scores(setup.model, base, patch, texts)
-    return apply_scores(base, partial(edited.editor.apply, edited.state), texts)
+    return apply_scores(setup.model, base, partial(edited.editor.apply, edited.state), texts)
 
 
 def _texts(setup: Setup, records: Sequence[Record], kinds: Sequence[str] | None = None) -> list[int]:

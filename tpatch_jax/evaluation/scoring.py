@@ -27,10 +27,12 @@ from tpatch_jax.evaluation.metrics import Score
 from tpatch_jax.evaluation.records import Probe
 from tpatch_jax.files import replace_folder
 from tpatch_jax.models import networks
-from tpatch_jax.models.collection import batches, collect
+from tpatch_jax.models.collection import batches, collect, pad_rows
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, attach
+from tpatch_jax.models.networks import Batch
+from tpatch_jax.models.rows import place_in
 from tpatch_jax.patch import Patch, contribution, preactivations, sized, take
 from tpatch_jax.requests import join_target
 from tpatch_jax.sizes import power_of_two
@@ -117,11 +119,8 @@ def ask(model: Model, probes: Sequence[Probe]) -> Asked:
             raise TPatchError(
                 f"the probe {probe.prompt!r} for {probe.target!r} has an empty prompt; take its record out"
             )
-        if len(prompt) + len(target) > model.config.context:
-            raise TPatchError(
-                f"the probe {probe.prompt[:60]!r} has {len(prompt) + len(target)} tokens and the model reads "
-                f"{model.config.context}; take its record out"
-            )
+        if reason := model.excess(prompt, target):
+            raise TPatchError(f"the probe {probe.prompt[:60]!r} is too long ({reason}, or take its record out)")
         rows.append(prompt + target)
         positions.append(range(len(prompt) - 1, len(prompt) + len(target) - 1 if target else len(prompt)))
         wanted.extend(target or [-1])
@@ -153,7 +152,8 @@ def _read(config: NetworkConfig, weights: Any, residual: Array, output: Array, w
 
 @jax.jit
 def _fires(patch: Patch, query: Array) -> Array:
-    return jnp.max(preactivations(patch, query), -1) > 0
+    z = preactivations(patch, query)
+    return jnp.max(z.reshape(len(query), -1), -1) > 0
 
 
 @jax.jit
@@ -176,7 +176,7 @@ def _chunks(total: int, most: int):
 
 
 def _padded(array: np.ndarray, missing: int, dtype: Any = None) -> Array:
-    return jnp.asarray(np.pad(array, ((0, missing),) + ((0, 0),) * (array.ndim - 1)), dtype)
+    return jnp.asarray(pad_rows(array, missing), dtype)
 
 
 def _dtype(model: Model) -> Any:
@@ -210,7 +210,8 @@ def base_scores(model: Model, asked: Asked, *, cache: Path | None = None, tell: 
     """
     folder = None
     plain = not any(ffn.attached(layer["ffn"]) for layer in model.params["layers"].values())
-    if cache is not None and plain and asked.wanted.size * model.config.width * 12 <= MOST_CACHED:
+    fits = asked.wanted.size * model.config.width * 12 <= MOST_CACHED and networks.pointwise(model.config)
+    if cache is not None and plain and fits:
         spans = [[place.start, place.stop] for place in asked.positions]
         content = json.dumps([VERSION, fingerprint(model), asked.rows, spans, asked.wanted.tolist()])
         folder = cache / "evaluation" / hashlib.sha256(content.encode()).hexdigest()[:24]
@@ -275,7 +276,7 @@ def patched_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int] 
     places = _of(base.asked, chosen)
     fired = places[_firing(patch, base.query[places], dtype)]
     fires[fired] = True
-    output = np.zeros((len(fired), model.config.width), np.float32)
+    output = np.zeros((len(fired), *base.output.shape[1:]), np.float32)
     for span, missing in _chunks(len(fired), QUERY_ROWS):
         arrays = (_padded(array[fired[span]], missing, dtype) for array in (base.query, base.output))
         found = np.asarray(_corrected(patch, *arrays), np.float32)
@@ -319,26 +320,29 @@ def _deep_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int]) -
     return Outcome(log_p, predicted, fires, here)
 
 
-def apply_scores(base: Base, apply: Callable[[Array], Array], texts: Sequence[int] | None = None) -> Outcome:
+def apply_scores(
+    model: Model, base: Base, apply: Callable[[Batch], Array], texts: Sequence[int] | None = None
+) -> Outcome:
     """What any edited model says, through its logits: the plain way, for methods whose edits are not neurons.
 
     Args:
-        base: what the unedited model says.
-        apply: ``tokens [batch, tokens] -> logits [batch, tokens, vocabulary]``.
+        model: the unedited model.
+        base: what it says.
+        apply: from a batch to logits, as `tpatch_jax.models.networks.apply` has them.
         texts: which texts are looked at; all by default.
 
     Returns:
         The `Outcome`; every position looked at counts as one on which something fires.
     """
-    asked = base.asked
+    asked, config = base.asked, model.config
     chosen = list(range(len(asked.rows)) if texts is None else texts)
     log_p, predicted, fires, _ = (array.copy() for array in base.outcome)
-    for numbers, table in batches([asked.rows[text] for text in chosen]):
+    for numbers, batch in batches(config, [asked.rows[text] for text in chosen]):
         picked = [chosen[number] for number in numbers]
         lane = np.concatenate([np.full(len(asked.positions[text]), slot) for slot, text in enumerate(picked)])
-        place = np.concatenate([np.asarray(asked.positions[text], int) for text in picked])
-        places = _of(asked, picked)
-        logits = apply(table)
+        place = np.asarray([place_in(config, asked.rows[text], at) for text in picked for at in asked.positions[text]])
+        places, logits = _of(asked, picked), apply(batch)
+        logits = logits[:, None] if config.labels else logits
         for span, missing in _chunks(len(places), LOGIT_ROWS):
             arrays = (lane[span], place[span], np.maximum(asked.wanted[places[span]], 0))
             found = _pick(logits, *(_padded(array.astype(np.int32), missing) for array in arrays))

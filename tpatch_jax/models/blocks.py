@@ -1,5 +1,7 @@
-"""The parts of a decoder as Flax NNX modules: norms, attention, and a block without its feed-forward network."""
+"""The parts of a network as Flax NNX modules: norms, attention, and a block without its feed-forward network."""
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -8,16 +10,43 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import LayerKind, NetworkConfig
 
-__all__ = ["Attention", "Block", "Cache", "Norm", "softcap"]
+__all__ = ["HIDDEN", "Around", "Attention", "Block", "Cache", "CrossAttention", "Norm", "relative_bias", "softcap"]
+
+HIDDEN = -1e30
+"""Added to the scores of what attention must not see. Not minus infinity: a padded position may see nothing at all."""
 
 
 class Cache(NamedTuple):
-    """Keys and values of one block's attention, ``[batch, context, key_value_heads, head_width]`` each."""
+    """What one block's attention has read so far.
+
+    Attributes:
+        key: of the tokens, ``[batch, context, key_value_heads, head_width]``.
+        value: of the tokens, the same shape.
+        states: of an encoder's states, if it reads any: keys and values, ``[batch, source, heads, head_width]`` each,
+            and what is added to the scores, ``[batch, 1, 1, source]``.
+    """
 
     key: Array
     value: Array
+    states: tuple[Array, Array, Array] | None = None
+
+
+class Around(NamedTuple):
+    """What all blocks of a stack read besides the residual stream.
+
+    Attributes:
+        bias: added to the scores of self-attention, broadcast to ``[batch, heads, tokens, seen]``: relative positions,
+            and `HIDDEN` at the padding of an encoder.
+        states: the encoder's states, ``[batch, source, d]``.
+        states_bias: added to the scores of cross-attention, ``[batch, 1, 1, source]``: `HIDDEN` at padding.
+    """
+
+    bias: Array | None = None
+    states: Array | None = None
+    states_bias: Array | None = None
 
 
 class Norm(nnx.Module):
@@ -31,7 +60,7 @@ class Norm(nnx.Module):
 
     @classmethod
     def of(cls, config: NetworkConfig, width: int | None = None) -> "Norm":
-        """The kind of norm that a decoder uses."""
+        """The kind of norm that a network uses."""
         return cls(config.norm, config.norm_epsilon, config.norm_shift, width or config.width)
 
     def __call__(self, x: Array) -> Array:
@@ -65,8 +94,53 @@ def _rotate(x: Array, positions: Array, config: NetworkConfig, rope_frequencies:
     return jnp.concatenate([turned.reshape(*x.shape[:-1], 2 * pairs).astype(x.dtype), rest], -1)
 
 
+def relative_bias(config: NetworkConfig, table: Array, positions: Array, seen: int) -> Array:
+    """T5's bias by relative position: near ones have buckets of their own, far ones share them, ever wider.
+
+    Args:
+        config: the network's description.
+        table: ``[buckets, heads]``.
+        positions: of the tokens, ``[batch, tokens]`` int.
+        seen: how many tokens they look at, from the first on.
+
+    Returns:
+        ``[batch, heads, tokens, seen]``, float32.
+
+    Source: Raffel et al. 2020, section 2.1.
+    """
+    ahead = jnp.arange(seen)[None, None] - positions[..., None]
+    buckets, first = config.relative_buckets, jnp.zeros_like(ahead)
+    if config.causal:
+        distance = jnp.maximum(-ahead, 0)
+    else:
+        buckets //= 2
+        first, distance = jnp.where(ahead > 0, buckets, 0), jnp.abs(ahead)
+    near = buckets // 2
+    share = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / near) / math.log(config.relative_distance / near)
+    far = jnp.minimum(near + (share * (buckets - near)).astype(distance.dtype), buckets - 1)
+    bucket = first + jnp.where(distance < near, distance, far)
+    return jnp.moveaxis(table.astype(jnp.float32)[bucket], -1, 1)
+
+
+def _attend(config: NetworkConfig, query: Array, key: Array, value: Array, hide: Callable[[Array], Array]) -> Array:
+    """Weighted values of ``[batch, seen, key_value_heads, width]`` for queries ``[batch, tokens, heads, width]``."""
+    batch, tokens, _, width = query.shape
+    query = query.reshape(batch, tokens, key.shape[2], -1, width)
+    scores = jnp.einsum("btkgh,bskh->bkgts", query, key, preferred_element_type=jnp.float32)
+    scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
+    scores = hide(softcap(scores * scale, config.attention_cap))
+    weights = jax.nn.softmax(scores, -1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(batch, tokens, -1)
+
+
+def _by_group(bias: Array, groups: int) -> Array:
+    """A bias ``[batch, heads or 1, tokens, seen]`` with its heads as scores have them, ``key_value_heads, group``."""
+    heads = bias.shape[1]
+    return bias[:, None] if heads == 1 else bias.reshape(bias.shape[0], heads // groups, groups, *bias.shape[2:])
+
+
 class Attention(nnx.Module):
-    """Causal self-attention with grouped queries and an optional cache."""
+    """Self-attention with grouped queries and an optional cache."""
 
     def __init__(self, config: NetworkConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         self.config, self.kind = config, kind
@@ -79,7 +153,9 @@ class Attention(nnx.Module):
         if config.query_norm:
             self.query_norm, self.key_norm = Norm.of(config, config.head_width), Norm.of(config, config.head_width)
 
-    def __call__(self, x: Array, positions: Array, cache: Cache | None) -> tuple[Array, Cache | None]:
+    def __call__(
+        self, x: Array, positions: Array, cache: Cache | None, bias: Array | None
+    ) -> tuple[Array, Cache | None]:
         """Mix ``x [batch, tokens, d]`` at the given positions; a cache is read and grown."""
         config, (batch, tokens, _) = self.config, x.shape
         query = self.query(x).reshape(batch, tokens, config.heads, config.head_width)
@@ -94,18 +170,41 @@ class Attention(nnx.Module):
             # Positions past the cache's end belong to padding; dropping them keeps real entries whole.
             key = cache.key.at[lane, positions].set(key, mode="drop")
             value = cache.value.at[lane, positions].set(value, mode="drop")
-            cache = Cache(key, value)
-        back = positions[:, :, None] - jnp.arange(key.shape[1])[None, None, :]
-        visible = (back >= 0) & (back < self.kind.window) if self.kind.window else back >= 0
-        query = query.reshape(batch, tokens, config.key_value_heads, -1, config.head_width)
-        scores = jnp.einsum("btkgh,bskh->bkgts", query, key, preferred_element_type=jnp.float32)
-        scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
-        scores = softcap(scores * scale, config.attention_cap)
-        # Not minus infinity: a padded position past the cache's end may see nothing at all under a window.
-        scores = jnp.where(visible[:, None, None], scores, -1e30)
-        weights = jax.nn.softmax(scores, -1).astype(value.dtype)
-        mixed = jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(batch, tokens, -1)
-        return self.output(mixed), cache
+            cache = cache._replace(key=key, value=value)
+
+        def hide(scores: Array) -> Array:
+            if bias is not None:
+                scores = scores + _by_group(bias, config.heads // config.key_value_heads)
+            if not config.causal:
+                return scores
+            back = positions[:, :, None] - jnp.arange(key.shape[1])[None, None, :]
+            visible = (back >= 0) & (back < self.kind.window) if self.kind.window else back >= 0
+            return jnp.where(visible[:, None, None], scores, HIDDEN)
+
+        return self.output(_attend(config, query, key, value, hide)), cache
+
+
+class CrossAttention(nnx.Module):
+    """Attention of a decoder's tokens to an encoder's states."""
+
+    def __init__(self, config: NetworkConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        inner, linear = config.heads * config.head_width, partial(nnx.Linear, rngs=rngs)
+        self.query = linear(config.width, inner, use_bias=config.query_bias)
+        self.key = linear(config.width, inner, use_bias=config.query_bias)
+        self.value = linear(config.width, inner, use_bias=config.query_bias)
+        self.output = linear(inner, config.width, use_bias=config.output_bias)
+
+    def read(self, states: Array, bias: Array) -> tuple[Array, Array, Array]:
+        """States ``[batch, source, d]`` and their bias as `Cache` keeps them."""
+        shape = (*states.shape[:2], self.config.heads, self.config.head_width)
+        return self.key(states).reshape(shape), self.value(states).reshape(shape), bias
+
+    def __call__(self, x: Array, states: tuple[Array, Array, Array]) -> Array:
+        """What ``x [batch, tokens, d]`` takes from the states that `read` returned."""
+        config, (key, value, bias) = self.config, states
+        query = self.query(x).reshape(*x.shape[:2], config.heads, config.head_width)
+        return self.output(_attend(config, query, key, value, lambda scores: scores + _by_group(bias, 1)))
 
 
 class Block(nnx.Module):
@@ -115,22 +214,44 @@ class Block(nnx.Module):
         self.config = config
         self.norm_1 = Norm.of(config)
         self.attention = Attention(config, kind, rngs=rngs)
+        if config.encoder:
+            self.norm_cross = Norm.of(config)
+            self.cross = CrossAttention(config, rngs=rngs)
         if config.block != "shared":
             self.norm_2 = Norm.of(config)
         if config.sandwich:
             self.norm_attention, self.norm_ffn = Norm.of(config), Norm.of(config)
 
-    def enter(self, x: Array, positions: Array, cache: Cache | None) -> tuple[Array, Array, Cache | None]:
+    def enter(
+        self, x: Array, positions: Array, cache: Cache | None, around: Around
+    ) -> tuple[Array, Array, Cache | None]:
         """From the residual stream to the stream beside the FFN, the FFN's input, and the grown cache."""
+        if self.config.post_norm:
+            mixed, cache = self.attention(x, positions, cache, around.bias)
+            x = self.norm_1(x + mixed)
+            if self.config.encoder:
+                x = self.norm_cross(x + self._from_states(x, cache, around))
+            return x, x, cache
         read = self.norm_1(x)
-        mixed, cache = self.attention(read, positions, cache)
+        mixed, cache = self.attention(read, positions, cache, around.bias)
         if self.config.sandwich:
             mixed = self.norm_attention(mixed)
         residual = x + mixed
+        if self.config.encoder:
+            residual = residual + self._from_states(self.norm_cross(residual), cache, around)
         if self.config.block == "shared":
             return residual, read, cache
         return residual, self.norm_2(residual if self.config.block == "serial" else x), cache
 
+    def _from_states(self, x: Array, cache: Cache | None, around: Around) -> Array:
+        if cache is not None and cache.states is not None:
+            return self.cross(x, cache.states)
+        if around.states is None or around.states_bias is None:
+            raise TPatchError("a decoder with an encoder was run without its states; encode the source first")
+        return self.cross(x, self.cross.read(around.states, around.states_bias))
+
     def leave(self, residual: Array, output: Array) -> Array:
         """From the stream beside the FFN and the FFN's output to the residual stream."""
+        if self.config.post_norm:
+            return self.norm_2(residual + output)
         return residual + (self.norm_ffn(output) if self.config.sandwich else output)

@@ -1,9 +1,10 @@
 """Reading and writing Hugging Face style folders: ``config.json`` and safetensors, one file or shards."""
 
+import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ NEURONS_KEY = "tpatch_neurons"
 _OURS = ("config.json", "tpatch_source.json", "tpatch_export.json")
 """What a folder says about itself, which would be wrong about another."""
 
+_STARTS_WITH = "decoder_start_token_id"
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -50,15 +52,26 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise TPatchError(f"{path} is not JSON ({error}); fetch the model again") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise TPatchError(f"{path} names no 'model_type'; copy the model's original config.json beside its weights")
-    family_of(raw["model_type"])
+    family_of(raw)
     from transformers import AutoConfig
 
     try:
-        return {**AutoConfig.from_pretrained(folder, local_files_only=True).to_dict(), **raw}
+        found = {**AutoConfig.from_pretrained(folder, local_files_only=True).to_dict(), **raw}
+        return found if found.get(_STARTS_WITH) is not None else {**found, **_generation(folder)}
     # transformers checks the kinds of settings with errors of its own
     except Exception as error:
         reason = " ".join(str(error).split())
         raise TPatchError(f"{path} cannot be used ({reason}); copy the model's original config.json there") from error
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    """With which token a decoder starts, where only ``generation_config.json`` says so."""
+    try:
+        found = json.loads((folder / "generation_config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    start = found.get(_STARTS_WITH) if isinstance(found, dict) else None
+    return {_STARTS_WITH: start} if isinstance(start, int) else {}
 
 
 def _shards(folder: Path) -> dict[str, Path]:
@@ -91,8 +104,31 @@ def _names(path: Path) -> list[str]:
         raise TPatchError(f"{path} is damaged ({error}); fetch it again") from None
 
 
+def _available(shards: Mapping[str, Path], wanted: Sequence[str]) -> dict[str, str]:
+    """The names under which a checkpoint holds what is wanted; the first BERTs call a norm's parts gamma and beta."""
+    found = {}
+    for name in wanted:
+        older = name.removesuffix("weight") + "gamma" if name.endswith("weight") else name.removesuffix("bias") + "beta"
+        if name in shards or older in shards:
+            found[name] = name if name in shards else older
+    return found
+
+
+def _with_labels(settings: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    numbered = {str(number): label for number, label in enumerate(labels)}
+    return {**settings, "id2label": numbered, "label2id": {label: number for number, label in enumerate(labels)}}
+
+
+def _in_head(name: str) -> bool:
+    """Whether one of our parameters belongs to a classification head."""
+    return name.startswith("classifier.")
+
+
 def read_folder(
-    folder: Path, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None
+    folder: Path,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    labels: Sequence[str] | None = None,
 ) -> tuple[NetworkConfig, Params, dict[str, Any]]:
     """Read a model, tensor by tensor, so that memory never holds it twice.
 
@@ -100,6 +136,8 @@ def read_folder(
         folder: with ``config.json`` and safetensors.
         dtype: ``"float32"`` or ``"bfloat16"`` for the parameters; ``None`` keeps what the file has.
         mesh: devices to which the parameters go directly; see `tpatch_jax.models.sharding`.
+        labels: make a classifier with these labels of an encoder: what its head has of that is read, the rest is left
+            out, and other heads are passed over.
 
     Returns:
         The decoder's description, its parameters, and the settings of ``config.json``.
@@ -114,34 +152,49 @@ def read_folder(
             f"{folder} is quantised ({kind}), and patches need weights as plain numbers; fetch the unquantised model, "
             "or a GGUF file, which is converted"
         )
-    config, family = configure(settings), family_of(settings["model_type"])
+    if labels is not None:
+        settings = _with_labels(settings, labels)
+    config, family = configure(settings), family_of(settings)
     merged = {int(layer): int(count) for layer, count in settings.get(NEURONS_KEY, {}).items()}
     shards = _shards(folder)
+    if family.own_head:
+        config = dataclasses.replace(config, tied=f"{family.names['head']}.weight" not in shards)
     # Checkpoints of the network without its head leave out the first part of every name.
     bare = not any(name.startswith(family.prefix) for name in shards)
     wanted = {
         name.removeprefix(family.prefix) if bare else name: stored
         for name, stored in layout(family, config, merged).items()
     }
-    problems = [f"{name} is missing" for name in wanted if name not in shards]
+    names = _available(shards, list(wanted))
+    missing = [name for name in wanted if name not in names and name != family.optional_row]
+    headless = [name for name in missing if _in_head(wanted[name].paths[0])]
+    if labels is not None:
+        missing = [name for name in missing if name not in headless]
+    elif headless and headless == missing:
+        raise TPatchError(
+            f"{folder} holds an encoder without a classification head ({missing[0]} is missing); train one with "
+            "`tpatch finetune`, or take a checkpoint that was made for sequence classification"
+        )
+    problems = [f"{name} is missing" for name in missing]
+    passed_over = family.other_heads if labels is not None else ()
+    known = set(names.values())
     for name in shards:
-        known = name in wanted or name.endswith(family.constants)
-        if not known and not (config.tied and name == family.names["head"] + ".weight"):
+        copy = config.tied and name == family.names.get("head", "") + ".weight"
+        if name not in known and not (copy or name.endswith(family.constants) or name.startswith(passed_over)):
             problems.append(f"{name} is not part of a {config.family} model")
     sizes = {}
-    for shard in sorted(set(shards.values())):
-        with safe_open(shard, "np") as file:
-            for name in sorted(wanted):
-                if shards.get(name) != shard:
+    for name, stored in sorted(names.items()):
+        with safe_open(shards[stored], "np") as file:
+            part, expected = file.get_slice(stored), wanted[name].shape
+            found = tuple(part.get_shape())
+            if found != expected:
+                if labels is not None and _in_head(wanted[name].paths[0]):
                     continue
-                part, expected = file.get_slice(name), wanted[name].shape
-                found = tuple(part.get_shape())
-                if found != expected:
-                    problems.append(f"{name} has shape {found}, config.json implies {expected}")
-                elif part.get_dtype() not in _FLOATS:
-                    kind = part.get_dtype()
-                    problems.append(f"{name} is {kind}: a quantised checkpoint; fetch the unquantised model")
-                sizes[name] = math.prod(found)
+                problems.append(f"{name} has shape {found}, config.json implies {expected}")
+            elif part.get_dtype() not in _FLOATS:
+                kind = part.get_dtype()
+                problems.append(f"{name} is {kind}: a quantised checkpoint; fetch the unquantised model")
+            sizes[name] = math.prod(found)
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise TPatchError(f"{folder} does not hold the model that its config.json describes: {shown}")
@@ -149,18 +202,23 @@ def read_folder(
     # The largest first and each through a handle of its own: what is held twice for a moment, the tensor at hand and
     # the mapped file behind it, is then never much of the whole.
     for name in sorted(sizes, key=lambda name: -sizes[name]):
-        with safe_open(shards[name], "np") as file:
-            tensor = file.get_tensor(name)
+        with safe_open(shards[names[name]], "np") as file:
+            tensor = file.get_tensor(names[name])
         for path, part in split(wanted[name], tensor).items():
             # Placing is asynchronous; without waiting, what is still to be copied would pile up on a busy machine.
             insert(params, path, jax.block_until_ready(place(path, part, dtype, mesh)))
+    if family.optional_row in wanted and family.optional_row not in names:
+        stored = wanted[family.optional_row]
+        kind = dtype or jax.tree.leaves(params)[0].dtype.name
+        insert(params, stored.paths[0], place(stored.paths[0], np.zeros(stored.shapes[0], np.float32), kind, mesh))
     return config, _ordered(params), settings
 
 
 def _ordered(params: Params) -> Params:
-    """The same tree with its layers in order."""
+    """The same tree with its layers in order, those of an encoder too."""
     layers = {index: params["layers"][index] for index in sorted(params["layers"])}
-    return {**params, "layers": layers}
+    ordered = {**params, "layers": layers}
+    return {**ordered, "encoder": _ordered(params["encoder"])} if "encoder" in params else ordered
 
 
 def write_folder(
@@ -187,7 +245,7 @@ def write_folder(
     leaves = dict(flatten(params))
     tensors = {
         name: join(stored, [np.asarray(leaves[path]) for path in stored.paths])
-        for name, stored in layout(family_of(settings["model_type"]), config, merged).items()
+        for name, stored in layout(family_of(settings), config, merged).items()
     }
     with replace_folder(folder) as temporary:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})

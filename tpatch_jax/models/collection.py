@@ -12,21 +12,28 @@ from jax import Array
 from tpatch_jax.ffn import ACTIVATIONS
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
-from tpatch_jax.models.model import Model, tokens_array
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.networks import Batch, Pair
+from tpatch_jax.models.rows import ASK, place_in, row_length, split_row, tokens_array
 from tpatch_jax.patch import Patch, contribution, create, sized
-from tpatch_jax.sizes import power_of_two, round_up
+from tpatch_jax.sizes import power_of_two
 
-__all__ = ["Sites", "batches", "collect", "predicted", "row_length"]
+__all__ = ["Sites", "batches", "collect", "pad_rows", "predicted"]
 
 TOKENS_PER_BATCH = 1024
 Rows = Any
 """``[rows, d]`` in NumPy, which JAX takes as it is."""
 
 
+LEAST_TEXT = 64
+"""Where whole texts are kept they are padded to so many tokens at least, so that those of several passes fit."""
+
+
 class Sites(NamedTuple):
     """What the cut gives at chosen positions: rows in the order in which they were asked for.
 
-    They stay on the host: so many of them can be kept, and picking some compiles nothing.
+    They stay on the host: so many of them can be kept, and picking some compiles nothing. Of a classifier that reads
+    the mean of all tokens a row is a whole text, ``[tokens, d]``, with zeros for padding.
 
     Attributes:
         query: the FFN's input, ``[rows, d]``.
@@ -39,37 +46,38 @@ class Sites(NamedTuple):
     residual: Rows
 
 
-def row_length(tokens: int) -> int:
-    """The length that a row is padded to: a multiple of 8 up to 64, then a power of two.
-
-    Example:
-        >>> row_length(5), row_length(17), row_length(70)
-        (8, 24, 128)
-    """
-    return round_up(tokens, 8) if tokens <= 64 else power_of_two(tokens)
-
-
-def batches(rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Array]]:
-    """Token rows grouped by length: which rows, and their table padded on the right.
+def batches(config: NetworkConfig, rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Batch]]:
+    """Token rows grouped by length: which rows, and the batch to run the network on.
 
     Args:
+        config: the network's description.
         rows: token ids of each text.
 
     Yields:
-        Row numbers, and ``[lanes, length]`` int; lanes beyond the row numbers are padding.
+        Row numbers, and the batch, padded on the right; lanes beyond the row numbers are padding.
     """
-    by_length: dict[int, list[int]] = {}
-    for number, row in enumerate(rows):
-        by_length.setdefault(row_length(len(row)), []).append(number)
-    for length in sorted(by_length):
-        numbers = by_length[length]
-        lanes = max(1, TOKENS_PER_BATCH // length)
+    parts = [split_row(config, row) for row in rows]
+    by_length: dict[tuple[int, int], list[int]] = {}
+    for number, (read, written) in enumerate(parts):
+        lengths = row_length(len(read)) if read else 0, row_length(len(written)) if written else 0
+        by_length.setdefault(lengths, []).append(number)
+    for lengths in sorted(by_length):
+        numbers = by_length[lengths]
+        lanes = max(1, TOKENS_PER_BATCH // sum(lengths))
         lanes = 1 << (lanes.bit_length() - 1)
         for first in range(0, len(numbers), lanes):
             chosen = numbers[first : first + lanes]
             size = power_of_two(len(chosen), most=lanes)
-            padding: list[list[int]] = [[] for _ in range(size - len(chosen))]
-            yield chosen, tokens_array([*(list(rows[number]) for number in chosen), *padding], length)
+            # A lane of padding alone would have attention see nothing.
+            lonely: Any = ([[0]] if lengths[0] else [[]]) * (size - len(chosen))
+            sides = [[*(parts[number][side] for number in chosen), *lonely] for side in (0, 1)]
+            read, written = (
+                tokens_array(side, length, padding) if length else None
+                for side, length, padding in zip(sides, lengths, (ASK, 0), strict=True)
+            )
+            batch = written if read is None else read if written is None else Pair(read, written)
+            if batch is not None:
+                yield chosen, batch
 
 
 def collect(
@@ -91,20 +99,28 @@ def collect(
     Returns:
         The `Sites`, text after text, position after position.
     """
+    config = model.config
     offsets = np.cumsum([0, *(len(chosen) for chosen in positions)])
-    width = model.config.width
     dtype = jax.tree.leaves(model.params)[0].dtype
-    found = [np.zeros((int(offsets[-1]), width), dtype) for _ in Sites._fields]
+    shape = (int(offsets[-1]), config.width)
+    if not networks.pointwise(config):
+        longest = max((row_length(len(row)) for row in rows), default=0)
+        shape = (shape[0], max(LEAST_TEXT, longest), config.width)
+    found = [np.zeros(shape, dtype) for _ in Sites._fields]
     done = 0
-    for numbers, table in batches(rows):
-        traced = model.trace(table, layer)
+    for numbers, batch in batches(config, rows):
+        traced = model.trace(batch, layer)
         lane = np.concatenate([np.full(len(positions[number]), slot) for slot, number in enumerate(numbers)]).astype(
             int
         )
-        place = np.concatenate([np.asarray(positions[number], int) for number in numbers])
+        place = np.asarray([place_in(config, rows[n], at) for n in numbers for at in positions[n]], int)
         target = np.concatenate([np.arange(offsets[number], offsets[number + 1]) for number in numbers]).astype(int)
         for array, source in zip(found, (traced.query, traced.output, traced.context["residual"]), strict=True):
-            array[target] = np.asarray(source)[lane, place]
+            if networks.pointwise(config):
+                array[target] = np.asarray(source)[lane, place]
+            else:
+                whole = np.where(traced.context["valid"][..., None], source, 0)
+                array[target, : whole.shape[1]] = whole[lane]
         done += len(numbers)
         if progress:
             progress(done)
@@ -117,8 +133,13 @@ def _predicted(config: NetworkConfig, weights: Any, patch: Patch, sites: Sites) 
     return jnp.argmax(networks.finish(config, weights, {"residual": sites.residual}, output), -1)
 
 
+def pad_rows(array: Rows, missing: int) -> Rows:
+    """Rows with so many rows of zeros behind them."""
+    return np.pad(array, ((0, missing),) + ((0, 0),) * (array.ndim - 1))
+
+
 def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int = 1024) -> np.ndarray:
-    """The most probable token after each row of the last layer, in chunks so that logits never pile up.
+    """The most probable token (or label) after each row of the last layer, in chunks so that logits never pile up.
 
     Args:
         model: the model.
@@ -136,6 +157,6 @@ def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int 
     for first in range(0, total, rows):
         count = min(rows, total - first)
         missing = power_of_two(count, min(64, rows), rows) - count
-        part = Sites(*(np.pad(array[first : first + count], ((0, missing), (0, 0))) for array in sites))
+        part = Sites(*(pad_rows(array[first : first + count], missing) for array in sites))
         result[first : first + count] = np.asarray(_predicted(model.config, weights, patch, part))[:count]
     return result

@@ -1,4 +1,4 @@
-"""The frozen description of a decoder: everything the network code needs to know that is not a weight."""
+"""The frozen description of a network: everything the network code needs to know that is not a weight."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ __all__ = ["LayerKind", "NetworkConfig"]
 
 
 class LayerKind(NamedTuple):
-    """What distinguishes one layer of a decoder from another; layers of one kind share their compiled code.
+    """What distinguishes one layer of a network from another; layers of one kind share their compiled code.
 
     Attributes:
         window: how many tokens back attention sees, the token itself included; 0 is everything.
@@ -21,7 +21,10 @@ class LayerKind(NamedTuple):
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """What distinguishes one decoder from another, hashable so that it can be static under ``jax.jit``.
+    """What distinguishes one network from another, hashable so that it can be static under ``jax.jit``.
+
+    A network is a stack of blocks. A decoder is causal and ends in an unembedding; an encoder is not, and ends in a
+    classification head if it has ``labels``; an encoder-decoder is a decoder that reads an ``encoder``.
 
     Attributes:
         family: name in the table of families, such as ``"llama"``.
@@ -58,6 +61,17 @@ class NetworkConfig:
         embed_scale: factor on the embeddings.
         tied: whether the unembedding is the embedding.
         head_bias: whether the unembedding has a bias.
+        head_scale: factor on what the unembedding reads.
+        causal: whether a token sees only itself and what stands before it.
+        post_norm: whether norms follow the parts, ``x = norm(x + part(x))``; then there is no final norm either.
+        embed_norm: whether the embeddings are normalised.
+        token_types: rows of the table of token types, of which the first is added to every token; 0 is no such table.
+        relative_buckets: rows of the table of relative positions, which all blocks share; 0 is no such table.
+        relative_distance: from which distance on all relative positions are alike.
+        encoder: the stack whose states every block reads through cross-attention, if there is one.
+        labels: what a classification head tells apart; empty is no such head.
+        pooling: what the head reads: the ``"first"`` token, or the ``"mean"`` of all.
+        head_activation: between the two layers of the classification head.
     """
 
     family: str
@@ -93,12 +107,28 @@ class NetworkConfig:
     embed_scale: float = 1.0
     tied: bool = False
     head_bias: bool = False
+    head_scale: float = 1.0
+    causal: bool = True
+    post_norm: bool = False
+    embed_norm: bool = False
+    token_types: int = 0
+    relative_buckets: int = 0
+    relative_distance: int = 128
+    encoder: "NetworkConfig | None" = None
+    labels: tuple[str, ...] = ()
+    pooling: Literal["first", "mean"] = "first"
+    head_activation: str = "tanh"
 
     def kind(self, layer: int) -> LayerKind:
         """What distinguishes one layer from the others."""
         window = self.windows[layer] if self.windows else 0
         local = bool(window and self.local_rope_frequencies)
         return LayerKind(window, self.local_rope_frequencies if local else self.rope_frequencies)
+
+    @property
+    def architecture(self) -> Literal["decoder", "encoder", "encoder-decoder"]:
+        """Which of the three kinds of network it is."""
+        return "encoder-decoder" if self.encoder else "decoder" if self.causal else "encoder"
 
     def to_json(self) -> dict[str, object]:
         """The fields as plain JSON values."""

@@ -2,6 +2,8 @@
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.zoo.bart import BART
+from tpatch_jax.models.zoo.bert import BERT, DISTILBERT, ROBERTA
 from tpatch_jax.models.zoo.family import Family, Settings, setting
 from tpatch_jax.models.zoo.gemma import GEMMA, GEMMA_2, GEMMA_3
 from tpatch_jax.models.zoo.gpt_2 import GPT_2
@@ -11,6 +13,7 @@ from tpatch_jax.models.zoo.gpt_neox import GPT_NEOX
 from tpatch_jax.models.zoo.llama import LLAMA, MISTRAL, QWEN_2, QWEN_3
 from tpatch_jax.models.zoo.opt import OPT
 from tpatch_jax.models.zoo.phi_3 import PHI_3
+from tpatch_jax.models.zoo.t5 import T5, T5_GATED
 
 __all__ = ["FAMILIES", "configure", "family_of"]
 
@@ -28,16 +31,23 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA_3,
     PHI_3,
     OPT,
+    BERT,
+    ROBERTA,
+    DISTILBERT,
+    BART,
+    T5,
+    T5_GATED,
 )
 """Every family that `tpatch_jax.load_model` reads."""
 
 
-def family_of(model_type: str) -> Family:
-    """The family of a ``model_type``, or an error that lists the known ones."""
+def family_of(settings: Settings) -> Family:
+    """The family of a model from what its ``config.json`` says, or an error that lists the known ones."""
+    model_type = setting(settings, "model_type")
     for family in FAMILIES:
-        if model_type in family.model_types:
+        if model_type in family.model_types and family.accepts(settings):
             return family
-    known = ", ".join(sorted(name for family in FAMILIES for name in family.model_types))
+    known = ", ".join(sorted({name for family in FAMILIES for name in family.model_types}))
     raise TPatchError(f"config.json names the architecture {model_type!r}; supported are {known}")
 
 
@@ -50,4 +60,4 @@ def configure(settings: Settings) -> NetworkConfig:
     Raises:
         TPatchError: an unknown architecture, activation or rotary rule, or a missing setting.
     """
-    return family_of(setting(settings, "model_type")).configure(settings)
+    return family_of(settings).configure(settings)

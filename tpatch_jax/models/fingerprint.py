@@ -43,7 +43,7 @@ def fingerprint(model: Model) -> str:
         for field in dataclasses.fields(model.config)
         if getattr(model.config, field.name) != field.default
     }
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=dataclasses.asdict).encode())
     layers = {index: {**layer, "ffn": ffn.detach(layer["ffn"])} for index, layer in model.params["layers"].items()}
     leaves = jax.tree_util.tree_leaves_with_path({**model.params, "layers": layers})
     sums = [(jax.tree_util.keystr(path), leaf, _mix(leaf)) for path, leaf in leaves]

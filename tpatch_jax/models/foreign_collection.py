@@ -11,7 +11,7 @@ from jax import Array
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import TOKENS_PER_BATCH
 from tpatch_jax.models.foreign import Network
-from tpatch_jax.models.model import tokens_array
+from tpatch_jax.models.rows import tokens_array
 
 __all__ = ["TokenSites", "collect_queries", "collect_tokens", "said"]
 

@@ -12,6 +12,7 @@ from jax import Array
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.rows import ASK, split_row, tokens_array
 from tpatch_jax.sizes import power_of_two
 
 __all__ = ["greedy", "sample"]
@@ -38,6 +39,16 @@ def _run(
     temperature: float,
     top_k: int,
 ) -> list[list[int]]:
+    source = None
+    if config.encoder and prompts:
+        halves = [split_row(config, prompt) for prompt in prompts]
+        prompts = [written for _, written in halves]
+        read = [list(row) for row, _ in halves]
+        longest = max(map(len, read))
+        if longest > config.encoder.context:
+            raise TPatchError(f"a prompt has {longest} tokens, the encoder reads {config.encoder.context}; shorten it")
+        filling = [[0]] * (power_of_two(len(read)) - len(read))
+        source = tokens_array([*read, *filling], power_of_two(longest, 8), ASK)
     lengths = [len(prompt) for prompt in prompts]
     if not lengths:
         return []
@@ -63,7 +74,7 @@ def _run(
     last = np.zeros(lanes, np.int32)
     last[: len(prompts)] = np.asarray(lengths) - 1
     temperature_array = jnp.asarray(temperature, jnp.float32)
-    cache = networks.empty_cache(config, params, lanes, total)
+    cache = networks.empty_cache(config, params, lanes, total, source)
     hidden, cache = networks.decode(config, params, jnp.asarray(table), jnp.asarray(positions), cache)
     hidden = hidden[np.arange(lanes), last]
     tail = networks.final_weights(config, params)
@@ -94,7 +105,7 @@ def greedy(
     Args:
         config: the network's description.
         params: its parameters.
-        prompts: token ids of each prompt.
+        prompts: token ids of each prompt, as `Model.encode_prompt` gives them.
         count: at most so many new tokens.
         stops: tokens that end a lane; they are not returned.
 

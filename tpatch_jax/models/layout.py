@@ -23,18 +23,22 @@ class Stored(NamedTuple):
         shapes: their shapes.
         transposed: whether kernels lie in it as ``[out, in]``.
         heads: so many times the parts alternate; 1 is no alternation.
+        row: whether it has an axis of one before ours.
     """
 
     paths: tuple[str, ...]
     shapes: tuple[Shape, ...]
     transposed: bool
     heads: int
+    row: bool = False
 
     @property
     def shape(self) -> Shape:
         """The shape of the tensor in the checkpoint."""
         *rows, _ = self.shapes[0]
         ours = (*rows, sum(shape[-1] for shape in self.shapes))
+        if self.row:
+            return (1, *ours)
         return ours[::-1] if self.transposed else ours
 
 
@@ -68,14 +72,15 @@ def layout(family: Family, config: NetworkConfig, merged: Mapping[int, int] | No
     result: dict[str, Stored] = {}
     for path, shape in shapes.items():
         parts = path.split(".")
-        layer = parts[1] if parts[0] == "layers" else ""
-        general = ".".join(["layers", "{}", *parts[2:]]) if layer else path
+        layer = next((part for part in parts if part.isdigit()), "")
+        general = ".".join("{}" if part == layer else part for part in parts) if layer else path
         parent, _, leaf = general.rpartition(".")
         stored_leaf = leaf if leaf == "bias" else "weight"
         # An unembedding is a linear layer like any other, even where the blocks store theirs the other way round.
         transposed = leaf == "kernel" and (family.transposed or parts[0] == "head")
         if general in family.names:
-            result[family.names[general].format(layer)] = Stored((path,), (shape,), transposed, 1)
+            name = family.names[general].format(layer)
+            result[name] = Stored((path,), (shape,), transposed, 1, name == family.optional_row)
         elif parent in family.names:
             name = f"{family.names[parent].format(layer)}.{stored_leaf}"
             result[name] = Stored((path,), (shape,), transposed, 1)
@@ -90,7 +95,7 @@ def layout(family: Family, config: NetworkConfig, merged: Mapping[int, int] | No
 
 def split(stored: Stored, tensor: np.ndarray) -> dict[str, np.ndarray]:
     """Our parameters from a checkpoint's tensor; views where that is possible."""
-    ours = tensor.T if stored.transposed else tensor
+    ours = tensor[0] if stored.row else tensor.T if stored.transposed else tensor
     if len(stored.paths) == 1:
         return {stored.paths[0]: ours}
     by_head = ours.reshape(*ours.shape[:-1], stored.heads, -1)
@@ -104,4 +109,4 @@ def join(stored: Stored, parts: Sequence[np.ndarray]) -> np.ndarray:
     by_head = [np.asarray(part).reshape(*part.shape[:-1], stored.heads, -1) for part in parts]
     ours = np.concatenate(by_head, -1) if len(by_head) > 1 else by_head[0]
     ours = ours.reshape(*ours.shape[:-2], -1)
-    return np.ascontiguousarray(ours.T if stored.transposed else ours)
+    return np.ascontiguousarray(ours[None] if stored.row else ours.T if stored.transposed else ours)

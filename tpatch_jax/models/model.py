@@ -1,7 +1,7 @@
 """A loaded model: description, parameters and tokenizer, with pure functions to run it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,8 @@ from tpatch_jax import ffn
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import checkpoint, generation, networks
 from tpatch_jax.models.config import NetworkConfig
-from tpatch_jax.models.networks import Trace
+from tpatch_jax.models.networks import Batch, Trace
+from tpatch_jax.models.rows import ASK
 from tpatch_jax.patch import Patch, concatenate, take
 
 __all__ = ["Model", "attach", "detach", "load_model", "merge", "save_model", "unmerge"]
@@ -27,6 +28,10 @@ Params = dict[Any, Any]
 @dataclass(frozen=True)
 class Model:
     """A model that can be edited. Immutable: `attach` and `merge` return another one that shares its arrays.
+
+    Texts become rows of token ids, each a prompt and its answer, of which a position says the next token. A decoder
+    reads both, one after the other. An encoder-decoder's encoder reads the prompt up to `ASK`, its decoder what
+    follows. A classifier reads the prompt; the one token after `ASK` is its answer, the number of a label.
 
     Attributes:
         config: the network's description.
@@ -48,17 +53,17 @@ class Model:
         """The same model with other parameters."""
         return dataclasses.replace(self, params=params)
 
-    def trace(self, tokens: Array, layer: int | None = None) -> Trace:
+    def trace(self, batch: Batch, layer: int | None = None) -> Trace:
         """Run up to and through the FFN of one layer (the last by default); see `tpatch_jax.models.networks.trace`."""
-        return networks.trace(self.config, self.params, tokens, self.layer(layer))
+        return networks.trace(self.config, self.params, batch, self.layer(layer))
 
     def resume(self, traced: Trace, output: Array) -> Array:
         """Run the rest from a given FFN output: logits; see `tpatch_jax.models.networks.resume`."""
         return networks.resume(self.config, self.params, traced, output)
 
-    def apply(self, tokens: Array) -> Array:
-        """The whole network: ``[batch, tokens]`` int to logits ``[batch, tokens, vocabulary]``, float32."""
-        return networks.apply(self.config, self.params, tokens)
+    def apply(self, batch: Batch) -> Array:
+        """The whole network: a batch to logits, float32; see `tpatch_jax.models.networks.apply`."""
+        return networks.apply(self.config, self.params, batch)
 
     def layer(self, layer: int | None) -> int:
         """A layer's index, checked; ``None`` is the last and negative ones count from the end."""
@@ -72,21 +77,68 @@ class Model:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The token ids of a text that the model reads from its start: after the tokens with which its texts begin."""
-        return [*self.start, *self.encode(text)]
+        """The token ids of a text that the model reads from its start, up to where it answers; see above."""
+        if self.config.architecture == "decoder":
+            return [*self.start, *self.encode(text)]
+        read = self.tokenizer.encode(text, add_special_tokens=True)
+        return [*read, ASK, *(self.begin if self.config.encoder else ())]
 
     def encode_target(self, prompt: str, target: str) -> list[int]:
         """The token ids of what follows a prompt; ``target`` begins with the space between them, if there is one.
 
-        Read off the whole text where the prompt's tokens stay the same in it: tokenizers of SentencePiece's kind put a
-        space of their own before a text that stands alone.
+        Of a decoder they are read off the whole text where the prompt's tokens stay the same in it: tokenizers of
+        SentencePiece's kind put a space of their own before a text that stands alone. An encoder-decoder's answer
+        ends with the token that ends a text; a classifier's is the number of a label.
+
+        Raises:
+            TPatchError: the classifier has no such label.
         """
+        if self.config.architecture == "encoder":
+            return [self.label(target)]
+        if self.config.architecture == "encoder-decoder":
+            return [*self.encode(target.strip()), self.tokenizer.eos_token_id]
         before, whole = self.encode(prompt), self.encode(prompt + target)
         return whole[len(before) :] if whole[: len(before)] == before else self.encode(target)
 
+    def label(self, name: str) -> int:
+        """The number of a classifier's label."""
+        if name.strip() not in self.config.labels:
+            raise TPatchError(f"the classifier has no label {name.strip()!r}; it has {', '.join(self.config.labels)}")
+        return self.config.labels.index(name.strip())
+
+    def excess(self, prompt: Sequence[int], answer: Sequence[int]) -> str:
+        """What is too long for the model, and how to mend it; empty if prompt and answer fit."""
+        context, inner = self.config.context, self.config.encoder
+        if self.config.architecture == "decoder":
+            total = len(prompt) + len(answer)
+            return f"prompt and target have {total} tokens, the model reads {context}; shorten the prompt" * (
+                total > context
+            )
+        read = prompt.index(ASK)
+        limit = inner.context if inner else context
+        if read > limit:
+            return f"the prompt has {read} tokens, the encoder reads {limit}; shorten it"
+        written = len(prompt) - read - 1 + len(answer)
+        if inner and written > context:
+            return f"the target has {written} tokens, the decoder writes {context}; shorten it"
+        return ""
+
+    @cached_property
+    def begin(self) -> tuple[int, ...]:
+        """The tokens with which an encoder-decoder's answers begin: the one that its decoder starts with, and what the
+        tokenizer puts before a text.
+        """
+        first = self.settings.get("decoder_start_token_id")
+        if first is None:
+            raise TPatchError(
+                f"config.json of {self.name!r} has no 'decoder_start_token_id', with which its decoder begins; add it "
+                "(T5 begins with its padding token, BART with the one that ends a text)"
+            )
+        return (int(first), *self.start)
+
     @cached_property
     def start(self) -> tuple[int, ...]:
-        """The special tokens that the tokenizer puts before a text; Llama and Gemma have one, SmolLM2 has none."""
+        """The special tokens that the tokenizer puts before a text; Llama and BERT have one, SmolLM2 has none."""
         plain, whole = self.encode("a"), self.tokenizer.encode("a", add_special_tokens=True)
         for first in range(len(whole) - len(plain) + 1):
             if whole[first : first + len(plain)] == plain:
@@ -108,11 +160,36 @@ class Model:
             What the model adds, without the prompt.
 
         Raises:
-            TPatchError: the prompt is empty, or longer than the context.
+            TPatchError: the prompt is empty, or longer than the context, or the model is a classifier.
         """
+        if self.config.labels:
+            raise TPatchError(f"{self.name!r} is a classifier, which writes no text; ask it with `classify`")
         return self.decode(
             generation.greedy(self.config, self.params, [self.encode_prompt(prompt)], max_new_tokens, self.stops)[0]
         )
+
+    def classify(self, texts: Sequence[str]) -> list[str]:
+        """The most probable label of each text.
+
+        Args:
+            texts: what to classify.
+
+        Returns:
+            A label for each.
+
+        Raises:
+            TPatchError: the model is no classifier, or a text is longer than the context.
+        """
+        from tpatch_jax.models.collection import collect, predicted
+
+        if not self.config.labels:
+            raise TPatchError(f"{self.name!r} is no classifier; ask it with `generate`")
+        rows = [self.encode_prompt(text) for text in texts]
+        for text, row in zip(texts, rows, strict=True):
+            if reason := self.excess(row, ()):
+                raise TPatchError(f"{text[:40]!r}: {reason}")
+        sites = collect(self, rows, [range(len(row) - 1, len(row)) for row in rows], self.layer(None))
+        return [self.config.labels[number] for number in predicted(self, sites)]
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -277,11 +354,3 @@ def unmerge(model: Model, neurons: Mapping[int, int] | None = None) -> tuple[Mod
         layers[index] = {**layers[index], "ffn": network}
         patches.append(patch._replace(layer=jnp.full(count, index, jnp.int32)))
     return model.with_params({**model.params, "layers": layers}), concatenate(patches)
-
-
-def tokens_array(rows: list[list[int]], length: int) -> Array:
-    """Token ids, padded on the right with zeros to ``[rows, length]``."""
-    table = np.zeros((len(rows), length), np.int32)
-    for row, ids in zip(table, rows, strict=True):
-        row[: len(ids)] = ids
-    return jnp.asarray(table)

@@ -1,12 +1,17 @@
-"""The decoder network: Flax NNX modules inside, pure functions over a nested dict of parameters outside.
+"""All networks: Flax NNX modules inside, pure functions over a nested dict of parameters outside.
+
+A network is run on a batch. That of a decoder is ``[batch, tokens]`` int, padded on the right with anything; that of an
+encoder is the same, padded with negative numbers, which no token sees; that of an encoder-decoder is a `Pair` of one
+for its encoder and one for its decoder.
 
 The parameters are ``{"embed": …, "positions"?: …, "layers": {0: {"norm_1", "attention", "norm_2", "ffn"}, …},
-"norm": …, "head"?: …}``; `tpatch_jax.models.blocks` has the modules.
+"norm"?: …, "head"?: …}``, with ``"classifier"`` in place of ``"head"`` where labels are told apart, and the encoder of
+an encoder-decoder under ``"encoder"``; `tpatch_jax.models.blocks` has the modules.
 The feed-forward network of every block is not a module but the plain function `tpatch_jax.ffn.apply` over its own
 sub-dict, because that is the place which patches change.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -16,17 +21,21 @@ from flax import nnx
 from jax import Array
 
 from tpatch_jax import ffn
-from tpatch_jax.models.blocks import Block, Cache, Norm, softcap
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.blocks import HIDDEN, Around, Block, Cache, Norm, relative_bias, softcap
 from tpatch_jax.models.config import LayerKind, NetworkConfig
 
 __all__ = [
+    "Batch",
     "Cache",
     "Fork",
+    "Pair",
     "Trace",
     "apply",
     "argmax",
     "decode",
     "empty_cache",
+    "encode",
     "final_weights",
     "finish",
     "finisher",
@@ -36,6 +45,7 @@ __all__ = [
     "leave_last",
     "logits",
     "merged_neurons",
+    "pointwise",
     "residuals",
     "resume",
     "resume_fork",
@@ -47,20 +57,37 @@ __all__ = [
 Params = dict[Any, Any]
 
 
+class Pair(NamedTuple):
+    """The batch of an encoder-decoder.
+
+    Attributes:
+        source: what the encoder reads, ``[batch, source]`` int, padded on the right with negative numbers.
+        target: what the decoder reads, ``[batch, tokens]`` int, padded on the right with anything.
+    """
+
+    source: Array
+    target: Array
+
+
+Batch = Array | Pair
+"""What a network is run on; see above."""
+
+
 class Trace(NamedTuple):
     """What `trace` found at the cut: the arrays that editing needs.
 
     Attributes:
         query: the FFN's input, ``[batch, tokens, d]``.
         output: the FFN's output, ``[batch, tokens, d]``.
-        context: whatever `resume` needs besides: the residual stream beside the FFN, ``[batch, tokens, d]``, and the
-            positions, ``[batch, tokens]``.
+        context: whatever `resume` needs besides: the residual stream beside the FFN, ``[batch, tokens, d]``, the
+            positions, ``[batch, tokens]``; of an encoder which of them are no padding, ``[batch, tokens]`` bool; and,
+            unless the cut is in the last layer, what the layers after it read besides (``"around"``).
         layer: the cut.
     """
 
     query: Array
     output: Array
-    context: dict[str, Array]
+    context: dict[str, Any]
     layer: int
 
 
@@ -80,8 +107,8 @@ def _block(config: NetworkConfig, kind: LayerKind, params: Params) -> Block:
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
-def _enter(config: NetworkConfig, kind: LayerKind, params: Params, x: Array, positions: Array):
-    residual, query, _ = _block(config, kind, params).enter(x, positions, None)
+def _enter(config: NetworkConfig, kind: LayerKind, params: Params, x: Array, positions: Array, around: Around):
+    residual, query, _ = _block(config, kind, params).enter(x, positions, None, around)
     return residual, query, ffn.apply(params["ffn"], query, config.activation)
 
 
@@ -91,19 +118,33 @@ def _leave(config: NetworkConfig, kind: LayerKind, params: Params, residual: Arr
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
-def _whole(config: NetworkConfig, kind: LayerKind, params: Params, x: Array, positions: Array, cache: Cache | None):
+def _whole(
+    config: NetworkConfig,
+    kind: LayerKind,
+    params: Params,
+    x: Array,
+    positions: Array,
+    cache: Cache | None,
+    around: Around,
+):
     block = _block(config, kind, params)
-    residual, query, cache = block.enter(x, positions, cache)
+    residual, query, cache = block.enter(x, positions, cache, around)
     return block.leave(residual, ffn.apply(params["ffn"], query, config.activation)), cache
 
 
+@partial(jax.jit, static_argnames="config")
+def _states(config: NetworkConfig, params: Params, states: Array, bias: Array):
+    return _block(config, config.kind(0), params).cross.read(states, bias)
+
+
 def _embed(config: NetworkConfig, params: Params, tokens: Array, positions: Array) -> Array:
-    read = {name: params[name] for name in ("embed", "positions") if name in params}
-    return _embedded(config, read, tokens, positions)
+    tables = ("embed", "positions", "token_types", "norm_embed")
+    return _embedded(config, {name: params[name] for name in tables if name in params}, tokens, positions)
 
 
 @partial(jax.jit, static_argnames="config")
 def _embedded(config: NetworkConfig, params: Params, tokens: Array, positions: Array) -> Array:
+    tokens = tokens if config.causal else jnp.maximum(tokens, 0)
     x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
@@ -111,32 +152,119 @@ def _embedded(config: NetworkConfig, params: Params, tokens: Array, positions: A
         # Padding stands past the last position; the clipped row is never looked at.
         table = params["positions"]["embedding"]
         x = x + jnp.take(table, positions + config.position_offset, axis=0, mode="clip")
-    return x
+    if config.token_types:
+        x = x + params["token_types"]["embedding"][0]
+    return _norm(config, params["norm_embed"], x) if config.embed_norm else x
+
+
+def _norm(config: NetworkConfig, params: Params, x: Array) -> Array:
+    return nnx.merge(_norm_graph(config), params)(x)
+
+
+@jax.jit
+def _hidden_at(tokens: Array) -> Array:
+    """`HIDDEN` at padding, as attention to these tokens adds it: ``[batch, 1, 1, tokens]``."""
+    return jnp.where(tokens < 0, jnp.float32(HIDDEN), jnp.float32(0))[:, None, None]
+
+
+@partial(jax.jit, static_argnames=("config", "seen"))
+def _relative(config: NetworkConfig, params: Params, positions: Array, seen: int) -> Array:
+    return relative_bias(config, params["embedding"], positions, seen)
+
+
+def _bias(config: NetworkConfig, params: Params, tokens: Array, positions: Array, seen: int) -> Array | None:
+    """What self-attention adds to its scores, if anything."""
+    bias = None if config.causal else _hidden_at(tokens)
+    if config.relative_buckets:
+        relative = _relative(config, params["relative"], positions, seen)
+        return relative if bias is None else relative + bias
+    return bias
+
+
+def _begin(config: NetworkConfig, params: Params, batch: Batch) -> tuple[Array, Array, Array, Around]:
+    """The decoder's own tokens, their embeddings and positions, and what all blocks read besides."""
+    if isinstance(batch, Pair) != (config.encoder is not None):
+        wanted = "a Pair of source and target" if config.encoder else "one array of token ids"
+        raise TPatchError(f"this {config.architecture} is run on {wanted}; give it that")
+    if isinstance(batch, Pair):
+        tokens = batch.target
+        around = Around(None, encode(config, params, batch.source), _hidden_at(batch.source))
+    else:
+        tokens, around = batch, Around()
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    # All rows have the same positions here, so one row of relative positions serves them all.
+    around = around._replace(bias=_bias(config, params, tokens, positions[:1], tokens.shape[1]))
+    return tokens, _embed(config, params, tokens, positions), positions, around
+
+
+def encode(config: NetworkConfig, params: Params, source: Array) -> Array:
+    """What the encoder of an encoder-decoder makes of its source.
+
+    Args:
+        config: the network's description.
+        params: the network's parameters.
+        source: ``[batch, source]`` int, padded on the right with negative numbers.
+
+    Returns:
+        Its states, ``[batch, source, d]``.
+    """
+    inner = config.encoder
+    if inner is None:
+        raise TPatchError(f"this {config.architecture} has no encoder of its own; only an encoder-decoder has")
+    own = {"embed": params["embed"], **params["encoder"]}
+    x = residuals(inner, own, source)[-1]
+    return x if inner.post_norm else _final_norm(inner, own["norm"], x)
+
+
+@partial(jax.jit, static_argnames="config")
+def _final_norm(config: NetworkConfig, params: Params, x: Array) -> Array:
+    return _norm(config, params, x)
 
 
 def _tail(config: NetworkConfig, params: Params) -> Params:
     """What `logits` reads, so that neither a merged nor an attached patch has it compiled again."""
-    names = ("embed", "head", "norm") if config.tied else ("head", "norm")
+    names = ("embed", "head", "norm") if config.tied and not config.labels else ("head", "norm", "classifier")
     return {name: params[name] for name in names if name in params}
 
 
-def logits(config: NetworkConfig, params: Params, hidden: Array) -> Array:
-    """From the residual stream after the last block to logits: ``norm(hidden) · unembedding``.
+def logits(config: NetworkConfig, params: Params, hidden: Array, valid: Array | None = None) -> Array:
+    """From the residual stream after the last block to logits: ``norm(hidden) · unembedding``, or the head's labels.
+
+    A classification head reads the first token or the mean of all, ``output·act(dense·x)``.
 
     Args:
         config: the network's description.
-        params: the network's parameters; only the final norm and the (un)embedding are read.
-        hidden: ``[..., d]``; gather the positions of interest first, since the vocabulary is wide.
+        params: the network's parameters; only the final norm and the head or (un)embedding are read.
+        hidden: ``[..., d]``; gather the positions of interest first, since the vocabulary is wide. Of a classifier
+            ``[..., tokens, d]``.
+        valid: of a classifier that reads the mean: which tokens are no padding, ``[..., tokens]`` bool; all by default.
 
     Returns:
-        ``[..., vocabulary]``, float32.
+        ``[..., vocabulary]``, or of a classifier ``[..., labels]``; float32.
     """
-    return _logits(config, _tail(config, params), hidden)
+    return _logits(config, _tail(config, params), hidden, valid)
+
+
+_HEAD_ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {"tanh": jnp.tanh, "relu": jax.nn.relu}
+
+
+def _labels(config: NetworkConfig, params: Params, hidden: Array, valid: Array | None) -> Array:
+    x = hidden[..., 0, :]
+    if config.pooling == "mean":
+        weight = jnp.ones(hidden.shape[:-1], hidden.dtype) if valid is None else valid.astype(hidden.dtype)
+        x = jnp.sum(hidden * weight[..., None], -2) / jnp.sum(weight, -1, keepdims=True)
+    dense, output = params["dense"], params["output"]
+    x = _HEAD_ACTIVATIONS[config.head_activation](x @ dense["kernel"] + dense["bias"])
+    return (x @ output["kernel"] + output["bias"]).astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnames="config")
-def _logits(config: NetworkConfig, params: Params, hidden: Array) -> Array:
-    x = nnx.merge(_norm_graph(config), params["norm"])(hidden)
+def _logits(config: NetworkConfig, params: Params, hidden: Array, valid: Array | None = None) -> Array:
+    if config.labels:
+        return _labels(config, params["classifier"], hidden, valid)
+    x = hidden if config.post_norm else _norm(config, params["norm"], hidden)
+    if config.head_scale != 1:
+        x = x * jnp.asarray(config.head_scale, x.dtype)
     if config.tied:
         result = jnp.einsum("...d,vd->...v", x, params["embed"]["embedding"], preferred_element_type=jnp.float32)
     else:
@@ -160,65 +288,75 @@ def _without_ffn(layer: Params) -> Params:
     return {name: entry for name, entry in layer.items() if name != "ffn"}
 
 
-def _positions(tokens: Array) -> Array:
-    return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-
-
-def trace(config: NetworkConfig, params: Params, tokens: Array, layer: int) -> Trace:
+def trace(config: NetworkConfig, params: Params, batch: Batch, layer: int) -> Trace:
     """Run everything up to the FFN of one layer, and that FFN.
 
     Args:
         config: the network's description.
         params: the network's parameters.
-        tokens: ``[batch, tokens]`` int, padded on the right (causal attention never looks at it).
-        layer: where to cut, ``0 … config.layers - 1``.
+        batch: what to run it on; see above.
+        layer: where to cut, ``0 … config.layers - 1``; of an encoder-decoder a layer of its decoder.
 
     Returns:
         The `Trace` at the cut.
     """
-    positions = _positions(tokens)
-    x = _embed(config, params, tokens, positions)
+    tokens, x, positions, around = _begin(config, params, batch)
     for index in range(layer):
-        x, _ = _whole(config, config.kind(index), params["layers"][index], x, positions, None)
-    residual, query, output = _enter(config, config.kind(layer), params["layers"][layer], x, positions)
-    return Trace(query, output, {"residual": residual, "positions": positions}, layer)
+        x, _ = _whole(config, config.kind(index), params["layers"][index], x, positions, None, around)
+    residual, query, output = _enter(config, config.kind(layer), params["layers"][layer], x, positions, around)
+    context = {"residual": residual, "positions": positions}
+    if not config.causal:
+        context["valid"] = tokens >= 0
+    if layer < config.layers - 1 and any(part is not None for part in around):
+        context["around"] = around
+    return Trace(query, output, context, layer)
 
 
 def hidden(config: NetworkConfig, params: Params, traced: Trace, output: Array) -> Array:
     """Run everything after the cut but the final norm and the vocabulary projection: ``[batch, tokens, d]``."""
     layer, positions = traced.layer, traced.context["positions"]
+    around = traced.context.get("around", Around())
     x = _leave(config, config.kind(layer), _without_ffn(params["layers"][layer]), traced.context["residual"], output)
     for index in range(layer + 1, config.layers):
-        x, _ = _whole(config, config.kind(index), params["layers"][index], x, positions, None)
+        x, _ = _whole(config, config.kind(index), params["layers"][index], x, positions, None, around)
     return x
 
 
-def residuals(config: NetworkConfig, params: Params, tokens: Array) -> list[Array]:
+def residuals(config: NetworkConfig, params: Params, batch: Batch) -> list[Array]:
     """The residual stream after every block, before the final norm: ``[batch, tokens, d]`` each."""
-    positions = _positions(tokens)
-    x, found = _embed(config, params, tokens, positions), []
+    _, x, positions, around = _begin(config, params, batch)
+    found = []
     for index in range(config.layers):
-        x, _ = _whole(config, config.kind(index), params["layers"][index], x, positions, None)
+        x, _ = _whole(config, config.kind(index), params["layers"][index], x, positions, None, around)
         found.append(x)
     return found
 
 
 def resume(config: NetworkConfig, params: Params, traced: Trace, output: Array) -> Array:
-    """Run everything after the cut from a given FFN output: logits ``[batch, tokens, vocabulary]``, float32.
+    """Run everything after the cut from a given FFN output.
 
     Args:
         config: the network's description.
         params: the network's parameters.
         traced: what `trace` returned, possibly through `gather` when the cut is in the last layer.
         output: the FFN's output to go on from, ``[batch, tokens, d]``.
+
+    Returns:
+        Logits, ``[batch, tokens, vocabulary]``, or of a classifier ``[batch, labels]``; float32.
     """
-    return logits(config, params, hidden(config, params, traced, output))
+    return logits(config, params, hidden(config, params, traced, output), traced.context.get("valid"))
+
+
+def pointwise(config: NetworkConfig) -> bool:
+    """Whether everything after the last FFN acts on each position alone, and one position decides what is said."""
+    return config.pooling == "first"
 
 
 def gather(traced: Trace, lane: Array, position: Array) -> Trace:
     """Keep only some positions of a trace, as a batch of one-token rows: ``[rows, 1, d]``.
 
-    Only a cut in the last layer may be resumed after it, for there the rest acts on each position alone.
+    Only a cut in the last layer may be resumed after it, for there the rest acts on each position alone. Of a
+    classifier that reads the first token, position 0 decides; one that reads the mean cannot be gathered.
 
     Args:
         traced: a trace of ``[batch, tokens]``.
@@ -263,17 +401,21 @@ def fork(config: NetworkConfig, params: Params, tokens: Array, layer: int, first
     Returns:
         The `Fork`.
     """
+    if config.architecture != "decoder":
+        raise TPatchError(f"rows of an {config.architecture} cannot be forked; only those of a decoder can")
     traced = trace(config, params, tokens, layer)
     positions = first[:, None] + jnp.arange(span)
     index = jnp.minimum(positions, tokens.shape[1] - 1)[..., None]
     end = lambda x: jnp.take_along_axis(x, index, 1)  # noqa: E731
-    kind, residual = config.kind(layer), traced.context["residual"]
-    x = _leave(config, kind, _without_ffn(params["layers"][layer]), residual, traced.output)
-    empty = empty_cache(config, params, *tokens.shape)
+    residual = traced.context["residual"]
+    x = _leave(config, config.kind(layer), _without_ffn(params["layers"][layer]), residual, traced.output)
+    empty = empty_cache(config, params, tokens.shape[0], tokens.shape[1])
     caches = []
     for number in range(layer + 1, config.layers):
         kind = config.kind(number)
-        x, cache = _whole(config, kind, params["layers"][number], x, traced.context["positions"], empty[number])
+        x, cache = _whole(
+            config, kind, params["layers"][number], x, traced.context["positions"], empty[number], Around()
+        )
         caches.append(cache)
     return Fork(end(traced.query), end(traced.output), end(residual), positions, caches, layer)
 
@@ -290,21 +432,50 @@ def resume_fork(config: NetworkConfig, params: Params, forked: Fork, output: Arr
     layer = forked.layer
     x = _leave(config, config.kind(layer), _without_ffn(params["layers"][layer]), forked.residual, output)
     for number, cache in zip(range(layer + 1, config.layers), forked.caches, strict=True):
-        x, _ = _whole(config, config.kind(number), params["layers"][number], x, forked.positions, cache)
+        x, _ = _whole(config, config.kind(number), params["layers"][number], x, forked.positions, cache, Around())
     return x
 
 
-def apply(config: NetworkConfig, params: Params, tokens: Array) -> Array:
-    """The whole network: ``[batch, tokens]`` int to logits ``[batch, tokens, vocabulary]``, float32."""
-    traced = trace(config, params, tokens, config.layers - 1)
+def apply(config: NetworkConfig, params: Params, batch: Batch) -> Array:
+    """The whole network.
+
+    Args:
+        config: the network's description.
+        params: the network's parameters.
+        batch: what to run it on; see above.
+
+    Returns:
+        Logits, ``[batch, tokens, vocabulary]``, or of a classifier ``[batch, labels]``; float32.
+    """
+    traced = trace(config, params, batch, config.layers - 1)
     return resume(config, params, traced, traced.output)
 
 
-def empty_cache(config: NetworkConfig, params: Params, batch: int, context: int) -> list[Cache]:
-    """An empty key-value cache for every layer, for ``batch`` lanes of at most ``context`` tokens."""
+def empty_cache(
+    config: NetworkConfig, params: Params, batch: int, context: int, source: Array | None = None
+) -> list[Cache]:
+    """A key-value cache for every layer, for ``batch`` lanes of at most ``context`` tokens.
+
+    Args:
+        config: the network's description.
+        params: the network's parameters.
+        batch: how many lanes.
+        context: at most so many tokens.
+        source: of an encoder-decoder what its encoder reads, ``[batch, source]`` int, padded with negative numbers.
+
+    Returns:
+        A cache without any token; what the decoder reads of the encoder's states is in it.
+    """
     dtype = params["embed"]["embedding"].dtype
     shape = (batch, context, config.key_value_heads, config.head_width)
-    return [Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)]
+    empty = [Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)]
+    if source is None:
+        return empty
+    states, bias = encode(config, params, source), _hidden_at(source)
+    return [
+        cache._replace(states=_states(config, _without_ffn(params["layers"][index]), states, bias))
+        for index, cache in enumerate(empty)
+    ]
 
 
 def decode(
@@ -323,8 +494,9 @@ def decode(
         The residual stream after the last block, ``[batch, tokens, d]`` (see `logits`), and the new cache.
     """
     x, grown = _embed(config, params, tokens, positions), []
+    around = Around(_bias(config, params, tokens, positions, cache[0].key.shape[1]))
     for index in range(config.layers):
-        x, entry = _whole(config, config.kind(index), params["layers"][index], x, positions, cache[index])
+        x, entry = _whole(config, config.kind(index), params["layers"][index], x, positions, cache[index], around)
         grown.append(entry)
     return x, grown
 
@@ -336,33 +508,53 @@ def shapes(config: NetworkConfig, merged: Mapping[int, int] | None = None) -> Pa
         config: the network's description.
         merged: how many patch neurons are merged into which layers.
     """
-    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    result = {"embed": {"embedding": _shape((config.vocabulary, config.width))}, **_stack_shapes(config, merged or {})}
+    if config.encoder:
+        result["encoder"] = _stack_shapes(config.encoder, {})
+    if config.labels:
+        head = {"dense": config.width, "output": len(config.labels)}
+        result["classifier"] = {name: _linear_shapes(config.width, outputs, True) for name, outputs in head.items()}
+    elif not config.tied:
+        result["head"] = _linear_shapes(config.width, config.vocabulary, config.head_bias)
+    elif config.head_bias:
+        result["head"] = {"bias": _shape((config.vocabulary,))}
+    return result
+
+
+_shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+
+
+def _linear_shapes(inputs: int, outputs: int, bias: bool) -> Params:
+    entry = {"kernel": _shape((inputs, outputs))}
+    return {**entry, "bias": _shape((outputs,))} if bias else entry
+
+
+def _stack_shapes(config: NetworkConfig, merged: Mapping[int, int]) -> Params:
+    """The shapes of a stack without what it shares with others: embedding and head."""
 
     def of(module: nnx.Module) -> Params:
         return nnx.to_pure_dict(nnx.state(module))
 
-    def linear(inputs: int, outputs: int, bias: bool) -> Params:
-        entry = {"kernel": shape((inputs, outputs))}
-        return {**entry, "bias": shape((outputs,))} if bias else entry
-
     def network(extra: int) -> Params:
         hidden, bias = config.ffn_width + extra, config.ffn_bias or extra > 0
         readers = ("gate", "up") if config.gated else ("up",)
-        entries = {name: linear(config.width, hidden, bias) for name in readers}
-        return {**entries, "down": linear(hidden, config.width, config.ffn_bias)}
+        entries = {name: _linear_shapes(config.width, hidden, bias) for name in readers}
+        return {**entries, "down": _linear_shapes(hidden, config.width, config.ffn_bias)}
 
     block = of(nnx.eval_shape(lambda: Block(config, config.kind(0), rngs=nnx.Rngs(0))))
+    norm = of(nnx.eval_shape(lambda: Norm.of(config)))
     result: Params = {
-        "embed": {"embedding": shape((config.vocabulary, config.width))},
-        "layers": {index: {**block, "ffn": network((merged or {}).get(index, 0))} for index in range(config.layers)},
-        "norm": of(nnx.eval_shape(lambda: Norm.of(config))),
+        "layers": {index: {**block, "ffn": network(merged.get(index, 0))} for index in range(config.layers)}
     }
-    if config.positions:
-        result["positions"] = {"embedding": shape((config.positions, config.width))}
-    if not config.tied:
-        result["head"] = linear(config.width, config.vocabulary, config.head_bias)
-    elif config.head_bias:
-        result["head"] = {"bias": shape((config.vocabulary,))}
+    if not config.post_norm:
+        result["norm"] = norm
+    if config.embed_norm:
+        result["norm_embed"] = norm
+    for name, rows in (("positions", config.positions), ("token_types", config.token_types)):
+        if rows:
+            result[name] = {"embedding": _shape((rows, config.width))}
+    if config.relative_buckets:
+        result["relative"] = {"embedding": _shape((config.relative_buckets, config.heads))}
     return result
 
 
@@ -375,15 +567,21 @@ def merged_neurons(config: NetworkConfig, params: Params) -> dict[int, int]:
 def finish(config: NetworkConfig, weights: Params, context: Params, output: Array) -> Array:
     """`resume` for rows cut in the last layer, each a position of its own: ``[rows, d]`` to ``[rows, vocabulary]``.
 
+    Where one position does not decide (see `pointwise`) a row is a whole text, ``[rows, tokens, d]``, in which a
+    residual stream of zeros marks padding: after a norm there is none.
+
     Args:
         config: the network's description.
         weights: what `final_weights` returned.
         context: ``{"residual": [rows, d]}``.
         output: the FFN's output, ``[rows, d]``.
     """
-    kind = config.kind(config.layers - 1)
-    hidden = _leave(config, kind, weights["layer"], context["residual"][:, None], output[:, None])[:, 0]
-    return logits(config, weights, hidden)
+    kind, residual = config.kind(config.layers - 1), context["residual"]
+    if not pointwise(config):
+        hidden = _leave(config, kind, weights["layer"], residual, output)
+        return logits(config, weights, hidden, jnp.any(residual != 0, -1))
+    hidden = _leave(config, kind, weights["layer"], residual[:, None], output[:, None])
+    return logits(config, weights, hidden if config.labels else hidden[:, 0])
 
 
 def leave_last(config: NetworkConfig, params: Params, residual: Array, output: Array) -> Array:
@@ -395,6 +593,8 @@ def leave_last(config: NetworkConfig, params: Params, residual: Array, output: A
 def unembedding(config: NetworkConfig, params: Params) -> Array:
     """The unembedding as the residual stream sees it, through the final norm's scale: ``[vocabulary, d]``."""
     table = params["embed"]["embedding"] if config.tied else params["head"]["kernel"].T
+    if config.post_norm:
+        return table
     return table * (params["norm"]["scale"] + jnp.asarray(config.norm_shift, table.dtype))
 
 

@@ -48,6 +48,10 @@ class Family(NamedTuple):
         ffn_width: the entries of ``config.json`` that say how wide an FFN is, so that a wider one can be written; empty
             where it cannot be said.
         biases: the entry of ``config.json`` that gives biases to an FFN without any, if there is one.
+        accepts: which settings belong to it, where families share a ``model_type``.
+        own_head: whether an unembedding in the checkpoint says that the model has one of its own.
+        optional_row: a tensor ``[1, n]`` that holds a bias ``[n]`` of ours, zero where a checkpoint leaves it out.
+        other_heads: what the names of tensors begin with that are no part of a classifier, in checkpoints without one.
         export: how a corrected model of this family is written for the stock transformers library:
             ``"exact"``, ``"exact as Llama"`` or ``"approximate only"``; see `tpatch_jax.export`.
     """
@@ -63,6 +67,10 @@ class Family(NamedTuple):
     ffn_width: str = "intermediate_size"
     biases: str = ""
     export: str = "exact"
+    accepts: Callable[[Settings], bool] = lambda settings: True
+    own_head: bool = False
+    optional_row: str = ""
+    other_heads: tuple[str, ...] = ()
 
 
 _ACTIVATIONS = {
