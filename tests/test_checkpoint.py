@@ -251,7 +251,7 @@ def test_config_that_names_no_architecture(folder, text):
     refused(folder, "config.json names no 'model_type'")
 
 
-@pytest.mark.parametrize("kind", ["mamba", "bert", "Llama", ""])
+@pytest.mark.parametrize("kind", ["mamba", "xlnet", "Llama", ""])
 def test_unknown_architecture(folder, kind):
     edit_config(folder, model_type=kind)
     refused(folder, f"names the architecture '{kind}'; supported are .*llama")

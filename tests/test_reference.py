@@ -20,12 +20,17 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import checkpoint, generation, networks
 from tpatch_jax.models.families import FAMILIES, configure
 from tpatch_jax.models.model import Model, attach, merge, save_model, unmerge
+from tpatch_jax.models.rows import ASK
 from tpatch_jax.patch import Patch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FOLDER = Path(__file__).parent / "reference"
 NAMES = sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
+CLASSIFIERS = ("bert", "distilbert", "roberta")
+PAIRS = ("bart", "t5", "t5_v1_1")
+"""Encoder-decoders."""
+WRITERS = [name for name in NAMES if name not in CLASSIFIERS]
 TOLERANCE = 2e-4
 LENGTHS = (5, 14)
 """Of the prompts that are continued: the longer one, and the other's continuation, outgrow the windows of 8."""
@@ -38,7 +43,7 @@ class Reference(NamedTuple):
     name: str
     model: Model
     expected: dict[str, np.ndarray]
-    tokens: jax.Array
+    batch: networks.Batch
     residuals: list[np.ndarray]
     logits: np.ndarray
 
@@ -48,13 +53,26 @@ def read(name: str) -> Reference:
     config, params, settings = checkpoint.read_folder(FOLDER / name)
     model = Model(config, params, None, name, None, settings)
     expected = load_file(FOLDER / f"{name}_expected.safetensors")
-    tokens = jnp.asarray(expected["tokens"])
-    residuals = [np.asarray(x) for x in networks.residuals(config, params, tokens)]
-    return Reference(name, model, expected, tokens, residuals, np.asarray(model.apply(tokens)))
+    batch = jnp.asarray(expected["tokens"])
+    if name in PAIRS:
+        batch = networks.Pair(jnp.asarray(expected["source"]), batch)
+    residuals = [without_padding(x, expected["tokens"]) for x in networks.residuals(config, params, batch)]
+    return Reference(name, model, expected, batch, residuals, np.asarray(model.apply(batch)))
+
+
+def without_padding(stream: jax.Array, tokens: np.ndarray) -> np.ndarray:
+    """A residual stream with zeros at padding, as the references have it."""
+    return np.where((tokens >= 0)[..., None], np.asarray(stream), 0)
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def reference(request: pytest.FixtureRequest) -> Reference:
+    return read(request.param)
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def writer(request: pytest.FixtureRequest) -> Reference:
+    """A reference that writes text."""
     return read(request.param)
 
 
@@ -66,16 +84,20 @@ def random_patch(model: Model, neurons: int = 2) -> Patch:
     return Patch(draw(count, model.config.width) * 0.3, draw(count), draw(count, model.config.width) * 0.3, layers)
 
 
-def logits_of(model: Model, tokens: jax.Array) -> np.ndarray:
+def logits_of(model: Model, batch: networks.Batch) -> np.ndarray:
     """What `Model.apply` returns, by the fewest compiled functions."""
-    hidden = networks.residuals(model.config, model.params, tokens)[-1]
+    hidden = networks.residuals(model.config, model.params, batch)[-1]
     return np.asarray(networks.logits(model.config, model.params, hidden))
 
 
 def test_every_family_has_a_reference():
-    assert len(NAMES) >= 13
+    assert len(NAMES) >= 19
     for family in FAMILIES:
-        assert set(family.model_types) & set(NAMES), f"{family.name} has no reference; see {FOLDER.name}"
+        assert {*family.model_types, family.name} & set(NAMES), f"{family.name} has no reference; see {FOLDER.name}"
+    configs = {name: configure(checkpoint.read_settings(FOLDER / name)) for name in NAMES}
+    assert {config.family for config in configs.values()} == {family.name for family in FAMILIES}
+    assert {name for name in NAMES if configs[name].architecture == "encoder"} == set(CLASSIFIERS)
+    assert {name for name in NAMES if configs[name].architecture == "encoder-decoder"} == set(PAIRS)
 
 
 @pytest.mark.parametrize("layer", range(3))
@@ -93,6 +115,37 @@ def test_each_layer_agrees(reference, layer):
     )
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_each_layer_of_the_encoder_agrees(name):
+    found = read(name)
+    config, params, source = found.model.config.encoder, found.model.params, found.expected["source"]
+    assert config.layers == 2
+    streams = networks.residuals(config, {"embed": params["embed"], **params["encoder"]}, jnp.asarray(source))
+    for layer, stream in enumerate(streams):
+        np.testing.assert_allclose(
+            without_padding(stream, source),
+            found.expected[f"encoder_{layer}"],
+            rtol=0,
+            atol=TOLERANCE,
+            err_msg=f"{name}, after layer {layer} of the encoder",
+        )
+
+
+def padded(batch: networks.Batch, more: int) -> networks.Batch:
+    """The same batch with more padding behind what an encoder reads."""
+    longer = lambda read: jnp.pad(read, ((0, 0), (0, more)), constant_values=-7)  # noqa: E731
+    return batch._replace(source=longer(batch.source)) if isinstance(batch, networks.Pair) else longer(batch)
+
+
+@pytest.mark.parametrize("name", [*CLASSIFIERS, *PAIRS])
+def test_padding_changes_nothing(name):
+    """However much there is of it, whatever negative numbers it consists of; what is no padding does."""
+    found = read(name)
+    assert relative(logits_of(found.model, padded(found.batch, 8)), found.logits) < 1e-5
+    other = jax.tree.map(lambda tokens: jnp.where(tokens < 0, 3, tokens), found.batch)
+    assert relative(logits_of(found.model, other), found.logits) > 1e-2
+
+
 def test_the_logits_agree(reference):
     assert np.ptp(reference.expected["logits"]) > 5
     np.testing.assert_allclose(
@@ -103,17 +156,18 @@ def test_the_logits_agree(reference):
 @pytest.mark.parametrize("layer", range(3))
 def test_the_cut_changes_nothing(reference, layer):
     model = reference.model
-    traced = model.trace(reference.tokens, layer)
+    traced = model.trace(reference.batch, layer)
     assert relative(model.resume(traced, traced.output), reference.logits) < 1e-5, f"{reference.name}, cut at {layer}"
     # what is resumed is the output that is given, not the one that was traced
     assert relative(model.resume(traced, 0 * traced.output), reference.logits) > 1e-2
 
 
-def test_the_cache_gives_torchs_logits(reference):
+def test_the_cache_gives_torchs_logits(writer):
     """Sixteen tokens at once, the others one by one, the rows not abreast: one is a token ahead of the other."""
-    config, params = reference.model.config, reference.model.params
-    tokens, wanted = np.asarray(reference.tokens), reference.expected["logits"]
-    rows, ahead, entries = np.arange(2), np.asarray([16, 15]), networks.empty_cache(config, params, 2, 32)
+    config, params = writer.model.config, writer.model.params
+    tokens, wanted = writer.expected["tokens"], writer.expected["logits"]
+    source = jnp.asarray(writer.expected["source"]) if config.encoder else None
+    rows, ahead, entries = np.arange(2), np.asarray([16, 15]), networks.empty_cache(config, params, 2, 32, source)
     positions = np.stack([np.arange(16), np.arange(16)])
     # a position past the cache's end marks padding
     positions[1, 15] = 32
@@ -128,32 +182,33 @@ def test_the_cache_gives_torchs_logits(reference):
         found[rows, now] = np.asarray(hidden)[:, 0]
     # the network reads the rows to the end of the shorter one
     logits = np.asarray(networks.logits(config, params, jnp.asarray(found)))[:, :23]
-    np.testing.assert_allclose(
-        logits, wanted[:, :23], rtol=0, atol=TOLERANCE, err_msg=f"{reference.name}, with the cache"
-    )
+    np.testing.assert_allclose(logits, wanted[:, :23], rtol=0, atol=TOLERANCE, err_msg=f"{writer.name}, with the cache")
 
 
-def test_generation_with_the_cache_is_generation_without(reference):
-    model, shape = reference.model, reference.tokens.shape
-    prompts = [np.asarray(row)[:length].tolist() for row, length in zip(reference.tokens, LENGTHS, strict=True)]
+def test_generation_with_the_cache_is_generation_without(writer):
+    model, tokens = writer.model, writer.expected["tokens"]
+    begun = [row[:length].tolist() for row, length in zip(tokens, LENGTHS, strict=True)]
+    sources = [row[row >= 0].tolist() for row in writer.expected.get("source", ())]
+    prompts = [[*source, ASK, *row] for source, row in zip(sources, begun, strict=True)] if sources else begun
     found = generation.greedy(model.config, model.params, prompts, COUNT)
-    rows = [list(prompt) for prompt in prompts]
+    rows = [list(prompt) for prompt in begun]
     for _ in range(COUNT):
-        table = np.zeros(shape, np.int32)
+        table = np.zeros(tokens.shape, np.int32)
         for lane, row in enumerate(rows):
             table[lane, : len(row)] = row
-        logits = np.asarray(model.apply(jnp.asarray(table)))
+        written = jnp.asarray(table)
+        logits = np.asarray(model.apply(writer.batch._replace(target=written) if sources else written))
         for lane, row in enumerate(rows):
             row.append(int(logits[lane, len(row) - 1].argmax()))
-    assert found == [row[length:] for row, length in zip(rows, LENGTHS, strict=True)], reference.name
+    assert found == [row[length:] for row, length in zip(rows, LENGTHS, strict=True)], writer.name
     # a network that says one token whatever it reads would prove nothing
     assert len({token for row in found for token in row}) > 1
 
 
 def test_merged_equals_attached(reference):
-    model, tokens = reference.model, reference.tokens
+    model, batch = reference.model, reference.batch
     patch = random_patch(model)
-    attached, merged = (logits_of(edited, tokens) for edited in (attach(model, patch), merge(model, patch)))
+    attached, merged = (logits_of(edited, batch) for edited in (attach(model, patch), merge(model, patch)))
     assert relative(attached, reference.logits) > 1e-2
     assert relative(merged, attached) < 1e-5, reference.name
 
@@ -171,7 +226,7 @@ def test_unmerge_gives_back_model_and_patch_bit_for_bit(reference):
 def test_bfloat16_stays_near(reference):
     config, params, _ = checkpoint.read_folder(FOLDER / reference.name, "bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-    logits = logits_of(Model(config, params, None), reference.tokens)
+    logits = logits_of(Model(config, params, None), reference.batch)
     assert logits.dtype == np.float32
     assert np.isfinite(logits).all(), reference.name
     assert 1e-5 < relative(logits, reference.logits) < 0.05, reference.name
@@ -234,10 +289,32 @@ def published(name: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray
     if name == "opt":
         tensors = {key.removeprefix("model."): tensor for key, tensor in tensors.items()}
         tensors["lm_head.weight"] = tensors["decoder.embed_tokens.weight"]
+    if name == "bert":
+        older = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        for key in [key for key in tensors if "LayerNorm" in key]:
+            place, _, part = key.rpartition("LayerNorm.")
+            tensors[place + older[f"LayerNorm.{part}"]] = tensors.pop(key)
+    if name in CLASSIFIERS:
+        tensors[f"{name}.embeddings.position_ids"] = np.arange(48)[None]
+    if name == "roberta":
+        # the classifier reads the first token itself, and the pooler of pretraining stayed in the file
+        tensors["roberta.pooler.dense.weight"] = np.ones((16, 16), np.float32)
+        tensors["roberta.pooler.dense.bias"] = np.ones(16, np.float32)
+    if name == "bart":
+        tensors = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if key != "final_logits_bias"}
+        tensors["lm_head.weight"] = tensors["shared.weight"]
+    if name in PAIRS:
+        tensors |= {f"{side}.embed_tokens.weight": tensors["shared.weight"] for side in ("encoder", "decoder")}
+    if name == "t5":
+        place = "decoder.block.0.layer.1.EncDecAttention"
+        tensors[f"{place}.relative_attention_bias.weight"] = np.ones((8, 4), np.float32)
     return tensors
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gptj", "gpt_neo", "gpt_neox", "llama", "qwen3", "gemma", "gemma2", "opt"])
+PUBLISHED = ["gpt2", "gptj", "gpt_neo", "gpt_neox", "llama", "qwen3", "gemma", "gemma2", "opt", *CLASSIFIERS, *PAIRS]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_checkpoint_reads_the_same(tmp_path, name):
     (tmp_path / "config.json").write_bytes((FOLDER / name / "config.json").read_bytes())
     tensors = load_file(FOLDER / name / "model.safetensors")
@@ -245,7 +322,10 @@ def test_a_published_checkpoint_reads_the_same(tmp_path, name):
     assert set(changed) != set(tensors)
     save_file(changed, tmp_path / "model.safetensors")
     _, params, _ = checkpoint.read_folder(tmp_path)
-    assert same(params, read(name).model.params), name
+    wanted = read(name).model.params
+    if name == "bart":
+        wanted = {**wanted, "head": {"bias": jnp.zeros(64)}}
+    assert same(params, wanted), name
     # but no stranger is passed over
     save_file(changed | {"stranger.weight": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(TPatchError, match=r"stranger\.weight is not part of"):
@@ -296,6 +376,21 @@ OLDER: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("rope_parameters",),
     ),
     "opt": ({"dropout": 0.1}, ("tie_word_embeddings", "_remove_final_layer_norm")),
+    "bert": (
+        {"position_embedding_type": "absolute", "gradient_checkpointing": False},
+        ("layer_norm_eps", "is_decoder", "add_cross_attention", "tie_word_embeddings"),
+    ),
+    "roberta": ({"position_embedding_type": "absolute"}, ("pad_token_id", "is_decoder", "add_cross_attention")),
+    "distilbert": ({"sinusoidal_pos_embds": False, "tie_weights_": True}, ("activation", "tie_word_embeddings")),
+    "bart": (
+        {"num_hidden_layers": 2, "normalize_before": False, "static_position_embeddings": False},
+        ("scale_embedding", "tie_word_embeddings", "decoder_start_token_id"),
+    ),
+    "t5": (
+        {"n_positions": 512, "output_past": True},
+        ("feed_forward_proj", "is_gated_act", "dense_act_fn", "scale_decoder_outputs", "tie_word_embeddings"),
+    ),
+    "t5_v1_1": ({"tie_word_embeddings": False}, ("is_gated_act", "dense_act_fn", "scale_decoder_outputs")),
 }
 """What a ``config.json`` from before transformers 5 says otherwise, and what it does not say."""
 
@@ -307,7 +402,8 @@ def test_an_older_config_reads_the_same(tmp_path, name):
     old = {key: value for key, value in new.items() if key not in unsaid} | said
     assert old != new
     (tmp_path / "config.json").write_text(json.dumps(old), "utf-8")
-    assert configure(checkpoint.read_settings(tmp_path)) == read(name).model.config
+    (tmp_path / "model.safetensors").symlink_to(FOLDER / name / "model.safetensors")
+    assert checkpoint.read_folder(tmp_path)[0] == read(name).model.config
 
 
 @pytest.mark.parametrize(
@@ -324,6 +420,19 @@ def test_an_older_config_reads_the_same(tmp_path, name):
         ("qwen2", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0}}),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}}),
         ("mistral", {"hidden_act": "tanh"}),
+        ("bert", {"problem_type": "multi_label_classification"}),
+        ("bert", {"position_embedding_type": "relative_key"}),
+        ("bert", {"is_decoder": True}),
+        ("bert", {"id2label": {"0": "yes"}, "label2id": {"yes": 0}}),
+        ("bert", {"id2label": {"0": "yes", "1": "yes"}, "label2id": {"yes": 1}}),
+        ("bert", {"classifier_pooling": "max"}),
+        ("roberta", {"problem_type": "regression"}),
+        ("roberta", {"add_cross_attention": True}),
+        ("distilbert", {"id2label": {"0": "yes", "2": "no"}, "label2id": {"yes": 0, "no": 2}}),
+        ("bart", {"activation_function": "tanh"}),
+        ("t5", {"feed_forward_proj": "gelu-gated"}),
+        ("t5_v1_1", {"feed_forward_proj": "gated-gelu-new"}),
+        ("t5_v1_1", {"feed_forward_proj": "gated-tanh"}),
     ],
 )
 def test_what_is_not_supported_is_refused(tmp_path, name, change):
@@ -332,3 +441,75 @@ def test_what_is_not_supported_is_refused(tmp_path, name, change):
     (tmp_path / "config.json").write_text(json.dumps(settings), "utf-8")
     with pytest.raises(TPatchError, match=r"config\.json"):
         configure(checkpoint.read_settings(tmp_path))
+
+
+# --- heads ---
+
+
+def pretrained(name: str, folder: Path) -> dict[str, np.ndarray]:
+    """A classifier's checkpoint as it was before it had a head, in a folder of its own; returns the tensors."""
+    heads = ("classifier.", "pre_classifier.")
+    tensors = load_file(FOLDER / name / "model.safetensors")
+    kept = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if not key.startswith(heads)}
+    (folder / "config.json").write_bytes((FOLDER / name / "config.json").read_bytes())
+    save_file(kept, folder / "model.safetensors")
+    return kept
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_an_encoder_without_a_head_says_how_to_get_one(tmp_path, name):
+    pretrained(name, tmp_path)
+    with pytest.raises(TPatchError, match=r"without a classification head .*`tpatch finetune`"):
+        checkpoint.read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_an_encoder_without_a_head_is_read_for_given_labels(tmp_path, name):
+    tensors = pretrained(name, tmp_path)
+    # heads of pretraining are passed over, strangers are not
+    save_file(tensors | {"lm_head.bias": np.ones(64, np.float32)}, tmp_path / "model.safetensors")
+    config, params, settings = checkpoint.read_folder(tmp_path, labels=["bad", "good"])
+    assert config.labels == ("bad", "good")
+    assert settings["id2label"] == {"0": "bad", "1": "good"}
+    assert settings["label2id"] == {"bad": 0, "good": 1}
+    head = params.pop("classifier", {})
+    # BERT's pooler is the first layer of its head
+    assert set(head) == ({"dense"} if name == "bert" else set())
+    wanted = dict(read(name).model.params)
+    assert same(head, {part: wanted["classifier"][part] for part in head})
+    del wanted["classifier"]
+    assert same(params, wanted)
+    save_file(tensors | {"stranger.weight": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(TPatchError, match=r"stranger\.weight is not part of"):
+        checkpoint.read_folder(tmp_path, labels=["bad", "good"])
+
+
+def test_a_head_for_other_labels_keeps_what_fits():
+    """The layer before the labels fits, unless its shape tells otherwise; that of three labels does not fit two."""
+    _, params, _ = checkpoint.read_folder(FOLDER / "roberta", labels=["bad", "good"])
+    assert same(params["classifier"], {"dense": read("roberta").model.params["classifier"]["dense"]})
+    _, params, _ = checkpoint.read_folder(FOLDER / "roberta", labels=["a", "b", "c"])
+    assert same(params, read("roberta").model.params)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_labels_are_for_encoders(name):
+    with pytest.raises(TPatchError, match=f"is a {name}, which has no classification head; give labels to an encoder"):
+        checkpoint.read_folder(FOLDER / name, labels=["bad", "good"])
+
+
+@pytest.mark.parametrize("said", [None, 3])
+def test_where_a_decoder_starts_may_stand_with_what_is_said_of_generation(tmp_path, said):
+    """As transformers has it: ``generation_config.json`` decides, ``config.json`` where it says nothing."""
+    for name, default in (("t5", 0), ("bart", 2)):
+        settings = json.loads((FOLDER / name / "config.json").read_text("utf-8"))
+        (tmp_path / "config.json").write_text(json.dumps(settings), "utf-8")
+        (tmp_path / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": said}), "utf-8")
+        found = checkpoint.read_settings(tmp_path)
+        assert found["decoder_start_token_id"] == (default if said is None else said)
+        del settings["decoder_start_token_id"]
+        (tmp_path / "config.json").write_text(json.dumps(settings), "utf-8")
+        if said is not None:
+            assert checkpoint.read_settings(tmp_path)["decoder_start_token_id"] == said
+    (tmp_path / "generation_config.json").write_text("no JSON", "utf-8")
+    assert checkpoint.read_settings(tmp_path)["decoder_start_token_id"] == 2

@@ -5,7 +5,9 @@
 
 Each family gets ``<name>/config.json`` and ``<name>/model.safetensors``, as transformers writes them, and
 ``<name>_expected.safetensors`` with the ``tokens``, the residual stream after each block (``layer_0`` and on) and the
-``logits``. Needs torch (the ``parity`` extra); ``tests/test_reference.py``, which reads the result, does not.
+``logits``; of an encoder-decoder also what its encoder reads, ``source``, and its residual stream (``encoder_0`` and
+on). -1 is padding, where residual streams are zero. Needs torch (the ``parity`` extra); ``tests/test_reference.py``,
+which reads the result, does not.
 """
 
 import shutil
@@ -20,6 +22,8 @@ from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     PreTrainedModel,
 )
 
@@ -37,6 +41,30 @@ GATED = {
 }
 ROTATION = {"rope_type": "default", "rope_theta": 100.0}
 GEMMA = {**GATED, "head_dim": 8, "rope_parameters": ROTATION}
+LABELS = {"id2label": {0: "no", 1: "yes", 2: "maybe"}, "label2id": {"no": 0, "yes": 1, "maybe": 2}}
+ENCODER = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 48,
+    **LABELS,
+}
+T5 = {
+    "vocab_size": 64,
+    "d_model": 16,
+    "d_kv": 6,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt2": {**GPT, "n_head": 4},
@@ -130,11 +158,48 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 48,
         **ENDS,
     },
+    "bert": {**ENCODER, "hidden_act": "gelu"},
+    "roberta": {**ENCODER, "max_position_embeddings": 50, "pad_token_id": 1, "type_vocab_size": 1},
+    "distilbert": {
+        "vocab_size": 64,
+        "dim": 16,
+        "hidden_dim": 24,
+        "n_layers": 3,
+        "n_heads": 4,
+        "max_position_embeddings": 48,
+        **LABELS,
+    },
+    "bart": {
+        "vocab_size": 64,
+        "d_model": 16,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 24,
+        "max_position_embeddings": 48,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": None,
+    },
+    "t5": T5,
+    "t5_v1_1": {**T5, "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
-"""What distinguishes each family, in little: windows shorter than the tokens, soft caps that bite."""
+"""What distinguishes each family, in little: windows shorter than the tokens, soft caps that bite.
+
+The ``model_type`` is the name, where it is not among the settings.
+"""
 
 TOKENS = {"llama": 40}
 """How many tokens a row has, where it is not 24: Llama's rule of rotation is for lengths past 32."""
+
+
+HEADS = ("classifier.weight", "classifier.out_proj.weight")
+"""What tells labels apart; large, so that their logits are."""
+LENGTHS = (24, 17, 5, 20)
+"""How much of each row an encoder reads; behind it is padding."""
 
 
 def build(name: str, **changes: Any) -> PreTrainedModel:
@@ -144,31 +209,66 @@ def build(name: str, **changes: Any) -> PreTrainedModel:
         name: a key of `SETTINGS`.
         changes: settings that differ from those.
     """
-    config = AutoConfig.for_model(name, **{**SETTINGS[name], **changes})
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    settings = {"model_type": name, **SETTINGS[name], **changes}
+    config = AutoConfig.for_model(**settings)
+    labels = settings.get("id2label")
+    kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+    network = AutoModelForSeq2SeqLM if config.is_encoder_decoder else kind
+    model = network.from_config(config, attn_implementation="eager")
+    if config.model_type in ("t5", "mt5") and settings.get("tie_word_embeddings") is False:
+        # transformers makes them tied whatever is asked for, and unties them for a checkpoint that has both.
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
 
 
 def blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
-    """The blocks of any decoder, in order."""
-    return next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    """The blocks of any decoder or encoder, in order; of an encoder-decoder those of its decoder."""
+    stack = model.get_decoder() if model.config.is_encoder_decoder else model
+    return next(module for module in stack.modules() if isinstance(module, torch.nn.ModuleList))
 
 
-def run(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits, and the residual stream after each block, before the final norm."""
+def run(model: PreTrainedModel, tokens: torch.Tensor, source: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """Logits, and the residual stream after each block, before the final norm.
+
+    Args:
+        model: the network.
+        tokens: ``[rows, tokens]``; negative ones, which only encoders may be given, are padding.
+        source: what the encoder of an encoder-decoder reads, ``[rows, source]``; negative ones are padding.
+    """
     found: dict[str, torch.Tensor] = {}
 
-    def keep(name: str) -> Callable[[torch.nn.Module, object, Any], None]:
+    def keep(name: str, read: torch.Tensor) -> Callable[[torch.nn.Module, object, Any], None]:
         def hook(_module: torch.nn.Module, _inputs: object, output: Any) -> None:
-            found[name] = (output[0] if isinstance(output, tuple) else output).detach()
+            stream = (output[0] if isinstance(output, tuple) else output).detach()
+            found[name] = torch.where((read >= 0)[..., None], stream, 0)
 
         return hook
 
-    hooks = [block.register_forward_hook(keep(f"layer_{n}")) for n, block in enumerate(blocks(model))]
+    hooks = [block.register_forward_hook(keep(f"layer_{n}", tokens)) for n, block in enumerate(blocks(model))]
+    inputs: dict[str, Any] = {"input_ids": tokens}
+    if source is not None:
+        stack = next(part for part in model.get_encoder().modules() if isinstance(part, torch.nn.ModuleList))
+        hooks += [block.register_forward_hook(keep(f"encoder_{n}", source)) for n, block in enumerate(stack)]
+        inputs = {**_padded(model, source), "decoder_input_ids": tokens, "use_cache": False}
+    elif _classifies(model):
+        inputs = _padded(model, tokens)
+    else:
+        inputs["use_cache"] = False
     with torch.no_grad():
-        found["logits"] = model(tokens, use_cache=False).logits
+        found["logits"] = model(**inputs).logits
     for hook in hooks:
         hook.remove()
     return found
+
+
+def _classifies(model: PreTrainedModel) -> bool:
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _padded(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Padding as transformers wants it: a token of its own, and a mask."""
+    seen = tokens >= 0
+    return {"input_ids": torch.where(seen, tokens, model.config.pad_token_id), "attention_mask": seen.long()}
 
 
 def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
@@ -186,21 +286,40 @@ def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
                 spread = parameter.shape[0 if kind == "Conv1D" else -1] ** -0.5 if parameter.ndim == 2 else 0.3
             # Gemma's norms multiply by one more than their weight
             centre = float("Norm" in kind and leaf == "weight" and not kind.startswith("Gemma"))
+            if name in HEADS and parameter.ndim == 2:
+                spread = 6 * spread
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread + centre)
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.copy_(torch.randn(model.final_logits_bias.shape, generator=generator) * 0.3)
     return model.eval()
+
+
+def batch(name: str, model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The tokens of a reference, and the source of an encoder-decoder's; see `run`."""
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = SETTINGS[name]["vocab_size"]
+    if not _classifies(model) and not model.config.is_encoder_decoder:
+        return torch.randint(0, vocabulary, (2, TOKENS.get(name, 24)), generator=generator), None
+    # The first few tokens are special: BART and RoBERTa give padding no position of its own.
+    tokens = torch.randint(3, vocabulary, (len(LENGTHS), 24), generator=generator)
+    read = torch.where(torch.arange(24) < torch.tensor(LENGTHS)[:, None], tokens, -1)
+    if not model.config.is_encoder_decoder:
+        return read, None
+    return torch.randint(3, vocabulary, (2, 24), generator=generator), read[1:3]
 
 
 def make(name: str, folder: Path) -> None:
     """Write one family's reference into a folder."""
     model = randomise(build(name), 0)
-    shape = (2, TOKENS.get(name, 24))
-    tokens = torch.randint(0, SETTINGS[name]["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
+    tokens, source = batch(name, model)
     (folder / name).mkdir(exist_ok=True)
     with TemporaryDirectory() as temporary:
         model.save_pretrained(temporary)
         for file in ("config.json", "model.safetensors"):
             shutil.copyfile(Path(temporary) / file, folder / name / file)
-    expected = {**run(model, tokens), "tokens": tokens.to(torch.int32)}
+    expected = {**run(model, tokens, source), "tokens": tokens.to(torch.int32)}
+    if source is not None:
+        expected["source"] = source.to(torch.int32)
     save_file({key: tensor.contiguous() for key, tensor in expected.items()}, folder / f"{name}_expected.safetensors")
 
 

@@ -56,8 +56,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        found = {**AutoConfig.from_pretrained(folder, local_files_only=True).to_dict(), **raw}
-        return found if found.get(_STARTS_WITH) is not None else {**found, **_generation(folder)}
+        return {
+            **AutoConfig.from_pretrained(folder, local_files_only=True).to_dict(),
+            **raw,
+            **_generation(folder),
+        }
     # transformers checks the kinds of settings with errors of its own
     except Exception as error:
         reason = " ".join(str(error).split())
@@ -65,7 +68,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _generation(folder: Path) -> dict[str, Any]:
-    """With which token a decoder starts, where only ``generation_config.json`` says so."""
+    """With which token a decoder starts, where ``generation_config.json`` says so: it counts more, in transformers."""
     try:
         found = json.loads((folder / "generation_config.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -155,6 +158,11 @@ def read_folder(
     if labels is not None:
         settings = _with_labels(settings, labels)
     config, family = configure(settings), family_of(settings)
+    if labels is not None and not config.labels:
+        raise TPatchError(
+            f"{folder} is a {config.family}, which has no classification head; give labels to an encoder, such as a "
+            "BERT"
+        )
     merged = {int(layer): int(count) for layer, count in settings.get(NEURONS_KEY, {}).items()}
     shards = _shards(folder)
     if family.own_head:

@@ -144,8 +144,9 @@ ROBERTA = Family(
         **_names("roberta", _BERT_PARTS, ("classifier.dense", "classifier.out_proj")),
         "token_types.embedding": f"roberta.{_TYPES}",
     },
-    constants=_IDS,
-    other_heads=(*_PRETRAINING, "roberta.pooler.", "pooler."),
+    # Its classifier does not read the pooler of pretraining, which many a checkpoint still holds.
+    constants=(*_IDS, "pooler.dense.weight", "pooler.dense.bias"),
+    other_heads=_PRETRAINING,
 )
 DISTILBERT = Family(
     "distilbert",

@@ -20,9 +20,12 @@ def is_gated(settings: Settings) -> bool:
 
 def _configure(family: str, settings: Settings) -> NetworkConfig:
     gated, act = is_gated(settings), (settings.get("feed_forward_proj") or "relu").removeprefix("gated-")
-    # Only T5 scales what its unembedding reads, and only where that once was the embedding.
-    tied = settings.get("tie_word_embeddings", True) and settings.get("scale_decoder_outputs", True)
-    scaled = settings["model_type"] == "t5" and tied
+    # Only T5 scales what its unembedding reads, and only where that once was the embedding. transformers 5 says so by a
+    # setting of its own, and that all T5 are tied.
+    scaled = settings.get("scale_decoder_outputs")
+    if scaled is None:
+        scaled = settings.get("tie_word_embeddings") is not False
+    scaled = scaled and settings["model_type"] == "t5"
     heads = setting(settings, "num_heads")
     shared = {
         "family": family,
