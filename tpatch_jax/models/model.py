@@ -20,7 +20,7 @@ from tpatch_jax.models.networks import Batch, Trace
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.patch import Patch, concatenate, take
 
-__all__ = ["Model", "attach", "detach", "load_model", "merge", "save_model", "unmerge"]
+__all__ = ["Model", "attach", "detach", "load_model", "merge", "read_tokenizer", "save_model", "unmerge"]
 
 Params = dict[Any, Any]
 
@@ -234,10 +234,19 @@ def load_model(
         raise TPatchError(f"dtype {dtype!r} is not supported; use 'float32' or 'bfloat16'")
     folder = resolve_model(str(model), quiet=quiet)
     config, params, settings = checkpoint.read_folder(folder, dtype, mesh)
-    return Model(config, params, _tokenizer(folder, config), str(model), folder, settings)
+    return Model(config, params, read_tokenizer(folder, config), str(model), folder, settings)
 
 
-def _tokenizer(folder: Path, config: NetworkConfig) -> Any:
+def read_tokenizer(folder: Path, config: NetworkConfig) -> Any:
+    """The tokenizer in a model's folder.
+
+    Args:
+        folder: where it is.
+        config: the network that it belongs to.
+
+    Raises:
+        TPatchError: there is none, it is damaged, or it has more tokens than the network.
+    """
     from transformers import AutoTokenizer
 
     try:
