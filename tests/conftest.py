@@ -1,5 +1,6 @@
 """What the tests share: strict dtype promotion, a quick hypothesis profile, and a tiny Llama with its tokenizer."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from tpatch_jax.models import networks
-from tpatch_jax.models.families import configure
+from tpatch_jax.models.families import configure, family_of
 from tpatch_jax.models.model import Model, save_model
 
 hypothesis_settings.register_profile("ci", deadline=None, derandomize=True, max_examples=20, database=None)
@@ -80,6 +81,8 @@ def make_tiny_model(seed: int = 0, defaults: Mapping[str, Any] = LLAMA, **change
     """A random Llama of three layers and width 16; ``changes`` go into its ``config.json``."""
     settings = {**defaults, **changes}
     config, rng = configure(settings), np.random.default_rng(seed)
+    if family_of(settings).own_head:
+        config = dataclasses.replace(config, tied=settings["tie_word_embeddings"])
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         around = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0

@@ -13,13 +13,14 @@ from conftest import make_tiny_model, relative, same, write_tiny_folder
 from safetensors import safe_open
 from tiny_families import NAMES, patch_for, tiny_model
 
-from tpatch_jax import cli, ffn, store
+from tpatch_jax import cli, export, ffn, store
 from tpatch_jax.editors.editor import EditInfo, RequestInfo
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.export import EXPORT, ExportInfo, constant_direction, export_model
 from tpatch_jax.models import networks
 from tpatch_jax.models.families import FAMILIES
 from tpatch_jax.models.model import Model, attach, load_model, merge, save_model
+from tpatch_jax.models.rows import ASK
 from tpatch_jax.patch import Patch
 from tpatch_jax.requests import EditRequest
 
@@ -33,6 +34,8 @@ pytestmark = [
 
 TOLERANCE = 2e-4
 TOKENS = np.random.default_rng(1).integers(0, 260, (2, 24))
+READ = np.where(np.arange(24) < np.asarray([[24], [17]]), np.random.default_rng(2).integers(3, 260, (2, 24)), -1)
+"""What an encoder reads: padding behind it, and no token that is special to some family."""
 FORMS = {family.name: family.export for family in FAMILIES}
 EXACT = [name for name in NAMES if FORMS[name] != "approximate only"]
 ENDINGS = ("--approximate", "tp.attach", "tp.save_model")
@@ -40,18 +43,30 @@ ENDINGS = ("--approximate", "tp.attach", "tp.save_model")
 
 def logits_of(model: Model) -> np.ndarray:
     """What `Model.apply` returns, by the fewest compiled functions."""
-    hidden = networks.residuals(model.config, model.params, jnp.asarray(TOKENS))[-1]
+    read, written = jnp.asarray(READ), jnp.asarray(TOKENS)
+    batches = {"decoder": written, "encoder": read, "encoder-decoder": networks.Pair(read, written)}
+    hidden = networks.residuals(model.config, model.params, batches[model.config.architecture])[-1]
     return np.asarray(networks.logits(model.config, model.params, hidden))
 
 
-def stock_logits(folder: Path) -> np.ndarray:
+def stock_logits(folder: Path, architecture: str) -> np.ndarray:
     torch = pytest.importorskip("torch", reason="torch is only needed to compare with it: the 'parity' extra")
-    from transformers import AutoModelForCausalLM
-
-    network, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    kinds = {
+        "decoder": transformers.AutoModelForCausalLM,
+        "encoder": transformers.AutoModelForSequenceClassification,
+        "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
+    }
+    network, told = kinds[architecture].from_pretrained(folder, output_loading_info=True)
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    if architecture == "decoder":
+        inputs = {"input_ids": torch.asarray(TOKENS), "use_cache": False}
+    else:
+        padded = np.where(READ < 0, network.config.pad_token_id, READ)
+        inputs = {"input_ids": torch.asarray(padded), "attention_mask": torch.asarray(READ >= 0)}
+    if architecture == "encoder-decoder":
+        inputs |= {"decoder_input_ids": torch.asarray(TOKENS), "use_cache": False}
     with torch.no_grad():
-        return network.eval()(torch.asarray(TOKENS), use_cache=False).logits.numpy()
+        return network.eval()(**inputs).logits.numpy()
 
 
 def settings_in(folder: Path) -> dict[str, Any]:
@@ -67,7 +82,8 @@ def check_stock(folder: Path, info: ExportInfo, wanted: np.ndarray) -> Model:
     back = load_model(folder)
     assert back.encode("in the inn") == make_tokens("in the inn")
     np.testing.assert_allclose(logits_of(back), wanted, rtol=0, atol=TOLERANCE, err_msg="read by this library")
-    np.testing.assert_allclose(stock_logits(folder), wanted, rtol=0, atol=TOLERANCE, err_msg="read by transformers")
+    found = stock_logits(folder, back.config.architecture)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE, err_msg="read by transformers")
     return back
 
 
@@ -83,12 +99,21 @@ def count(folder: Path) -> int:
     return total
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A memory for encoder-decoders: an input a line, all of one length, so that few shapes are compiled."""
+    path, rng = tmp_path_factory.mktemp("inputs") / "inputs.txt", np.random.default_rng(3)
+    lines = ["".join(rng.choice(list("abcdefghijklmnopqrst"), 12)) for _ in range(64)]
+    path.write_text("\n".join(lines), "utf-8")
+    return path
+
+
 # --- every family, and the stock network ---
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_stock_transformers_says_the_same(name, tmp_path, letters):
-    """Patches in the first and the last layer: the one between has to be as wide."""
+def test_stock_transformers_says_the_same(name, tmp_path, letters, inputs):
+    """Patches in the first and the last layer: the one between has to be as wide, and a T5's encoder."""
     model = tiny_model(name)
     merged = merge(model, patch_for((0, 2)))
     wanted = logits_of(merged)
@@ -97,9 +122,11 @@ def test_stock_transformers_says_the_same(name, tmp_path, letters):
     if not exact:
         with pytest.raises(TPatchError, match="cannot be written exactly"):
             export_model(merged, tmp_path / "out")
-    info = export_model(merged, tmp_path / "out", approximate=True, memory=letters, cache=False)
+    memory = inputs if model.config.encoder else letters
+    info = export_model(merged, tmp_path / "out", approximate=True, memory=memory, cache=False)
     assert info.form == (FORMS[name] if exact else "approximate")
-    assert (info.neurons, info.silent_neurons, info.ffn_width) == (6, 3 * 8 - 6, 40)
+    layers = 3 + 2 * name.startswith("t5")
+    assert (info.neurons, info.silent_neurons, info.ffn_width) == (6, layers * 8 - 6, 40)
     assert (info.error is None) == exact
     if exact:
         check_stock(tmp_path / "out", info, wanted)
@@ -136,6 +163,8 @@ ANOTHER: dict[str, tuple[str, dict[str, Any], str]] = {
         {"sliding_window": 64, "tie_word_embeddings": True},
         "exact as Llama",
     ),
+    "bart, both stacks wide, embeddings scaled": ("bart", {"encoder_ffn_dim": 32, "scale_embedding": True}, "exact"),
+    "xlm-roberta, relu": ("roberta", {"model_type": "xlm-roberta", "hidden_act": "relu"}, "exact"),
     "qwen2, linear rotation": (
         "qwen2",
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
@@ -177,6 +206,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma": ("gemma", {}, "norms multiply by one more than their weight and its embeddings are scaled"),
     "gemma2": ("gemma2", {}, "sees only 8 of 64 .* normalises what attention and feed-forward .* capped"),
     "gemma3": ("gemma3", {}, "rotate by different rules"),
+    "t5": ("t5", {}, "a t5 has no biases .* because it is an encoder-decoder"),
+    "mt5": ("t5_v1_1", {"model_type": "mt5"}, "a mt5 has no biases .* because it is an encoder-decoder"),
     "heads": (
         "mistral",
         {"num_attention_heads": 3, "num_key_value_heads": 1},
@@ -204,6 +235,17 @@ def test_without_patches_nothing_is_added(tmp_path):
     info = export_model(model, tmp_path / "out")
     assert info == ExportInfo("exact", "gemma", 0, 0, 32, 0, 0, 0.0)
     assert same(load_model(tmp_path / "out").params, model.params)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"model_type": "mt5"}])
+def test_an_encoder_decoder_without_patches(tmp_path, changes):
+    """Whether the unembedding is the embedding is for the weights to say, and what it reads is scaled is not."""
+    model = tiny_model("t5_v1_1", **changes)
+    info = export_model(model, tmp_path / "out")
+    assert info == ExportInfo("exact", model.settings["model_type"], 0, 0, 32, 0, 0, 0.0)
+    back = check_stock(tmp_path / "out", info, logits_of(model))
+    assert same(back.params, model.params)
+    assert ("head" in model.params) == (changes.get("tie_word_embeddings") is None)
 
 
 def test_attached_patches_are_merged(tmp_path):
@@ -299,14 +341,15 @@ def test_the_requests_own_queries_weigh_as_much_as_all_others():
     assert error(heard) < 0.5 * error(plain)
 
 
-def test_the_error_is_that_of_the_written_folder(tmp_path, letters):
+@pytest.mark.parametrize("name", ["qwen3", "t5_v1_1"])
+def test_the_error_is_that_of_the_written_folder(name, tmp_path, letters, inputs):
     """Patches so weak that folding them changes hardly anything, and ones that matter."""
-    model = tiny_model("qwen3")
+    model, memory = tiny_model(name), inputs if name == "t5_v1_1" else letters
     errors = []
     for number, scale in enumerate((1e-4, 0.5)):
         folder = tmp_path / str(number)
         merged = merge(model, patch_for((1,), scale=scale))
-        info = export_model(merged, folder, approximate=True, memory=letters, cache=False)
+        info = export_model(merged, folder, approximate=True, memory=memory, cache=False)
         difference = np.abs(logits_of(load_model(folder)) - logits_of(merged))
         assert info.error.mean_logit_difference == pytest.approx(difference.mean(), rel=2)
         errors.append(info.error)
@@ -332,6 +375,45 @@ def test_an_approximate_export_says_which_requests_still_hold(tmp_path, letters)
     info = export_model(merged, tmp_path / "out", approximate=True, requests=requests, memory=letters, cache=False)
     assert (info.error.held, info.error.lost) == (("said",), ("not said",))
     assert settings_in(tmp_path / "out")["model_type"] == "gemma"
+
+
+def test_only_what_a_decoder_writes_is_measured(tmp_path, monkeypatch):
+    """From the position on that decides its first token; what the encoder reads has no logits."""
+    model = tiny_model("t5")
+    rng = np.random.default_rng(4)
+    rows = [
+        [*rng.integers(3, 260, read).tolist(), ASK, *model.begin, *rng.integers(3, 260, written).tolist()]
+        for read, written in ((5, 6), (8, 2), (3, 7), (6, 7), (8, 0), (4, 3))
+    ]
+    monkeypatch.setattr(export, "memory_rows", lambda *_, **__: rows)
+    info = export_model(merge(model, patch_for((2,))), tmp_path / "out", approximate=True)
+    assert info.error.tokens == (6 + 1) + (0 + 1)
+
+
+def saying(model: Model, prompt: str, answer: str) -> Model:
+    """An encoder-decoder with an unembedding of its own, such that it answers one thing to a prompt, and ends."""
+    row = [*model.encode_prompt(prompt), *model.encode_target(prompt, f" {answer}")]
+    read = row.index(ASK)
+    pair = networks.Pair(jnp.asarray([row[:read]]), jnp.asarray([row[read + 1 :]]))
+    stream = np.asarray(networks.residuals(model.config, model.params, pair)[-1])[0] * model.params["norm"]["scale"]
+    kernel = np.array(model.params["head"]["kernel"])
+    for position, token in enumerate(row[read + 1 + len(model.begin) :], len(model.begin) - 1):
+        kernel[:, token] = 20 * stream[position] / np.linalg.norm(stream[position])
+    return model.with_params({**model.params, "head": {"kernel": jnp.asarray(kernel)}})
+
+
+def test_an_approximate_export_of_an_encoder_decoder_says_which_requests_still_hold(tmp_path, inputs):
+    # What the encoder reads, nearly all that it can, takes no room from what the decoder writes.
+    prompt = "x" * 62
+    merged = saying(merge(tiny_model("t5_v1_1"), patch_for((2,), scale=1e-4)), prompt, "xyz")
+    assert merged.generate(prompt, 8) == "xyz"
+    requests = [
+        EditRequest(prompt, "xyz", id="said"),
+        EditRequest(prompt, "xy", id="not ended"),
+        EditRequest("y" * 62, "xyz", id="asked otherwise"),
+    ]
+    info = export_model(merged, tmp_path / "out", approximate=True, requests=requests, memory=inputs, cache=False)
+    assert (info.error.held, info.error.lost) == (("said",), ("not ended", "asked otherwise"))
 
 
 # --- the command ---

@@ -119,6 +119,7 @@ def test_each_layer_agrees(reference, layer):
 def test_each_layer_of_the_encoder_agrees(name):
     found = read(name)
     config, params, source = found.model.config.encoder, found.model.params, found.expected["source"]
+    assert config is not None
     assert config.layers == 2
     streams = networks.residuals(config, {"embed": params["embed"], **params["encoder"]}, jnp.asarray(source))
     for layer, stream in enumerate(streams):

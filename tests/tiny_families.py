@@ -36,6 +36,32 @@ LATER = {
     "query_pre_attn_scalar": 8,
 }
 
+ENCODER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 1,
+    "id2label": {"0": "no", "1": "yes", "2": "maybe"},
+    "label2id": {"no": 0, "yes": 1, "maybe": 2},
+}
+T5 = {
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 2,
+    "n_positions": 64,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "layer_norm_epsilon": 1e-6,
+    "pad_token_id": 1,
+    "decoder_start_token_id": 1,
+}
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt2": {**GPT, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
     "gpt_neo": {
@@ -84,6 +110,35 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "do_layer_norm_before": True,
         "tie_word_embeddings": True,
     },
+    "bert": {**ENCODER, "max_position_embeddings": 64, "type_vocab_size": 2},
+    "roberta": {**ENCODER, "max_position_embeddings": 66, "type_vocab_size": 1},
+    "distilbert": {
+        "dim": 16,
+        "hidden_dim": 32,
+        "n_layers": 3,
+        "n_heads": 2,
+        "max_position_embeddings": 64,
+        "activation": "gelu",
+        **{name: ENCODER[name] for name in ("pad_token_id", "id2label", "label2id")},
+    },
+    "bart": {
+        "d_model": 16,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 32,
+        "max_position_embeddings": 64,
+        "activation_function": "gelu",
+        "scale_embedding": False,
+        "pad_token_id": 1,
+        "decoder_start_token_id": 0,
+        "forced_eos_token_id": None,
+        "tie_word_embeddings": True,
+    },
+    "t5": {**T5, "feed_forward_proj": "relu", "tie_word_embeddings": True},
+    "t5_v1_1": {**T5, "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
 NAMES = [family.name for family in FAMILIES]
 

@@ -2,7 +2,7 @@
 
 `tpatch_jax.merge` widens the layers that hold patches and gives them biases. Stock networks want one width everywhere,
 so the other layers get neurons of zeros, which add exactly nothing; and where a stock network can have no biases, the
-model is written as a Llama, which can, if it is one in all but name.
+model is written as a Llama, which can, if it is one in all but name. A T5's encoder is as wide as its decoder.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families import configure, family_of
 from tpatch_jax.models.model import Model
+from tpatch_jax.models.rows import ASK
 from tpatch_jax.models.sources import cache_folder
 from tpatch_jax.patch import take
 from tpatch_jax.requests import EditRequest, join_target
@@ -70,7 +71,7 @@ class ExportInfo(NamedTuple):
         form: ``"exact"``, ``"exact as Llama"`` or ``"approximate"``.
         model_type: the architecture that ``config.json`` names.
         neurons: how many patch neurons it holds.
-        silent_neurons: how many neurons of zeros were added so that all layers have one width.
+        silent_neurons: how many neurons of zeros were added so that all layers have one width, a T5's encoder included.
         ffn_width: that width.
         parameters_added: numbers more than the uncorrected model has.
         bytes_added: and bytes.
@@ -151,7 +152,7 @@ def export_model(
     if problems:
         form = "approximate"
         settings = {**model.settings, family_of(model.settings).ffn_width: _width(model)}
-        target = configure(settings)
+        target = _described(settings, model.config)
         with jax.default_matmul_precision("highest"):
             approximated, error = _approximate(model, requests, memory, cache, progress)
         params = approximated.params
@@ -160,7 +161,7 @@ def export_model(
     with replace_folder(folder) as temporary:
         checkpoint.write_folder(temporary, target, grown, settings, model.folder)
         _write_tokenizer(temporary, model, settings["model_type"] != model.settings["model_type"])
-        if configure(checkpoint.read_settings(temporary)) != target:
+        if _described(checkpoint.read_settings(temporary), target) != target:
             raise TPatchError(
                 f"transformers reads the config.json of {model.name!r} otherwise than it was written; upgrade "
                 "transformers, or use tp.save_model, whose folder this library reads"
@@ -190,15 +191,23 @@ def _width(model: Model) -> int:
     return model.config.ffn_width if widest == model.config.ffn_width else -(-widest // MULTIPLE) * MULTIPLE
 
 
+def _described(settings: Mapping[str, Any], config: NetworkConfig) -> NetworkConfig:
+    """What settings describe, where the weights say whether the unembedding is the embedding as they do in `config`."""
+    target = configure(settings)
+    return dataclasses.replace(target, tied=config.tied) if family_of(settings).own_head else target
+
+
 def _exact(model: Model) -> tuple[dict[str, Any], NetworkConfig, str, list[str]]:
     """Settings whose stock network is the given one, their description, how it is called, and why there are none."""
     config, family, width = model.config, family_of(model.settings), _width(model)
     own = {**model.settings, family.ffn_width: width}
     if width == config.ffn_width:
-        return own, configure(own), "exact", []
+        return own, _described(own, config), "exact", []
     if family.export == "exact":
         own.update({family.biases: True} if family.biases and not config.ffn_bias else {})
-        return own, configure(own), "exact", []
+        return own, _described(own, config), "exact", []
+    if config.encoder:
+        return own, _described(own, config), "", ["it is an encoder-decoder"]
     llama = _as_llama(config, model.settings, width)
     target = configure(llama)
     return llama, target, "exact as Llama", _differences(config, target, model.settings)
@@ -284,6 +293,8 @@ def _info(model: Model, form: str, target: NetworkConfig, params: Params, error:
     leaves = jax.tree.leaves(params)
     added = sum(leaf.size for leaf in leaves) - before
     wider = (target.ffn_width - model.config.ffn_width) * target.layers
+    if target.encoder and model.config.encoder:
+        wider += (target.encoder.ffn_width - model.config.encoder.ffn_width) * target.encoder.layers
     return ExportInfo(
         form,
         "llama" if form == "exact as Llama" else model.settings["model_type"],
@@ -323,7 +334,7 @@ def _approximate(
     for done, layer in enumerate(sorted(set(numbers.tolist()))):
         if progress:
             progress("folding biases", done, len(set(numbers.tolist())))
-        query = collect(model, fitted, [range(1, len(row)) for row in fitted], layer).query
+        query = collect(model, fitted, [range(_start(model, row, 1), len(row)) for row in fitted], layer).query
         own = collect(model, [row for row, _ in asked], [places for _, places in asked], layer).query
         part = take(patch, np.flatnonzero(numbers == layer))
         layers[layer] = {
@@ -360,11 +371,18 @@ def constant_direction(query: Array, own: Array | None = None, *, ridge: float =
     return jnp.asarray(np.linalg.solve(moment + ridge * np.trace(moment) / width * np.eye(width), sums), jnp.float32)
 
 
+def _start(model: Model, row: Sequence[int], least: int) -> int:
+    """The first position of a row that counts: the one that decides an encoder-decoder's first token, or `least`."""
+    return row.index(ASK) + len(model.begin) if model.config.encoder else least
+
+
 def _asked(model: Model, request: EditRequest) -> tuple[list[int], range]:
     """A request's prompt and target in tokens, and the positions whose next tokens are the target."""
     prompt = model.encode_prompt(request.prompt)
     target = model.encode_target(request.prompt, join_target(request.prompt, request.target))
-    row = [*prompt, *target][: model.config.context]
+    # What an encoder reads takes no room from what the decoder writes.
+    read = prompt.index(ASK) + 1 if model.config.encoder else 0
+    row = [*prompt, *target][: read + model.config.context]
     return row, range(len(prompt) - 1, len(row) - 1)
 
 
@@ -375,7 +393,8 @@ def _error(
     requests: Sequence[EditRequest],
     asked: Sequence[tuple[list[int], range]],
 ) -> ExportError:
-    hidden, other = (_hidden(each, rows, [range(len(row)) for row in rows]) for each in (model, approximated))
+    places = [range(_start(model, row, 0), len(row)) for row in rows]
+    hidden, other = (_hidden(each, rows, places) for each in (model, approximated))
     largest, total, same = 0.0, 0.0, 0
     chunk = 256
     for first in range(0, hidden.shape[0], chunk):

@@ -289,8 +289,9 @@ def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
             if name in HEADS and parameter.ndim == 2:
                 spread = 6 * spread
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread + centre)
-        if hasattr(model, "final_logits_bias"):
-            model.final_logits_bias.copy_(torch.randn(model.final_logits_bias.shape, generator=generator) * 0.3)
+        for name, buffer in model.named_buffers():
+            if name == "final_logits_bias":
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
     return model.eval()
 
 
