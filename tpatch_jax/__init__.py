@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tpatch_jax.editors.tpatcher import edit, tpatcher
     from tpatch_jax.errors import TPatchError
     from tpatch_jax.export import ExportError, ExportInfo, export_model
+    from tpatch_jax.finetuning import FinetuneInfo, FinetuneSettings, finetune
     from tpatch_jax.fitting import FitInfo, FitSettings, Lane, fit, fit_many
     from tpatch_jax.memory import Memory, create_memory
     from tpatch_jax.models.foreign import Network
@@ -40,6 +41,8 @@ __all__ = [
     "Editor",
     "ExportError",
     "ExportInfo",
+    "FinetuneInfo",
+    "FinetuneSettings",
     "FitInfo",
     "FitSettings",
     "Lane",
@@ -59,6 +62,7 @@ __all__ = [
     "edit",
     "edit_tokens",
     "export_model",
+    "finetune",
     "fit",
     "fit_many",
     "from_linen",
@@ -82,6 +86,7 @@ _HOMES = {
     "editors.tpatcher": ("edit", "tpatcher"),
     "errors": ("TPatchError",),
     "export": ("ExportError", "ExportInfo", "export_model"),
+    "finetuning": ("FinetuneInfo", "FinetuneSettings", "finetune"),
     "fitting": ("FitInfo", "FitSettings", "Lane", "fit", "fit_many"),
     "memory": ("Memory", "create_memory"),
     "models.networks": ("Trace",),

@@ -73,7 +73,7 @@ def evaluate(
     output: Annotated[
         str, arg(aliases=["-o"], metavar="REPORT", help="folder for the report; an interrupted run resumes")
     ],
-    data: Annotated[str | None, arg(help="counterfact, zsre, knowedit, requests, mquake or text")] = None,
+    data: Annotated[str | None, arg(help="counterfact, zsre, knowedit, requests, mquake, fever or text")] = None,
     file: Annotated[str | None, arg(metavar="FILE", help="the data set's file")] = None,
     method: Annotated[str | None, arg(metavar="NAME[,…]", help="by default tpatcher")] = None,
     protocol: Annotated[str | None, arg(help="single, batch (the default) or sequential")] = None,
@@ -91,6 +91,8 @@ def evaluate(
     edits_data: Annotated[str | None, arg(help="the data set of --edits; counterfact by default")] = None,
     generate: Annotated[bool, arg(help="also sample continuations for GE (slow)")] = False,
     every: Annotated[int | None, arg(help="sequential: ask all edits again every so many; 50 by default")] = None,
+    train_set: Annotated[str | None, arg(metavar="FILE", help="sequential: only asked, for TrainR")] = None,
+    test_set: Annotated[str | None, arg(metavar="FILE", help="sequential: only asked, for TestR")] = None,
     memory: Annotated[str | None, arg(help="a text file on which patches stay silent")] = None,
     dtype: Annotated[str | None, arg(help="float32 or bfloat16; by default the checkpoint's")] = None,
     json: Json = False,
@@ -116,6 +118,8 @@ def evaluate(
         "edits_data": edits_data,
         "generate": generate or None,
         "every": every,
+        "train_set": train_set,
+        "test_set": test_set,
     }
     commands.evaluate_command(
         model,
@@ -163,6 +167,53 @@ def export(
     from tpatch_jax import commands
 
     commands.export(model, patches, output, approximate=approximate, memory=memory, dtype=dtype, json=json, quiet=quiet)
+
+
+def finetune(
+    model: Annotated[
+        Positional[str], arg(metavar="MODEL", help="an encoder or encoder-decoder: a folder, or a hub id")
+    ],
+    data: Annotated[Positional[str], arg(metavar="DATA.jsonl", help="one JSON object a line, with prompt and target")],
+    *,
+    output: Annotated[str, arg(aliases=["-o"], metavar="OUT", help="folder for the model; an interrupted run resumes")],
+    validation: Annotated[str | None, arg(metavar="FILE", help="examples to measure on, like DATA.jsonl")] = None,
+    labels: Annotated[str | None, arg(metavar="NAME,…", help="a classifier's labels; by default all in DATA")] = None,
+    prompt_field: Annotated[str, arg(help="the key of the prompt")] = "prompt",
+    target_field: Annotated[str, arg(help="the key of the target, or label")] = "target",
+    from_scratch: Annotated[bool, arg(help="random weights: MODEL needs no more than a config.json")] = False,
+    epochs: Annotated[int, arg(help="how often each example is seen")] = 3,
+    batch_size: Annotated[int, arg(help="examples a step")] = 32,
+    learning_rate: Annotated[float | None, arg(help="by default 5e-5, or 1e-3 from scratch")] = None,
+    checkpoint_steps: Annotated[int, arg(help="save work every so many steps; 0 is every two minutes")] = 0,
+    dtype: Annotated[str | None, arg(help="of what is written: float32 (the default) or bfloat16")] = None,
+    seed: Annotated[int, arg(help="the same seed gives the same model")] = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a classifier of an encoder, or a question answerer of an encoder-decoder."""
+    from tpatch_jax import finetuning_command
+    from tpatch_jax.finetuning import FinetuneSettings
+
+    settings = FinetuneSettings(
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        from_scratch=from_scratch,
+        checkpoint_steps=checkpoint_steps,
+    )
+    finetuning_command.finetune(
+        model,
+        data,
+        output,
+        validation=validation,
+        labels=labels,
+        fields=(prompt_field, target_field),
+        settings=settings,
+        dtype=dtype,
+        json=json,
+        quiet=quiet,
+    )
 
 
 def generate(
@@ -250,6 +301,7 @@ COMMANDS = {
     "edit": edit,
     "eval": evaluate,
     "export": export,
+    "finetune": finetune,
     "generate": generate,
     "inspect": inspect,
     "merge": merge,

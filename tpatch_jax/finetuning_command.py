@@ -1,0 +1,58 @@
+"""``tpatch finetune``: parses what the command line says, calls the library, shows the result."""
+
+from rich.console import Console
+from rich.table import Table
+
+from tpatch_jax.commands import keep_compilations
+from tpatch_jax.console import print_json, progress_bar
+from tpatch_jax.finetuning import FinetuneSettings
+from tpatch_jax.finetuning import finetune as train
+
+__all__ = ["finetune"]
+
+
+def finetune(
+    model: str,
+    data: str,
+    output: str,
+    *,
+    validation: str | None,
+    labels: str | None,
+    fields: tuple[str, str],
+    settings: FinetuneSettings,
+    dtype: str | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """``tpatch finetune``."""
+    keep_compilations()
+    with progress_bar(quiet or json) as report:
+        info = train(
+            model,
+            data,
+            output,
+            settings=settings,
+            validation=() if validation is None else validation,
+            labels=labels.split(",") if labels is not None else None,
+            prompt_field=fields[0],
+            target_field=fields[1],
+            dtype=dtype,
+            progress=report,
+        )
+    result = info.to_json()
+    if json:
+        print_json(result)
+        return
+    console = Console(highlight=False)
+    table = Table(title=f"{info.examples:,} examples, {info.steps:,} steps, {info.seconds:.1f} s", title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name in ("epochs", "loss", "train_accuracy", "validation_accuracy"):
+        if (value := result[name]) is not None:
+            table.add_row(name, f"{value:.4g}")
+    if info.labels:
+        table.add_row("labels", ", ".join(info.labels), end_section=True)
+    console.print(table)
+    if info.resumed:
+        console.print(f"resumed after step {info.resumed:,}")
+    console.print(f"model saved in {output}")
