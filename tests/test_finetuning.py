@@ -30,11 +30,13 @@ BERT = {
     "vocab_size": 320,
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
+DEEP = {**BERT, "num_hidden_layers": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2}
+DEEP["id2label"] = {"0": "a", "1": "b"}
 BART = {
     "model_type": "bart",
     "vocab_size": 320,
@@ -84,6 +86,7 @@ HELD_OUT = [(f"{colour} {number}", colour) for number in range(8, 12) for colour
 DATA = {"bert": RULE, "bart": ANSWERS, "t5": ANSWERS}
 QUICK = FinetuneSettings(epochs=3, batch_size=8, learning_rate=1e-2, checkpoint_steps=2)
 SLOW = FinetuneSettings(epochs=1, learning_rate=1e-9)
+SCRATCH = FinetuneSettings(from_scratch=True)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -172,7 +175,7 @@ def test_an_answerer_learns_by_heart(place, name, capsys):
     assert tokenizer.encode("Ünïcode, N'Djamena") == [*([] if start is None else [start]), *text, end]
 
 
-def test_an_encoder_without_a_head(place, classifier, tmp_path, capsys):
+def test_an_encoder_without_a_head(place, classifier, tmp_path):
     """As a BertModel on disk: no prefix, no classifier; its labels are those of the data, sorted."""
     for path in classifier.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -180,9 +183,7 @@ def test_an_encoder_without_a_head(place, classifier, tmp_path, capsys):
     bare = {name.removeprefix("bert."): tensor for name, tensor in tensors.items() if name.startswith("bert.")}
     save_file(bare, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(BERT), "utf-8")
-    command = arguments(place, str(tmp_path), "headless", "--epochs", "1", "--dtype", "bfloat16", data="bert.jsonl")
-    assert cli.main(command) == 0
-    assert "train_accuracy" in capsys.readouterr().out
+    finetune(tmp_path, RULE, place / "headless", settings=SLOW, dtype="bfloat16")
     model = load_model(place / "headless")
     assert model.config.labels == ("blue", "red")
     assert model.params["classifier"]["output"]["kernel"].dtype == jnp.bfloat16
@@ -301,8 +302,8 @@ def test_what_the_decoder_reads_and_says():
     assert lesson.batch.source[1].tolist() == [0, *[-1] * 7]
 
 
-def test_the_short_cut_to_a_classifier_s_logits(classifier):
-    model = load_model(classifier)
+def test_the_short_cut_to_a_classifier_s_logits():
+    model = make_tiny_model(defaults=DEEP)
     batch = jnp.asarray([[1, 5, 6, 2, -1], [1, 5, 2, -1, -1]])
     found = finetuning._logits(model.config, model.params, batch)
     np.testing.assert_allclose(found, model.apply(batch), atol=1e-5)
@@ -415,6 +416,15 @@ def test_bad_labels(place, capsys):
         "blue, red",
     )
     refused(capsys, arguments(place, "t5", "x", "--labels", "a,b"), "leave them out")
+    with pytest.raises(TPatchError, match="no validation example has one of the labels red, blue"):
+        finetune(
+            place / "bert",
+            RULE,
+            place / "x",
+            settings=SCRATCH,
+            labels=["red", "blue"],
+            validation=[("green 1", "green")],
+        )
 
 
 def test_bad_models(place, tmp_path, capsys):

@@ -190,8 +190,8 @@ def finetune(
     if not data.examples:
         raise TPatchError("there is no example to learn from; give one or more")
     start, chosen, asked = _begin(model, data.examples, held_out.examples, settings, labels)
-    if not chosen:
-        raise TPatchError("there is no example with these labels; name labels that occur")
+    if held_out.examples and not asked:
+        raise TPatchError(f"no validation example has one of the labels {', '.join(labels or ())}; give others")
     rows, asked_rows = tokenize(start, chosen), tokenize(start, asked)
     record = {
         "model": fingerprint(start),

@@ -5,9 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
@@ -107,22 +106,22 @@ def complete(config: NetworkConfig, params: Params, seed: int) -> Params:
 
     Source: Devlin et al. 2019, appendix A.2; Raffel et al. 2020, as in the initialisation of its code.
     """
-    have, key = dict(flatten(params)), jax.random.key(seed)
+    have = dict(flatten(params))
     shapes = networks.shapes(config, networks.merged_neurons(config, params) if params else None)
     result: Params = {}
     for number, (path, leaf) in enumerate(flatten(shapes)):
         known = have.get(path)
-        leaf = _draw(config, path, leaf.shape, jax.random.fold_in(key, number)) if known is None else known
-        insert(result, path, leaf)
+        drawn = known if known is not None else _draw(config, path, leaf.shape, np.random.default_rng([seed, number]))
+        insert(result, path, jnp.asarray(drawn))
     return result
 
 
-def _draw(config: NetworkConfig, path: str, shape: tuple[int, ...], key: Array) -> Array:
+def _draw(config: NetworkConfig, path: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     *_, owner, leaf = path.split(".")
     if leaf == "scale":
-        return jnp.full(shape, 1 - config.norm_shift, jnp.float32)
+        return np.full(shape, 1 - config.norm_shift, np.float32)
     if leaf == "bias":
-        return jnp.zeros(shape, jnp.float32)
+        return np.zeros(shape, np.float32)
     spread = 0.02
     if config.family.startswith("t5"):
         if path == "embed.embedding":
@@ -131,7 +130,10 @@ def _draw(config: NetworkConfig, path: str, shape: tuple[int, ...], key: Array) 
             spread = (config.width * config.head_width) ** -0.5
         else:
             spread = (shape[0] if leaf == "kernel" else config.width) ** -0.5
-    return jax.random.truncated_normal(key, -2, 2, shape, jnp.float32) * jnp.float32(spread)
+    drawn = rng.standard_normal(shape, np.float32)
+    while (far := np.abs(drawn) > 2).any():
+        drawn[far] = rng.standard_normal(int(far.sum()), np.float32)
+    return drawn * np.float32(spread)
 
 
 def train_tokenizer(config: NetworkConfig, settings: Mapping[str, Any], texts: Iterable[str]) -> Any:
