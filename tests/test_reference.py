@@ -333,6 +333,15 @@ def test_a_published_checkpoint_reads_the_same(tmp_path, name):
         checkpoint.read_folder(tmp_path)
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_stacks_with_embeddings_of_their_own_are_refused(tmp_path, name):
+    (tmp_path / "config.json").write_bytes((FOLDER / name / "config.json").read_bytes())
+    tensors = published(name, load_file(FOLDER / name / "model.safetensors"))
+    save_file(tensors | {"decoder.embed_tokens.weight": tensors["shared.weight"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(TPatchError, match=r"decoder\.embed_tokens\.weight differs from shared\.weight, and one"):
+        checkpoint.read_folder(tmp_path)
+
+
 OLDER: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "gpt2": ({"n_ctx": 48, "torch_dtype": "float32"}, ("dtype", "tie_word_embeddings", "pad_token_id")),
     "gptj": ({"rotary": True}, ("dtype", "tie_word_embeddings")),
@@ -491,6 +500,29 @@ def test_a_head_for_other_labels_keeps_what_fits():
     assert same(params["classifier"], {"dense": read("roberta").model.params["classifier"]["dense"]})
     _, params, _ = checkpoint.read_folder(FOLDER / "roberta", labels=["a", "b", "c"])
     assert same(params, read("roberta").model.params)
+
+
+def test_a_head_may_read_the_mean_of_all_tokens(tmp_path):
+    """Of those that are no padding, as ``classifier_pooling`` says; the weights are the same."""
+    found, tensors = read("bert"), load_file(FOLDER / "bert" / "model.safetensors")
+    settings = json.loads((FOLDER / "bert" / "config.json").read_text("utf-8")) | {"classifier_pooling": "mean"}
+    (tmp_path / "config.json").write_text(json.dumps(settings), "utf-8")
+    save_file(tensors, tmp_path / "model.safetensors")
+    config, params, settings = checkpoint.read_folder(tmp_path)
+    model = Model(config, params, None, "mean", None, settings)
+    lengths = (found.expected["tokens"] >= 0).sum(1, keepdims=True)
+    mean = found.expected["layer_2"].sum(1) / lengths
+    middle = np.tanh(mean @ tensors["bert.pooler.dense.weight"].T + tensors["bert.pooler.dense.bias"])
+    wanted = middle @ tensors["classifier.weight"].T + tensors["classifier.bias"]
+    np.testing.assert_allclose(model.apply(found.batch), wanted, rtol=0, atol=TOLERANCE)
+    assert relative(wanted, found.expected["logits"]) > 1e-2
+    # the same with other layers cut, patches in them, and written and read
+    patch = random_patch(model)
+    attached, merged = (np.asarray(put(model, patch).apply(found.batch)) for put in (attach, merge))
+    assert relative(attached, wanted) > 1e-2
+    assert relative(merged, attached) < 1e-5
+    save_model(merge(model, patch), tmp_path / "new")
+    assert checkpoint.read_folder(tmp_path / "new")[0] == config
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

@@ -202,6 +202,13 @@ LENGTHS = (24, 17, 5, 20)
 """How much of each row an encoder reads; behind it is padding."""
 
 
+def kind(name: str) -> Any:
+    """The class of transformers that makes and loads a family's network."""
+    if "id2label" in SETTINGS[name]:
+        return AutoModelForSequenceClassification
+    return AutoModelForSeq2SeqLM if "decoder_start_token_id" in SETTINGS[name] else AutoModelForCausalLM
+
+
 def build(name: str, **changes: Any) -> PreTrainedModel:
     """A family's network in torch, weights as they come; eager attention, since only it has soft caps and all windows.
 
@@ -211,10 +218,7 @@ def build(name: str, **changes: Any) -> PreTrainedModel:
     """
     settings = {"model_type": name, **SETTINGS[name], **changes}
     config = AutoConfig.for_model(**settings)
-    labels = settings.get("id2label")
-    kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
-    network = AutoModelForSeq2SeqLM if config.is_encoder_decoder else kind
-    model = network.from_config(config, attn_implementation="eager")
+    model = kind(name).from_config(config, attn_implementation="eager")
     if config.model_type in ("t5", "mt5") and settings.get("tie_word_embeddings") is False:
         # transformers makes them tied whatever is asked for, and unties them for a checkpoint that has both.
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())

@@ -117,6 +117,15 @@ def _available(shards: Mapping[str, Path], wanted: Sequence[str]) -> dict[str, s
     return found
 
 
+def _alike(shards: Mapping[str, Path], one: str, other: str) -> bool:
+    """Whether two tensors are the same, bit for bit."""
+    tensors = []
+    for name in (one, other):
+        with safe_open(shards[name], "np") as file:
+            tensors.append(file.get_tensor(name))
+    return np.array_equal(*tensors)
+
+
 def _with_labels(settings: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     numbered = {str(number): label for number, label in enumerate(labels)}
     return {**settings, "id2label": numbered, "label2id": {label: number for number, label in enumerate(labels)}}
@@ -187,8 +196,14 @@ def read_folder(
     passed_over = family.other_heads if labels is not None else ()
     known = set(names.values())
     for name in shards:
-        copy = config.tied and name == family.names.get("head", "") + ".weight"
-        if name not in known and not (copy or name.endswith(family.constants) or name.startswith(passed_over)):
+        if name in known or name.endswith(family.constants) or name.startswith(passed_over):
+            continue
+        if name.endswith(family.copies):
+            embedding = family.names["embed.embedding"]
+            embedding = embedding.removeprefix(family.prefix) if bare else embedding
+            if embedding in names and not _alike(shards, name, names[embedding]):
+                problems.append(f"{name} differs from {embedding}, and one embedding for both stacks is supported")
+        elif not (config.tied and name == family.names.get("head", "") + ".weight"):
             problems.append(f"{name} is not part of a {config.family} model")
     sizes = {}
     for name, stored in sorted(names.items()):

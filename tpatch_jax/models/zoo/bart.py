@@ -72,6 +72,6 @@ BART = Family(
         "head.bias": "final_logits_bias",
     },
     ffn_width="decoder_ffn_dim",
-    constants=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+    copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
     optional_row="final_logits_bias",
 )

@@ -45,6 +45,7 @@ class Family(NamedTuple):
         fused: tensors that hold several of our linear layers.
         transposed: whether the checkpoint stores kernels as ``[out, in]``.
         constants: endings of tensors that checkpoints hold and networks compute.
+        copies: endings of tensors that checkpoints hold and that are the embedding again.
         ffn_width: the entries of ``config.json`` that say how wide an FFN is, so that a wider one can be written; empty
             where it cannot be said.
         biases: the entry of ``config.json`` that gives biases to an FFN without any, if there is one.
@@ -64,6 +65,7 @@ class Family(NamedTuple):
     fused: tuple[Fused, ...] = ()
     transposed: bool = True
     constants: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
     ffn_width: str = "intermediate_size"
     biases: str = ""
     export: str = "exact"

@@ -95,7 +95,9 @@ def _family(name: str, gated: bool) -> Family:
             **_stack("", "decoder", 2, gated),
             "head": "lm_head",
         },
-        constants=_CONSTANTS,
+        # a leftover in the first releases
+        constants=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+        copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
         ffn_width="d_ff",
         export="approximate only",
         accepts=lambda settings: is_gated(settings) == gated,
@@ -103,11 +105,5 @@ def _family(name: str, gated: bool) -> Family:
     )
 
 
-_CONSTANTS = (
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
-    # a leftover in the first releases
-    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
-)
 T5 = _family("t5", gated=False)
 T5_GATED = _family("t5_v1_1", gated=True)
