@@ -1,6 +1,7 @@
 """What an editor knows about a model before any edit: queries of unrelated text, and how contexts move a query.
 
-By default the text is sampled from the model itself. Collected once per model, layer and text, then cached.
+By default the text is sampled from the model itself, if it is a decoder. Collected once per model, layer and text, then
+cached.
 """
 
 import hashlib
@@ -18,6 +19,8 @@ from jax import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from tpatch_jax.editors.input_background import collect_inputs, input_rows
+from tpatch_jax.editors.inputs import read_inputs
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import replace_folder
 from tpatch_jax.memory import nuisance_scatter
@@ -28,7 +31,7 @@ from tpatch_jax.models.model import Model
 
 __all__ = ["Background", "background", "memory_rows"]
 
-VERSION = 2
+VERSION = 3
 TEXTS = 256
 LENGTH = 64
 PREFIX_LENGTHS = (5, 10, 5, 10, 8, 6, 10)
@@ -44,14 +47,17 @@ class Background(NamedTuple):
     Attributes:
         query: queries of unrelated text at the edited layer, ``[rows, d]``.
         nuisance: how a query moves when only the context before it changes, ``[d, d]``.
-        prefixes: short texts to put before a prompt.
+        prefixes: short texts to put before a prompt; of a model that reads whole inputs, other inputs.
         names: names found in the texts, to stand in for a subject.
+        centres: of a classifier what stands beside the last FFN and what comes out of it, together, mean over the
+            inputs of each label, ``[labels, d]``.
     """
 
     query: Array
     nuisance: Array
     prefixes: tuple[str, ...]
     names: tuple[str, ...]
+    centres: Array | None = None
 
 
 def background(
@@ -67,7 +73,8 @@ def background(
     Args:
         model: the model.
         layer: the edited layer.
-        text: a UTF-8 text file for the memory; by default text is sampled from the model itself.
+        text: a UTF-8 text file for the memory; by default text is sampled from the model itself, which only a decoder
+            can. Other models read one input a line; see `tpatch_jax.editors.inputs`.
         cache: folder where results are kept; ``None`` keeps nothing.
         progress: called with what is being done, how much is done, and how much there is.
 
@@ -82,7 +89,11 @@ def background(
     if folder is not None and (found := _load(folder)):
         return found
     rows = _texts(model, text, _folder(cache, mark), progress)
-    result = _collect(model, layer, rows, progress)
+    if model.config.architecture == "decoder" or text is None:
+        result = _collect(model, layer, rows, progress)
+    else:
+        report = (lambda done: progress("collecting memory", done, len(rows))) if progress else None
+        result = Background(*collect_inputs(model, layer, rows, read_inputs(text), report))
     if folder is not None:
         _save(folder, result)
     return result
@@ -100,7 +111,8 @@ def memory_rows(
         progress: called with what is being done, how much is done, and how much there is.
 
     Returns:
-        At most 256 rows of at most 64 tokens, not counting those with which a text begins.
+        At most 256 rows of at most 64 tokens, not counting those with which a text begins. Of a model that reads whole
+        inputs, one row for each, with the model's own answer.
 
     Raises:
         TPatchError: the text file is missing, not UTF-8, or too short.
@@ -125,7 +137,9 @@ def _texts(model: Model, text: str | Path | None, folder: Path | None, progress:
             return [part.tolist() for part in np.split(found["tokens"], np.cumsum(found["lengths"])[:-1])]
         except (OSError, ValueError, KeyError, SafetensorError):
             shutil.rmtree(folder, ignore_errors=True)
-    if text is None:
+    if model.config.architecture != "decoder":
+        rows = input_rows(model, text, progress)
+    elif text is None:
         rows = _sampled(model, progress)
     else:
         ids = model.encode(_read(Path(text)))
@@ -208,7 +222,8 @@ def _keep(folder: Path, write: Callable[[Path], object]) -> None:
 
 def _save(folder: Path, result: Background) -> None:
     def write(temporary: Path) -> None:
-        arrays = {"query": np.asarray(result.query), "nuisance": np.asarray(result.nuisance)}
+        found = {"query": result.query, "nuisance": result.nuisance, "centres": result.centres}
+        arrays = {name: np.asarray(array) for name, array in found.items() if array is not None}
         save_file(arrays, temporary / "arrays.safetensors")
         texts = {"prefixes": result.prefixes, "names": result.names}
         (temporary / "background.json").write_text(json.dumps(texts, ensure_ascii=False, indent=1), "utf-8")
@@ -224,7 +239,8 @@ def _load(folder: Path) -> Background | None:
         arrays = load_file(folder / "arrays.safetensors")
         texts = json.loads((folder / "background.json").read_text("utf-8"))
         query, nuisance = jnp.asarray(arrays["query"]), jnp.asarray(arrays["nuisance"])
-        return Background(query, nuisance, tuple(texts["prefixes"]), tuple(texts["names"]))
+        centres = jnp.asarray(arrays["centres"]) if "centres" in arrays else None
+        return Background(query, nuisance, tuple(texts["prefixes"]), tuple(texts["names"]), centres)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         shutil.rmtree(folder, ignore_errors=True)
         return None

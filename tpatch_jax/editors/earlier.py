@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax.editors.reading import Item
-from tpatch_jax.models.collection import Sites, collect, predicted
+from tpatch_jax.models.collection import Sites, collect, joined, predicted
 from tpatch_jax.models.model import Model
 from tpatch_jax.patch import Patch, preactivations, sized
 from tpatch_jax.sizes import power_of_two
@@ -98,7 +98,12 @@ def remember(
         sites,
         earlier.heard[:0] if heard is None else heard,
     )
-    return jax.tree.map(lambda old, more: np.concatenate([old, more]), earlier, new)
+    flat = {
+        name: np.concatenate([old, more])
+        for name, old, more in zip(Earlier._fields, earlier, new, strict=True)
+        if name != "sites"
+    }
+    return Earlier(**flat, sites=joined(earlier.sites, new.sites))
 
 
 def broken(model: Model, earlier: Earlier, patch: Patch) -> np.ndarray:
@@ -157,6 +162,9 @@ def give_way(model: Model, earlier: Earlier, patch: Patch, query: np.ndarray) ->
         query: where something else is wanted, ``[rows, d]``.
     """
     if not len(earlier.wanted) or not len(query) or not patch.key.shape[0]:
+        return patch
+    if query.ndim == 3:
+        # Whole texts: some of their tokens may well sound alike.
         return patch
     own, strayed = _responses(patch, earlier.sites.query).max(0), _responses(patch, query).max(0)
     threshold = strayed + 0.1 * (own - strayed)

@@ -6,6 +6,7 @@ needs is collected once.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,11 @@ from tpatch_jax.ffn import ACTIVATIONS
 from tpatch_jax.fitting import Lane
 from tpatch_jax.memory import Memory, blended, create_memory, extend, nuisance_scatter
 from tpatch_jax.models import networks
-from tpatch_jax.models.collection import Sites, collect, predicted
+from tpatch_jax.models.collection import LEAST_TEXT, Sites, collect, predicted, real, single_rows
 from tpatch_jax.models.model import Model
 from tpatch_jax.patch import Patch, contribution, sized
 from tpatch_jax.requests import EditRequest
-from tpatch_jax.sizes import power_of_two
+from tpatch_jax.sizes import power_of_two, round_up
 
 __all__ = [
     "collect_bare",
@@ -36,6 +37,7 @@ __all__ = [
     "last_memory",
     "moment",
     "resume",
+    "starting",
     "swaps",
 ]
 
@@ -73,6 +75,23 @@ def forward_seconds(model: Model, items: Sequence[Item], most: int = 64) -> floa
     return (time.perf_counter() - began) / len(rows)
 
 
+def starting(model: Model, known: Background) -> Array:
+    """What values are started with: `moment` of the unembedding, or the mean of each label of a classifier."""
+    return moment(networks.unembedding(model.config, model.params)) if known.centres is None else known.centres
+
+
+def _directions(model: Model, spread: Array, targets: np.ndarray) -> Array:
+    """Where values start, ``[lanes, d]``: towards the target and away from everything else.
+
+    ``M⁻¹·u_token`` raises a token's logit most against all others; of a classifier it is the way from the mean of all
+    labels to that of the target.
+    """
+    if model.config.labels:
+        return spread[targets] - jnp.mean(spread, 0)
+    table = networks.unembedding(model.config, model.params)
+    return jnp.linalg.solve(spread, table[targets].astype(jnp.float32).T).T
+
+
 @jax.jit
 def moment(table: Array) -> Array:
     """``M = UᵀU/V`` of the unembedding ``U [V, d]``, regularised: ``[d, d]``."""
@@ -94,7 +113,9 @@ def _scale(model: Model, residual: Array, output: Array, beside: Array) -> Array
     """
 
     def norm(output: Array) -> Array:
-        hidden = networks.leave_last(model.config, model.params, residual, output)
+        # Where a norm follows, its output says nothing about how much it takes to move it.
+        after = model.config.post_norm
+        hidden = residual + output if after else networks.leave_last(model.config, model.params, residual, output)
         return jnp.mean(jnp.linalg.norm(hidden.astype(jnp.float32), axis=-1), -1)
 
     return jnp.minimum(norm(beside), LOUDEST * norm(output))
@@ -120,11 +141,9 @@ def create_lanes(
         asked: the target tokens.
         negatives: queries on which each request's first neuron must stay silent, ``[requests, swaps, d]``.
         mean: the mean memory query, ``[d]``, which stands for no negative.
-        spread: from `moment`.
+        spread: from `starting`.
         rows: the bare rows that want a neuron, ``[lanes]``.
         patch: what is active already.
-
-    Each value starts in the direction that raises its token's logit most against all others, ``M⁻¹·u_token``.
     """
     owner, token = asked.owner[rows], asked.token[rows]
     most = max(len(asked.table[number]) for number in owner)
@@ -137,34 +156,56 @@ def create_lanes(
         ]
     )
     query, output, residual = (field[chosen] for field in sites)
+    context: dict[str, Any] = {"residual": residual}
+    if query.ndim == 4:
+        query, output, context = _by_position(query, output, residual)
     beside = output + contribution(sized(patch, 64), query, ACTIVATIONS[model.config.activation])
     targets = asked.wanted[rows]
-    table = networks.unembedding(model.config, model.params)
     # Only the first token of an answer follows a prompt that another subject could stand in.
     particular = np.where((token == 0)[:, None, None], negatives[owner], mean)
     return Lane(
         jnp.asarray(query, jnp.float32),
         jnp.asarray(beside, jnp.float32),
         jnp.asarray(particular),
-        {"residual": jnp.asarray(residual)},
+        jax.tree.map(jnp.asarray, context),
         jnp.asarray(targets),
-        jnp.linalg.solve(spread, table[targets].astype(jnp.float32).T).T,
-        _scale(model, residual, output, beside),
+        _directions(model, spread, targets),
+        _scale(model, context["residual"], output, beside),
     )
+
+
+def _by_position(query: np.ndarray, output: np.ndarray, residual: np.ndarray) -> tuple[Any, Any, dict[str, Any]]:
+    """Whole texts, ``[lanes, contexts, tokens, d]``, as positions ``[lanes, all tokens, d]``, with their context.
+
+    Each text begins again until it is as long as the longest; what is said twice does not count in the mean.
+    """
+    length = np.any(residual != 0, -1).sum(-1)
+    longest = round_up(int(length.max()), 8)
+    place = np.arange(longest) % length[..., None]
+    lanes, contexts = length.shape
+    query, output, residual = (
+        np.take_along_axis(array, place[..., None], 2).reshape(lanes, contexts * longest, -1)
+        for array in (query, output, residual)
+    )
+    valid = (np.arange(longest) < length[..., None]).reshape(lanes, -1)
+    text = np.broadcast_to(np.repeat(np.arange(contexts, dtype=np.int32), longest), valid.shape)
+    return query, output, {"residual": residual, "valid": valid, "text": text}
 
 
 def last_memory(settings: TPatcherSettings, known: Background, earlier: Earlier, sites: Sites, asked: Asked) -> Memory:
     """Background queries, earlier edits, and the other edits of this batch."""
     nuisance = known.nuisance
-    if settings.fit.recipe == "staged" and settings.contexts > 1:
+    if settings.fit.recipe == "staged" and settings.contexts > 1 and sites.query.ndim == 2:
         groups = [sites.query[span[: settings.contexts].T] for span in asked.table]
         # The edits' own contexts tell more than the general ones, the more of them there are.
         own, share = nuisance_scatter(jnp.asarray(np.concatenate(groups))), min(0.9, len(asked.wanted) / 200)
         nuisance = blended(own, nuisance, share)
     memory = create_memory(known.query, nuisance, weight=settings.nuisance_weight, shrinkage=settings.shrinkage)
-    query, answer = earlier.sites.query, earlier.wanted
+    query, owner = single_rows(earlier.sites)
+    answer = earlier.wanted[owner]
     if settings.other_edits:
-        query, answer = np.concatenate([query, sites.query]), np.concatenate([answer, asked.answers])
+        own, owner = single_rows(sites)
+        query, answer = np.concatenate([query, own]), np.concatenate([answer, asked.answers[owner]])
     return extend(memory, query, answer, power_of_two(len(query), 64)) if len(query) else memory
 
 
@@ -179,11 +220,13 @@ def swaps(
 ) -> np.ndarray:
     """The query after each prompt about other subjects, ``[items, count, d]``; the mean where there is none."""
     swapped = swapped_prompts(model, requests, names, count)
-    result = np.broadcast_to(mean, (len(items), count, mean.shape[0])).astype(np.float32)
+    whole = () if networks.pointwise(model.config) else (LEAST_TEXT,)
+    result = np.broadcast_to(mean, (len(items), count, *whole, mean.shape[0])).astype(np.float32)
     places = [(at, slot) for at, item in enumerate(items) for slot in range(len(swapped.get(item.position, ())))]
     rows = [model.encode_prompt(swapped[items[at].position][slot]) for at, slot in places]
     if rows:
         report = (lambda done: progress("reading other subjects", done, len(rows))) if progress else None
-        found = collect(model, rows, [[len(row) - 1] for row in rows], model.layer(None), report).query
-        result[tuple(np.asarray(places).T)] = found
-    return result
+        found = collect(model, rows, [[len(row) - 1] for row in rows], model.layer(None), report)
+        said = found.query if not whole else np.where(real(found)[..., None], found.query, mean)[:, :LEAST_TEXT]
+        result[tuple(np.asarray(places).T)] = said
+    return result.reshape(len(items), -1, mean.shape[0])

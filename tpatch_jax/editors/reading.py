@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tpatch_jax.editors.inputs import input_contexts
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest, contradictions, join_target
@@ -67,9 +68,16 @@ def check_requests(model: Model, requests: Sequence[EditRequest], subjects: bool
 
 
 def read_item(model: Model, position: int, request: EditRequest, prefixes: Sequence[str], rephrases: bool) -> Item:
-    """A request in tokens, bare and after each prefix; a context that would be too long is the bare prompt again."""
+    """A request in tokens, bare and in each context; one that would be too long is the bare prompt again.
+
+    A decoder sees the prompt behind each prefix; a model that reads whole inputs sees as many `input_contexts`.
+    """
     target = model.encode_target(request.prompt, join_target(request.prompt, request.target))
-    texts = [request.prompt, *(f"{prefix} {request.prompt}" for prefix in prefixes)]
+    if model.config.architecture == "decoder":
+        contexts = [f"{prefix} {request.prompt}" for prefix in prefixes]
+    else:
+        contexts = input_contexts(request.prompt, tuple(prefixes), len(prefixes))
+    texts = [request.prompt, *contexts]
     texts += list(request.rephrases) if rephrases else []
     rows, starts = [], []
     for number, text in enumerate(texts):

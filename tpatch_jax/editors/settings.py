@@ -1,7 +1,7 @@
 """Options of the T-Patcher editor, and the named sets of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tpatch_jax.editors.subject_site import SubjectSettings
 from tpatch_jax.fitting import FitSettings
@@ -24,6 +24,8 @@ class TPatcherSettings:
         fit: how a patch in the last layer is fitted.
         subject: how a patch at the subject is fitted.
         contexts: in how many contexts each prompt is seen, the bare one included.
+        input_contexts: the same of models that read whole inputs: classifiers and encoder-decoders.
+        input_split: `FitSettings.split` of those models, whose queries tell inputs apart more plainly.
         swaps: how many versions of a prompt with another subject a patch must stay silent on (needs a subject).
         other_edits: whether the other edits' queries are negatives as well.
         attempts: how often what does not hold yet is fitted again, in the presence of what does.
@@ -39,6 +41,8 @@ class TPatcherSettings:
     fit: FitSettings = field(default_factory=FitSettings)
     subject: SubjectSettings = field(default_factory=SubjectSettings)
     contexts: int = 4
+    input_contexts: int = 7
+    input_split: float = 0.6
     swaps: int = 4
     other_edits: bool = True
     attempts: int = 3
@@ -46,6 +50,10 @@ class TPatcherSettings:
     nuisance_weight: float = 0.8
     shrinkage: float = 0.1
     train_on_rephrases: bool = False
+
+    def for_inputs(self) -> "TPatcherSettings":
+        """The options as they are meant for a model that reads whole inputs."""
+        return replace(self, contexts=self.input_contexts, fit=replace(self.fit, split=self.input_split))
 
 
 PRESETS: Mapping[str, TPatcherSettings] = {
@@ -59,6 +67,7 @@ PRESETS: Mapping[str, TPatcherSettings] = {
         ),
         site="last",
         contexts=1,
+        input_contexts=1,
         swaps=0,
         other_edits=False,
         attempts=1,

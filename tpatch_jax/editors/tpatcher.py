@@ -25,8 +25,8 @@ from tpatch_jax.editors.last_site import (
     create_lanes,
     forward_seconds,
     last_memory,
-    moment,
     resume,
+    starting,
     swaps,
 )
 from tpatch_jax.editors.reading import Item, check_requests, read_item
@@ -42,7 +42,6 @@ from tpatch_jax.editors.subject_site import (
 )
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.ffn import ACTIVATIONS
-from tpatch_jax.models import networks
 from tpatch_jax.models.collection import predicted
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.models.networks import Batch
@@ -62,7 +61,7 @@ class TPatcherState(NamedTuple):
         patch: the neurons so far, ``[n, d]``.
         background: what is known about the unedited model at its last layer.
         deep: the same at the layer of the subject site, if that is used.
-        spread: the second moment of the unembedding, ``[d, d]``, by which values are started.
+        spread: what values are started with; see `tpatch_jax.editors.last_site.starting`.
         earlier: the edits of earlier steps, on which later patches stay silent and which they must not break.
         settings: the editor's options.
     """
@@ -118,9 +117,10 @@ def tpatcher(
         if layer is not None:
             deep = background(model, layer, memory, cache=cache, progress=progress)
             patch = patch._replace(layer=jnp.zeros(0, jnp.int32))
-        spread = moment(networks.unembedding(model.config, model.params))
+        spread = starting(model, known)
         dtype = jax.tree.leaves(model.params)[0].dtype
-        return TPatcherState(model, patch, known, deep, spread, nothing(width, dtype), settings)
+        own = settings if model.config.architecture == "decoder" else settings.for_inputs()
+        return TPatcherState(model, patch, known, deep, spread, nothing(width, dtype), own)
 
     def step(state: TPatcherState, requests: Sequence[EditRequest], key: Array) -> tuple[TPatcherState, EditInfo]:
         return _step(state, as_requests(requests), key, progress)
@@ -135,6 +135,12 @@ def _subject_layer(model: Model, settings: TPatcherSettings) -> int | None:
     """The layer of the subject site, if that is used; a model too low for it is edited in the last layer."""
     if settings.site == "last":
         return None
+    if model.config.architecture != "decoder":
+        if settings.site == "auto":
+            return None
+        raise TPatchError(
+            f"site={settings.site} needs a decoder, and {model.name!r} is an {model.config.architecture}; use site=last"
+        )
     layer = model.layer(subject_layer(model.config.layers, settings.layer))
     if layer != model.layer(None):
         return layer
@@ -282,8 +288,9 @@ def _step(
         # The new neuron that acts most strongly where an earlier edit broke has to go.
         new = take(patch, np.arange(older, patch.key.shape[0]))
         strength = act(preactivations(new, jnp.asarray(deep.earlier.sites.query[lost])))
-        strength = strength * jnp.linalg.norm(jnp.asarray(new.value), axis=1)
-        return set(asked.owner[rows[np.asarray(jnp.argmax(jnp.abs(strength), 1))]].tolist())
+        strength = jnp.abs(strength * jnp.linalg.norm(jnp.asarray(new.value), axis=1))
+        strength = jnp.max(strength, 1) if strength.ndim == 3 else strength
+        return set(asked.owner[rows[np.asarray(jnp.argmax(strength, 1))]].tolist())
 
     def gone(numbers: set[int]) -> None:
         # Without a neuron further down the last layer sees something else.

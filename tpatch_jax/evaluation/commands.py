@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +18,7 @@ from tpatch_jax.editors.subject_site import POSITIONS
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import draw_comparison
 from tpatch_jax.evaluation.protocols import PROTOCOLS
+from tpatch_jax.evaluation.record import asked_only
 from tpatch_jax.evaluation.records import DATA, QUESTION, Record, read_records
 from tpatch_jax.evaluation.report import comparison, read_report, table
 from tpatch_jax.evaluation.runner import evaluate
@@ -51,6 +52,8 @@ class Options:
         edits_data: its data set.
         generate: measure GE.
         every: after so many edits of a stream all edits so far are asked again.
+        train_set: a file of the same data set whose records are only asked, for TrainR.
+        test_set: the same for TestR; by default the records after those that are edited.
     """
 
     data: str | None = None
@@ -69,6 +72,8 @@ class Options:
     edits_data: str = "counterfact"
     generate: bool = False
     every: int = 50
+    train_set: str | None = None
+    test_set: str | None = None
 
 
 _KINDS = {"n": int, "seed": int, "text_tokens": int, "every": int, "one_per_subject": bool, "generate": bool}
@@ -117,8 +122,16 @@ def _check_name(name: str, options: Sequence[str], config: str | None) -> None:
         raise TPatchError(f"{config}: there is no option or setting {name!r}; {hint}")
 
 
-def _records(options: Options) -> tuple[list[Record], list[Record], dict[str, Any]]:
-    """The records, those held out for TestR (as many after them as there are), and what the report says of them."""
+class _Chosen(NamedTuple):
+    """Records that are edited, that are only asked for TrainR and TestR, and what the report says of them."""
+
+    records: list[Record]
+    train: list[Record]
+    held_out: list[Record]
+    about: dict[str, Any]
+
+
+def _records(options: Options) -> _Chosen:
     data, file = options.data, options.file
     if data is None:
         raise TPatchError(f"--data is missing; choose one of {', '.join((*DATA, TEXT))}")
@@ -127,7 +140,7 @@ def _records(options: Options) -> tuple[list[Record], list[Record], dict[str, An
     about: dict[str, Any] = {"data": data, "data_sha256": _sha256(file)}
     if data == TEXT:
         if options.edits is None:
-            return [], [], about
+            return _Chosen([], [], [], about)
         data, file = options.edits_data, options.edits
         about |= {"edits_data": data, "edits_sha256": _sha256(file)}
     subject = options.one_per_subject
@@ -139,7 +152,18 @@ def _records(options: Options) -> tuple[list[Record], list[Record], dict[str, An
     if options.protocol == "sequential" and options.n is not None:
         every = read_records(data, file, None, subject, options.reading, options.template)
         held_out = every[options.n : 2 * options.n]
-    return chosen, held_out, about
+        # Claims come with their true labels, so those that are not edited are a test set.
+        held_out = asked_only(held_out) if data == "fever" else held_out
+    sets: list[list[Record]] = []
+    for name in ("train_set", "test_set"):
+        path = getattr(options, name)
+        if path is not None and options.protocol != "sequential":
+            raise TPatchError(
+                f"--{name.replace('_', '-')} makes TrainR or TestR of a stream; use --protocol sequential"
+            )
+        sets.append(asked_only(read_records(data, path)) if path is not None else [])
+        about |= {f"{name}_sha256": _sha256(path)} if path is not None else {}
+    return _Chosen(chosen, sets[0], sets[1] or held_out, about)
 
 
 def _sha256(file: str) -> str | None:
@@ -167,7 +191,8 @@ def evaluate_command(
         raise TPatchError(f"there is no protocol {options.protocol!r}; choose from {', '.join(PROTOCOLS)}")
     methods = [name.strip() for name in options.method.split(",") if name.strip()]
     used = method_settings([find_method(n).name for n in methods if n != "unedited"], options.preset, settings)
-    records, held_out, about = _records(options)
+    chosen = _records(options)
+    records, about = chosen.records, chosen.about
     if dtype is not None:
         about["dtype"] = dtype
     loaded = commands.load(model, dtype, quiet or json)
@@ -179,7 +204,8 @@ def evaluate_command(
             options.protocol,
             output=output,
             settings=used,
-            held_out=held_out,
+            train=chosen.train,
+            held_out=chosen.held_out,
             text=options.file if options.data == TEXT else options.text,
             text_tokens=options.text_tokens,
             memory=memory,

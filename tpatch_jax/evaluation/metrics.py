@@ -181,6 +181,7 @@ def record_figures(
     neighborhood_true, neighborhood_new     NS, NM; neighborhood_acc, with the true target
     reliability or rewrite_new              reliability (`token_accuracy`); exact (`exact_match`)
     generalization or paraphrase_new        generalization, generalization_exact
+    rephrasing_*                            the same over all, and generalization_* of each kind (`exact_match`)
     portability and portability_*           portability, portability_exact, over all; and each kind's own
     locality or neighborhood_true           locality (`unchanged`)
     locality_answer                         locality (`token_accuracy`: ROME's zsRE), locality_exact
@@ -214,7 +215,7 @@ def record_figures(
     """
     after = {kind: scores for kind, scores in after.items() if scores}
     for kind in after:
-        if kind not in _KINDS and not kind.startswith("portability_"):
+        if kind not in _KINDS and not kind.startswith(("portability_", "rephrasing_", "accuracy")):
             raise TPatchError(f"no figure is made of probes of the kind {kind!r}; the kinds are {', '.join(_KINDS)}")
     figures: dict[str, float] = {}
     for part, letter, wanted, other in _CONTRASTS:
@@ -227,6 +228,12 @@ def record_figures(
         if kind in after:
             figures[name] = token_accuracy(after[kind])
             figures[exact] = exact_match(after[kind])
+    rules = [kind for kind in after if kind.startswith("rephrasing_")]
+    if rules:
+        scores = [score for kind in rules for score in after[kind]]
+        figures["generalization"], figures["generalization_exact"] = token_accuracy(scores), exact_match(scores)
+        for kind in rules:
+            figures[f"generalization_{kind.removeprefix('rephrasing_')}"] = exact_match(after[kind])
     asked = [kind for kind in after if kind.startswith("portability")]
     if asked:
         scores = [score for kind in asked for score in after[kind]]

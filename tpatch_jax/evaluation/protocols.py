@@ -33,6 +33,8 @@ __all__ = ["MOMENTS", "PROTOCOLS", "Setup", "unedited"]
 EDITS = ("rewrite_new", "reliability")
 REPHRASED = ("paraphrase_new", "generalization")
 ELSEWHERE = ("neighborhood_true", "locality", "locality_answer", "relation_specificity")
+ACCURACY = ("accuracy",)
+RULE = "rephrasing_"
 SAVE_EVERY = 10
 HEAT = 48
 """So many records at most are shown in the heat map of activations."""
@@ -46,7 +48,8 @@ class Setup(NamedTuple):
     Attributes:
         model: the unedited model.
         records: what is edited and asked.
-        held_out: records that are never edited; their locality questions make TestR.
+        train: records that are only asked; whether their answers are right makes TrainR.
+        held_out: records that are never edited; their locality questions, or their own answers, make TestR.
         base: the unedited model's answers to all probes.
         numbers: the number of each probe among the texts of ``base``.
         text: the unedited model on running text, if there is any.
@@ -58,6 +61,7 @@ class Setup(NamedTuple):
 
     model: Model
     records: Sequence[Record]
+    train: Sequence[Record]
     held_out: Sequence[Record]
     base: Base
     numbers: Mapping[Probe, int]
@@ -157,7 +161,7 @@ def _heat(setup: Setup, patch: Patch | None, neurons: Sequence[int]) -> list[flo
         return [0.0] * len(places)
     own = take(patch, list(neurons))
     rows = jnp.asarray(setup.base.query[np.concatenate(places)])
-    strength = np.asarray(activations(own, rows, jax.nn.relu)).max(-1)
+    strength = np.asarray(activations(own, rows, jax.nn.relu)).reshape(len(rows), -1).max(-1)
     return [round(float(part.max()), 4) for part in np.split(strength, np.cumsum([*map(len, places)])[:-1])]
 
 
@@ -172,6 +176,10 @@ def _right(setup: Setup, record: Record, outcome: Outcome, kinds: Sequence[str])
 
 
 def _right_tokens(setup: Setup, records: Sequence[Record], outcome: Outcome) -> np.ndarray:
+    """What of other things comes out right: whole answers of training and test sets, else tokens."""
+    texts = _texts(setup, records, ACCURACY)
+    if texts:
+        return np.asarray([score(setup.base.asked, outcome, text).right.all() for text in texts])
     texts = _texts(setup, records, ELSEWHERE)
     found = [score(setup.base.asked, outcome, text).right for text in texts]
     return np.concatenate(found) if found else np.zeros(0, bool)
@@ -183,6 +191,11 @@ def _same_tokens(setup: Setup, outcome: Outcome) -> float | None:
         return None
     pairs = [(score(asked, setup.base.outcome, text), score(asked, outcome, text)) for text in texts]
     return metrics.unchanged([one for one, _ in pairs], [other for _, other in pairs])
+
+
+def _rules(record: Record) -> list[str]:
+    """The kinds of rephrasings that rules make, if a record has any."""
+    return [kind for kind in record.probes if kind.startswith(RULE)]
 
 
 def _on_text(setup: Setup, edited: Edited) -> dict[str, float]:
@@ -281,7 +294,8 @@ def _sequential(setup: Setup, method: Method, editor: Editor, journal: Journal) 
     journal.replace(journal.lines[: saved[1]["done"] if saved is not None else 0])
     for number in range(len(journal.lines), len(records)):
         record, edited = records[number], Edited(method, editor, state)
-        own = _texts(setup, [record], (*EDITS, *REPHRASED))
+        rules = _rules(record)
+        own = _texts(setup, [record], (*EDITS, *REPHRASED, *rules))
         outcome = _look(setup, edited, setup.base, own)
         line: dict[str, Any] = {"id": record.id, "wrong": not all(_right(setup, record, outcome, EDITS))}
         if line["wrong"]:
@@ -289,7 +303,9 @@ def _sequential(setup: Setup, method: Method, editor: Editor, journal: Journal) 
             edited = Edited(method, editor, state)
             outcome = _look(setup, edited, setup.base, own)
             line["right_after"] = all(_right(setup, record, outcome, EDITS))
-            line["rephrased"] = _right(setup, record, outcome, REPHRASED)
+            line["rephrased"] = _right(setup, record, outcome, (*REPHRASED, *rules))
+            if rules:
+                line["by_rule"] = {rule.removeprefix(RULE): _right(setup, record, outcome, [rule]) for rule in rules}
             line["cost"] = _cost(info)
             heat = _heat(setup, edited.patch, _neurons(info)) if number < HEAT else None
             line |= {"activations": heat} if heat else {}
@@ -321,10 +337,13 @@ def _stream_result(setup: Setup, edited: Edited, journal: Journal) -> dict[str, 
     before = setup.base.outcome
     train, test = (
         (_right_tokens(setup, records, before), _right_tokens(setup, records, outcome))
-        for records in (setup.records, setup.held_out)
+        for records in (setup.train or setup.records, setup.held_out)
     )
     after, rephrased = [line["right_after"] for line in edits], [line["rephrased"] for line in edits]
     figures = metrics.sequential_figures(after, rephrased, last["retained"], train, test)
+    by_rule = [line["by_rule"] for line in edits if "by_rule" in line]
+    for rule in dict.fromkeys(name for found in by_rule for name in found):
+        figures[f"GR_{rule}"] = float(np.mean([np.mean(found[rule]) for found in by_rule if rule in found]))
     final = _after_all(setup, edited)
     journal.replace([{**line, **measured} for line, measured in zip(stream, final, strict=True)])
     found = {**figures, **metrics.summarise([line["figures"] for line in final]), **_on_text(setup, edited)}

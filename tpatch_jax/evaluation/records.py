@@ -9,11 +9,13 @@ own.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.claims import read_fever
+from tpatch_jax.evaluation.record import Probe, Record
 from tpatch_jax.requests import EditRequest, read_requests
 
 __all__ = [
@@ -39,64 +41,6 @@ PLAIN = "{}"
 
 READINGS = ("easyedit", "rome")
 """The two protocols of zsRE."""
-
-
-class Probe(NamedTuple):
-    """A question to the model, answered under teacher forcing: the text is ``prompt + join_target(prompt, target)``.
-
-    Attributes:
-        prompt: what the model reads.
-        target: what is scored. Empty where no answer is known: then nothing is joined, and only the argmax of the next
-            token after the prompt counts (`Score.predicted` has length one), enough to see whether it changed.
-
-    Example:
-        >>> Probe("The capital of France is", "Lyon").target
-        'Lyon'
-    """
-
-    prompt: str
-    target: str
-
-
-@dataclass(frozen=True)
-class Record:
-    """One record of a data set.
-
-    Attributes:
-        id: names it in reports, e.g. ``cf-7``.
-        requests: what is edited; one, except in MQuAKE.
-        probes: by kind, none of them empty. The kind says which figure they serve (`tpatch_jax.evaluation.metrics`):
-
-            - ``rewrite_new, rewrite_true, paraphrase_new, paraphrase_true, neighborhood_new, neighborhood_true``
-              (CounterFact): the same prompts, in the same order, with the new and with the true target;
-            - ``reliability, generalization`` (the others): the edit's prompt and its rephrasings, with the target;
-            - ``locality``: prompts whose argmaxes must not change; ``locality_answer``: prompts that must be answered
-              right;
-            - ``portability``, or ``portability_<kind>`` in KnowEdit: questions that follow from the edit;
-            - ``relation_specificity`` (KnowEdit): other facts about the edited subject, with their true answers;
-            - ``multi_hop`` (MQuAKE): the questions, with the new answer.
-        generation: openings that are continued freely for GE.
-        questions: what is answered freely for the any-of-three rule.
-        answers: what is accepted as an answer to them, the aliases included.
-
-    Example:
-        >>> request = EditRequest("The capital of France is", "Lyon")
-        >>> record = Record("one", (request,), {"reliability": (Probe(request.prompt, request.target),)})
-        >>> record.request.target
-        'Lyon'
-    """
-
-    id: str
-    requests: tuple[EditRequest, ...]
-    probes: Mapping[str, tuple[Probe, ...]]
-    generation: tuple[str, ...] = ()
-    questions: tuple[str, ...] = ()
-    answers: tuple[str, ...] = ()
-
-    @property
-    def request(self) -> EditRequest:
-        """The first of `requests`."""
-        return self.requests[0]
 
 
 def read_records(
@@ -382,6 +326,7 @@ DATA: Mapping[str, Callable[[str | Path, str, str], list[Record]]] = {
     "knowedit": lambda path, reading, template: read_knowedit(path, template),
     "requests": lambda path, reading, template: read_requests_records(path),
     "mquake": lambda path, reading, template: read_mquake(path, template),
+    "fever": lambda path, reading, template: read_fever(path),
 }
 """The readers by the names of their data sets: ``(path, reading, template) -> records``."""
 

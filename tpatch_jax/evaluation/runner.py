@@ -15,7 +15,7 @@ import jax
 from tpatch_jax.editors.registry import find_method, method_settings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.journal import Journal, finish_report, open_report
-from tpatch_jax.evaluation.protocols import ELSEWHERE, MOMENTS, PROTOCOLS, Setup, unedited
+from tpatch_jax.evaluation.protocols import ACCURACY, ELSEWHERE, MOMENTS, PROTOCOLS, Setup, unedited
 from tpatch_jax.evaluation.records import Record
 from tpatch_jax.evaluation.report import SCHEMA, write_report
 from tpatch_jax.evaluation.running_text import WINDOW, read_windows
@@ -37,6 +37,7 @@ def evaluate(
     *,
     output: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    train: Sequence[Record] = (),
     held_out: Sequence[Record] = (),
     text: str | Path | None = None,
     text_tokens: int = 16384,
@@ -59,6 +60,8 @@ def evaluate(
         protocol: ``single``, ``batch`` or ``sequential``; see `tpatch_jax.evaluation.protocols`.
         output: the report folder. A run that was interrupted goes on there. ``None`` writes nothing.
         settings: each method's settings by its name; its default preset where absent.
+        train: records that are only asked, for TrainR of ``sequential``; see
+            `tpatch_jax.evaluation.record.asked_only`.
         held_out: records that are never edited, for TestR of ``sequential``.
         text: a UTF-8 text file for perplexity, agreement and the certificate.
         text_tokens: at most so many tokens of it, from its start.
@@ -116,7 +119,7 @@ def evaluate(
             return whole
     tell = progress or (lambda what, done, total: None)
     with jax.default_matmul_precision("highest"):
-        setup = _prepare(model, records, held_out, text, text_tokens, generate, every, seed, cache, tell)
+        setup = _prepare(model, records, train, held_out, text, text_tokens, generate, every, seed, cache, tell)
         results, lines = [], {}
         for name, settled in [("unedited", None), *((method.name, method) for method in chosen)]:
             journal = Journal(name, folder)
@@ -152,6 +155,7 @@ def evaluate(
 def _prepare(
     model: Model,
     records: Sequence[Record],
+    train: Sequence[Record],
     held_out: Sequence[Record],
     text: str | Path | None,
     text_tokens: int,
@@ -163,7 +167,8 @@ def _prepare(
 ) -> Setup:
     """The unedited model's answers to everything that will be asked, each distinct probe once."""
     asked = [probe for record in records for probes in record.probes.values() for probe in probes]
-    asked += [probe for record in held_out for kind in ELSEWHERE for probe in record.probes.get(kind, ())]
+    others = [record.probes.get(kind, ()) for record in (*train, *held_out) for kind in (*ELSEWHERE, *ACCURACY)]
+    asked += [probe for found in others for probe in found]
     probes = list(dict.fromkeys(asked))
     place = cache_folder() if cache else None
     tokens = ask(model, probes)
@@ -175,7 +180,7 @@ def _prepare(
         running = base_scores(model, windows, cache=place, tell=lambda done: tell("reading the text", done, count))
     index = {probe: number for number, probe in enumerate(probes)}
     key = jax.random.key(seed)
-    return Setup(model, records, held_out, base, index, running, key, generate, every, tell)
+    return Setup(model, records, train, held_out, base, index, running, key, generate, every, tell)
 
 
 def _content(records: Sequence[Record]) -> str:

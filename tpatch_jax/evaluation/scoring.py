@@ -152,8 +152,11 @@ def _read(config: NetworkConfig, weights: Any, residual: Array, output: Array, w
 
 @jax.jit
 def _fires(patch: Patch, query: Array) -> Array:
-    z = preactivations(patch, query)
-    return jnp.max(z.reshape(len(query), -1), -1) > 0
+    z = jnp.max(preactivations(patch, query), -1)
+    if z.ndim == 2:
+        # Padding of whole texts is silent whatever it says.
+        z = jnp.max(jnp.where(jnp.any(query != 0, -1), z, -1), -1)
+    return z > 0
 
 
 @jax.jit

@@ -18,7 +18,7 @@ from tpatch_jax.models.rows import ASK, place_in, row_length, split_row, tokens_
 from tpatch_jax.patch import Patch, contribution, create, sized
 from tpatch_jax.sizes import power_of_two
 
-__all__ = ["Sites", "batches", "collect", "pad_rows", "predicted"]
+__all__ = ["Sites", "batches", "collect", "joined", "pad_rows", "predicted", "real", "single_rows"]
 
 TOKENS_PER_BATCH = 1024
 Rows = Any
@@ -125,6 +125,32 @@ def collect(
         if progress:
             progress(done)
     return Sites(*found)
+
+
+def real(sites: Sites) -> np.ndarray:
+    """Which positions of whole texts are no padding, ``[rows, tokens]`` bool."""
+    return np.any(sites.residual != 0, -1)
+
+
+def single_rows(sites: Sites) -> tuple[Rows, np.ndarray]:
+    """All queries one by one, ``[queries, d]``, and the row that each belongs to, ``[queries]``."""
+    if sites.query.ndim == 2:
+        return sites.query, np.arange(len(sites.query))
+    there = real(sites)
+    return sites.query[there], np.nonzero(there)[0]
+
+
+def joined(first: Sites, second: Sites) -> Sites:
+    """The rows of both, whole texts padded to the longer ones."""
+    if second.query.ndim == 3:
+        longest = max(first.query.shape[1] if first.query.ndim == 3 else 0, second.query.shape[1])
+
+        def longer(array: Rows) -> Rows:
+            array = array if array.ndim == 3 else array[:, None]
+            return np.pad(array, ((0, 0), (0, longest - array.shape[1]), (0, 0)))
+
+        first, second = (Sites(*map(longer, sites)) for sites in (first, second))
+    return Sites(*(np.concatenate(pair) for pair in zip(first, second, strict=True)))
 
 
 @partial(jax.jit, static_argnames="config")

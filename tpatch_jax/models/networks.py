@@ -568,15 +568,22 @@ def finish(config: NetworkConfig, weights: Params, context: Params, output: Arra
     """`resume` for rows cut in the last layer, each a position of its own: ``[rows, d]`` to ``[rows, vocabulary]``.
 
     Where one position does not decide (see `pointwise`) a row is a whole text, ``[rows, tokens, d]``, in which a
-    residual stream of zeros marks padding: after a norm there is none.
+    residual stream of zeros marks padding: after a norm there is none. Or rows are positions of several texts; then the
+    context says for each which ``"text"`` it belongs to and whether it is ``"valid"``, and a row gets its text's
+    logits.
 
     Args:
         config: the network's description.
         weights: what `final_weights` returned.
-        context: ``{"residual": [rows, d]}``.
+        context: ``{"residual": [rows, d]}``, and perhaps ``"text"`` and ``"valid"``, ``[rows]``.
         output: the FFN's output, ``[rows, d]``.
     """
     kind, residual = config.kind(config.layers - 1), context["residual"]
+    if "text" in context:
+        hidden, text = _leave(config, kind, weights["layer"], residual, output), context["text"]
+        same = ((text[:, None] == text) & context["valid"]).astype(hidden.dtype)
+        mean = same @ hidden / jnp.sum(same, -1, keepdims=True)
+        return logits(config, weights, mean[:, None])
     if not pointwise(config):
         hidden = _leave(config, kind, weights["layer"], residual, output)
         return logits(config, weights, hidden, jnp.any(residual != 0, -1))

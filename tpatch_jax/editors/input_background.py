@@ -1,0 +1,152 @@
+"""What an editor knows about a classifier or an encoder-decoder before any edit: queries where it answers."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tpatch_jax.editors.inputs import input_contexts, read_inputs
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.memory import nuisance_scatter
+from tpatch_jax.models import networks
+from tpatch_jax.models.collection import Sites, collect
+from tpatch_jax.models.generation import greedy
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.rows import ASK
+
+__all__ = ["collect_inputs", "input_rows"]
+
+INPUTS = 16_384
+"""So many inputs are read at most."""
+QUERIES = 40_000
+"""So many of their queries are kept at most: the paper's memory."""
+LANES = 64
+ANSWER_TOKENS = 24
+OTHERS = 7
+GROUPS = 512
+CONTEXTS = 6
+PLACES = 3
+
+_NAME = re.compile(r"(?:(?<=[a-z,] )|^)[A-Z][a-z]+(?: [A-Z][a-z]+)+")
+
+
+def input_rows(
+    model: Model, text: str | Path | None, progress: Callable[[str, int, int], None] | None
+) -> list[list[int]]:
+    """Inputs in tokens, and what an encoder-decoder answers to them.
+
+    Args:
+        model: a classifier or an encoder-decoder.
+        text: a file of inputs; see `tpatch_jax.editors.inputs.read_inputs`.
+        progress: called with what is being done, how much is done, and how much there is.
+
+    Returns:
+        A row for each input that the model can read, at most 16,384.
+
+    Raises:
+        TPatchError: there is no file, or it cannot be read.
+    """
+    if text is None:
+        raise TPatchError(
+            f"{model.name!r} is an {model.config.architecture}, which cannot sample text to stay silent on; give a "
+            "file of inputs, one a line, for instance those it was trained on (--memory FILE, memory=)"
+        )
+    inputs = read_inputs(text)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(inputs))[:INPUTS])
+    rows = [model.encode_prompt(inputs[number]) for number in chosen]
+    rows = [row for row in rows if not model.excess(row, ())]
+    if not model.config.encoder:
+        return rows
+    # Neighbours in length share a batch, so that little of it is padding.
+    order = np.argsort([len(row) for row in rows], kind="stable")
+    found: list[list[int]] = [[] for _ in rows]
+    for first in range(0, len(rows), LANES):
+        if progress:
+            progress("answering inputs", first, len(rows))
+        part = order[first : first + LANES]
+        said = greedy(model.config, model.params, [rows[n] for n in part], ANSWER_TOKENS, model.stops)
+        for number, answer in zip(part, said, strict=True):
+            # An answer that was cut off has no end to stay silent on.
+            end = [] if len(answer) == ANSWER_TOKENS else [model.tokenizer.eos_token_id]
+            found[number] = [*rows[number], *answer, *end]
+    if progress:
+        progress("answering inputs", len(rows), len(rows))
+    return found
+
+
+def _places(model: Model, row: Sequence[int]) -> range:
+    """Where in a row the model's answer is decided, token by token."""
+    start = row.index(ASK) + (len(model.begin) if model.config.encoder else 0)
+    return range(start, max(start + 1, len(row) - 1))
+
+
+def collect_inputs(
+    model: Model,
+    layer: int,
+    rows: list[list[int]],
+    inputs: Sequence[str],
+    report: Callable[[int], None] | None = None,
+) -> tuple[Array, Array, tuple[str, ...], tuple[str, ...], Array | None]:
+    """The fields of a `tpatch_jax.editors.background.Background`.
+
+    Args:
+        model: a classifier or an encoder-decoder.
+        layer: the edited layer.
+        rows: from `input_rows`.
+        inputs: the inputs as texts; names and other inputs are taken from them.
+        report: called with the number of rows done.
+    """
+    sites = collect(model, rows, [_places(model, row) for row in rows], layer, report)
+    others = tuple(inputs[:: max(1, len(inputs) // OTHERS)][:OTHERS])
+    if networks.pointwise(model.config):
+        query, nuisance = sites.query, _nuisance(model, layer, rows[:GROUPS], others)
+    else:
+        # Tokens of one text differ in what they are; what they share is what the text says.
+        real = np.any(sites.residual != 0, -1)
+        query, shortest = sites.query[real], int(real.sum(1).min())
+        nuisance = nuisance_scatter(jnp.asarray(sites.query[:GROUPS, :shortest]))
+    kept = np.sort(np.random.default_rng(1).permutation(len(query))[:QUERIES])
+    names = dict.fromkeys(name for text in inputs for name in _NAME.findall(text))
+    centres = _centres(model, sites) if model.config.labels else None
+    return jnp.asarray(query[kept], jnp.float32), nuisance, others, tuple(names)[:200], centres
+
+
+def _nuisance(model: Model, layer: int, rows: Sequence[Sequence[int]], others: tuple[str, ...]) -> Array:
+    """How queries move when an input is said otherwise and answered alike."""
+    spans, places = [], []
+    for row in rows:
+        text = model.decode(row[: row.index(ASK)])
+        answer = row[row.index(ASK) + 1 + len(model.begin) :] if model.config.encoder else []
+        different = tuple(other for other in others if other != text)
+        prompts = [model.encode_prompt(shape) for shape in (text, *input_contexts(text, different, CONTEXTS - 1))]
+        if not any(model.excess(prompt, answer) for prompt in prompts):
+            spans += [[*prompt, *answer] for prompt in prompts]
+            places += [_places(model, span)[:PLACES] for span in spans[-CONTEXTS:]]
+    if not spans:
+        return jnp.eye(model.config.width)
+    query, groups, first = collect(model, spans, places, layer).query, [], 0
+    for number in range(0, len(spans), CONTEXTS):
+        size = len(places[number])
+        part = query[first : first + CONTEXTS * size].reshape(CONTEXTS, size, -1)
+        groups.append(part.swapaxes(0, 1))
+        first += CONTEXTS * size
+    return nuisance_scatter(jnp.asarray(np.concatenate(groups)))
+
+
+def _centres(model: Model, sites: Sites) -> Array:
+    """What stands before the last norm, mean of each label, weighted by how probable it is: ``[labels, d]``."""
+    before = np.asarray(sites.residual + sites.output, np.float32)
+    weights, share = networks.final_weights(model.config, model.params), []
+    for first in range(0, len(before), 1024):
+        residual, output = (jnp.asarray(array[first : first + 1024]) for array in (sites.residual, sites.output))
+        logits = networks.finish(model.config, weights, {"residual": residual}, output)
+        share.append(np.asarray(jax.nn.softmax(logits, -1)))
+    probable = np.concatenate(share)
+    if before.ndim == 3:
+        real = np.any(sites.residual != 0, -1, keepdims=True)
+        before = (before * real).sum(1) / real.sum(1)
+    return jnp.asarray(probable.T @ before / probable.sum(0)[:, None])
