@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -17,6 +18,8 @@ torch = pytest.importorskip("torch", reason="torch is only needed to compare wit
 import transformers  # noqa: E402
 
 from tpatch_jax.models import checkpoint, generation, networks  # noqa: E402
+from tpatch_jax.models.blocks import relative_bias  # noqa: E402
+from tpatch_jax.models.families import configure  # noqa: E402
 from tpatch_jax.models.model import Model, load_model, save_model  # noqa: E402
 from tpatch_jax.models.rows import ASK, tokens_array  # noqa: E402
 
@@ -299,6 +302,22 @@ def test_transformers_reads_what_we_write(tmp_path, name):
     expected = expectations(name)
     found = run(reference, expected["tokens"], expected.get("source"))["logits"]
     np.testing.assert_allclose(found.numpy(), expected["logits"], rtol=0, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(("buckets", "furthest"), [(32, 128), (8, 20), (64, 256), (20, 1000)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_distance_is_in_its_bucket(buckets, furthest, causal):
+    """Where a bucket begins the last digit of a logarithm decides: in an encoder's at distances 16, 32 and 64."""
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    changes = {"relative_attention_num_buckets": buckets, "relative_attention_max_distance": furthest}
+    config = configure({"layer_norm_epsilon": 1e-6, "model_type": "t5", **make_references.T5, **changes})
+    config, ends = config if causal else config.encoder, np.asarray([[0, 1199]])
+    ahead = torch.arange(1200)[None] - torch.asarray(ends.T)
+    wanted = T5Attention._relative_position_bucket(ahead, not causal, buckets, furthest)
+    found = relative_bias(config, jnp.arange(buckets)[:, None], jnp.asarray(ends), 1200)
+    assert len(np.unique(wanted)) == (buckets if causal else buckets - 1)
+    np.testing.assert_array_equal(found[0, 0], wanted)
 
 
 @pytest.mark.parametrize("name", ["bart", "t5", "t5_v1_1"])

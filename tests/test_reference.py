@@ -441,6 +441,7 @@ def test_an_older_config_reads_the_same(tmp_path, name):
         ("distilbert", {"id2label": {"0": "yes", "2": "no"}, "label2id": {"yes": 0, "no": 2}}),
         ("bart", {"activation_function": "tanh"}),
         ("t5", {"feed_forward_proj": "gelu-gated"}),
+        ("t5", {"relative_attention_max_distance": 4}),
         ("t5_v1_1", {"feed_forward_proj": "gated-gelu-new"}),
         ("t5_v1_1", {"feed_forward_proj": "gated-tanh"}),
     ],

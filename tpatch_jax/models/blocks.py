@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -94,6 +95,15 @@ def _rotate(x: Array, positions: Array, config: NetworkConfig, rope_frequencies:
     return jnp.concatenate([turned.reshape(*x.shape[:-1], 2 * pairs).astype(x.dtype), rest], -1)
 
 
+def _buckets(buckets: int, furthest: int) -> np.ndarray:
+    """The bucket of every distance up to the furthest that counts, in one direction: ``[furthest + 1]`` int."""
+    near, distance = buckets // 2, np.arange(furthest + 1)
+    # On the host, in float32: the last digit decides where a bucket begins, and in that one devices differ.
+    share = np.log(np.maximum(distance, 1).astype(np.float32) / near) / math.log(furthest / near)
+    far = np.minimum(near + (share * (buckets - near)).astype(np.int32), buckets - 1)
+    return np.where(distance < near, distance, far).astype(np.int32)
+
+
 def relative_bias(config: NetworkConfig, table: Array, positions: Array, seen: int) -> Array:
     """T5's bias by relative position: near ones have buckets of their own, far ones share them, ever wider.
 
@@ -115,10 +125,8 @@ def relative_bias(config: NetworkConfig, table: Array, positions: Array, seen: i
     else:
         buckets //= 2
         first, distance = jnp.where(ahead > 0, buckets, 0), jnp.abs(ahead)
-    near = buckets // 2
-    share = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / near) / math.log(config.relative_distance / near)
-    far = jnp.minimum(near + (share * (buckets - near)).astype(distance.dtype), buckets - 1)
-    bucket = first + jnp.where(distance < near, distance, far)
+    furthest = config.relative_distance
+    bucket = first + jnp.asarray(_buckets(buckets, furthest))[jnp.minimum(distance, furthest)]
     return jnp.moveaxis(table.astype(jnp.float32)[bucket], -1, 1)
 
 

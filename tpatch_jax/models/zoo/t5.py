@@ -9,6 +9,9 @@ __all__ = ["T5", "T5_GATED"]
 CONTEXT = 512
 """The length of pretraining. Relative positions know no limit; longer inputs can be allowed by ``n_positions``."""
 
+DISTANCE = 128
+"""From which distance on all are alike, in files that do not say it."""
+
 
 def is_gated(settings: Settings) -> bool:
     """Whether the FFN is gated, as in version 1.1, FLAN-T5 and mT5; what else the setting may say is an error."""
@@ -26,7 +29,13 @@ def _configure(family: str, settings: Settings) -> NetworkConfig:
     if scaled is None:
         scaled = settings.get("tie_word_embeddings") is not False
     scaled = scaled and settings["model_type"] == "t5"
-    heads = setting(settings, "num_heads")
+    heads, buckets = setting(settings, "num_heads"), setting(settings, "relative_attention_num_buckets")
+    distance = settings.get("relative_attention_max_distance") or DISTANCE
+    if distance <= buckets // 2:
+        raise TPatchError(
+            f"config.json puts distances up to {distance} into {buckets} buckets; 'relative_attention_max_distance' "
+            "must be more than half of 'relative_attention_num_buckets'"
+        )
     shared = {
         "family": family,
         "vocabulary": setting(settings, "vocab_size"),
@@ -41,8 +50,8 @@ def _configure(family: str, settings: Settings) -> NetworkConfig:
         "gated": bool(gated),
         "norm_epsilon": setting(settings, "layer_norm_epsilon"),
         "attention_scale": 1.0,
-        "relative_buckets": setting(settings, "relative_attention_num_buckets"),
-        "relative_distance": settings.get("relative_attention_max_distance") or 128,
+        "relative_buckets": buckets,
+        "relative_distance": distance,
     }
     layers = setting(settings, "num_layers")
     encoder = NetworkConfig(**shared, layers=layers, causal=False)
