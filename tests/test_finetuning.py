@@ -41,6 +41,7 @@ BART = {
     "model_type": "bart",
     "vocab_size": 320,
     "d_model": 64,
+    "init_std": 0.1,
     **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in (("layers", 1), ("ffn_dim", 64))},
     "encoder_attention_heads": 2,
     "decoder_attention_heads": 2,
@@ -68,7 +69,7 @@ T5 = {
     "decoder_start_token_id": 0,
 }
 CONFIGS = {"bert": BERT, "bart": BART, "t5": T5}
-EPOCHS = {"bart": 100, "t5": 40}
+EPOCHS = {"bart": 60, "t5": 40}
 RATES = {"bart": 0.005, "t5": 0.01}
 CAPITALS = {
     "France": "Paris",
@@ -323,7 +324,7 @@ def test_configurations_of_this_repository(name):
     folder = Path(__file__).parents[1] / "configs" / name
     settings = read_settings(folder)
     config = configure(settings)
-    params = finetuning_start.complete(config, {}, 0)
+    params = finetuning_start.read_start(folder, settings, None, True, ["abc"], 0).params
     shapes = networks.shapes(config)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
     assert 3e6 < sum(leaf.size for leaf in jax.tree.leaves(params)) < 6e6
@@ -332,7 +333,7 @@ def test_configurations_of_this_repository(name):
         assert getattr(tokenizer, f"{kind}_token_id") == settings.get(f"{kind}_token_id")
     query = params["layers"][0]["attention"]["query"]["kernel"]
     spread = float(jnp.std(query)) / 0.88  # of a normal distribution cut at two deviations
-    assert spread == pytest.approx(0.02 if name == "bart-small" else (192 * 48) ** -0.5, rel=0.03)
+    assert spread == pytest.approx(0.07 if name == "bart-small" else (192 * 48) ** -0.5, rel=0.03)
 
 
 def test_an_unembedding_of_its_own():

@@ -42,8 +42,8 @@ RECORD = "tpatch_finetune.json"
 """In the folder of the model: how it was made. In the unfinished folder: what it belongs to."""
 
 _SAVE_SECONDS = 120.0
-_EPOCH_SECONDS = 1.0
-"""An epoch that took less than this is not worth a checkpoint of its own."""
+_EPOCH_SECONDS = 15.0
+"""Work of less than this is not worth a checkpoint at the end of an epoch."""
 
 _TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
@@ -64,8 +64,8 @@ class FinetuneSettings:
         weight_decay: of matrices and embeddings.
         warmup: the share of steps in which the learning rate rises; then it falls to 0, both linearly.
         clip: the longest gradient.
-        checkpoint_steps: work is saved every so many steps; 0 is every two minutes. It also is after every epoch that
-            took a second or more.
+        checkpoint_steps: work is saved every so many steps; 0 is every two minutes. It also is at the end of an epoch,
+            unless it was in the 15 seconds before.
 
     Raises:
         TPatchError: a value makes no sense.

@@ -24,6 +24,8 @@ _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sen
 """A folder with one of these files has a tokenizer."""
 
 _BYTES = 256
+SPREAD = 0.02
+"""The standard deviation of new weights where ``config.json`` names none."""
 
 
 def named_labels(settings: Mapping[str, Any]) -> tuple[str, ...]:
@@ -78,7 +80,8 @@ def read_start(
         tokenizer, source = train_tokenizer(config, known, texts), None
     else:
         tokenizer, source = read_tokenizer(folder, config), folder
-    return Model(config, complete(config, params, seed), tokenizer, folder.name, source, known)
+    spread = known.get("init_std") or known.get("initializer_range") or SPREAD
+    return Model(config, complete(config, params, seed, spread), tokenizer, folder.name, source, known)
 
 
 def _without_output(head: Params) -> Params:
@@ -90,16 +93,17 @@ def _tied(settings: Mapping[str, Any]) -> bool:
     return bool(settings.get("tie_word_embeddings", True)) and settings.get("scale_decoder_outputs") is not False
 
 
-def complete(config: NetworkConfig, params: Params, seed: int) -> Params:
+def complete(config: NetworkConfig, params: Params, seed: int, spread: float = SPREAD) -> Params:
     """Parameters with those that are missing drawn: norms 1, biases 0, matrices from a truncated normal.
 
-    Its standard deviation is 0.02. In T5, whose attention is not scaled, it is ``inputs ** -0.5``, and for queries
-    ``(width · head_width) ** -0.5``; its embedding has 1 where the unembedding is scaled or another.
+    Its standard deviation is ``spread``. In T5, whose attention is not scaled, it is ``inputs ** -0.5``, and for
+    queries ``(width · head_width) ** -0.5``; its embedding has 1 where the unembedding is scaled or another.
 
     Args:
         config: the network's description.
         params: what there is, possibly nothing; not changed.
         seed: the same seed draws the same.
+        spread: what ``config.json`` calls ``"init_std"`` or ``"initializer_range"``; narrow networks need more.
 
     Returns:
         All parameters, in order.
@@ -111,18 +115,17 @@ def complete(config: NetworkConfig, params: Params, seed: int) -> Params:
     result: Params = {}
     for number, (path, leaf) in enumerate(flatten(shapes)):
         known = have.get(path)
-        drawn = known if known is not None else _draw(config, path, leaf.shape, np.random.default_rng([seed, number]))
+        drawn = known if known is not None else _draw(config, path, leaf.shape, spread, [seed, number])
         insert(result, path, jnp.asarray(drawn))
     return result
 
 
-def _draw(config: NetworkConfig, path: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+def _draw(config: NetworkConfig, path: str, shape: tuple[int, ...], spread: float, seed: list[int]) -> np.ndarray:
     *_, owner, leaf = path.split(".")
     if leaf == "scale":
         return np.full(shape, 1 - config.norm_shift, np.float32)
     if leaf == "bias":
         return np.zeros(shape, np.float32)
-    spread = 0.02
     if config.family.startswith("t5"):
         if path == "embed.embedding":
             spread = 1.0 if config.head_scale != 1 or not config.tied else config.width**-0.5
@@ -130,6 +133,7 @@ def _draw(config: NetworkConfig, path: str, shape: tuple[int, ...], rng: np.rand
             spread = (config.width * config.head_width) ** -0.5
         else:
             spread = (shape[0] if leaf == "kernel" else config.width) ** -0.5
+    rng = np.random.default_rng(seed)
     drawn = rng.standard_normal(shape, np.float32)
     while (far := np.abs(drawn) > 2).any():
         drawn[far] = rng.standard_normal(int(far.sum()), np.float32)
