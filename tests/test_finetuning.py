@@ -14,7 +14,7 @@ from conftest import LLAMA, make_tiny_model, same, tiny_tokenizer
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
-from tpatch_jax import cli, finetuning, finetuning_data, finetuning_start
+from tpatch_jax import cli, finetuning_data, finetuning_loop, finetuning_start
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.finetuning import FinetuneSettings, finetune
 from tpatch_jax.models import networks
@@ -145,7 +145,7 @@ def test_a_classifier_learns_a_rule(classifier):
     model = load_model(classifier)
     assert model.config.labels == ("red", "blue")
     assert model.classify([prompt for prompt, _ in HELD_OUT]) == [label for _, label in HELD_OUT]
-    record = json.loads((classifier / finetuning.RECORD).read_text("utf-8"))
+    record = json.loads((classifier / finetuning_loop.RECORD).read_text("utf-8"))
     assert record["train_accuracy"] == record["validation_accuracy"] == 1.0
     assert (record["examples"], record["steps"], record["settings"]["learning_rate"]) == (16, 60, 0.01)
     assert len(record["losses"]) == 30
@@ -306,7 +306,7 @@ def test_what_the_decoder_reads_and_says():
 def test_the_short_cut_to_a_classifier_s_logits():
     model = make_tiny_model(defaults=DEEP)
     batch = jnp.asarray([[1, 5, 6, 2, -1], [1, 5, 2, -1, -1]])
-    found = finetuning._logits(model.config, model.params, batch)
+    found = finetuning_loop.logits(model.config, model.params, batch)
     np.testing.assert_allclose(found, model.apply(batch), atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""What `tpatch_jax.finetuning` learns from: examples, their labels, and batches of few shapes."""
+"""What finetuning learns from: examples, their labels, and batches of few shapes."""
 
 import hashlib
 import json
