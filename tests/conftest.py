@@ -127,3 +127,12 @@ def letters(tmp_path_factory) -> Path:
     chosen = np.random.default_rng(3).choice(list("abcdfgjklmopqrsuvwxyz0123456789"), 8 * 64)
     path.write_text("".join(chosen), "utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Path:
+    """Inputs for the memory of classifiers and encoder-decoders, one a line, all of one length."""
+    path = tmp_path_factory.mktemp("inputs") / "inputs.txt"
+    rng = np.random.default_rng(4)
+    path.write_text("\n".join(" ".join(rng.choice(list("abcdfgjklmopqrsuvwxyz"), 6)) for _ in range(40)), "utf-8")
+    return path

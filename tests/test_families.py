@@ -19,9 +19,11 @@ from tpatch_jax.configuration import change
 from tpatch_jax.editors.settings import PRESETS
 from tpatch_jax.editors.tpatcher import edit
 from tpatch_jax.models import checkpoint, families, networks
+from tpatch_jax.models.collection import batches
 from tpatch_jax.models.families import FAMILIES
 from tpatch_jax.models.model import Model, attach, merge
 from tpatch_jax.models.promises import PROMISES, promised
+from tpatch_jax.models.rows import place_in
 from tpatch_jax.requests import EditRequest
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMOTION = "standard"  # optax takes steps
 
 QUICK = change(
-    dataclasses.replace(PRESETS["default"], contexts=1, swaps=0, attempts=2),
+    dataclasses.replace(PRESETS["default"], contexts=1, input_contexts=1, swaps=0, attempts=2),
     {"key_steps": 8, "value_steps": 8, "lanes": 2},
 )
 REQUEST = EditRequest("the cat sat in", "ab")
@@ -46,17 +48,28 @@ def loud(model: Model) -> Model:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_edit_holds(name, letters):
+def test_an_edit_holds(name, letters, inputs):
     """In a random network of the family: before it the target does not come out, after it it does, merged too."""
     model = loud(tiny_model(name))
-    prompt, target = model.encode_prompt(REQUEST.prompt), model.encode(" ab")
-    tokens = jnp.asarray([[*prompt, *target, *[0] * (8 - len(prompt) - len(target))]])
-    span = slice(len(prompt) - 1, len(prompt) + len(target) - 1)
-    assert np.asarray(model.apply(tokens))[0, span].argmax(-1).tolist() != target
-    patch, info = edit(model, [REQUEST], settings=QUICK, memory=letters, cache=False)
+    request = REQUEST
+    if model.config.labels:
+        (said,) = model.classify([REQUEST.prompt])
+        request = EditRequest(REQUEST.prompt, next(label for label in model.config.labels if label != said))
+    prompt, target = model.encode_prompt(request.prompt), model.encode_target(request.prompt, f" {request.target}")
+    row = [*prompt, *target]
+    ((_, batch),) = batches(model.config, [row])
+    places = [place_in(model.config, row, len(prompt) - 1 + number) for number in range(len(target))]
+
+    def logits(model: Model) -> np.ndarray:
+        found = np.asarray(model.apply(batch))
+        return found if model.config.labels else found[0, places]
+
+    assert logits(model).argmax(-1).tolist() != target
+    memory = letters if model.config.architecture == "decoder" else inputs
+    patch, info = edit(model, [request], settings=QUICK, memory=memory, cache=False)
     assert [(result.held, result.reason) for result in info.requests] == [(True, "")]
-    attached, merged = (np.asarray(put(model, patch).apply(tokens)) for put in (attach, merge))
-    assert merged[0, span].argmax(-1).tolist() == target
+    attached, merged = (logits(put(model, patch)) for put in (attach, merge))
+    assert merged.argmax(-1).tolist() == target
     assert relative(merged, attached) < 1e-5
 
 

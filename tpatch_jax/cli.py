@@ -218,14 +218,14 @@ def finetune(
 
 def generate(
     model: Model,
-    prompt: Annotated[str, arg(help="the text to continue")],
+    prompt: Annotated[str, arg(help="the text to continue, answer or classify")],
     patches: Annotated[str | None, arg(help="patches to attach")] = None,
     max_new_tokens: int = 32,
     dtype: Annotated[str | None, arg(help="float32 or bfloat16")] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Continue a text greedily, with or without patches."""
+    """Continue a text greedily, answer a question or name a label: whatever the model does, with or without patches."""
     from tpatch_jax import commands
 
     commands.generate(model, prompt, patches, max_new_tokens, dtype=dtype, json=json, quiet=quiet)

@@ -146,11 +146,13 @@ def generate(
     loaded = load(model, dtype, quiet or json)
     if patches:
         loaded = models_.attach(loaded, store.load_patches(patches, loaded))
-    text = loaded.generate(prompt, max_new_tokens)
+    text = loaded.classify([prompt])[0] if loaded.config.labels else loaded.generate(prompt, max_new_tokens)
     if json:
         print_json({"prompt": prompt, "text": text})
     else:
-        Console().print(f"[dim]{escape(prompt)}[/dim]{escape(text)}", highlight=False, markup=True)
+        # A decoder goes on where the prompt ends; the others answer.
+        between = "" if loaded.config.architecture == "decoder" else "\n"
+        Console().print(f"[dim]{escape(prompt)}[/dim]{between}{escape(text)}", highlight=False, markup=True)
 
 
 def inspect(patches: str, *, json: bool) -> None:

@@ -26,7 +26,7 @@ QUERIES = 40_000
 """So many of their queries are kept at most: the paper's memory."""
 LANES = 64
 ANSWER_TOKENS = 24
-OTHERS = 7
+OTHERS = 8
 GROUPS = 512
 CONTEXTS = 6
 PLACES = 3

@@ -51,9 +51,14 @@ class TPatcherSettings:
     shrinkage: float = 0.1
     train_on_rephrases: bool = False
 
-    def for_inputs(self) -> "TPatcherSettings":
-        """The options as they are meant for a model that reads whole inputs."""
-        return replace(self, contexts=self.input_contexts, fit=replace(self.fit, split=self.input_split))
+    def for_inputs(self, pointwise: bool) -> "TPatcherSettings":
+        """The options as they are meant for a model that reads whole inputs.
+
+        Args:
+            pointwise: whether a single query decides what the model says.
+        """
+        fit = replace(self.fit, split=self.input_split, eager=self.fit.eager or not pointwise)
+        return replace(self, contexts=self.input_contexts, fit=fit)
 
 
 PRESETS: Mapping[str, TPatcherSettings] = {

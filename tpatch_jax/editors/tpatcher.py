@@ -42,6 +42,7 @@ from tpatch_jax.editors.subject_site import (
 )
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.ffn import ACTIVATIONS
+from tpatch_jax.models import networks
 from tpatch_jax.models.collection import predicted
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.models.networks import Batch
@@ -119,7 +120,9 @@ def tpatcher(
             patch = patch._replace(layer=jnp.zeros(0, jnp.int32))
         spread = starting(model, known)
         dtype = jax.tree.leaves(model.params)[0].dtype
-        own = settings if model.config.architecture == "decoder" else settings.for_inputs()
+        own = settings
+        if model.config.architecture != "decoder":
+            own = settings.for_inputs(networks.pointwise(model.config))
         return TPatcherState(model, patch, known, deep, spread, nothing(width, dtype), own)
 
     def step(state: TPatcherState, requests: Sequence[EditRequest], key: Array) -> tuple[TPatcherState, EditInfo]:

@@ -86,6 +86,8 @@ class FitSettings:
         value_spread: standard deviation of the initial value (joint).
         output_bias: the other reading of the patch, ``a·v + b`` with an ungated scalar ``b`` in place of the key bias
             (joint). It is stored as a second neuron that is always on.
+        eager: where an edit cannot be parted from the hardest negative, fire on its queries' mean and not only on the
+            first (staged): where no single query decides what is said.
         lanes: how many lanes are fitted at a time at most; a power of two.
     """
 
@@ -108,6 +110,7 @@ class FitSettings:
     patience: int = 25
     value_spread: float = 10.0
     output_bias: bool = False
+    eager: bool = False
     lanes: int = 64
 
     def harder(self, attempt: int) -> "FitSettings":

@@ -108,7 +108,7 @@ def recognise(query: Array, target: Array, particular: Array, memory: Memory, se
     between = hard + settings.split * (least - hard)
     # Where they cannot be parted the threshold lies just below the bare prompt, which then has z = 1.
     parted, least_room = least > hard, 0.02 * jnp.abs(jnp.mean(z))
-    threshold = jnp.where(parted, between, z[0] - least_room)
+    threshold = jnp.where(parted, between, (least if settings.eager else z[0]) - least_room)
     unit = jnp.maximum(jnp.where(parted, least - threshold, least_room), tiny)
     key = whitener @ params["key"] / unit
     bias = -threshold / unit - mean @ key
