@@ -11,6 +11,8 @@ import numpy as np
 from tpatch_jax.configuration import change, known_names
 from tpatch_jax.editors.earlier import load_earlier, save_earlier
 from tpatch_jax.editors.editor import Editor
+from tpatch_jax.editors.fine_tuning import fine_tuning, restore_trained, save_trained
+from tpatch_jax.editors.fine_tuning_settings import FINE_TUNING_PRESETS, FineTuningSettings
 from tpatch_jax.editors.settings import PRESETS
 from tpatch_jax.editors.tpatcher import TPatcherState, tpatcher
 from tpatch_jax.errors import TPatchError
@@ -61,6 +63,21 @@ def _restore_tpatcher(state: TPatcherState, arrays: Arrays) -> TPatcherState:
     return state._replace(patch=patch, earlier=load_earlier(arrays))
 
 
+def _fine_tuning(name: str, presets: Mapping[str, FineTuningSettings]) -> Method:
+    return Method(
+        name,
+        presets,
+        lambda settings, memory, cache, progress: fine_tuning(settings, memory=memory, cache=cache, progress=progress),
+        None,
+        lambda state: state.edited,
+        save_trained,
+        restore_trained,
+    )
+
+
+# Variants of fine-tuning are methods of their own as well, so that one report shows them side by side.
+_VARIANTS = {f"ft-{name}": {"default": FINE_TUNING_PRESETS[name]} for name in ("kl", "all", "all-kl", "limit")}
+
 METHODS: Mapping[str, Method] = {
     "tpatcher": Method(
         "tpatcher",
@@ -71,6 +88,7 @@ METHODS: Mapping[str, Method] = {
         _save_tpatcher,
         _restore_tpatcher,
     ),
+    **{name: _fine_tuning(name, presets) for name, presets in {"ft": FINE_TUNING_PRESETS, **_VARIANTS}.items()},
 }
 """The methods by name."""
 
