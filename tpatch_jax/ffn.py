@@ -21,7 +21,18 @@ from jax import Array
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.patch import Patch, concatenate, contribution
 
-__all__ = ["ACTIVATIONS", "apply", "attach", "attached", "detach", "merge", "merge_without_bias", "unmerge", "width"]
+__all__ = [
+    "ACTIVATIONS",
+    "apply",
+    "attach",
+    "attached",
+    "detach",
+    "hidden",
+    "merge",
+    "merge_without_bias",
+    "unmerge",
+    "width",
+]
 
 Params = dict[str, Any]
 
@@ -54,6 +65,30 @@ def _linear(params: Params, x: Array) -> Array:
     return y + params["bias"].astype(x.dtype) if "bias" in params else y
 
 
+def hidden(params: Params, query: Array, activation: str) -> Array:
+    """The hidden neurons of a feed-forward network: what ``down`` reads.
+
+    ``act(q·K + b_k)`` with two matrices, ``act(q·G + b_g) ∘ (q·U + b_u)`` when gated.
+
+    Args:
+        params: the network's parameters.
+        query: its input, ``[..., d]``.
+        activation: name in `ACTIVATIONS`.
+
+    Returns:
+        ``[..., width]``; attached patches are not among them.
+
+    Example:
+        >>> params = {"up": {"kernel": jnp.ones((4, 16))}, "down": {"kernel": jnp.ones((16, 4))}}
+        >>> hidden(params, jnp.ones((2, 4)), "relu").shape
+        (2, 16)
+    """
+    act = ACTIVATIONS[activation]
+    if "gate" in params:
+        return act(_linear(params["gate"], query)) * _linear(params["up"], query)
+    return act(_linear(params["up"], query))
+
+
 def apply(params: Params, query: Array, activation: str) -> Array:
     """Run a feed-forward network, with whatever patch is attached to it.
 
@@ -73,14 +108,9 @@ def apply(params: Params, query: Array, activation: str) -> Array:
         >>> apply(params, jnp.ones((2, 4)), "relu").shape
         (2, 4)
     """
-    act = ACTIVATIONS[activation]
-    if "gate" in params:
-        hidden = act(_linear(params["gate"], query)) * _linear(params["up"], query)
-    else:
-        hidden = act(_linear(params["up"], query))
-    output = _linear(params["down"], hidden)
+    output = _linear(params["down"], hidden(params, query, activation))
     if "patch" in params:
-        output = output + contribution(params["patch"], query, act)
+        output = output + contribution(params["patch"], query, ACTIVATIONS[activation])
     if "relu_patch" in params:
         output = output + contribution(params["relu_patch"], query, jax.nn.relu)
     return output
