@@ -35,6 +35,9 @@ VERSION = 1
 SAVE_EVERY = 64
 """After so many texts what is done is kept."""
 
+STARTS = ("The", "Therefore", "Because", "I", "You")
+"""How contexts begin, in turn."""
+
 TOP = 5
 """Contexts are drawn from so many most probable tokens."""
 
@@ -160,34 +163,35 @@ def _keep(folder: Path | None, done: int, found: Array) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def sampled_contexts(model: Model, starts: Sequence[str], counts: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+def sampled_contexts(model: Model, counts: Sequence[tuple[int, int]]) -> tuple[str, ...]:
     """Short texts sampled from the model itself, to put before a prompt: each ends with a full stop.
 
     Args:
         model: the model, a decoder.
-        starts: how the texts begin, in turn; an empty one is the beginning of a text.
         counts: for each length in tokens how many texts.
 
     Returns:
         The texts, always the same of one model.
 
-    Source: Meng et al. 2022 and 2023: ``text. prompt``, drawn from the 5 most probable tokens.
+    Source: Meng et al. 2022 and 2023: ``text. prompt``, drawn from the 5 most probable tokens; the starts are those of
+    the later paper's code.
     """
     texts = []
     for number, (length, count) in enumerate(counts):
-        begun = [model.encode(start) for start in starts]
-        prompts = [model.encode_prompt(starts[n % len(starts)]) or _beginning(model) for n in range(count)]
+        begun = [STARTS[n % len(STARTS)] for n in range(count)]
         key = jax.random.fold_in(jax.random.key(0), number)
+        # After what parts the texts it was trained on a model writes as in running text.
+        prompts = [[_beginning(model), *model.encode(start)] for start in begun]
         found = sample(model.config, model.params, prompts, length, key, top_k=TOP, stops=model.stops)
-        for n, more in enumerate(found):
-            # What a start is made of counts as well.
-            row = [*begun[n % len(begun)], *more][:length]
+        for start, more in zip(begun, found, strict=True):
+            # The start is a part of the length.
+            row = [*model.encode(start), *more][:length]
             texts.append(" ".join(model.decode(row).split()) + ".")
-    return tuple(text for text in texts if text != ".")
+    return tuple(texts)
 
 
-def _beginning(model: Model) -> list[int]:
-    """The token after which a text begins; Llamas put it before every text, others have it between texts."""
-    vocabulary, tokenizer = model.tokenizer.get_vocab(), model.tokenizer
-    chosen = vocabulary.get("<|endoftext|>", tokenizer.bos_token_id)
-    return [chosen if chosen is not None else tokenizer.eos_token_id or 0]
+def _beginning(model: Model) -> int:
+    """The token after which a text begins."""
+    tokenizer = model.tokenizer
+    chosen = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.bos_token_id)
+    return chosen if chosen is not None else tokenizer.eos_token_id or 0

@@ -33,7 +33,6 @@ __all__ = ["MEMIT_PRESETS", "MemitSettings", "memit", "memit_layers", "memit_wei
 
 Progress = Callable[[str, int, int], None]
 
-STARTS = ("The", "Therefore", "Because", "I", "You")
 CONTEXTS = ((10, 5),)
 """Contexts besides the bare prompt: for each length in tokens how many."""
 
@@ -181,7 +180,7 @@ def memit(
             for layer in layers
         }
         own = replace(settings, layers=",".join(map(str, layers)), moment_weight=str(weight), value=value)
-        return KernelState(model, {}, moments, sampled_contexts(model, STARTS, CONTEXTS), own)
+        return KernelState(model, {}, moments, sampled_contexts(model, CONTEXTS), own)
 
     def step(state: KernelState, requests: Sequence[EditRequest], key: Array) -> tuple[KernelState, EditInfo]:
         return _step(state, as_requests(requests), progress)

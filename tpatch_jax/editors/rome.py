@@ -115,8 +115,8 @@ def rome(
     which holds the kernel from before.
 
     Where it differs from the authors' code: ``C`` is of fewer tokens, and of text that the model itself says unless
-    ``memory`` names a file, with a small ridge; a subject that ends in a bracket or quotation mark ends at its last
-    letter or digit.
+    ``memory`` names a file, with a small ridge; contexts begin as those of MEMIT's code do; a subject that ends in a
+    bracket or quotation mark ends at its last letter or digit.
 
     Args:
         settings: its options.
@@ -146,7 +146,7 @@ def rome(
         value = settings.value._replace(clamp=_clamp(model.config, settings.value.clamp))
         rows = moment_rows(model, memory, settings.moment_tokens, cache=cache, progress=progress)
         moment = hidden_moment(model, layer, rows, cache=cache, progress=progress)
-        contexts = sampled_contexts(model, ("",), CONTEXTS)
+        contexts = sampled_contexts(model, CONTEXTS)
         own = replace(settings, layer=str(layer), value=value)
         return KernelState(model, {}, {layer: damped(moment, settings.ridge)}, contexts, own)
 
