@@ -13,6 +13,9 @@ from tpatch_jax.editors.earlier import load_earlier, save_earlier
 from tpatch_jax.editors.editor import Editor
 from tpatch_jax.editors.fine_tuning import fine_tuning, restore_trained, save_trained
 from tpatch_jax.editors.fine_tuning_settings import FINE_TUNING_PRESETS, FineTuningSettings
+from tpatch_jax.editors.kernels import edited, restore, save
+from tpatch_jax.editors.memit import MEMIT_PRESETS, memit
+from tpatch_jax.editors.rome import R_ROME_PRESETS, ROME_PRESETS, rome
 from tpatch_jax.editors.settings import PRESETS
 from tpatch_jax.editors.tpatcher import TPatcherState, tpatcher
 from tpatch_jax.errors import TPatchError
@@ -89,6 +92,33 @@ METHODS: Mapping[str, Method] = {
         _restore_tpatcher,
     ),
     **{name: _fine_tuning(name, presets) for name, presets in {"ft": FINE_TUNING_PRESETS, **_VARIANTS}.items()},
+    "rome": Method(
+        "rome",
+        ROME_PRESETS,
+        lambda settings, memory, cache, progress: rome(settings, memory=memory, cache=cache, progress=progress),
+        None,
+        edited,
+        save,
+        restore,
+    ),
+    "r-rome": Method(
+        "r-rome",
+        R_ROME_PRESETS,
+        lambda settings, memory, cache, progress: rome(settings, memory=memory, cache=cache, progress=progress),
+        None,
+        edited,
+        save,
+        restore,
+    ),
+    "memit": Method(
+        "memit",
+        MEMIT_PRESETS,
+        lambda settings, memory, cache, progress: memit(settings, memory=memory, cache=cache, progress=progress),
+        None,
+        edited,
+        save,
+        restore,
+    ),
 }
 """The methods by name."""
 
