@@ -32,7 +32,7 @@ PROMOTION = "standard"  # optax takes steps
 
 QUICK = change(
     dataclasses.replace(PRESETS["default"], contexts=1, input_contexts=1, swaps=0, attempts=2),
-    {"key_steps": 8, "value_steps": 8, "lanes": 2},
+    {"key_steps": 8, "input_key_steps": 8, "value_steps": 8, "lanes": 2},
 )
 REQUEST = EditRequest("the cat sat in", "ab")
 

@@ -33,7 +33,7 @@ PROMOTION = "standard"  # optax takes steps
 
 QUICK = change(
     dataclasses.replace(PRESETS["default"], input_contexts=2, swaps=1, attempts=2),
-    {"key_steps": 8, "value_steps": 8, "lanes": 4},
+    {"input_key_steps": 8, "value_steps": 8, "lanes": 4},
 )
 CLAIMS = ("the cat sat in", "who hit the mat", "an inn is a house")
 
@@ -295,7 +295,7 @@ def test_a_classifier_from_the_command_line(classifier, inputs, tmp_path, capsys
 
     said = run("generate", folder, "--prompt", wanted.prompt)["text"]
     assert said == classifier.classify([wanted.prompt])[0] != wanted.target
-    common = ("--set", "key_steps=8", "--set", "input_contexts=2", "--memory", inputs, "-o", tmp_path / "patches")
+    common = ("--set", "input_key_steps=8", "--set", "input_contexts=2", "--memory", inputs, "-o", tmp_path / "patches")
     result = run("edit", folder, "--prompt", wanted.prompt, "--target", wanted.target, *common)
     assert (result["exact"], result["patches"], result["failed"]) == (1.0, 1, [])
     run("merge", folder, tmp_path / "patches", "-o", tmp_path / "merged")

@@ -31,7 +31,7 @@ from tpatch_jax.models.model import Model
 
 __all__ = ["Background", "background", "memory_rows"]
 
-VERSION = 3
+VERSION = 4
 TEXTS = 256
 LENGTH = 64
 PREFIX_LENGTHS = (5, 10, 5, 10, 8, 6, 10)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -31,6 +32,16 @@ GROUPS = 512
 CONTEXTS = 6
 PLACES = 3
 
+PAIRS, MOST_PAIRS = 64, 4096
+"""So many rephrasings must be found in the memory to learn from them, and at most so many are looked at."""
+
+_ANY_NAME = re.compile(r"[A-Z][\w'\u2019&.-]*(?: (?:(?:of|the|and|de|la|von|van) )?[A-Z0-9][\w'\u2019&.-]*)*")
+_NO_NAMES = frozenset(
+    (
+        *("A", "An", "As", "At", "By", "For", "From", "How", "In", "Is", "It", "Name", "Of", "On", "The", "To", "Was"),
+        *("What", "When", "Where", "Which", "Who", "Whom", "Whose", "Why", "With"),
+    )
+)
 _NAME = re.compile(r"(?:(?<=[a-z,] )|^)[A-Z][a-z]+(?: [A-Z][a-z]+)+")
 
 
@@ -100,10 +111,13 @@ def collect_inputs(
         inputs: the inputs as texts; names and other inputs are taken from them.
         report: called with the number of rows done.
     """
-    sites = collect(model, rows, [_places(model, row) for row in rows], layer, report)
+    places = [_places(model, row) for row in rows]
+    sites = collect(model, rows, places, layer, report)
     others = tuple(inputs[:: max(1, len(inputs) // OTHERS)][:OTHERS])
     if networks.pointwise(model.config):
-        query, nuisance = sites.query, _nuisance(model, layer, rows[:GROUPS], others)
+        query, nuisance = sites.query, _between_rephrasings(model, rows, places, sites.query)
+        if nuisance is None:
+            nuisance = _nuisance(model, layer, rows[:GROUPS], others)
     else:
         # Tokens of one text differ in what they are; what they share is what the text says.
         real = np.any(sites.residual != 0, -1)
@@ -113,6 +127,35 @@ def collect_inputs(
     names = dict.fromkeys(name for text in inputs for name in _NAME.findall(text))
     centres = _centres(model, sites) if model.config.labels else None
     return jnp.asarray(query[kept], jnp.float32), nuisance, others, tuple(names)[:200], centres
+
+
+def _named(text: str) -> str:
+    """The longest name in a text: what it is about, as far as that can be seen; empty if there is none."""
+    found = [name for name in _ANY_NAME.findall(text) if name not in _NO_NAMES]
+    return max(found, key=len, default="")
+
+
+def _between_rephrasings(
+    model: Model, rows: Sequence[Sequence[int]], places: Sequence[range], query: np.ndarray
+) -> Array | None:
+    """How queries move between inputs that name the same thing and get the same answer: rephrasings of each other.
+
+    A classifier's few labels tell no such thing; nor does a memory with few of them.
+    """
+    if not model.config.encoder:
+        return None
+    starts = np.cumsum([0, *map(len, places)])
+    groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for number, row in enumerate(rows):
+        text = model.decode(row[: row.index(ASK)])
+        if name := _named(text):
+            groups.setdefault((name, tuple(row[row.index(ASK) :])), []).append(number)
+    pairs = [pair for group in groups.values() for pair in pairwise(group)]
+    if len(pairs) < PAIRS:
+        return None
+    spans = [[np.arange(starts[number], starts[number + 1]) for number in pair] for pair in pairs[:MOST_PAIRS]]
+    chosen = np.concatenate([np.stack(span, 1) for span in spans])
+    return nuisance_scatter(jnp.asarray(query[chosen]))
 
 
 def _nuisance(model: Model, layer: int, rows: Sequence[Sequence[int]], others: tuple[str, ...]) -> Array:

@@ -55,10 +55,11 @@ def _input(line: str, where: str) -> str:
 
 
 def input_contexts(text: str, others: tuple[str, ...], count: int) -> list[str]:
-    """An input in other shapes that mean the same, or nearly: what its patch should hear as well.
+    """An input in other shapes that say the same, or nearly: what its patch should hear as well.
 
-    Words are left out, one at a time, never the longest ones, and another input is put before or behind it. Which words
-    is drawn from the text itself.
+    In turn a word is left out, several are, the input begins in its middle, and another input stands before or behind
+    it. Only the shorter half of the words is ever left out, for the longer ones tell inputs apart. What happens to
+    which words is drawn from the text itself.
 
     Args:
         text: the input.
@@ -66,22 +67,28 @@ def input_contexts(text: str, others: tuple[str, ...], count: int) -> list[str]:
         count: how many.
 
     Example:
-        >>> input_contexts("The sun is a star.", ("Water is wet.",), 2)
-        ['The sun is star.', 'Water is wet. The sun is a star.']
+        >>> input_contexts("The sun is a star.", ("Water is wet.",), 5)[3:]
+        ['Water is wet. The sun is a star.', 'The sun is a star. Water is wet.']
     """
     rng, words = np.random.default_rng(list(text.encode())), text.split()
     short = sorted(range(len(words)), key=lambda number: (len(words[number]), number))[: max(1, len(words) // 2)]
-    order = [short[pick] for pick in rng.permutation(len(short))]
+
+    def without(out: set[int]) -> str:
+        return " ".join(word for number, word in enumerate(words) if number not in out)
+
     found = []
     for number in range(count):
-        other = others[number // 3 % len(others)] if others else ""
-        if number % 3 == 1 and other:
-            found.append(f"{other} {text}")
-        elif number % 3 == 2 and other:
-            found.append(f"{text} {other}")
-        elif len(words) > 2:
-            out = order[(number // 3) % len(order)]
-            found.append(" ".join(word for place, word in enumerate(words) if place != out))
-        else:
+        shape, other = number % 5, others[number // 5 % len(others)] if others else ""
+        if len(words) < 3 or (shape > 2 and not other):
             found.append(text)
+        elif shape == 0:
+            found.append(without({short[int(rng.integers(len(short)))]}))
+        elif shape == 1:
+            several = max(1, len(short) * 2 // 3)
+            found.append(without({short[pick] for pick in rng.permutation(len(short))[:several]}))
+        elif shape == 2:
+            middle = int(rng.integers(1, len(words)))
+            found.append(" ".join([*words[middle:], *words[:middle]]))
+        else:
+            found.append(f"{other} {text}" if shape == 3 else f"{text} {other}")
     return found

@@ -9,6 +9,9 @@ from tpatch_jax.objective import Weights
 
 __all__ = ["PRESETS", "TPatcherSettings"]
 
+LOUD = 64.0
+"""`FitSettings.value_limit` of encoder-decoders."""
+
 
 @dataclass(frozen=True)
 class TPatcherSettings:
@@ -25,7 +28,11 @@ class TPatcherSettings:
         subject: how a patch at the subject is fitted.
         contexts: in how many contexts each prompt is seen, the bare one included.
         input_contexts: the same of models that read whole inputs: classifiers and encoder-decoders.
-        input_split: `FitSettings.split` of those models, whose queries tell inputs apart more plainly.
+        input_key_steps: `FitSettings.key_steps` of those models.
+        label_split: `FitSettings.split` of classifiers, whose queries tell inputs apart more plainly.
+        answer_split: the same of encoder-decoders.
+        answer_overshoot: `FitSettings.overshoot` of encoder-decoders: a norm behind it bounds what a value can do, and
+            a rephrasing often makes a neuron fire but faintly.
         swaps: how many versions of a prompt with another subject a patch must stay silent on (needs a subject).
         other_edits: whether the other edits' queries are negatives as well.
         attempts: how often what does not hold yet is fitted again, in the presence of what does.
@@ -41,8 +48,11 @@ class TPatcherSettings:
     fit: FitSettings = field(default_factory=FitSettings)
     subject: SubjectSettings = field(default_factory=SubjectSettings)
     contexts: int = 4
-    input_contexts: int = 7
-    input_split: float = 0.6
+    input_contexts: int = 8
+    input_key_steps: int = 192
+    label_split: float = 0.7
+    answer_split: float = 0.1
+    answer_overshoot: float = 8.0
     swaps: int = 4
     other_edits: bool = True
     attempts: int = 3
@@ -51,32 +61,53 @@ class TPatcherSettings:
     shrinkage: float = 0.1
     train_on_rephrases: bool = False
 
-    def for_inputs(self, pointwise: bool) -> "TPatcherSettings":
+    def for_inputs(self, answers: bool, pointwise: bool) -> "TPatcherSettings":
         """The options as they are meant for a model that reads whole inputs.
 
         Args:
+            answers: whether it is an encoder-decoder, not a classifier.
             pointwise: whether a single query decides what the model says.
         """
-        fit = replace(self.fit, split=self.input_split, eager=self.fit.eager or not pointwise)
+        fit = replace(
+            self.fit,
+            key_steps=self.input_key_steps,
+            split=self.answer_split if answers else self.label_split,
+            overshoot=self.answer_overshoot if answers else self.fit.overshoot,
+            value_limit=LOUD if answers else self.fit.value_limit,
+            eager=self.fit.eager or not pointwise,
+        )
         return replace(self, contexts=self.input_contexts, fit=fit)
 
 
+_PAPER = TPatcherSettings(
+    fit=FitSettings(
+        recipe="joint",
+        weights=Weights(activation=1.0, memory=10.0, limit=0.0, margin=0.0, hardest=1000, label_smoothing=0.1),
+        learning_rate=0.01,
+        weight_decay=0.01,
+    ),
+    site="last",
+    contexts=1,
+    input_contexts=1,
+    swaps=0,
+    other_edits=False,
+    attempts=1,
+    most_tokens=5,
+)
+
 PRESETS: Mapping[str, TPatcherSettings] = {
     "default": TPatcherSettings(fit=FitSettings(weights=Weights(memory=5.0, hardest=32))),
-    "paper": TPatcherSettings(
-        fit=FitSettings(
-            recipe="joint",
-            weights=Weights(activation=1.0, memory=10.0, limit=0.0, margin=0.0, hardest=1000, label_smoothing=0.1),
-            learning_rate=0.01,
-            weight_decay=0.01,
+    "paper": _PAPER,
+    "paper-fever": replace(
+        _PAPER,
+        fit=replace(
+            _PAPER.fit,
+            weights=Weights(activation=1.0, memory=5.0, limit=-3.0, margin=3.0, hardest=1000, entropy=0.1),
         ),
-        site="last",
-        contexts=1,
-        input_contexts=1,
-        swaps=0,
-        other_edits=False,
-        attempts=1,
-        most_tokens=5,
     ),
 }
-"""Named settings: ``default``, this library's best, and ``paper``, the values of the paper's zsRE experiments."""
+"""Named settings: ``default``, this library's best; ``paper`` and ``paper-fever``, the values of the paper's zsRE and
+FEVER experiments.
+
+Source: Huang et al. 2023, section 5 and appendix.
+"""

@@ -122,7 +122,7 @@ def tpatcher(
         dtype = jax.tree.leaves(model.params)[0].dtype
         own = settings
         if model.config.architecture != "decoder":
-            own = settings.for_inputs(networks.pointwise(model.config))
+            own = settings.for_inputs(bool(model.config.encoder), networks.pointwise(model.config))
         return TPatcherState(model, patch, known, deep, spread, nothing(width, dtype), own)
 
     def step(state: TPatcherState, requests: Sequence[EditRequest], key: Array) -> tuple[TPatcherState, EditInfo]:
