@@ -236,15 +236,13 @@ def test_contexts_are_the_models_own(tiny_model) -> None:
 def test_requests_never_couple(tiny_model: Model) -> None:
     items = [read_item(tiny_model, n, request, (), False) for n, request in enumerate(REQUESTS[:2])]
     rows = [value_rows(tiny_model, request, item) for request, item in zip(REQUESTS, items, strict=False)]
-    scale = jnp.asarray([1.0, 2.0])
-    for stream in (False, True):
-        settings = LOOSE._replace(value_steps=5)
-        together, info = train_offsets(tiny_model, fork_requests(tiny_model, rows, 1), scale, settings, stream=stream)
-        assert together.any(-1).all()
-        forked = fork_requests(tiny_model, rows[1:], 1)
-        alone, own = train_offsets(tiny_model, forked, scale[1:], settings, stream=stream)
-        assert relative(together[1], alone[0]) < 1e-4
-        assert own.steps[0] == info.steps[1]
+    scale, settings = jnp.asarray([1.0, 2.0]), LOOSE._replace(value_steps=5)
+    together, info = train_offsets(tiny_model, fork_requests(tiny_model, rows, 1), scale, settings, stream=True)
+    assert together.any(-1).all()
+    forked = fork_requests(tiny_model, rows[1:], 1)
+    alone, own = train_offsets(tiny_model, forked, scale[1:], settings, stream=True)
+    assert relative(together[1], alone[0]) < 1e-4
+    assert own.steps[0] == info.steps[1]
 
 
 def test_an_offset_is_clamped_and_stops_when_it_is_enough(tiny_model: Model) -> None:
@@ -429,20 +427,6 @@ def test_methods_run_side_by_side(
         assert sum(result["requests"].values()) == 2
 
 
-def test_biases_are_no_hindrance(letters: Path) -> None:
-    editor, model = rome(ROME, memory=letters), make_family("gpt2")
-    _, info = editor.step(editor.init(model, KEY), REQUESTS[:1], KEY)
-    assert info.requests[0].held
-
-
-def test_norms_behind_the_network_are_for_rome_alone(letters: Path) -> None:
-    model = make_family("gemma2")
+def test_norms_behind_the_network_are_not_for_memit(letters: Path) -> None:
     with pytest.raises(TPatchError, match="a norm stands between"):
-        memit(MEMIT, memory=letters).init(model, KEY)
-    editor = rome(ROME, memory=letters)
-    state, _ = editor.step(editor.init(model, KEY), REQUESTS[:1], KEY)
-    item = read_item(model, 0, REQUESTS[0], state.contexts, False)
-    update = find_update(model, 1, REQUESTS[0], item, LOOSE)
-    row = value_rows(model, REQUESTS[0], item)[0]
-    traced = edited(state).trace(tokens_array([row.tokens], len(row.tokens)), 1)
-    assert relative(traced.output[0, row.subject], update.value) < 1e-3
+        memit(MEMIT, memory=letters).init(make_family("gemma2"), KEY)
