@@ -31,7 +31,7 @@ from tpatch_jax.models.model import Model
 
 __all__ = ["Background", "background", "memory_rows"]
 
-VERSION = 4
+VERSION = 5
 TEXTS = 256
 LENGTH = 64
 PREFIX_LENGTHS = (5, 10, 5, 10, 8, 6, 10)
@@ -51,6 +51,8 @@ class Background(NamedTuple):
         names: names found in the texts, to stand in for a subject.
         centres: of a classifier what stands beside the last FFN and what comes out of it, together, mean over the
             inputs of each label, ``[labels, d]``.
+        answers: of an encoder-decoder the token that it says at each query, ``[rows]`` int: a patch that says the same
+            need not stay silent there.
     """
 
     query: Array
@@ -58,6 +60,7 @@ class Background(NamedTuple):
     prefixes: tuple[str, ...]
     names: tuple[str, ...]
     centres: Array | None = None
+    answers: Array | None = None
 
 
 def background(
@@ -223,6 +226,7 @@ def _keep(folder: Path, write: Callable[[Path], object]) -> None:
 def _save(folder: Path, result: Background) -> None:
     def write(temporary: Path) -> None:
         found = {"query": result.query, "nuisance": result.nuisance, "centres": result.centres}
+        found["answers"] = result.answers
         arrays = {name: np.asarray(array) for name, array in found.items() if array is not None}
         save_file(arrays, temporary / "arrays.safetensors")
         texts = {"prefixes": result.prefixes, "names": result.names}
@@ -240,7 +244,8 @@ def _load(folder: Path) -> Background | None:
         texts = json.loads((folder / "background.json").read_text("utf-8"))
         query, nuisance = jnp.asarray(arrays["query"]), jnp.asarray(arrays["nuisance"])
         centres = jnp.asarray(arrays["centres"]) if "centres" in arrays else None
-        return Background(query, nuisance, tuple(texts["prefixes"]), tuple(texts["names"]), centres)
+        answers = jnp.asarray(arrays["answers"]) if "answers" in arrays else None
+        return Background(query, nuisance, tuple(texts["prefixes"]), tuple(texts["names"]), centres, answers)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         shutil.rmtree(folder, ignore_errors=True)
         return None

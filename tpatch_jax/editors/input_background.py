@@ -101,7 +101,7 @@ def collect_inputs(
     rows: list[list[int]],
     inputs: Sequence[str],
     report: Callable[[int], None] | None = None,
-) -> tuple[Array, Array, tuple[str, ...], tuple[str, ...], Array | None]:
+) -> tuple[Array, Array, tuple[str, ...], tuple[str, ...], Array | None, Array | None]:
     """The fields of a `tpatch_jax.editors.background.Background`.
 
     Args:
@@ -126,7 +126,15 @@ def collect_inputs(
     kept = np.sort(np.random.default_rng(1).permutation(len(query))[:QUERIES])
     names = dict.fromkeys(name for text in inputs for name in _NAME.findall(text))
     centres = _centres(model, sites) if model.config.labels else None
-    return jnp.asarray(query[kept], jnp.float32), nuisance, others, tuple(names)[:200], centres
+    answers = None
+    if model.config.encoder:
+        said = [
+            row[place + 1] if place + 1 < len(row) else ASK
+            for row, own in zip(rows, places, strict=True)
+            for place in own
+        ]
+        answers = jnp.asarray(np.asarray(said, np.int32)[kept])
+    return jnp.asarray(query[kept], jnp.float32), nuisance, others, tuple(names)[:200], centres, answers
 
 
 def _named(text: str) -> str:

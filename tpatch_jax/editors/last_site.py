@@ -201,6 +201,8 @@ def last_memory(settings: TPatcherSettings, known: Background, earlier: Earlier,
         own, share = nuisance_scatter(jnp.asarray(np.concatenate(groups))), min(0.9, len(asked.wanted) / 200)
         nuisance = blended(own, nuisance, share)
     memory = create_memory(known.query, nuisance, weight=settings.nuisance_weight, shrinkage=settings.shrinkage)
+    if known.answers is not None:
+        memory = memory._replace(answer=known.answers)
     query, owner = single_rows(earlier.sites)
     answer = earlier.wanted[owner]
     if settings.other_edits:

@@ -31,6 +31,7 @@ class TPatcherSettings:
         input_key_steps: `FitSettings.key_steps` of those models.
         label_split: `FitSettings.split` of classifiers, whose queries tell inputs apart more plainly.
         answer_split: the same of encoder-decoders.
+        answer_negatives: `FitSettings.negatives` of encoder-decoders.
         answer_overshoot: `FitSettings.overshoot` of encoder-decoders: a norm behind it bounds what a value can do, and
             a rephrasing often makes a neuron fire but faintly.
         swaps: how many versions of a prompt with another subject a patch must stay silent on (needs a subject).
@@ -49,9 +50,10 @@ class TPatcherSettings:
     subject: SubjectSettings = field(default_factory=SubjectSettings)
     contexts: int = 4
     input_contexts: int = 8
-    input_key_steps: int = 192
+    input_key_steps: int = 128
     label_split: float = 0.7
-    answer_split: float = 0.1
+    answer_split: float = 0.2
+    answer_negatives: int = 512
     answer_overshoot: float = 8.0
     swaps: int = 4
     other_edits: bool = True
@@ -71,6 +73,7 @@ class TPatcherSettings:
         fit = replace(
             self.fit,
             key_steps=self.input_key_steps,
+            negatives=self.answer_negatives if answers else self.fit.negatives,
             split=self.answer_split if answers else self.label_split,
             overshoot=self.answer_overshoot if answers else self.fit.overshoot,
             value_limit=LOUD if answers else self.fit.value_limit,

@@ -107,7 +107,9 @@ def recognise(query: Array, target: Array, particular: Array, memory: Memory, se
     least = jnp.minimum(z[0], jnp.mean(z))
     between = hard + settings.split * (least - hard)
     # Where they cannot be parted the threshold lies just below the bare prompt, which then has z = 1.
-    parted, least_room = least > hard, 0.02 * jnp.abs(jnp.mean(z))
+    # A hair between them is none: a key that tells them apart by it is nothing but rounding errors.
+    size = jnp.abs(jnp.mean(z))
+    parted, least_room = least - hard > 1e-3 * size, 0.02 * size
     threshold = jnp.where(parted, between, (least if settings.eager else z[0]) - least_room)
     unit = jnp.maximum(jnp.where(parted, least - threshold, least_room), tiny)
     key = whitener @ params["key"] / unit
