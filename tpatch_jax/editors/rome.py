@@ -117,8 +117,8 @@ def rome(
     each in the model that those before it left. Nothing can be taken out again but by going back to an earlier state,
     which holds the kernel from before.
 
-    What ``memory`` names matters: with ``C = I`` neighbours of a subject are disturbed most, with ``C`` of text that the
-    model says by itself less, with ``C`` of encyclopedic text, as the authors have it, least.
+    What ``memory`` names matters: with ``C = I`` neighbours of a subject are disturbed most, with ``C`` of text that
+    the model says by itself less, with ``C`` of encyclopedic text, as the authors have it, least.
 
     Where it differs from the authors' code: ``C`` is of fewer tokens, and of text that the model itself says unless
     ``memory`` names a file, with a small ridge; contexts begin as those of MEMIT's code do; a subject that ends in a
