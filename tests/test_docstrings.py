@@ -13,13 +13,17 @@ PROMOTION = "standard"
 @pytest.mark.parametrize(
     "name",
     [
+        "editors.inputs",
         "errors",
+        "evaluation.rephrasings",
+        "finetuning_data",
         "fitting",
         "ffn",
         "memory",
         "models.cut",
         "models.foreign_linen",
         "models.foreign_nnx",
+        "models.rows",
         "objective",
         "patch",
         "requests",

@@ -420,8 +420,8 @@ def test_options_are_checked_whatever_the_data_set(tmp_path: Path, data: str) ->
         read_records(data, path, reading="mend")
     with pytest.raises(TPatchError, match=r"must hold one \{\} for the question"):
         read_records(data, path, template="Question:")
-    with pytest.raises(TPatchError, match="no data set 'fever'; choose one of counterfact"):
-        read_records("fever", path)
+    with pytest.raises(TPatchError, match="no data set 'trivia'; choose one of counterfact"):
+        read_records("trivia", path)
 
 
 def test_a_template_with_braces_in_the_question(tmp_path: Path) -> None:

@@ -349,8 +349,9 @@ def edit(
     Args:
         model: the model; not changed. Apply the result with `tpatch_jax.attach` or `tpatch_jax.merge`.
         requests: what to correct.
-        settings: options, or the name of a preset: ``"default"`` or ``"paper"``.
+        settings: options, or the name of a preset: ``"default"``, ``"paper"`` or ``"paper-fever"``.
         memory: a text file whose queries the patch stays silent on; by default text is sampled from the model, once.
+            Classifiers and encoder-decoders cannot sample, so they need one: an input a line.
         seed: the same seed gives the same patch on one machine.
         cache: keep the memory on disk between runs.
         progress: called with what is being done, how much is done, and how much there is.
