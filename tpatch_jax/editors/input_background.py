@@ -14,7 +14,7 @@ from tpatch_jax.editors.inputs import input_contexts, read_inputs
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.memory import nuisance_scatter
 from tpatch_jax.models import networks
-from tpatch_jax.models.collection import Sites, collect
+from tpatch_jax.models.collection import Sites, collect, real, single_rows
 from tpatch_jax.models.generation import greedy
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.rows import ASK
@@ -120,8 +120,7 @@ def collect_inputs(
             nuisance = _nuisance(model, layer, rows[:GROUPS], others)
     else:
         # Tokens of one text differ in what they are; what they share is what the text says.
-        real = np.any(sites.residual != 0, -1)
-        query, shortest = sites.query[real], int(real.sum(1).min())
+        query, shortest = single_rows(sites)[0], int(real(sites).sum(1).min())
         nuisance = nuisance_scatter(jnp.asarray(sites.query[:GROUPS, :shortest]))
     kept = np.sort(np.random.default_rng(1).permutation(len(query))[:QUERIES])
     names = dict.fromkeys(name for text in inputs for name in _NAME.findall(text))
@@ -198,6 +197,6 @@ def _centres(model: Model, sites: Sites) -> Array:
         share.append(np.asarray(jax.nn.softmax(logits, -1)))
     probable = np.concatenate(share)
     if before.ndim == 3:
-        real = np.any(sites.residual != 0, -1, keepdims=True)
-        before = (before * real).sum(1) / real.sum(1)
+        there = real(sites)[..., None]
+        before = (before * there).sum(1) / there.sum(1)
     return jnp.asarray(probable.T @ before / probable.sum(0)[:, None])
