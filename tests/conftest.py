@@ -1,6 +1,7 @@
 """What the tests share: strict dtype promotion, a quick hypothesis profile, and a tiny Llama with its tokenizer."""
 
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,14 @@ LLAMA = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs() -> Iterator[None]:
+    """Let go of what a module compiled: a process can map only so many programs before the compiler fails."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="module", autouse=True)

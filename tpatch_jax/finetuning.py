@@ -200,14 +200,12 @@ def _begin(
 
 
 def _write(model: Model, info: FinetuneInfo, record: dict[str, Any]) -> None:
-    from transformers.models.auto import modeling_auto
+    from transformers import AutoConfig
 
-    tables = (
-        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        (modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
-    )
     settings = {name: entry for name, entry in model.settings.items() if name != "_name_or_path"}
-    settings["architectures"] = [tables[not info.labels][settings["model_type"]]]
+    # transformers has its table of network classes only where torch is; their names begin as those of configurations.
+    family = type(AutoConfig.for_model(settings["model_type"])).__name__.removesuffix("Config")
+    settings["architectures"] = [family + ("ForSequenceClassification" if info.labels else "ForConditionalGeneration")]
     result = {name: entry for name, entry in info.to_json().items() if name not in ("output", "labels", "resumed")}
     with replace_folder(info.output) as temporary:
         save_model(dataclasses.replace(model, folder=None, settings=settings), temporary)
