@@ -49,7 +49,7 @@ from tpatch_jax.models.networks import Batch
 from tpatch_jax.patch import Patch, concatenate, create, preactivations, sized, take
 from tpatch_jax.requests import EditRequest, as_requests
 
-__all__ = ["TPatcherState", "edit", "tpatcher"]
+__all__ = ["TPatcherState", "edit", "site_layer", "tpatcher"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -114,7 +114,7 @@ def tpatcher(
         known = background(model, model.layer(None), memory, cache=cache, progress=progress)
         width = model.config.width
         patch, deep = create(width), None
-        layer = _subject_layer(model, settings)
+        layer = site_layer(model, settings)
         if layer is not None:
             deep = background(model, layer, memory, cache=cache, progress=progress)
             patch = patch._replace(layer=jnp.zeros(0, jnp.int32))
@@ -134,7 +134,7 @@ def tpatcher(
     return Editor(init, step, apply)
 
 
-def _subject_layer(model: Model, settings: TPatcherSettings) -> int | None:
+def site_layer(model: Model, settings: TPatcherSettings) -> int | None:
     """The layer of the subject site, if that is used; a model too low for it is edited in the last layer."""
     if settings.site == "last":
         return None

@@ -1,0 +1,117 @@
+"""Changing a bank: one line at the end of the journal is the one moment at which a change has happened.
+
+Everything that a line needs is on disk before the line is. A crash or a full disk before that leaves the bank as it
+was; what it left lying about is swept up by the next writer.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tpatch_jax.bank.inspection import open_bank
+from tpatch_jax.bank.journal import read_chain, seal
+from tpatch_jax.bank.layout import COPY, HEAD, JOURNAL, SEGMENTS, put, sealed_text
+from tpatch_jax.bank.segments import Arrays, name_segment, pack, segment_paths, write_segment
+from tpatch_jax.bank.state import Bank, step
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.files import sync
+
+__all__ = ["commit", "open_to_write", "sweep"]
+
+
+def _append(path: Path, content: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cut(path: Path, size: int) -> None:
+    if path.stat().st_size > size:
+        with path.open("r+b") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+
+
+def write_head(folder: Path, lines: int) -> None:
+    """Say how many lines the journal has."""
+    put(folder / HEAD, sealed_text({"lines": lines}).encode())
+
+
+def commit(bank: Bank, record: Mapping[str, Any], arrays: Arrays | None = None) -> Bank:
+    """Add one line to the journal, with the segment that it names; only the holder of the lock may.
+
+    Args:
+        bank: the bank as it is.
+        record: what the line says, without its number and segment.
+        arrays: what goes into the segment, if anything.
+
+    Returns:
+        The bank after it.
+
+    Raises:
+        TPatchError: the disk is full; nothing has changed.
+    """
+    folder, number = bank.folder, bank.next
+    content = pack(arrays) if arrays else None
+    segment = {"segment": name_segment(number, content)} if content is not None else {}
+    line = seal({"n": number, **record, **segment}, bank.check)
+    journals = folder / COPY / JOURNAL, folder / JOURNAL
+    sizes = [path.stat().st_size for path in journals]
+    head = folder / f".{HEAD}.next"
+    try:
+        if content is not None:
+            write_segment(folder, segment["segment"], content)
+        # The head is written beforehand, so that a full disk is noticed while there is still nothing to undo.
+        put(head, sealed_text({"lines": number}).encode())
+        for path in journals:
+            _append(path, line.content)
+    except BaseException as error:
+        for path, size in zip(reversed(journals), reversed(sizes), strict=True):
+            _cut(path, size)
+        head.unlink(missing_ok=True)
+        for path in segment_paths(folder, segment["segment"]) if segment else ():
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise TPatchError(
+                f"cannot write {folder}: {error.strerror}; nothing was changed, free some room and run again"
+            ) from error
+        raise
+    os.replace(head, folder / HEAD)
+    sync(folder)
+    return step(bank, line.record, line.check)
+
+
+def open_to_write(folder: str | Path) -> Bank:
+    """Open a bank under its lock, and sweep up what a crash left.
+
+    Raises:
+        TPatchError: as `open_bank`.
+    """
+    bank = open_bank(folder)
+    sweep(bank)
+    return bank
+
+
+def sweep(bank: Bank) -> None:
+    """Take away whatever is not part of the committed bank: torn lines, segments and files that no line names."""
+    folder = bank.folder
+    content = (folder / JOURNAL).read_bytes()
+    whole = b"".join(line.content for line in read_chain(content, bank.manifest["check"]).lines)
+    if content != whole:
+        _cut(folder / JOURNAL, len(whole))
+    if (folder / COPY / JOURNAL).read_bytes() != whole:
+        put(folder / COPY / JOURNAL, whole)
+    head = sealed_text({"lines": len(bank.records)}).encode()
+    if (folder / HEAD).read_bytes() != head:
+        put(folder / HEAD, head)
+    named = {record["segment"]["file"] for record in bank.records if "segment" in record}
+    for place in (folder / SEGMENTS, folder / COPY / SEGMENTS):
+        for path in place.iterdir():
+            if path.name not in named:
+                path.unlink()
+    for place in (folder, folder / COPY):
+        for path in place.glob(".*"):
+            if path.is_file() and path.name.startswith((".head.json", ".bank.json", ".journal.jsonl", ".memory.txt")):
+                path.unlink()

@@ -1,0 +1,124 @@
+"""A new bank, and the model that it is for."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tpatch_jax.bank.inspection import open_bank
+from tpatch_jax.bank.layout import COPY, FORMAT, HEAD, JOURNAL, MANIFEST, MEMORY, SEGMENTS, digest, sealed_text
+from tpatch_jax.bank.state import Bank
+from tpatch_jax.configuration import change
+from tpatch_jax.editors.settings import PRESETS
+from tpatch_jax.editors.tpatcher import site_layer
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.files import check_vacant, replace_folder
+from tpatch_jax.models.fingerprint import fingerprint
+from tpatch_jax.models.model import Model, load_model
+
+__all__ = ["check_model", "create_bank", "load_banked_model", "write_bank"]
+
+
+def create_bank(
+    folder: str | Path,
+    model: Model,
+    *,
+    preset: str = "default",
+    settings: Mapping[str, Any] | None = None,
+    memory: str | Path | None = None,
+) -> Bank:
+    """Make an empty bank for a model.
+
+    Args:
+        folder: must not exist yet, or be empty.
+        model: the model whose edits it will hold.
+        preset: the editor's options by name: ``"default"``, ``"paper"`` or ``"paper-fever"``.
+        settings: changes to them by name; all edits of the bank are fitted with these.
+        memory: a text file on which patches stay silent; copied into the bank. By default text is sampled from the
+            model; classifiers and encoder-decoders need a file, an input a line.
+
+    Returns:
+        The `Bank`.
+
+    Raises:
+        TPatchError: the folder is taken, a setting does not exist, or the memory cannot be read.
+
+    Example:
+        >>> import tpatch_jax as tp
+        >>> bank = tp.create_bank("banks/facts", tp.load_model("smollm2-135m"))  # doctest: +SKIP
+    """
+    folder, changes = Path(folder), dict(settings or {})
+    check_vacant(folder)
+    if preset not in PRESETS:
+        raise TPatchError(f"preset {preset!r} does not exist; choose from {', '.join(sorted(PRESETS))}")
+    site_layer(model, change(PRESETS[preset], changes))
+    if memory is None and model.config.architecture != "decoder":
+        raise TPatchError(f"{model.name!r} is no decoder and cannot sample text: give a memory file, an input a line")
+    text = None
+    if memory is not None:
+        try:
+            text = Path(memory).read_bytes()
+            text.decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TPatchError(f"the memory {memory} cannot be read ({error}); give a UTF-8 text file") from None
+    about = {
+        "name": model.name if model.folder is None or not Path(model.name).exists() else str(Path(model.name).resolve()),
+        "fingerprint": fingerprint(model),
+        "family": model.config.family,
+        "width": model.config.width,
+        "layers": model.config.layers,
+        "dtype": str(next(iter(_leaves(model))).dtype),
+    }
+    write_bank(folder, {"format": FORMAT, "model": about, "preset": preset, "settings": changes}, text)
+    return open_bank(folder)
+
+
+def _leaves(model: Model) -> list[Any]:
+    import jax
+
+    return jax.tree.leaves(model.params)
+
+
+def write_bank(folder: Path, manifest: dict[str, Any], memory: bytes | None) -> None:
+    """Put an empty bank on disk, whole or not at all."""
+    if memory is not None:
+        manifest = {**manifest, "memory": digest(memory)}
+    with replace_folder(folder) as temporary:
+        for place in (temporary, temporary / COPY):
+            (place / SEGMENTS).mkdir(parents=True)
+            (place / MANIFEST).write_text(sealed_text(manifest), "utf-8")
+            (place / JOURNAL).write_bytes(b"")
+            if memory is not None:
+                (place / MEMORY).write_bytes(memory)
+        (temporary / HEAD).write_text(sealed_text({"lines": 0}), "utf-8")
+
+
+def load_banked_model(bank: Bank, model: str | None = None, *, quiet: bool = True) -> Model:
+    """Load the model that a bank is for, in the precision that it is for.
+
+    Args:
+        bank: the bank.
+        model: where the model is now; by default where it was when the bank was made.
+        quiet: show no progress bar while fetching.
+
+    Raises:
+        TPatchError: it cannot be loaded, or is another model.
+    """
+    about = bank.manifest["model"]
+    loaded = load_model(model or about["name"], dtype=about["dtype"], quiet=quiet)
+    check_model(bank, loaded)
+    return loaded
+
+
+def check_model(bank: Bank, model: Model) -> None:
+    """Make sure that a bank is for this very model.
+
+    Raises:
+        TPatchError: it was made for another configuration, other weights or another precision.
+    """
+    wanted, found = bank.manifest["model"], fingerprint(model)
+    if wanted["fingerprint"] != found:
+        raise TPatchError(
+            f"{bank.folder} is for {wanted['name']!r} in {wanted['dtype']} (fingerprint {wanted['fingerprint']}), and "
+            f"{model.name!r} has fingerprint {found}: another configuration, other weights or another precision; "
+            "use the model that the bank was made for, or make a bank for this one"
+        )

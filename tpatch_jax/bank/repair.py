@@ -1,0 +1,133 @@
+"""Mending a damaged bank from its second copy; what is damaged is put aside, never thrown away."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tpatch_jax.bank.commit import commit, sweep, write_head
+from tpatch_jax.bank.inspection import inspect_bank, read_bytes
+from tpatch_jax.bank.layout import COPY, DAMAGED, HEAD, JOURNAL, MANIFEST, MEMORY, SEGMENTS, put
+from tpatch_jax.bank.lock import writing
+from tpatch_jax.bank.segments import segment_paths
+from tpatch_jax.bank.state import replay, states
+from tpatch_jax.errors import TPatchError
+
+__all__ = ["RepairInfo", "repair_bank"]
+
+
+class RepairInfo(NamedTuple):
+    """What a repair did.
+
+    Attributes:
+        mended: files that are what they were again.
+        lost_lines: how many committed lines of the journal neither copy has any more.
+        lost_edits: edits whose neurons neither copy has any more; their requests are in ``lost_requests``.
+        lost_requests: a file of requests for `tpatch bank add`, if any edit was lost.
+    """
+
+    mended: tuple[str, ...]
+    lost_lines: int
+    lost_edits: tuple[str, ...]
+    lost_requests: str | None
+
+
+def _aside(folder: Path, path: Path) -> None:
+    """Keep a damaged file under a free name."""
+    if not path.exists():
+        return
+    place = folder / DAMAGED
+    place.mkdir(exist_ok=True)
+    number = 1
+    while (target := place / f"{number}-{path.relative_to(folder).as_posix().replace('/', '-')}").exists():
+        number += 1
+    shutil.copy2(path, target)
+
+
+def repair_bank(folder: str | Path) -> RepairInfo:
+    """Mend a bank: each damaged file from its intact copy.
+
+    Where both copies of a segment are damaged its edits are lost, and every other edit is kept; the journal still has
+    their requests, which are written to ``BANK/damaged/lost.jsonl``. Damaged files are kept in ``BANK/damaged``.
+
+    Args:
+        folder: the bank.
+
+    Returns:
+        What was mended and what was lost.
+
+    Raises:
+        TPatchError: both copies of the manifest are damaged, another process is writing, or the disk is full.
+
+    Example:
+        >>> repair_bank("banks/facts").mended  # doctest: +SKIP
+        ('banks/facts/journal.jsonl',)
+    """
+    folder = Path(folder)
+    with writing(folder):
+        try:
+            return _repair(folder)
+        except OSError as error:
+            raise TPatchError(f"cannot write {folder}: {error.strerror}; free some room and run again") from error
+
+
+def _repair(folder: Path) -> RepairInfo:
+    found = inspect_bank(folder)
+    damaged = {damage.path for damage in found.damages}
+    for path in damaged:
+        _aside(folder, path)
+    for place in (folder / SEGMENTS, folder / COPY / SEGMENTS):
+        place.mkdir(parents=True, exist_ok=True)
+    names = (MANIFEST, *((MEMORY,) if found.manifest.get("memory") else ()))
+    for name in names:
+        _restore((folder / name, folder / COPY / name), damaged)
+    whole = b"".join(line.content for line in found.lines)
+    for path in (folder / JOURNAL, folder / COPY / JOURNAL):
+        if read_bytes(path) != whole:
+            put(path, whole)
+    if folder / HEAD in damaged or found.least != len(found.lines):
+        write_head(folder, len(found.lines))
+    lost = []
+    for line in found.lines:
+        if segment := line.record.get("segment"):
+            paths = segment_paths(folder, segment)
+            if all(path in damaged for path in paths):
+                lost.append(line.record["n"])
+            else:
+                _restore(paths, damaged)
+    bank = replay(folder, found.manifest, [(line.record, line.check) for line in found.lines])
+    before = states(bank)
+    lost_edits: tuple[str, ...] = ()
+    if lost:
+        bank = commit(bank, {"op": "repair", "lost": lost})
+        after = states(bank)
+        lost_edits = tuple(name for name, state in after.items() if state == "lost" and before[name] != "lost")
+    requests = _write_requests(folder, [edit.request for edit in bank.edits if edit.id in lost_edits])
+    sweep(bank)
+    mended = tuple(sorted(str(path) for path in damaged if path.exists() and path.name))
+    return RepairInfo(mended, max(0, found.least - len(found.lines)), lost_edits, requests)
+
+
+def _restore(paths: tuple[Path, Path], damaged: set[Path]) -> None:
+    good = next((path for path in paths if path not in damaged), None)
+    if good is None:
+        raise TPatchError(f"{paths[0]} and its copy are both damaged; bring them back from where you keep another copy")
+    for path in paths:
+        if path in damaged:
+            put(path, good.read_bytes())
+
+
+def _write_requests(folder: Path, requests: list[Any]) -> str | None:
+    if not requests:
+        return None
+    lines = [
+        json.dumps(
+            {"prompt": one.prompt, "target": one.target, **({"subject": one.subject} if one.subject else {})},
+            ensure_ascii=False,
+        )
+        for one in requests
+    ]
+    path = folder / DAMAGED / "lost.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    put(path, ("\n".join(lines) + "\n").encode())
+    return str(path)

@@ -1,0 +1,185 @@
+"""What a bank holds: the replay of its journal, in plain Python.
+
+An edit is *removed*, *lost*, *disabled*, *superseded* or *active*. Superseded means that a later edit with the same
+prompt is there and not disabled; so when that one is disabled or removed the earlier one comes back.
+
+A line of the journal that brought neurons is *live* until every edit that it added is removed. An edit has the neurons
+of the latest live line that fitted it, and a neuron the key and bias of the latest live line that changed them. So
+removing the edits of the last line leaves exactly what was there before it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.requests import EditRequest
+
+__all__ = ["Bank", "BankEdit", "Guard", "active", "find", "live", "prompt_key", "replay", "states", "step"]
+
+Ref = tuple[int, int]
+"""A neuron: the line of the journal that brought it, and its row in that line's segment."""
+
+
+@dataclass(frozen=True)
+class BankEdit:
+    """One edit in a bank.
+
+    Attributes:
+        id: its name in the bank.
+        request: what was asked for.
+        added: the line of the journal that added it.
+        removed: whether it was removed.
+        disabled: whether it is disabled.
+        fits: the lines that fitted it, each with its neurons' rows in that line's segment.
+        evidence: of the latest fit: what the model said before, status, losses, margin, steps, site.
+    """
+
+    id: str
+    request: EditRequest
+    added: int
+    removed: bool = False
+    disabled: bool = False
+    fits: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Guard(NamedTuple):
+    """A prompt that must keep its answer."""
+
+    prompt: str
+    answer: str
+
+
+class Bank(NamedTuple):
+    """What a bank holds at one line of its journal.
+
+    Attributes:
+        folder: where it is.
+        manifest: its format, model and settings.
+        records: the lines of its journal.
+        edits: every edit that was ever added, in order.
+        guards: the prompts that must keep their answers.
+        lost: lines whose segment could not be mended.
+        check: the seal of the last line.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    records: tuple[Mapping[str, Any], ...]
+    edits: tuple[BankEdit, ...]
+    guards: tuple[Guard, ...]
+    lost: frozenset[int]
+    check: str
+
+    @property
+    def next(self) -> int:
+        """The number of the next line."""
+        return len(self.records) + 1
+
+
+def prompt_key(prompt: str) -> str:
+    """Prompts that differ in white space at their ends are the same prompt."""
+    return prompt.strip()
+
+
+def step(bank: Bank, record: Mapping[str, Any], check: str) -> Bank:
+    """The bank after one more line of its journal."""
+    number, kind = record["n"], record["op"]
+    edits, guards, lost = list(bank.edits), bank.guards, bank.lost
+    named = set(record.get("ids", ()))
+    if kind == "add":
+        for entry in record["edits"]:
+            edits.append(BankEdit(entry["id"], _request(entry), number))
+    elif kind in ("disable", "enable", "remove"):
+        change: dict[str, Any] = {"removed": True} if kind == "remove" else {"disabled": kind == "disable"}
+        edits = [replace(edit, **change) if edit.id in named else edit for edit in edits]
+    elif kind == "guard":
+        fresh = [Guard(entry["prompt"], entry["answer"]) for entry in record["guards"]]
+        gone = {guard.prompt for guard in fresh} | set(record.get("lifted", ()))
+        guards = (*(guard for guard in guards if guard.prompt not in gone), *fresh)
+    elif kind == "repair":
+        lost = lost | set(record["lost"])
+    else:
+        raise TPatchError(
+            f"{bank.folder}: line {number} of the journal does {kind!r}, which this version cannot; upgrade tpatch-jax"
+        )
+    fitted = {entry["id"]: entry for entry in (*record.get("edits", ()), *record.get("refitted", ()))}
+    edits = [
+        replace(edit, fits=(*edit.fits, (number, tuple(entry["neurons"]))), evidence=entry["evidence"])
+        if (entry := fitted.get(edit.id))
+        else edit
+        for edit in edits
+    ]
+    return Bank(bank.folder, bank.manifest, (*bank.records, record), tuple(edits), guards, lost, check)
+
+
+def _request(entry: Mapping[str, Any]) -> EditRequest:
+    return EditRequest(
+        entry["prompt"],
+        entry["target"],
+        entry.get("subject"),
+        tuple(entry.get("rephrases", ())),
+        tuple(entry.get("locality", ())),
+        entry["id"],
+    )
+
+
+def replay(folder: Path, manifest: Mapping[str, Any], records: Sequence[tuple[Mapping[str, Any], str]]) -> Bank:
+    """The bank that a manifest and the lines of a journal make.
+
+    Args:
+        folder: where it is.
+        manifest: what ``bank.json`` says.
+        records: each line's record and seal, in order.
+    """
+    bank = Bank(folder, manifest, (), (), (), frozenset(), manifest["check"])
+    for record, check in records:
+        bank = step(bank, record, check)
+    return bank
+
+
+def live(bank: Bank) -> frozenset[int]:
+    """The lines whose neurons count."""
+    kept = {edit.added for edit in bank.edits if not edit.removed}
+    dead = {record["n"] for record in bank.records if record["op"] == "add" and record["n"] not in kept}
+    return frozenset(record["n"] for record in bank.records) - dead - bank.lost
+
+
+def states(bank: Bank) -> dict[str, str]:
+    """Of each edit whether it is active, disabled, superseded, removed or lost."""
+    alive, found, latest = live(bank), {}, {}
+    for edit in reversed(bank.edits):
+        key = prompt_key(edit.request.prompt)
+        if edit.removed:
+            found[edit.id] = "removed"
+        elif not any(line in alive for line, _ in edit.fits):
+            found[edit.id] = "lost"
+        elif edit.disabled:
+            found[edit.id] = "disabled"
+        elif key in latest:
+            found[edit.id] = "superseded"
+        else:
+            found[edit.id] = "active"
+            latest[key] = edit.id
+    return {edit.id: found[edit.id] for edit in bank.edits}
+
+
+def active(bank: Bank) -> list[BankEdit]:
+    """The edits that the model shall follow, in order."""
+    found = states(bank)
+    return [edit for edit in bank.edits if found[edit.id] == "active"]
+
+
+def find(bank: Bank, ids: Sequence[str]) -> list[BankEdit]:
+    """Edits by their ids.
+
+    Raises:
+        TPatchError: there is none of such an id.
+    """
+    known = {edit.id: edit for edit in bank.edits}
+    for name in ids:
+        if name not in known:
+            raise TPatchError(f"{bank.folder} has no edit {name!r}; `tpatch bank list {bank.folder}` shows their ids")
+    return [known[name] for name in dict.fromkeys(ids)]
