@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
+from tpatch_jax.bank_cli import BANK_COMMANDS
 from tpatch_jax.errors import TPatchError
 
 __all__ = ["main"]
@@ -132,6 +133,11 @@ def evaluate(
         json=json,
         quiet=quiet,
     )
+
+
+def bank(*arguments: str) -> None:
+    """Patches that last: a folder of edits with undo, which survives crashes; `tpatch bank --help`."""
+    raise SystemExit(main(["bank", *arguments]))
 
 
 def compare(
@@ -296,6 +302,7 @@ def sweep(
 
 
 COMMANDS = {
+    "bank": bank,
     "compare": compare,
     "demo": demo,
     "edit": edit,
@@ -321,12 +328,17 @@ def main(arguments: list[str] | None = None) -> int:
     """
     # Without torch, which nothing here needs, transformers would say so at every start.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands, prog, said = COMMANDS, "tpatch", "Correct what a trained transformer says, one neuron per mistake."
+    if arguments[:1] == ["bank"]:
+        arguments, commands, prog = arguments[1:], BANK_COMMANDS, "tpatch bank"
+        said = "Patches that last: one folder, a journal, undo."
     try:
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="tpatch",
-            description="Correct what a trained transformer says, one neuron per mistake.",
-            args=sys.argv[1:] if arguments is None else arguments,
+            commands,
+            prog=prog,
+            description=said,
+            args=arguments,
             config=(FlagCreatePairsOff,),
         )
     except TPatchError as error:

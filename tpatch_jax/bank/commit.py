@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tpatch_jax.bank.inspection import open_bank
-from tpatch_jax.bank.journal import read_chain, seal
+from tpatch_jax.bank.journal import Line, read_chain, seal
 from tpatch_jax.bank.layout import COPY, HEAD, JOURNAL, SEGMENTS, put, sealed_text
 from tpatch_jax.bank.segments import Arrays, name_segment, pack, segment_paths, write_segment
 from tpatch_jax.bank.state import Bank, step
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import sync
 
-__all__ = ["commit", "open_to_write", "sweep"]
+__all__ = ["commit", "commit_line", "open_to_write", "sweep"]
 
 
 def _append(path: Path, content: bytes) -> None:
@@ -53,16 +53,29 @@ def commit(bank: Bank, record: Mapping[str, Any], arrays: Arrays | None = None) 
     Raises:
         TPatchError: the disk is full; nothing has changed.
     """
-    folder, number = bank.folder, bank.next
     content = pack(arrays) if arrays else None
-    segment = {"segment": name_segment(number, content)} if content is not None else {}
-    line = seal({"n": number, **record, **segment}, bank.check)
+    segment = {"segment": name_segment(bank.next, content)} if content is not None else {}
+    return commit_line(bank, seal({"n": bank.next, **record, **segment}, bank.check), content)
+
+
+def commit_line(bank: Bank, line: Line, content: bytes | None) -> Bank:
+    """Add a sealed line, with the bytes of the segment that it names.
+
+    Args:
+        bank: the bank as it is, to whose last line this one is chained.
+        line: what `seal` made, here or in another copy of the bank.
+        content: its segment's bytes, if it has one.
+
+    Raises:
+        TPatchError: the disk is full; nothing has changed.
+    """
+    folder, number, segment = bank.folder, bank.next, line.record.get("segment")
     journals = folder / COPY / JOURNAL, folder / JOURNAL
     sizes = [path.stat().st_size for path in journals]
     head = folder / f".{HEAD}.next"
     try:
-        if content is not None:
-            write_segment(folder, segment["segment"], content)
+        if segment and content is not None:
+            write_segment(folder, segment, content)
         # The head is written beforehand, so that a full disk is noticed while there is still nothing to undo.
         put(head, sealed_text({"lines": number}).encode())
         for path in journals:
@@ -71,7 +84,7 @@ def commit(bank: Bank, record: Mapping[str, Any], arrays: Arrays | None = None) 
         for path, size in zip(reversed(journals), reversed(sizes), strict=True):
             _cut(path, size)
         head.unlink(missing_ok=True)
-        for path in segment_paths(folder, segment["segment"]) if segment else ():
+        for path in segment_paths(folder, segment) if segment else ():
             path.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise TPatchError(
