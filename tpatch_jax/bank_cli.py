@@ -20,7 +20,9 @@ def init(
     *,
     model: Annotated[str, arg(help="a name from `tpatch models`, a folder, or a hub id")],
     preset: Annotated[str | None, arg(help="default, paper or paper-fever")] = None,
-    config: Annotated[str | None, arg(metavar="FILE", help="a YAML file of settings, such as those in configs/")] = None,
+    config: Annotated[
+        str | None, arg(metavar="FILE", help="a YAML file of settings, such as those in configs/")
+    ] = None,
     changes: Annotated[Texts, arg(name="set", metavar="NAME=VALUE", help="change a setting")] = (),
     memory: Annotated[str | None, arg(help="a text file on which patches stay silent")] = None,
     dtype: Annotated[str | None, arg(help="float32 or bfloat16; by default the checkpoint's")] = None,
@@ -87,9 +89,7 @@ def list_edits(bank: Bank, json: Json = False) -> None:
     bank_command.list_edits(bank, json=json)
 
 
-def show(
-    bank: Bank, name: Annotated[Positional[str], arg(metavar="ID", help="an edit")], json: Json = False
-) -> None:
+def show(bank: Bank, name: Annotated[Positional[str], arg(metavar="ID", help="an edit")], json: Json = False) -> None:
     """Show one edit: what was asked, the evidence, and what happened to it since."""
     from tpatch_jax import bank_command
 

@@ -128,9 +128,7 @@ def added_json(info: AddInfo) -> dict[str, Any]:
     }
 
 
-def change_edits(
-    kind: str, folder: str, ids: Sequence[str], *, model: str | None, json: bool, quiet: bool
-) -> None:
+def change_edits(kind: str, folder: str, ids: Sequence[str], *, model: str | None, json: bool, quiet: bool) -> None:
     """``tpatch bank disable``, ``enable`` and ``remove``."""
     bank = open_bank(folder)
     edits = find(bank, ids)
@@ -230,7 +228,10 @@ def verify(folder: str, *, model: str | None, json: bool, quiet: bool) -> None:
     _show(
         [
             f"{info.checked - len(info.broken)} of {info.checked} edits come out",
-            *([f"{info.guards - len(info.guards_broken)} of {info.guards} guarded answers are kept"] * bool(info.guards)),
+            *(
+                [f"{info.guards - len(info.guards_broken)} of {info.guards} guarded answers are kept"]
+                * bool(info.guards)
+            ),
             *(f"[red]broken[/red] {escape(name)}" for name in info.broken),
             *(f"[red]changed[/red] the guarded answer after {escape(prompt)!r}" for prompt in info.guards_broken),
         ]

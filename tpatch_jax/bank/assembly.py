@@ -105,8 +105,8 @@ def assemble(bank: Bank, edits: Iterable[BankEdit], store: Store) -> Held:
     for number in sorted(alive):
         if "segment" in bank.records[number - 1]:
             found = _load(bank, store, number).get("changed")
-            for row, (line, neuron) in enumerate(() if found is None else found.tolist()):
-                changed[line, neuron] = number, row
+            for row, ref in enumerate([] if found is None else found.tolist()):
+                changed[ref[0], ref[1]] = number, row
     parts, refs, owner, pieces = [], [], [], []
     for at, edit in enumerate(edits):
         line, rows = next((line, rows) for line, rows in reversed(edit.fits) if line in alive)

@@ -6,18 +6,33 @@ was; what it left lying about is swept up by the next writer.
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.journal import Line, read_chain, seal
-from tpatch_jax.bank.layout import COPY, HEAD, JOURNAL, SEGMENTS, put, sealed_text
+from tpatch_jax.bank.layout import COPY, HEAD, JOURNAL, MANIFEST, MEMORY, SEGMENTS, digest, put, sealed_text
 from tpatch_jax.bank.segments import Arrays, name_segment, pack, segment_paths, write_segment
 from tpatch_jax.bank.state import Bank, step
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.files import sync
+from tpatch_jax.files import replace_folder, sync
 
-__all__ = ["commit", "commit_line", "open_to_write", "sweep"]
+__all__ = ["commit", "commit_line", "open_to_write", "sweep", "write_bank", "write_head"]
+
+
+def write_bank(folder: Path, manifest: dict[str, Any], memory: bytes | None) -> None:
+    """Put an empty bank on disk, whole or not at all."""
+    if memory is not None:
+        manifest = {**manifest, "memory": digest(memory)}
+    with replace_folder(folder) as temporary:
+        for place in (temporary, temporary / COPY):
+            (place / SEGMENTS).mkdir(parents=True)
+            (place / MANIFEST).write_text(sealed_text(manifest), "utf-8")
+            (place / JOURNAL).write_bytes(b"")
+            if memory is not None:
+                (place / MEMORY).write_bytes(memory)
+        (temporary / HEAD).write_text(sealed_text({"lines": 0}), "utf-8")
 
 
 def _append(path: Path, content: bytes) -> None:
@@ -91,8 +106,10 @@ def commit_line(bank: Bank, line: Line, content: bytes | None) -> Bank:
                 f"cannot write {folder}: {error.strerror}; nothing was changed, free some room and run again"
             ) from error
         raise
-    os.replace(head, folder / HEAD)
-    sync(folder)
+    # The change has happened; a head that stays behind is brought up to date by the next writer.
+    with suppress(OSError):
+        os.replace(head, folder / HEAD)
+        sync(folder)
     return step(bank, line.record, line.check)
 
 
@@ -103,7 +120,10 @@ def open_to_write(folder: str | Path) -> Bank:
         TPatchError: as `open_bank`.
     """
     bank = open_bank(folder)
-    sweep(bank)
+    try:
+        sweep(bank)
+    except OSError as error:
+        raise TPatchError(f"cannot write {folder}: {error.strerror}; free some room and run again") from error
     return bank
 
 

@@ -4,18 +4,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tpatch_jax.bank.commit import write_bank
 from tpatch_jax.bank.inspection import open_bank
-from tpatch_jax.bank.layout import COPY, FORMAT, HEAD, JOURNAL, MANIFEST, MEMORY, SEGMENTS, digest, sealed_text
+from tpatch_jax.bank.layout import FORMAT
 from tpatch_jax.bank.state import Bank
 from tpatch_jax.configuration import change
 from tpatch_jax.editors.settings import PRESETS
 from tpatch_jax.editors.tpatcher import site_layer
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.files import check_vacant, replace_folder
+from tpatch_jax.files import check_vacant
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, load_model
 
-__all__ = ["check_model", "create_bank", "load_banked_model", "write_bank"]
+__all__ = ["check_model", "create_bank", "load_banked_model"]
 
 
 def create_bank(
@@ -61,7 +62,9 @@ def create_bank(
         except (OSError, UnicodeDecodeError) as error:
             raise TPatchError(f"the memory {memory} cannot be read ({error}); give a UTF-8 text file") from None
     about = {
-        "name": model.name if model.folder is None or not Path(model.name).exists() else str(Path(model.name).resolve()),
+        "name": model.name
+        if model.folder is None or not Path(model.name).exists()
+        else str(Path(model.name).resolve()),
         "fingerprint": fingerprint(model),
         "family": model.config.family,
         "width": model.config.width,
@@ -76,20 +79,6 @@ def _leaves(model: Model) -> list[Any]:
     import jax
 
     return jax.tree.leaves(model.params)
-
-
-def write_bank(folder: Path, manifest: dict[str, Any], memory: bytes | None) -> None:
-    """Put an empty bank on disk, whole or not at all."""
-    if memory is not None:
-        manifest = {**manifest, "memory": digest(memory)}
-    with replace_folder(folder) as temporary:
-        for place in (temporary, temporary / COPY):
-            (place / SEGMENTS).mkdir(parents=True)
-            (place / MANIFEST).write_text(sealed_text(manifest), "utf-8")
-            (place / JOURNAL).write_bytes(b"")
-            if memory is not None:
-                (place / MEMORY).write_bytes(memory)
-        (temporary / HEAD).write_text(sealed_text({"lines": 0}), "utf-8")
 
 
 def load_banked_model(bank: Bank, model: str | None = None, *, quiet: bool = True) -> Model:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tpatch_jax.bank.assembly import Held, join_neurons, take_neurons
-from tpatch_jax.bank.engine import Engine, Stepped
+from tpatch_jax.bank.method import Engine, Stepped
 from tpatch_jax.bank.pieces import join_pieces
 from tpatch_jax.bank.segments import Arrays
 from tpatch_jax.bank.state import BankEdit, Guard
@@ -70,9 +70,7 @@ def _absorb(held: Held, edits: Sequence[BankEdit], stepped: Stepped) -> Held:
 
 def _fit(draft: Draft, edits: Sequence[BankEdit], engine: Engine, guards: Sequence[Guard]) -> tuple[Draft, Stepped]:
     stepped = engine.step(draft.held, [edit.request for edit in edits], guards)
-    fitted = {
-        edit.id: result.evidence for edit, result in zip(edits, stepped.results, strict=True) if result.held
-    }
+    fitted = {edit.id: result.evidence for edit, result in zip(edits, stepped.results, strict=True) if result.held}
     failed = [
         Failure(edit, result.reason) for edit, result in zip(edits, stepped.results, strict=True) if not result.held
     ]
@@ -191,9 +189,7 @@ def settle(draft: Draft, engine: Engine, guards: Sequence[Guard], before: Iterab
         again = [edit for edit in draft.held.edits if edit.id in broken and edit.id not in before]
         if not again:
             break
-        tried, stepped = _fit(
-            draft._replace(held=draft.held.without(edit.id for edit in again)), again, engine, guards
-        )
+        tried, stepped = _fit(draft._replace(held=draft.held.without(edit.id for edit in again)), again, engine, guards)
         if not all(result.held for result in stepped.results):
             break
         draft, broken = tried, engine.broken(tried.held)

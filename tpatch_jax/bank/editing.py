@@ -11,9 +11,10 @@ import numpy as np
 
 from tpatch_jax.bank.assembly import Store, assemble
 from tpatch_jax.bank.creating import check_model
-from tpatch_jax.bank.engine import Engine, create_engine, patch_of
+from tpatch_jax.bank.engine import create_engine, patch_of
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.layout import MEMORY
+from tpatch_jax.bank.method import Engine
 from tpatch_jax.bank.operations import AddInfo, ChangeInfo, add_with, change_with, guard_with
 from tpatch_jax.bank.state import Bank, Guard, active
 from tpatch_jax.errors import TPatchError
@@ -100,9 +101,7 @@ def add_edits(
     """
     wanted = as_requests([one if isinstance(one, EditRequest) else dict(one) for one in requests])
     engine = partial(_engine, model, seed, progress)
-    return add_with(
-        Path(folder), wanted, engine, batch=batch, resume=resume, force=force, seed=seed, progress=progress
-    )
+    return add_with(Path(folder), wanted, engine, batch=batch, resume=resume, force=force, seed=seed, progress=progress)
 
 
 def _change(
@@ -268,7 +267,9 @@ def guard_bank(
             raise TPatchError(f"cannot guard {prompt!r}: {reason}")
         guards.append(Guard(prompt, answer))
     if lost := engine.guards_broken(held, guards):
-        raise TPatchError(f"the answer {lost[0].answer!r} does not come out after {lost[0].prompt!r}; give the one that does")
+        raise TPatchError(
+            f"the answer {lost[0].answer!r} does not come out after {lost[0].prompt!r}; give the one that does"
+        )
     return guard_with(Path(folder), guards, lift).guards
 
 

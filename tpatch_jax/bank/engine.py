@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache as remembered
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpatch_jax.bank.assembly import FIELDS, Held, take_neurons
+from tpatch_jax.bank.assembly import Held, take_neurons
+from tpatch_jax.bank.method import Engine, Result, Stepped
 from tpatch_jax.bank.pieces import join_pieces, split_pieces
 from tpatch_jax.bank.segments import Arrays
 from tpatch_jax.bank.state import Guard, Ref
@@ -34,61 +36,15 @@ from tpatch_jax.models.model import Model, attach
 from tpatch_jax.patch import Patch, sized
 from tpatch_jax.requests import EditRequest
 
-__all__ = ["Engine", "Result", "Stepped", "create_engine", "patch_of", "settings_of"]
+__all__ = ["create_engine", "patch_of", "settings_of"]
 
 Progress = Callable[[str, int, int], None]
 NEAR = 8
 """So many of the nearest earlier edits are fitted again beside a request that does not hold."""
 
 
-class Result(NamedTuple):
-    """What became of one request.
-
-    Attributes:
-        held: whether it holds.
-        reason: why not, and how to mend it.
-        evidence: what the model said before, status, losses, margin, steps, site.
-        neurons: its neurons.
-        piece: what later fits need to know about it; empty if it does not hold.
-    """
-
-    held: bool
-    reason: str
-    evidence: Mapping[str, Any]
-    neurons: Arrays
-    piece: Arrays
-
-
-class Stepped(NamedTuple):
-    """What fitting some requests gave.
-
-    Attributes:
-        results: one for each request.
-        changed: earlier neurons that gave way: from the row to its new key and bias.
-    """
-
-    results: list[Result]
-    changed: dict[int, tuple[np.ndarray, np.ndarray]]
-
-
-class Engine(NamedTuple):
-    """What a bank asks of an editing method.
-
-    Attributes:
-        problems: requests that cannot be worked on, by position, with the reason.
-        step: ``(held, requests, guards)``: fit requests beside what is held, silent on the guarded prompts.
-        broken: ids of held edits that do not come out, from what is known about them.
-        near: ids of the held edits that are nearest to some requests in query space.
-        guards_broken: guarded prompts whose answers do not come out.
-        verify: ids of held edits that do not come out when their prompts are read anew.
-    """
-
-    problems: Callable[[Sequence[EditRequest]], dict[int, str]]
-    step: Callable[[Held, Sequence[EditRequest], Sequence[Guard]], Stepped]
-    broken: Callable[[Held], list[str]]
-    near: Callable[[Held, Sequence[EditRequest]], list[str]]
-    guards_broken: Callable[[Held, Sequence[Guard]], list[Guard]]
-    verify: Callable[[Held], list[str]]
+def _tell(progress: Progress, what: str, total: int, done: int) -> None:
+    progress(what, done, total)
 
 
 def settings_of(manifest: Mapping[str, Any]) -> TPatcherSettings:
@@ -100,7 +56,8 @@ def patch_of(neurons: Mapping[str, np.ndarray]) -> Patch:
     """Neurons as a patch on the host; ``layer`` -1 means that they do not name it."""
     layer = neurons["layer"]
     named = layer if len(layer) and layer[0] >= 0 else None
-    return Patch(*(neurons[name] for name in FIELDS[:3]), named)
+    arrays: Any = (neurons["key"], neurons["bias"], neurons["value"], named)
+    return Patch(*arrays)
 
 
 def create_engine(
@@ -144,7 +101,7 @@ def create_engine(
         return (attach(model, sized(deep)) if len(rows[0]) else model), deep, late._replace(layer=None)
 
     def pieces(held: Held) -> list[Arrays]:
-        """What is known about each edit; where another set of neurons at subjects fires than before, it is read anew."""
+        """What is known about each edit, read anew where other neurons at subjects fire than before."""
         rows, _ = split(held)
         if not held.edits or layer is None:
             return list(held.pieces)
@@ -261,7 +218,7 @@ def create_engine(
             deeper, _, late = parts(held)
             items = items_of([edit.request for edit in held.edits])
             total = len(items)
-            tell = (lambda done: progress("verifying", done, total)) if progress else None
+            tell = None if progress is None else partial(_tell, progress, "verifying", total)
             sites = collect(deeper, [i.rows[0] for i in items], [i.places(0) for i in items], last, tell)
             wrong = predicted(deeper, sites, late) != np.asarray([token for i in items for token in i.target], np.int32)
             owner = np.repeat(np.arange(total), [len(item.target) for item in items])

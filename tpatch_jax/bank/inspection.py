@@ -171,7 +171,9 @@ def _segment_damages(folder: Path, lines: tuple[Line, ...]) -> list[Damage]:
             for path in segment_paths(folder, segment):
                 content = read_bytes(path)
                 if content is None or digest(content) != segment["sha256"]:
-                    reason = "is missing" if content is None else "is damaged: its bytes are not those that were written"
+                    reason = (
+                        "is missing" if content is None else "is damaged: its bytes are not those that were written"
+                    )
                     damages.append(Damage(path, reason))
     return damages
 

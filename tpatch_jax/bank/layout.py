@@ -1,12 +1,12 @@
 """Where things are in a bank's folder, and its manifest.
 
-    BANK/bank.json        the manifest: format, model, settings
-    BANK/journal.jsonl    one line a change, each sealed with the one before; the state of the bank is its replay
-    BANK/head.json        how many lines the journal has at least
-    BANK/segments/        safetensors, one for each line that brought neurons; never changed
-    BANK/memory.txt       the text on which patches stay silent, if one was given
-    BANK/copy/            all of these but the head once more: what `tpatch bank repair` mends from
-    BANK/damaged/         what it put aside
+BANK/bank.json        the manifest: format, model, settings
+BANK/journal.jsonl    one line a change, each sealed with the one before; the state of the bank is its replay
+BANK/head.json        how many lines the journal has at least
+BANK/segments/        safetensors, one for each line that brought neurons; never changed
+BANK/memory.txt       the text on which patches stay silent, if one was given
+BANK/copy/            all of these but the head once more: what `tpatch bank repair` mends from
+BANK/damaged/         what it put aside
 """
 
 import hashlib

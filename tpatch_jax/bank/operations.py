@@ -1,10 +1,11 @@
 """What changes a bank: add, disable, enable, remove, guard. Each is one line of the journal, or none."""
 
+import contextlib
 import getpass
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,8 @@ from typing import Any, NamedTuple
 from tpatch_jax.bank.assembly import Held, Store, assemble
 from tpatch_jax.bank.commit import commit, open_to_write
 from tpatch_jax.bank.drafting import Draft, fit_new, record_of, settle
-from tpatch_jax.bank.engine import Engine
 from tpatch_jax.bank.lock import writing
+from tpatch_jax.bank.method import Engine
 from tpatch_jax.bank.state import Bank, BankEdit, Guard, active, find, prompt_key, states, step
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest
@@ -73,15 +74,13 @@ def _stamp() -> dict[str, Any]:
     """When, who, and with what."""
     found = {}
     for name in ("tpatch-jax", "jax"):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            pass
     try:
         who = getpass.getuser()
     except (OSError, KeyError):
         who = "unknown"
-    return {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "who": who, "versions": found}
+    return {"time": datetime.now(UTC).isoformat(timespec="seconds"), "who": who, "versions": found}
 
 
 def _asked(request: EditRequest) -> dict[str, Any]:
@@ -212,7 +211,11 @@ def _add(
         "failed": tuple((f.edit.id, f.edit.request.prompt, f.edit.request.target, f.reason) for f in draft.failed),
     }
     if not record["edits"]:
-        return bank, draft._replace(broken=tuple(broken), guards=tuple(guards)), {**told, "refitted": (), "gave_way": ()}
+        return (
+            bank,
+            draft._replace(broken=tuple(broken), guards=tuple(guards)),
+            {**told, "refitted": (), "gave_way": ()},
+        )
     record["edits"] = [{**entry, **_asked(by_name[entry["id"]])} for entry in record["edits"]]
     record |= {
         "superseded": [{"id": old, "by": name} for old, name in superseded],
@@ -260,9 +263,7 @@ def undoes_last(bank: Bank, ids: Iterable[str]) -> bool:
     )
 
 
-def change_with(
-    folder: Path, kind: str, ids: Sequence[str], engine: Callable[[Bank], Engine] | None
-) -> ChangeInfo:
+def change_with(folder: Path, kind: str, ids: Sequence[str], engine: Callable[[Bank], Engine] | None) -> ChangeInfo:
     """Disable, enable or remove edits; see `disable_edits`, `enable_edits` and `remove_edits`."""
     if not ids:
         raise TPatchError(f"no edit to {kind} was named; `tpatch bank list {folder}` shows their ids")

@@ -11,8 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tpatch_jax.bank.commit import commit_line, open_to_write
-from tpatch_jax.bank.creating import write_bank
+from tpatch_jax.bank.commit import commit_line, open_to_write, write_bank
 from tpatch_jax.bank.inspection import inspect_bank, open_bank
 from tpatch_jax.bank.journal import Line
 from tpatch_jax.bank.layout import DAMAGED, LOCK, MEMORY
@@ -34,9 +33,8 @@ class BankDifference(NamedTuple):
         common: how many lines of their journals are the same, from the start.
         only_left: ``(prompt, target)`` of edits that are active in the first alone.
         only_right: the same of the second.
-        targets: ``(prompt, target in the first, target in the second)`` where both are active and want different things.
-        states: ``(prompt, target, state in the first, state in the second)`` of edits in both that are active in neither
-            or whose state differs otherwise.
+        targets: ``(prompt, target in the first, target in the second)`` where both are active and differ.
+        states: ``(prompt, target, state in the first, state in the second)`` of edits whose state differs.
     """
 
     same_model: bool
@@ -62,7 +60,7 @@ def diff_banks(left: str | Path, right: str | Path) -> BankDifference:
         (('The capital of France is', 'Lyon'),)
     """
     banks = open_bank(left), open_bank(right)
-    common = _common(*([record for record in bank.records] for bank in banks))
+    common = _common(*(list(bank.records) for bank in banks))
     active: list[dict[str, tuple[str, str]]] = []
     known: list[dict[tuple[str, str], str]] = []
     for bank in banks:

@@ -1,0 +1,204 @@
+"""Hurting banks on purpose: kills at random moments, bytes altered in random places. No JAX.
+
+python tests/bank_faults.py --kills 200 --damages 1000
+python tests/bank_faults.py --kills 50 --model FOLDER     # `tpatch bank add` itself, on a small model
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bank_engine import fake, make_bank
+
+from tpatch_jax.bank.inspection import open_bank
+from tpatch_jax.bank.operations import add_with
+from tpatch_jax.bank.repair import repair_bank
+from tpatch_jax.bank.state import Bank
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.requests import EditRequest
+
+REQUESTS = [EditRequest(f"prompt {n % 40}", ("weak", "soft", "one")[n % 3] + str(n)) for n in range(400)]
+BATCH = 2
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file of a bank but its lock and what was put aside."""
+    return {
+        path: path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "lock" and path.parent.name != "damaged"
+    }
+
+
+def child(folder: str) -> None:
+    """Add requests until killed, saying what is done."""
+
+    def tell(what: str, done: int, total: int) -> None:
+        sys.stdout.write(f"{done}\n")
+        sys.stdout.flush()
+
+    add_with(Path(folder), REQUESTS, fake, batch=BATCH, resume=True, progress=tell)
+
+
+def kill_once(command: Sequence[str], wait: float, warm: bool) -> tuple[int, bool]:
+    """Run a command, kill it so many seconds after its first line: how much it had said was done, and whether it ended.
+
+    Args:
+        command: prints a line after each batch.
+        wait: seconds.
+        warm: count the seconds from its first line, else from its start.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    said = process.stdout.readline() if warm else ""
+    time.sleep(wait)
+    process.send_signal(signal.SIGKILL)
+    rest, _ = process.communicate()
+    lines = (said + rest).split("\n")[:-1]
+    return int(lines[-1]) if lines else 0, process.returncode == 0
+
+
+def lost(before: Bank, after: Bank, size: int) -> str:
+    """What of a bank is lost or half there after a crash; empty if nothing is."""
+    if after.records[: len(before.records)] != before.records:
+        return "a committed line is not what it was"
+    for record in after.records[len(before.records) :]:
+        if record["op"] != "add" or not 1 <= len(record["edits"]) <= size:
+            return "a batch is half there"
+    return ""
+
+
+def kills(count: int, seed: int, folder: Path) -> dict[str, int]:
+    """Kill an adding process again and again, and look at the bank each time."""
+    rng = random.Random(seed)
+    make_bank(folder)
+    found = {"kills": 0, "committed": 0, "unclean": 0}
+    command = [sys.executable, __file__, "--child", str(folder)]
+    while found["kills"] < count:
+        before = open_bank(folder)
+        # now and then from the start, so that banks of all sizes are hit
+        if len(before.edits) >= len(REQUESTS) - BATCH:
+            shutil.rmtree(folder)
+            before = open_bank(make_bank(folder))
+        done, ended = kill_once(command, rng.uniform(0, 0.15), warm=rng.random() < 0.9)
+        if ended:
+            continue
+        found["kills"] += 1
+        after = open_bank(folder)
+        problem = lost(before, after, BATCH)
+        assert not problem, problem
+        assert len(after.edits) - len(before.edits) >= done, "a batch that was said to be done is not there"
+        found["committed"] += len(after.records) - len(before.records)
+        found["unclean"] += any(path.name.startswith(".") for path in folder.rglob("*"))
+    info = add_with(folder, REQUESTS, fake, batch=BATCH, resume=True)
+    bank = open_bank(folder)
+    assert not info.failed
+    assert [edit.request for edit in bank.edits if edit.id] and len(bank.edits) == len(REQUESTS)
+    assert [edit.request.prompt for edit in bank.edits] == [request.prompt for request in REQUESTS]
+    return found
+
+
+def hurt(path: Path, rng: random.Random) -> str:
+    """Flip a bit, cut the end off, take some bytes out, or take the file away."""
+    content = path.read_bytes()
+    place = rng.randrange(len(content))
+    kind = rng.choice(
+        ["flip", "truncate", "remove", "delete"] if rng.random() < 0.5 else ["flip", "truncate", "remove"]
+    )
+    if kind == "flip":
+        path.write_bytes(content[:place] + bytes([content[place] ^ (1 << rng.randrange(8))]) + content[place + 1 :])
+    elif kind == "truncate":
+        path.write_bytes(content[:place])
+    elif kind == "remove":
+        path.write_bytes(content[:place] + content[place + rng.randint(1, 20) :])
+    else:
+        path.unlink()
+    return kind
+
+
+def damages(count: int, seed: int, folder: Path) -> dict[str, int]:
+    """Hurt a bank in one random place at a time: it is noticed, and mended to the last byte."""
+    rng = random.Random(seed)
+    make_bank(folder)
+    add_with(folder, REQUESTS[:60], fake, batch=7)
+    whole = contents(folder)
+    found = {"flip": 0, "truncate": 0, "remove": 0, "delete": 0}
+    for _ in range(count):
+        # by bytes, so that each byte of the bank is as likely as any other
+        path = rng.choices(list(whole), [len(content) for content in whole.values()])[0]
+        kind = hurt(path, rng)
+        found[kind] += 1
+        try:
+            open_bank(folder)
+        except TPatchError as error:
+            assert str(path) in str(error) and f"tpatch bank repair {folder}" in str(error), error
+        else:
+            raise AssertionError(f"{kind} in {path} went unnoticed")
+        info = repair_bank(folder)
+        assert not info.lost_edits and not info.lost_lines
+        assert contents(folder) == whole, f"{kind} in {path} was not mended"
+        shutil.rmtree(folder / "damaged", ignore_errors=True)
+    return found
+
+
+def command_kills(count: int, seed: int, model: Path, folder: Path) -> dict[str, int]:
+    """Kill ``tpatch bank add`` itself."""
+    rng, requests = random.Random(seed), folder.parent / "requests.jsonl"
+    requests.write_text("".join(f'{{"prompt": "the cat {n} sat in", "target": "{n % 7}a"}}\n' for n in range(60)))
+    memory = folder.parent / "memory.txt"
+    memory.write_text("The theory in the inn: winter thins the herd, and the hen then hides. " * 8)
+    tool = [sys.executable, "-m", "tpatch_jax.cli", "bank"]
+    quick = [text for name in ("key_steps=24", "value_steps=8", "lanes=4") for text in ("--set", name)]
+    init = [*tool, "init", str(folder), "--model", str(model), "--memory", str(memory), *quick]
+    found = {"kills": 0, "committed": 0, "unclean": 0}
+    took = 8.0
+    while found["kills"] < count:
+        if not folder.exists() or len(open_bank(folder).edits) >= 50:
+            shutil.rmtree(folder, ignore_errors=True)
+            subprocess.run(init, check=True, capture_output=True)
+        before, began = open_bank(folder), time.perf_counter()
+        _, ended = kill_once([*tool, "add", str(folder), str(requests), "--batch", "1", "--resume"], rng.uniform(0, took),
+                             warm=False)  # fmt: skip
+        if ended:
+            took = max(1.0, 0.9 * (time.perf_counter() - began))
+            continue
+        found["kills"] += 1
+        after = open_bank(folder)
+        problem = lost(before, after, 1)
+        assert not problem, problem
+        found["committed"] += len(after.records) - len(before.records)
+        found["unclean"] += any(path.name.startswith(".") for path in folder.rglob("*"))
+        print(found, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--damages", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model")
+    parser.add_argument("--child")
+    options = parser.parse_args()
+    if options.child:
+        child(options.child)
+        return
+    with tempfile.TemporaryDirectory() as place:
+        if options.model:
+            print(command_kills(options.kills, options.seed, Path(options.model), Path(place) / "bank"))
+            return
+        print(kills(options.kills, options.seed, Path(place) / "kills"))
+        print(damages(options.damages, options.seed, Path(place) / "damages"))
+
+
+if __name__ == "__main__":
+    os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[1])])
+    main()
