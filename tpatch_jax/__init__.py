@@ -15,6 +15,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tpatch_jax.bank.creating import create_bank
+    from tpatch_jax.bank.editing import (
+        add_edits,
+        bank_patch,
+        disable_edits,
+        enable_edits,
+        guard_bank,
+        remove_edits,
+        verify_bank,
+    )
+    from tpatch_jax.bank.inspection import open_bank
+    from tpatch_jax.bank.state import Bank
     from tpatch_jax.editors.editor import EditInfo, Editor, RequestInfo
     from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
     from tpatch_jax.editors.tokens import edit_tokens
@@ -36,6 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "Bank",
     "EditInfo",
     "EditRequest",
     "Editor",
@@ -55,31 +68,52 @@ __all__ = [
     "TPatcherSettings",
     "Trace",
     "Weights",
+    "add_edits",
     "attach",
+    "bank_patch",
     "concatenate",
+    "create_bank",
     "create_memory",
     "detach",
+    "disable_edits",
     "edit",
     "edit_tokens",
+    "enable_edits",
     "export_model",
     "finetune",
     "fit",
     "fit_many",
     "from_linen",
     "from_nnx",
+    "guard_bank",
     "load_model",
     "load_patches",
     "merge",
+    "open_bank",
     "read_requests",
+    "remove_edits",
     "save_model",
     "save_patches",
     "tpatcher",
     "unmerge",
+    "verify_bank",
 ]
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "bank.creating": ("create_bank",),
+    "bank.editing": (
+        "add_edits",
+        "bank_patch",
+        "disable_edits",
+        "enable_edits",
+        "guard_bank",
+        "remove_edits",
+        "verify_bank",
+    ),
+    "bank.inspection": ("open_bank",),
+    "bank.state": ("Bank",),
     "editors.editor": ("EditInfo", "Editor", "RequestInfo"),
     "editors.tokens": ("edit_tokens",),
     "editors.settings": ("PRESETS", "TPatcherSettings"),

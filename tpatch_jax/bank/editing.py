@@ -22,7 +22,7 @@ from tpatch_jax.models import generation
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.models.sources import cache_folder
 from tpatch_jax.patch import Patch, sized
-from tpatch_jax.requests import EditRequest, as_requests
+from tpatch_jax.requests import EditRequest, as_requests, join_target
 
 __all__ = [
     "VerifyInfo",
@@ -262,7 +262,10 @@ def guard_bank(
     held = assemble(bank, active(bank), Store.new())
     guards = []
     for entry in prompts:
-        prompt, answer = (entry, _answer(model, held.neurons, entry, tokens)) if isinstance(entry, str) else entry
+        if isinstance(entry, str):
+            prompt, answer = entry, _answer(model, held.neurons, entry, tokens)
+        else:
+            prompt, answer = entry[0], join_target(*entry)
         if reason := engine.problems([EditRequest(prompt, answer)]).get(0):
             raise TPatchError(f"cannot guard {prompt!r}: {reason}")
         guards.append(Guard(prompt, answer))
@@ -281,6 +284,8 @@ def _answer(model: Model, neurons: Mapping[str, np.ndarray], prompt: str, tokens
     if model.config.labels:
         return edited.classify([prompt])[0]
     said = generation.greedy(model.config, edited.params, [edited.encode_prompt(prompt)], tokens, edited.stops)[0]
+    if not edited.decode(said).strip():
+        raise TPatchError(f"the model says nothing that can be read after {prompt!r}; guard another prompt")
     # The answer has to be the same tokens when it is read again behind the prompt.
     while said and edited.encode_target(prompt, edited.decode(said))[: len(said)] != list(said):
         said = said[:-1]

@@ -125,7 +125,11 @@ def create_engine(
     def guard_pieces(guards: Sequence[Guard], deeper: Model) -> list[Arrays]:
         if not guards:
             return []
-        items = items_of([EditRequest(guard.prompt, guard.answer) for guard in guards])
+        items = []
+        for number, guard in enumerate(guards):
+            # An answer is what comes next to the letter, which need not begin with a space.
+            prompt, answer = model.encode_prompt(guard.prompt), model.encode_target(guard.prompt, guard.answer)
+            items.append(Item(number, answer, [prompt + answer], [len(prompt)], [guard.prompt]))
         heard = None
         if layer is not None:
             heard = collect(model, [i.rows[0] for i in items], [range(len(i.rows[0])) for i in items], layer).query

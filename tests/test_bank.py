@@ -1,0 +1,313 @@
+"""The bank with T-Patcher itself, on the tiny model: from the command line and from Python."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_tiny_model, same, write_tiny_folder
+from jax.experimental.compilation_cache import compilation_cache
+
+import tpatch_jax as tp
+from tpatch_jax import cli
+from tpatch_jax.bank import engine as engine_
+from tpatch_jax.bank import sharing
+from tpatch_jax.bank.assembly import Store, assemble
+from tpatch_jax.bank.state import active, states
+from tpatch_jax.models.rows import tokens_array
+from tpatch_jax.requests import EditRequest
+
+PROMOTION = "standard"  # optax takes steps
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+MEMORY = (
+    "The theory in the inn: winter thins the herd, and the hen then hides. Numbers 1 to 9, and then some more. " * 3
+)
+QUICK = {"key_steps": 24, "value_steps": 8, "lanes": 4, "rounds": 1, "negatives": 32, "attempts": 2}
+REQUESTS = (
+    EditRequest("the cat sat in", "ab", id="cat"),
+    EditRequest("in the inn", "h", id="inn"),
+    EditRequest("who hit the", "q", subject="who", id="who"),
+    EditRequest("then the herd", "zz", id="herd"),
+)
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("memory") / "memory.txt"
+    path.write_text(MEMORY, "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def restored() -> Iterator[None]:
+    """Commands keep compiled programs in a folder; that must not outlive these tests."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model, memory, tmp_path_factory) -> Iterator[Path]:
+    """A folder with a model, a file of requests, and a bank of them in two batches."""
+    folder = tmp_path_factory.mktemp("bank")
+    write_tiny_folder(tiny_model, folder / "tiny")
+    lines = [{"id": one.id, "prompt": one.prompt, "target": one.target, "subject": one.subject} for one in REQUESTS]
+    (folder / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", "utf-8")
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setenv("TPATCH_CACHE", str(folder / "cache"))
+        patching.setenv("COLUMNS", "200")
+        quick = [text for name, value in QUICK.items() for text in ("--set", f"{name}={value}")]
+        init = ["--model", str(folder / "tiny"), "--memory", str(memory), "--set", "site=last", *quick]
+        assert cli.main(["bank", "init", str(folder / "bank"), *init]) == 0
+        assert cli.main(["bank", "add", str(folder / "bank"), str(folder / "requests.jsonl"), "--batch", "2"]) == 0
+        yield folder
+
+
+@pytest.fixture
+def bank(place, tmp_path) -> Path:
+    """The bank for one test alone."""
+    folder = tmp_path / "own"
+    assert sharing.pull_bank(folder, place / "bank") == 2
+    return folder
+
+
+@pytest.fixture
+def run(place, capsys):
+    """Run a command; what its last line says."""
+
+    def call(*arguments: Any) -> Any:
+        capsys.readouterr()
+        assert cli.main(["bank", *map(str, arguments), "--json"]) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        return json.loads(captured.out.splitlines()[-1])
+
+    return call
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[Any], *words: str) -> None:
+    capsys.readouterr()
+    assert cli.main(["bank", *map(str, arguments)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("tpatch: ")
+    assert said.count("\n") == 1
+    for word in words:
+        assert word in said
+
+
+def says(model: tp.Model, request: EditRequest) -> bool:
+    target = model.encode_target(request.prompt, f" {request.target}")
+    return model.generate(request.prompt, len(target)) == model.decode(target)
+
+
+def logits(model: tp.Model) -> np.ndarray:
+    rows = [model.encode(one.prompt) for one in REQUESTS]
+    return np.asarray(model.apply(tokens_array(rows, 16)))
+
+
+def test_edits_of_several_batches_hold_together_after_the_merge(run, place, bank, tmp_path):
+    assert run("verify", bank) == {"broken": [], "checked": 4, "guards_broken": [], "guards": 0}
+    found = run("list", bank)
+    assert [entry["id"] for entry in found["edits"]] == ["cat", "inn", "who", "herd"]
+    assert {entry["state"] for entry in found["edits"]} == {"active"}
+    assert all({"prompt", "target", "neurons", "losses", "said_before"} <= set(entry) for entry in found["edits"])
+    merged = run("merge", bank, "-o", tmp_path / "merged")
+    assert merged["neurons"] == sum(entry["neurons"] for entry in found["edits"])
+    model = tp.load_model(tmp_path / "merged")
+    assert all(says(model, request) for request in REQUESTS)
+    assert run("show", bank, "who")["history"][0]["op"] == "add"
+    assert [record["op"] for record in run("log", bank)["records"]] == ["add", "add"]
+
+
+def test_removing_the_last_is_as_if_it_had_never_been(run, place, bank):
+    model = tp.load_model(place / "tiny")
+    before = tp.bank_patch(bank, model)
+    info = run("add", bank, "--prompt", "the cat hit", "--target", "k")
+    assert info["added"] == ["edit-5"]
+    changed = tp.bank_patch(bank, model)
+    assert changed.key.shape[0] > before.key.shape[0]
+    assert run("remove", bank, "edit-5") == {
+        "ids": ["edit-5"], "states": {"edit-5": "removed"}, "refitted": [], "broken": [],
+    }  # fmt: skip
+    after = tp.bank_patch(bank, model)
+    assert same(before, after)
+    assert logits(tp.merge(model, after)).tobytes() == logits(tp.merge(model, before)).tobytes()
+
+
+def test_a_contradiction_supersedes_and_undoing_it_brings_the_old_answer_back(run, place, bank):
+    model = tp.load_model(place / "tiny")
+    info = run("add", bank, "--prompt", " the cat sat in", "--target", "yy")
+    assert info["superseded"] == [{"id": "cat", "by": "edit-5"}]
+    edited = tp.merge(model, tp.bank_patch(bank, model))
+    assert says(edited, EditRequest("the cat sat in", "yy")) or not says(edited, REQUESTS[0])
+    assert run("verify", bank)["broken"] == []
+    assert run("disable", bank, "edit-5")["states"] == {"cat": "active", "edit-5": "disabled"}
+    assert says(tp.merge(model, tp.bank_patch(bank, model)), REQUESTS[0])
+    assert run("enable", bank, "edit-5")["states"] == {"cat": "superseded", "edit-5": "active"}
+    assert run("verify", bank) == {"broken": [], "checked": 4, "guards_broken": [], "guards": 0}
+
+
+def test_a_removed_edit_is_forgotten_and_the_others_hold(run, place, bank):
+    model = tp.load_model(place / "tiny")
+    assert run("remove", bank, "cat")["broken"] == []
+    edited = tp.merge(model, tp.bank_patch(bank, model))
+    assert [says(edited, request) for request in REQUESTS] == [False, True, True, True]
+
+
+def test_what_was_committed_is_passed_over(run, place, bank):
+    info = run("add", bank, place / "requests.jsonl", "--resume")
+    assert (info["skipped"], info["added"]) == (4, [])
+
+
+def test_a_guarded_answer_keeps_an_edit_out(run, place, bank):
+    model = tp.load_model(place / "tiny")
+    # a random model says something that is text here and there
+    prompt = next(text for text in map("the {}".format, "abcdefghijklmnopq") if model.generate(text, 1).isalnum())
+    (guard,) = run("guard", bank, "--prompt", prompt, "--tokens", "1")["guards"]
+    assert guard["prompt"] == prompt
+    info = run("add", bank, "--prompt", prompt, "--target", "k")
+    assert info["added"] == []
+    assert "it would change the guarded answer" in info["failed"][0]["reason"]
+    info = run("add", bank, "--prompt", prompt, "--target", "k", "--force")
+    assert (info["added"], info["guards_broken"]) == (["edit-5"], [prompt])
+    assert run("verify", bank)["guards_broken"] == [prompt]
+    assert run("guard", bank, "--lift", prompt)["guards"] == []
+
+
+def test_banks_are_compared_and_brought_up_to_date(run, place, bank, tmp_path, capsys):
+    assert run("add", bank, "--prompt", "the hen", "--target", "k")["added"] == ["edit-5"]
+    run("add", bank, "--prompt", "in the inn", "--target", "j")
+    found = run("diff", place / "bank", bank)
+    assert (found["same_model"], found["common"]) == (True, 2)
+    assert found["only_right"] == [["the hen", "k"]]
+    assert found["targets"] == [["in the inn", "h", "j"]]
+    assert found["states"] == [["in the inn", "h", "active", "superseded"]]
+    copy = tmp_path / "copy"
+    assert run("push", bank, copy) == {"lines": 4}
+    assert run("push", bank, copy) == {"lines": 0}
+    assert run("diff", bank, copy)["common"] == 4
+    run("remove", copy, "edit-6")
+    assert run("pull", bank, copy) == {"lines": 1}
+    assert states(tp.open_bank(bank))["edit-6"] == "removed"
+    run("remove", copy, "edit-5")
+    run("disable", bank, "edit-5")
+    refused(capsys, ["push", bank, copy], "have parted after line 5", "tpatch bank diff")
+    refused(capsys, ["pull", bank, tmp_path / "none"], "does not exist")
+
+
+def test_the_hub_is_asked_only_when_it_is_named(bank, tmp_path, monkeypatch):
+    pushed: dict[str, Any] = {}
+
+    class Hub:
+        def repo_exists(self, name: str) -> bool:
+            return "folder" in pushed
+
+        def create_repo(self, name: str, **options: Any) -> None:
+            pushed["name"] = name
+
+        def upload_folder(self, **options: Any) -> None:
+            pushed["folder"] = tmp_path / "hub"
+            sharing.push_bank(options["folder_path"], pushed["folder"])
+
+        def snapshot_download(self, name: str, local_dir: Path) -> None:
+            if name == "nobody/nothing":
+                raise ConnectionError("no route\nmore")
+            sharing.push_bank(pushed["folder"], local_dir)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert sharing.push_bank(bank, "hf://me/facts") == 2
+    assert pushed["name"] == "me/facts"
+    assert sharing.push_bank(bank, "hf://me/facts") == 0
+    assert sharing.pull_bank(tmp_path / "mine", "hf://me/facts") == 2
+    with pytest.raises(tp.TPatchError, match="cannot fetch hf://nobody/nothing: no route; check the name"):
+        sharing.pull_bank(tmp_path / "mine", "hf://nobody/nothing")
+
+
+def test_another_model_is_refused(place, bank, tmp_path, capsys):
+    other = write_tiny_folder(make_tiny_model(seed=1), tmp_path / "other")
+    for command in (["verify", bank], ["add", bank, "--prompt", "a", "--target", "b"], ["merge", bank, "-o", "x"]):
+        refused(
+            capsys, [*command, "--model", other], "is for", "has fingerprint", "use the model that the bank was made"
+        )
+
+
+def test_mistakes_on_the_command_line_say_what_to_do(place, bank, tmp_path, capsys):
+    tiny = str(place / "tiny")
+    refused(capsys, ["init", bank, "--model", tiny], "already exists")
+    refused(capsys, ["init", tmp_path / "b", "--model", tiny, "--set", "sit=last"], "no setting 'sit'")
+    refused(capsys, ["init", tmp_path / "b", "--model", tiny, "--preset", "none"], "preset 'none' does not exist")
+    refused(capsys, ["init", tmp_path / "b", "--model", tiny, "--memory", "none.txt"], "none.txt", "UTF-8 text file")
+    refused(capsys, ["add", bank], "nothing to add")
+    refused(capsys, ["add", bank, place / "requests.jsonl", "--prompt", "a"], "not both")
+    refused(capsys, ["remove", bank, "nobody"], "has no edit 'nobody'")
+    refused(capsys, ["guard", bank, "--answer", "x"], "exactly one --prompt")
+    refused(capsys, ["guard", bank, "--prompt", "the", "--answer", "zzz"], "does not come out after 'the'")
+    refused(capsys, ["list", tmp_path / "none"], "tpatch bank init")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("json_", [True, False])
+def test_a_damaged_bank_is_mended_from_the_command_line(run, bank, capsys, json_):
+    whole = (bank / "journal.jsonl").read_bytes()
+    (bank / "journal.jsonl").write_bytes(whole[:-40])
+    refused(capsys, ["list", bank], "journal.jsonl is damaged", f"run `tpatch bank repair {bank}`")
+    if json_:
+        assert run("repair", bank)["mended"] == [str(bank / "journal.jsonl")]
+    else:
+        assert cli.main(["bank", "repair", str(bank)]) == 0
+        assert "mended" in capsys.readouterr().out
+    assert (bank / "journal.jsonl").read_bytes() == whole
+
+
+def test_what_people_read(bank, capsys):
+    for command in ("list", "log", "verify", "guard"):
+        capsys.readouterr()
+        assert cli.main(["bank", command, str(bank)]) == 0
+        assert capsys.readouterr().out.strip()
+    assert cli.main(["bank", "show", str(bank), "cat"]) == 0
+    assert "said_before" in capsys.readouterr().out
+    assert cli.main(["bank", "add", str(bank), "--prompt", "x", "--target", ""]) == 0
+    assert "failed edit-5: the target is empty" in capsys.readouterr().out
+
+
+def test_an_edit_that_a_newcomer_breaks_is_fitted_again_with_it(tiny_model, bank):
+    """The tiny model's neurons are made to fail: the check must find that, and fit them again."""
+    opened = tp.open_bank(bank)
+    held = assemble(opened, active(opened), Store.new())
+    made = engine_.create_engine(tiny_model, opened.manifest, memory=bank / "memory.txt", cache=None)
+    assert made.broken(held) == made.verify(held) == []
+    deaf = {**held.neurons, "value": np.where(held.owner[:, None] == 1, np.float32(0), held.neurons["value"])}
+    assert made.broken(held._replace(neurons=deaf)) == made.verify(held._replace(neurons=deaf)) == ["inn"]
+    near = made.near(held, [dataclasses.replace(REQUESTS[0], id="again")])
+    assert "cat" in near
+
+
+def test_subjects_in_an_earlier_layer_several_batches_and_undo(memory, tmp_path, monkeypatch):
+    monkeypatch.setenv("TPATCH_CACHE", str(tmp_path / "cache"))
+    model, folder = make_tiny_model(hidden_size=32, head_dim=16), tmp_path / "deep"
+    quick = {"key_steps": 16, "rounds": 1, "negatives": 32, "lanes": 16, "steps": 40, "longest": 16.0, "rate": 0.2}
+    quick |= {"key_floor": 0.5, "shorter": 0, "neutral": 1, "site": "subject"}
+    tp.create_bank(folder, model, settings=quick, memory=memory)
+    wanted = [EditRequest("the fox sat in", "ab", "fox"), EditRequest("a wolf hit the", "q", "wolf")]
+    assert tp.add_edits(folder, model, wanted).failed == ()
+    before = tp.bank_patch(folder, model)
+    assert before.layer is not None
+    assert set(np.asarray(before.layer).tolist()) == {1, 2}
+    # in another run: something else about the first subject, which its neurons hear too
+    later = [EditRequest("the fox ran to", "z", "fox"), EditRequest("the cow ate in", "g", "cow")]
+    assert len(tp.add_edits(folder, model, later).added) == 2
+    assert tp.verify_bank(folder, model) == ((), 4, (), 0)
+    tp.remove_edits(folder, ["edit-3", "edit-4"])
+    assert same(tp.bank_patch(folder, model), before)
+    info = tp.disable_edits(folder, ["edit-1"], model)
+    assert (info.states, info.broken) == ({"edit-1": "disabled"}, ())
+    assert tp.enable_edits(folder, ["edit-1"], model).broken == ()
+    assert tp.verify_bank(folder, model).broken == ()
