@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import make_tiny_model, same, write_tiny_folder
 from jax.experimental.compilation_cache import compilation_cache
+from tiny_families import tiny_model as tiny_model_of
 
 import tpatch_jax as tp
 from tpatch_jax import cli
@@ -311,3 +312,35 @@ def test_subjects_in_an_earlier_layer_several_batches_and_undo(memory, tmp_path,
     assert (info.states, info.broken) == ({"edit-1": "disabled"}, ())
     assert tp.enable_edits(folder, ["edit-1"], model).broken == ()
     assert tp.verify_bank(folder, model).broken == ()
+
+
+@pytest.mark.parametrize("kind", ["pooled classifier", "bfloat16"])
+def test_banks_of_other_models(kind, inputs, memory, tmp_path, monkeypatch):
+    monkeypatch.setenv("TPATCH_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "bank"
+    if kind == "bfloat16":
+        plain = make_tiny_model()
+        model = plain.with_params(jax.tree.map(lambda leaf: leaf.astype("bfloat16"), plain.params))
+        wanted, text, settings = list(REQUESTS[:2]), memory, {**QUICK, "site": "last"}
+    else:
+        model, text = tiny_model_of("bert", classifier_pooling="mean"), inputs
+        prompts = ["the cat sat in", "who hit the mat"]
+        labels = model.config.labels
+        said = [labels.index(label) for label in model.classify(prompts)]
+        wanted = [EditRequest(one, labels[(n + 1) % len(labels)]) for one, n in zip(prompts, said, strict=True)]
+        settings = {"input_contexts": 2, "swaps": 1, "attempts": 2, "input_key_steps": 8, "value_steps": 8, "lanes": 4}
+    tp.create_bank(folder, model, settings=settings, memory=text)
+    # one after the other, so that the second is fitted beside what was read back
+    for request in wanted:
+        assert len(tp.add_edits(folder, model, [request]).added) == 1
+    assert tp.verify_bank(folder, model) == ((), 2, (), 0)
+    if kind != "bfloat16":
+        (guard,) = tp.guard_bank(folder, model, ["an inn is a house"])
+        assert guard.answer in model.config.labels
+        merged = tp.merge(model, tp.bank_patch(folder, model))
+        assert merged.classify([one.prompt for one in wanted]) == [one.target for one in wanted]
+
+
+def test_a_model_that_samples_no_text_needs_a_memory(tmp_path):
+    with pytest.raises(tp.TPatchError, match="give a memory file, an input a line"):
+        tp.create_bank(tmp_path / "bank", tiny_model_of("bert"))

@@ -13,6 +13,7 @@ PROMOTION = "standard"
 @pytest.mark.parametrize(
     "name",
     [
+        "bank.journal",
         "editors.inputs",
         "errors",
         "evaluation.rephrasings",

@@ -106,18 +106,26 @@ def create_engine(
         if not held.edits or layer is None:
             return list(held.pieces)
         deeper, deep, _ = parts(held)
-        earlier = load_earlier(join_pieces(held.pieces))
+        earlier = earlier_of(held.pieces)
         touched = fires(earlier, deep) if len(rows) else np.zeros((len(held.edits), 0), bool)
         marks = [frozenset(held.refs[rows[n]] for n in np.flatnonzero(own)) for own in touched]
         stale = np.asarray([known.get(e.id, (None,))[0] != mark for e, mark in zip(held.edits, marks, strict=True)])
         if stale.any():
-            fresh_pieces = split_pieces(save_earlier(refreshed(deeper, earlier, stale[:, None])))
+            fresh_pieces = pieces_of(refreshed(deeper, earlier, stale[:, None]))
             for number in np.flatnonzero(stale):
                 known[held.edits[number].id] = marks[number], fresh_pieces[number]
         return [known[edit.id][1] for edit in held.edits]
 
     def earlier_of(found: Sequence[Arrays]) -> Earlier:
-        return load_earlier(join_pieces(found)) if found else nothing(width, dtype)
+        if not found:
+            return nothing(width, dtype)
+        floats = {name: a.astype(dtype) if a.dtype.kind == "f" else a for name, a in join_pieces(found).items()}
+        return load_earlier(floats)
+
+    def pieces_of(earlier: Earlier) -> list[Arrays]:
+        """In float32, which holds every number of the network's own type and can be read anywhere."""
+        arrays = save_earlier(earlier)
+        return split_pieces({n: a if a.dtype.kind in "iu" else a.astype(np.float32) for n, a in arrays.items()})
 
     def items_of(requests: Sequence[EditRequest]) -> list[Item]:
         return [read_item(model, number, request, (), False) for number, request in enumerate(requests)]
@@ -135,7 +143,7 @@ def create_engine(
             heard = collect(model, [i.rows[0] for i in items], [range(len(i.rows[0])) for i in items], layer).query
         none = [(NO_SUBJECT, NO_SUBJECT)] * len(items)
         found = remember(nothing(width, dtype), items, none, collect_bare(deeper, items), heard)
-        return split_pieces(save_earlier(found))
+        return pieces_of(found)
 
     def problems(requests: Sequence[EditRequest]) -> dict[int, str]:
         return check_requests(model, requests, layer is not None)
@@ -156,7 +164,7 @@ def create_engine(
         layers = np.full(len(new.bias), -1, np.int32) if new.layer is None else new.layer.astype(np.int32)
         neurons = {"key": new.key, "bias": new.bias, "value": new.value, "layer": layers}
         count = sum(result.held for result in info.requests)
-        tail = iter(split_pieces(save_earlier(after.earlier))[len(after.earlier.lengths) - count :])
+        tail = iter(pieces_of(after.earlier)[len(after.earlier.lengths) - count :])
         results = []
         for result, before in zip(info.requests, said, strict=True):
             evidence = {
@@ -202,7 +210,7 @@ def create_engine(
     def near(held: Held, requests: Sequence[EditRequest]) -> list[str]:
         deeper, _, _ = parts(held)
         earlier, own = earlier_of(pieces(held)), collect_bare(deeper, items_of(requests)).query
-        own, other = (one.reshape(len(one), -1, width)[:, -1] for one in (own, earlier.sites.query))
+        own, other = (one.reshape(len(one), -1, width).mean(1) for one in (own, earlier.sites.query))
         own, other = (one / np.maximum(np.linalg.norm(one, axis=-1, keepdims=True), 1e-9) for one in (own, other))
         nearest = np.argsort(-(own.astype(np.float32) @ other.astype(np.float32).T), axis=1)[:, :NEAR]
         return [held.edits[number].id for number in owners(earlier, np.unique(nearest))]
