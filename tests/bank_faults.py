@@ -18,8 +18,8 @@ from pathlib import Path
 
 from bank_engine import fake, make_bank
 
+from tpatch_jax.bank.adding import add_with
 from tpatch_jax.bank.inspection import open_bank
-from tpatch_jax.bank.operations import add_with
 from tpatch_jax.bank.repair import repair_bank
 from tpatch_jax.bank.state import Bank
 from tpatch_jax.errors import TPatchError

@@ -17,11 +17,12 @@ from bank_engine import fake, make_bank
 
 from tpatch_jax.bank import commit as commit_
 from tpatch_jax.bank import inspection
+from tpatch_jax.bank.adding import add_with
+from tpatch_jax.bank.changing import change_with
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.journal import read_chain, seal
 from tpatch_jax.bank.layout import COPY, HEAD, JOURNAL, MANIFEST, MEMORY, SEGMENTS, sealed_text, unsealed
 from tpatch_jax.bank.lock import writing
-from tpatch_jax.bank.operations import add_with, change_with
 from tpatch_jax.bank.repair import repair_bank
 from tpatch_jax.bank.state import Bank, states
 from tpatch_jax.errors import TPatchError
@@ -155,7 +156,7 @@ def test_a_segment_that_does_not_fit_is_taken_away_again(folder, monkeypatch):
         "import resource, sys; sys.path[:0] = sys.argv[2:]; import signal\n"
         "from pathlib import Path\n"
         "from bank_engine import fake\n"
-        "from tpatch_jax.bank.operations import add_with\n"
+        "from tpatch_jax.bank.adding import add_with\n"
         "from tpatch_jax.requests import EditRequest\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"

@@ -11,9 +11,10 @@ from bank_engine import fake, make_bank
 from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tpatch_jax.bank.adding import add_with
 from tpatch_jax.bank.assembly import FIELDS, Held, Store, assemble
+from tpatch_jax.bank.changing import change_with, guard_with, undoes_last
 from tpatch_jax.bank.inspection import open_bank
-from tpatch_jax.bank.operations import add_with, change_with, guard_with, undoes_last
 from tpatch_jax.bank.state import Guard, active, states
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest

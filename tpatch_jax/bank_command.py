@@ -10,8 +10,9 @@ from rich.table import Table
 
 from tpatch_jax.bank import creating, editing, sharing
 from tpatch_jax.bank import repair as repairing
+from tpatch_jax.bank.adding import AddInfo
+from tpatch_jax.bank.changing import ChangeInfo, undoes_last
 from tpatch_jax.bank.inspection import open_bank
-from tpatch_jax.bank.operations import AddInfo, ChangeInfo, undoes_last
 from tpatch_jax.bank.state import Bank, BankEdit, find, states
 from tpatch_jax.commands import keep_compilations, load
 from tpatch_jax.configuration import change, read_config, split_changes

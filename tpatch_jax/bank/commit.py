@@ -4,9 +4,12 @@ Everything that a line needs is on disk before the line is. A crash or a full di
 was; what it left lying about is swept up by the next writer.
 """
 
+import getpass
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +57,25 @@ def write_head(folder: Path, lines: int) -> None:
     put(folder / HEAD, sealed_text({"lines": lines}).encode())
 
 
+def _stamp() -> dict[str, Any]:
+    """When, who, and with what."""
+    found = {}
+    for name in ("tpatch-jax", "jax"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    try:
+        who = getpass.getuser()
+    except (OSError, KeyError):
+        who = "unknown"
+    return {"time": datetime.now(UTC).isoformat(timespec="seconds"), "who": who, "versions": found}
+
+
 def commit(bank: Bank, record: Mapping[str, Any], arrays: Arrays | None = None) -> Bank:
     """Add one line to the journal, with the segment that it names; only the holder of the lock may.
 
     Args:
         bank: the bank as it is.
-        record: what the line says, without its number and segment.
+        record: what the line says, without its number, who and when, and segment.
         arrays: what goes into the segment, if anything.
 
     Returns:
@@ -70,7 +86,7 @@ def commit(bank: Bank, record: Mapping[str, Any], arrays: Arrays | None = None) 
     """
     content = pack(arrays) if arrays else None
     segment = {"segment": name_segment(bank.next, content)} if content is not None else {}
-    return commit_line(bank, seal({"n": bank.next, **record, **segment}, bank.check), content)
+    return commit_line(bank, seal({"n": bank.next, **_stamp(), **record, **segment}, bank.check), content)
 
 
 def commit_line(bank: Bank, line: Line, content: bytes | None) -> Bank:
@@ -141,6 +157,8 @@ def sweep(bank: Bank) -> None:
         put(folder / HEAD, head)
     named = {record["segment"]["file"] for record in bank.records if "segment" in record}
     for place in (folder / SEGMENTS, folder / COPY / SEGMENTS):
+        # A hub keeps no empty folder.
+        place.mkdir(exist_ok=True)
         for path in place.iterdir():
             if path.name not in named:
                 path.unlink()

@@ -12,9 +12,9 @@ from tpatch_jax.bank.assembly import Held, join_neurons, take_neurons
 from tpatch_jax.bank.method import Engine, Stepped
 from tpatch_jax.bank.pieces import join_pieces
 from tpatch_jax.bank.segments import Arrays
-from tpatch_jax.bank.state import BankEdit, Guard
+from tpatch_jax.bank.state import BankEdit, Guard, prompt_key
 
-__all__ = ["Draft", "Failure", "fit_new", "record_of", "settle"]
+__all__ = ["Draft", "Failure", "fit_new", "fit_superseding", "record_of", "settle"]
 
 NEW = 0
 """The line that neurons belong to which are in no segment yet."""
@@ -122,6 +122,46 @@ def fit_new(
         return _halves(start, good, bad, engine, guards, harm, spoilt, force)
     failed = _explained(draft, engine, guards, lost_guards) if guards and not force else draft.failed
     return draft._replace(failed=(*bad, *failed), guards=changed)
+
+
+def fit_superseding(
+    base: Held,
+    edits: Sequence[BankEdit],
+    engine: Engine,
+    *,
+    guards: Sequence[Guard],
+    broken: Sequence[str],
+    guards_broken: Sequence[Guard],
+    force: bool,
+) -> Draft:
+    """`fit_new` with the held edits taken out whose prompts the new ones have.
+
+    A request that fails must not cost the edit that it would have superseded: then the others are fitted again beside
+    that edit.
+
+    Args:
+        base: what is active.
+        edits: the new edits, with different prompts.
+        engine: the editing method.
+        guards: prompts that must keep their answers.
+        broken: edits that did not come out before either.
+        guards_broken: guards whose answer did not come out before either.
+        force: whether guarded answers may change.
+    """
+    failed: tuple[Failure, ...] = ()
+    while edits:
+        wanted = {prompt_key(edit.request.prompt): edit.id for edit in edits}
+        gone = {edit.id: wanted[key] for edit in base.edits if (key := prompt_key(edit.request.prompt)) in wanted}
+        known = [name for name in broken if name not in gone]
+        draft = fit_new(
+            base.without(gone), edits, engine, guards=guards, broken=known, guards_broken=guards_broken, force=force
+        )
+        failed = (*failed, *draft.failed)
+        lost = {failure.edit.id for failure in draft.failed}
+        if not lost & set(gone.values()):
+            return draft._replace(failed=failed)
+        edits = [edit for edit in edits if edit.id not in lost]
+    return Draft(base, {}, failed, tuple(broken), tuple(guards_broken))
 
 
 def _halves(

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tpatch_jax.bank.adding import AddInfo, add_with
 from tpatch_jax.bank.assembly import Store, assemble
+from tpatch_jax.bank.changing import ChangeInfo, change_with, guard_with
 from tpatch_jax.bank.creating import check_model
 from tpatch_jax.bank.engine import create_engine, patch_of
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.layout import MEMORY
 from tpatch_jax.bank.method import Engine
-from tpatch_jax.bank.operations import AddInfo, ChangeInfo, add_with, change_with, guard_with
 from tpatch_jax.bank.state import Bank, Guard, active
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation

@@ -7,7 +7,7 @@ brought over. The segments come first and the lines of the journal last, one by 
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,11 +142,9 @@ def push_bank(folder: str | Path, target: str | Path) -> int:
         return _bring(Path(folder), Path(target), f"{folder} and {target}")
     with tempfile.TemporaryDirectory() as temporary:
         there = Path(temporary) / "bank"
-        if _download(str(target), there, missing=True):
-            grown = _bring(Path(folder), there, f"{folder} and {target}")
-        else:
-            grown = _bring(Path(folder), there, "")
-        if grown:
+        known = _download(str(target), there, missing=True)
+        grown = _bring(Path(folder), there, f"{folder} and {target}")
+        if grown or not known:
             _upload(there, str(target))
         return grown
 
@@ -185,8 +183,7 @@ def _read(folder: Path) -> tuple[Bank, tuple[Line, ...]]:
 @contextmanager
 def _fetched(source: str | Path) -> Iterator[Path]:
     if not str(source).startswith(HUB):
-        with nullcontext():
-            yield Path(source)
+        yield Path(source)
         return
     with tempfile.TemporaryDirectory() as temporary:
         there = Path(temporary) / "bank"

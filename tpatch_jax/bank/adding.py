@@ -1,25 +1,21 @@
-"""What changes a bank: add, disable, enable, remove, guard. Each is one line of the journal, or none."""
+"""Adding requests to a bank, batch after batch: each is one line of the journal, or none."""
 
-import contextlib
-import getpass
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tpatch_jax.bank.assembly import Held, Store, assemble
+from tpatch_jax.bank.assembly import Store, assemble
 from tpatch_jax.bank.commit import commit, open_to_write
-from tpatch_jax.bank.drafting import Draft, fit_new, record_of, settle
+from tpatch_jax.bank.drafting import Draft, fit_superseding, record_of
 from tpatch_jax.bank.lock import writing
 from tpatch_jax.bank.method import Engine
-from tpatch_jax.bank.state import Bank, BankEdit, Guard, active, find, prompt_key, states, step
+from tpatch_jax.bank.state import Bank, BankEdit, Guard, active, prompt_key, states
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest
 
-__all__ = ["AddInfo", "ChangeInfo", "add_with", "change_with", "guard_with", "undoes_last"]
+__all__ = ["AddInfo", "add_with"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -52,35 +48,6 @@ class AddInfo(NamedTuple):
     guards_broken: tuple[str, ...]
     batches: tuple[tuple[int, int, float], ...]
     seconds: float
-
-
-class ChangeInfo(NamedTuple):
-    """What became of edits that were disabled, enabled or removed.
-
-    Attributes:
-        ids: the edits whose state changed.
-        states: of every edit whose state is another one now, what it is.
-        refitted: ids of other edits that had to be fitted again.
-        broken: ids of active edits that do not come out now; ``None`` where no model was given to ask.
-    """
-
-    ids: tuple[str, ...]
-    states: dict[str, str]
-    refitted: tuple[str, ...]
-    broken: tuple[str, ...] | None
-
-
-def _stamp() -> dict[str, Any]:
-    """When, who, and with what."""
-    found = {}
-    for name in ("tpatch-jax", "jax"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    try:
-        who = getpass.getuser()
-    except (OSError, KeyError):
-        who = "unknown"
-    return {"time": datetime.now(UTC).isoformat(timespec="seconds"), "who": who, "versions": found}
 
 
 def _asked(request: EditRequest) -> dict[str, Any]:
@@ -188,19 +155,10 @@ def _add(
     fresh = [(name, one) for name, one in part if (old := there[name]) is None or _same(old.request) != _same(one)]
     edits = [BankEdit(name, request, bank.next) for name, request in fresh]
     base = assemble(bank, active(bank), store)
-    gone = {name: old.id for name, _ in fresh if (old := there[name]) is not None}
-    # A request that fails must not cost the one that it would have superseded.
-    draft = fit_new(
-        base.without(gone.values()), edits, engine, guards=bank.guards,
-        broken=[name for name in broken if name not in gone.values()], guards_broken=guards, force=force,
-    )  # fmt: skip
+    draft = fit_superseding(base, edits, engine, guards=bank.guards, broken=broken, guards_broken=guards, force=force)
     failures = {failure.edit.id for failure in draft.failed}
-    back = [gone[name] for name in gone if name in failures]
-    if back:
-        draft = _with_old(base, draft, back, edits, engine, bank, broken, guards, force)
-        failures = {failure.edit.id for failure in draft.failed}
     record, arrays = record_of(draft, base)
-    superseded = [(old, name) for name, old in gone.items() if name not in failures]
+    superseded = [(old.id, name) for name, _ in fresh if (old := there[name]) is not None and name not in failures]
     by_name = {edit.id: edit.request for edit in edits}
     told: dict[str, tuple[Any, ...]] = {
         "added": tuple(entry["id"] for entry in record["edits"]),
@@ -225,98 +183,4 @@ def _add(
         "seed": seed,
         "seconds": round(time.perf_counter() - start, 3),
     }
-    return commit(bank, {"op": "add", **_stamp(), **record}, arrays), draft, told
-
-
-def _with_old(
-    base: Held, draft: Draft, back: Sequence[str], edits: Sequence[BankEdit], engine: Engine, bank: Bank,
-    broken: Sequence[str], guards: Sequence[Guard], force: bool,
-) -> Draft:  # fmt: skip
-    """Fit again without the requests that failed, beside the edits that those would have superseded."""
-    failures = {failure.edit.id for failure in draft.failed}
-    kept = [edit for edit in edits if edit.id not in failures]
-    keys = {prompt_key(edit.request.prompt) for edit in kept}
-    gone = [edit.id for edit in base.edits if prompt_key(edit.request.prompt) in keys]
-    known = [name for name in broken if name not in gone]
-    if not kept:
-        return Draft(base, {}, draft.failed, tuple(known), tuple(guards))
-    again = fit_new(
-        base.without(gone), kept, engine, guards=bank.guards, broken=known, guards_broken=guards, force=force
-    )
-    lost = {failure.edit.id for failure in again.failed} & {edit.id for edit in kept}
-    again = again._replace(failed=(*draft.failed, *again.failed))
-    also = [edit.id for edit in base.edits if edit.id not in {one.id for one in again.held.edits} and edit.id in gone]
-    if lost and any(also):
-        return _with_old(base, again, also, edits, engine, bank, broken, guards, force)
-    return again
-
-
-def undoes_last(bank: Bank, ids: Iterable[str]) -> bool:
-    """Whether removing these edits leaves exactly the bank as it was at an earlier line of its journal."""
-    named = {edit.id for edit in find(bank, list(ids))}
-    kept = {edit.added for edit in bank.edits if not edit.removed and edit.id not in named}
-    first = min(edit.added for edit in bank.edits if edit.id in named)
-    # What is not an addition brought neurons only if it had to fit something again.
-    return all(
-        record["n"] not in kept if record["op"] == "add" else "segment" not in record
-        for record in bank.records[first - 1 :]
-    )
-
-
-def change_with(folder: Path, kind: str, ids: Sequence[str], engine: Callable[[Bank], Engine] | None) -> ChangeInfo:
-    """Disable, enable or remove edits; see `disable_edits`, `enable_edits` and `remove_edits`."""
-    if not ids:
-        raise TPatchError(f"no edit to {kind} was named; `tpatch bank list {folder}` shows their ids")
-    with writing(folder):
-        bank = open_to_write(folder)
-        edits = find(bank, ids)
-        for edit in edits:
-            if edit.removed:
-                raise TPatchError(f"the edit {edit.id!r} was removed for good; add its request again")
-        wanted = {"disable": True, "enable": False}
-        edits = [edit for edit in edits if kind == "remove" or edit.disabled != wanted[kind]]
-        names = [edit.id for edit in edits]
-        if not names:
-            return ChangeInfo((), {}, (), () if engine is not None else None)
-        before, store = states(bank), Store.new()
-        record: dict[str, Any] = {"op": kind, **_stamp(), "ids": names}
-        after = _imagined(bank, kind, names)
-        exact = kind == "remove" and undoes_last(bank, names)
-        arrays, broken = None, None
-        if exact:
-            broken = ()
-        elif engine is not None:
-            maker = engine(bank)
-            known = maker.broken(assemble(bank, active(bank), store))
-            base = assemble(after, active(after), store)
-            draft = settle(Draft(base, {}), maker, bank.guards, known)
-            entries, arrays = record_of(draft, base)
-            record |= {"refitted": entries["refitted"], "gave_way": entries["gave_way"], "broken": list(draft.broken)}
-            broken = draft.broken
-        bank = commit(bank, record, arrays)
-        now = states(bank)
-        return ChangeInfo(
-            tuple(names),
-            {name: state for name, state in now.items() if before[name] != state},
-            tuple(entry["id"] for entry in record.get("refitted", ())),
-            broken,
-        )
-
-
-def _imagined(bank: Bank, kind: str, names: Sequence[str]) -> Bank:
-    record = {"n": bank.next, "op": kind, "ids": names}
-    return step(bank, record, "")
-
-
-def guard_with(folder: Path, guards: Sequence[Guard], lifted: Sequence[str]) -> Bank:
-    """Put guards on a bank, or lift them; see `guard_bank`."""
-    with writing(folder):
-        bank = open_to_write(folder)
-        there = {guard.prompt for guard in bank.guards}
-        for prompt in lifted:
-            if prompt not in there:
-                raise TPatchError(f"{folder} has no guard on {prompt!r}; `tpatch bank guard {folder}` lists them")
-        if not guards and not lifted:
-            return bank
-        entries = [guard._asdict() for guard in guards]
-        return commit(bank, {"op": "guard", **_stamp(), "guards": entries, "lifted": list(lifted)})
+    return commit(bank, {"op": "add", **record}, arrays), draft, told
