@@ -48,22 +48,23 @@ def child(folder: str) -> None:
     add_with(Path(folder), REQUESTS, fake, batch=BATCH, resume=True, progress=tell)
 
 
-def kill_once(command: Sequence[str], wait: float, warm: bool) -> tuple[int, bool]:
-    """Run a command, kill it so many seconds after its first line: how much it had said was done, and whether it ended.
+def kill_once(command: Sequence[str], wait: float, grown: Path | None) -> tuple[int, bool]:
+    """Run a command and kill it: how much it had said was done, and whether it had ended by itself.
 
     Args:
         command: prints a line after each batch.
-        wait: seconds.
-        warm: count the seconds from its first line, else from its start.
+        wait: so many seconds later.
+        grown: later than the moment at which this file grows; by default than the start.
     """
+    size = grown.stat().st_size if grown is not None else 0
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    said = process.stdout.readline() if warm else ""
+    while grown is not None and grown.stat().st_size == size and process.poll() is None:
+        time.sleep(0.001)
     time.sleep(wait)
     process.send_signal(signal.SIGKILL)
-    rest, _ = process.communicate()
-    lines = (said + rest).split("\n")[:-1]
-    return int(lines[-1]) if lines else 0, process.returncode == 0
+    said, _ = process.communicate()
+    lines = said.split("\n")[:-1]
+    return int(lines[-1]) if lines and lines[-1].isdigit() else 0, process.returncode == 0
 
 
 def lost(before: Bank, after: Bank, size: int) -> str:
@@ -88,7 +89,9 @@ def kills(count: int, seed: int, folder: Path) -> dict[str, int]:
         if len(before.edits) >= len(REQUESTS) - BATCH:
             shutil.rmtree(folder)
             before = open_bank(make_bank(folder))
-        done, ended = kill_once(command, rng.uniform(0, 0.15), warm=rng.random() < 0.9)
+        # a few while it starts, most of them once it writes
+        grown = folder / "journal.jsonl" if rng.random() < 0.9 else None
+        done, ended = kill_once(command, rng.uniform(0, 0.15), grown)
         if ended:
             continue
         found["kills"] += 1
@@ -160,16 +163,15 @@ def command_kills(count: int, seed: int, model: Path, folder: Path) -> dict[str,
     quick = [text for name in ("key_steps=24", "value_steps=8", "lanes=4") for text in ("--set", name)]
     init = [*tool, "init", str(folder), "--model", str(model), "--memory", str(memory), *quick]
     found = {"kills": 0, "committed": 0, "unclean": 0}
-    took = 8.0
     while found["kills"] < count:
         if not folder.exists() or len(open_bank(folder).edits) >= 50:
             shutil.rmtree(folder, ignore_errors=True)
             subprocess.run(init, check=True, capture_output=True)
-        before, began = open_bank(folder), time.perf_counter()
+        before = open_bank(folder)
         command = [*tool, "add", str(folder), str(requests), "--batch", "1", "--resume"]
-        _, ended = kill_once(command, rng.uniform(0, took), warm=False)
+        grown = folder / "journal.jsonl" if rng.random() < 0.9 else None
+        _, ended = kill_once(command, rng.uniform(0, 3), grown)
         if ended:
-            took = max(1.0, 0.9 * (time.perf_counter() - began))
             continue
         found["kills"] += 1
         after = open_bank(folder)

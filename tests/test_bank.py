@@ -294,8 +294,10 @@ def test_an_edit_that_a_newcomer_breaks_is_fitted_again_with_it(tiny_model, bank
 def test_subjects_in_an_earlier_layer_several_batches_and_undo(memory, tmp_path, monkeypatch):
     monkeypatch.setenv("TPATCH_CACHE", str(tmp_path / "cache"))
     model, folder = make_tiny_model(hidden_size=32, head_dim=16), tmp_path / "deep"
+    # in half the precision, for which segments have to keep enough
+    model = model.with_params(jax.tree.map(lambda leaf: leaf.astype("bfloat16"), model.params))
     quick = {"key_steps": 16, "rounds": 1, "negatives": 32, "lanes": 16, "steps": 40, "longest": 16.0, "rate": 0.2}
-    quick |= {"key_floor": 0.5, "shorter": 0, "neutral": 1, "site": "subject"}
+    quick |= {"key_floor": 0.5, "shorter": 0, "neutral": 1, "site": "subject", "contexts": 2, "swaps": 1}
     tp.create_bank(folder, model, settings=quick, memory=memory)
     wanted = [EditRequest("the fox sat in", "ab", "fox"), EditRequest("a wolf hit the", "q", "wolf")]
     assert tp.add_edits(folder, model, wanted).failed == ()
@@ -303,40 +305,29 @@ def test_subjects_in_an_earlier_layer_several_batches_and_undo(memory, tmp_path,
     assert before.layer is not None
     assert set(np.asarray(before.layer).tolist()) == {1, 2}
     # in another run: something else about the first subject, which its neurons hear too
-    later = [EditRequest("the fox ran to", "z", "fox"), EditRequest("the cow ate in", "g", "cow")]
-    assert len(tp.add_edits(folder, model, later).added) == 2
-    assert tp.verify_bank(folder, model) == ((), 4, (), 0)
-    tp.remove_edits(folder, ["edit-3", "edit-4"])
+    assert len(tp.add_edits(folder, model, [EditRequest("the fox ran to", "z", "fox")]).added) == 1
+    assert tp.verify_bank(folder, model) == ((), 3, (), 0)
+    tp.remove_edits(folder, ["edit-3"])
     assert same(tp.bank_patch(folder, model), before)
-    assert tp.verify_bank(folder, model).broken == ()
 
 
-@pytest.mark.parametrize("kind", ["pooled classifier", "bfloat16"])
-def test_banks_of_other_models(kind, inputs, memory, tmp_path, monkeypatch):
+def test_a_bank_of_a_classifier_that_reads_all_tokens(inputs, tmp_path, monkeypatch):
     monkeypatch.setenv("TPATCH_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "bank"
-    if kind == "bfloat16":
-        plain = make_tiny_model()
-        model = plain.with_params(jax.tree.map(lambda leaf: leaf.astype("bfloat16"), plain.params))
-        wanted, text, settings = list(REQUESTS[1:3]), memory, {**QUICK, "site": "last"}
-    else:
-        model, text = tiny_model_of("bert", classifier_pooling="mean"), inputs
-        prompts = ["the cat sat in", "who hit the mat"]
-        labels = model.config.labels
-        said = [labels.index(label) for label in model.classify(prompts)]
-        wanted = [EditRequest(one, labels[(n + 1) % len(labels)]) for one, n in zip(prompts, said, strict=True)]
-        settings = {"input_contexts": 2, "swaps": 1, "attempts": 2, "input_key_steps": 8, "value_steps": 8, "lanes": 4}
-    tp.create_bank(folder, model, settings=settings, memory=text)
-    added = tp.add_edits(folder, model, wanted).added
-    assert len(added) == 2
+    folder, model = tmp_path / "bank", tiny_model_of("bert", classifier_pooling="mean")
+    prompts = ["the cat sat in", "who hit the mat"]
+    labels = model.config.labels
+    said = [labels.index(label) for label in model.classify(prompts)]
+    wanted = [EditRequest(one, labels[(n + 1) % len(labels)]) for one, n in zip(prompts, said, strict=True)]
+    settings = {"input_contexts": 2, "swaps": 1, "attempts": 2, "input_key_steps": 8, "value_steps": 8, "lanes": 4}
+    tp.create_bank(folder, model, settings=settings, memory=inputs)
+    assert tp.add_edits(folder, model, wanted).added == ("edit-1", "edit-2")
     # what later fits need is read back
-    assert tp.disable_edits(folder, added[1:], model).broken == ()
+    assert tp.disable_edits(folder, ["edit-2"], model).broken == ()
     assert tp.verify_bank(folder, model) == ((), 1, (), 0)
-    if kind != "bfloat16":
-        (guard,) = tp.guard_bank(folder, model, ["an inn is a house"])
-        assert guard.answer in model.config.labels
-        merged = tp.merge(model, tp.bank_patch(folder, model))
-        assert merged.classify(prompts) == [wanted[0].target, labels[said[1]]]
+    (guard,) = tp.guard_bank(folder, model, ["an inn is a house"])
+    assert guard.answer in labels
+    merged = tp.merge(model, tp.bank_patch(folder, model))
+    assert merged.classify(prompts) == [wanted[0].target, labels[said[1]]]
 
 
 def test_a_model_that_samples_no_text_needs_a_memory(tmp_path):

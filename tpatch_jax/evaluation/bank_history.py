@@ -42,7 +42,7 @@ def bank_history(
         ``unedited``: figures on the text; ``points``: of each line looked at ``line, active, er`` (the share of active
         edits that come out), and the figures on the text; ``batches``: of each addition how many edits were active
         after it and its seconds; ``slope``: seconds that a batch takes longer for each edit that is there already, by
-        least squares, with the ``intercept``.
+        least squares over all batches but the first, which compiles, with the ``intercept``.
 
     Raises:
         TPatchError: the bank is damaged, or the text cannot be read.
@@ -65,9 +65,9 @@ def bank_history(
         points.append({"line": number, "active": len(edits), "er": er, **figures})
         sys.stderr.write(f"{json.dumps(points[-1])}\n")
     result: dict[str, Any] = {"unedited": text_figures(base, base.outcome, False), "points": points, "batches": batches}
-    if len(batches) > 2:
-        there = [batch["active"] - batch["added"] for batch in batches]
-        slope, intercept = np.polyfit(there, [batch["seconds"] for batch in batches], 1)
+    if len(batches) > 3:
+        there = [batch["active"] - batch["added"] for batch in batches[1:]]
+        slope, intercept = np.polyfit(there, [batch["seconds"] for batch in batches[1:]], 1)
         result |= {"slope": float(slope), "intercept": float(intercept)}
     return result
 
