@@ -265,6 +265,58 @@ def models(json: Json = False) -> None:
     commands.models(json=json)
 
 
+def serac_train(
+    model: Model,
+    data: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="KIND:FILE…", help="training data, such as counterfact:train.json")
+    ],
+    *,
+    encoder: Annotated[str, arg(metavar="ENCODER", help="an encoder for the scope classifier: a folder, or a hub id")],
+    output: Annotated[str, arg(aliases=["-o"], metavar="OUT", help="folder for both networks; resumes if interrupted")],
+    exclude: Annotated[
+        UseAppendAction[tuple[str, ...]], arg(metavar="KIND:FILE", help="leave out all subjects of this data")
+    ] = (),
+    most: Annotated[int | None, arg(help="at most so many requests of each file")] = None,
+    template: Annotated[str | None, arg(help="where questions go, with {} for the question")] = None,
+    layers: Annotated[int, arg(help="of the counterfactual model")] = 4,
+    scope_epochs: Annotated[int, arg(help="how often the scope classifier sees each request")] = 2,
+    counterfactual_epochs: Annotated[int, arg(help="the same of the counterfactual model")] = 2,
+    batch_size: Annotated[int, arg(help="requests a step")] = 16,
+    scope_rate: Annotated[float, arg(help="the highest learning rate of the scope classifier")] = 5e-5,
+    counterfactual_rate: Annotated[float, arg(help="the same of the counterfactual model")] = 3e-4,
+    dtype: Annotated[str | None, arg(help="of the base model: float32 or bfloat16")] = None,
+    seed: Annotated[int, arg(help="the same seed gives the same networks")] = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train SERAC's scope classifier and counterfactual model, which `tpatch eval --method serac` needs."""
+    from tpatch_jax import serac_command
+    from tpatch_jax.serac_training import SeracTraining
+
+    settings = SeracTraining(
+        layers=layers,
+        scope_epochs=scope_epochs,
+        counterfactual_epochs=counterfactual_epochs,
+        batch_size=batch_size,
+        scope_rate=scope_rate,
+        counterfactual_rate=counterfactual_rate,
+        seed=seed,
+    )
+    serac_command.serac_train(
+        model,
+        data,
+        encoder,
+        output,
+        exclude=exclude,
+        most=most,
+        template=template,
+        settings=settings,
+        dtype=dtype,
+        json=json,
+        quiet=quiet,
+    )
+
+
 def sweep(
     model: Model,
     requests: Annotated[Positional[str], arg(metavar="REQUESTS.jsonl", help="requests with subjects and rephrases")],
@@ -313,6 +365,7 @@ COMMANDS = {
     "inspect": inspect,
     "merge": merge,
     "models": models,
+    "serac-train": serac_train,
     "sweep": sweep,
 }
 

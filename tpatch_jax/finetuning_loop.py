@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,15 +18,17 @@ from jax import Array
 from tpatch_jax import ffn
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import write_text
-from tpatch_jax.finetuning_data import Row, lessons, plan
+from tpatch_jax.finetuning_data import Lesson, Row, lessons, plan
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 
-__all__ = ["RECORD", "FinetuneSettings", "Report", "Run", "accuracy", "logits", "train"]
+__all__ = ["RECORD", "FinetuneSettings", "Report", "Run", "accuracy", "learn", "logits", "train"]
 
 Params = dict[Any, Any]
 Report = Callable[[str, int, int], None]
+Loss = Callable[..., Array]
+"""From what is trained and the parts of a lesson to a number; compiled once for each object."""
 
 RECORD = "tpatch_finetune.json"
 """In the folder of the model: how it was made. In the unfinished folder: what it belongs to."""
@@ -126,23 +128,23 @@ def _optimizer(settings: FinetuneSettings, steps: int) -> optax.GradientTransfor
     return optax.chain(optax.clip_by_global_norm(settings.clip), decayed)
 
 
-@partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnames=("params", "state"))
-def _step(
-    config: NetworkConfig,
-    optimizer: optax.GradientTransformation,
-    params: Params,
-    state: Any,
-    batch: Any,
-    answer: Array,
-    weight: Array,
-) -> tuple[Params, Any, Array]:
-    """One step; the loss is NaN if it or the gradient is not finite."""
+@lru_cache(maxsize=8)
+def _cross_entropy(config: NetworkConfig) -> Loss:
+    """The mean cross-entropy of labels or answer tokens, the same object every time."""
 
-    def loss_of(params: Params) -> Array:
+    def loss_of(params: Params, batch: Any, answer: Array, weight: Array) -> Array:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits(config, params, batch), answer)
         return jnp.sum(losses * weight) / jnp.sum(weight)
 
-    loss, gradient = jax.value_and_grad(loss_of)(params)
+    return loss_of
+
+
+@partial(jax.jit, static_argnames=("loss_of", "optimizer"), donate_argnames=("params", "state"))
+def _step(
+    loss_of: Loss, optimizer: optax.GradientTransformation, params: Params, state: Any, lesson: Sequence[Any]
+) -> tuple[Params, Any, Array]:
+    """One step; the loss is NaN if it or the gradient is not finite."""
+    loss, gradient = jax.value_and_grad(loss_of)(params, *lesson)
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((loss, gradient))]))
     updates, state = optimizer.update(gradient, state, params)
     params = jax.tree.map(jnp.add, params, updates)
@@ -189,7 +191,7 @@ def train(
     record: dict[str, Any],
     progress: Report | None,
 ) -> Run:
-    """Train, from where unfinished work ends.
+    """Train on labels or answers, from where unfinished work ends.
 
     Args:
         start: the model to start from.
@@ -205,14 +207,52 @@ def train(
     Raises:
         TPatchError: the folder's work is of another training or damaged, or the loss is not finite.
     """
+    config, size = start.config, min(settings.batch_size, len(rows))
+
+    def taught(epoch: int, first: int) -> Iterator[Lesson]:
+        batches = plan(rows, size, np.random.default_rng([settings.seed, epoch]))
+        return lessons(config, rows, size, batches[first:])
+
+    per_epoch = len(plan(rows, size))
+    return learn(start.params, _cross_entropy(config), per_epoch, taught, settings, folder, record, progress)
+
+
+def learn(
+    start: Params,
+    loss_of: Loss,
+    per_epoch: int,
+    lessons: Callable[[int, int], Iterable[Sequence[Any]]],
+    settings: FinetuneSettings,
+    folder: Path,
+    record: dict[str, Any],
+    progress: Report | None,
+    what: str = "training",
+) -> Run:
+    """Minimise any loss, from where unfinished work ends.
+
+    Args:
+        start: what is trained, as it is at first; not changed.
+        loss_of: ``(params, *lesson) -> loss``; give the same object every time.
+        per_epoch: how many lessons an epoch has.
+        lessons: ``(epoch, first) -> lessons`` of that epoch from the ``first`` on, the same whenever it is asked.
+        settings: how it is trained.
+        folder: for unfinished work.
+        record: what that work belongs to.
+        progress: called with what is being done, how much of it is done, and how much there is.
+        what: what is being done.
+
+    Returns:
+        The `Run`.
+
+    Raises:
+        TPatchError: the folder's work is of another training or damaged, or the loss is not finite.
+    """
     import orbax.checkpoint as ocp
 
-    config, size = start.config, min(settings.batch_size, len(rows))
-    per_epoch = len(plan(rows, size))
     total = per_epoch * settings.epochs
     optimizer = _optimizer(settings, total)
     # The step donates its buffers, and those of the model are not ours.
-    params = jax.tree.map(jnp.copy, start.params)
+    params = jax.tree.map(jnp.copy, start)
     state, losses, before = optimizer.init(params), np.zeros(total, np.float32), 0.0
     _claim(folder, record)
     with _manager(folder) as manager:
@@ -231,10 +271,9 @@ def train(
             before = float(found["seconds"])
         began = saved = time.monotonic()
         for epoch in range(resumed // per_epoch, settings.epochs):
-            batches = plan(rows, size, np.random.default_rng([settings.seed, epoch]))
             first = max(0, resumed - epoch * per_epoch)
-            for done, lesson in enumerate(lessons(config, rows, size, batches[first:]), epoch * per_epoch + first + 1):
-                params, state, loss = _step(config, optimizer, params, state, *lesson)
+            for done, lesson in enumerate(lessons(epoch, first), epoch * per_epoch + first + 1):
+                params, state, loss = _step(loss_of, optimizer, params, state, tuple(lesson))
                 losses[done - 1] = loss
                 if not np.isfinite(losses[done - 1]):
                     kept = f"the work up to step {manager.latest_step()} is in {folder}; " * bool(manager.latest_step())
@@ -243,7 +282,7 @@ def train(
                         f"{settings.rate:g} (--learning-rate), and remove {folder} to start with another"
                     )
                 if progress:
-                    progress("training", done, total)
+                    progress(what, done, total)
                 now = time.monotonic()
                 every = settings.checkpoint_steps
                 due = done % every == 0 if every else now - saved >= _SAVE_SECONDS

@@ -10,7 +10,7 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
 from tpatch_jax.requests import EditRequest
 
-__all__ = ["EditInfo", "Editor", "RequestInfo"]
+__all__ = ["EditInfo", "Editor", "RequestInfo", "Routing"]
 
 
 class RequestInfo(NamedTuple):
@@ -76,3 +76,16 @@ class Editor(NamedTuple):
     init: Callable[[Model, Array], Any]
     step: Callable[[Any, Sequence[EditRequest], Array], tuple[Any, EditInfo]]
     apply: Callable[[Any, Batch], Array]
+
+
+class Routing(NamedTuple):
+    """Edits that another model answers: what is in the scope of one goes there, and the base model never sees it.
+
+    Attributes:
+        model: the other model; it has the base model's tokenizer.
+        contexts: from prompts in tokens to what the other model reads before each, or ``None`` where the base model
+            answers.
+    """
+
+    model: Model
+    contexts: Callable[[Sequence[Sequence[int]]], list[list[int] | None]]

@@ -10,12 +10,13 @@ import numpy as np
 
 from tpatch_jax.configuration import change, known_names
 from tpatch_jax.editors.earlier import load_earlier, save_earlier
-from tpatch_jax.editors.editor import Editor
+from tpatch_jax.editors.editor import Editor, Routing
 from tpatch_jax.editors.fine_tuning import fine_tuning, restore_trained, save_trained
 from tpatch_jax.editors.fine_tuning_settings import FINE_TUNING_PRESETS, FineTuningSettings
 from tpatch_jax.editors.kernels import edited, restore, save
 from tpatch_jax.editors.memit import MEMIT_PRESETS, memit
 from tpatch_jax.editors.rome import R_ROME_PRESETS, ROME_PRESETS, rome
+from tpatch_jax.editors.serac import SERAC_PRESETS, restore_memory, routing, save_memory, serac
 from tpatch_jax.editors.settings import PRESETS
 from tpatch_jax.editors.tpatcher import TPatcherState, tpatcher
 from tpatch_jax.errors import TPatchError
@@ -37,9 +38,12 @@ class Method(NamedTuple):
         build: ``(settings, memory text file or None, cache folder or None, progress or None) -> Editor``.
         patch: ``state -> Patch``, where edits are neurons: then only what they fire on is run again. ``None`` where
             they are something else: then everything is run again through `Editor.apply`.
-        model: ``state -> Model``, the edited model for free generation; ``None`` where it is no plain model.
+        model: ``state -> Model``, the edited model for free generation, or the base model of a ``routing``; ``None``
+            where it is no plain model.
         save: ``state -> arrays``, what a run that is interrupted needs besides `Editor.init`.
         restore: ``(fresh state, arrays) -> state``, its inverse.
+        routing: ``state -> Routing``, where another model answers what is in the scope of an edit: then only that is
+            run, through the other model.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Method(NamedTuple):
     model: Callable[[Any], Model] | None
     save: Callable[[Any], Arrays]
     restore: Callable[[Any, Arrays], Any]
+    routing: Callable[[Any], Routing] | None = None
 
 
 def _tpatcher_model(state: TPatcherState) -> Model:
@@ -118,6 +123,16 @@ METHODS: Mapping[str, Method] = {
         edited,
         save,
         restore,
+    ),
+    "serac": Method(
+        "serac",
+        SERAC_PRESETS,
+        lambda settings, memory, cache, progress: serac(settings, progress=progress),
+        None,
+        lambda state: state.model,
+        save_memory,
+        restore_memory,
+        routing,
     ),
 }
 """The methods by name."""

@@ -1,12 +1,13 @@
 """What an edited model writes freely: continuations for GE, and answers to MQuAKE's questions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import jax
 import numpy as np
 from jax import Array
 
+from tpatch_jax.editors.editor import Routing
 from tpatch_jax.evaluation.records import Record
 from tpatch_jax.models.generation import greedy, sample
 from tpatch_jax.models.model import Model
@@ -19,13 +20,30 @@ TEXT_TOKENS = 100
 TOP_K = 5
 
 
-def continuations(model: Model, record: Record, key: Array) -> list[str]:
+def _writers(
+    model: Model, routing: Routing | None, prompts: Sequence[list[int]]
+) -> Iterator[tuple[Model, list[int], list[list[int]]]]:
+    """Which model continues which prompts, and what it reads: the prompt, behind an edit where there is one."""
+    contexts = [None] * len(prompts) if routing is None else routing.contexts(prompts)
+    rows = [
+        prompt if context is None else [*context, *prompt] for context, prompt in zip(contexts, prompts, strict=True)
+    ]
+    own = [number for number, context in enumerate(contexts) if context is None]
+    if own:
+        yield model, own, [rows[number] for number in own]
+    other = [number for number in range(len(prompts)) if contexts[number] is not None]
+    if routing is not None and other:
+        yield routing.model, other, [rows[number] for number in other]
+
+
+def continuations(model: Model, record: Record, key: Array, routing: Routing | None = None) -> list[str]:
     """A record's openings continued for GE: top-k 5 samples of at most 100 tokens, the opening included.
 
     Args:
         model: the model, edited or not.
         record: its ``generation`` openings.
         key: a typed random key.
+        routing: which openings another model continues.
 
     Returns:
         The texts, openings included.
@@ -33,30 +51,35 @@ def continuations(model: Model, record: Record, key: Array) -> list[str]:
     prompts = [model.encode_prompt(text) for text in record.generation]
     if not prompts:
         return []
-    count = max(1, TEXT_TOKENS - min(map(len, prompts)))
-    found = sample(model.config, model.params, prompts, count, key, top_k=TOP_K, stops=model.stops)
-    return [model.decode((prompt + row)[:TEXT_TOKENS]) for prompt, row in zip(prompts, found, strict=True)]
+    count, texts = max(1, TEXT_TOKENS - min(map(len, prompts))), [""] * len(prompts)
+    for writer, numbers, rows in _writers(model, routing, prompts):
+        found = sample(writer.config, writer.params, rows, count, key, top_k=TOP_K, stops=writer.stops)
+        for number, row in zip(numbers, found, strict=True):
+            texts[number] = model.decode((prompts[number] + row)[:TEXT_TOKENS])
+    return texts
 
 
-def answers(model: Model, records: Sequence[Record]) -> list[list[str]]:
+def answers(model: Model, records: Sequence[Record], routing: Routing | None = None) -> list[list[str]]:
     """What a model answers, greedily and in at most 16 tokens, to the questions of records.
 
     Args:
         model: the model, edited or not.
         records: their ``questions``.
+        routing: which questions another model answers.
 
     Returns:
         For each record its answers, ``[questions]`` texts.
     """
     prompts = [model.encode_prompt(question) for record in records for question in record.questions]
     texts = [""] * len(prompts)
-    # Neighbours in length share a batch, so that little of it is padding.
-    order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
-    for first in range(0, len(order), LANES):
-        part = order[first : first + LANES]
-        with jax.default_matmul_precision("highest"):
-            found = greedy(model.config, model.params, [prompts[n] for n in part], ANSWER_TOKENS, model.stops)
-        for number, row in zip(part, found, strict=True):
-            texts[number] = model.decode(row)
+    for writer, numbers, rows in _writers(model, routing, prompts):
+        # Neighbours in length share a batch, so that little of it is padding.
+        order = np.argsort([len(row) for row in rows], kind="stable")
+        for first in range(0, len(order), LANES):
+            part = order[first : first + LANES]
+            with jax.default_matmul_precision("highest"):
+                found = greedy(writer.config, writer.params, [rows[n] for n in part], ANSWER_TOKENS, writer.stops)
+            for number, row in zip(part, found, strict=True):
+                texts[numbers[number]] = model.decode(row)
     ends = np.cumsum([0, *(len(record.questions) for record in records)])
     return [texts[start:end] for start, end in pairwise(ends)]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tpatch_jax.editors.editor import EditInfo, Editor
+from tpatch_jax.editors.editor import EditInfo, Editor, Routing
 from tpatch_jax.editors.registry import Method
 from tpatch_jax.evaluation import metrics
 from tpatch_jax.evaluation.generated import answers, continuations
@@ -24,7 +24,7 @@ from tpatch_jax.evaluation.journal import Journal
 from tpatch_jax.evaluation.metrics import Score
 from tpatch_jax.evaluation.records import Probe, Record
 from tpatch_jax.evaluation.running_text import text_figures
-from tpatch_jax.evaluation.scoring import Base, Outcome, apply_scores, patched_scores, score
+from tpatch_jax.evaluation.scoring import Base, Outcome, apply_scores, patched_scores, routed_scores, score
 from tpatch_jax.models.model import Model
 from tpatch_jax.patch import Patch, activations, take
 
@@ -87,9 +87,15 @@ class Edited(NamedTuple):
     def model(self) -> Model | None:
         return self.method.model(self.state) if self.method.model is not None else None
 
+    @property
+    def routing(self) -> Routing | None:
+        return self.method.routing(self.state) if self.method.routing is not None else None
 
-def _look(setup: Setup, edited: Edited, base: Base, texts: Sequence[int] | None = None) -> Outcome:
-    patch = edited.patch
+
+def _look(setup: Setup, edited: Edited, base: Base, texts: Sequence[int] | None = None, whole: bool = False) -> Outcome:
+    patch, routing = edited.patch, edited.routing
+    if routing is not None:
+        return routed_scores(base, routing, texts, whole)
     if patch is not None:
         return patched_scores(setup.model, base, patch, texts)
     return apply_scores(setup.model, base, partial(edited.editor.apply, edited.state), texts)
@@ -112,14 +118,19 @@ def _scores(setup: Setup, record: Record, outcome: Outcome) -> dict[str, list[Sc
 
 
 def _figures(
-    setup: Setup, number: int, outcome: Outcome, model: Model | None, replies: Sequence[str] | None = None
+    setup: Setup,
+    number: int,
+    outcome: Outcome,
+    model: Model | None,
+    replies: Sequence[str] | None = None,
+    routing: Routing | None = None,
 ) -> dict[str, Any]:
     """Everything that one record shows: figures, mean NLL of each kind of probe, and what was written freely."""
     record = setup.records[number]
     before, after = _scores(setup, record, setup.base.outcome), _scores(setup, record, outcome)
     texts = []
     if setup.generate and model is not None:
-        texts = continuations(model, record, jax.random.fold_in(setup.key, number))
+        texts = continuations(model, record, jax.random.fold_in(setup.key, number), routing)
     figures = metrics.record_figures(before, after, texts)
     nll = {kind: [found.nll for found in scores] for kind, scores in after.items()}
     line: dict[str, Any] = {
@@ -127,7 +138,7 @@ def _figures(
         "nll": {kind: float(np.mean(values)) for kind, values in nll.items() if values and not np.isnan(values).any()},
     }
     if record.questions and model is not None:
-        replies = answers(model, [record])[0] if replies is None else replies
+        replies = answers(model, [record], routing)[0] if replies is None else replies
         figures["mquake"] = float(metrics.any_answered(replies, record.answers))
         line["answers"] = list(replies)
     if texts:
@@ -135,10 +146,10 @@ def _figures(
     return line
 
 
-def _replies(setup: Setup, model: Model | None) -> list[list[str]] | list[None]:
+def _replies(setup: Setup, model: Model | None, routing: Routing | None = None) -> list[list[str]] | list[None]:
     if model is None or not any(record.questions for record in setup.records):
         return [None] * len(setup.records)
-    return answers(model, setup.records)
+    return answers(model, setup.records, routing)
 
 
 def _cost(info: EditInfo) -> dict[str, Any]:
@@ -201,7 +212,7 @@ def _rules(record: Record) -> list[str]:
 def _on_text(setup: Setup, edited: Edited) -> dict[str, float]:
     if setup.text is None:
         return {}
-    return text_figures(setup.text, _look(setup, edited, setup.text), edited.method.patch is not None)
+    return text_figures(setup.text, _look(setup, edited, setup.text, whole=True), edited.method.patch is not None)
 
 
 def _result(metrics_: Mapping[str, float], costs: Sequence[Mapping[str, Any]], each: bool) -> dict[str, Any]:
@@ -241,7 +252,7 @@ def _single(setup: Setup, method: Method, editor: Editor, journal: Journal) -> d
         edited = Edited(method, editor, state)
         outcome = _look(setup, edited, setup.base, _texts(setup, [record]))
         needs_model = record.questions or setup.generate
-        line = _figures(setup, number, outcome, edited.model if needs_model else None)
+        line = _figures(setup, number, outcome, edited.model if needs_model else None, routing=edited.routing)
         line["figures"] |= _on_text(setup, edited)
         heat = _heat(setup, edited.patch, _neurons(info)) if number < HEAT else None
         journal.add({"id": record.id, **line, "cost": _cost(info), **({"activations": heat} if heat else {})})
@@ -278,10 +289,11 @@ def _batch(setup: Setup, method: Method, editor: Editor, journal: Journal) -> di
 def _after_all(setup: Setup, edited: Edited) -> Lines:
     outcome = _look(setup, edited, setup.base)
     model = edited.model if setup.generate or any(record.questions for record in setup.records) else None
-    replies = _replies(setup, model)
+    routing = edited.routing
+    replies = _replies(setup, model, routing)
     lines = []
     for number, record in enumerate(setup.records):
-        lines.append({"id": record.id, **_figures(setup, number, outcome, model, replies[number])})
+        lines.append({"id": record.id, **_figures(setup, number, outcome, model, replies[number], routing)})
         setup.tell("measuring", number + 1, len(setup.records))
     return lines
 

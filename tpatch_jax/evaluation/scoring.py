@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tpatch_jax import ffn
+from tpatch_jax.editors.editor import Routing
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.metrics import Score
 from tpatch_jax.evaluation.records import Probe
@@ -37,7 +38,7 @@ from tpatch_jax.patch import Patch, contribution, preactivations, sized, take
 from tpatch_jax.requests import join_target
 from tpatch_jax.sizes import power_of_two
 
-__all__ = ["Asked", "Base", "Outcome", "apply_scores", "ask", "base_scores", "patched_scores", "score"]
+__all__ = ["Asked", "Base", "Outcome", "apply_scores", "ask", "base_scores", "patched_scores", "routed_scores", "score"]
 
 VERSION = 1
 LOGIT_ROWS = 256
@@ -354,3 +355,35 @@ def apply_scores(
             )
         fires[places] = True
     return Outcome(np.where(asked.wanted < 0, np.float32(np.nan), log_p), predicted, fires, fires.copy())
+
+
+def routed_scores(base: Base, routing: Routing, texts: Sequence[int] | None = None, whole: bool = False) -> Outcome:
+    """What is said where another model answers what is in the scope of an edit; the rest stays as it was, bit for bit.
+
+    Args:
+        base: what the unedited model says.
+        routing: which prompts the other model answers, and what it reads before them.
+        texts: which texts are looked at; all by default.
+        whole: whether a whole text decides, and not its prompt: for running text, which has none.
+
+    Returns:
+        The `Outcome`; every position that the other model answers counts as one on which something fires.
+    """
+    asked, other = base.asked, routing.model
+    log_p, predicted, fires, _ = (array.copy() for array in base.outcome)
+    chosen = list(range(len(asked.rows)) if texts is None else texts)
+    prompts = [asked.rows[text] if whole else asked.rows[text][: asked.positions[text].start + 1] for text in chosen]
+    routed = [
+        (text, context)
+        for text, context in zip(chosen, routing.contexts(prompts), strict=True)
+        if context is not None and not other.excess([*context, *asked.rows[text]], ())
+    ]
+    if routed:
+        rows = [[*context, *asked.rows[text]] for text, context in routed]
+        positions = [range(p.start + len(c), p.stop + len(c)) for t, c in routed for p in [asked.positions[t]]]
+        sites = collect(other, rows, positions, other.layer(None))
+        places = _of(asked, [text for text, _ in routed])
+        residual, output = (np.asarray(array, np.float32) for array in (sites.residual, sites.output))
+        log_p[places], predicted[places] = _read_all(other, residual, output, asked.wanted[places])
+        fires[places] = True
+    return Outcome(log_p, predicted, fires, fires.copy())

@@ -1,0 +1,79 @@
+"""``tpatch serac-train``: reads training data, leaves out what will be measured, trains, shows the result."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from tpatch_jax.commands import load
+from tpatch_jax.console import print_json, progress_bar
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.records import DATA, QUESTION, read_records
+from tpatch_jax.requests import EditRequest
+from tpatch_jax.serac_training import SeracTraining, train_serac
+
+__all__ = ["read_training", "serac_train"]
+
+
+def read_training(
+    data: Sequence[str], exclude: Sequence[str], most: int | None, template: str = QUESTION
+) -> list[EditRequest]:
+    """Requests to train on.
+
+    Args:
+        data: ``KIND:FILE`` each, the kind one of `tpatch_jax.evaluation.records.DATA`.
+        exclude: the same; a request about a subject of one of these files is left out.
+        most: at most so many requests of each file, from its start, after those were left out.
+        template: where questions go.
+
+    Raises:
+        TPatchError: a text is not ``KIND:FILE``, a file cannot be read, or nothing is left.
+    """
+
+    def requests(source: str) -> list[EditRequest]:
+        kind, colon, file = source.partition(":")
+        if not colon or kind not in DATA:
+            raise TPatchError(f"{source!r} is not KIND:FILE; the kinds are {', '.join(DATA)}")
+        return [one for record in read_records(kind, file, template=template) for one in record.requests]
+
+    measured = {one.subject for source in exclude for one in requests(source)} - {None}
+    found = [[one for one in requests(source) if one.subject not in measured][:most] for source in data]
+    if not any(found):
+        raise TPatchError("no request is left to train on; give data about other subjects than those excluded")
+    return [one for part in found for one in part]
+
+
+def serac_train(
+    model: str,
+    data: Sequence[str],
+    encoder: str,
+    output: str,
+    *,
+    exclude: Sequence[str],
+    most: int | None,
+    template: str | None,
+    settings: SeracTraining,
+    dtype: str | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """``tpatch serac-train``."""
+    requests = read_training(data, exclude, most, template or QUESTION)
+    loaded = load(model, dtype, quiet or json)
+    with progress_bar(quiet or json) as report:
+        info = train_serac(loaded, encoder, requests, output, settings=settings, progress=report)
+    result = info.to_json()
+    if json:
+        print_json(result)
+        return
+    console = Console(highlight=False)
+    table = Table(title=f"{info.requests:,} requests, {info.seconds:.1f} s", title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name in ("scope_losses", "counterfactual_losses"):
+        table.add_row(name, ", ".join(f"{loss:.4f}" for loss in result[name]))
+    for name in ("held_out", "in_scope", "out_of_scope", "exact", "parameters"):
+        if (value := result[name]) is not None:
+            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else f"{value:,}")
+    console.print(table)
+    console.print(f"networks saved in {output}; edit with --method serac --set serac={output}")
