@@ -243,7 +243,8 @@ def preactivations(patch: Patch, query: Array) -> Array:
         >>> preactivations(create(4, 2), jnp.ones((3, 4))).shape
         (3, 2)
     """
-    return query @ patch.key.T.astype(query.dtype) + patch.bias.astype(query.dtype)
+    # Said so, since a transposed key would be copied for every token that is generated.
+    return jnp.einsum("...d,nd->...n", query, patch.key.astype(query.dtype)) + patch.bias.astype(query.dtype)
 
 
 def activations(patch: Patch, query: Array, activation: Callable[[Array], Array]) -> Array:
