@@ -550,9 +550,9 @@ def test_a_kill_while_saving_leaves_no_half_folder(tiny_model, edited, tmp_path)
 
 def test_a_value_does_not_outgrow_a_stream_that_another_neuron_dominates(tiny_model):
     residual, output = (jnp.asarray(np.random.default_rng(n).normal(size=(3, 2, 16)), jnp.float32) for n in (0, 1))
-    alone = last_site._scale(tiny_model, residual, output, output)
-    loud = last_site._scale(tiny_model, residual, output, 1e9 * output)
-    louder = last_site._scale(tiny_model, residual, output, 1.5 * output)
+    alone = last_site._scale(tiny_model.config, tiny_model.params, residual, output, output)
+    loud = last_site._scale(tiny_model.config, tiny_model.params, residual, output, 1e9 * output)
+    louder = last_site._scale(tiny_model.config, tiny_model.params, residual, output, 1.5 * output)
     np.testing.assert_allclose(loud, last_site.LOUDEST * alone, rtol=1e-6)
     assert ((louder > alone) & (louder < last_site.LOUDEST * alone)).all()
     np.testing.assert_allclose(alone, jnp.linalg.norm(residual + output, axis=-1).mean(-1), rtol=1e-6)

@@ -20,6 +20,24 @@ Set = Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="NAME=
 Config = Annotated[str | None, arg(metavar="FILE", help="a YAML file of settings, such as those in configs/")]
 
 
+def bench(
+    model: Annotated[
+        Positional[str], arg(metavar="MODEL", help="a decoder, as `tpatch models` names it")
+    ] = "smollm2-135m",
+    *,
+    file: Annotated[str | None, arg(metavar="FILE", help="edits: requests or CounterFact; by default made up")] = None,
+    output: Annotated[str | None, arg(aliases=["-o"], metavar="PICTURE", help="also draw it, e.g. bench.png")] = None,
+    quick: Annotated[bool, arg(help="fewer edits and repeats: under five minutes on two CPU cores")] = False,
+    dtype: Annotated[str | None, arg(help="float32 or bfloat16; by default the checkpoint's")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what editing costs: time, memory, generation, compilations, beside the paper's loop."""
+    from tpatch_jax.benchmarks.command import bench_command
+
+    bench_command(model, file, output, short=quick, dtype=dtype, json=json, quiet=quiet)
+
+
 def demo(
     output: Annotated[str, arg(aliases=["-o"], help="where to save the patches")] = "patches/demo",
     json: Json = False,
@@ -355,6 +373,7 @@ def sweep(
 
 COMMANDS = {
     "bank": bank,
+    "bench": bench,
     "compare": compare,
     "demo": demo,
     "edit": edit,

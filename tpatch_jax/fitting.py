@@ -167,7 +167,7 @@ def fit_many(
         lanes: a batch of lanes, every leaf with a leading axis of ``n``.
         memory: shared by all lanes.
         resume: as for `fit`; a `jax.tree_util.Partial` over the weights keeps them out of the compiled program.
-        keys: typed random keys, ``[n]``.
+        keys: typed random keys, ``[n]`` or more.
         settings: static options.
         activation: the feed-forward network's activation.
         progress: called with the number of lanes finished so far.
@@ -203,11 +203,11 @@ def fit_many(
         else:
             part_keys = _padded(keys[first : first + count], part.target.shape[0])
             patch, info = _joint_bucket(part, memory, resume, part_keys, count, settings, activation)
-        patches.append(jax.tree.map(lambda leaf, count=count: np.asarray(leaf[:count]), patch))
-        infos.append(jax.tree.map(lambda leaf, count=count: np.asarray(leaf[:count]), info))
+        patches.append(jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[:count], patch))
+        infos.append(jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[:count], info))
         if progress:
             progress(first + count)
-    join = lambda *leaves: jnp.concatenate(leaves)  # noqa: E731
+    join = lambda *leaves: jnp.asarray(np.concatenate(leaves))  # noqa: E731
     return jax.tree.map(join, *patches), jax.tree.map(join, *infos)
 
 

@@ -10,7 +10,6 @@ nothing.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -165,10 +164,11 @@ def pad(patch: Patch, neurons: int) -> Patch:
         raise TPatchError(f"a patch of {patch.key.shape[0]} neurons does not fit into {neurons}; ask for a larger size")
     if not missing:
         return patch
-    filler = create(patch.key.shape[1], missing, patch.key.dtype)
-    layer = None if patch.layer is None else jnp.full(missing, patch.layer[-1] if patch.layer.size else 0)
-    filler = filler._replace(layer=layer)
-    return concatenate([patch, jax.tree.map(np.asarray, filler) if _on_host(patch) else filler])
+    at: Any = np if _on_host(patch) else jnp
+    zeros = at.zeros((missing, patch.key.shape[1]), patch.key.dtype)
+    last = 0 if patch.layer is None or not patch.layer.size else patch.layer[-1]
+    layer = None if patch.layer is None else at.full(missing, last, patch.layer.dtype)
+    return concatenate([patch, Patch(zeros, at.full(missing, SILENT_BIAS, patch.bias.dtype), zeros, layer)])
 
 
 def sized(patch: Patch, least: int = 8) -> Patch:
@@ -243,7 +243,8 @@ def preactivations(patch: Patch, query: Array) -> Array:
         >>> preactivations(create(4, 2), jnp.ones((3, 4))).shape
         (3, 2)
     """
-    return query @ patch.key.T.astype(query.dtype) + patch.bias.astype(query.dtype)
+    # Said so, since a transposed key would be copied for every token that is generated.
+    return jnp.einsum("...d,nd->...n", query, patch.key.astype(query.dtype)) + patch.bias.astype(query.dtype)
 
 
 def activations(patch: Patch, query: Array, activation: Callable[[Array], Array]) -> Array:

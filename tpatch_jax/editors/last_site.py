@@ -4,8 +4,10 @@ The last FFN's input does not depend on a patch there, and it acts on each posit
 needs is collected once.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +25,8 @@ from tpatch_jax.ffn import ACTIVATIONS
 from tpatch_jax.fitting import Lane
 from tpatch_jax.memory import Memory, blended, create_memory, extend, nuisance_scatter
 from tpatch_jax.models import networks
-from tpatch_jax.models.collection import LEAST_TEXT, Sites, collect, predicted, real, single_rows
+from tpatch_jax.models.collection import LEAST_TEXT, Sites, collect, pad_rows, predicted, real, single_rows
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.patch import Patch, contribution, sized
 from tpatch_jax.requests import EditRequest
@@ -47,12 +50,16 @@ LOUDEST = 8.0
 """A value's scale is at most so many times the unedited residual stream's length."""
 
 
-def collect_items(model: Model, items: Sequence[Item], progress: Progress | None) -> Sites:
-    """Every prompt in every context, once: the rows that `tpatch_jax.editors.rounds.Asked` numbers."""
+def collect_items(model: Model, items: Sequence[Item], prefixes: Sequence[str], progress: Progress | None) -> Sites:
+    """Every prompt in every context, once: the rows that `tpatch_jax.editors.rounds.Asked` numbers.
+
+    The prefixes are those behind which a decoder sees the prompts.
+    """
     rows = [row for item in items for row in item.rows]
     places = [item.places(context) for item in items for context in range(len(item.rows))]
     report = (lambda done: progress("reading prompts", done, len(rows))) if progress else None
-    return collect(model, rows, places, model.layer(None), report)
+    begins = [model.encode_prompt(prefix) for prefix in prefixes] if model.config.architecture == "decoder" else []
+    return collect(model, rows, places, model.layer(None), report, begins)
 
 
 def collect_bare(model: Model, items: Sequence[Item]) -> Sites:
@@ -80,18 +87,6 @@ def starting(model: Model, known: Background) -> Array:
     return moment(networks.unembedding(model.config, model.params)) if known.centres is None else known.centres
 
 
-def _directions(model: Model, spread: Array, targets: np.ndarray) -> Array:
-    """Where values start, ``[lanes, d]``: towards the target and away from everything else.
-
-    ``M⁻¹·u_token`` raises a token's logit most against all others; of a classifier it is the way from the mean of all
-    labels to that of the target.
-    """
-    if model.config.labels:
-        return spread[targets] - jnp.mean(spread, 0)
-    table = networks.unembedding(model.config, model.params)
-    return jnp.linalg.solve(spread, table[targets].astype(jnp.float32).T).T
-
-
 @jax.jit
 def moment(table: Array) -> Array:
     """``M = UᵀU/V`` of the unembedding ``U [V, d]``, regularised: ``[d, d]``."""
@@ -105,7 +100,24 @@ def resume(model: Model) -> Partial:
     return Partial(networks.finisher(model.config), networks.final_weights(model.config, model.params))
 
 
-def _scale(model: Model, residual: Array, output: Array, beside: Array) -> Array:
+@partial(jax.jit, static_argnames="config")
+def _prepared(
+    config: NetworkConfig, weights: Any, spread: Array, patch: Patch, given: Mapping[str, Array]
+) -> tuple[Array, Array, Array]:
+    """What lanes begin with: the output with other neurons in it, the value's direction, and its scale."""
+    beside = given["output"] + contribution(patch, given["query"], ACTIVATIONS[config.activation])
+    targets = given["targets"]
+    if config.labels:
+        # The way from the mean of all labels to that of the target.
+        direction = spread[targets] - jnp.mean(spread, 0)
+    else:
+        # M⁻¹·u_token raises a token's logit most against all others.
+        rows = networks.unembedding_rows(config, weights, targets)
+        direction = jnp.linalg.solve(spread, rows.astype(jnp.float32).T).T
+    return beside.astype(jnp.float32), direction, _scale(config, weights, given["residual"], given["output"], beside)
+
+
+def _scale(config: NetworkConfig, weights: Any, residual: Array, output: Array, beside: Array) -> Array:
     """What a value of medium strength measures: the residual stream's norm, mean over contexts, ``[lanes]``.
 
     Where another neuron fires it has to be outdone, so the stream with that neuron counts; but only up to a few times
@@ -114,8 +126,7 @@ def _scale(model: Model, residual: Array, output: Array, beside: Array) -> Array
 
     def norm(output: Array) -> Array:
         # Where a norm follows, its output says nothing about how much it takes to move it.
-        after = model.config.post_norm
-        hidden = residual + output if after else networks.leave_last(model.config, model.params, residual, output)
+        hidden = residual + output if config.post_norm else networks.leave_last(config, weights, residual, output)
         return jnp.mean(jnp.linalg.norm(hidden.astype(jnp.float32), axis=-1), -1)
 
     return jnp.minimum(norm(beside), LOUDEST * norm(output))
@@ -146,7 +157,7 @@ def create_lanes(
         patch: what is active already.
     """
     owner, token = asked.owner[rows], asked.token[rows]
-    most = max(len(asked.table[number]) for number in owner)
+    most = max(map(len, asked.table))
     most = most if settings.train_on_rephrases else min(most, settings.contexts)
     # A request that is seen less often repeats its last context.
     chosen = np.stack(
@@ -159,19 +170,17 @@ def create_lanes(
     context: dict[str, Any] = {"residual": residual}
     if query.ndim == 4:
         query, output, context = _by_position(query, output, residual)
-    beside = output + contribution(sized(patch, 64), query, ACTIVATIONS[model.config.activation])
     targets = asked.wanted[rows]
     # Only the first token of an answer follows a prompt that another subject could stand in.
     particular = np.where((token == 0)[:, None, None], negatives[owner], mean)
-    return Lane(
-        jnp.asarray(query, jnp.float32),
-        jnp.asarray(beside, jnp.float32),
-        jnp.asarray(particular),
-        jax.tree.map(jnp.asarray, context),
-        jnp.asarray(targets),
-        _directions(model, spread, targets),
-        _scale(model, context["residual"], output, beside),
-    )
+    given = {"query": query, "output": output, "residual": context["residual"], "targets": targets}
+    # Repeated up to a power of two, so that a new number of lanes compiles nothing.
+    index = np.resize(np.arange(len(rows)), power_of_two(len(rows), most=settings.fit.lanes))
+    weights = networks.final_weights(model.config, model.params)
+    weights["layers"] = {model.layer(None): weights["layer"]}
+    made = _prepared(model.config, weights, spread, sized(patch, 64), {name: x[index] for name, x in given.items()})
+    beside, direction, scale = (np.asarray(array)[: len(rows)] for array in made)
+    return Lane(query.astype(np.float32), beside, particular.astype(np.float32), context, targets, direction, scale)
 
 
 def _by_position(query: np.ndarray, output: np.ndarray, residual: np.ndarray) -> tuple[Any, Any, dict[str, Any]]:
@@ -192,13 +201,29 @@ def _by_position(query: np.ndarray, output: np.ndarray, residual: np.ndarray) ->
     return query, output, {"residual": residual, "valid": valid, "text": text}
 
 
+@jax.jit
+def _scatter(groups: Array, rows: Array) -> Array:
+    return nuisance_scatter(groups) * (groups.shape[0] * groups.shape[1] / rows)
+
+
+def _own_scatter(query: np.ndarray, table: Sequence[np.ndarray], contexts: int, part: int = 256) -> Array:
+    """`nuisance_scatter` of the edits' own queries, ``[d, d]``, a part at a time; zeros add nothing."""
+    groups = [span[:contexts].T for span in table]
+    rows, total = np.float32(sum(group.size for group in groups)), jnp.zeros((query.shape[1],) * 2)
+    for count in sorted({group.shape[1] for group in groups}):
+        index = np.concatenate([group for group in groups if group.shape[1] == count])
+        for first in range(0, len(index), part):
+            chosen = np.asarray(query[index[first : first + part]], np.float32)
+            total = total + _scatter(pad_rows(chosen, power_of_two(len(chosen), 8, part) - len(chosen)), rows)
+    return total
+
+
 def last_memory(settings: TPatcherSettings, known: Background, earlier: Earlier, sites: Sites, asked: Asked) -> Memory:
     """Background queries, earlier edits, and the other edits of this batch."""
     nuisance = known.nuisance
     if settings.fit.recipe == "staged" and settings.contexts > 1 and sites.query.ndim == 2:
-        groups = [sites.query[span[: settings.contexts].T] for span in asked.table]
         # The edits' own contexts tell more than the general ones, the more of them there are.
-        own, share = nuisance_scatter(jnp.asarray(np.concatenate(groups))), min(0.9, len(asked.wanted) / 200)
+        own, share = _own_scatter(sites.query, asked.table, settings.contexts), min(0.9, len(asked.wanted) / 200)
         nuisance = blended(own, nuisance, share)
     memory = create_memory(known.query, nuisance, weight=settings.nuisance_weight, shrinkage=settings.shrinkage)
     if known.answers is not None:
@@ -211,6 +236,26 @@ def last_memory(settings: TPatcherSettings, known: Background, earlier: Earlier,
     return extend(memory, query, answer, power_of_two(len(query), 64)) if len(query) else memory
 
 
+def _mates(items: Sequence[Item], requests: Mapping[int, EditRequest], count: int) -> dict[int, list[int]]:
+    """For each item ``count`` others with the same prompt about another subject and another answer, if there are."""
+    frames: dict[str, list[int]] = {}
+    named = {at: requests[item.position].subject for at, item in enumerate(items)}
+    frame = {at: requests[items[at].position].prompt.replace(name, "{}") for at, name in named.items() if name}
+    for at, text in frame.items():
+        frames.setdefault(text, []).append(at)
+    result = {}
+    for at, text in frame.items():
+        pool = frames[text]
+        # As in `swapped_prompts`: which they are does not depend on the request's place in the list.
+        start = int(np.random.default_rng(list(requests[items[at].position].prompt.encode())).integers(len(pool)))
+        turned = (pool[(start + step) % len(pool)] for step in range(len(pool)))
+        others = (n for n in turned if named[n] != named[at] and items[n].target != items[at].target)
+        chosen = list(itertools.islice(others, count))
+        if count and len(chosen) == count:
+            result[at] = chosen
+    return result
+
+
 def swaps(
     model: Model,
     items: Sequence[Item],
@@ -218,12 +263,22 @@ def swaps(
     names: Sequence[str],
     count: int,
     mean: np.ndarray,
+    sites: Sites,
+    asked: Asked,
     progress: Progress | None,
 ) -> np.ndarray:
-    """The query after each prompt about other subjects, ``[items, count, d]``; the mean where there is none."""
-    swapped = swapped_prompts(model, requests, names, count)
+    """The query after each prompt about other subjects, ``[items, count, d]``; the mean where there is none.
+
+    Where other requests ask the same about other subjects, as they do where there are thousands, their queries are
+    taken and the network is not run again.
+    """
     whole = () if networks.pointwise(model.config) else (LEAST_TEXT,)
     result = np.broadcast_to(mean, (len(items), count, *whole, mean.shape[0])).astype(np.float32)
+    mates = _mates(items, requests, count) if not whole else {}
+    for at, others in mates.items():
+        result[at] = sites.query[[asked.table[other][0, 0] for other in others]]
+    left = {item.position: requests[item.position] for at, item in enumerate(items) if at not in mates}
+    swapped = swapped_prompts(model, requests, names, count, left)
     places = [(at, slot) for at, item in enumerate(items) for slot in range(len(swapped.get(item.position, ())))]
     rows = [model.encode_prompt(swapped[items[at].position][slot]) for at, slot in places]
     if rows:

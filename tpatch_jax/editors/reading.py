@@ -122,13 +122,17 @@ def _subject(request: EditRequest) -> str | None:
 
 
 def swapped_prompts(
-    model: Model, requests: Mapping[int, EditRequest], names: Sequence[str], count: int
+    model: Model,
+    requests: Mapping[int, EditRequest],
+    names: Sequence[str],
+    count: int,
+    wanted: Mapping[int, EditRequest] | None = None,
 ) -> dict[int, list[str]]:
-    """Each prompt about other subjects: what its patch in particular must stay silent on."""
+    """Each prompt about other subjects, of all requests or the wanted: what its patch must stay silent on."""
     subjects = {position: _subject(request) for position, request in requests.items()}
     pool = list(dict.fromkeys([*(subject for subject in subjects.values() if subject), *names]))
     result = {}
-    for position, request in requests.items():
+    for position, request in (requests if wanted is None else wanted).items():
         subject = subjects[position]
         others = [name for name in pool if name != subject]
         if subject and others:

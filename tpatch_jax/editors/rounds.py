@@ -6,11 +6,9 @@ Arrays and callables only, so that networks of this library and foreign ones are
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -19,6 +17,7 @@ from tpatch_jax.fitting import FitInfo, FitSettings, Lane, fit_many
 from tpatch_jax.memory import Memory
 from tpatch_jax.patch import Patch, concatenate, join, take
 from tpatch_jax.recipes.lane import Resume
+from tpatch_jax.sizes import power_of_two
 
 __all__ = ["Asked", "Fitted", "Note", "ask", "finished", "fit_rounds", "numbered", "report"]
 
@@ -97,19 +96,21 @@ def ask(targets: Sequence[Sequence[int]], contexts: Sequence[int]) -> Asked:
     return Asked(table, answers.astype(np.int32), bare, answers[bare].astype(np.int32), owner, token)
 
 
-def _keys(key: Array, names: Sequence[str]) -> Array:
-    """A random key for each name: a result depends on what is asked for, not on its neighbours."""
-    folds = jnp.asarray([zlib.crc32(name.encode()) for name in names], jnp.uint32)
+@jax.jit
+def _folded(key: Array, folds: Array) -> Array:
     return jax.vmap(lambda fold: jax.random.fold_in(key, fold))(folds)
+
+
+def _keys(key: Array, names: Sequence[str]) -> Array:
+    """A random key for each name, and some more: a result depends on what is asked for, not on its neighbours."""
+    folds = np.zeros(power_of_two(len(names)), np.uint32)
+    folds[: len(names)] = [zlib.crc32(name.encode()) for name in names]
+    return _folded(key, folds)
 
 
 def _note(info: FitInfo, lane: int) -> Note:
     losses = {term: float(getattr(info, term)[lane]) for term in ("l_e", "l_a", "l_m1", "l_m2")}
     return Note("last", int(info.steps[lane]), float(info.margin[lane]), losses)
-
-
-def _tell(progress: Progress, said: str, total: int, done: int) -> None:
-    progress(said, done, total)
 
 
 def fit_rounds(
@@ -153,10 +154,16 @@ def fit_rounds(
             break
         began = time.perf_counter()
         said = f"fitting, attempt {attempt + 1}" if attempt else "fitting"
-        tell = partial(_tell, progress, said, len(now)) if progress else None
-        keys = _keys(key, [f"{names[row]} {attempt}" for row in now])
-        found, info = fit_many(lanes(now, patch), memory, resume, keys, settings.harder(attempt), activation, tell)
-        found, info = jax.tree.map(np.asarray, (found, info))
+        parts = []
+        for first in range(0, len(now), settings.lanes):
+            # Part by part, so that not all that is fitted on is in memory at once.
+            part = now[first : first + settings.lanes]
+            keys = _keys(key, [f"{names[row]} {attempt}" for row in part])
+            done = fit_many(lanes(part, patch), memory, resume, keys, settings.harder(attempt), activation)
+            parts.append(jax.tree.map(np.asarray, done))
+            if progress:
+                progress(said, min(first + settings.lanes, len(now)), len(now))
+        found, info = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
         seconds += time.perf_counter() - began
         keep = np.flatnonzero(np.isfinite(found.value).all((1, 2)) & np.isfinite(found.key).all((1, 2)))
         size = found.key.shape[1]

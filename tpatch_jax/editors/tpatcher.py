@@ -248,11 +248,14 @@ def _step(
     deep_seconds = time.perf_counter() - began if deep.neurons else 0.0
     model = deep.model
 
-    sites = collect_items(model, items, progress)
+    sites = collect_items(model, items, prefixes, progress)
     asked = ask([item.target for item in items], [len(item.rows) for item in items])
+    # Measuring the unit is no part of the edit.
+    paused = time.perf_counter()
     unit = forward_seconds(model, items)
+    began += time.perf_counter() - paused
     memory = last_memory(settings, known, deep.earlier, sites, asked)
-    negatives = swaps(model, items, good, known.names, settings.swaps, np.asarray(memory.mean), progress)
+    negatives = swaps(model, items, good, known.names, settings.swaps, np.asarray(memory.mean), sites, asked, progress)
     bare = type(sites)(*(field[asked.bare] for field in sites))
 
     def wrong(patch: Patch) -> np.ndarray:

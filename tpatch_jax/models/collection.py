@@ -13,7 +13,7 @@ from tpatch_jax.ffn import ACTIVATIONS
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
-from tpatch_jax.models.networks import Batch, Pair
+from tpatch_jax.models.networks import Batch, Pair, Trace
 from tpatch_jax.models.rows import ASK, place_in, row_length, split_row, tokens_array
 from tpatch_jax.patch import Patch, contribution, create, sized
 from tpatch_jax.sizes import power_of_two
@@ -24,6 +24,9 @@ TOKENS_PER_BATCH = 1024
 Rows = Any
 """``[rows, d]`` in NumPy, which JAX takes as it is."""
 
+
+WORTH_SHARING = 8
+"""A text with which others begin is run on its own if on average so many begin with each."""
 
 LEAST_TEXT = 64
 """Where whole texts are kept they are padded to so many tokens at least, so that those of several passes fit."""
@@ -86,6 +89,7 @@ def collect(
     positions: Sequence[Sequence[int]],
     layer: int,
     progress: Callable[[int], None] | None = None,
+    begins: Sequence[Sequence[int]] = (),
 ) -> Sites:
     """Trace many texts and keep some positions of each.
 
@@ -95,6 +99,7 @@ def collect(
         positions: which positions of each text to keep.
         layer: where to cut.
         progress: called with the number of texts done after each batch.
+        begins: token ids with which many texts of a decoder begin; these are run once for all of them.
 
     Returns:
         The `Sites`, text after text, position after position.
@@ -108,12 +113,18 @@ def collect(
         shape = (shape[0], max(LEAST_TEXT, longest), config.width)
     found = [np.zeros(shape, dtype) for _ in Sites._fields]
     done = 0
-    for numbers, batch in batches(config, rows):
-        traced = model.trace(batch, layer)
+    for numbers, traced, first in _traced(model, rows, positions, layer, begins):
         lane = np.concatenate([np.full(len(positions[number]), slot) for slot, number in enumerate(numbers)]).astype(
             int
         )
-        place = np.asarray([place_in(config, rows[n], at) for n in numbers for at in positions[n]], int)
+        place = np.asarray(
+            [
+                place_in(config, rows[n], at) - skipped
+                for n, skipped in zip(numbers, first, strict=True)
+                for at in positions[n]
+            ],
+            int,
+        )
         target = np.concatenate([np.arange(offsets[number], offsets[number + 1]) for number in numbers]).astype(int)
         for array, source in zip(found, (traced.query, traced.output, traced.context["residual"]), strict=True):
             if networks.pointwise(config):
@@ -125,6 +136,38 @@ def collect(
         if progress:
             progress(done)
     return Sites(*found)
+
+
+def _traced(
+    model: Model,
+    rows: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    layer: int,
+    begins: Sequence[Sequence[int]],
+) -> Iterator[tuple[list[int], Trace, np.ndarray]]:
+    """Which rows, their trace, and how many tokens of each it leaves out."""
+    config = model.config
+    which = np.full(len(rows), -1)
+    for number, begin in enumerate(begins):
+        for at, row in enumerate(rows):
+            if len(positions[at]) and positions[at][0] >= len(begin) and list(row[: len(begin)]) == list(begin):
+                which[at] = number
+    if config.architecture != "decoder" or np.sum(which >= 0) < WORTH_SHARING * len(begins):
+        which[:] = -1
+    plain, shared = np.flatnonzero(which < 0), np.flatnonzero(which >= 0)
+    for chosen, batch in batches(config, [rows[number] for number in plain]):
+        yield plain[chosen].tolist(), model.trace(batch, layer), np.zeros(len(chosen), int)
+    if not len(shared):
+        return
+    lengths = np.asarray([len(begin) for begin in begins])
+    padded = [*begins, *[[0]] * (power_of_two(len(begins)) - len(begins))]
+    begun = networks.begin(config, model.params, tokens_array(padded, row_length(int(lengths.max()))))
+    for chosen, batch in batches(config, [rows[number][lengths[which[number]] :] for number in shared]):
+        own = np.zeros(batch.shape[0], np.int32)
+        own[: len(chosen)] = which[shared[chosen]]
+        first = lengths[own].astype(np.int32)
+        traced = networks.trace_after(config, model.params, batch, layer, begun, jnp.asarray(own), jnp.asarray(first))
+        yield shared[chosen].tolist(), traced, first[: len(chosen)]
 
 
 def real(sites: Sites) -> np.ndarray:
@@ -164,7 +207,7 @@ def pad_rows(array: Rows, missing: int) -> Rows:
     return np.pad(array, ((0, missing),) + ((0, 0),) * (array.ndim - 1))
 
 
-def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int = 1024) -> np.ndarray:
+def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int = 256) -> np.ndarray:
     """The most probable token (or label) after each row of the last layer, in chunks so that logits never pile up.
 
     Args:

@@ -33,6 +33,7 @@ __all__ = [
     "Trace",
     "apply",
     "argmax",
+    "begin",
     "decode",
     "empty_cache",
     "encode",
@@ -51,7 +52,9 @@ __all__ = [
     "resume_fork",
     "shapes",
     "trace",
+    "trace_after",
     "unembedding",
+    "unembedding_rows",
 ]
 
 Params = dict[Any, Any]
@@ -130,6 +133,30 @@ def _whole(
     block = _block(config, kind, params)
     residual, query, cache = block.enter(x, positions, cache, around)
     return block.leave(residual, ffn.apply(params["ffn"], query, config.activation)), cache
+
+
+def _continued(begun: Cache, which: Array, tokens: int) -> Cache:
+    """Each row's own beginning, with room for so many tokens more."""
+    longer = lambda x: jnp.pad(jnp.take(x, which, axis=0), ((0, 0), (0, tokens), (0, 0), (0, 0)))  # noqa: E731
+    return Cache(longer(begun.key), longer(begun.value))
+
+
+@partial(jax.jit, static_argnames=("config", "kind"))
+def _enter_after(
+    config: NetworkConfig, kind: LayerKind, params: Params, x: Array, positions: Array, begun: Cache, which: Array
+):
+    cache = _continued(begun, which, x.shape[1])
+    residual, query, _ = _block(config, kind, params).enter(x, positions, cache, Around())
+    return residual, query, ffn.apply(params["ffn"], query, config.activation)
+
+
+@partial(jax.jit, static_argnames=("config", "kind"))
+def _whole_after(
+    config: NetworkConfig, kind: LayerKind, params: Params, x: Array, positions: Array, begun: Cache, which: Array
+):
+    block, cache = _block(config, kind, params), _continued(begun, which, x.shape[1])
+    residual, query, _ = block.enter(x, positions, cache, Around())
+    return block.leave(residual, ffn.apply(params["ffn"], query, config.activation))
 
 
 @partial(jax.jit, static_argnames="config")
@@ -310,6 +337,47 @@ def trace(config: NetworkConfig, params: Params, batch: Batch, layer: int) -> Tr
     if layer < config.layers - 1 and any(part is not None for part in around):
         context["around"] = around
     return Trace(query, output, context, layer)
+
+
+def begin(config: NetworkConfig, params: Params, tokens: Array) -> list[Cache]:
+    """What `trace_after` needs of the texts with which its rows begin.
+
+    Args:
+        config: the network's description, of a decoder.
+        params: the network's parameters.
+        tokens: ``[texts, tokens]`` int, padded on the right with anything.
+
+    Returns:
+        Keys and values of their tokens in every layer.
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return decode(config, params, tokens, positions, empty_cache(config, params, tokens.shape[0], tokens.shape[1]))[1]
+
+
+def trace_after(
+    config: NetworkConfig, params: Params, tokens: Array, layer: int, begun: list[Cache], which: Array, first: Array
+) -> Trace:
+    """`trace` of rows that begin alike, of which only what differs is run: ``tokens`` are the rest of each.
+
+    Args:
+        config: the network's description, of a decoder.
+        params: the network's parameters.
+        tokens: what follows the beginnings, ``[batch, tokens]`` int.
+        layer: where to cut.
+        begun: from `begin`.
+        which: the text that each row begins with, ``[batch]`` int.
+        first: the length of that text, ``[batch]`` int.
+
+    Returns:
+        The `Trace` at ``tokens``, in the last layer as `trace` has it; in an earlier one it cannot be resumed.
+    """
+    positions = first[:, None] + jnp.arange(tokens.shape[1])
+    x = _embed(config, params, tokens, positions)
+    for index in range(layer):
+        x = _whole_after(config, config.kind(index), params["layers"][index], x, positions, begun[index], which)
+    kind, weights = config.kind(layer), params["layers"][layer]
+    residual, query, output = _enter_after(config, kind, weights, x, positions, begun[layer], which)
+    return Trace(query, output, {"residual": residual, "positions": positions}, layer)
 
 
 def hidden(config: NetworkConfig, params: Params, traced: Trace, output: Array) -> Array:
@@ -599,7 +667,15 @@ def leave_last(config: NetworkConfig, params: Params, residual: Array, output: A
 
 def unembedding(config: NetworkConfig, params: Params) -> Array:
     """The unembedding as the residual stream sees it, through the final norm's scale: ``[vocabulary, d]``."""
-    table = params["embed"]["embedding"] if config.tied else params["head"]["kernel"].T
+    return unembedding_rows(config, params, slice(None))
+
+
+def unembedding_rows(config: NetworkConfig, params: Params, tokens: Array | slice) -> Array:
+    """The rows of `unembedding` of some tokens, ``[tokens, d]``."""
+    embed, head = params.get("embed"), params.get("head")
+    table = embed["embedding"][tokens] if config.tied and embed else head["kernel"].T[tokens] if head else None
+    if table is None:
+        raise TPatchError(f"this {config.architecture} has no unembedding; it tells labels apart")
     if config.post_norm:
         return table
     return table * (params["norm"]["scale"] + jnp.asarray(config.norm_shift, table.dtype))

@@ -64,8 +64,7 @@ def recognise(query: Array, target: Array, particular: Array, memory: Memory, se
     """
     whitener, mean = memory.whitener, memory.mean
     own = (query - mean) @ whitener
-    rows = memory._replace(query=(memory.query - mean) @ whitener)
-    particular, always = (particular - mean) @ whitener, jnp.ones(particular.shape[0], bool)
+    always = jnp.ones(particular.shape[0], bool)
     centre, tiny = jnp.mean(own, 0), jnp.finfo(own.dtype).eps
     # Starting at z = 3.2 on the edit's own queries and -4.8 on the mean memory query.
     params = {
@@ -76,12 +75,14 @@ def recognise(query: Array, target: Array, particular: Array, memory: Memory, se
 
     def key_loss(params: dict[str, Array], negative: Array, counts: Array) -> tuple[Array, dict[str, Array]]:
         z = own @ params["key"] + params["bias"]
-        z_memory = jnp.where(counts, negative @ params["key"] + params["bias"], -jnp.inf)
+        z_memory = jnp.where(counts, negative @ (whitener @ params["key"]) + params["bias"], -jnp.inf)
         return total_loss(jnp.zeros(()), z, z_memory, settings.weights)
 
     def mine(params: dict[str, Array]) -> tuple[Array, Array]:
-        index, counts = hardest(params["key"], target, rows, settings.negatives)
-        return jnp.concatenate([rows.query[index], particular]), jnp.concatenate([counts, always])
+        # Turning the key costs less than whitening every row: q·A·k = q·(A·k).
+        index, counts = hardest(whitener @ params["key"], target, memory, settings.negatives)
+        rows = jnp.concatenate([memory.query[index], particular]) - mean
+        return rows, jnp.concatenate([counts, always])
 
     optimiser = transform.init(params)
     bounds = [settings.key_steps * round_ // settings.rounds for round_ in range(settings.rounds + 1)]
@@ -100,7 +101,7 @@ def recognise(query: Array, target: Array, particular: Array, memory: Memory, se
     negative, counts = mine(params)
     _, losses = key_loss(params, negative, counts)
     z = own @ params["key"]
-    hard = jnp.max(jnp.where(counts, negative @ params["key"], -jnp.inf), initial=-jnp.inf)
+    hard = jnp.max(jnp.where(counts, negative @ (whitener @ params["key"]), -jnp.inf), initial=-jnp.inf)
     # With no negative at all, the mean query (zero in whitened coordinates) stands in.
     hard = jnp.where(jnp.isfinite(hard), hard, 0.0)
     # The bare prompt must fire in any case; its contexts pull the threshold down as far as their mean does.

@@ -1,0 +1,1 @@
+"""What editing costs, measured: ``tpatch bench``."""

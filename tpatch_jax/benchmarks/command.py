@@ -1,0 +1,75 @@
+"""``tpatch bench``: runs the benchmark and shows it."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tpatch_jax.benchmarks.bench import FULL, QUICK, bench
+from tpatch_jax.benchmarks.picture import draw_bench
+from tpatch_jax.commands import load
+from tpatch_jax.console import print_json, progress_bar
+from tpatch_jax.errors import TPatchError
+
+__all__ = ["bench_command"]
+
+
+def bench_command(
+    model: str, file: str | None, output: str | None, *, short: bool, dtype: str | None, json: bool, quiet: bool
+) -> None:
+    """Measure, print a table, and draw a picture if ``output`` names one."""
+    if output and not Path(output).absolute().parent.is_dir():
+        raise TPatchError(f"the folder of {output} does not exist; make it first")
+    loaded = load(model, dtype, quiet or json)
+    if loaded.config.architecture != "decoder":
+        raise TPatchError(f"{model!r} is an {loaded.config.architecture}; the benchmark needs a decoder")
+    with progress_bar(quiet or json) as report:
+        result = bench(loaded, model, QUICK if short else FULL, file, dtype, report)
+    if output:
+        draw_bench(Path(output), result)
+    if not json:
+        _show(result)
+        return
+    print_json(result)
+
+
+def _show(result: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    table = Table(title=f"editing {result['model']} on {result['device']}", title_justify="left")
+    columns = ("site", "edits", "fit", "all", "middle half", "seconds per edit", "peak memory", "exact", "locality")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "site" else "right")
+    for site, by_count in result["forward_equivalents_per_edit"].items():
+        for count, value in by_count.items():
+            spread, tokens = result["spread"][site][count], result["locality_tokens"][site][count]
+            table.add_row(
+                site,
+                count,
+                f"{result['fit_forward_equivalents_per_edit'][site][count]:.1f}",
+                f"{value:.1f}",
+                f"{spread['lower']:.1f}-{spread['upper']:.1f}",
+                f"{result['seconds_per_edit'][site][count]:.3f}",
+                f"{result['peak_memory'][site][count] / 2**30:.2f} GiB",
+                f"{result['exact'][site][count]:.3f}",
+                "" if tokens is None else f"{tokens:.4f}",
+            )
+    table.caption = "fit, all: forward equivalents per edit"
+    console.print(table)
+    table = Table(title="generation over that without neurons", title_justify="left")
+    table.add_column("neurons", justify="right")
+    for form in ("attached", "merged"):
+        table.add_column(form, justify="right")
+    for count, value in result["attached_overhead"].items():
+        table.add_row(count, f"{value:.3f}", f"{result['merged_overhead'][count]:.3f}")
+    console.print(table)
+    speed, paper = result["speedup_over_paper_loop"], result["paper_loop"]
+    steps = "as many steps as its stopping rule takes" if paper["steps_followed"] else "the fewest steps that it allows"
+    console.print(
+        f"the paper's loop, {paper['counted']} edits, {steps}: {paper['paper_seconds']:.0f} s, {speed['single']:.0f} "
+        f"times one by one, {speed['batch']:.0f} times together ({paper['steps_timed']} steps timed)"
+    )
+    console.print(
+        f"peak memory of the most edits over that of 16: {result['peak_memory_ratio']:.2f}; programs compiled for new "
+        f"numbers of edits: {result['recompilations']}; {result['seconds']:.0f} s in all"
+    )
