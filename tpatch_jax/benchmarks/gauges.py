@@ -17,7 +17,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 _counters: list[list[int]] = []
 
 
-def _count(event: str, duration: float, **_: Any) -> None:
+def _count(event: str, duration_secs: float, **_: Any) -> None:
     if event == _COMPILED:
         for counter in _counters:
             counter[0] += 1

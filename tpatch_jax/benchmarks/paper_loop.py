@@ -52,8 +52,8 @@ def _step(
         return total_loss(loss_edit, z, preactivations(patch, memory)[:, 0], _SETTINGS.weights)[0]
 
     value, gradient = jax.value_and_grad(loss)(patch)
-    update, optimiser = _transform().update(gradient, optimiser, patch)
-    changed = optax.apply_updates(patch, update)
+    update, optimiser = _transform().update(gradient[:3], optimiser, patch[:3])
+    changed = optax.apply_updates(patch[:3], update)
     return Patch(*changed), optimiser, value  # type: ignore[misc]
 
 
@@ -80,7 +80,7 @@ def paper_step_seconds(model: Model, known: Background, requests: Sequence[EditR
         query = query.astype(jnp.float32)
         value = _SETTINGS.value_spread * jax.random.normal(jax.random.key(0), query.shape)
         patch = Patch((query / jnp.sum(query * query))[None], jnp.zeros(1), value[None])
-        optimiser = transform.init(patch)
+        optimiser = transform.init(patch[:3])
         place, wanted = jnp.asarray(len(start) - 1), jnp.asarray(target[0])
         step = partial(_step, model.config, model.params)
         patch, optimiser, loss = jax.block_until_ready(step(patch, optimiser, tokens, place, wanted, memory))

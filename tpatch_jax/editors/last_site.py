@@ -180,7 +180,15 @@ def create_lanes(
     weights["layers"] = {model.layer(None): weights["layer"]}
     made = _prepared(model.config, weights, spread, sized(patch, 64), {name: x[index] for name, x in given.items()})
     beside, direction, scale = (np.asarray(array)[: len(rows)] for array in made)
-    return Lane(query.astype(np.float32), beside, particular.astype(np.float32), context, targets, direction, scale)
+    return Lane(
+        jnp.asarray(query, jnp.float32),
+        jnp.asarray(beside),
+        jnp.asarray(particular, jnp.float32),
+        context,
+        jnp.asarray(targets),
+        jnp.asarray(direction),
+        jnp.asarray(scale),
+    )
 
 
 def _by_position(query: np.ndarray, output: np.ndarray, residual: np.ndarray) -> tuple[Any, Any, dict[str, Any]]:

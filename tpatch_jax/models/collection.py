@@ -155,14 +155,15 @@ def _traced(
     if config.architecture != "decoder" or np.sum(which >= 0) < WORTH_SHARING * len(begins):
         which[:] = -1
     plain, shared = np.flatnonzero(which < 0), np.flatnonzero(which >= 0)
-    for chosen, batch in batches(config, [rows[number] for number in plain]):
+    for chosen, batch in batches(config, [rows[number] for number in plain.tolist()]):
         yield plain[chosen].tolist(), model.trace(batch, layer), np.zeros(len(chosen), int)
     if not len(shared):
         return
     lengths = np.asarray([len(begin) for begin in begins])
     padded = [*begins, *[[0]] * (power_of_two(len(begins)) - len(begins))]
     begun = networks.begin(config, model.params, tokens_array(padded, row_length(int(lengths.max()))))
-    for chosen, batch in batches(config, [rows[number][lengths[which[number]] :] for number in shared]):
+    for chosen, batch in batches(config, [rows[number][int(lengths[which[number]]) :] for number in shared.tolist()]):
+        assert not isinstance(batch, Pair)
         own = np.zeros(batch.shape[0], np.int32)
         own[: len(chosen)] = which[shared[chosen]]
         first = lengths[own].astype(np.int32)
