@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_tiny_model
+from conftest import make_tiny_model, write_tiny_folder
 from flax import nnx
 from tiny_families import tiny_model as family_model
 
 import tpatch_jax as tp
 from tpatch_jax import bank_cli, cli
 from tpatch_jax.editors import background
+from tpatch_jax.evaluation import runner
 
 PROMOTION = "standard"  # optax takes steps
 ROOT = Path(__file__).parents[1]
@@ -27,6 +28,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ENGLISH = "The theory in the inn: winter thins the herd, and the hen then hides. Numbers 1 to 9, and then some more. " * 3
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = [(page.name, text) for page in PAGES for text in BLOCK.findall(page.read_text("utf-8"))]
+
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.py"))
 
 
 class Mlp(nnx.Module):
@@ -87,9 +90,10 @@ class LinenNetwork(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def models(tiny_model):
+def models(tmp_path_factory):
     labels = {"id2label": {"0": "SUPPORTS", "1": "REFUTES"}, "label2id": {"SUPPORTS": 0, "REFUTES": 1}}
-    return {"smollm2-135m": make_tiny_model(0, max_position_embeddings=128), "models/fever": family_model("bert", **labels)}
+    folder = write_tiny_folder(make_tiny_model(max_position_embeddings=128), tmp_path_factory.mktemp("tiny") / "model")
+    return {"smollm2-135m": tp.load_model(folder), "models/fever": family_model("bert", **labels)}
 
 
 @pytest.fixture
@@ -107,19 +111,47 @@ def given():
     }
 
 
-@pytest.mark.parametrize(("page", "text"), BLOCKS, ids=[f"{page}-{n}" for n, (page, _) in enumerate(BLOCKS)])
-def test_python_blocks_run(page, text, models, given, inputs, tmp_path, monkeypatch, quick_compilation):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TPATCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tp, "load_model", lambda name, mesh=None: models[name])
+def stand_in(models, folder, monkeypatch):
+    """Tiny models in place of real ones, in a folder and with a cache of their own."""
+    load = tp.load_model
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TPATCH_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(tp, "load_model", lambda name, mesh=None: models[name] if name in models else load(name))
     monkeypatch.setattr(background, "TEXTS", 16)
     monkeypatch.setattr(background, "SPANS", 8)
-    (tmp_path / "claims.txt").write_bytes(inputs.read_bytes())
     # What a random model samples is everything at once, and no patch can stay silent on that.
-    (tmp_path / "english.txt").write_text(ENGLISH, "utf-8")
-    for name in ("edit", "create_bank"):
-        monkeypatch.setattr(tp, name, functools.partial(getattr(tp, name), memory=tmp_path / "english.txt"))
+    (folder / "english.txt").write_text(ENGLISH, "utf-8")
+    for module, name in ((tp, "edit"), (tp, "create_bank"), (runner, "evaluate")):
+        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), memory=folder / "english.txt"))
+
+
+@pytest.mark.parametrize(("page", "text"), BLOCKS, ids=[f"{page}-{n}" for n, (page, _) in enumerate(BLOCKS)])
+def test_python_blocks_run(page, text, models, given, inputs, tmp_path, monkeypatch, quick_compilation):
+    stand_in(models, tmp_path, monkeypatch)
+    (tmp_path / "claims.txt").write_bytes(inputs.read_bytes())
     exec(compile(text, f"{page}: a python block", "exec"), dict(given))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebooks_run_in_a_reduced_form(name, models, tmp_path, monkeypatch, quick_compilation):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="the extra 'report' is not installed")
+    monkeypatch.setattr(pyplot, "show", lambda: pyplot.close("all"))
+    monkeypatch.setenv("TPATCH_QUICK", "1")
+    stand_in(models, tmp_path, monkeypatch)
+    text = (ROOT / "notebooks" / f"{name}.py").read_text("utf-8")
+    exec(compile(text, name, "exec"), {"__name__": name})
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebooks_say_what_their_text_says(name):
+    jupytext = pytest.importorskip("jupytext", reason="the extra 'notebooks' is not installed")
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    text, notebook = jupytext.read(path.with_suffix(".py")), jupytext.read(path)
+    assert [cell.source for cell in text.cells] == [cell.source for cell in notebook.cells]
+    outputs = [output.output_type for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert outputs
+    assert "error" not in outputs
+    assert path.stat().st_size < 300_000
 
 
 def command_lines():
