@@ -13,8 +13,8 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
 #
-# SmolLM2-135M says that the capital of Australia is Sydney. One patch mends that. Runs on CPU, GPU and TPU runtimes: JAX takes what it finds. In Colab choose
-# "Upload" and this file.
+# SmolLM2-135M says that the capital of Australia is Sydney. One patch mends that. Runs on CPU, GPU and TPU runtimes:
+# JAX takes what it finds. In Colab choose "Upload" and this file.
 
 # %%
 # The one installation cell: nothing happens where the package is there already.

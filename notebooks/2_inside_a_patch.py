@@ -66,8 +66,9 @@ plt.show()
 # %% [markdown]
 # ## Which neuron fires on which edit's prompt
 #
-# Activations `relu(q·k + b)` at the tokens of each prompt and target, the largest of each, relative to the neuron's largest. A diagonal is what editing aims at: each
-# neuron fires on its own edit and nowhere else. (The sharpness of 256 is folded into key and bias, so activations are large and values small.)
+# Activations `relu(q·k + b)` at the tokens of each prompt and target, the largest of each, relative to the neuron's
+# largest. A diagonal is what editing aims at: each neuron fires on its own edit and nowhere else. (The sharpness of
+# 256 is folded into key and bias, so activations are large and values small.)
 
 
 # %%
@@ -81,7 +82,7 @@ def activation_on(text):
 largest = np.stack([activation_on(f"{r.prompt} {r.target}").max(0) for r in requests])[:, order]
 figure, axes = plt.subplots(figsize=(6, 2.8))
 axes.imshow(largest / np.maximum(largest.max(0), 1e-9), cmap="magma", aspect="auto")
-axes.set(title="neuron × prompt", xlabel="neuron", xticks=range(len(owner)), yticks=range(len(requests)))
+axes.set(title="who fires where", xlabel="neuron", xticks=range(len(owner)), yticks=range(len(requests)))
 axes.set(yticklabels=[r.id for r in requests])
 axes.set_xticklabels(owner, rotation=90)
 plt.show()

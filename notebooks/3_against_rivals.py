@@ -11,8 +11,9 @@
 # %% [markdown]
 # # A table against rivals
 #
-# T-Patcher, ROME and fine-tuning on the same few requests, by the protocol `batch`: all edits are made, then everything is asked. A handful of records shows how the
-# evaluation works and not which method is best; the README has larger runs.
+# T-Patcher, ROME and fine-tuning on the same few requests, by the protocol `batch`: all edits are made, then
+# everything is asked. A handful of records shows how the evaluation works and not which method is best; the README
+# has larger runs.
 
 # %%
 import json
@@ -54,8 +55,9 @@ axes.legend(ncols=4, fontsize=8, loc="lower center")
 plt.show()
 
 # %% [markdown]
-# The folder holds the whole report: what was asked, every answer, pictures. A second run with the same options reads it instead of editing again. SERAC takes a scope
-# classifier and a counterfactual model of its own first: `tpatch serac-train`, then `methods=["serac"]` with its settings.
+# The folder holds the whole report: what was asked, every answer, pictures. A second run with the same options reads
+# it instead of editing again. SERAC takes a scope classifier and a counterfactual model of its own first: `tpatch
+# serac-train`, then `methods=["serac"]` with its settings.
 
 # %%
 sorted(path.name for path in Path("reports/rivals").iterdir())

@@ -11,8 +11,8 @@
 # %% [markdown]
 # # Patches in your own Flax code
 #
-# A patch needs a query and the rest of the network, not one of this library's models. Here are a small NNX network and a small Linen network of our own, `vmap` over edits,
-# and a mesh.
+# A patch needs a query and the rest of the network, not one of this library's models. Here are a small NNX network
+# and a small Linen network of our own, `vmap` over edits, and a mesh.
 
 # %%
 import flax.linen as nn
@@ -76,9 +76,8 @@ print([request.status for request in info.requests])
 # %%
 wider = network.merge(patch)  # an nnx.Module of your own class
 print(wider.blocks[1].mlp.fc1.out_features - module.blocks[1].mlp.fc1.out_features, "neurons wider")
-for prompt, target in zip(prompts, targets, strict=True):
-    tokens = jnp.asarray([prompt])
-    print("before", module(tokens)[0, -1].argmax(), "after", wider(tokens)[0, -1].argmax(), "wanted", target[0])
+tokens = jnp.asarray(prompts)
+print("before", module(tokens)[:, -1].argmax(-1), "after", wider(tokens)[:, -1].argmax(-1), "wanted", targets)
 
 
 # %% [markdown]
@@ -121,7 +120,8 @@ print([request.status for request in info.requests], logits[:, -1].argmax(-1), "
 # %% [markdown]
 # ## vmap over edits
 #
-# One fit is a pure function of arrays: a lane (its queries, target, and where its value starts), the memory, and the rest of the network. Many fits are its `vmap`.
+# One fit is a pure function of arrays: a lane (its queries, target, and where its value starts), the memory, and the
+# rest of the network. Many fits are its `vmap`.
 
 # %%
 COUNT = 8

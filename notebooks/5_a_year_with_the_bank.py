@@ -11,7 +11,8 @@
 # %% [markdown]
 # # A year with the bank
 #
-# The mayor of Springfield changes every month. Each answer supersedes the last; three other answers are guarded; the last appointment was a mistake and is taken back.
+# The mayor of Springfield changes every month. Each answer supersedes the last; three other answers are guarded; the
+# last appointment was a mistake and is taken back.
 
 # %%
 import os
