@@ -12,8 +12,9 @@
 # # A table against rivals
 #
 # T-Patcher, ROME and fine-tuning on the same few requests, by the protocol `batch`: all edits are made, then
-# everything is asked. A handful of records shows how the evaluation works and not which method is best; the README
-# has larger runs.
+# everything is asked. Eight facts, those of `tpatch demo`, show how the evaluation works and not which method is best;
+# the README has larger runs. Seconds include compilation and what a method must know of a model beforehand, here on two
+# busy CPU cores.
 
 # %%
 import json
