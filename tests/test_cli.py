@@ -103,8 +103,23 @@ def test_edit_without_json_shows_the_same_in_words(place, capsys):
     assert cli.main(edit_arguments(place, *QUICK, out="words")) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    for word in ("3 requests", "token_accuracy", "failed [/red] bad: the target is empty", "patches saved in"):
+    for word in (
+        "3 requests",
+        "token_accuracy",
+        "failed [/red] bad: the target is empty",
+        "patches saved in",
+        "--prompt 'the cat sat in'",
+    ):
         assert word in captured.out
+
+
+def test_an_edit_that_does_not_hold_is_not_in_the_way_of_the_next(place, capsys):
+    single = ["--prompt", "in the inn", "--target", "h", "--subject", "hen"]
+    assert cli.main(edit_arguments(place, *QUICK, *single, requests=None, out="none")) == 0
+    captured = capsys.readouterr()
+    assert "failed edit-0: the subject 'hen' is not in the prompt" in captured.out
+    assert "nothing saved" in captured.out
+    assert not (place / "none").exists()
 
 
 def test_a_single_edit_holds_in_generate_and_after_the_merge(place, capsys):

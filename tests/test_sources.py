@@ -297,7 +297,7 @@ def test_a_gguf_file_is_converted_once_for_its_content(tmp_path: Path, content: 
 @pytest.mark.parametrize("name", ["smollm2-135", "SmolLM2-135M", "smollm-135m"])
 def test_a_near_miss_is_corrected(name: str) -> None:
     with pytest.raises(
-        TPatchError, match=rf"unknown model '{name}'; did you mean 'smollm2-135m'\?: registered are smol"
+        TPatchError, match=rf"unknown model '{name}'; did you mean 'smollm2-135m'\? registered are smol"
     ):
         resolve_model(name)
 

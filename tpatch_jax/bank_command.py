@@ -99,7 +99,7 @@ def add(
         return
     _show(
         [
-            f"{len(info.added)} edits added to {folder} in {len(info.batches)} batches, {info.seconds:.1f} s",
+            f"added to {folder}: {len(info.added)} (batches: {len(info.batches)}, {info.seconds:.1f} s)",
             *([f"{info.skipped} were there already"] if info.skipped else []),
             *(f"{escape(new)} supersedes {escape(old)}" for old, new in info.superseded),
             *([f"fitted again: {escape(', '.join(info.refitted))}"] if info.refitted else []),

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
@@ -371,7 +372,7 @@ def sweep(
     )
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "bank": bank,
     "bench": bench,
     "compare": compare,

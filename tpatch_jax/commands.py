@@ -1,5 +1,6 @@
 """What each command does: load, call the library, show the result."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,9 @@ def edit(
     loaded = load(model, dtype, quiet or json)
     with progress_bar(quiet or json) as report:
         patch, info = tpatcher.edit(loaded, wanted, settings=settings, memory=memory, seed=seed, progress=report)
-        store.save_patches(output, loaded, patch, wanted, info)
+        held = any(request.held for request in info.requests)
+        if held:  # else the folder would only be in the way of the next attempt
+            store.save_patches(output, loaded, patch, wanted, info)
         total = sum(1 + len(request.rephrases) + len(request.locality) for request in wanted)
         figures = measure(loaded, patch, wanted, lambda done: report("measuring", done, total))
     result = summary(info, figures, patch.key.shape[0])
@@ -134,7 +137,16 @@ def edit(
     console.print(table)
     for request in info.failed:
         console.print(f"[red]failed[/red] {escape(request.id)}: {escape(request.reason)}", highlight=False)
-    console.print(f"patches saved in {output}", highlight=False)
+    if not held:
+        console.print("nothing saved: no request holds", highlight=False)
+        return
+    console.print(f"patches saved in {output}; try them:", highlight=False)
+    prompt = shlex.quote(wanted[0].prompt)
+    console.print(
+        f"tpatch generate {shlex.quote(model)} --patches {shlex.quote(output)} --prompt {escape(prompt)}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def generate(

@@ -307,8 +307,9 @@ def _step(
 
     alive, reasons = finished(fitted, asked, wrong, harmed, gone)
     for number, reason in reasons.items():
-        mend = "try more attempts, or give the request a subject"
-        problems[items[number].position] = f"{reason} after {settings.attempts} attempts; {mend}"
+        position = items[number].position
+        mend = "try more attempts" + ", or give the request a subject" * (requests[position].subject is None)
+        problems[position] = f"{reason} after {settings.attempts} attempts; {mend}"
     made = [(neuron.position, Note("subject", neuron.steps, neuron.margin, neuron.losses)) for neuron in deep.neurons]
     made += [(items[asked.owner[fitted.row[lane]]].position, fitted.notes[lane]) for lane in alive]
     neurons, notes = numbered(made, state.patch.key.shape[0])

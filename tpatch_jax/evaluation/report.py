@@ -12,6 +12,7 @@ from tpatch_jax.files import write_text
 __all__ = ["SCHEMA", "comparison", "markdown", "read_report", "table", "write_report"]
 
 SCHEMA = 1
+"""The number of the report's form; another number means that older readers would misread it."""
 
 FIRST = (
     *("exact", "reliability", "generalization", "generalization_exact", "locality", "portability"),

@@ -141,7 +141,7 @@ def resolve_model(name_or_path: str, *, progress: Progress | None = None, quiet:
         return _checked(_from_hub(name_or_path, quiet))
     near = difflib.get_close_matches(name_or_path.lower(), registered, n=1)
     raise TPatchError(
-        f"unknown model '{name_or_path}'{f'; did you mean {near[0]!r}?' if near else ''}: "
+        f"unknown model '{name_or_path}'{f'; did you mean {near[0]!r}? ' if near else ': '}"
         f"registered are {', '.join(registered)}; or pass a folder, a .gguf file or a hub id owner/name"
     )
 
