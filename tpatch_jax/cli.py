@@ -283,6 +283,18 @@ def models(json: Json = False) -> None:
     commands.models(json=json)
 
 
+def report(
+    folder: Annotated[Positional[str], arg(metavar="BANK|REPORT", help="a bank, or a folder that `tpatch eval` wrote")],
+    *,
+    output: Annotated[str, arg(aliases=["-o"], metavar="PAGE.html", help="the page, all in one file")],
+    json: Json = False,
+) -> None:
+    """Write one page to look at: a bank's edits, or an evaluation's figures and pictures."""
+    from tpatch_jax.showing.command import report_command
+
+    report_command(folder, output, json=json)
+
+
 def serac_train(
     model: Model,
     data: Annotated[
@@ -384,6 +396,7 @@ COMMANDS = {
     "inspect": inspect,
     "merge": merge,
     "models": models,
+    "report": report,
     "serac-train": serac_train,
     "sweep": sweep,
 }

@@ -9,9 +9,16 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import draw_report
 from tpatch_jax.files import write_text
 
-__all__ = ["SCHEMA", "comparison", "markdown", "read_report", "table", "write_report"]
+__all__ = ["FIGURES", "SCHEMA", "comparison", "markdown", "read_report", "setting", "table", "write_report"]
 
 SCHEMA = 1
+FIGURES = (
+    "Figures are means within a record, then over records, teacher-forced, except `exact` and the other `_exact` "
+    "and `_acc` figures (free-running: greedy decoding gives the whole target) and `mquake`. `seconds` and forward "
+    "equivalents are those of editing (per request: seconds ÷ those of one forward pass over prompt and "
+    "target); `total_seconds` has the measuring too."
+)
+"""What the figures of every report mean."""
 
 FIRST = (
     *("exact", "reliability", "generalization", "generalization_exact", "locality", "portability"),
@@ -99,7 +106,8 @@ def _markdown_table(rows: Rows) -> str:
     return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
 
 
-def _about(config: Mapping[str, Any], protocol: str, moment: str) -> str:
+def setting(config: Mapping[str, Any], protocol: str, moment: str) -> str:
+    """What was measured, in one sentence of Markdown without its full stop."""
     parts = [f"protocol **{protocol}** ({moment})"]
     parts += [
         f"{name} `{config[name]}`" for name in ("data", "reading", "template", "one_per_subject") if name in config
@@ -120,12 +128,9 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     config, results = report["config"], report["results"]
     parts = [
         f"# {', '.join(config['methods']) or 'unedited'} on {config['model']}",
-        _about(config, results[0]["protocol"], results[0]["moment"]) + ".",
+        setting(config, results[0]["protocol"], results[0]["moment"]) + ".",
         _markdown_table(table([(result["method"], result) for result in results])),
-        "Figures are means within a record, then over records, teacher-forced, except `exact` and the other `_exact` "
-        "and `_acc` figures (free-running: greedy decoding gives the whole target) and `mquake`. `seconds` and forward "
-        "equivalents are those of editing (per request: seconds ÷ those of one forward pass over prompt and "
-        "target); `total_seconds` has the measuring too.",
+        FIGURES,
     ]
     for result in results[1:]:
         status = ", ".join(f"{count} {name}" for name, count in result["requests"].items())
