@@ -9,7 +9,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import draw_report
 from tpatch_jax.files import write_text
 
-__all__ = ["FIGURES", "SCHEMA", "comparison", "markdown", "read_report", "setting", "table", "write_report"]
+__all__ = ["FIGURES", "SCHEMA", "comparison", "markdown", "read_report", "table", "write_report"]
 
 SCHEMA = 1
 FIGURES = (
@@ -106,8 +106,7 @@ def _markdown_table(rows: Rows) -> str:
     return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
 
 
-def setting(config: Mapping[str, Any], protocol: str, moment: str) -> str:
-    """What was measured, in one sentence of Markdown without its full stop."""
+def _about(config: Mapping[str, Any], protocol: str, moment: str) -> str:
     parts = [f"protocol **{protocol}** ({moment})"]
     parts += [
         f"{name} `{config[name]}`" for name in ("data", "reading", "template", "one_per_subject") if name in config
@@ -128,7 +127,7 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     config, results = report["config"], report["results"]
     parts = [
         f"# {', '.join(config['methods']) or 'unedited'} on {config['model']}",
-        setting(config, results[0]["protocol"], results[0]["moment"]) + ".",
+        _about(config, results[0]["protocol"], results[0]["moment"]) + ".",
         _markdown_table(table([(result["method"], result) for result in results])),
         FIGURES,
     ]

@@ -15,6 +15,8 @@ from tpatch_jax.showing.markup import Child, element, figures, number, shorten, 
 __all__ = ["bank_summary", "bank_title", "bank_view", "cross_activations"]
 
 MOST_EDITS, MOST_LINES, MOST_CELLS, MOST_STEPS = 1000, 200, 48, 60
+FEW = 5
+"""Fewer margins or edits make no picture."""
 ORDER = ("active", "superseded", "disabled", "removed", "lost")
 
 
@@ -30,7 +32,7 @@ def bank_summary(bank: Bank) -> dict[str, Any]:
         "edits": len(bank.edits),
         **{state: counts[state] for state in ORDER if counts[state] or state == "active"},
         "guards": len(bank.guards),
-        "lines": len(bank.records),
+        "journal lines": len(bank.records),
     }
 
 
@@ -68,16 +70,18 @@ def _pictures(bank: Bank) -> list[Element]:
         drawn.append(steps("Active edits", points, "line of the journal", "active edits"))
     edits = active(bank)
     margins = [float(edit.evidence["margin"]) for edit in edits if edit.evidence.get("margin") is not None]
-    if margins:
+    if len(margins) >= FEW:
         drawn.append(histogram("Margins of the active edits", margins, "margin"))
-    if edits:
+    if len(edits) >= FEW:
         held = assemble(bank, edits[-MOST_CELLS:], Store.new())
         values = cross_activations(held, bank.manifest["model"]["layers"])
         own = int(np.sum(np.diag(values) > 0))
         other = int(np.sum((values > 0) & ~np.eye(len(values), dtype=bool)))
         title = "Strongest activation of each edit's neurons on each edit"
         title += f", the latest {len(values)}" * (len(edits) > len(values))
-        described = f"{own} of {len(values)} edits fire on their own queries; {other} times one fires on another's"
+        idle = len(values) - len(set(held.owner.tolist()))
+        described = f"{own} of {len(values)} edits fire on their own queries" + f", {idle} need no neuron" * bool(idle)
+        described += f"; {other} times one fires on another's"
         drawn.append(heat(title, values, described, ("neurons of edit", "queries of edit")))
         drawn[-1].append(element("figcaption", f"{described}. {_norms(held)}"))
     return drawn
@@ -107,7 +111,7 @@ def _edits(bank: Bank) -> list[Child]:
                 element("td", state, class_="good" if state == "active" else None),
                 edit.request.prompt,
                 edit.request.target,
-                shorten(str(said)) if said is not None else "",
+                shorten(str(said).strip()) if said is not None else "",
                 "held already" if evidence.get("status") == "already" else str(evidence.get("site", "")),
                 number(len(edit.fits[-1][1]) if edit.fits else 0),
                 number(evidence.get("margin")),
@@ -119,7 +123,7 @@ def _edits(bank: Bank) -> list[Child]:
     left = len(bank.edits) - len(rows)
     return [
         element("h2", "Edits"),
-        element("p", "Newest first; `line` is the line of the journal that added it.".replace("`", "")),
+        element("p", "Newest first; the line is that of the journal that added it."),
         table(columns, rows, numbers=("neurons", "margin", "line")),
         element("p", f"{left:,} earlier ones are left out; tpatch bank list shows all.") if left else None,
     ]

@@ -105,7 +105,7 @@ def heat(title: str, values: np.ndarray, described: str, labels: tuple[str, str]
     height, top = TOP + size * rows + BOTTOM, max(float(values.max()), 1e-30)
     cells = []
     for row, column in np.argwhere(values > 0).tolist():
-        shade = 0.15 + 0.85 * float(values[row, column]) / top
+        shade = 0.3 + 0.7 * float(values[row, column]) / top
         place = {"x": f"{LEFT + column * size:.2f}", "y": f"{TOP + row * size:.2f}"}
         what = element("title", f"{row + 1}, {column + 1}: {number(float(values[row, column]))}")
         side = f"{size:.2f}"

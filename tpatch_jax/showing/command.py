@@ -1,41 +1,20 @@
 """``tpatch report``: one page of a bank or an evaluation."""
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from tpatch_jax.bank.inspection import open_bank
-from tpatch_jax.bank.layout import COPY, JOURNAL, MANIFEST
 from tpatch_jax.console import print_json
-from tpatch_jax.errors import TPatchError
-from tpatch_jax.evaluation.report import read_report
-from tpatch_jax.showing.bank import bank_summary, bank_title, bank_view
-from tpatch_jax.showing.markup import Child
-from tpatch_jax.showing.page import write_page
-from tpatch_jax.showing.report import report_title, report_view
+from tpatch_jax.showing.folder import folder_view
+from tpatch_jax.showing.page import check_page, write_page
 
 __all__ = ["report_command"]
 
 
-def _view(folder: Path) -> tuple[str, dict[str, Any], list[Child]]:
-    if any((folder / name).exists() for name in (MANIFEST, JOURNAL, COPY)):
-        bank = open_bank(folder)
-        return bank_title(bank), {"kind": "bank", **bank_summary(bank)}, bank_view(bank)
-    if (folder / "report.json").exists():
-        report = read_report(folder)
-        methods = [result["method"] for result in report["results"]]
-        about = {"kind": "report", "methods": methods, "n": report["config"]["n"]}
-        return report_title(report), about, report_view(folder, report)
-    raise TPatchError(
-        f"{folder} is neither a bank nor a finished report; give a folder that `tpatch bank init` or "
-        "`tpatch eval … -o REPORT` made"
-    )
-
-
 def report_command(folder: str, output: str, *, json: bool) -> None:
     """``tpatch report``."""
-    title, about, children = _view(Path(folder))
+    check_page(Path(output))
+    title, about, children = folder_view(Path(folder))
     size = write_page(output, title, children)
     if json:
         print_json({"page": output, "title": title, **about, "bytes": size})

@@ -16,6 +16,8 @@ __all__ = ["STYLE", "Child", "bar", "code", "element", "figures", "fragment", "n
 Child = Element | str | None
 """What an element holds: elements, and text, which is escaped; ``None`` is nothing."""
 
+LONG = 20
+
 STYLE = """
 .tpatch { font: 14px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
 .tpatch h2 { font-size: 1.2em; margin: 1.6em 0 .4em; }
@@ -28,7 +30,9 @@ STYLE = """
   vertical-align: top; overflow-wrap: normal; }
 .tpatch th { font-weight: 600; white-space: nowrap; }
 .tpatch td.number, .tpatch th.number { text-align: right; white-space: nowrap; }
-.tpatch td.text { min-width: 9em; max-width: 28em; overflow-wrap: anywhere; white-space: pre-wrap; }
+.tpatch td.short { white-space: nowrap; }
+.tpatch td.text { min-width: 11em; max-width: 28em; overflow-wrap: anywhere; white-space: pre-wrap; }
+@media (max-width: 30em) { .tpatch th, .tpatch td { padding: .25em .4em; } .tpatch td code { font-size: .85em; } }
 .tpatch .good { color: #1a8f4c; font-weight: 600; }
 .tpatch .bad { color: #d4483b; font-weight: 600; }
 .tpatch dl { display: flex; flex-wrap: wrap; gap: .5em 1.6em; margin: .6em 0; }
@@ -131,11 +135,18 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Child]], *, numbers: S
     Raises:
         TPatchError: a row has another number of cells than there are columns.
     """
-    kinds = ["number" if name in numbers else "text" for name in columns]
-    body = element("tbody")
     for row in rows:
         if len(row) != len(columns):
             raise TPatchError(f"a row of {len(row)} cells does not fit {len(columns)} columns; give one for each")
+    texts = [[cell for cell in column if isinstance(cell, str)] for column in zip(*rows, strict=True)]
+    longest = [max(map(len, column), default=0) for column in texts] or [0] * len(columns)
+    # Only what is long may break into lines, and then not into too many.
+    kinds = [
+        "number" if name in numbers else "text" if length > LONG else "short"
+        for name, length in zip(columns, longest, strict=True)
+    ]
+    body = element("tbody")
+    for row in rows:
         cells = [
             cell if isinstance(cell, Element) and cell.tag == "td" else element("td", cell, class_=kind)
             for kind, cell in zip(kinds, row, strict=True)

@@ -8,7 +8,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import write_text
 from tpatch_jax.showing.markup import STYLE, Child, element, written
 
-__all__ = ["page", "write_page"]
+__all__ = ["check_page", "page", "write_page"]
 
 PAGE_STYLE = """
 :root { color-scheme: light dark; }
@@ -54,6 +54,16 @@ def page(title: str, children: Sequence[Child]) -> str:
     return f"<!DOCTYPE html>\n{written(whole)}\n"
 
 
+def check_page(path: Path) -> None:
+    """Make sure that a name is one for a page, so that nothing else is ever overwritten.
+
+    Raises:
+        TPatchError: it does not end in ``.html``.
+    """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise TPatchError(f"{path} is no name for a page; choose one that ends in .html")
+
+
 def write_page(path: str | Path, title: str, children: Sequence[Child]) -> int:
     """Write a page, whole or not at all; one that is there already is replaced.
 
@@ -69,8 +79,7 @@ def write_page(path: str | Path, title: str, children: Sequence[Child]) -> int:
         TPatchError: the name ends otherwise, or the file cannot be written.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise TPatchError(f"{path} is no name for a page; choose one that ends in .html")
+    check_page(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, page(title, children))

@@ -10,12 +10,15 @@ from xml.etree.ElementTree import Element
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import SHARES, draw_report
-from tpatch_jax.evaluation.report import FIGURES, comparison, setting
-from tpatch_jax.showing.markup import Child, bar, code, element, number, table
+from tpatch_jax.evaluation.report import FIGURES
+from tpatch_jax.evaluation.report import table as figure_rows
+from tpatch_jax.showing.markup import Child, bar, code, element, figures, number, table
 
 __all__ = ["read_lines", "report_title", "report_view"]
 
 MOST_RECORDS = 300
+FAMILIES = ("GR_", "generalization_")
+"""How the names of further shares begin."""
 PICTURES: Mapping[str, tuple[str, str]] = {
     "curves": ("Over the stream", "lines: shares right after each edit, retained, and unchanged elsewhere, over edits"),
     "before-after": ("Probability per target token", "histograms: the edit, rephrasings and elsewhere, by method"),
@@ -27,7 +30,7 @@ PICTURES: Mapping[str, tuple[str, str]] = {
 def report_title(report: Mapping[str, Any]) -> str:
     """What was measured, in one line."""
     config = report["config"]
-    return f"{', '.join(config['methods']) or 'unedited'} on {Path(config['model']).name}"
+    return f"Report: {', '.join(config['methods']) or 'unedited'} on {Path(config['model']).name}"
 
 
 def read_lines(folder: Path, report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -52,17 +55,18 @@ def read_lines(folder: Path, report: Mapping[str, Any]) -> dict[str, list[dict[s
 
 
 def _figures(report: Mapping[str, Any]) -> Element:
-    rows, columns = comparison({"": report})
-    heads = ["", *(result["method"] for _, result in columns)]
-    cells: list[list[Child]] = []
-    for name, *values in rows[1:]:
+    results = report["results"]
+    costs = {name for result in results for name in result["cost"]}
+    heads = ["", *(result["method"] for result in results)]
+    parts: dict[bool, list[list[Child]]] = {False: [], True: []}
+    for name, *values in figure_rows([(result["method"], result) for result in results])[1:]:
         row: list[Child] = [element("td", code(name))]
-        for value, (_, result) in zip(values, columns, strict=True):
-            share = result["metrics"].get(name) if name in SHARES else None
-            style = None if share is None else bar(share)
-            row.append(element("td", value, class_="number", style=style))
-        cells.append(row)
-    return table(heads, cells, numbers=heads[1:])
+        for value, result in zip(values, results, strict=True):
+            share = result["metrics"].get(name) if name in SHARES or name.startswith(FAMILIES) else None
+            row.append(element("td", value, class_="number", style=None if share is None else bar(share)))
+        parts[name in costs].append(row)
+    tables = [table(heads, rows, numbers=heads[1:]) for rows in parts.values()]
+    return element("div", *tables, class_="pictures")
 
 
 def _pictures(folder: Path, report: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Element:
@@ -105,9 +109,11 @@ def _records(report: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str
         for line in ordered:
             statuses = (line.get("cost") or {}).get("requests", ())
             reasons = "; ".join(status.get("reason") or status["status"] for status in statuses)
-            figures_ = line.get("figures", {})
+            if line.get("wrong") is False:
+                reasons = "was right, left alone"
+            shares = line.get("figures", {})
             was = before.get(line["id"], {}).get("exact")
-            rows.append([line["id"], reasons, _mark(was), *(_mark(figures_.get(name)) for name in names)])
+            rows.append([line["id"], reasons, _mark(was), *(_mark(shares.get(name)) for name in names)])
         if rows:
             left = f"; {len(found) - len(rows):,} more are in records-{result['method']}.jsonl"
             parts += [
@@ -129,8 +135,18 @@ def report_view(folder: Path, report: Mapping[str, Any]) -> list[Child]:
         What follows the title: the setting, figures, pictures, records, and how it was made.
     """
     config, results, lines = report["config"], report["results"], read_lines(folder, report)
+    about = {
+        "data": str(config.get("data", "")),
+        "protocol": results[0]["protocol"],
+        "records": number(config["n"]),
+        "model": Path(config["model"]).name,
+        "seed": number(config["seed"]),
+    }
+    if config.get("text"):
+        about["tokens of running text"] = number(config["text"]["tokens"])
     parts: list[Child] = [
-        element("p", setting(config, results[0]["protocol"], results[0]["moment"]).replace("*", "").replace("`", "")),
+        figures(about),
+        element("p", f"Measured {results[0]['moment']}."),
         _figures(report),
         element("p", FIGURES.replace("`", ""), class_="faint"),
     ]
