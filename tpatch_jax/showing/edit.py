@@ -67,15 +67,16 @@ def show_edit(info: EditInfo, requests: Sequence[EditRequest], model: Model | No
         f"{info.seconds:.1f} s, {number(info.forward_equivalents)} forward equivalents per request (fitting "
         f"{number(info.fit_forward_equivalents)}), {info.parameters_added:,} parameters"
     ]
+    tables = [_said(model, patch, requests)] if requests and model is not None and patch is not None else []
+    # What the first table says already, the second need not.
+    texts_too = requests and not tables
     rows = []
     for position, result in enumerate(info.requests):
         held = "yes" if result.held else f"no: {result.reason}"
-        texts = [shorten(requests[position].prompt, 160), requests[position].target] if requests else []
+        texts = [shorten(requests[position].prompt, 160), requests[position].target] if texts_too else []
         where = [result.site if result.neurons else "", str(len(result.neurons)), str(result.steps)]
         losses = ", ".join(f"{name} {value:.2g}" for name, value in result.losses.items())
         rows.append([result.id, *texts, held, number(result.margin), *where, losses])
-    columns = ["request", *(["prompt", "target"] if requests else []), "held", "margin", "site", "neurons", "steps"]
-    tables = [Rows([*columns, "losses"], rows, ("margin", "neurons", "steps"), ("held",))]
-    if requests and model is not None and patch is not None:
-        tables.insert(0, _said(model, patch, requests))
+    columns = ["request", *(["prompt", "target"] if texts_too else []), "held", "margin", "site", "neurons", "steps"]
+    tables.append(Rows([*columns, "losses"], rows, ("margin", "neurons", "steps"), ("held",)))
     return compose(title, notes, tables)

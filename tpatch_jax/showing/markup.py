@@ -24,7 +24,7 @@ STYLE = """
 .tpatch h3 { font-size: 1em; margin: 0 0 .4em; }
 .tpatch p { margin: .4em 0; }
 .tpatch .faint { opacity: .72; font-size: .92em; }
-.tpatch .scroll { overflow-x: auto; max-width: 100%; }
+.tpatch .scroll { overflow-x: auto; max-width: 100%; margin: .6em 0; }
 .tpatch table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .tpatch th, .tpatch td { padding: .25em .6em; border-bottom: 1px solid rgba(128, 128, 128, .35); text-align: left;
   vertical-align: top; overflow-wrap: normal; }
@@ -38,9 +38,9 @@ STYLE = """
 .tpatch dl { display: flex; flex-wrap: wrap; gap: .5em 1.6em; margin: .6em 0; }
 .tpatch dt { opacity: .72; font-size: .86em; }
 .tpatch dd { margin: 0; font-size: 1.15em; font-weight: 600; font-variant-numeric: tabular-nums; }
-.tpatch .tokens { line-height: 2.1; white-space: pre-wrap; margin: .6em 0; }
-.tpatch .tokens span { padding: .18em .06em; border-radius: 3px; outline: 1px solid rgba(128, 128, 128, .3);
-  margin-right: 1px; }
+.tpatch .tokens { margin: .6em 0; }
+.tpatch .tokens span { display: inline-block; white-space: pre-wrap; line-height: 1.5; margin: 1px 1px 1px 0;
+  border-radius: 3px; outline: 1px solid rgba(128, 128, 128, .3); }
 .tpatch svg { width: 100%; max-width: 30em; height: auto; display: block; }
 .tpatch code { font-size: .93em; }
 """

@@ -127,7 +127,7 @@ def firings(texts: Sequence[str], activations: np.ndarray, owners: Mapping[int, 
     columns = ["token", "text", "neuron", "activation"]
     rows: list[list[str]] = []
     for position, neuron in np.argwhere(activations > 0)[:MOST_FIRINGS].tolist():
-        row = [str(position), texts[position].strip(), str(neuron), number(float(activations[position, neuron]))]
+        row = [str(position), texts[int(position)].strip(), str(neuron), number(float(activations[position, neuron]))]
         owner = owners.get(neuron, Owner("", "", ""))
         rows.append([*row, owner.id, owner.target] if owners else row)
     return Rows(columns + ["request", "target"] * bool(owners), rows, ("token", "neuron", "activation"))
