@@ -28,6 +28,9 @@ PROMOTION = "standard"
         "objective",
         "patch",
         "requests",
+        "showing.markup",
+        "showing.show",
+        "showing.view",
     ],
 )
 def test_examples_work(name):

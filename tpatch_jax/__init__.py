@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from tpatch_jax.objective import Weights
     from tpatch_jax.patch import Patch, concatenate
     from tpatch_jax.requests import EditRequest, read_requests
+    from tpatch_jax.showing.show import show
+    from tpatch_jax.showing.view import Shown
     from tpatch_jax.store import load_patches, save_patches
 
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "Network",
     "Patch",
     "RequestInfo",
+    "Shown",
     "TPatchError",
     "TPatcherSettings",
     "Trace",
@@ -94,6 +97,7 @@ __all__ = [
     "remove_edits",
     "save_model",
     "save_patches",
+    "show",
     "tpatcher",
     "unmerge",
     "verify_bank",
@@ -131,6 +135,8 @@ _HOMES = {
     "objective": ("Weights",),
     "patch": ("Patch", "concatenate"),
     "requests": ("EditRequest", "read_requests"),
+    "showing.show": ("show",),
+    "showing.view": ("Shown",),
     "store": ("load_patches", "save_patches"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -284,6 +284,18 @@ def models(json: Json = False) -> None:
     commands.models(json=json)
 
 
+def report(
+    folder: Annotated[Positional[str], arg(metavar="BANK|REPORT", help="a bank, or a folder that `tpatch eval` wrote")],
+    *,
+    output: Annotated[str, arg(aliases=["-o"], metavar="PAGE.html", help="the page, all in one file")],
+    json: Json = False,
+) -> None:
+    """Write one page to look at: a bank's edits, or an evaluation's figures and pictures."""
+    from tpatch_jax.showing.command import report_command
+
+    report_command(folder, output, json=json)
+
+
 def serac_train(
     model: Model,
     data: Annotated[
@@ -385,6 +397,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
     "merge": merge,
     "models": models,
+    "report": report,
     "serac-train": serac_train,
     "sweep": sweep,
 }

@@ -109,7 +109,7 @@ def _curves(results: Sequence[Mapping[str, Any]]) -> Any:
     axes.set_xlabel("edits")
     axes.set_ylabel("share")
     axes.set_ylim(-0.02, 1.02)
-    axes.set_title("Over a stream: right after each edit (SR, GR), retained (ER), unchanged elsewhere")
+    axes.set_title("Over a stream: right after each edit (SR, GR), retained (ER), unchanged elsewhere", fontsize=10)
     axes.legend(fontsize=8)
     return figure
 
@@ -134,15 +134,16 @@ def _probabilities(lines: Lines, kinds: Sequence[str]) -> list[float]:
 
 
 def _before_after(lines: Mapping[str, Lines]) -> Any:
-    figure = _figure(9, 3.4)
-    for axes, (title, kinds) in zip(figure.subplots(1, len(KINDS)), KINDS, strict=True):
-        for method, records in lines.items():
-            found = _probabilities(records, kinds)
-            if found:
-                axes.hist(found, bins=20, range=(0, 1), alpha=0.55, label=method)
+    found = {title: {m: _probabilities(records, kinds) for m, records in lines.items()} for title, kinds in KINDS}
+    panels = {title: methods for title, methods in found.items() if any(methods.values())} or found
+    figure = _figure(max(4.5, 3 * len(panels)), 3.4)
+    for axes, (title, methods) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for method, values in methods.items():
+            if values:
+                axes.hist(values, bins=20, range=(0, 1), alpha=0.55, label=method)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("probability per target token")
-        axes.legend(fontsize=7) if axes.get_legend_handles_labels()[0] else None
+        axes.legend(fontsize=7) if any(methods.values()) else None
     return figure
 
 

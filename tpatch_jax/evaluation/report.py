@@ -9,10 +9,17 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import draw_report
 from tpatch_jax.files import write_text
 
-__all__ = ["SCHEMA", "comparison", "markdown", "read_report", "table", "write_report"]
+__all__ = ["FIGURES", "SCHEMA", "comparison", "markdown", "read_report", "table", "write_report"]
 
 SCHEMA = 1
 """The number of the report's form; another number means that older readers would misread it."""
+FIGURES = (
+    "Figures are means within a record, then over records, teacher-forced, except `exact` and the other `_exact` "
+    "and `_acc` figures (free-running: greedy decoding gives the whole target) and `mquake`. `seconds` and forward "
+    "equivalents are those of editing (per request: seconds ÷ those of one forward pass over prompt and "
+    "target); `total_seconds` has the measuring too."
+)
+"""What the figures of every report mean."""
 
 FIRST = (
     *("exact", "reliability", "generalization", "generalization_exact", "locality", "portability"),
@@ -123,10 +130,7 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         f"# {', '.join(config['methods']) or 'unedited'} on {config['model']}",
         _about(config, results[0]["protocol"], results[0]["moment"]) + ".",
         _markdown_table(table([(result["method"], result) for result in results])),
-        "Figures are means within a record, then over records, teacher-forced, except `exact` and the other `_exact` "
-        "and `_acc` figures (free-running: greedy decoding gives the whole target) and `mquake`. `seconds` and forward "
-        "equivalents are those of editing (per request: seconds ÷ those of one forward pass over prompt and "
-        "target); `total_seconds` has the measuring too.",
+        FIGURES,
     ]
     for result in results[1:]:
         status = ", ".join(f"{count} {name}" for name, count in result["requests"].items())

@@ -1,0 +1,22 @@
+"""``tpatch report``: one page of a bank or an evaluation."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from tpatch_jax.console import print_json
+from tpatch_jax.showing.folder import folder_view
+from tpatch_jax.showing.page import check_page, write_page
+
+__all__ = ["report_command"]
+
+
+def report_command(folder: str, output: str, *, json: bool) -> None:
+    """``tpatch report``."""
+    check_page(Path(output))
+    title, about, children = folder_view(Path(folder))
+    size = write_page(output, title, children)
+    if json:
+        print_json({"page": output, "title": title, **about, "bytes": size})
+    else:
+        Console(highlight=False, soft_wrap=True).print(f"{title}: {output}, {size:,} bytes", markup=False)

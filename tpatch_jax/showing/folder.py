@@ -1,0 +1,40 @@
+"""What a folder holds that is worth a page: a bank, or an evaluation."""
+
+from pathlib import Path
+from typing import Any
+
+from tpatch_jax.bank.inspection import open_bank
+from tpatch_jax.bank.layout import COPY, JOURNAL, MANIFEST
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.report import read_report
+from tpatch_jax.showing.bank import bank_summary, bank_title, bank_view
+from tpatch_jax.showing.markup import Child
+from tpatch_jax.showing.report import report_title, report_view
+
+__all__ = ["folder_view"]
+
+
+def folder_view(folder: Path) -> tuple[str, dict[str, Any], list[Child]]:
+    """A bank or a report to look at.
+
+    Args:
+        folder: a bank, or what ``tpatch eval`` wrote.
+
+    Returns:
+        Its title, what it is in a few values, and what follows the title.
+
+    Raises:
+        TPatchError: it is neither, or damaged.
+    """
+    if any((folder / name).exists() for name in (MANIFEST, JOURNAL, COPY)):
+        bank = open_bank(folder)
+        return bank_title(bank), {"kind": "bank", **bank_summary(bank)}, bank_view(bank)
+    if (folder / "report.json").exists():
+        report = read_report(folder)
+        methods = [result["method"] for result in report["results"]]
+        about = {"kind": "report", "methods": methods, "n": report["config"]["n"]}
+        return report_title(report), about, report_view(folder, report)
+    raise TPatchError(
+        f"{folder} is neither a bank nor a finished report; give a folder that `tpatch bank init` or "
+        "`tpatch eval … -o REPORT` made"
+    )
