@@ -53,6 +53,12 @@ class Around(NamedTuple):
 class Norm(nnx.Module):
     """Root-mean-square or layer normalisation, computed in float32 whatever the parameters' type."""
 
+    kind: str
+    epsilon: float
+    shift: float
+    scale: nnx.Param[Array]
+    bias: nnx.Param[Array]
+
     def __init__(self, kind: str, epsilon: float, shift: float, width: int):
         self.kind, self.epsilon, self.shift = kind, epsilon, shift
         self.scale = nnx.Param(jnp.ones(width))
@@ -150,6 +156,15 @@ def _by_group(bias: Array, groups: int) -> Array:
 class Attention(nnx.Module):
     """Self-attention with grouped queries and an optional cache."""
 
+    config: NetworkConfig
+    kind: LayerKind
+    query: nnx.Linear
+    key: nnx.Linear
+    value: nnx.Linear
+    output: nnx.Linear
+    query_norm: Norm
+    key_norm: Norm
+
     def __init__(self, config: NetworkConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         self.config, self.kind = config, kind
         inner, shared = config.heads * config.head_width, config.key_value_heads * config.head_width
@@ -195,6 +210,12 @@ class Attention(nnx.Module):
 class CrossAttention(nnx.Module):
     """Attention of a decoder's tokens to an encoder's states."""
 
+    config: NetworkConfig
+    query: nnx.Linear
+    key: nnx.Linear
+    value: nnx.Linear
+    output: nnx.Linear
+
     def __init__(self, config: NetworkConfig, *, rngs: nnx.Rngs):
         self.config = config
         inner, linear = config.heads * config.head_width, partial(nnx.Linear, rngs=rngs)
@@ -217,6 +238,15 @@ class CrossAttention(nnx.Module):
 
 class Block(nnx.Module):
     """One block without its FFN: `enter` gives the FFN's input, `leave` takes its output."""
+
+    config: NetworkConfig
+    norm_1: Norm
+    attention: Attention
+    norm_cross: Norm
+    cross: CrossAttention
+    norm_2: Norm
+    norm_attention: Norm
+    norm_ffn: Norm
 
     def __init__(self, config: NetworkConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         self.config = config
