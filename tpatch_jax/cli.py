@@ -314,7 +314,7 @@ def serac_train(
     counterfactual_epochs: Annotated[int, arg(help="the same of the counterfactual model")] = 2,
     batch_size: Annotated[int, arg(help="requests a step")] = 16,
     scope_rate: Annotated[float, arg(help="the highest learning rate of the scope classifier")] = 5e-5,
-    counterfactual_rate: Annotated[float, arg(help="the same of the counterfactual model")] = 3e-4,
+    counterfactual_rate: Annotated[float, arg(help="the same of the counterfactual model")] = 1e-3,
     dtype: Annotated[str | None, arg(help="of the base model: float32 or bfloat16")] = None,
     seed: Annotated[int, arg(help="the same seed gives the same networks")] = 0,
     json: Json = False,

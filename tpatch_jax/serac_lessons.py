@@ -170,8 +170,8 @@ def counterfactual_lessons(
 ) -> Iterator[CounterfactualLesson]:
     """Batches for the counterfactual model: the answer is the label and the token that ends a text.
 
-    Every other label is a text drawn from all targets and subjects, so that names of any length are read off the
-    edit and not learnt by heart.
+    A quarter of the labels are the requests' own targets, a quarter those of others, and half are names of subjects,
+    so that texts of any length are read off the edit and not learnt by heart.
 
     Args:
         model: the counterfactual model, whose tokenizer counts.
@@ -183,11 +183,13 @@ def counterfactual_lessons(
         first: so many batches are passed over.
     """
     rng = np.random.default_rng([seed, epoch])
-    names = [text for request in requests for text in (request.target, request.subject) if text]
+    targets = [request.target for request in requests]
+    names = [request.subject for request in requests if request.subject] or targets
     end, rows = model.tokenizer.eos_token_id, []
     for number in rng.permutation(len(requests)):
         request = requests[number]
-        label = request.target if rng.random() < 0.5 else names[rng.integers(len(names))]
+        texts = ([request.target], targets, names, names)[rng.integers(4)]
+        label = texts[rng.integers(len(texts))]
         asked = _one((request.prompt, *request.rephrases), rng)
         before = [*context_tokens(model, request.prompt, label), *model.encode_prompt(asked)]
         answer = [*model.encode_target(asked, join_target(asked, label)), end]

@@ -69,7 +69,7 @@ class SeracTraining:
     counterfactual_epochs: int = 2
     batch_size: int = 16
     scope_rate: float = 5e-5
-    counterfactual_rate: float = 3e-4
+    counterfactual_rate: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -184,12 +184,12 @@ def train_serac(
     Nothing of the base model changes. Unfinished work is kept in ``OUTPUT.partial``: the same call goes on there.
 
     Where it differs from the authors': the two parts are trained apart, for no parameter is in both; AdamW with a
-    linear warm-up at 5e-5 and 3e-4 in place of Adam at 1e-5, for there are thousands of steps fewer; the classifier is
+    linear warm-up at 5e-5 and 1e-3 in place of Adam at 1e-5, for there are thousands of steps fewer; the classifier is
     a MiniLM whose embedding has a fixed length; the counterfactual model is the first layers of the base model
     itself, embeddings frozen, so that both have the same vocabulary and a switch gives logits, where theirs is a
-    small model of the same family; half of its labels are drawn from other requests; negatives are, besides
-    locality prompts, the other edits of a batch, some of which ask the same of other subjects, and other questions
-    about the same subject.
+    small model of the same family; three of four labels are other requests' targets and subjects; negatives are,
+    besides locality prompts, the other edits of a batch, some of which ask the same of other subjects, and other
+    questions about the same subject.
 
     Args:
         model: the base model, a decoder.
