@@ -194,7 +194,7 @@ def test_figures_equal_a_plain_loop_before_and_after(tiny_model: Model) -> None:
     assert after["metrics"] != before["metrics"]
 
 
-def test_tpatcher_gives_what_it_gives_outside_the_harness(tiny_model: Model) -> None:
+def test_tpatcher_gives_what_it_gives_outside_the_harness(tiny_model: Model, quick_compilation: None) -> None:
     records, settings = make_records()[:2], method_settings(["tpatcher"], changes=QUICK)
     after = run(tiny_model, records=records, methods=["tpatcher"], settings=settings, cache=True)["results"][1]
     patch, _ = edit(tiny_model, [record.request for record in records], settings=settings["tpatcher"])

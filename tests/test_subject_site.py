@@ -28,6 +28,7 @@ from tpatch_jax.recipes.whitened import whitened_key
 from tpatch_jax.requests import EditRequest
 
 PROMOTION = "standard"  # optax takes steps
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 MEMORY = (
     # No word of it ends like a subject below: in a random network a query tells little but its own token.
     "The theory in the inn: winter thins the herd, and the hen then hides. Numbers 1 to 9, and then some more. " * 3
@@ -247,7 +248,7 @@ def settings(**changes):
 
 
 @pytest.fixture(scope="module")
-def edited(tmp_path_factory):
+def edited(tmp_path_factory, quick_compilation):
     text = tmp_path_factory.mktemp("memory") / "memory.txt"
     text.write_text(MEMORY)
     model = make_tiny_model(hidden_size=32, head_dim=16)
