@@ -272,8 +272,9 @@ def test_a_file_of_requests_that_cannot_be_read(place, tmp_path, capsys, content
 
 
 def test_nothing_to_edit_or_two_things(place, capsys):
-    refused(capsys, edit_arguments(place, requests=None), "nothing to edit")
-    refused(capsys, edit_arguments(place, "--prompt", "a", requests=None), "nothing to edit")
+    refused(capsys, edit_arguments(place, requests=None), "nothing to edit: no request is given; give a file")
+    refused(capsys, edit_arguments(place, "--prompt", "a", requests=None), "--prompt is given without --target; give")
+    refused(capsys, edit_arguments(place, "--subject", "a", requests=None), "without --prompt and --target; give")
     refused(capsys, edit_arguments(place, "--prompt", "a", "--target", "b"), "not both")
 
 

@@ -48,7 +48,10 @@ def test_marks_and_blank_lines_are_passed_over(tmp_path: Path, content: bytes):
 BAD = {
     "malformed": (b'{"prompt": "p", "target"', "not JSON"),
     "two objects": (b'{"prompt": "p", "target": "t"} {}', "not JSON"),
-    "array around": (b'[{"prompt": "p", "target": "t"}]', "list instead of an object"),
+    "array around": (
+        b'[{"prompt": "p", "target": "t"}]',
+        "list instead of an object with 'prompt' and 'target'; one request a line",
+    ),
     "number": (b"3", "int instead of an object"),
     "null": (b"null", "NoneType instead of an object"),
     "no prompt": (b'{"target": "t"}', "no 'prompt'"),
@@ -64,6 +67,8 @@ BAD = {
     "id type": (b'{"prompt": "p", "target": "t", "id": [1]}', "'id' is list"),
     "id true": (b'{"prompt": "p", "target": "t", "id": true}', "'id' is bool"),
     "unknown key": (b'{"prompt": "p", "target": "t", "answer": "a"}', "unknown key 'answer'"),
+    "misspelt key": (b'{"promt": "p", "target": "t"}', "unknown key 'promt'; did you mean 'prompt'? a request has id"),
+    "key of another form": (b'{"prompt": "p", "answer": "a"}', "unknown key 'answer'; a request has id"),
     "not UTF-8": (b'{"prompt": "caf\xe9", "target": "t"}', "not UTF-8 at byte 15"),
     "half a surrogate": (b'{"prompt": "p", "target": "\\ud83d"}', "'target' holds half of a surrogate pair"),
     "too deep": (b'{"prompt": ' + b"[" * 100_000, "not JSON"),

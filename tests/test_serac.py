@@ -260,13 +260,15 @@ def test_bad_folders_and_models_are_named(model, folder, tmp_path):
     def init(place: Any, base: Model = model) -> None:
         serac(SeracSettings(str(place))).init(base, KEY)
 
-    make = r"make it with `tpatch serac-train tiny DATA … --encoder ENCODER -o FOLDER`"
-    with pytest.raises(TPatchError, match=f"two networks are missing; {make} and give it with --set serac=FOLDER"):
+    make = r"make them with `tpatch serac-train tiny KIND:FILE … --encoder ENCODER -o FOLDER`"
+    with pytest.raises(
+        TPatchError, match=f"two networks are missing; {make} and give the folder with --set serac=FOLDER"
+    ):
         init("")
     with pytest.raises(TPatchError, match=f"nowhere has no serac.json; {make}"):
         init(tmp_path / "nowhere")
     (tmp_path / "serac.json").write_text("{", "utf-8")
-    with pytest.raises(TPatchError, match=r"serac\.json is damaged .*make it with"):
+    with pytest.raises(TPatchError, match=r"serac\.json is damaged .*make them with"):
         init(tmp_path)
     (tmp_path / "serac.json").write_text('{"schema": 9, "vocabulary": ""}', "utf-8")
     with pytest.raises(TPatchError, match="written by a newer version"):

@@ -14,7 +14,7 @@ from tpatch_jax.bank.adding import AddInfo
 from tpatch_jax.bank.changing import ChangeInfo, undoes_last
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.state import Bank, BankEdit, find, states
-from tpatch_jax.commands import keep_compilations, load
+from tpatch_jax.commands import keep_compilations, load, requests_of
 from tpatch_jax.configuration import change, read_config, split_changes
 from tpatch_jax.console import print_json, progress_bar
 from tpatch_jax.editors.settings import PRESETS
@@ -22,7 +22,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import check_vacant
 from tpatch_jax.models.model import Model, save_model
 from tpatch_jax.models.model import merge as merge_patch
-from tpatch_jax.requests import EditRequest, read_requests
+from tpatch_jax.requests import read_requests
 
 __all__ = [
     "add",
@@ -72,23 +72,12 @@ def init(
         _show([f"{folder}: an empty bank for {escape(bank.manifest['model']['name'])}"])
 
 
-def _requests(path: str | None, single: tuple[str | None, str | None, str | None]) -> list[EditRequest]:
-    prompt, target, subject = single
-    if path is not None:
-        if any(text is not None for text in single):
-            raise TPatchError("give either a file of requests or --prompt and --target, not both")
-        return read_requests(path)
-    if prompt is None or target is None:
-        raise TPatchError("nothing to add: give a file of requests, or --prompt and --target")
-    return [EditRequest(prompt, target, subject)]
-
-
 def add(
     folder: str, requests: str | None, *, single: tuple[str | None, str | None, str | None], batch: int, resume: bool,
     force: bool, model: str | None, seed: int, json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """``tpatch bank add``."""
-    wanted = _requests(requests, single)
+    wanted = requests_of(requests, single, "add")
     loaded = _load(open_bank(folder), model, quiet or json)
     with progress_bar(quiet or json) as report:
         info = editing.add_edits(

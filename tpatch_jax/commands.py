@@ -36,6 +36,7 @@ __all__ = [
     "load",
     "merge",
     "models",
+    "requests_of",
     "settings_of",
     "summary",
 ]
@@ -68,14 +69,20 @@ def settings_of(preset: str | None, config: str | None, changes: Sequence[str]) 
     return change(change(PRESETS[name], values), changes)
 
 
-def _requests(path: str | None, single: tuple[str | None, str | None, str | None]) -> list[EditRequest]:
+def requests_of(
+    path: str | None, single: tuple[str | None, str | None, str | None], action: str = "edit"
+) -> list[EditRequest]:
+    """Requests from a file, or the one that ``--prompt``, ``--target`` and ``--subject`` make."""
     prompt, target, subject = single
     if path is not None:
-        if prompt is not None or target is not None or subject is not None:
+        if any(text is not None for text in single):
             raise TPatchError("give either a file of requests or --prompt and --target, not both")
         return read_requests(path)
     if prompt is None or target is None:
-        raise TPatchError("nothing to edit: give a file of requests, or --prompt and --target")
+        given = [name for name, text in zip(("prompt", "target", "subject"), single, strict=True) if text is not None]
+        lacking = [f"--{name}" for name in ("prompt", "target") if name not in given]
+        what = f"--{given[0]} is given without {' and '.join(lacking)}" if given else "no request is given"
+        raise TPatchError(f"nothing to {action}: {what}; give a file of requests, or --prompt and --target")
     return [EditRequest(prompt, target, subject)]
 
 
@@ -110,7 +117,7 @@ def edit(
     quiet: bool,
 ) -> None:
     """``tpatch edit``."""
-    wanted = _requests(requests, single)
+    wanted = requests_of(requests, single)
     settings = settings_of(preset, config, changes)
     check_vacant(Path(output))
     loaded = load(model, dtype, quiet or json)
@@ -126,9 +133,8 @@ def edit(
         print_json(result)
         return
     console = Console()
-    table = Table(
-        title=f"{len(wanted)} requests, {patch.key.shape[0]} neurons, {info.seconds:.1f} s", title_justify="left"
-    )
+    heading = f"{len(wanted)} request{'s' * (len(wanted) != 1)}, {patch.key.shape[0]} neurons, {info.seconds:.1f} s"
+    table = Table(title=heading, title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in result.items():
@@ -155,9 +161,11 @@ def generate(
     """``tpatch generate``."""
     if max_new_tokens < 1:
         raise TPatchError(f"--max-new-tokens {max_new_tokens} generates nothing; give 1 or more")
+    saved = store.read_patches(patches) if patches else None
     loaded = load(model, dtype, quiet or json)
-    if patches:
-        loaded = models_.attach(loaded, store.load_patches(patches, loaded))
+    if saved:
+        store.check_model(saved, loaded)
+        loaded = models_.attach(loaded, saved.patch)
     text = loaded.classify([prompt])[0] if loaded.config.labels else loaded.generate(prompt, max_new_tokens)
     if json:
         print_json({"prompt": prompt, "text": text})
@@ -273,16 +281,19 @@ def models(*, json: bool) -> None:
         row = [entry["name"], entry["family"], f"{entry['parameters']:,}", entry["license"], entry["obtained"]]
         table.add_row(*row)
     console.print(table)
+    # What is promised of all alike would leave no room for names on a narrow terminal.
+    alike = ", ".join(f"{promise.name} {promise.claim}" for promise in PROMISES if promise.claim)
+    differing = [promise.name for promise in PROMISES if not promise.claim]
     table = Table(
         title="families: any folder or hub id with safetensors",
-        caption="each cell is a test; exports of Llamas in all but name need attention without windows and rotation "
-        "of whole heads, else they are approximate",
+        caption=f"all of them: {alike}; each is a test, which --json names. Exports of Llamas in all but name need "
+        "attention without windows and rotation of whole heads, else they are approximate",
         title_justify="left",
         caption_justify="left",
     )
-    for column in ("family", "model_type in config.json", *(promise.name for promise in PROMISES)):
+    for column in ("family", "model_type in config.json", *differing):
         table.add_column(column)
     for family in families:
-        row = [family["name"], ", ".join(family["model_types"]), *(family[promise.name] for promise in PROMISES)]
+        row = [family["name"], ", ".join(family["model_types"]), *(family[name] for name in differing)]
         table.add_row(*row)
     console.print(table)

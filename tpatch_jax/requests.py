@@ -1,5 +1,6 @@
 """Edit requests: what the user wants, read from JSON lines and checked before any work begins."""
 
+import difflib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -109,13 +110,18 @@ _FIELDS = ("id", "prompt", "target", "subject", "rephrases", "locality")
 
 def _parse(record: Any, where: str) -> EditRequest:
     if not isinstance(record, dict):
-        raise TPatchError(f"{where}: {type(record).__name__} instead of an object with 'prompt' and 'target'")
+        raise TPatchError(
+            f"{where}: {type(record).__name__} instead of an object with 'prompt' and 'target'; one request a line"
+        )
+    # Before what is missing, which may be there under a misspelt name.
+    unknown = sorted(set(record) - set(_FIELDS))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], _FIELDS, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise TPatchError(f"{where}: unknown key {unknown[0]!r}; {hint}a request has {', '.join(_FIELDS)}")
     for name in ("prompt", "target"):
         if name not in record:
             raise TPatchError(f"{where}: no {name!r}; every request needs 'prompt' and 'target'")
-    unknown = sorted(set(record) - set(_FIELDS))
-    if unknown:
-        raise TPatchError(f"{where}: unknown key {unknown[0]!r}; a request has {', '.join(_FIELDS)}")
     for name in ("prompt", "target", "subject"):
         if not isinstance(record.get(name, ""), str) and not (name == "subject" and record[name] is None):
             raise TPatchError(f"{where}: {name!r} is {type(record[name]).__name__}; write it as a string")

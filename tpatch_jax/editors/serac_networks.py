@@ -243,10 +243,10 @@ def read_networks(folder: str | Path, base: Model) -> SeracNetworks:
         TPatchError: the folder is missing or damaged, of a newer schema, or made for another tokenizer.
     """
     path = Path(folder)
-    make = f"make it with `tpatch serac-train {base.name} DATA … --encoder ENCODER -o FOLDER`"
+    make = f"make them with `tpatch serac-train {base.name} KIND:FILE … --encoder ENCODER -o FOLDER`"
     if not str(folder) or not (path / SETTINGS).is_file():
         said = f"{path} has no {SETTINGS}" if str(folder) else "SERAC's two networks are missing"
-        raise TPatchError(f"{said}; {make} and give it with --set serac=FOLDER")
+        raise TPatchError(f"{said}; {make} and give the folder with --set serac=FOLDER")
     try:
         about = json.loads((path / SETTINGS).read_text("utf-8"))
         schema, vocabulary = about["schema"], about["vocabulary"]
