@@ -311,7 +311,7 @@ def serac_train(
     template: Annotated[str | None, arg(help="where questions go, with {} for the question")] = None,
     layers: Annotated[int, arg(help="of the counterfactual model")] = 4,
     scope_epochs: Annotated[int, arg(help="how often the scope classifier sees each request")] = 2,
-    counterfactual_epochs: Annotated[int, arg(help="the same of the counterfactual model")] = 2,
+    counterfactual_epochs: Annotated[int, arg(help="the same of the counterfactual model")] = 7,
     batch_size: Annotated[int, arg(help="requests a step")] = 16,
     scope_rate: Annotated[float, arg(help="the highest learning rate of the scope classifier")] = 5e-5,
     counterfactual_rate: Annotated[float, arg(help="the same of the counterfactual model")] = 1e-3,

@@ -66,7 +66,7 @@ class SeracTraining:
 
     layers: int = 4
     scope_epochs: int = 2
-    counterfactual_epochs: int = 2
+    counterfactual_epochs: int = 7
     batch_size: int = 16
     scope_rate: float = 5e-5
     counterfactual_rate: float = 1e-3
