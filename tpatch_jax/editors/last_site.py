@@ -46,6 +46,9 @@ __all__ = [
 
 Progress = Callable[[str, int, int], None]
 
+LEAST_ROWS = 1024
+"""Edits' queries take so many rows of a memory at least, few beside its others: the fits of few edits are one program."""
+
 LOUDEST = 8.0
 """A value's scale is at most so many times the unedited residual stream's length."""
 
@@ -180,14 +183,15 @@ def create_lanes(
     weights["layers"] = {model.layer(None): weights["layer"]}
     made = _prepared(model.config, weights, spread, sized(patch, 64), {name: x[index] for name, x in given.items()})
     beside, direction, scale = (np.asarray(array)[: len(rows)] for array in made)
+    # On the host, where a new number of lanes compiles nothing.
     return Lane(
-        jnp.asarray(query, jnp.float32),
-        jnp.asarray(beside),
-        jnp.asarray(particular, jnp.float32),
+        np.asarray(query, np.float32),
+        beside,
+        np.asarray(particular, np.float32),
         context,
-        jnp.asarray(targets),
-        jnp.asarray(direction),
-        jnp.asarray(scale),
+        np.asarray(targets),
+        direction,
+        scale,
     )
 
 
@@ -241,7 +245,7 @@ def last_memory(settings: TPatcherSettings, known: Background, earlier: Earlier,
     if settings.other_edits:
         own, owner = single_rows(sites)
         query, answer = np.concatenate([query, own]), np.concatenate([answer, asked.answers[owner]])
-    return extend(memory, query, answer, power_of_two(len(query), 64)) if len(query) else memory
+    return extend(memory, query, answer, power_of_two(len(query), LEAST_ROWS)) if len(query) else memory
 
 
 def _mates(items: Sequence[Item], requests: Mapping[int, EditRequest], count: int) -> dict[int, list[int]]:
