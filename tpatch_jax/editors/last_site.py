@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
+from tpatch_jax.devices import host
 from tpatch_jax.editors.background import Background
 from tpatch_jax.editors.earlier import Earlier
 from tpatch_jax.editors.reading import Item, swapped_prompts
@@ -47,7 +48,7 @@ __all__ = [
 Progress = Callable[[str, int, int], None]
 
 LEAST_ROWS = 1024
-"""Edits' queries take so many rows of a memory at least, few beside its others: the fits of few edits are one program."""
+"""Edits' queries take so many rows of a memory at least, few beside the others: fits of few edits are one program."""
 
 LOUDEST = 8.0
 """A value's scale is at most so many times the unedited residual stream's length."""
@@ -182,7 +183,7 @@ def create_lanes(
     weights = networks.final_weights(model.config, model.params)
     weights["layers"] = {model.layer(None): weights["layer"]}
     made = _prepared(model.config, weights, spread, sized(patch, 64), {name: x[index] for name, x in given.items()})
-    beside, direction, scale = (np.asarray(array)[: len(rows)] for array in made)
+    beside, direction, scale = (host(array)[: len(rows)] for array in made)
     # On the host, where a new number of lanes compiles nothing.
     return Lane(
         np.asarray(query, np.float32),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tpatch_jax.devices import mesh_of
 from tpatch_jax.editors.background import Background, background
 from tpatch_jax.editors.earlier import Earlier, broken, fires, give_way, nothing, refreshed, remember
 from tpatch_jax.editors.editor import EditInfo, Editor
@@ -283,6 +284,7 @@ def _step(
         most_tokens=settings.most_tokens,
         activation=act,
         progress=progress,
+        mesh=mesh_of(model.params),
     )
 
     lost_before, older = broken(model, deep.earlier, last), last.key.shape[0]

@@ -1,0 +1,71 @@
+"""Work that is split over several devices: rows over the axis ``"data"`` of a mesh."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+__all__ = ["DATA_AXIS", "automatic", "host", "mesh_of", "parts", "repeat", "spread"]
+
+DATA_AXIS = "data"
+"""The mesh axis over which lanes, texts and memory rows are split."""
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """The same devices with the compiler choosing how intermediate results lie, whatever the caller's axes are."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters lie on, if it has an axis ``"data"`` of several devices.
+
+    Args:
+        params: any tree of arrays.
+
+    Example:
+        >>> print(mesh_of({"kernel": jax.numpy.ones(2)}))
+        None
+    """
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+            mesh = sharding.mesh
+            return automatic(mesh) if mesh.shape.get(DATA_AXIS, 1) > 1 else None
+    return None
+
+
+def parts(mesh: Mesh | None) -> int:
+    """Over how many devices rows are split."""
+    return 1 if mesh is None else mesh.shape[DATA_AXIS]
+
+
+def spread(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays with their leading axis split over ``"data"``; one that is not divided by it is repeated.
+
+    Args:
+        tree: arrays, the same in every process.
+        mesh: the devices; ``None`` leaves everything as it is.
+    """
+    if mesh is None:
+        return tree
+
+    def put(leaf: Any) -> Array:
+        split = leaf.ndim > 0 and leaf.shape[0] % parts(mesh) == 0
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(DATA_AXIS) if split else PartitionSpec()))
+
+    return jax.tree.map(put, tree)
+
+
+def repeat(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays that every device has whole."""
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def host(array: Any) -> np.ndarray:
+    """An array as a whole in NumPy, in every process."""
+    if isinstance(array, Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
