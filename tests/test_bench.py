@@ -138,7 +138,8 @@ def test_edits_from_files(tmp_path):
         {"prompt": f"{name} speaks", "target_new": "Greek", "subject": name, "locality_prompt": "The sky is"}
         for name in ("Ada", "Bo", "Ada")
     ]
-    flat = [{**row, "ground_truth": "Latin", "rephrase_prompt": f"{row['subject']} says"} for row in flat]
+    more = {"ground_truth": "Latin", "locality_ground_truth": "blue"}
+    flat = [{**row, **more, "rephrase_prompt": f"{row['subject']} says"} for row in flat]
     (tmp_path / "flat.json").write_text(json.dumps(flat))
     assert [request.subject for request in edits_to_time(2, tmp_path / "flat.json")] == ["Ada", "Bo"]
     (tmp_path / "own.jsonl").write_text('{"prompt": "Bo speaks", "target": "Greek"}\n')
@@ -164,7 +165,7 @@ def test_an_encoder_is_refused(place, capsys, monkeypatch):
     import dataclasses
 
     model = make_tiny_model()
-    encoder = dataclasses.replace(model, config=dataclasses.replace(model.config, architecture="encoder"))
+    encoder = dataclasses.replace(model, config=dataclasses.replace(model.config, causal=False))
     monkeypatch.setattr(command, "load", lambda *_: encoder)
     assert cli.main(["bench", "bert"]) == 1
     assert "is an encoder; the benchmark needs a decoder" in " ".join(capsys.readouterr().err.split())
