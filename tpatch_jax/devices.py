@@ -1,5 +1,8 @@
 """Work that is split over several devices: rows over the axis ``"data"`` of a mesh."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,7 +11,9 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["DATA_AXIS", "automatic", "host", "mesh_of", "parts", "repeat", "spread"]
+from tpatch_jax.files import check_vacant
+
+__all__ = ["DATA_AXIS", "automatic", "host", "mesh_of", "one_process_writes", "parts", "repeat", "spread"]
 
 DATA_AXIS = "data"
 """The mesh axis over which lanes, texts and memory rows are split."""
@@ -69,3 +74,24 @@ def host(array: Any) -> np.ndarray:
     if isinstance(array, Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
+
+
+@contextmanager
+def one_process_writes(folder: Path) -> Iterator[bool]:
+    """Whether this process is the one that writes an output folder; all leave the block when it is written.
+
+    Args:
+        folder: where; on a disk that all processes see, so that all of them find it taken if one does.
+
+    Raises:
+        TPatchError: the folder holds something already.
+    """
+    check_vacant(folder)
+    if jax.process_count() == 1:
+        yield True
+        return
+    multihost_utils.sync_global_devices(f"before {folder}")
+    try:
+        yield jax.process_index() == 0
+    finally:
+        multihost_utils.sync_global_devices(f"after {folder}")

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.sizes import power_of_two
+from tpatch_jax.sizes import in_blocks
 
 __all__ = [
     "Patch",
@@ -172,7 +172,8 @@ def pad(patch: Patch, neurons: int) -> Patch:
 
 
 def sized(patch: Patch, least: int = 8) -> Patch:
-    """The patch padded to a power of two neurons, so that a new number of them seldom compiles anything anew.
+    """The patch padded to a power of two neurons, from 1,024 on to a multiple of that, so that a new number of them
+    seldom compiles anything anew.
 
     Args:
         patch: ``n`` neurons.
@@ -185,7 +186,7 @@ def sized(patch: Patch, least: int = 8) -> Patch:
         >>> sized(create(4, 9)).key.shape
         (16, 4)
     """
-    return pad(patch, power_of_two(patch.key.shape[0], least))
+    return pad(patch, in_blocks(patch.key.shape[0], least, 1024))
 
 
 def join(patch: Patch) -> Patch:

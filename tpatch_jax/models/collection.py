@@ -210,7 +210,7 @@ def pad_rows(array: Rows, missing: int) -> Rows:
     return np.pad(array, ((0, missing),) + ((0, 0),) * (array.ndim - 1))
 
 
-def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int = 256) -> np.ndarray:
+def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int = 64) -> np.ndarray:
     """The most probable token (or label) after each row of the last layer, in chunks so that logits never pile up.
 
     Args:
