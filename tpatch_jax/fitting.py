@@ -28,7 +28,7 @@ from tpatch_jax.recipes import joint, staged
 from tpatch_jax.recipes.lane import FitInfo, FitSettings, Lane, Resume
 from tpatch_jax.sizes import power_of_two, round_up
 
-__all__ = ["FitInfo", "FitSettings", "Lane", "fit", "fit_many", "over_devices"]
+__all__ = ["FitInfo", "FitSettings", "Lane", "fit", "fit_many"]
 
 
 def fit(
@@ -155,7 +155,7 @@ def _padded(tree: Any, size: int) -> Any:
     return jax.tree.map(widen, tree)
 
 
-def over_devices(settings: FitSettings, memory: Memory, mesh: Mesh | None) -> tuple[FitSettings, Memory]:
+def _over_devices(settings: FitSettings, memory: Memory, mesh: Mesh | None) -> tuple[FitSettings, Memory]:
     """What `fit_many` works with on several devices: ``settings.lanes`` on each, and a part of the memory's rows.
 
     Args:
@@ -227,7 +227,7 @@ def fit_many(
         >>> patches.key.shape
         (3, 1, 4)
     """
-    settings, memory = over_devices(settings, memory, mesh)
+    settings, memory = _over_devices(settings, memory, mesh)
     total = lanes.target.shape[0]
     patches: list[Patch] = []
     infos: list[FitInfo] = []
