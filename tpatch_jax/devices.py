@@ -1,6 +1,6 @@
 """Work that is split over several devices: rows over the axis ``"data"`` of a mesh."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tpatch_jax.files import check_vacant
 
-__all__ = ["DATA_AXIS", "automatic", "host", "mesh_of", "one_process_writes", "parts", "repeat", "spread"]
+__all__ = ["DATA_AXIS", "automatic", "automatically", "host", "mesh_of", "one_process_writes", "parts", "repeat", "spread"]
 
 DATA_AXIS = "data"
 """The mesh axis over which lanes, texts and memory rows are split."""
@@ -22,6 +22,36 @@ DATA_AXIS = "data"
 def automatic(mesh: Mesh) -> Mesh:
     """The same devices with the compiler choosing how intermediate results lie, whatever the caller's axes are."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def automatically(run: Callable[[Any, Any], Array], params: Any, batch: Any) -> Array:
+    """Run a whole network on a batch, whatever the caller's axis types: inside they are automatic.
+
+    Args:
+        run: ``(params, batch)`` to one array.
+        params: arrays, perhaps on a mesh with explicit axes.
+        batch: arrays, perhaps on a mesh with explicit axes, on which the result is put again.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves((batch, params)) if isinstance(leaf, Array)]
+    meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
+    context = jax.sharding.get_abstract_mesh()
+    # Inside somebody's `jit` types cannot be changed any more.
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    if traced or not any(mesh.explicit_axes for mesh in (*meshes, context)):
+        return run(params, batch)
+
+    def put(leaf: Any) -> Any:
+        if not isinstance(leaf, Array) or not isinstance(leaf.sharding, NamedSharding):
+            return leaf
+        return jax.device_put(leaf, NamedSharding(automatic(leaf.sharding.mesh), leaf.sharding.spec))
+
+    types = dict.fromkeys(context.axis_names, AxisType.Auto)
+    with jax.sharding.use_abstract_mesh(context.update_axis_types(types)):
+        found = run(*jax.tree.map(put, (params, batch)))
+    explicit = [mesh for mesh in meshes if mesh.explicit_axes]
+    if explicit and isinstance(found.sharding, NamedSharding):
+        return jax.device_put(found, NamedSharding(explicit[0], found.sharding.spec))
+    return found
 
 
 def mesh_of(params: Any) -> Mesh | None:
