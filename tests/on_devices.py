@@ -87,7 +87,9 @@ def axes(folder: str, patches: Path) -> dict[str, float]:
             for part, place in (("gate", columns), ("up", columns), ("down", lines)):
                 split[part]["kernel"] = jax.device_put(split[part]["kernel"], place)
             run = jax.jit(lambda network, query: ffn.apply(network, query, one.config.activation))
-            found[f"{kind.name} arrays"] = float(np.abs(np.asarray(run(split, jax.device_put(query, rows))) - out).max())
+            found[f"{kind.name} arrays"] = float(
+                np.abs(np.asarray(run(split, jax.device_put(query, rows))) - out).max()
+            )
     return found
 
 

@@ -17,6 +17,7 @@ from tpatch_jax.benchmarks import probe as probe_
 from tpatch_jax.benchmarks.bench import FULL, QUICK, Plan
 from tpatch_jax.benchmarks.edits_to_time import edits_to_time
 from tpatch_jax.benchmarks.gauges import compilations, median_and_spread, seconds_of
+from tpatch_jax.benchmarks.plan import Machine, Measured, Network, cost
 from tpatch_jax.benchmarks.recompilation import recompilations
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest
@@ -122,6 +123,23 @@ def test_the_plans_measure_what_the_figures_need():
         assert not set(plan.new) & set(plan.warm)
     assert {1, 16, 256, 4096} == set(FULL.edits["last"])
     assert {0, 100, 1000, 10_000} == set(FULL.neurons)
+
+
+def test_a_plan_counts_what_it_says(capsys):
+    network, machine = Network("small", 1e6, 10, 2, 100), Machine("two", 2, 1, 1e9, 5e6)
+    found = cost(network, machine, 100, Measured(2.0, 8, 1.0, 4.0, 5, 600, 0.5))
+    # 100 edits of 2 passes over 8 tokens, and 5 searches of 100 keys among 1,000 rows; two devices at half their speed.
+    assert found.seconds == pytest.approx((100 * 2 * 8 * 2e6 + 100 * 5 * 1000 * 20) / 1e9)
+    assert (found.weights, found.memory, found.patches, found.host) == (2e6, 20_000, 4000, 48_000)
+    assert found.wider == pytest.approx(100 * 20 / 1e6)
+    assert found.fits
+    assert not cost(network, machine._replace(memory=2e6), 100).fits
+    assert cli.main(["bench", "--plan", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["edits"] for row in told["plan"]} == {10_000, 100_000, 1_000_000}
+    assert {row["network"] for row in told["plan"]} == {"7B", "70B"}
+    assert cli.main(["bench", "--plan"]) == 0
+    assert "on paper" in capsys.readouterr().out
 
 
 def test_made_up_edits_differ_and_name_their_subject():

@@ -100,7 +100,9 @@ def test_every_device_holds_its_part_of_lanes_and_memory(found):
 
 
 def test_explicit_and_automatic_axes_give_the_same(found):
-    assert set(found["axes"]) == {f"{kind} {how}" for kind in ("Auto", "Explicit") for how in ("loaded", "own", "arrays")}
+    assert set(found["axes"]) == {
+        f"{kind} {how}" for kind in ("Auto", "Explicit") for how in ("loaded", "own", "arrays")
+    }
     assert all(difference < 1e-5 for difference in found["axes"].values())
 
 

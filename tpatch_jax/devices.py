@@ -13,7 +13,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tpatch_jax.files import check_vacant
 
-__all__ = ["DATA_AXIS", "automatic", "automatically", "host", "mesh_of", "one_process_writes", "parts", "repeat", "spread"]
+__all__ = [
+    "DATA_AXIS",
+    "automatic",
+    "automatically",
+    "host",
+    "mesh_of",
+    "one_process_writes",
+    "parts",
+    "repeat",
+    "spread",
+]
 
 DATA_AXIS = "data"
 """The mesh axis over which lanes, texts and memory rows are split."""
