@@ -178,8 +178,8 @@ def test_only_bad_requests_leave_the_model_alone(tiny_model, memory):
 def test_what_does_not_hold_leaves_no_neuron(tiny_model, memory, edited, monkeypatch, spoiled):
     whole = rounds.fit_many
 
-    def spoil(*arguments: Any) -> Any:
-        patch, info = whole(*arguments)
+    def spoil(*arguments: Any, **named: Any) -> Any:
+        patch, info = whole(*arguments, **named)
         return patch._replace(value=patch.value.at[0].set(spoiled)), info  # the first token of 'cat'
 
     monkeypatch.setattr(rounds, "fit_many", spoil)

@@ -29,13 +29,17 @@ def bench(
     file: Annotated[str | None, arg(metavar="FILE", help="edits: requests or CounterFact; by default made up")] = None,
     output: Annotated[str | None, arg(aliases=["-o"], metavar="PICTURE", help="also draw it, e.g. bench.png")] = None,
     quick: Annotated[bool, arg(help="fewer edits and repeats: under five minutes on two CPU cores")] = False,
+    plan: Annotated[bool, arg(help="measure nothing: what many edits of large models would cost, on paper")] = False,
     dtype: Annotated[str | None, arg(help="float32 or bfloat16; by default the checkpoint's")] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure what editing costs: time, memory, generation, compilations, beside the paper's loop."""
-    from tpatch_jax.benchmarks.command import bench_command
+    from tpatch_jax.benchmarks.command import bench_command, plan_command
 
+    if plan:
+        plan_command(json=json)
+        return
     bench_command(model, file, output, short=quick, dtype=dtype, json=json, quiet=quiet)
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.patch import Patch, concatenate, contribution
+from tpatch_jax.patch import Patch, concatenate, contribution, product
 
 __all__ = [
     "ACTIVATIONS",
@@ -61,7 +61,7 @@ def width(params: Params) -> int:
 
 
 def _linear(params: Params, x: Array) -> Array:
-    y = x @ params["kernel"].astype(x.dtype)
+    y = product(x, params["kernel"].astype(x.dtype))
     return y + params["bias"].astype(x.dtype) if "bias" in params else y
 
 

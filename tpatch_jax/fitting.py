@@ -9,6 +9,7 @@ that many fitted together equal each fitted alone. Two recipes share the objecti
   closed-form direction until the edit loss is satisfied, with Adam for those lanes that still miss their target.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,12 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
-from tpatch_jax.memory import Memory
+from tpatch_jax.devices import host, parts, repeat, spread
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.memory import PADDING, Memory
 from tpatch_jax.patch import Patch
 from tpatch_jax.recipes import joint, staged
 from tpatch_jax.recipes.lane import FitInfo, FitSettings, Lane, Resume
-from tpatch_jax.sizes import power_of_two
+from tpatch_jax.sizes import power_of_two, round_up
 
 __all__ = ["FitInfo", "FitSettings", "Lane", "fit", "fit_many"]
 
@@ -94,8 +98,8 @@ def _many_end_staged(settled, lanes, resume, settings, activation):
 
 def _replaced(old: Array, rows: np.ndarray, new: Array) -> np.ndarray:
     """Some rows of an array replaced by the first ones of another, on the host."""
-    result = np.array(old)
-    result[rows] = np.asarray(new)[: rows.size]
+    result = np.array(host(old))
+    result[rows] = host(new)[: rows.size]
     return result
 
 
@@ -106,16 +110,18 @@ def _staged_bucket(
     count: int,
     settings: FitSettings,
     activation: Callable[[Array], Array],
+    mesh: Mesh | None,
 ) -> tuple[Patch, FitInfo]:
     """The staged recipe for one bucket; only lanes that miss their target go through the steps on the value."""
+    lanes = spread(lanes, mesh)
     settled = _many_settle(lanes, memory, resume, settings, activation)
-    missing = np.flatnonzero(~np.asarray(settled.held)[:count])
+    missing = np.flatnonzero(~host(settled.held)[:count])
     if missing.size:
-        size = power_of_two(missing.size, most=settings.lanes)
+        size = round_up(power_of_two(missing.size, most=settings.lanes), parts(mesh))
         # On the host, where a new number of lanes compiles nothing.
-        part = jax.tree.map(lambda leaf: np.asarray(leaf)[np.resize(missing, size)], (settled, lanes))
-        improved = _many_improve(*part, resume, settings, activation)
-        settled = jax.tree.map(lambda old, new: _replaced(old, missing, new), settled, improved)
+        part = jax.tree.map(lambda leaf: host(leaf)[np.resize(missing, size)], (settled, lanes))
+        improved = _many_improve(*spread(part, mesh), resume, settings, activation)
+        settled = spread(jax.tree.map(lambda old, new: _replaced(old, missing, new), settled, improved), mesh)
     return _many_end_staged(settled, lanes, resume, settings, activation)
 
 
@@ -149,6 +155,30 @@ def _padded(tree: Any, size: int) -> Any:
     return jax.tree.map(widen, tree)
 
 
+def _over_devices(settings: FitSettings, memory: Memory, mesh: Mesh | None) -> tuple[FitSettings, Memory]:
+    """What `fit_many` works with on several devices: ``settings.lanes`` on each, and a part of the memory's rows.
+
+    Args:
+        settings: options for one device.
+        memory: all of it; rows that do not count are put behind it until it is divided.
+        mesh: the devices; ``None`` changes nothing.
+
+    Raises:
+        TPatchError: the recipe is joint, which holds out the memory's last rows.
+    """
+    if mesh is None:
+        return settings, memory
+    if settings.recipe == "joint":
+        raise TPatchError("the joint recipe is not split over devices; use recipe=staged, or a mesh without 'data'")
+    missing = -memory.query.shape[0] % parts(mesh)
+    # Behind the others, where they change no row's block in `hardest`.
+    query = np.pad(host(memory.query), ((0, missing), (0, 0))) if missing else memory.query
+    answer = np.pad(host(memory.answer), (0, missing), constant_values=PADDING) if missing else memory.answer
+    query, answer = spread((query, answer), mesh)
+    shared = Memory(query, answer, repeat(memory.mean, mesh), repeat(memory.whitener, mesh))
+    return dataclasses.replace(settings, lanes=settings.lanes * parts(mesh)), shared
+
+
 def fit_many(
     lanes: Lane,
     memory: Memory,
@@ -157,6 +187,7 @@ def fit_many(
     settings: FitSettings,
     activation: Callable[[Array], Array],
     progress: Callable[[int], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Patch, FitInfo]:
     """Fit many patches: `fit` under ``vmap``, in buckets of lanes whose sizes are powers of two.
 
@@ -171,9 +202,14 @@ def fit_many(
         settings: static options.
         activation: the feed-forward network's activation.
         progress: called with the number of lanes finished so far.
+        mesh: devices over whose axis ``"data"`` lanes and memory rows are split (staged); each fits
+            ``settings.lanes`` lanes at a time. What ``resume`` holds has to lie on it.
 
     Returns:
         Patches with a leading axis, ``[n, 1, d]``, and their `FitInfo`, ``[n]``.
+
+    Raises:
+        TPatchError: the joint recipe is to be split over several devices.
 
     Source: Huang et al. 2023, section 4; the batching is this library's.
 
@@ -191,23 +227,25 @@ def fit_many(
         >>> patches.key.shape
         (3, 1, 4)
     """
+    settings, memory = _over_devices(settings, memory, mesh)
     total = lanes.target.shape[0]
     patches: list[Patch] = []
     infos: list[FitInfo] = []
     for first in range(0, total, settings.lanes):
         part = jax.tree.map(lambda leaf, first=first: leaf[first : first + settings.lanes], lanes)
         count = part.target.shape[0]
-        part = _padded(part, power_of_two(count, most=settings.lanes))
+        part = _padded(part, round_up(power_of_two(count, most=settings.lanes), parts(mesh)))
         if settings.recipe == "staged":
-            patch, info = _staged_bucket(part, memory, resume, count, settings, activation)
+            patch, info = _staged_bucket(part, memory, resume, count, settings, activation, mesh)
         else:
             part_keys = _padded(keys[first : first + count], part.target.shape[0])
             patch, info = _joint_bucket(part, memory, resume, part_keys, count, settings, activation)
-        patches.append(jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[:count], patch))
-        infos.append(jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[:count], info))
+        patches.append(jax.tree.map(lambda leaf, count=count: host(leaf)[:count], patch))
+        infos.append(jax.tree.map(lambda leaf, count=count: host(leaf)[:count], info))
         if progress:
             progress(first + count)
-    join = lambda *leaves: jnp.asarray(np.concatenate(leaves))  # noqa: E731
+    # `jnp.asarray` would compile a program for each new number of lanes.
+    join = lambda *leaves: jax.device_put(np.concatenate(leaves))  # noqa: E731
     return jax.tree.map(join, *patches), jax.tree.map(join, *infos)
 
 

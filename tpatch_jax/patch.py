@@ -10,12 +10,14 @@ nothing.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.sizes import power_of_two
+from tpatch_jax.sizes import in_blocks
 
 __all__ = [
     "Patch",
@@ -26,6 +28,7 @@ __all__ = [
     "join",
     "pad",
     "preactivations",
+    "product",
     "sharpen",
     "sized",
     "take",
@@ -172,7 +175,8 @@ def pad(patch: Patch, neurons: int) -> Patch:
 
 
 def sized(patch: Patch, least: int = 8) -> Patch:
-    """The patch padded to a power of two neurons, so that a new number of them seldom compiles anything anew.
+    """The patch padded to a power of two neurons, from 1,024 on to a multiple of that, so that a new number of them
+    seldom compiles anything anew.
 
     Args:
         patch: ``n`` neurons.
@@ -185,7 +189,7 @@ def sized(patch: Patch, least: int = 8) -> Patch:
         >>> sized(create(4, 9)).key.shape
         (16, 4)
     """
-    return pad(patch, power_of_two(patch.key.shape[0], least))
+    return pad(patch, in_blocks(patch.key.shape[0], least, 1024))
 
 
 def join(patch: Patch) -> Patch:
@@ -261,11 +265,31 @@ def activations(patch: Patch, query: Array, activation: Callable[[Array], Array]
     Source: Huang et al. 2023, section 4.1.
 
     Example:
-        >>> import jax
         >>> float(activations(create(4, 1), jnp.ones(4), jax.nn.relu)[0])
         0.0
     """
     return activation(preactivations(patch, query))
+
+
+def product(x: Array, kernel: Array) -> Array:
+    """``x·K``. Where axis types are explicit and both are split along what is summed over, the sum is not.
+
+    Args:
+        x: ``[..., n]``.
+        kernel: ``[n, d]``.
+
+    Returns:
+        ``[..., d]``, split as ``x`` and ``kernel`` are along those axes.
+
+    Example:
+        >>> product(jnp.ones((2, 3)), jnp.ones((3, 4))).shape
+        (2, 4)
+    """
+    outer, inner = jax.typeof(x).sharding.spec, jax.typeof(kernel).sharding.spec
+    # Only explicit axes are part of a type.
+    if inner[0] is None:
+        return x @ kernel
+    return jnp.matmul(x, kernel, out_sharding=PartitionSpec(*outer[:-1], inner[1]))
 
 
 def contribution(patch: Patch, query: Array, activation: Callable[[Array], Array]) -> Array:
@@ -282,8 +306,7 @@ def contribution(patch: Patch, query: Array, activation: Callable[[Array], Array
     Source: Huang et al. 2023, section 4.1.
 
     Example:
-        >>> import jax
         >>> contribution(create(4, 2), jnp.ones((3, 4)), jax.nn.relu).shape
         (3, 4)
     """
-    return activations(patch, query, activation) @ patch.value.astype(query.dtype)
+    return product(activations(patch, query, activation), patch.value.astype(query.dtype))

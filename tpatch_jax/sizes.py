@@ -1,6 +1,6 @@
 """Sizes in steps, so that a new number of things seldom needs a new compilation."""
 
-__all__ = ["power_of_two", "round_up"]
+__all__ = ["in_blocks", "power_of_two", "round_up"]
 
 
 def power_of_two(count: int, least: int = 1, most: int | None = None) -> int:
@@ -27,3 +27,18 @@ def round_up(count: int, step: int) -> int:
         (12, 4)
     """
     return max(1, -(-count // step)) * step
+
+
+def in_blocks(count: int, least: int, block: int) -> int:
+    """A power of two up to ``block``, then multiples of it: doubling what is large would be felt in memory.
+
+    Args:
+        count: how many things there are.
+        least: the smallest size.
+        block: a power of two.
+
+    Example:
+        >>> in_blocks(5, 2, 16), in_blocks(33, 2, 16)
+        (8, 48)
+    """
+    return power_of_two(count, least) if count <= block else round_up(count, block)

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from tpatch_jax.devices import one_process_writes
 from tpatch_jax.editors.editor import EditInfo
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import replace_folder
@@ -41,7 +42,7 @@ class SavedPatches(NamedTuple):
 def save_patches(
     folder: str | Path, model: Model, patch: Patch, requests: Sequence[EditRequest], info: EditInfo
 ) -> None:
-    """Write patches, whole or not at all.
+    """Write patches, whole or not at all; of several processes, which all call this, the first one writes.
 
     Args:
         folder: must not exist yet, or be empty.
@@ -67,10 +68,12 @@ def save_patches(
     about: dict[str, Any] = {"name": model.name, "fingerprint": fingerprint(model), "family": model.config.family}
     about.update({"width": model.config.width, "layers": model.config.layers})
     arrays = {name: np.asarray(value) for name, value in patch._asdict().items() if value is not None}
-    with replace_folder(Path(folder)) as temporary:
-        save_file(arrays, temporary / ARRAYS, metadata={"format": "tpatch", "schema": str(SCHEMA)})
-        text = json.dumps({"schema": SCHEMA, "model": about, "edits": edits}, ensure_ascii=False, indent=1)
-        (temporary / EDITS).write_text(text + "\n", "utf-8")
+    text = json.dumps({"schema": SCHEMA, "model": about, "edits": edits}, ensure_ascii=False, indent=1)
+    with one_process_writes(Path(folder)) as writes:
+        if writes:
+            with replace_folder(Path(folder)) as temporary:
+                save_file(arrays, temporary / ARRAYS, metadata={"format": "tpatch", "schema": str(SCHEMA)})
+                (temporary / EDITS).write_text(text + "\n", "utf-8")
 
 
 def read_patches(folder: str | Path) -> SavedPatches:

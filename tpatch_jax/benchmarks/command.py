@@ -8,11 +8,12 @@ from rich.table import Table
 
 from tpatch_jax.benchmarks.bench import FULL, QUICK, bench
 from tpatch_jax.benchmarks.picture import draw_bench
+from tpatch_jax.benchmarks.plan import GIB, MEASURED, plan
 from tpatch_jax.commands import load
 from tpatch_jax.console import print_json, progress_bar
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["bench_command"]
+__all__ = ["bench_command", "plan_command"]
 
 
 def bench_command(
@@ -73,3 +74,22 @@ def _show(result: dict[str, Any]) -> None:
         f"peak memory of the most edits over that of 16: {result['peak_memory_ratio']:.2f}; programs compiled for new "
         f"numbers of edits: {result['recompilations']}; {result['seconds']:.0f} s in all"
     )
+
+
+def plan_command(*, json: bool) -> None:
+    """Show what many edits of large models would cost."""
+    costs = plan()
+    if json:
+        print_json({"measured": MEASURED._asdict(), "plan": [cost._asdict() for cost in costs]})
+        return
+    table = Table(title="edits in the last layer, on paper", title_justify="left")
+    columns = ("network", "machine", "edits", "time", "weights", "memory rows", "patches", "host", "wider by", "fits")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("network", "machine") else "right")
+    for cost in costs:
+        sizes = (f"{size / GIB:.1f} GiB" for size in (cost.weights, cost.memory, cost.patches, cost.host))
+        time = f"{cost.seconds:.0f} s" if cost.seconds < 600 else f"{cost.seconds / 60:.0f} min"
+        fits = "yes" if cost.fits else "no"
+        table.add_row(cost.network, cost.machine, f"{cost.edits:,}", time, *sizes, f"{cost.wider:.1%}", fits)
+    table.caption = "weights, memory rows, patches: each device; host: each process; wider: merged neurons over weights"
+    Console(highlight=False).print(table)

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
+from tpatch_jax.devices import host
 from tpatch_jax.editors.background import Background
 from tpatch_jax.editors.earlier import Earlier
 from tpatch_jax.editors.reading import Item, swapped_prompts
@@ -30,7 +31,7 @@ from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.patch import Patch, contribution, sized
 from tpatch_jax.requests import EditRequest
-from tpatch_jax.sizes import power_of_two, round_up
+from tpatch_jax.sizes import in_blocks, power_of_two, round_up
 
 __all__ = [
     "collect_bare",
@@ -45,6 +46,10 @@ __all__ = [
 ]
 
 Progress = Callable[[str, int, int], None]
+
+LEAST_ROWS, BLOCK = 1024, 4096
+"""Edits' queries take so many rows of a memory at least, few beside the others, so that fits of few edits are one
+program; more than a block are taken in blocks."""
 
 LOUDEST = 8.0
 """A value's scale is at most so many times the unedited residual stream's length."""
@@ -137,7 +142,7 @@ def create_lanes(
     settings: TPatcherSettings,
     sites: Sites,
     asked: Asked,
-    negatives: np.ndarray,
+    negatives: Callable[[np.ndarray], np.ndarray],
     mean: np.ndarray,
     spread: Array,
     rows: np.ndarray,
@@ -150,7 +155,7 @@ def create_lanes(
         settings: the editor's options.
         sites: from `collect_items`.
         asked: the target tokens.
-        negatives: queries on which each request's first neuron must stay silent, ``[requests, swaps, d]``.
+        negatives: from `swaps`.
         mean: the mean memory query, ``[d]``, which stands for no negative.
         spread: from `starting`.
         rows: the bare rows that want a neuron, ``[lanes]``.
@@ -172,22 +177,23 @@ def create_lanes(
         query, output, context = _by_position(query, output, residual)
     targets = asked.wanted[rows]
     # Only the first token of an answer follows a prompt that another subject could stand in.
-    particular = np.where((token == 0)[:, None, None], negatives[owner], mean)
+    particular = np.where((token == 0)[:, None, None], negatives(owner), mean)
     given = {"query": query, "output": output, "residual": context["residual"], "targets": targets}
     # Repeated up to a power of two, so that a new number of lanes compiles nothing.
-    index = np.resize(np.arange(len(rows)), power_of_two(len(rows), most=settings.fit.lanes))
+    index = np.resize(np.arange(len(rows)), power_of_two(len(rows)))
     weights = networks.final_weights(model.config, model.params)
     weights["layers"] = {model.layer(None): weights["layer"]}
     made = _prepared(model.config, weights, spread, sized(patch, 64), {name: x[index] for name, x in given.items()})
-    beside, direction, scale = (np.asarray(array)[: len(rows)] for array in made)
+    beside, direction, scale = (host(array)[: len(rows)] for array in made)
+    # On the host, where a new number of lanes compiles nothing.
     return Lane(
-        jnp.asarray(query, jnp.float32),
-        jnp.asarray(beside),
-        jnp.asarray(particular, jnp.float32),
+        np.asarray(query, np.float32),
+        beside,
+        np.asarray(particular, np.float32),
         context,
-        jnp.asarray(targets),
-        jnp.asarray(direction),
-        jnp.asarray(scale),
+        np.asarray(targets),
+        direction,
+        scale,
     )
 
 
@@ -229,7 +235,8 @@ def _own_scatter(query: np.ndarray, table: Sequence[np.ndarray], contexts: int, 
 def last_memory(settings: TPatcherSettings, known: Background, earlier: Earlier, sites: Sites, asked: Asked) -> Memory:
     """Background queries, earlier edits, and the other edits of this batch."""
     nuisance = known.nuisance
-    if settings.fit.recipe == "staged" and settings.contexts > 1 and sites.query.ndim == 2:
+    several = max(map(len, asked.table)) > 1 and settings.contexts > 1
+    if settings.fit.recipe == "staged" and several and sites.query.ndim == 2:
         # The edits' own contexts tell more than the general ones, the more of them there are.
         own, share = _own_scatter(sites.query, asked.table, settings.contexts), min(0.9, len(asked.wanted) / 200)
         nuisance = blended(own, nuisance, share)
@@ -240,8 +247,10 @@ def last_memory(settings: TPatcherSettings, known: Background, earlier: Earlier,
     answer = earlier.wanted[owner]
     if settings.other_edits:
         own, owner = single_rows(sites)
-        query, answer = np.concatenate([query, own]), np.concatenate([answer, asked.answers[owner]])
-    return extend(memory, query, answer, power_of_two(len(query), 64)) if len(query) else memory
+        # No copy where there is nothing earlier: with thousands of edits it would be large.
+        query = np.concatenate([query, own]) if len(query) else own
+        answer = np.concatenate([answer, asked.answers[owner]])
+    return extend(memory, query, answer, in_blocks(len(query), LEAST_ROWS, BLOCK)) if len(query) else memory
 
 
 def _mates(items: Sequence[Item], requests: Mapping[int, EditRequest], count: int) -> dict[int, list[int]]:
@@ -274,24 +283,36 @@ def swaps(
     sites: Sites,
     asked: Asked,
     progress: Progress | None,
-) -> np.ndarray:
-    """The query after each prompt about other subjects, ``[items, count, d]``; the mean where there is none.
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Queries on which each item's first neuron must stay silent: those after its prompt about other subjects.
 
     Where other requests ask the same about other subjects, as they do where there are thousands, their queries are
     taken and the network is not run again.
+
+    Returns:
+        Numbers of items to queries, ``[numbers, count, d]``, which are the mean where there is no other subject.
     """
     whole = () if networks.pointwise(model.config) else (LEAST_TEXT,)
-    result = np.broadcast_to(mean, (len(items), count, *whole, mean.shape[0])).astype(np.float32)
     mates = _mates(items, requests, count) if not whole else {}
-    for at, others in mates.items():
-        result[at] = sites.query[[asked.table[other][0, 0] for other in others]]
     left = {item.position: requests[item.position] for at, item in enumerate(items) if at not in mates}
     swapped = swapped_prompts(model, requests, names, count, left)
     places = [(at, slot) for at, item in enumerate(items) for slot in range(len(swapped.get(item.position, ())))]
+    # Only where each is found: all of them at once would be several times the edits' own queries.
+    taken, read = np.full((2, len(items), count), -1)
+    for at, others in mates.items():
+        taken[at] = [asked.table[other][0, 0] for other in others]
+    said = np.zeros((0, *whole, mean.shape[0]), np.float32)
     rows = [model.encode_prompt(swapped[items[at].position][slot]) for at, slot in places]
     if rows:
         report = (lambda done: progress("reading other subjects", done, len(rows))) if progress else None
         found = collect(model, rows, [[len(row) - 1] for row in rows], model.layer(None), report)
         said = found.query if not whole else np.where(real(found)[..., None], found.query, mean)[:, :LEAST_TEXT]
-        result[tuple(np.asarray(places).T)] = said
-    return result.reshape(len(items), -1, mean.shape[0])
+        read[tuple(np.asarray(places).T)] = np.arange(len(places))
+
+    def negatives(numbers: np.ndarray) -> np.ndarray:
+        result = np.broadcast_to(mean, (len(numbers), count, *whole, mean.shape[0])).astype(np.float32)
+        for table, source in ((taken[numbers], sites.query), (read[numbers], said)):
+            result[table >= 0] = source[table[table >= 0]]
+        return result.reshape(len(numbers), -1, mean.shape[0])
+
+    return negatives

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
+from tpatch_jax.devices import parts
 from tpatch_jax.editors.editor import EditInfo, RequestInfo
 from tpatch_jax.fitting import FitInfo, FitSettings, Lane, fit_many
 from tpatch_jax.memory import Memory
@@ -128,6 +130,7 @@ def fit_rounds(
     most_tokens: int,
     activation: Callable[[Array], Array],
     progress: Progress | None = None,
+    mesh: Mesh | None = None,
 ) -> Fitted:
     """One neuron for each token that does not come out; a retry is fitted in the presence of what is there by then.
 
@@ -145,7 +148,9 @@ def fit_rounds(
         most_tokens: only so many tokens of a request get a neuron.
         activation: the feed-forward network's.
         progress: called with what is being done, how much is done, and how much there is.
+        mesh: devices that share the work; see `fit_many`.
     """
+    at_once = settings.lanes * parts(mesh)
     patch = jax.tree.map(np.asarray, patch)
     missing, rows, notes, seconds = wrong(patch), np.zeros(0, np.int64), [], 0.0
     for attempt in range(attempts):
@@ -154,16 +159,16 @@ def fit_rounds(
             break
         began = time.perf_counter()
         said = f"fitting, attempt {attempt + 1}" if attempt else "fitting"
-        parts = []
-        for first in range(0, len(now), settings.lanes):
+        pieces = []
+        for first in range(0, len(now), at_once):
             # Part by part, so that not all that is fitted on is in memory at once.
-            part = now[first : first + settings.lanes]
+            part = now[first : first + at_once]
             keys = _keys(key, [f"{names[row]} {attempt}" for row in part])
-            done = fit_many(lanes(part, patch), memory, resume, keys, settings.harder(attempt), activation)
-            parts.append(jax.tree.map(np.asarray, done))
+            done = fit_many(lanes(part, patch), memory, resume, keys, settings.harder(attempt), activation, mesh=mesh)
+            pieces.append(jax.tree.map(np.asarray, done))
             if progress:
-                progress(said, min(first + settings.lanes, len(now)), len(now))
-        found, info = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+                progress(said, min(first + at_once, len(now)), len(now))
+        found, info = jax.tree.map(lambda *leaves: np.concatenate(leaves), *pieces)
         seconds += time.perf_counter() - began
         keep = np.flatnonzero(np.isfinite(found.value).all((1, 2)) & np.isfinite(found.key).all((1, 2)))
         size = found.key.shape[1]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tpatch_jax.devices import mesh_of
 from tpatch_jax.editors.background import Background, background
 from tpatch_jax.editors.earlier import Earlier, broken, fires, give_way, nothing, refreshed, remember
 from tpatch_jax.editors.editor import EditInfo, Editor
@@ -283,6 +284,7 @@ def _step(
         most_tokens=settings.most_tokens,
         activation=act,
         progress=progress,
+        mesh=mesh_of(model.params),
     )
 
     lost_before, older = broken(model, deep.earlier, last), last.key.shape[0]
@@ -328,14 +330,14 @@ def _together(state: TPatcherState, deep: Patch, last: Patch, older: int, alive:
     """The neurons so far, each in its place, then those at subjects, then those in the last layer that stay."""
     old, new = jax.tree.map(np.asarray, state.patch), take(last, older + alive)
     if old.layer is None:
-        return jax.tree.map(jnp.asarray, concatenate([take(last, np.arange(older)), new]))
+        return jax.tree.map(jax.device_put, concatenate([take(last, np.arange(older)), new]))
     layer = state.model.layer(None)
     here = np.asarray(old.layer) == layer
     old = jax.tree.map(np.array, old)
     for field, now in zip(old[:3], last[:3], strict=True):
         field[here] = now[:older]
     new = new._replace(layer=jnp.full(len(alive), layer, jnp.int32))
-    return jax.tree.map(jnp.asarray, concatenate([old, deep, new]))
+    return jax.tree.map(jax.device_put, concatenate([old, deep, new]))
 
 
 def edit(

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from tpatch_jax.devices import host, one_process_writes
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import replace_folder
 from tpatch_jax.models import networks
@@ -247,7 +248,7 @@ def _ordered(params: Params) -> Params:
 def write_folder(
     folder: Path, config: NetworkConfig, params: Params, settings: Mapping[str, Any], source: Path | None = None
 ) -> None:
-    """Write a model as a Hugging Face style folder, whole or not at all.
+    """Write a model as a Hugging Face style folder, whole or not at all; of several processes the first one writes.
 
     Args:
         folder: must not exist yet, or be empty.
@@ -267,13 +268,15 @@ def write_folder(
         new[NEURONS_KEY] = {str(layer): count for layer, count in merged.items()}
     leaves = dict(flatten(params))
     tensors = {
-        name: join(stored, [np.asarray(leaves[path]) for path in stored.paths])
+        name: join(stored, [host(leaves[path]) for path in stored.paths])
         for name, stored in layout(family_of(settings), config, merged).items()
     }
-    with replace_folder(folder) as temporary:
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "config.json").write_text(json.dumps(new, indent=2, sort_keys=True) + "\n", "utf-8")
-        for path in sorted(source.iterdir()) if source else ():
-            ours = path.name in _OURS or path.name.endswith(".index.json")
-            if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and not ours:
-                shutil.copyfile(path, temporary / path.name)
+    with one_process_writes(folder) as writes:
+        if writes:
+            with replace_folder(folder) as temporary:
+                save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+                (temporary / "config.json").write_text(json.dumps(new, indent=2, sort_keys=True) + "\n", "utf-8")
+                for path in sorted(source.iterdir()) if source else ():
+                    ours = path.name in _OURS or path.name.endswith(".index.json")
+                    if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and not ours:
+                        shutil.copyfile(path, temporary / path.name)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tpatch_jax.devices import host, mesh_of, spread
 from tpatch_jax.ffn import ACTIVATIONS
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
@@ -128,9 +129,9 @@ def collect(
         target = np.concatenate([np.arange(offsets[number], offsets[number + 1]) for number in numbers]).astype(int)
         for array, source in zip(found, (traced.query, traced.output, traced.context["residual"]), strict=True):
             if networks.pointwise(config):
-                array[target] = np.asarray(source)[lane, place]
+                array[target] = host(source)[lane, place]
             else:
-                whole = np.where(traced.context["valid"][..., None], source, 0)
+                whole = np.where(host(traced.context["valid"])[..., None], host(source), 0)
                 array[target, : whole.shape[1]] = whole[lane]
         done += len(numbers)
         if progress:
@@ -146,7 +147,7 @@ def _traced(
     begins: Sequence[Sequence[int]],
 ) -> Iterator[tuple[list[int], Trace, np.ndarray]]:
     """Which rows, their trace, and how many tokens of each it leaves out."""
-    config = model.config
+    config, mesh = model.config, mesh_of(model.params)
     which = np.full(len(rows), -1)
     for number, begin in enumerate(begins):
         for at, row in enumerate(rows):
@@ -156,7 +157,7 @@ def _traced(
         which[:] = -1
     plain, shared = np.flatnonzero(which < 0), np.flatnonzero(which >= 0)
     for chosen, batch in batches(config, [rows[number] for number in plain.tolist()]):
-        yield plain[chosen].tolist(), model.trace(batch, layer), np.zeros(len(chosen), int)
+        yield plain[chosen].tolist(), model.trace(spread(batch, mesh), layer), np.zeros(len(chosen), int)
     if not len(shared):
         return
     lengths = np.asarray([len(begin) for begin in begins])
@@ -167,7 +168,8 @@ def _traced(
         own = np.zeros(batch.shape[0], np.int32)
         own[: len(chosen)] = which[shared[chosen]]
         first = lengths[own].astype(np.int32)
-        traced = networks.trace_after(config, model.params, batch, layer, begun, jnp.asarray(own), jnp.asarray(first))
+        batch, *of = spread((batch, own, first), mesh)
+        traced = networks.trace_after(config, model.params, batch, layer, begun, *of)
         yield shared[chosen].tolist(), traced, first[: len(chosen)]
 
 
@@ -208,7 +210,7 @@ def pad_rows(array: Rows, missing: int) -> Rows:
     return np.pad(array, ((0, missing),) + ((0, 0),) * (array.ndim - 1))
 
 
-def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int = 256) -> np.ndarray:
+def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int = 64) -> np.ndarray:
     """The most probable token (or label) after each row of the last layer, in chunks so that logits never pile up.
 
     Args:
@@ -223,10 +225,11 @@ def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int 
     total = sites.query.shape[0]
     result = np.zeros(total, np.int32)
     weights = networks.final_weights(model.config, model.params)
+    mesh = mesh_of(model.params)
     patch = sized((create(model.config.width) if patch is None else patch)._replace(layer=None), 64)
     for first in range(0, total, rows):
         count = min(rows, total - first)
         missing = power_of_two(count, min(64, rows), rows) - count
         part = Sites(*(pad_rows(array[first : first + count], missing) for array in sites))
-        result[first : first + count] = np.asarray(_predicted(model.config, weights, patch, part))[:count]
+        result[first : first + count] = host(_predicted(model.config, weights, patch, spread(part, mesh)))[:count]
     return result

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax import ffn
+from tpatch_jax.devices import automatically
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import checkpoint, generation, networks
 from tpatch_jax.models.config import NetworkConfig
@@ -63,7 +64,7 @@ class Model:
 
     def apply(self, batch: Batch) -> Array:
         """The whole network: a batch to logits, float32; see `tpatch_jax.models.networks.apply`."""
-        return networks.apply(self.config, self.params, batch)
+        return automatically(partial(networks.apply, self.config), self.params, batch)
 
     def layer(self, layer: int | None) -> int:
         """A layer's index, checked; ``None`` is the last and negative ones count from the end."""

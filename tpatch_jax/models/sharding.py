@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tpatch_jax.devices import automatic
 
 __all__ = ["MODEL_AXIS", "place", "spec"]
 
@@ -57,7 +59,5 @@ def place(path: str, array: np.ndarray, dtype: str | None, mesh: Mesh | None) ->
     wanted = jnp.dtype(dtype) if dtype else array.dtype
     if mesh is None:
         return jnp.asarray(np.ascontiguousarray(array, wanted))
-    # The compiler chooses how intermediate results lie, so the axes are automatic whatever the caller's own are.
-    automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    sharding = NamedSharding(automatic, spec(path, array.shape, mesh))
+    sharding = NamedSharding(automatic(mesh), spec(path, array.shape, mesh))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: np.ascontiguousarray(array[index], wanted))

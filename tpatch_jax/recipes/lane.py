@@ -88,7 +88,7 @@ class FitSettings:
             (joint). It is stored as a second neuron that is always on.
         eager: where an edit cannot be parted from the hardest negative, fire on its queries' mean and not only on the
             first (staged): where no single query decides what is said.
-        lanes: how many lanes are fitted at a time at most; a power of two.
+        lanes: how many lanes are fitted at a time at most; a power of two. Their logits are in memory together.
     """
 
     recipe: str = "staged"
@@ -111,7 +111,7 @@ class FitSettings:
     value_spread: float = 10.0
     output_bias: bool = False
     eager: bool = False
-    lanes: int = 64
+    lanes: int = 16
 
     def harder(self, attempt: int) -> "FitSettings":
         """The options of a retry: more steps, and a patch that fires more readily on its own queries.

@@ -1,0 +1,110 @@
+"""Edits a tiny model on several devices; `test_devices` runs it in processes of their own and compares.
+
+``python on_devices.py FOLDER TEXT OUT MESH… [PROCESS:PORT]``: a mesh is ``alone`` for one device, or ``8x1`` for eight
+devices along "data" and one along "model"; the last argument makes it one of two processes.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import tpatch_jax as tp
+from tpatch_jax import ffn, fitting
+from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
+from tpatch_jax.evaluation.measure import measure
+from tpatch_jax.models.rows import tokens_array
+
+PROMPTS = ("bdkvxw", "cqyrfz", "jgomps", "kcujlq", "xyrgod")
+TARGETS = ("ab", "q", "h", "z", "m")
+REQUESTS = [tp.EditRequest(*pair) for pair in zip(PROMPTS, TARGETS, strict=True)]
+"""Eleven tokens in all, with the spaces before them: eight devices do not divide them."""
+
+
+def settings() -> TPatcherSettings:
+    base = PRESETS["default"]
+    fit = dataclasses.replace(base.fit, key_steps=24, value_steps=8, rounds=2, negatives=32, lanes=2)
+    return dataclasses.replace(base, site="last", fit=fit, attempts=1)
+
+
+def edit(folder: str, text: str, out: Path, shape: str) -> dict[str, Any]:
+    """Load, edit, measure, merge and save on one mesh; what the devices held is written down."""
+    mesh = None
+    if shape != "alone":
+        data, model = map(int, shape.split("x"))
+        mesh = jax.make_mesh((data, model), ("data", "model"))
+    seen: dict[str, list[int]] = {"lanes": [], "rows": []}
+    whole = fitting._many_settle
+
+    def watched(lanes: Any, memory: Any, *rest: Any) -> Any:
+        for name, array in (("lanes", lanes.query), ("rows", memory.query)):
+            parts = [part.data for part in array.addressable_shards] if mesh else [array]
+            largest = max(part.shape[0] for part in parts)
+            seen[name].extend((largest, array.shape[0]))
+        return whole(lanes, memory, *rest)
+
+    fitting._many_settle = watched  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        loaded = tp.load_model(folder, mesh=mesh)
+        patch, info = tp.edit(loaded, REQUESTS, settings=settings(), memory=text, cache=False)
+    finally:
+        fitting._many_settle = whole
+    tp.save_patches(out / shape / "patches", loaded, patch, REQUESTS, info)
+    tp.save_model(tp.merge(loaded, patch), out / shape / "model")
+    exact = measure(loaded, patch, REQUESTS)["exact"]
+    return {"seen": seen, "held": [request.held for request in info.requests], "exact": exact}
+
+
+def axes(folder: str, patches: Path) -> dict[str, float]:
+    """How far logits with attached patches are from those on one device, by axis types and who placed the weights."""
+    one = tp.load_model(folder)
+    patch = tp.load_patches(patches, one)
+    tokens = tokens_array([[number + 5, 6, 7, 8] for number in range(8)], 8)
+    wanted, found = np.asarray(tp.attach(one, patch).apply(tokens)), {}
+    network = ffn.attach(one.params["layers"][2]["ffn"], patch)
+    query = one.trace(tokens).query
+    out = np.asarray(ffn.apply(network, query, one.config.activation))
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+        rows, everywhere = (NamedSharding(mesh, PartitionSpec(*names)) for names in (("data",), ()))
+        columns, lines = (NamedSharding(mesh, PartitionSpec(*names)) for names in ((None, "model"), ("model", None)))
+        with jax.set_mesh(mesh):
+            batch = jax.device_put(tokens, rows)
+            models = {
+                "loaded": tp.load_model(folder, mesh=mesh),
+                "own": one.with_params(jax.device_put(one.params, everywhere)),
+            }
+            for name, model in models.items():
+                logits = tp.attach(model, patch).apply(batch)
+                assert logits.sharding.mesh.axis_types == mesh.axis_types
+                found[f"{kind.name} {name}"] = float(np.abs(np.asarray(logits) - wanted).max())
+            split = jax.device_put(network, everywhere)
+            for part, place in (("gate", columns), ("up", columns), ("down", lines)):
+                split[part]["kernel"] = jax.device_put(split[part]["kernel"], place)
+            run = jax.jit(lambda network, query: ffn.apply(network, query, one.config.activation))
+            found[f"{kind.name} arrays"] = float(
+                np.abs(np.asarray(run(split, jax.device_put(query, rows))) - out).max()
+            )
+    return found
+
+
+def main(folder: str, text: str, out: str, *shapes: str) -> None:
+    if ":" in shapes[-1]:
+        *shapes, process = shapes
+        number, port = process.split(":")
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(number))
+    jax.config.update("jax_disable_most_optimizations", True)
+    found: dict[str, Any] = {shape: edit(folder, text, Path(out), shape) for shape in shapes}
+    if shapes[0] == "alone":
+        found["axes"] = axes(folder, Path(out) / "alone" / "patches")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

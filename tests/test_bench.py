@@ -1,0 +1,208 @@
+"""The benchmark: what it reports, what it refuses, and the counting underneath; on a tiny model."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import make_tiny_model, write_tiny_folder
+from jax.experimental.compilation_cache import compilation_cache
+
+from tpatch_jax import cli
+from tpatch_jax.benchmarks import bench as bench_
+from tpatch_jax.benchmarks import command
+from tpatch_jax.benchmarks import probe as probe_
+from tpatch_jax.benchmarks.bench import FULL, QUICK, Plan
+from tpatch_jax.benchmarks.edits_to_time import edits_to_time
+from tpatch_jax.benchmarks.gauges import compilations, median_and_spread, seconds_of
+from tpatch_jax.benchmarks.plan import Machine, Measured, Network, cost
+from tpatch_jax.benchmarks.recompilation import recompilations
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.requests import EditRequest
+
+PROMOTION = "standard"  # optax takes steps
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TINY = Plan(
+    edits={"last": (1, 16)},
+    repeats=1,
+    compared=2,
+    paper_steps=1,
+    paper_whole=False,
+    neurons=(0, 100),
+    tokens=2,
+    rounds=2,
+    warm=(1, 4),
+    new=(3,),
+)
+PROMISED = {
+    "forward_equivalents_per_edit",
+    "fit_forward_equivalents_per_edit",
+    "peak_memory_ratio",
+    "speedup_over_paper_loop",
+    "merged_overhead",
+    "attached_overhead",
+    "recompilations",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Iterator[Path]:
+    """A folder with a model; caches go there too, and what the command changes of JAX does not outlive these tests."""
+    folder = tmp_path_factory.mktemp("bench")
+    write_tiny_folder(make_tiny_model(max_position_embeddings=512), folder / "tiny")
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setenv("TPATCH_CACHE", str(folder / "cache"))
+        patching.setattr(command, "QUICK", TINY)
+        # One process has all the compiled programs; that a process of its own does the same is tested below.
+        patching.setattr(bench_, "probe", probe_._measure)
+        yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_one_run_says_all_that_is_promised(place, capsys):
+    arguments = ["bench", str(place / "tiny"), "--quick", "-o", str(place / "bench.png"), "--json"]
+    assert cli.main(arguments) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(found) >= PROMISED
+    for name in ("forward_equivalents_per_edit", "fit_forward_equivalents_per_edit", "exact", "peak_memory"):
+        assert {site: set(by_count) for site, by_count in found[name].items()} == {"last": {"1", "16"}}
+    for site, by_count in found["forward_equivalents_per_edit"].items():
+        for count, value in by_count.items():
+            assert 0 < found["fit_forward_equivalents_per_edit"][site][count] < value
+            spread = found["spread"][site][count]
+            assert spread["lower"] <= spread["median"] <= spread["upper"]
+    assert set(found["attached_overhead"]) == set(found["merged_overhead"]) == {"0", "100"}
+    assert set(found["speedup_over_paper_loop"]) == {"single", "batch"}
+    assert found["paper_loop"]["edits"] == 2
+    # The same process edits 1 and 16, so the later peak is no lower, but for the patches that are taken off.
+    assert 0.9 < found["peak_memory_ratio"] < 2
+    assert (place / "bench.png").read_bytes()[:4] == b"\x89PNG"
+    command._show(found)
+    said = capsys.readouterr().out
+    assert "forward equivalents per edit" in said
+    assert "programs compiled for new numbers of edits: " in " ".join(said.split())
+
+
+def test_a_new_number_of_edits_compiles_nothing(place):
+    model = make_tiny_model(max_position_embeddings=512)
+    # Of one length, so that no new one comes with a new number.
+    requests = [EditRequest(f"the {a}{b} is in", "q", f"{a}{b}") for a in "abcd" for b in "klmn"]
+    compiled, growth = recompilations(model, requests, (1, 2, 4, 8, 16), (3, 7, 13))
+    assert compiled == 0
+    assert growth == 0
+    # The counter is no decoration: what was never warm is compiled.
+    jax.clear_caches()
+    assert recompilations(model, requests, (), (1,))[0] > 0
+
+
+def test_a_probe_measures_in_a_process_of_its_own(place):
+    found = probe_.probe(str(place / "tiny"), "last", 1, 1, None, None)
+    assert found["peak"] > 2**20
+    assert found["compilations"] == 0
+    assert 0 <= found["exact"] <= 1
+    assert len(found["forward_equivalents"]) == 1
+
+
+def test_a_probe_that_fails_says_why(place):
+    with pytest.raises(TPatchError, match=r"measuring 3 edits at site=last failed: .*nowhere.*; ask for fewer edits"):
+        probe_.probe(str(place / "nowhere"), "last", 3, 1, None, None)
+
+
+def test_the_plans_measure_what_the_figures_need():
+    for plan in (FULL, QUICK, TINY):
+        assert 16 in plan.edits["last"]
+        assert max(plan.new) < max(plan.warm)
+        assert not set(plan.new) & set(plan.warm)
+    assert {1, 16, 256, 4096} == set(FULL.edits["last"])
+    assert {0, 100, 1000, 10_000} == set(FULL.neurons)
+
+
+def test_a_plan_counts_what_it_says(capsys):
+    network, machine = Network("small", 1e6, 10, 2, 100), Machine("two", 2, 1, 1e9, 5e6)
+    found = cost(network, machine, 100, Measured(2.0, 8, 1.0, 4.0, 5, 600, 0.5))
+    # 100 edits of 2 passes over 8 tokens, and 5 searches of 100 keys among 1,000 rows; two devices at half their speed.
+    assert found.seconds == pytest.approx((100 * 2 * 8 * 2e6 + 100 * 5 * 1000 * 20) / 1e9)
+    assert (found.weights, found.memory, found.patches, found.host) == (2e6, 20_000, 4000, 48_000)
+    assert found.wider == pytest.approx(100 * 20 / 1e6)
+    assert found.fits
+    assert not cost(network, machine._replace(memory=2e6), 100).fits
+    assert cli.main(["bench", "--plan", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["edits"] for row in told["plan"]} == {10_000, 100_000, 1_000_000}
+    assert {row["network"] for row in told["plan"]} == {"7B", "70B"}
+    assert cli.main(["bench", "--plan"]) == 0
+    assert "on paper" in capsys.readouterr().out
+
+
+def test_made_up_edits_differ_and_name_their_subject():
+    requests = edits_to_time(4096)
+    assert len({request.prompt for request in requests}) == 4096
+    for request in requests[::97]:
+        assert request.subject in request.prompt
+        assert request.target
+        assert request.locality[0] != request.prompt
+
+
+def test_edits_from_files(tmp_path):
+    flat = [
+        {"prompt": f"{name} speaks", "target_new": "Greek", "subject": name, "locality_prompt": "The sky is"}
+        for name in ("Ada", "Bo", "Ada")
+    ]
+    more = {"ground_truth": "Latin", "locality_ground_truth": "blue"}
+    flat = [{**row, **more, "rephrase_prompt": f"{row['subject']} says"} for row in flat]
+    (tmp_path / "flat.json").write_text(json.dumps(flat))
+    assert [request.subject for request in edits_to_time(2, tmp_path / "flat.json")] == ["Ada", "Bo"]
+    (tmp_path / "own.jsonl").write_text('{"prompt": "Bo speaks", "target": "Greek"}\n')
+    assert edits_to_time(1, tmp_path / "own.jsonl")[0].target == "Greek"
+    with pytest.raises(TPatchError, match=r"flat.json has 2 different prompts, and 3 edits were asked for; ask for"):
+        edits_to_time(3, tmp_path / "flat.json")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--output", "nowhere/bench.png"], "the folder of nowhere/bench.png does not exist; make it first"),
+        (["--dtype", "float16"], "dtype 'float16' is not supported"),
+        (["--quick", "--file", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_bad_options_are_named(place, capsys, more, words):
+    assert cli.main(["bench", str(place / "tiny"), *more]) == 1
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_encoder_is_refused(place, capsys, monkeypatch):
+    import dataclasses
+
+    model = make_tiny_model()
+    encoder = dataclasses.replace(model, config=dataclasses.replace(model.config, causal=False))
+    monkeypatch.setattr(command, "load", lambda *_: encoder)
+    assert cli.main(["bench", "bert"]) == 1
+    assert "is an encoder; the benchmark needs a decoder" in " ".join(capsys.readouterr().err.split())
+
+
+def test_spread_and_time():
+    assert median_and_spread([4.0]) == {"median": 4.0, "lower": 4.0, "upper": 4.0}
+    assert median_and_spread([5.0, 1.0, 3.0, 2.0, 4.0]) == {"median": 3.0, "lower": 2.0, "upper": 4.0}
+    calls = []
+    found = seconds_of({"first": lambda: calls.append(1), "second": lambda: calls.append(2)}, 2)
+    assert calls == [1, 2, 1, 2, 1, 2]  # warm, then in turn
+    assert [len(found[name]) for name in found] == [2, 2]
+
+
+def test_compilations_are_counted_where_they_happen():
+    run = jax.jit(lambda x: x * 5 - 2)
+    with compilations() as outer:
+        run(jnp.ones(3))
+        with compilations() as inner:
+            run(jnp.ones(3))
+    assert outer[0] >= 1
+    assert inner[0] == 0
