@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -46,14 +47,15 @@ def automatically(run: Callable[[Any, Any], Array], params: Any, batch: Any) -> 
     meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
     context = jax.sharding.get_abstract_mesh()
     # Inside somebody's `jit` types cannot be changed any more.
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    traced = any(isinstance(leaf, Tracer) for leaf in leaves)
     if traced or not any(mesh.explicit_axes for mesh in (*meshes, context)):
         return run(params, batch)
 
     def put(leaf: Any) -> Any:
-        if not isinstance(leaf, Array) or not isinstance(leaf.sharding, NamedSharding):
+        sharding = leaf.sharding if isinstance(leaf, Array) else None
+        if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
             return leaf
-        return jax.device_put(leaf, NamedSharding(automatic(leaf.sharding.mesh), leaf.sharding.spec))
+        return jax.device_put(leaf, NamedSharding(automatic(sharding.mesh), sharding.spec))
 
     types = dict.fromkeys(context.axis_names, AxisType.Auto)
     with jax.sharding.use_abstract_mesh(context.update_axis_types(types)):

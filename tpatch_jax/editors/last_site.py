@@ -186,15 +186,9 @@ def create_lanes(
     made = _prepared(model.config, weights, spread, sized(patch, 64), {name: x[index] for name, x in given.items()})
     beside, direction, scale = (host(array)[: len(rows)] for array in made)
     # On the host, where a new number of lanes compiles nothing.
-    return Lane(
-        np.asarray(query, np.float32),
-        beside,
-        np.asarray(particular, np.float32),
-        context,
-        np.asarray(targets),
-        direction,
-        scale,
-    )
+    query, particular = np.asarray(query, np.float32), np.asarray(particular, np.float32)
+    on_host: Any = (query, beside, particular, context, np.asarray(targets), direction, scale)
+    return Lane(*on_host)
 
 
 def _by_position(query: np.ndarray, output: np.ndarray, residual: np.ndarray) -> tuple[Any, Any, dict[str, Any]]:
