@@ -1,5 +1,6 @@
 """The benchmark: what it reports, what it refuses, and the counting underneath; on a tiny model."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from tpatch_jax.benchmarks.edits_to_time import edits_to_time
 from tpatch_jax.benchmarks.gauges import compilations, median_and_spread, seconds_of
 from tpatch_jax.benchmarks.plan import Machine, Measured, Network, cost
 from tpatch_jax.benchmarks.recompilation import recompilations
+from tpatch_jax.editors.settings import PRESETS
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest
 
@@ -95,7 +97,9 @@ def test_a_new_number_of_edits_compiles_nothing(place):
     model = make_tiny_model(max_position_embeddings=512)
     # Of one length, so that no new one comes with a new number.
     requests = [EditRequest(f"the {a}{b} is in", "q", f"{a}{b}") for a in "abcd" for b in "klmn"]
-    compiled, growth = recompilations(model, requests, (1, 2, 4, 8, 16), (3, 7, 13))
+    # How many a random network wants to fit again differs from number to number, so nothing is fitted again.
+    once = dataclasses.replace(PRESETS["default"], attempts=1)
+    compiled, growth = recompilations(model, requests, (1, 2, 4, 8, 16), (3, 7, 13), once)
     assert compiled == 0
     assert growth == 0
     # The counter is no decoration: what was never warm is compiled.
@@ -153,8 +157,8 @@ def test_made_up_edits_differ_and_name_their_subject():
 
 def test_edits_from_files(tmp_path):
     flat = [
-        {"prompt": f"{name} speaks", "target_new": "Greek", "subject": name, "locality_prompt": "The sky is"}
-        for name in ("Ada", "Bo", "Ada")
+        {"case_id": n, "prompt": f"{name} speaks", "target_new": "Greek", "subject": name, "locality_prompt": "Up is"}
+        for n, name in enumerate(("Ada", "Bo", "Ada"))
     ]
     more = {"ground_truth": "Latin", "locality_ground_truth": "blue"}
     flat = [{**row, **more, "rephrase_prompt": f"{row['subject']} says"} for row in flat]

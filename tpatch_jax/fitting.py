@@ -143,14 +143,14 @@ def _many_end(states, lanes, memory, resume, settings, activation):
 def _padded(tree: Any, size: int) -> Any:
     """A batch with its first lane repeated up to ``size``; repeated lanes are dropped afterwards."""
 
-    def widen(leaf: Array) -> Array:
+    def widen(leaf: Any) -> Any:
         count = leaf.shape[0]
         if count == size:
             return leaf
         index = np.r_[:count, np.zeros(size - count, int)]
         # On the host, where a new number of lanes compiles nothing; random keys stay what they are.
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return leaf[index] if is_key else jnp.asarray(np.asarray(leaf)[index])
+        return leaf[index] if is_key else np.asarray(leaf)[index]
 
     return jax.tree.map(widen, tree)
 

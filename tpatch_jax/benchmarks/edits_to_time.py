@@ -77,4 +77,7 @@ def _made_up(number: int) -> EditRequest:
 
 
 def _without_repetition(requests: Sequence[EditRequest]) -> list[EditRequest]:
-    return list({request.prompt: request for request in reversed(requests)}.values())[::-1]
+    first: dict[str, EditRequest] = {}
+    for request in requests:
+        first.setdefault(request.prompt, request)
+    return list(first.values())
