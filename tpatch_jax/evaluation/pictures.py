@@ -87,7 +87,7 @@ def draw_comparison(path: Path, columns: Sequence[tuple[str, Mapping[str, Any]]]
         axes.bar(places, [result["metrics"].get(name, 0.0) for name in names], width, label=heading)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_ylabel("share")
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, ncols=3, loc="outside lower center")
     _save(figure, path)
 
 
