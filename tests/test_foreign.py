@@ -478,8 +478,8 @@ def test_further_edits_go_on_top_of_attached_ones(network):
 
 
 def test_failed_edits_are_reported_and_left_out(network, monkeypatch):
-    def spoilt(*args):
-        patches, info = fit_many(*args)
+    def spoilt(*args, **options):
+        patches, info = fit_many(*args, **options)
         return patches._replace(value=patches.value.at[0].set(0)), info
 
     monkeypatch.setattr(rounds, "fit_many", spoilt)
