@@ -13,10 +13,10 @@ from tpatch_jax.console import print_json, progress_bar
 from tpatch_jax.editors import tpatcher
 from tpatch_jax.evaluation.measure import measure
 from tpatch_jax.files import check_vacant
-from tpatch_jax.models import generation
 from tpatch_jax.models.model import Model, attach, merge
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.showing.edit import answers
 from tpatch_jax.sizes import power_of_two
 
 __all__ = ["FACTS", "run"]
@@ -94,9 +94,7 @@ FACTS = (
 
 
 def _say(model: Model, prompts: list[str]) -> list[str]:
-    rows = [model.encode_prompt(prompt) for prompt in prompts]
-    found = generation.greedy(model.config, model.params, rows, WORDS, model.stops)
-    return [model.decode(row).strip().split("\n")[0] for row in found]
+    return [said.strip().split("\n")[0] for said in answers(model, prompts, WORDS)]
 
 
 def run(output: str, *, json: bool = False, quiet: bool = False) -> None:

@@ -13,11 +13,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tpatch_jax.files import check_vacant
+from tpatch_jax.memory import PADDING, Memory
 
 __all__ = [
     "DATA_AXIS",
     "automatic",
     "automatically",
+    "divided",
     "host",
     "mesh_of",
     "one_process_writes",
@@ -116,6 +118,23 @@ def host(array: Any) -> np.ndarray:
     if isinstance(array, Array) and not array.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
+
+
+def divided(memory: Memory, mesh: Mesh | None) -> Memory:
+    """A memory with a part of its rows on each device; what is divided already stays as it is.
+
+    Args:
+        memory: all of it; rows that do not count are put behind it until it can be divided.
+        mesh: the devices; ``None`` changes nothing.
+    """
+    if mesh is None:
+        return memory
+    missing = -memory.query.shape[0] % parts(mesh)
+    # Behind the others, where they change no row's block in `hardest`.
+    query = np.pad(host(memory.query), ((0, missing), (0, 0))) if missing else memory.query
+    answer = np.pad(host(memory.answer), (0, missing), constant_values=PADDING) if missing else memory.answer
+    query, answer = spread((query, answer), mesh)
+    return Memory(query, answer, repeat(memory.mean, mesh), repeat(memory.whitener, mesh))
 
 
 @contextmanager

@@ -20,9 +20,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from tpatch_jax.devices import host, parts, repeat, spread
+from tpatch_jax.devices import divided, host, parts, spread
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.memory import PADDING, Memory
+from tpatch_jax.memory import Memory
 from tpatch_jax.patch import Patch
 from tpatch_jax.recipes import joint, staged
 from tpatch_jax.recipes.lane import FitInfo, FitSettings, Lane, Resume
@@ -160,7 +160,7 @@ def _over_devices(settings: FitSettings, memory: Memory, mesh: Mesh | None) -> t
 
     Args:
         settings: options for one device.
-        memory: all of it; rows that do not count are put behind it until it is divided.
+        memory: all of it.
         mesh: the devices; ``None`` changes nothing.
 
     Raises:
@@ -170,13 +170,7 @@ def _over_devices(settings: FitSettings, memory: Memory, mesh: Mesh | None) -> t
         return settings, memory
     if settings.recipe == "joint":
         raise TPatchError("the joint recipe is not split over devices; use recipe=staged, or a mesh without 'data'")
-    missing = -memory.query.shape[0] % parts(mesh)
-    # Behind the others, where they change no row's block in `hardest`.
-    query = np.pad(host(memory.query), ((0, missing), (0, 0))) if missing else memory.query
-    answer = np.pad(host(memory.answer), (0, missing), constant_values=PADDING) if missing else memory.answer
-    query, answer = spread((query, answer), mesh)
-    shared = Memory(query, answer, repeat(memory.mean, mesh), repeat(memory.whitener, mesh))
-    return dataclasses.replace(settings, lanes=settings.lanes * parts(mesh)), shared
+    return dataclasses.replace(settings, lanes=settings.lanes * parts(mesh)), divided(memory, mesh)
 
 
 def fit_many(

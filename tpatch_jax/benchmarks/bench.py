@@ -124,9 +124,9 @@ def bench(
     compiled, growth = recompilations(model, edits_to_time(max(*plan.warm, *plan.new), file), plan.warm, plan.new)
     progress("new numbers of edits", 1, 1)
 
-    def medians(field: str) -> dict[str, dict[str, float]]:
+    def each(figure: Callable[[int, dict[str, Any]], Any]) -> dict[str, dict[str, Any]]:
         return {
-            site: {str(count): statistics.median(found[field]) for count, found in by_count.items()}
+            site: {str(count): figure(count, found) for count, found in by_count.items()}
             for site, by_count in probes.items()
         }
 
@@ -135,18 +135,13 @@ def bench(
     return {
         "model": name,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "forward_equivalents_per_edit": medians("forward_equivalents"),
-        "fit_forward_equivalents_per_edit": medians("fit_forward_equivalents"),
-        "spread": {
-            site: {str(count): median_and_spread(found["forward_equivalents"]) for count, found in by_count.items()}
-            for site, by_count in probes.items()
-        },
-        "seconds_per_edit": {
-            site: {str(count): statistics.median(found["seconds"]) / count for count, found in by_count.items()}
-            for site, by_count in probes.items()
-        },
-        **{field: _by_count(probes, field) for field in ("exact", "locality_tokens")},
-        "peak_memory": _by_count(probes, "peak"),
+        "forward_equivalents_per_edit": each(lambda _, found: statistics.median(found["forward_equivalents"])),
+        "fit_forward_equivalents_per_edit": each(lambda _, found: statistics.median(found["fit_forward_equivalents"])),
+        "spread": each(lambda _, found: median_and_spread(found["forward_equivalents"])),
+        "seconds_per_edit": each(lambda count, found: statistics.median(found["seconds"]) / count),
+        "exact": each(lambda _, found: found["exact"]),
+        "locality_tokens": each(lambda _, found: found["locality_tokens"]),
+        "peak_memory": each(lambda _, found: found["peak"]),
         "peak_memory_ratio": (last[most]["peak"] - last[most]["patch"]) / last[16]["peak"],
         "speedup_over_paper_loop": {form: paper[form] for form in ("single", "batch")},
         "paper_loop": {name: value for name, value in paper.items() if name not in ("single", "batch")},
@@ -159,10 +154,6 @@ def bench(
         "memory_growth": growth,
         "seconds": time.perf_counter() - began,
     }
-
-
-def _by_count(probes: Mapping[str, Mapping[int, Mapping[str, Any]]], field: str) -> dict[str, dict[str, Any]]:
-    return {site: {str(count): found[field] for count, found in by_count.items()} for site, by_count in probes.items()}
 
 
 def _against_paper(model: Model, plan: Plan, file: str | None) -> dict[str, Any]:
@@ -193,7 +184,8 @@ def _against_paper(model: Model, plan: Plan, file: str | None) -> dict[str, Any]
         steps, held = [least] * len(requests), [True] * len(requests)
         if plan.paper_whole:
             # The same arithmetic on cached queries takes as many steps.
-            info = editor("paper").step(editor("paper").init(model, key), requests, key)[1]
+            paper_editor = editor("paper")
+            info = paper_editor.step(paper_editor.init(model, key), requests, key)[1]
             held = [request.held for request in info.requests]
             # One that holds without a neuron was right before; one that fails has run to the end.
             steps = [request.steps or PRESETS["paper"].fit.most_steps for request in info.requests]

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from tpatch_jax.devices import parts
+from tpatch_jax.devices import divided, parts
 from tpatch_jax.editors.editor import EditInfo, RequestInfo
 from tpatch_jax.fitting import FitInfo, FitSettings, Lane, fit_many
 from tpatch_jax.memory import Memory
@@ -150,7 +150,8 @@ def fit_rounds(
         progress: called with what is being done, how much is done, and how much there is.
         mesh: devices that share the work; see `fit_many`.
     """
-    at_once = settings.lanes * parts(mesh)
+    # Once, not again with each part.
+    at_once, memory = settings.lanes * parts(mesh), divided(memory, mesh)
     patch = jax.tree.map(np.asarray, patch)
     missing, rows, notes, seconds = wrong(patch), np.zeros(0, np.int64), [], 0.0
     for attempt in range(attempts):

@@ -110,8 +110,16 @@ def _block(config: NetworkConfig, kind: LayerKind, params: Params) -> Block:
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
-def _enter(config: NetworkConfig, kind: LayerKind, params: Params, x: Array, positions: Array, around: Around):
-    residual, query, _ = _block(config, kind, params).enter(x, positions, None, around)
+def _enter(
+    config: NetworkConfig,
+    kind: LayerKind,
+    params: Params,
+    x: Array,
+    positions: Array,
+    cache: Cache | None,
+    around: Around,
+):
+    residual, query, _ = _block(config, kind, params).enter(x, positions, cache, around)
     return residual, query, ffn.apply(params["ffn"], query, config.activation)
 
 
@@ -145,18 +153,14 @@ def _continued(begun: Cache, which: Array, tokens: int) -> Cache:
 def _enter_after(
     config: NetworkConfig, kind: LayerKind, params: Params, x: Array, positions: Array, begun: Cache, which: Array
 ):
-    cache = _continued(begun, which, x.shape[1])
-    residual, query, _ = _block(config, kind, params).enter(x, positions, cache, Around())
-    return residual, query, ffn.apply(params["ffn"], query, config.activation)
+    return _enter(config, kind, params, x, positions, _continued(begun, which, x.shape[1]), Around())
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
 def _whole_after(
     config: NetworkConfig, kind: LayerKind, params: Params, x: Array, positions: Array, begun: Cache, which: Array
 ):
-    block, cache = _block(config, kind, params), _continued(begun, which, x.shape[1])
-    residual, query, _ = block.enter(x, positions, cache, Around())
-    return block.leave(residual, ffn.apply(params["ffn"], query, config.activation))
+    return _whole(config, kind, params, x, positions, _continued(begun, which, x.shape[1]), Around())[0]
 
 
 @partial(jax.jit, static_argnames="config")
@@ -330,7 +334,7 @@ def trace(config: NetworkConfig, params: Params, batch: Batch, layer: int) -> Tr
     tokens, x, positions, around = _begin(config, params, batch)
     for index in range(layer):
         x, _ = _whole(config, config.kind(index), params["layers"][index], x, positions, None, around)
-    residual, query, output = _enter(config, config.kind(layer), params["layers"][layer], x, positions, around)
+    residual, query, output = _enter(config, config.kind(layer), params["layers"][layer], x, positions, None, around)
     context = {"residual": residual, "positions": positions}
     if not config.causal:
         context["valid"] = tokens >= 0
