@@ -8,8 +8,9 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -31,7 +32,7 @@ from tpatch_jax.models.model import Model
 
 __all__ = ["Background", "background", "memory_rows"]
 
-VERSION = 5
+VERSION = 6
 TEXTS = 256
 LENGTH = 64
 PREFIX_LENGTHS = (5, 10, 5, 10, 8, 6, 10)
@@ -53,6 +54,8 @@ class Background(NamedTuple):
             inputs of each label, ``[labels, d]``.
         answers: of an encoder-decoder the token that it says at each query, ``[rows]`` int: a patch that says the same
             need not stay silent there.
+        rewordings: of an encoder-decoder the wordings that its memory has for one question; see
+            `tpatch_jax.editors.rewordings`.
     """
 
     query: Array
@@ -61,6 +64,7 @@ class Background(NamedTuple):
     names: tuple[str, ...]
     centres: Array | None = None
     answers: Array | None = None
+    rewordings: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 def background(
@@ -229,7 +233,7 @@ def _save(folder: Path, result: Background) -> None:
         found["answers"] = result.answers
         arrays = {name: np.asarray(array) for name, array in found.items() if array is not None}
         save_file(arrays, temporary / "arrays.safetensors")
-        texts = {"prefixes": result.prefixes, "names": result.names}
+        texts = {"prefixes": result.prefixes, "names": result.names, "rewordings": dict(result.rewordings)}
         (temporary / "background.json").write_text(json.dumps(texts, ensure_ascii=False, indent=1), "utf-8")
 
     _keep(folder, write)
@@ -245,7 +249,9 @@ def _load(folder: Path) -> Background | None:
         query, nuisance = jnp.asarray(arrays["query"]), jnp.asarray(arrays["nuisance"])
         centres = jnp.asarray(arrays["centres"]) if "centres" in arrays else None
         answers = jnp.asarray(arrays["answers"]) if "answers" in arrays else None
-        return Background(query, nuisance, tuple(texts["prefixes"]), tuple(texts["names"]), centres, answers)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        rewordings = {frame: tuple(others) for frame, others in texts["rewordings"].items()}
+        named = tuple(texts["prefixes"]), tuple(texts["names"])
+        return Background(query, nuisance, *named, centres, answers, rewordings)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         shutil.rmtree(folder, ignore_errors=True)
         return None

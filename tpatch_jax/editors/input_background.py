@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax.editors.inputs import input_contexts, read_inputs
+from tpatch_jax.editors.rewordings import learn_rewordings, named
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.memory import nuisance_scatter
 from tpatch_jax.models import networks
@@ -35,13 +36,6 @@ PLACES = 3
 PAIRS, MOST_PAIRS = 64, 4096
 """So many rephrasings must be found in the memory to learn from them, and at most so many are looked at."""
 
-_ANY_NAME = re.compile(r"[A-Z][\w'\u2019&.-]*(?: (?:(?:of|the|and|de|la|von|van) )?[A-Z0-9][\w'\u2019&.-]*)*")
-_NO_NAMES = frozenset(
-    (
-        *("A", "An", "As", "At", "By", "For", "From", "How", "In", "Is", "It", "Name", "Of", "On", "The", "To", "Was"),
-        *("What", "When", "Where", "Which", "Who", "Whom", "Whose", "Why", "With"),
-    )
-)
 _NAME = re.compile(r"(?:(?<=[a-z,] )|^)[A-Z][a-z]+(?: [A-Z][a-z]+)+")
 
 
@@ -101,7 +95,7 @@ def collect_inputs(
     rows: list[list[int]],
     inputs: Sequence[str],
     report: Callable[[int], None] | None = None,
-) -> tuple[Array, Array, tuple[str, ...], tuple[str, ...], Array | None, Array | None]:
+) -> tuple[Array, Array, tuple[str, ...], tuple[str, ...], Array | None, Array | None, dict[str, tuple[str, ...]]]:
     """The fields of a `tpatch_jax.editors.background.Background`.
 
     Args:
@@ -125,7 +119,7 @@ def collect_inputs(
     kept = np.sort(np.random.default_rng(1).permutation(len(query))[:QUERIES])
     names = dict.fromkeys(name for text in inputs for name in _NAME.findall(text))
     centres = _centres(model, sites) if model.config.labels else None
-    answers = None
+    answers, rewordings = None, {}
     if model.config.encoder:
         said = [
             row[place + 1] if place + 1 < len(row) else ASK
@@ -133,13 +127,8 @@ def collect_inputs(
             for place in own
         ]
         answers = jnp.asarray(np.asarray(said, np.int32)[kept])
-    return jnp.asarray(query[kept], jnp.float32), nuisance, others, tuple(names)[:200], centres, answers
-
-
-def _named(text: str) -> str:
-    """The longest name in a text: what it is about, as far as that can be seen; empty if there is none."""
-    found = [name for name in _ANY_NAME.findall(text) if name not in _NO_NAMES]
-    return max(found, key=len, default="")
+        rewordings = learn_rewordings((model.decode(row[: row.index(ASK)]), str(row[row.index(ASK) :])) for row in rows)
+    return jnp.asarray(query[kept], jnp.float32), nuisance, others, tuple(names)[:200], centres, answers, rewordings
 
 
 def _between_rephrasings(
@@ -155,7 +144,7 @@ def _between_rephrasings(
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for number, row in enumerate(rows):
         text = model.decode(row[: row.index(ASK)])
-        if name := _named(text):
+        if name := named(text):
             groups.setdefault((name, tuple(row[row.index(ASK) :])), []).append(number)
     pairs = [pair for group in groups.values() for pair in pairwise(group)]
     if len(pairs) < PAIRS:

@@ -67,16 +67,25 @@ def check_requests(model: Model, requests: Sequence[EditRequest], subjects: bool
     return problems
 
 
-def read_item(model: Model, position: int, request: EditRequest, prefixes: Sequence[str], rephrases: bool) -> Item:
+def read_item(
+    model: Model,
+    position: int,
+    request: EditRequest,
+    prefixes: Sequence[str],
+    rephrases: bool,
+    wordings: Sequence[str] = (),
+) -> Item:
     """A request in tokens, bare and in each context; one that would be too long is the bare prompt again.
 
-    A decoder sees the prompt behind each prefix; a model that reads whole inputs sees as many `input_contexts`.
+    A decoder sees the prompt behind each prefix; a model that reads whole inputs sees as many other `wordings` and,
+    where these are fewer, `input_contexts`.
     """
     target = model.encode_target(request.prompt, join_target(request.prompt, request.target))
     if model.config.architecture == "decoder":
         contexts = [f"{prefix} {request.prompt}" for prefix in prefixes]
     else:
-        contexts = input_contexts(request.prompt, tuple(prefixes), len(prefixes))
+        given = list(wordings)[: len(prefixes)]
+        contexts = [*given, *input_contexts(request.prompt, tuple(prefixes), len(prefixes) - len(given))]
     texts = [request.prompt, *contexts]
     texts += list(request.rephrases) if rephrases else []
     rows, starts = [], []

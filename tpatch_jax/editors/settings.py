@@ -28,6 +28,8 @@ class TPatcherSettings:
         subject: how a patch at the subject is fitted.
         contexts: in how many contexts each prompt is seen, the bare one included.
         input_contexts: the same of models that read whole inputs: classifiers and encoder-decoders.
+        rewordings: of an encoder-decoder at most so many of those contexts are other wordings that its memory has for
+            the same question.
         input_key_steps: `FitSettings.key_steps` of those models.
         label_split: `FitSettings.split` of classifiers, whose queries tell inputs apart more plainly.
         answer_split: the same of encoder-decoders.
@@ -50,9 +52,10 @@ class TPatcherSettings:
     subject: SubjectSettings = field(default_factory=SubjectSettings)
     contexts: int = 4
     input_contexts: int = 8
+    rewordings: int = 5
     input_key_steps: int = 128
     label_split: float = 0.7
-    answer_split: float = 0.2
+    answer_split: float = 0.3
     answer_negatives: int = 512
     answer_overshoot: float = 8.0
     swaps: int = 4
@@ -92,6 +95,7 @@ _PAPER = TPatcherSettings(
     site="last",
     contexts=1,
     input_contexts=1,
+    rewordings=0,
     swaps=0,
     other_edits=False,
     attempts=1,

@@ -31,6 +31,7 @@ from tpatch_jax.editors.last_site import (
     swaps,
 )
 from tpatch_jax.editors.reading import Item, check_requests, read_item
+from tpatch_jax.editors.rewordings import reworded
 from tpatch_jax.editors.rounds import Note, ask, finished, fit_rounds, numbered, report
 from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
 from tpatch_jax.editors.subject_site import (
@@ -238,7 +239,10 @@ def _step(
     prefixes = known.prefixes[: settings.contexts - 1]
     good = {position: request for position, request in enumerate(requests) if position not in problems}
     items = [
-        read_item(state.model, position, request, prefixes, settings.train_on_rephrases)
+        read_item(
+            *(state.model, position, request, prefixes, settings.train_on_rephrases),
+            wordings=reworded(request.prompt, request.subject, known.rewordings, settings.rewordings),
+        )
         for position, request in good.items()
     ]
     if not items:
