@@ -26,7 +26,7 @@ from tpatch_jax.memory import Memory
 from tpatch_jax.patch import Patch
 from tpatch_jax.recipes import joint, staged
 from tpatch_jax.recipes.lane import FitInfo, FitSettings, Lane, Resume
-from tpatch_jax.sizes import power_of_two, round_up
+from tpatch_jax.sizes import few_or_most, power_of_two, round_up
 
 __all__ = ["FitInfo", "FitSettings", "Lane", "fit", "fit_many"]
 
@@ -82,8 +82,8 @@ def fit(
 
 
 @partial(jax.jit, static_argnames=("settings", "activation"))
-def _many_settle(lanes, memory, resume, settings, activation):
-    return jax.vmap(lambda lane: staged.settle(lane, memory, resume, settings, activation))(lanes)
+def _many_settle(lanes, memory, resume, settings, activation, harder):
+    return jax.vmap(lambda lane: staged.settle(lane, memory, resume, settings, activation, harder))(lanes)
 
 
 @partial(jax.jit, static_argnames=("settings", "activation"))
@@ -111,17 +111,20 @@ def _staged_bucket(
     settings: FitSettings,
     activation: Callable[[Array], Array],
     mesh: Mesh | None,
+    retry: bool,
 ) -> tuple[Patch, FitInfo]:
     """The staged recipe for one bucket; only lanes that miss their target go through the steps on the value."""
     lanes = spread(lanes, mesh)
-    settled = _many_settle(lanes, memory, resume, settings, activation)
+    settled = _many_settle(lanes, memory, resume, settings, activation, np.int32(retry))
     missing = np.flatnonzero(~host(settled.held)[:count])
-    if missing.size:
-        size = round_up(power_of_two(missing.size, most=settings.lanes), parts(mesh))
-        # On the host, where a new number of lanes compiles nothing.
-        part = jax.tree.map(lambda leaf: host(leaf)[np.resize(missing, size)], (settled, lanes))
+    # A few at a time: how many miss differs from call to call, and must not compile anything.
+    size = round_up(few_or_most(1, settings.lanes), parts(mesh))
+    for first in range(0, missing.size, size):
+        few = missing[first : first + size]
+        part = jax.tree.map(lambda leaf, few=few: host(leaf)[np.resize(few, size)], (settled, lanes))
         improved = _many_improve(*spread(part, mesh), resume, settings, activation)
-        settled = spread(jax.tree.map(lambda old, new: _replaced(old, missing, new), settled, improved), mesh)
+        both = jax.tree.map(lambda old, new, few=few: _replaced(old, few, new), settled, improved)
+        settled = spread(both, mesh)
     return _many_end_staged(settled, lanes, resume, settings, activation)
 
 
@@ -182,8 +185,11 @@ def fit_many(
     activation: Callable[[Array], Array],
     progress: Callable[[int], None] | None = None,
     mesh: Mesh | None = None,
+    *,
+    size: int | None = None,
+    retry: bool = False,
 ) -> tuple[Patch, FitInfo]:
-    """Fit many patches: `fit` under ``vmap``, in buckets of lanes whose sizes are powers of two.
+    """Fit many patches: `fit` under ``vmap``, in buckets of lanes of few sizes.
 
     Lanes never couple: the result equals fitting each alone, in any order and any bucket. Under the joint recipe lanes
     stop one by one, and finished ones are dropped into a smaller bucket.
@@ -198,6 +204,9 @@ def fit_many(
         progress: called with the number of lanes finished so far.
         mesh: devices over whose axis ``"data"`` lanes and memory rows are split (staged); each fits
             ``settings.lanes`` lanes at a time. What ``resume`` holds has to lie on it.
+        size: as if there were so many lanes (staged): so a last part of many compiles nothing of its own.
+        retry: fitted before without success: the key takes twice the steps and the patch fires more readily on its own
+            queries (staged).
 
     Returns:
         Patches with a leading axis, ``[n, 1, d]``, and their `FitInfo`, ``[n]``.
@@ -228,10 +237,11 @@ def fit_many(
     for first in range(0, total, settings.lanes):
         part = jax.tree.map(lambda leaf, first=first: leaf[first : first + settings.lanes], lanes)
         count = part.target.shape[0]
-        part = _padded(part, round_up(power_of_two(count, most=settings.lanes), parts(mesh)))
         if settings.recipe == "staged":
-            patch, info = _staged_bucket(part, memory, resume, count, settings, activation, mesh)
+            part = _padded(part, round_up(few_or_most(max(count, size or total), settings.lanes), parts(mesh)))
+            patch, info = _staged_bucket(part, memory, resume, count, settings, activation, mesh, retry)
         else:
+            part = _padded(part, power_of_two(count, most=settings.lanes))
             part_keys = _padded(keys[first : first + count], part.target.shape[0])
             patch, info = _joint_bucket(part, memory, resume, part_keys, count, settings, activation)
         patches.append(jax.tree.map(lambda leaf, count=count: host(leaf)[:count], patch))

@@ -3,13 +3,15 @@
 Arrays only; `tpatch_jax.editors.tpatcher` collects the queries from a model.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 __all__ = [
+    "NO_ANSWER",
     "Memory",
     "blended",
     "counted",
@@ -22,6 +24,9 @@ __all__ = [
 ]
 
 NO_ANSWER, PADDING = -1, -2
+"""In place of a row's answer: that it has none, and that it is no row."""
+
+PART, ALIGNMENT = 4096, 16
 
 
 class Memory(NamedTuple):
@@ -153,14 +158,12 @@ def create_memory(
     return Memory(query.astype(jnp.float32), jnp.full(query.shape[0], NO_ANSWER, jnp.int32), mean, whitener)
 
 
-def extend(
-    memory: Memory, query: Array | np.ndarray, answer: Array | np.ndarray | None = None, size: int | None = None
-) -> Memory:
+def extend(memory: Memory, query: Any, answer: Array | np.ndarray | None = None, size: int | None = None) -> Memory:
     """The memory with more rows; mean and whitener stay those of unrelated text.
 
     Args:
         memory: the memory; not changed.
-        query: ``[rows, d]``.
+        query: ``[rows, d]``, an array or `tpatch_jax.models.rows_on_disk.RowsOnDisk`; or several of these.
         answer: ``[rows]`` int, the token that each row is meant to be followed by, if it belongs to another edit.
         size: as if there were so many rows; those that are missing do not count. So a new number of rows need not
             compile anything anew.
@@ -169,15 +172,30 @@ def extend(
         >>> extend(create_memory(jnp.eye(4)), jnp.ones((2, 4))).query.shape
         (6, 4)
     """
-    answer = np.full(query.shape[0], NO_ANSWER, np.int32) if answer is None else np.asarray(answer, np.int32)
-    missing = max(0, (size or 0) - query.shape[0])
+    parts = query if isinstance(query, list | tuple) else [query]
+    count, rows = sum(part.shape[0] for part in parts), memory.query.shape[0]
+    missing = max(0, (size or 0) - count)
     # In front of the others: what is held out of a memory is taken from its end. On the host: it compiles nothing.
-    query = np.pad(np.asarray(query, np.float32), ((missing, 0), (0, 0)))
-    answer = np.pad(np.asarray(answer), (missing, 0), constant_values=PADDING)
-    return memory._replace(
-        query=jnp.concatenate([jnp.asarray(query), memory.query]),
-        answer=jnp.concatenate([jnp.asarray(answer), memory.answer]),
-    )
+    found = _aligned((missing + count + rows, memory.query.shape[1]))
+    filled = missing
+    for part in parts:
+        for first in range(0, part.shape[0], PART):
+            piece = part[first : first + PART]
+            found[filled : filled + len(piece)] = piece
+            filled += len(piece)
+    found[filled:] = memory.query
+    answers = np.full(len(found), NO_ANSWER, np.int32)
+    answers[:missing], answers[missing + count :] = PADDING, memory.answer
+    if answer is not None:
+        answers[missing : missing + count] = answer
+    return memory._replace(query=jax.device_put(found), answer=jax.device_put(answers))
+
+
+def _aligned(shape: tuple[int, int]) -> np.ndarray:
+    """Zeros in float32 which lie where JAX takes them as they are, without a copy, on a CPU."""
+    raw = np.zeros(shape[0] * shape[1] + ALIGNMENT, np.float32)
+    skipped = -raw.ctypes.data % (4 * ALIGNMENT) // 4
+    return raw[skipped : skipped + shape[0] * shape[1]].reshape(shape)
 
 
 def counted(memory: Memory, target: Array) -> Array:

@@ -1,6 +1,9 @@
 """Sizes in steps, so that a new number of things seldom needs a new compilation."""
 
-__all__ = ["in_blocks", "power_of_two", "round_up"]
+__all__ = ["FEW", "few_or_most", "in_blocks", "in_steps", "power_of_two", "round_up"]
+
+FEW = 4
+"""The smaller of two sizes."""
 
 
 def power_of_two(count: int, least: int = 1, most: int | None = None) -> int:
@@ -42,3 +45,35 @@ def in_blocks(count: int, least: int, block: int) -> int:
         (8, 48)
     """
     return power_of_two(count, least) if count <= block else round_up(count, block)
+
+
+def few_or_most(count: int, most: int) -> int:
+    """One of two sizes that hold ``count`` things: four, or the most there may be at a time.
+
+    Args:
+        count: how many things there are.
+        most: the larger size.
+
+    Example:
+        >>> few_or_most(3, 16), few_or_most(5, 16), few_or_most(2, 1)
+        (4, 16, 1)
+    """
+    return min(FEW, most) if count <= FEW else most
+
+
+def in_steps(count: int, most: int) -> list[int]:
+    """Sizes that hold ``count`` things together, of two kinds: the most there may be at a time, and four.
+
+    Args:
+        count: how many things there are.
+        most: the larger size; a part that fills three quarters of it takes it whole.
+
+    Example:
+        >>> in_steps(73, 64), in_steps(55, 64), in_steps(3, 64)
+        ([64, 4, 4, 4], [64], [4])
+    """
+    whole, left = divmod(count, most)
+    if 4 * left >= 3 * most:
+        whole, left = whole + 1, 0
+    few = min(FEW, most)
+    return [most] * whole + [few] * -(-left // few)

@@ -24,17 +24,19 @@ from tpatch_jax.editors.rounds import Asked
 from tpatch_jax.editors.settings import TPatcherSettings
 from tpatch_jax.ffn import ACTIVATIONS
 from tpatch_jax.fitting import Lane
-from tpatch_jax.memory import Memory, blended, create_memory, extend, nuisance_scatter
+from tpatch_jax.memory import NO_ANSWER, Memory, blended, create_memory, extend, nuisance_scatter
 from tpatch_jax.models import networks
-from tpatch_jax.models.collection import LEAST_TEXT, Sites, collect, pad_rows, predicted, real, single_rows
+from tpatch_jax.models.collection import LEAST_TEXT, NEURONS, Sites, collect, pad_rows, predicted, real, single_rows
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
+from tpatch_jax.models.rows_on_disk import RowsOnDisk
 from tpatch_jax.patch import Patch, contribution, sized
 from tpatch_jax.requests import EditRequest
-from tpatch_jax.sizes import in_blocks, power_of_two, round_up
+from tpatch_jax.sizes import FEW, in_blocks, round_up
 
 __all__ = [
     "collect_bare",
+    "collect_inner",
     "collect_items",
     "create_lanes",
     "forward_seconds",
@@ -51,6 +53,12 @@ LEAST_ROWS, BLOCK = 1024, 4096
 """Edits' queries take so many rows of a memory at least, few beside the others, so that fits of few edits are one
 program; more than a block are taken in blocks."""
 
+INNER_ROWS = 32_768
+"""So many queries inside prompts are negatives at most."""
+
+SCATTERED = 16
+"""Groups of queries whose scatter is taken at a time, where they are few."""
+
 LOUDEST = 8.0
 """A value's scale is at most so many times the unedited residual stream's length."""
 
@@ -64,7 +72,43 @@ def collect_items(model: Model, items: Sequence[Item], prefixes: Sequence[str], 
     places = [item.places(context) for item in items for context in range(len(item.rows))]
     report = (lambda done: progress("reading prompts", done, len(rows))) if progress else None
     begins = [model.encode_prompt(prefix) for prefix in prefixes] if model.config.architecture == "decoder" else []
-    return collect(model, rows, places, model.layer(None), report, begins)
+    return collect(model, rows, places, model.layer(None), report, begins, on_disk=True)
+
+
+def collect_inner(
+    model: Model, items: Sequence[Item], progress: Progress | None, most: int = INNER_ROWS
+) -> RowsOnDisk | np.ndarray:
+    """Queries inside the bare prompts, each beginning once: where one of many neurons may fire on the way.
+
+    Where another prompt, or its target so far, ends is no such place.
+
+    Args:
+        model: a decoder.
+        items: the requests.
+        progress: called with what is being done, how much is done, and how much there is.
+        most: only so many of them, drawn at random.
+
+    Returns:
+        ``[rows, d]``.
+    """
+    ends = {tuple(item.rows[0][: place + 1]) for item in items for place in item.places(0)}
+    first: dict[tuple[int, ...], tuple[int, int]] = {}
+    for number, item in enumerate(items):
+        prompt = item.rows[0][: item.starts[0]]
+        for place in range(len(prompt) - 1):
+            begin = tuple(prompt[: place + 1])
+            if begin not in ends:
+                first.setdefault(begin, (number, place))
+    found = list(first.values())
+    kept = np.sort(np.random.default_rng(0).permutation(len(found))[:most])
+    places: list[list[int]] = [[] for _ in items]
+    for index in kept:
+        number, place = found[index]
+        places[number].append(place)
+    asked = [number for number, own in enumerate(places) if own]
+    rows = [items[number].rows[0][: places[number][-1] + 1] for number in asked]
+    report = (lambda done: progress("reading inside prompts", done, len(rows))) if progress else None
+    return collect(model, rows, [places[n] for n in asked], model.layer(None), report, on_disk=True).query
 
 
 def collect_bare(model: Model, items: Sequence[Item]) -> Sites:
@@ -75,6 +119,8 @@ def collect_bare(model: Model, items: Sequence[Item]) -> Sites:
 def forward_seconds(model: Model, items: Sequence[Item], most: int = 64) -> float:
     """Seconds of one forward pass per request over its prompt and target, compiled and warm."""
     chosen = items[:: max(1, len(items) // most)][:most]
+    # As many as run together, so that none of the time is that of padding.
+    chosen = [chosen[number % len(chosen)] for number in range(max(FEW, len(chosen)))] if len(chosen) > 1 else chosen
     rows = [item.rows[0] for item in chosen]
     places = [item.places(0)[-1:] for item in chosen]
 
@@ -179,11 +225,13 @@ def create_lanes(
     # Only the first token of an answer follows a prompt that another subject could stand in.
     particular = np.where((token == 0)[:, None, None], negatives(owner), mean)
     given = {"query": query, "output": output, "residual": context["residual"], "targets": targets}
-    # Repeated up to a power of two, so that a new number of lanes compiles nothing.
-    index = np.resize(np.arange(len(rows)), power_of_two(len(rows)))
+    # Repeated, so that a new number of lanes compiles nothing.
+    index = np.resize(np.arange(len(rows)), round_up(len(rows), settings.fit.lanes))
     weights = networks.final_weights(model.config, model.params)
     weights["layers"] = {model.layer(None): weights["layer"]}
-    made = _prepared(model.config, weights, spread, sized(patch, 64), {name: x[index] for name, x in given.items()})
+    made = _prepared(
+        model.config, weights, spread, sized(patch, NEURONS), {name: x[index] for name, x in given.items()}
+    )
     beside, direction, scale = (host(array)[: len(rows)] for array in made)
     # On the host, where a new number of lanes compiles nothing.
     query, particular = np.asarray(query, np.float32), np.asarray(particular, np.float32)
@@ -222,12 +270,16 @@ def _own_scatter(query: np.ndarray, table: Sequence[np.ndarray], contexts: int, 
         index = np.concatenate([group for group in groups if group.shape[1] == count])
         for first in range(0, len(index), part):
             chosen = np.asarray(query[index[first : first + part]], np.float32)
-            total = total + _scatter(pad_rows(chosen, power_of_two(len(chosen), 8, part) - len(chosen)), rows)
+            total = total + _scatter(
+                pad_rows(chosen, (SCATTERED if len(chosen) <= SCATTERED else part) - len(chosen)), rows
+            )
     return total
 
 
-def last_memory(settings: TPatcherSettings, known: Background, earlier: Earlier, sites: Sites, asked: Asked) -> Memory:
-    """Background queries, earlier edits, and the other edits of this batch."""
+def last_memory(
+    settings: TPatcherSettings, known: Background, earlier: Earlier, sites: Sites, asked: Asked, inner: Any = None
+) -> Memory:
+    """Background queries, earlier edits, the other edits of this batch, and what `collect_inner` gave."""
     nuisance = known.nuisance
     several = max(map(len, asked.table)) > 1 and settings.contexts > 1
     if settings.fit.recipe == "staged" and several and sites.query.ndim == 2:
@@ -238,13 +290,16 @@ def last_memory(settings: TPatcherSettings, known: Background, earlier: Earlier,
     if known.answers is not None:
         memory = memory._replace(answer=known.answers)
     query, owner = single_rows(earlier.sites)
-    answer = earlier.wanted[owner]
+    queries, answers = [query], [earlier.wanted[owner]]
     if settings.other_edits:
         own, owner = single_rows(sites)
-        # No copy where there is nothing earlier: with thousands of edits it would be large.
-        query = np.concatenate([query, own]) if len(query) else own
-        answer = np.concatenate([answer, asked.answers[owner]])
-    return extend(memory, query, answer, in_blocks(len(query), LEAST_ROWS, BLOCK)) if len(query) else memory
+        queries.append(own)
+        answers.append(asked.answers[owner])
+    if inner is not None:
+        queries.append(inner)
+        answers.append(np.full(len(inner), NO_ANSWER, np.int32))
+    count = sum(map(len, queries))
+    return extend(memory, queries, np.concatenate(answers), in_blocks(count, LEAST_ROWS, BLOCK)) if count else memory
 
 
 def _mates(items: Sequence[Item], requests: Mapping[int, EditRequest], count: int) -> dict[int, list[int]]:

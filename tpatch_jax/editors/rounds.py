@@ -19,7 +19,6 @@ from tpatch_jax.fitting import FitInfo, FitSettings, Lane, fit_many
 from tpatch_jax.memory import Memory
 from tpatch_jax.patch import Patch, concatenate, join, take
 from tpatch_jax.recipes.lane import Resume
-from tpatch_jax.sizes import power_of_two
 
 __all__ = ["Asked", "Fitted", "Note", "ask", "finished", "fit_rounds", "numbered", "report"]
 
@@ -103,9 +102,9 @@ def _folded(key: Array, folds: Array) -> Array:
     return jax.vmap(lambda fold: jax.random.fold_in(key, fold))(folds)
 
 
-def _keys(key: Array, names: Sequence[str]) -> Array:
+def _keys(key: Array, names: Sequence[str], size: int) -> Array:
     """A random key for each name, and some more: a result depends on what is asked for, not on its neighbours."""
-    folds = np.zeros(power_of_two(len(names)), np.uint32)
+    folds = np.zeros(size, np.uint32)
     folds[: len(names)] = [zlib.crc32(name.encode()) for name in names]
     return _folded(key, folds)
 
@@ -154,6 +153,7 @@ def fit_rounds(
     at_once, memory = settings.lanes * parts(mesh), divided(memory, mesh)
     patch = jax.tree.map(np.asarray, patch)
     missing, rows, notes, seconds = wrong(patch), np.zeros(0, np.int64), [], 0.0
+    size = len(missing)
     for attempt in range(attempts):
         now = missing[asked.token[missing] < most_tokens]
         if not len(now):
@@ -164,8 +164,9 @@ def fit_rounds(
         for first in range(0, len(now), at_once):
             # Part by part, so that not all that is fitted on is in memory at once.
             part = now[first : first + at_once]
-            keys = _keys(key, [f"{names[row]} {attempt}" for row in part])
-            done = fit_many(lanes(part, patch), memory, resume, keys, settings.harder(attempt), activation, mesh=mesh)
+            keys = _keys(key, [f"{names[row]} {attempt}" for row in part], at_once)
+            given = lanes(part, patch), memory, resume, keys, settings, activation
+            done = fit_many(*given, mesh=mesh, size=size, retry=attempt > 0)
             pieces.append(jax.tree.map(np.asarray, done))
             if progress:
                 progress(said, min(first + at_once, len(now)), len(now))

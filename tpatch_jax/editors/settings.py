@@ -38,6 +38,8 @@ class TPatcherSettings:
             a rephrasing often makes a neuron fire but faintly.
         swaps: how many versions of a prompt with another subject a patch must stay silent on (needs a subject).
         other_edits: whether the other edits' queries are negatives as well.
+        inner_from: from so many requests on, what stands inside their prompts is a negative too: of many patches one
+            may well fire there (decoders).
         attempts: how often what does not hold yet is fitted again, in the presence of what does.
         most_tokens: at most so many wrong target tokens of one request get a neuron.
         nuisance_weight: how strongly the key avoids directions in which only the context shows.
@@ -60,6 +62,7 @@ class TPatcherSettings:
     answer_overshoot: float = 8.0
     swaps: int = 4
     other_edits: bool = True
+    inner_from: int = 256
     attempts: int = 3
     most_tokens: int = 64
     nuisance_weight: float = 0.8

@@ -22,6 +22,7 @@ from tpatch_jax.editors.earlier import Earlier, broken, fires, give_way, nothing
 from tpatch_jax.editors.editor import EditInfo, Editor
 from tpatch_jax.editors.last_site import (
     collect_bare,
+    collect_inner,
     collect_items,
     create_lanes,
     forward_seconds,
@@ -259,7 +260,9 @@ def _step(
     paused = time.perf_counter()
     unit = forward_seconds(model, items)
     began += time.perf_counter() - paused
-    memory = last_memory(settings, known, deep.earlier, sites, asked)
+    many = settings.other_edits and len(items) >= settings.inner_from and model.config.architecture == "decoder"
+    inner = collect_inner(model, items, progress) if many else None
+    memory = last_memory(settings, known, deep.earlier, sites, asked, inner)
     negatives = swaps(model, items, good, known.names, settings.swaps, np.asarray(memory.mean), sites, asked, progress)
     bare = type(sites)(*(field[asked.bare] for field in sites))
 
@@ -322,7 +325,7 @@ def _step(
     patch = _together(state, deep.patch, fitted.patch, older, alive)
     holds = [number for number in range(len(items)) if number not in reasons]
     rows = np.flatnonzero(np.isin(asked.owner, holds))
-    kept = type(bare)(*(field[rows] for field in bare))
+    kept = bare if len(rows) == len(asked.owner) else type(bare)(*(field[rows] for field in bare))
     heard = None if deep.read is None else deep.read.heard(holds)
     subjects = [(-1, -1)] * len(holds) if deep.read is None else [deep.read.place(number) for number in holds]
     earlier = remember(deep.earlier, [items[number] for number in holds], subjects, kept, heard)

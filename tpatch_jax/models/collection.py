@@ -1,5 +1,6 @@
 """Running a model over many texts of different lengths: sorted, bucketed, and cut at one layer."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,18 +17,25 @@ from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch, Pair, Trace
 from tpatch_jax.models.rows import ASK, place_in, row_length, split_row, tokens_array
+from tpatch_jax.models.rows_on_disk import RowsOnDisk
 from tpatch_jax.patch import Patch, contribution, create, sized
-from tpatch_jax.sizes import power_of_two
+from tpatch_jax.sizes import in_steps, power_of_two
 
-__all__ = ["Sites", "batches", "collect", "joined", "pad_rows", "predicted", "real", "single_rows"]
+__all__ = ["NEURONS", "Sites", "batches", "collect", "joined", "pad_rows", "predicted", "real", "single_rows"]
 
 TOKENS_PER_BATCH = 1024
 Rows = Any
-"""``[rows, d]`` in NumPy, which JAX takes as it is."""
+"""``[rows, d]`` in NumPy, which JAX takes as it is; or `RowsOnDisk`, where there are many."""
+
+LARGE = 2**24
+"""Arrays of more bytes are kept on disk, if they may be."""
 
 
 WORTH_SHARING = 8
 """A text with which others begin is run on its own if on average so many begin with each."""
+
+NEURONS = 512
+"""A patch counts as so many neurons at least: beside a vocabulary they cost nothing, and fewer compile nothing new."""
 
 LEAST_TEXT = 64
 """Where whole texts are kept they are padded to so many tokens at least, so that those of several passes fit."""
@@ -36,8 +44,8 @@ LEAST_TEXT = 64
 class Sites(NamedTuple):
     """What the cut gives at chosen positions: rows in the order in which they were asked for.
 
-    They stay on the host: so many of them can be kept, and picking some compiles nothing. Of a classifier that reads
-    the mean of all tokens a row is a whole text, ``[tokens, d]``, with zeros for padding.
+    They stay on the host, or on disk: so many of them can be kept, and picking some compiles nothing. Of a classifier
+    that reads the mean of all tokens a row is a whole text, ``[tokens, d]``, with zeros for padding.
 
     Attributes:
         query: the FFN's input, ``[rows, d]``.
@@ -65,13 +73,17 @@ def batches(config: NetworkConfig, rows: Sequence[Sequence[int]]) -> Iterator[tu
     for number, (read, written) in enumerate(parts):
         lengths = row_length(len(read)) if read else 0, row_length(len(written)) if written else 0
         by_length.setdefault(lengths, []).append(number)
-    for lengths in sorted(by_length):
+    for lengths in sorted(by_length, reverse=True):
         numbers = by_length[lengths]
         lanes = max(1, TOKENS_PER_BATCH // sum(lengths))
         lanes = 1 << (lanes.bit_length() - 1)
-        for first in range(0, len(numbers), lanes):
-            chosen = numbers[first : first + lanes]
-            size = power_of_two(len(chosen), most=lanes)
+        for size in in_steps(len(numbers), lanes) if len(rows) > 1 else [1]:
+            chosen = [numbers.pop() for _ in range(min(size, len(numbers)))]
+            # A shorter row takes the place of padding.
+            for others in (own for key, own in by_length.items() if _fits(key, lengths)):
+                chosen += [others.pop() for _ in range(min(size - len(chosen), len(others)))]
+            if not chosen:
+                continue
             # A lane of padding alone would have attention see nothing.
             lonely: Any = ([[0]] if lengths[0] else [[]]) * (size - len(chosen))
             sides = [[*(parts[number][side] for number in chosen), *lonely] for side in (0, 1)]
@@ -84,6 +96,11 @@ def batches(config: NetworkConfig, rows: Sequence[Sequence[int]]) -> Iterator[tu
                 yield chosen, batch
 
 
+def _fits(lengths: tuple[int, int], into: tuple[int, int]) -> bool:
+    """Whether rows of some lengths can stand among longer ones."""
+    return all(0 < short <= long or short == long for short, long in zip(lengths, into, strict=True))
+
+
 def collect(
     model: Model,
     rows: Sequence[Sequence[int]],
@@ -91,6 +108,7 @@ def collect(
     layer: int,
     progress: Callable[[int], None] | None = None,
     begins: Sequence[Sequence[int]] = (),
+    on_disk: bool = False,
 ) -> Sites:
     """Trace many texts and keep some positions of each.
 
@@ -101,6 +119,7 @@ def collect(
         layer: where to cut.
         progress: called with the number of texts done after each batch.
         begins: token ids with which many texts of a decoder begin; these are run once for all of them.
+        on_disk: whether many rows may be kept in temporary files, where they are no part of memory.
 
     Returns:
         The `Sites`, text after text, position after position.
@@ -112,7 +131,8 @@ def collect(
     if not networks.pointwise(config):
         longest = max((row_length(len(row)) for row in rows), default=0)
         shape = (shape[0], max(LEAST_TEXT, longest), config.width)
-    found = [np.zeros(shape, dtype) for _ in Sites._fields]
+    large = on_disk and networks.pointwise(config) and math.prod(shape) * np.dtype(dtype).itemsize > LARGE
+    found = [RowsOnDisk(shape[0], shape[-1], dtype) if large else np.zeros(shape, dtype) for _ in Sites._fields]
     done = 0
     for numbers, traced, first in _traced(model, rows, positions, layer, begins):
         lane = np.concatenate([np.full(len(positions[number]), slot) for slot, number in enumerate(numbers)]).astype(
@@ -188,6 +208,8 @@ def single_rows(sites: Sites) -> tuple[Rows, np.ndarray]:
 
 def joined(first: Sites, second: Sites) -> Sites:
     """The rows of both, whole texts padded to the longer ones."""
+    if not len(first.query):
+        return second
     if second.query.ndim == 3:
         longest = max(first.query.shape[1] if first.query.ndim == 3 else 0, second.query.shape[1])
 
@@ -226,7 +248,7 @@ def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int 
     result = np.zeros(total, np.int32)
     weights = networks.final_weights(model.config, model.params)
     mesh = mesh_of(model.params)
-    patch = sized((create(model.config.width) if patch is None else patch)._replace(layer=None), 64)
+    patch = sized((create(model.config.width) if patch is None else patch)._replace(layer=None), NEURONS)
     for first in range(0, total, rows):
         count = min(rows, total - first)
         missing = power_of_two(count, min(64, rows), rows) - count

@@ -1,7 +1,7 @@
 """What a fit works on and what it reports: the lane, the options, the outcome."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -112,16 +112,6 @@ class FitSettings:
     output_bias: bool = False
     eager: bool = False
     lanes: int = 16
-
-    def harder(self, attempt: int) -> "FitSettings":
-        """The options of a retry: more steps, and a patch that fires more readily on its own queries.
-
-        Args:
-            attempt: 0 is the first, which changes nothing.
-        """
-        if not attempt or self.recipe != "staged":
-            return self
-        return replace(self, key_steps=self.key_steps * 2, negatives=self.negatives * 2, split=self.split * 0.9)
 
 
 def held(logits: Array, target: Array) -> Array:

@@ -17,6 +17,10 @@ from tpatch_jax.recipes.lane import FitInfo, FitSettings, Lane, Resume, held
 __all__ = ["Recognised", "Staged", "end", "improve", "recognise", "settle"]
 
 
+EASIER = 0.1
+"""By how much of itself the split is less in a retry."""
+
+
 class Staged(NamedTuple):
     """Where a staged fit stands once the key is settled: what the value is fitted with."""
 
@@ -49,7 +53,9 @@ class Recognised(NamedTuple):
     losses: dict[str, Array]
 
 
-def recognise(query: Array, target: Array, particular: Array, memory: Memory, settings: FitSettings) -> Recognised:
+def recognise(
+    query: Array, target: Array, particular: Array, memory: Memory, settings: FitSettings, harder: Array | int = 0
+) -> Recognised:
     """The key, and the threshold between the hardest negative and the edit's own queries.
 
     Args:
@@ -58,6 +64,7 @@ def recognise(query: Array, target: Array, particular: Array, memory: Memory, se
         particular: queries on which this key in particular must stay silent, ``[own_negatives, d]``.
         memory: shared by all keys.
         settings: options; those of the key count.
+        harder: 1 in a retry, which takes twice the steps and fires more readily, else 0; never part of the program.
 
     Returns:
         A key with ``z = 0`` at the threshold and ``z = 1`` at the lesser of the bare prompt and its contexts' mean.
@@ -89,13 +96,13 @@ def recognise(query: Array, target: Array, particular: Array, memory: Memory, se
     for first, last in itertools.pairwise(bounds):
         negative, counts = mine(params)
 
-        def step(carry: Any, _: None, negative: Array = negative, counts: Array = counts) -> tuple[Any, None]:
+        def step(_: Any, carry: Any, negative: Array = negative, counts: Array = counts) -> Any:
             params, optimiser = carry
             gradient, _ = jax.grad(key_loss, has_aux=True)(params, negative, counts)
             update, optimiser = transform.update(gradient, optimiser, params)
-            return (optax.apply_updates(params, update), optimiser), None
+            return optax.apply_updates(params, update), optimiser
 
-        (params, optimiser), _ = jax.lax.scan(step, (params, optimiser), None, length=last - first)
+        params, optimiser = jax.lax.fori_loop(0, (last - first) * (1 + harder), step, (params, optimiser))
 
     # The threshold goes between the hardest negative and the edit's own queries, of which one then has z = 1.
     negative, counts = mine(params)
@@ -106,7 +113,7 @@ def recognise(query: Array, target: Array, particular: Array, memory: Memory, se
     hard = jnp.where(jnp.isfinite(hard), hard, 0.0)
     # The bare prompt must fire in any case; its contexts pull the threshold down as far as their mean does.
     least = jnp.minimum(z[0], jnp.mean(z))
-    between = hard + settings.split * (least - hard)
+    between = hard + settings.split * (1.0 - EASIER * harder) * (least - hard)
     # Where they cannot be parted the threshold lies just below the bare prompt, which then has z = 1.
     # A hair between them is none: a key that tells them apart by it is nothing but rounding errors.
     size = jnp.abs(jnp.mean(z))
@@ -120,10 +127,15 @@ def recognise(query: Array, target: Array, particular: Array, memory: Memory, se
 
 
 def settle(
-    lane: Lane, memory: Memory, resume: Resume, settings: FitSettings, activation: Callable[[Array], Array]
+    lane: Lane,
+    memory: Memory,
+    resume: Resume,
+    settings: FitSettings,
+    activation: Callable[[Array], Array],
+    harder: Array | int = 0,
 ) -> Staged:
     """The key, the threshold, and the shortest value along the lane's direction that holds."""
-    key, bias, margin, losses = recognise(lane.query, lane.target, lane.negative, memory, settings)
+    key, bias, margin, losses = recognise(lane.query, lane.target, lane.negative, memory, settings, harder)
     a = _sharp(activation, settings)(lane.query @ key + bias)
     direction = lane.direction / jnp.maximum(jnp.linalg.norm(lane.direction), jnp.finfo(lane.direction.dtype).tiny)
     lengths = lane.scale * 2.0 ** jnp.arange(-4.0, 3.0)
@@ -134,7 +146,7 @@ def settle(
     # The shortest that holds in the most contexts at full activation; the overshoot serves weaker activations.
     chosen = lengths[jnp.argmax(jax.lax.map(lambda length: jnp.sum(says(length, 1.0)), lengths))]
     length = jnp.minimum(settings.overshoot * chosen, settings.value_limit * lane.scale)
-    steps = jnp.asarray(settings.key_steps, jnp.int32)
+    steps = settings.key_steps * (1 + jnp.asarray(harder, jnp.int32))
     return Staged(key, bias, length * direction, says(length, a[:, None])[0], steps, margin, losses)
 
 
