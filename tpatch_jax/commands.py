@@ -1,5 +1,7 @@
 """What each command does: load, call the library, show the result."""
 
+import contextlib
+import ctypes
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,9 +39,13 @@ __all__ = [
     "merge",
     "models",
     "requests_of",
+    "return_freed_memory",
     "settings_of",
     "summary",
 ]
+
+MAPPED_FROM = -3
+"""glibc's name for the size from which memory is taken from the system piece by piece (``M_MMAP_THRESHOLD``)."""
 
 
 def keep_compilations() -> None:
@@ -53,9 +59,19 @@ def keep_compilations() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def return_freed_memory() -> None:
+    """Let arrays go back to the system when they are freed, as far as the C library can be told to (glibc).
+
+    By itself it keeps what it once had, in pieces, and a process that works on one array after the other grows.
+    """
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        ctypes.CDLL(None).mallopt(MAPPED_FROM, 2**20)
+
+
 def load(name: str, dtype: str | None, quiet: bool) -> Model:
     """Load the model that a command names."""
     keep_compilations()
+    return_freed_memory()
     return models_.load_model(name, dtype=dtype, quiet=quiet)
 
 

@@ -160,23 +160,24 @@ def fit_rounds(
             break
         began = time.perf_counter()
         said = f"fitting, attempt {attempt + 1}" if attempt else "fitting"
-        pieces = []
+        pieces, kept = [], []
         for first in range(0, len(now), at_once):
             # Part by part, so that not all that is fitted on is in memory at once.
             part = now[first : first + at_once]
             keys = _keys(key, [f"{names[row]} {attempt}" for row in part], at_once)
             given = lanes(part, patch), memory, resume, keys, settings, activation
             done = fit_many(*given, mesh=mesh, size=size, retry=attempt > 0)
-            pieces.append(jax.tree.map(np.asarray, done))
+            found, info = jax.tree.map(np.asarray, done)
+            keep = np.flatnonzero(np.isfinite(found.value).all((1, 2)) & np.isfinite(found.key).all((1, 2)))
+            pieces.append(join(take(found, keep)))
+            kept.append(np.repeat(part[keep], found.key.shape[1]))
+            notes += [_note(info, int(lane)) for lane in keep for _ in range(found.key.shape[1])]
             if progress:
                 progress(said, min(first + at_once, len(now)), len(now))
-        found, info = jax.tree.map(lambda *leaves: np.concatenate(leaves), *pieces)
         seconds += time.perf_counter() - began
-        keep = np.flatnonzero(np.isfinite(found.value).all((1, 2)) & np.isfinite(found.key).all((1, 2)))
-        size = found.key.shape[1]
-        patch = concatenate([patch, join(take(found, keep))])
-        rows = np.concatenate([rows, np.repeat(now[keep], size)])
-        notes += [_note(info, int(lane)) for lane in keep for _ in range(size)]
+        patch, rows = concatenate([patch, *pieces]), np.concatenate([rows, *kept])
+        # Another copy of all neurons, which would be there while the network runs.
+        del pieces
         missing = wrong(patch)
     return Fitted(patch, rows, notes, missing, seconds)
 
@@ -210,7 +211,8 @@ def finished(
     gone(dropped)
     while True:
         alive = np.asarray([n for n, row in enumerate(fitted.row) if asked.owner[row] not in dropped], np.int64)
-        final = concatenate([older, take(fitted.patch, first + alive)])
+        all_alive = len(alive) == len(fitted.row)
+        final = fitted.patch if all_alive else concatenate([older, take(fitted.patch, first + alive)])
         broken = dict.fromkeys(set(asked.owner[wrong(final)].tolist()), "another edit breaks it")
         broken |= dict.fromkeys(harmed(final, fitted.row[alive]), "it would break an earlier edit")
         broken = {number: reason for number, reason in broken.items() if number not in dropped}

@@ -260,8 +260,9 @@ def _step(
     paused = time.perf_counter()
     unit = forward_seconds(model, items)
     began += time.perf_counter() - paused
-    many = settings.other_edits and len(items) >= settings.inner_from and model.config.architecture == "decoder"
-    inner = collect_inner(model, items, progress) if many else None
+    many = settings.fit.recipe == "staged" and len(items) >= settings.many_from
+    many = many and model.config.architecture == "decoder"
+    settings, inner = (settings.for_many(), collect_inner(model, items, progress)) if many else (settings, None)
     memory = last_memory(settings, known, deep.earlier, sites, asked, inner)
     negatives = swaps(model, items, good, known.names, settings.swaps, np.asarray(memory.mean), sites, asked, progress)
     bare = type(sites)(*(field[asked.bare] for field in sites))

@@ -249,6 +249,9 @@ def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int 
     weights = networks.final_weights(model.config, model.params)
     mesh = mesh_of(model.params)
     patch = sized((create(model.config.width) if patch is None else patch)._replace(layer=None), NEURONS)
+    if mesh is None:
+        # Once, not again with each part.
+        patch = jax.device_put(patch)
     for first in range(0, total, rows):
         count = min(rows, total - first)
         missing = power_of_two(count, min(64, rows), rows) - count

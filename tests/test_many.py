@@ -1,0 +1,108 @@
+"""Many edits in one step: what stands inside their prompts is a negative, and rows may lie on disk."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from tpatch_jax.editors import last_site
+from tpatch_jax.editors import tpatcher as module
+from tpatch_jax.editors.last_site import collect_inner
+from tpatch_jax.editors.reading import read_item
+from tpatch_jax.editors.settings import PRESETS
+from tpatch_jax.editors.tpatcher import tpatcher
+from tpatch_jax.memory import NO_ANSWER, create_memory, extend
+from tpatch_jax.models import collection
+from tpatch_jax.models.collection import collect
+from tpatch_jax.models.rows_on_disk import RowsOnDisk
+from tpatch_jax.requests import EditRequest
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+PROMOTION = "standard"  # optax takes steps
+
+REQUESTS = [EditRequest(text, "b") for text in ("the cat sat in", "the cat", "who hit the", "in the inn")]
+QUICK = dataclasses.replace(
+    PRESETS["default"],
+    site="last",
+    attempts=2,
+    fit=dataclasses.replace(PRESETS["default"].fit, key_steps=24, value_steps=8, rounds=1, negatives=32, lanes=4),
+)
+
+
+def items(model, requests=REQUESTS):
+    return [read_item(model, number, request, (), False) for number, request in enumerate(requests)]
+
+
+def test_each_place_inside_prompts_is_read_once_and_no_end_of_one(tiny_model):
+    own = items(tiny_model)
+    prompts = [tuple(item.rows[0][: item.starts[0]]) for item in own]
+    ends = {tuple(item.rows[0][: place + 1]) for item in own for place in item.places(0)}
+    begins = sorted({prompt[:length] for prompt in prompts for length in range(1, len(prompt))} - ends)
+    expected = collect(tiny_model, begins, [[len(begin) - 1] for begin in begins], tiny_model.layer(None)).query
+    found = collect_inner(tiny_model, own, None)
+    assert len(found) == len(begins)
+    nearest = np.abs(found[:, None] - expected).max(-1).argmin(1)
+    np.testing.assert_allclose(found, expected[nearest], rtol=1e-4, atol=1e-5)
+    assert prompts[1] in {prompt[: len(prompts[1])] for prompt in prompts[:1]}  # one prompt begins another
+    assert prompts[1] not in begins
+    assert len(collect_inner(tiny_model, own, None, most=3)) == 3
+
+
+def test_what_stands_inside_many_prompts_is_a_negative(tiny_model, tmp_path, monkeypatch):
+    memory = tmp_path / "memory.txt"
+    memory.write_text("The theory in the inn: winter thins the herd, and the hen then hides. " * 4, "utf-8")
+    seen, last_memory = [], last_site.last_memory
+    monkeypatch.setattr(
+        module,
+        "last_memory",
+        lambda settings, *given: seen.append((settings, last_memory(settings, *given))) or seen[-1][1],
+    )
+    many = dataclasses.replace(QUICK, many_from=4, many_split=0.8, many_key_steps=8, many_shrinkage=2.0)
+    editor, key = tpatcher(many, memory=memory), jax.random.key(0)
+    with jax.default_matmul_precision("highest"):
+        state = editor.init(tiny_model, key)
+        for count in (3, 4):
+            editor.step(state, REQUESTS[:count], key)
+    inner = np.asarray(collect_inner(tiny_model, items(tiny_model), None))
+    for (settings, found), applies in zip(seen, (False, True), strict=True):
+        rows = np.asarray(found.query)[np.asarray(found.answer) == NO_ANSWER]
+        among = [np.abs(rows - one).max(1).min() < 1e-5 for one in inner]
+        assert all(among) if applies else not any(among)
+        figures = settings.fit.split, settings.fit.key_steps, settings.shrinkage
+        assert figures == ((0.8, 8, 2.0) if applies else (QUICK.fit.split, 24, QUICK.shrinkage))
+
+
+def test_rows_on_disk_and_in_memory_give_the_same(tiny_model, monkeypatch):
+    rows = [[7, 8, 9, 20 + number] for number in range(9)]
+    plain = collect(tiny_model, rows, [[1, 3]] * 9, 2)
+    monkeypatch.setattr(collection, "LARGE", 64)
+    assert isinstance(collect(tiny_model, rows, [[1, 3]] * 9, 2).query, np.ndarray)
+    kept = collect(tiny_model, rows, [[1, 3]] * 9, 2, on_disk=True)
+    for own, expected in zip(kept, plain, strict=True):
+        assert isinstance(own, RowsOnDisk)
+        np.testing.assert_array_equal(own[:], expected)
+    base = create_memory(np.eye(tiny_model.config.width, dtype=np.float32))
+    both = [extend(base, [source.query, source.query], np.arange(36), 40) for source in (kept, plain)]
+    np.testing.assert_array_equal(both[0].query, both[1].query)
+    np.testing.assert_array_equal(both[0].answer, both[1].answer)
+    assert both[0].answer.tolist()[:6] == [-2, -2, -2, -2, 0, 1]
+    assert both[0].answer.tolist()[-1] == NO_ANSWER
+
+
+def test_an_edit_does_not_depend_on_where_its_rows_lie(tiny_model, monkeypatch, tmp_path):
+    memory = tmp_path / "memory.txt"
+    memory.write_text("The theory in the inn: winter thins the herd, and the hen then hides. " * 4, "utf-8")
+    editor, key = tpatcher(QUICK, memory=memory), jax.random.key(0)
+    with jax.default_matmul_precision("highest"):
+        state = editor.init(tiny_model, key)
+        plain = editor.step(state, REQUESTS, key)[0].patch
+        monkeypatch.setattr(collection, "LARGE", 64)
+        seen = []
+        collect_items = last_site.collect_items
+        monkeypatch.setattr(module, "collect_items", lambda *given: seen.append(collect_items(*given)) or seen[-1])
+        kept = editor.step(state, REQUESTS, key)[0].patch
+    assert isinstance(seen[0].query, RowsOnDisk)
+    for own, expected in zip(kept[:3], plain[:3], strict=True):
+        np.testing.assert_array_equal(own, expected)
