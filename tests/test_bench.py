@@ -134,7 +134,7 @@ def test_a_plan_counts_what_it_says(capsys):
     found = cost(network, machine, 100, Measured(2.0, 8, 1.0, 4.0, 5, 600, 0.5))
     # 100 edits of 2 passes over 8 tokens, and 5 searches of 100 keys among 1,000 rows; two devices at half their speed.
     assert found.seconds == pytest.approx((100 * 2 * 8 * 2e6 + 100 * 5 * 1000 * 20) / 1e9)
-    assert (found.weights, found.memory, found.patches, found.host) == (2e6, 20_000, 4000, 48_000)
+    assert (found.weights, found.memory, found.patches, found.disk) == (2e6, 20_000, 4000, 48_000)
     assert found.wider == pytest.approx(100 * 20 / 1e6)
     assert found.fits
     assert not cost(network, machine._replace(memory=2e6), 100).fits

@@ -89,6 +89,18 @@ def says(model: tp.Model, request: EditRequest) -> bool:
 # --- editing ---
 
 
+def test_what_is_given_in_another_form_is_named(tiny_model):
+    with pytest.raises(TPatchError, match="is no list of requests; give a list"):
+        tp.edit(tiny_model, REQUESTS[0])  # type: ignore[arg-type]
+    with pytest.raises(TPatchError, match="'smollm2-135m' is the name of a model; load it first"):
+        tp.edit("smollm2-135m", list(REQUESTS))  # type: ignore[arg-type]
+    for put in (merge, attach):
+        with pytest.raises(TPatchError, match="a tuple is no patch; of what `edit` returns the first"):
+            put(tiny_model, (create(tiny_model.config.width), None))  # type: ignore[arg-type]
+    with pytest.raises(TPatchError, match="a list is no prompt; give one text at a time"):
+        tiny_model.generate(["the cat"])  # type: ignore[arg-type]
+
+
 def test_the_targets_come_out_with_all_patches_active(tiny_model, edited):
     patch, info = edited
     assert [request.status for request in info.requests] == ["edited"] * 3

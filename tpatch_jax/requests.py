@@ -169,6 +169,8 @@ def contradictions(requests: Sequence[EditRequest]) -> dict[int, int]:
 
 def as_requests(requests: Iterable[EditRequest | dict[str, Any]]) -> list[EditRequest]:
     """Requests given in code, as objects or as the dictionaries that a file would hold."""
+    if isinstance(requests, EditRequest | dict | str):
+        raise TPatchError(f"{requests!r} is no list of requests; give a list of EditRequest, if only of one")
     return [
         request if isinstance(request, EditRequest) else _parse(request, f"request {position}")
         for position, request in enumerate(requests)

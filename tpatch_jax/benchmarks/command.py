@@ -83,16 +83,16 @@ def plan_command(*, json: bool) -> None:
         print_json({"measured": MEASURED._asdict(), "plan": [cost._asdict() for cost in costs]})
         return
     table = Table(title="edits in the last layer, on paper", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    columns = ("model", "machine", "edits", "time", "weights", "rows", "neurons", "host", "wider", "fits")
+    columns = ("model", "machine", "edits", "time", "weights", "rows", "neurons", "disk", "wider", "fits")
     for column in columns:
         table.add_column(column, justify="left" if column in ("model", "machine") else "right", no_wrap=True)
     for cost in costs:
-        sizes = (f"{size / GIB:.1f}" for size in (cost.weights, cost.memory, cost.patches, cost.host))
+        sizes = (f"{size / GIB:.1f}" for size in (cost.weights, cost.memory, cost.patches, cost.disk))
         time = f"{cost.seconds:.0f} s" if cost.seconds < 600 else f"{cost.seconds / 60:.0f} min"
         fits = "yes" if cost.fits else "no"
         table.add_row(cost.network, cost.machine, f"{cost.edits // 1000}k", time, *sizes, f"{cost.wider:.0%}", fits)
     table.caption = (
-        "GiB of each device for weights, memory rows and merged neurons, of each process for what it collects; "
+        "GiB of each device for weights, memory rows and merged neurons, in files of each process for what it collects; "
         "wider: merged neurons over weights"
     )
     Console(highlight=False).print(table)

@@ -48,7 +48,7 @@ class Machine(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What was measured on SmolLM2-135M with 1,024 edits of CounterFact in the last layer.
+    """What was measured on SmolLM2-135M with 4,096 edits of CounterFact in the last layer.
 
     Attributes:
         forwards: forward passes an edit, from request to patch.
@@ -56,7 +56,7 @@ class Measured(NamedTuple):
         neurons: neurons an edit.
         rows: query rows an edit, in all its contexts.
         searches: how often a lane looks for its hard negatives.
-        own: query rows of unrelated text.
+        own: query rows of unrelated text, and inside the prompts.
         share: of a device's peak speed that a forward pass reaches. This one is assumed, not measured.
     """
 
@@ -65,7 +65,7 @@ class Measured(NamedTuple):
     neurons: float = 1.06
     rows: float = 4.3
     searches: int = 5
-    own: int = 16_000
+    own: int = 48_000
     share: float = 0.3
 
 
@@ -80,7 +80,7 @@ class Cost(NamedTuple):
         weights: bytes of each device, bfloat16.
         memory: bytes of each device for query rows, float32.
         patches: bytes of each device for merged neurons, bfloat16, split like the weights.
-        host: bytes of each process for what was collected, float32.
+        disk: bytes that each process keeps in files meanwhile, of what was collected, float32.
         wider: parameters that the merged neurons add, over those of the network.
         fits: whether a device has room for all of it, and a tenth to spare.
     """
@@ -92,7 +92,7 @@ class Cost(NamedTuple):
     weights: float
     memory: float
     patches: float
-    host: float
+    disk: float
     wider: float
     fits: bool
 

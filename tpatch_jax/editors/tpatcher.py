@@ -389,6 +389,8 @@ def edit(
     """
     from tpatch_jax.models.sources import cache_folder
 
+    if isinstance(model, str | Path):
+        raise TPatchError(f"{str(model)!r} is the name of a model; load it first, with load_model")
     if not requests:
         raise TPatchError("there is no request to edit; give at least one EditRequest")
     if isinstance(settings, str):

@@ -163,6 +163,8 @@ class Model:
         Raises:
             TPatchError: the prompt is empty, or longer than the context, or the model is a classifier.
         """
+        if not isinstance(prompt, str):
+            raise TPatchError(f"a {type(prompt).__name__} is no prompt; give one text at a time")
         if self.config.labels:
             raise TPatchError(f"{self.name!r} is a classifier, which writes no text; ask it with `classify`")
         return self.decode(
@@ -289,6 +291,8 @@ def _by_layer(model: Model, patch: Patch) -> dict[int, Patch]:
 
 
 def _change(model: Model, patch: Patch, change: Any) -> Model:
+    if not isinstance(patch, Patch):
+        raise TPatchError(f"a {type(patch).__name__} is no patch; of what `edit` returns the first is the patch")
     layers = dict(model.params["layers"])
     for index, part in _by_layer(model, patch).items():
         layers[index] = {**layers[index], "ffn": change(layers[index]["ffn"], part)}
