@@ -265,6 +265,10 @@ def test_bad_folders_and_models_are_named(model, folder, tmp_path):
         TPatchError, match=f"two networks are missing; {make} and give the folder with --set serac=FOLDER"
     ):
         init("")
+    # Before anything is measured, and without a folder that would be in the way of the next run.
+    with pytest.raises(TPatchError, match="two networks are missing"):
+        evaluate(model, records(), ["serac"], "batch", output=tmp_path / "report")
+    assert not (tmp_path / "report").exists()
     with pytest.raises(TPatchError, match=f"nowhere has no serac.json; {make}"):
         init(tmp_path / "nowhere")
     (tmp_path / "serac.json").write_text("{", "utf-8")

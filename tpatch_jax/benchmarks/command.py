@@ -92,7 +92,7 @@ def plan_command(*, json: bool) -> None:
         fits = "yes" if cost.fits else "no"
         table.add_row(cost.network, cost.machine, f"{cost.edits // 1000}k", time, *sizes, f"{cost.wider:.0%}", fits)
     table.caption = (
-        "GiB of each device for weights, memory rows and merged neurons, in files of each process for what it collects; "
+        "GiB of each device for weights, memory rows and merged neurons, of each process in files for what it reads; "
         "wider: merged neurons over weights"
     )
     Console(highlight=False).print(table)

@@ -17,6 +17,7 @@ from tpatch_jax.editors.kernels import edited, restore, save
 from tpatch_jax.editors.memit import MEMIT_PRESETS, memit
 from tpatch_jax.editors.rome import R_ROME_PRESETS, ROME_PRESETS, rome
 from tpatch_jax.editors.serac import SERAC_PRESETS, restore_memory, routing, save_memory, serac
+from tpatch_jax.editors.serac_networks import read_networks
 from tpatch_jax.editors.settings import PRESETS
 from tpatch_jax.editors.tpatcher import TPatcherState, tpatcher
 from tpatch_jax.errors import TPatchError
@@ -44,6 +45,7 @@ class Method(NamedTuple):
         restore: ``(fresh state, arrays) -> state``, its inverse.
         routing: ``state -> Routing``, where another model answers what is in the scope of an edit: then only that is
             run, through the other model.
+        check: ``(settings, model)``, raises where the method cannot work on a model, before anything is measured.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Method(NamedTuple):
     save: Callable[[Any], Arrays]
     restore: Callable[[Any, Arrays], Any]
     routing: Callable[[Any], Routing] | None = None
+    check: Callable[[Any, Model], object] = lambda settings, model: None
 
 
 def _tpatcher_model(state: TPatcherState) -> Model:
@@ -133,6 +136,7 @@ METHODS: Mapping[str, Method] = {
         save_memory,
         restore_memory,
         routing,
+        lambda settings, model: read_networks(settings.serac, model),
     ),
 }
 """The methods by name."""

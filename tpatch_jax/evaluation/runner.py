@@ -94,6 +94,8 @@ def evaluate(
         raise TPatchError(f"checks every {every} edits are impossible; give 1 or more")
     chosen = [find_method(name) for name in dict.fromkeys(methods) if name != "unedited"] if records else []
     used = {**method_settings([method.name for method in chosen]), **(settings or {})}
+    for method in chosen:
+        method.check(used[method.name], model)
     extra = dict(about or {})
     data_sha256 = extra.pop("data_sha256", None) or _content(records)
     config = {
