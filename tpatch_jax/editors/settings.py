@@ -69,7 +69,7 @@ class TPatcherSettings:
     many_from: int = 256
     many_split: float = 0.97
     many_key_steps: int = 96
-    many_shrinkage: float = 1.0
+    many_shrinkage: float = 0.5
     attempts: int = 3
     most_tokens: int = 64
     nuisance_weight: float = 0.8
