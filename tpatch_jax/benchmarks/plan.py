@@ -60,7 +60,7 @@ class Measured(NamedTuple):
         share: of a device's peak speed that a forward pass reaches. This one is assumed, not measured.
     """
 
-    forwards: float = 5.2
+    forwards: float = 4.2
     tokens: int = 16
     neurons: float = 1.06
     rows: float = 4.3
