@@ -11,7 +11,6 @@ import numpy as np
 from jax import Array
 
 __all__ = [
-    "NO_ANSWER",
     "Memory",
     "blended",
     "counted",
