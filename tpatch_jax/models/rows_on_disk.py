@@ -27,10 +27,11 @@ class RowsOnDisk:
         [[3.0, 4.0], [0.0, 0.0], [1.0, 2.0]]
     """
 
-    ndim = 2
+    ndim: int = 2
 
     def __init__(self, rows: int, width: int, dtype: Any) -> None:
-        self.shape, self.dtype = (rows, width), np.dtype(dtype)
+        self.shape: tuple[int, int] = (rows, width)
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
         self._row_bytes = width * self.dtype.itemsize
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
         weakref.finalize(self, self._file.close)
