@@ -108,8 +108,10 @@ def collect_inputs(
     places = [_places(model, row) for row in rows]
     sites = collect(model, rows, places, layer, report)
     others = tuple(inputs[:: max(1, len(inputs) // OTHERS)][:OTHERS])
+    # What was asked and what is answered; a classifier's few labels do not tell which inputs say the same.
+    facts = [(model.decode(row[: row.index(ASK)]), str(row[row.index(ASK) :])) for row in rows if model.config.encoder]
     if networks.pointwise(model.config):
-        query, nuisance = sites.query, _between_rephrasings(model, rows, places, sites.query)
+        query, nuisance = sites.query, _between_rephrasings(facts, places, sites.query)
         if nuisance is None:
             nuisance = _nuisance(model, layer, rows[:GROUPS], others)
     else:
@@ -119,7 +121,7 @@ def collect_inputs(
     kept = np.sort(np.random.default_rng(1).permutation(len(query))[:QUERIES])
     names = dict.fromkeys(name for text in inputs for name in _NAME.findall(text))
     centres = _centres(model, sites) if model.config.labels else None
-    answers, rewordings = None, {}
+    answers = None
     if model.config.encoder:
         said = [
             row[place + 1] if place + 1 < len(row) else ASK
@@ -127,25 +129,20 @@ def collect_inputs(
             for place in own
         ]
         answers = jnp.asarray(np.asarray(said, np.int32)[kept])
-        rewordings = learn_rewordings((model.decode(row[: row.index(ASK)]), str(row[row.index(ASK) :])) for row in rows)
+    rewordings = learn_rewordings(facts)
     return jnp.asarray(query[kept], jnp.float32), nuisance, others, tuple(names)[:200], centres, answers, rewordings
 
 
-def _between_rephrasings(
-    model: Model, rows: Sequence[Sequence[int]], places: Sequence[range], query: np.ndarray
-) -> Array | None:
+def _between_rephrasings(facts: Sequence[tuple[str, str]], places: Sequence[range], query: np.ndarray) -> Array | None:
     """How queries move between inputs that name the same thing and get the same answer: rephrasings of each other.
 
-    A classifier's few labels tell no such thing; nor does a memory with few of them.
+    A memory with few of them tells no such thing.
     """
-    if not model.config.encoder:
-        return None
     starts = np.cumsum([0, *map(len, places)])
-    groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-    for number, row in enumerate(rows):
-        text = model.decode(row[: row.index(ASK)])
+    groups: dict[tuple[str, str], list[int]] = {}
+    for number, (text, answer) in enumerate(facts):
         if name := named(text):
-            groups.setdefault((name, tuple(row[row.index(ASK) :])), []).append(number)
+            groups.setdefault((name, answer), []).append(number)
     pairs = [pair for group in groups.values() for pair in pairwise(group)]
     if len(pairs) < PAIRS:
         return None

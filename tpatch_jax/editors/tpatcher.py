@@ -241,8 +241,12 @@ def _step(
     good = {position: request for position, request in enumerate(requests) if position not in problems}
     items = [
         read_item(
-            *(state.model, position, request, prefixes, settings.train_on_rephrases),
-            wordings=reworded(request.prompt, request.subject, known.rewordings, settings.rewordings),
+            state.model,
+            position,
+            request,
+            prefixes,
+            settings.train_on_rephrases,
+            reworded(request.prompt, request.subject, known.rewordings, settings.rewordings),
         )
         for position, request in good.items()
     ]

@@ -82,8 +82,6 @@ def batches(config: NetworkConfig, rows: Sequence[Sequence[int]]) -> Iterator[tu
             # A shorter row takes the place of padding.
             for others in (own for key, own in by_length.items() if _fits(key, lengths)):
                 chosen += [others.pop() for _ in range(min(size - len(chosen), len(others)))]
-            if not chosen:
-                continue
             # A lane of padding alone would have attention see nothing.
             lonely: Any = ([[0]] if lengths[0] else [[]]) * (size - len(chosen))
             sides = [[*(parts[number][side] for number in chosen), *lonely] for side in (0, 1)]
