@@ -61,7 +61,7 @@ class MemitSettings:
     keep_failed: bool = True
     moment_tokens: int = 65536
     ridge: float = 1e-4
-    together: int = 16
+    together: int = 8
 
 
 MEMIT_PRESETS: Mapping[str, MemitSettings] = {"default": MemitSettings()}
