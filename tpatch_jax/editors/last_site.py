@@ -53,7 +53,7 @@ LEAST_ROWS, BLOCK = 1024, 4096
 """Edits' queries take so many rows of a memory at least, few beside the others, so that fits of few edits are one
 program; more than a block are taken in blocks."""
 
-INNER_ROWS = 32_768
+INNER_ROWS = 8192
 """So many queries inside prompts are negatives at most."""
 
 SCATTERED = 16

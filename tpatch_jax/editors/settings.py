@@ -38,12 +38,8 @@ class TPatcherSettings:
             a rephrasing often makes a neuron fire but faintly.
         swaps: how many versions of a prompt with another subject a patch must stay silent on (needs a subject).
         other_edits: whether the other edits' queries are negatives as well.
-        many_from: from so many requests on, of many patches one may well fire anywhere (decoders): what stands inside
-            their prompts is a negative too, and the three that follow apply.
-        many_split: `FitSettings.split` then.
-        many_key_steps: `FitSettings.key_steps` then.
-        many_shrinkage: `shrinkage` then: the more, the less a key listens where background text is hardly ever found,
-            and odd tokens are.
+        many_from: from so many requests on what stands inside their prompts is a negative too, since of many patches
+            one may well fire anywhere (decoders).
         attempts: how often what does not hold yet is fitted again, in the presence of what does.
         most_tokens: at most so many wrong target tokens of one request get a neuron.
         nuisance_weight: how strongly the key avoids directions in which only the context shows.
@@ -67,19 +63,11 @@ class TPatcherSettings:
     swaps: int = 4
     other_edits: bool = True
     many_from: int = 256
-    many_split: float = 0.97
-    many_key_steps: int = 96
-    many_shrinkage: float = 0.5
     attempts: int = 3
     most_tokens: int = 64
     nuisance_weight: float = 0.8
     shrinkage: float = 0.1
     train_on_rephrases: bool = False
-
-    def for_many(self) -> "TPatcherSettings":
-        """The options as they are meant for many requests in one step."""
-        fit = replace(self.fit, split=self.many_split, key_steps=self.many_key_steps)
-        return replace(self, fit=fit, shrinkage=self.many_shrinkage)
 
     def for_inputs(self, answers: bool, pointwise: bool) -> "TPatcherSettings":
         """The options as they are meant for a model that reads whole inputs.
@@ -104,7 +92,6 @@ _PAPER = TPatcherSettings(
     fit=FitSettings(
         recipe="joint",
         weights=Weights(activation=1.0, memory=10.0, limit=0.0, margin=0.0, hardest=1000, label_smoothing=0.1),
-        learning_rate=0.01,
         weight_decay=0.01,
     ),
     site="last",

@@ -266,7 +266,7 @@ def _step(
     began += time.perf_counter() - paused
     many = settings.fit.recipe == "staged" and len(items) >= settings.many_from
     many = many and model.config.architecture == "decoder"
-    settings, inner = (settings.for_many(), collect_inner(model, items, progress)) if many else (settings, None)
+    inner = collect_inner(model, items, progress) if many else None
     memory = last_memory(settings, known, deep.earlier, sites, asked, inner)
     negatives = swaps(model, items, good, known.names, settings.swaps, np.asarray(memory.mean), sites, asked, progress)
     bare = type(sites)(*(field[asked.bare] for field in sites))

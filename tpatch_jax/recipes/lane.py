@@ -68,11 +68,12 @@ class FitSettings:
     Attributes:
         recipe: ``"staged"`` or ``"joint"``.
         weights: weights and margins of the objective.
-        learning_rate: Adam's, for the key and its bias (in whitened coordinates when staged).
+        learning_rate: Adam's, for all parameters (joint).
         value_learning_rate: Adam's for the value, in units of the lane's scale (staged); ``0`` means 0.05.
         weight_decay: decoupled, on all parameters.
         clip: the gradient's largest norm.
         key_steps: steps on the activation and memory losses (staged).
+        key_rate: length of the first of them, in units of the key's first length; they shrink to nothing (staged).
         value_steps: most steps on the edit loss for a lane that misses its target (staged).
         rounds: how often hard negatives are mined during the key steps.
         negatives: how many memory rows each lane trains against.
@@ -93,15 +94,16 @@ class FitSettings:
 
     recipe: str = "staged"
     weights: Weights = field(default_factory=Weights)
-    learning_rate: float = 0.005
+    learning_rate: float = 0.01
     value_learning_rate: float = 0.0
     weight_decay: float = 0.0
     clip: float = 5.0
     key_steps: int = 64
+    key_rate: float = 0.2
     value_steps: int = 24
     rounds: int = 4
     negatives: int = 128
-    split: float = 0.92
+    split: float = 0.8
     overshoot: float = 2.25
     sharpness: float = 256.0
     value_limit: float = 16.0

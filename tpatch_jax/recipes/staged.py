@@ -20,6 +20,9 @@ __all__ = ["Recognised", "Staged", "end", "improve", "recognise", "settle"]
 EASIER = 0.1
 """By how much of itself the split is less in a retry."""
 
+MOMENTUM = 0.8
+"""Of the key's steps."""
+
 
 class Staged(NamedTuple):
     """Where a staged fit stands once the key is settled: what the value is fitted with."""
@@ -58,6 +61,9 @@ def recognise(
 ) -> Recognised:
     """The key, and the threshold between the hardest negative and the edit's own queries.
 
+    Its steps go straight down the gradient, with momentum, and only their length is set. Those of Adam would go as far
+    along directions in which neither the edit nor its negatives lie, where odd inputs then make the patch fire.
+
     Args:
         query: the edit's own queries, the bare prompt first, ``[contexts, d]``.
         target: memory rows with this answer are no negatives, a scalar int.
@@ -73,16 +79,17 @@ def recognise(
     own = (query - mean) @ whitener
     always = jnp.ones(particular.shape[0], bool)
     centre, tiny = jnp.mean(own, 0), jnp.finfo(own.dtype).eps
-    # Starting at z = 3.2 on the edit's own queries and -4.8 on the mean memory query.
-    params = {
-        "key": centre * (8.0 / jnp.maximum(jnp.sum(jnp.square(centre)), tiny)),
-        "bias": jnp.full((), -4.8, centre.dtype),
-    }
-    transform = optax.adam(settings.learning_rate)
+    # Starting at z = 3.2 on the edit's own queries and -4.8 on the mean memory query; in units in which the key's
+    # length is 1, so that a step in it weighs about as much as one in the bias.
+    length = 8.0 * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(centre)), tiny))
+    params = {"key": centre * length / 8.0, "bias": jnp.full((), -0.6, centre.dtype)}
+    transform = optax.chain(optax.trace(MOMENTUM), optax.normalize_by_update_norm(-settings.key_rate))
+    total = settings.key_steps * (1 + harder)
 
     def key_loss(params: dict[str, Array], negative: Array, counts: Array) -> tuple[Array, dict[str, Array]]:
-        z = own @ params["key"] + params["bias"]
-        z_memory = jnp.where(counts, negative @ (whitener @ params["key"]) + params["bias"], -jnp.inf)
+        key, bias = params["key"] * length, params["bias"] * 8.0
+        z = own @ key + bias
+        z_memory = jnp.where(counts, negative @ (whitener @ key) + bias, -jnp.inf)
         return total_loss(jnp.zeros(()), z, z_memory, settings.weights)
 
     def mine(params: dict[str, Array]) -> tuple[Array, Array]:
@@ -96,13 +103,15 @@ def recognise(
     for first, last in itertools.pairwise(bounds):
         negative, counts = mine(params)
 
-        def step(_: Any, carry: Any, negative: Array = negative, counts: Array = counts) -> Any:
+        def step(number: Array, carry: Any, negative: Array = negative, counts: Array = counts) -> Any:
             params, optimiser = carry
             gradient, _ = jax.grad(key_loss, has_aux=True)(params, negative, counts)
             update, optimiser = transform.update(gradient, optimiser, params)
-            return optax.apply_updates(params, update), optimiser
+            slower = 0.5 * (1.0 + jnp.cos(jnp.pi * number / total))
+            return optax.apply_updates(params, jax.tree.map(lambda leaf: slower * leaf, update)), optimiser
 
-        params, optimiser = jax.lax.fori_loop(0, (last - first) * (1 + harder), step, (params, optimiser))
+        bound = first * (1 + harder), last * (1 + harder)
+        params, optimiser = jax.lax.fori_loop(*bound, step, (params, optimiser))
 
     # The threshold goes between the hardest negative and the edit's own queries, of which one then has z = 1.
     negative, counts = mine(params)
