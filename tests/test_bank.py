@@ -170,8 +170,9 @@ def test_what_was_committed_is_passed_over(run, place, bank):
 
 def test_a_guarded_answer_keeps_an_edit_out(run, place, bank):
     model = tp.load_model(place / "tiny")
+    edited = tp.merge(model, tp.bank_patch(bank, model))
     # a random model says something that is text here and there
-    prompt = next(text for text in map("the {}".format, "abcdefghijklmnopq") if model.generate(text, 1).isalnum())
+    prompt = next(text for text in map("the {}".format, "abcdefghijklmnopq") if edited.generate(text, 1).isalnum())
     (guard,) = run("guard", bank, "--prompt", prompt, "--tokens", "1")["guards"]
     assert guard["prompt"] == prompt
     info = run("add", bank, "--prompt", prompt, "--target", "k")

@@ -15,6 +15,7 @@ from tpatch_jax.fitting import FitInfo, FitSettings, Lane, fit, fit_many
 from tpatch_jax.memory import create_memory
 from tpatch_jax.objective import edit_loss
 from tpatch_jax.patch import Patch, contribution, join, preactivations
+from tpatch_jax.recipes.staged import recognise
 
 PROMOTION = "standard"  # optax's Adam needs it
 
@@ -220,6 +221,24 @@ def test_output_bias_is_an_ungated_neuron():
     logits = resume(lane.context, lane.output + contribution(patch, lane.query, ACT))
     assert info.held
     assert info.l_e == pytest.approx(float(edit_loss(logits, lane.target)), rel=1e-3, abs=1e-5)
+
+
+def test_a_key_turns_with_its_queries():
+    """Steps straight down the gradient know no axes; Adam's, equally far along each of them, do."""
+    rng = np.random.default_rng(3)
+    turn = jnp.asarray(np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0], jnp.float32)
+    query, rows = problem().lanes.query[0], problem().memory.query * jnp.linspace(0.3, 3.0, WIDTH)
+    settings = dataclasses.replace(SETTINGS["staged"], negatives=len(rows))
+
+    def key(turned: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            found = recognise(
+                query @ turned, jnp.asarray(0), jnp.zeros((0, WIDTH)), create_memory(rows @ turned), settings
+            )
+        assert found.margin > 0
+        return found.key
+
+    assert relative(key(turn), key(jnp.eye(WIDTH)) @ turn) < 1e-3
 
 
 def test_a_key_that_cannot_be_parted_from_memory_keeps_a_sane_length():
