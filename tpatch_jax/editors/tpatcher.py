@@ -299,6 +299,8 @@ def _step(
         mesh=mesh_of(model.params),
     )
 
+    # What patches were fitted on would else be there beside the copies in which they are checked and put together.
+    del memory, lanes, negatives, sites, inner
     lost_before, older = broken(model, deep.earlier, last), last.key.shape[0]
 
     def harmed(patch: Patch, rows: np.ndarray) -> set[int]:
