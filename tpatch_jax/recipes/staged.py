@@ -84,7 +84,7 @@ def recognise(
     length = 8.0 * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(centre)), tiny))
     params = {"key": centre * length / 8.0, "bias": jnp.full((), -0.6, centre.dtype)}
     transform = optax.chain(optax.trace(MOMENTUM), optax.normalize_by_update_norm(-settings.key_rate))
-    total = settings.key_steps * (1 + harder)
+    times = 1 + harder
 
     def key_loss(params: dict[str, Array], negative: Array, counts: Array) -> tuple[Array, dict[str, Array]]:
         key, bias = params["key"] * length, params["bias"] * 8.0
@@ -107,11 +107,10 @@ def recognise(
             params, optimiser = carry
             gradient, _ = jax.grad(key_loss, has_aux=True)(params, negative, counts)
             update, optimiser = transform.update(gradient, optimiser, params)
-            slower = 0.5 * (1.0 + jnp.cos(jnp.pi * number / total))
+            slower = 0.5 * (1.0 + jnp.cos(jnp.pi * number / (settings.key_steps * times)))
             return optax.apply_updates(params, jax.tree.map(lambda leaf: slower * leaf, update)), optimiser
 
-        bound = first * (1 + harder), last * (1 + harder)
-        params, optimiser = jax.lax.fori_loop(*bound, step, (params, optimiser))
+        params, optimiser = jax.lax.fori_loop(first * times, last * times, step, (params, optimiser))
 
     # The threshold goes between the hardest negative and the edit's own queries, of which one then has z = 1.
     negative, counts = mine(params)
