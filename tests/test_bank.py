@@ -84,11 +84,11 @@ def bank(place, tmp_path) -> Path:
 def run(place, capsys):
     """Run a command; what its last line says."""
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, error: str = "") -> Any:
         capsys.readouterr()
-        assert cli.main(["bank", *map(str, arguments), "--json"]) == 0
+        assert cli.main(["bank", *map(str, arguments), "--json"]) == int(bool(error))
         captured = capsys.readouterr()
-        assert captured.err == ""
+        assert error in captured.err if error else captured.err == ""
         return json.loads(captured.out.splitlines()[-1])
 
     return call
@@ -175,7 +175,7 @@ def test_a_guarded_answer_keeps_an_edit_out(run, place, bank):
     prompt = next(text for text in map("the {}".format, "abcdefghijklmnopq") if edited.generate(text, 1).isalnum())
     (guard,) = run("guard", bank, "--prompt", prompt, "--tokens", "1")["guards"]
     assert guard["prompt"] == prompt
-    info = run("add", bank, "--prompt", prompt, "--target", "k")
+    info = run("add", bank, "--prompt", prompt, "--target", "k", error="nothing is added")
     assert info["added"] == []
     assert "it would change the guarded answer" in info["failed"][0]["reason"]
     info = run("add", bank, "--prompt", prompt, "--target", "k", "--force")
@@ -276,8 +276,13 @@ def test_what_people_read(bank, capsys):
         assert capsys.readouterr().out.strip()
     assert cli.main(["bank", "show", str(bank), "cat"]) == 0
     assert "said_before" in capsys.readouterr().out
-    assert cli.main(["bank", "add", str(bank), "--prompt", "x", "--target", ""]) == 0
-    assert "failed edit-5: the target is empty" in capsys.readouterr().out
+    assert cli.main(["bank", "add", str(bank), "--prompt", "x", "--target", ""]) == 1
+    captured = capsys.readouterr()
+    assert "failed edit-5: the target is empty" in captured.out
+    assert "nothing is added" in captured.err
+    added = ["--prompt", "the pig sat in", "--target", "the", "--subject", "pig"]
+    assert cli.main(["bank", "add", str(bank), *added]) == 0
+    assert "\nedit-5\n" in capsys.readouterr().out
 
 
 def test_an_edit_that_a_newcomer_breaks_is_fitted_again_with_it(tiny_model, bank):

@@ -115,10 +115,10 @@ def test_edit_without_json_shows_the_same_in_words(place, capsys):
 
 def test_an_edit_that_does_not_hold_is_not_in_the_way_of_the_next(place, capsys):
     single = ["--prompt", "in the inn", "--target", "h", "--subject", "hen"]
-    assert cli.main(edit_arguments(place, *QUICK, *single, requests=None, out="none")) == 0
+    assert cli.main(edit_arguments(place, *QUICK, *single, requests=None, out="none")) == 1
     captured = capsys.readouterr()
     assert "failed edit-0: the subject 'hen' is not in the prompt" in captured.out
-    assert "nothing saved" in captured.out
+    assert "nothing is saved" in captured.err
     assert not (place / "none").exists()
 
 

@@ -345,8 +345,11 @@ def test_no_page_without_something_to_show(bank, report, tmp_path, capsys):
     (report / "records-tpatcher.jsonl").write_text('{"id": 3}\n', "utf-8")
     damaged = next((bank / "segments").iterdir())
     damaged.write_bytes(damaged.read_bytes()[:-1])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}", "utf-8")
     for folder, output, message in (
         ("empty", "page.html", "neither a bank nor a finished report"),
+        ("model", "page.html", "it holds a model"),
         ("bank", "page.txt", "ends in .html"),
         ("bank", "page.html", "tpatch bank repair"),
         ("report", "page.html", "is damaged"),
@@ -376,3 +379,15 @@ def test_every_other_kind_of_network_shows_its_tokens():
         tokens, found = activations_on(model, patch, "the inn")
         assert found.shape == (len(tokens), 2)
         assert isinstance(tp.show(patch, model=model, text="the inn"), Shown)
+
+
+def test_a_folder_of_another_kind_is_named(bank, report, capsys):
+    wanted = (
+        (["inspect", str(bank)], "it is a bank, which `tpatch bank list`"),
+        (["inspect", str(report)], "it holds a report, which `tpatch report`"),
+        (["compare", str(bank)], "it is a bank"),
+        (["bank", "list", str(report)], "it holds a report"),
+    )
+    for arguments, message in wanted:
+        assert cli.main(arguments) == 1
+        assert message in capsys.readouterr().err

@@ -14,9 +14,9 @@ from tpatch_jax.bank.adding import AddInfo
 from tpatch_jax.bank.changing import ChangeInfo, undoes_last
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.state import Bank, BankEdit, find, states
-from tpatch_jax.commands import keep_compilations, load, requests_of
+from tpatch_jax.commands import load, prepare_process, requests_of
 from tpatch_jax.configuration import change, read_config, split_changes
-from tpatch_jax.console import print_json, progress_bar
+from tpatch_jax.console import print_json, progress_bar, so_many
 from tpatch_jax.editors.settings import PRESETS
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import check_vacant
@@ -40,6 +40,9 @@ __all__ = [
     "verify",
 ]
 
+SHOWN = 20
+"""So many ids of new edits are printed at most."""
+
 
 def _show(lines: Sequence[str]) -> None:
     console = Console(highlight=False, soft_wrap=True)
@@ -48,7 +51,7 @@ def _show(lines: Sequence[str]) -> None:
 
 
 def _load(bank: Bank, model: str | None, quiet: bool) -> Model:
-    keep_compilations()
+    prepare_process()
     return creating.load_banked_model(bank, model, quiet=quiet)
 
 
@@ -85,10 +88,18 @@ def add(
         )
     if json:
         print_json(added_json(info))
-        return
+    else:
+        _show_added(folder, info)
+    if info.failed and not (info.added or info.already or info.skipped):
+        raise TPatchError(f"nothing is added to {folder}: every request failed, for the reasons given")
+
+
+def _show_added(folder: str, info: AddInfo) -> None:
     _show(
         [
             f"added to {folder}: {len(info.added)} (batches: {len(info.batches)}, {info.seconds:.1f} s)",
+            *(escape(name) for name in info.added[:SHOWN]),
+            *([f"and {len(info.added) - SHOWN} more; see `tpatch bank list {folder}`"] * (len(info.added) > SHOWN)),
             *([f"{info.skipped} were there already"] if info.skipped else []),
             *(f"{escape(new)} supersedes {escape(old)}" for old, new in info.superseded),
             *([f"fitted again: {escape(', '.join(info.refitted))}"] if info.refitted else []),
@@ -164,7 +175,8 @@ def list_edits(folder: str, *, json: bool) -> None:
         guards = [guard._asdict() for guard in bank.guards]
         print_json({"model": dict(bank.manifest["model"]), "edits": entries, "guards": guards})
         return
-    table = Table(title=f"{folder}: {len(entries)} edits of {bank.manifest['model']['name']}", title_justify="left")
+    name = bank.manifest["model"]["name"]
+    table = Table(title=f"{folder}: {so_many(len(entries), 'edit')} of {name}", title_justify="left")
     for column in ("id", "prompt", "target", "state", "neurons"):
         table.add_column(column)
     for entry in entries:
@@ -257,7 +269,7 @@ def merge(folder: str, output: str, *, model: str | None, json: bool, quiet: boo
     if json:
         print_json({"output": output, "neurons": len(patch.bias), "parameters_added": added})
     else:
-        _show([f"{len(patch.bias)} neurons merged ({added:,} parameters) into {output}"])
+        _show([f"{so_many(len(patch.bias), 'neuron')} merged ({added:,} parameters) into {output}"])
 
 
 def diff(left: str, right: str, *, json: bool) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from tpatch_jax import store
 from tpatch_jax.configuration import change, read_config
-from tpatch_jax.console import print_json, progress_bar
+from tpatch_jax.console import print_json, progress_bar, so_many
 from tpatch_jax.editors import tpatcher
 from tpatch_jax.editors.editor import EditInfo
 from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
@@ -34,12 +34,11 @@ __all__ = [
     "export",
     "generate",
     "inspect",
-    "keep_compilations",
     "load",
     "merge",
     "models",
+    "prepare_process",
     "requests_of",
-    "return_freed_memory",
     "settings_of",
     "summary",
 ]
@@ -48,7 +47,13 @@ MAPPED_FROM = -3
 """glibc's name for the size from which memory is taken from the system piece by piece (``M_MMAP_THRESHOLD``)."""
 
 
-def keep_compilations() -> None:
+def prepare_process() -> None:
+    """What every command does first: keep compiled programs, and give back memory that is no longer needed."""
+    _keep_compilations()
+    _return_freed_memory()
+
+
+def _keep_compilations() -> None:
     """Keep compiled programs between runs of the command: a second run starts at once."""
     folder = cache_folder() / "compiled"
     try:
@@ -59,7 +64,7 @@ def keep_compilations() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def return_freed_memory() -> None:
+def _return_freed_memory() -> None:
     """Let arrays go back to the system when they are freed, as far as the C library can be told to (glibc).
 
     By itself it keeps what it once had, in pieces, and a process that works on one array after the other grows.
@@ -70,8 +75,7 @@ def return_freed_memory() -> None:
 
 def load(name: str, dtype: str | None, quiet: bool) -> Model:
     """Load the model that a command names."""
-    keep_compilations()
-    return_freed_memory()
+    prepare_process()
     return models_.load_model(name, dtype=dtype, quiet=quiet)
 
 
@@ -147,9 +151,17 @@ def edit(
     result = summary(info, figures, patch.key.shape[0])
     if json:
         print_json(result)
-        return
+    else:
+        _show_edit(model, output, wanted, info, result, saved=held)
+    if not held:
+        raise TPatchError(f"nothing is saved in {output}: no request holds; mend them as the reasons say")
+
+
+def _show_edit(
+    model: str, output: str, wanted: Sequence[EditRequest], info: EditInfo, result: dict[str, Any], *, saved: bool
+) -> None:
     console = Console()
-    heading = f"{len(wanted)} request{'s' * (len(wanted) != 1)}, {patch.key.shape[0]} neurons, {info.seconds:.1f} s"
+    heading = f"{so_many(len(wanted), 'request')}, {so_many(result['patches'], 'neuron')}, {info.seconds:.1f} s"
     table = Table(title=heading, title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
@@ -159,8 +171,7 @@ def edit(
     console.print(table)
     for request in info.failed:
         console.print(f"[red]failed[/red] {escape(request.id)}: {escape(request.reason)}", highlight=False)
-    if not held:
-        console.print("nothing saved: no request holds", highlight=False)
+    if not saved:
         return
     console.print(f"patches saved in {output}; try them:", highlight=False)
     prompt = shlex.quote(wanted[0].prompt)
@@ -225,7 +236,8 @@ def merge(model: str, patches: str, output: str, *, dtype: str | None, json: boo
         print_json({"output": output, "neurons": saved.patch.key.shape[0], "parameters_added": added})
     else:
         Console().print(
-            f"{saved.patch.key.shape[0]} neurons merged ({added:,} parameters) into {output}", highlight=False
+            f"{so_many(saved.patch.key.shape[0], 'neuron')} merged ({added:,} parameters) into {output}",
+            highlight=False,
         )
 
 
@@ -254,7 +266,9 @@ def export(
         print_json({"output": output, **info.to_json()})
         return
     console = Console(highlight=False)
-    console.print(f"{info.neurons} neurons in {output}, {info.form}: transformers loads it as a {info.model_type}")
+    console.print(
+        f"{so_many(info.neurons, 'neuron')} in {output}, {info.form}: transformers loads it as a {info.model_type}"
+    )
     console.print(
         f"all layers are {info.ffn_width} wide, by {info.silent_neurons:,} silent neurons; "
         f"{info.parameters_added:,} parameters ({info.share:.3%}) and {info.bytes_added:,} bytes more than uncorrected"

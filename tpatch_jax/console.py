@@ -6,9 +6,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["print_json", "progress_bar"]
+__all__ = ["print_json", "progress_bar", "so_many"]
 
 Report = Callable[[str, int, int], None]
+
+
+def so_many(count: int, noun: str) -> str:
+    """A count and what is counted, as people write it.
+
+    Args:
+        count: how many.
+        noun: in the singular, of those whose plural ends in s.
+
+    Example:
+        >>> so_many(1, "edit"), so_many(2000, "edit")
+        ('1 edit', '2,000 edits')
+    """
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def print_json(value: Any) -> None:

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from tpatch_jax.commands import keep_compilations
+from tpatch_jax.commands import prepare_process
 from tpatch_jax.console import print_json, progress_bar
 from tpatch_jax.finetuning import FinetuneSettings
 from tpatch_jax.finetuning import finetune as train
@@ -25,7 +25,7 @@ def finetune(
     quiet: bool,
 ) -> None:
     """``tpatch finetune``."""
-    keep_compilations()
+    prepare_process()
     with progress_bar(quiet or json) as report:
         info = train(
             model,

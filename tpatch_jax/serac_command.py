@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tpatch_jax.commands import load
-from tpatch_jax.console import print_json, progress_bar
+from tpatch_jax.console import print_json, progress_bar, so_many
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.records import DATA, QUESTION, read_records
 from tpatch_jax.requests import EditRequest
@@ -67,7 +67,7 @@ def serac_train(
         print_json(result)
         return
     console = Console(highlight=False)
-    table = Table(title=f"{info.requests:,} requests, {info.seconds:.1f} s", title_justify="left")
+    table = Table(title=f"{so_many(info.requests, 'request')}, {info.seconds:.1f} s", title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name in ("scope_losses", "counterfactual_losses"):

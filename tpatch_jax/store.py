@@ -14,6 +14,7 @@ from tpatch_jax.devices import one_process_writes
 from tpatch_jax.editors.editor import EditInfo
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import replace_folder
+from tpatch_jax.folders import what_it_is
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.patch import Patch
@@ -88,7 +89,8 @@ def read_patches(folder: str | Path) -> SavedPatches:
     folder = Path(folder)
     for name in (EDITS, ARRAYS):
         if not (folder / name).is_file():
-            raise TPatchError(f"{folder} has no {name}; give a folder that `tpatch edit … -o FOLDER` wrote")
+            mend = f"give a folder that `tpatch edit … -o FOLDER` wrote{what_it_is(folder)}"
+            raise TPatchError(f"{folder} has no {name}; {mend}")
     try:
         about = json.loads((folder / EDITS).read_text("utf-8"))
         schema, model, edits = about["schema"], about["model"], about["edits"]

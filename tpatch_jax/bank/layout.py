@@ -17,6 +17,7 @@ from typing import Any
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import sync
+from tpatch_jax.folders import what_it_is
 
 __all__ = [
     "COPY",
@@ -60,7 +61,8 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise TPatchError(f"{folder} does not exist; make a bank with `tpatch bank init {folder} --model MODEL`")
     if not any((folder / name).exists() for name in (MANIFEST, JOURNAL, COPY)):
-        raise TPatchError(f"{folder} is no bank; make one with `tpatch bank init FOLDER --model MODEL`")
+        mend = f"make one with `tpatch bank init FOLDER --model MODEL`{what_it_is(folder)}"
+        raise TPatchError(f"{folder} is no bank; {mend}")
 
 
 def sealed_text(value: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tpatch_jax import commands
 from tpatch_jax.configuration import known_names, read_config, split_changes
-from tpatch_jax.console import print_json, progress_bar
+from tpatch_jax.console import print_json, progress_bar, so_many
 from tpatch_jax.editors.registry import METHODS, find_method, method_settings
 from tpatch_jax.editors.subject_site import POSITIONS
 from tpatch_jax.errors import TPatchError
@@ -301,6 +301,6 @@ def sweep_command(
     texts = [
         [f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v) for v in row.values()] for row in rows
     ]
-    _show(f"{model}: {len(wanted)} requests edited together at each site", [heading, *texts])
+    _show(f"{model}: {so_many(len(wanted), 'request')} edited together at each site", [heading, *texts])
     said = f"best: layer {chosen['layer']}, at the {chosen['position']}'s last token; written to {output}"
     Console().print(said, highlight=False)

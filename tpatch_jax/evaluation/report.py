@@ -8,6 +8,7 @@ from typing import Any
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import draw_report
 from tpatch_jax.files import write_text
+from tpatch_jax.folders import what_it_is
 
 __all__ = ["FIGURES", "SCHEMA", "comparison", "markdown", "read_report", "table", "write_report"]
 
@@ -66,7 +67,7 @@ def read_report(folder: str | Path) -> dict[str, Any]:
         schema, _ = report["schema"], [result["metrics"] for result in report["results"]]
     except FileNotFoundError:
         raise TPatchError(
-            f"{folder} holds no report.json; give a folder that `tpatch eval … -o REPORT` finished"
+            f"{folder} holds no report.json; give a folder that `tpatch eval … -o REPORT` finished{what_it_is(folder)}"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TPatchError(f"{path} is damaged ({error!r}); evaluate again") from None

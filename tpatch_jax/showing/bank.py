@@ -9,6 +9,7 @@ import numpy as np
 
 from tpatch_jax.bank.assembly import Held, Store, assemble
 from tpatch_jax.bank.state import Bank, active, replay, states
+from tpatch_jax.console import so_many
 from tpatch_jax.showing.charts import heat, histogram, steps
 from tpatch_jax.showing.markup import Child, element, figures, number, shorten, table
 
@@ -22,7 +23,7 @@ ORDER = ("active", "superseded", "disabled", "removed", "lost")
 
 def bank_title(bank: Bank) -> str:
     """What the bank is, in one line."""
-    return f"Bank {bank.folder.resolve().name}: {len(bank.edits)} edits of {bank.manifest['model']['name']}"
+    return f"Bank {bank.folder.resolve().name}: {so_many(len(bank.edits), 'edit')} of {bank.manifest['model']['name']}"
 
 
 def bank_summary(bank: Bank) -> dict[str, Any]:

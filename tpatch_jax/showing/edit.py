@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from tpatch_jax.console import so_many
 from tpatch_jax.editors.editor import EditInfo
 from tpatch_jax.models import generation
 from tpatch_jax.models.model import Model, attach
@@ -60,7 +61,7 @@ def show_edit(info: EditInfo, requests: Sequence[EditRequest], model: Model | No
         check_requests(requests, info)
     counts = Counter(result.status for result in info.requests)
     names = {"edited": "edited", "already": "right already", "failed": "failed"}
-    title = f"Edit: {len(info.requests)} requests, " + ", ".join(
+    title = f"Edit: {so_many(len(info.requests), 'request')}, " + ", ".join(
         f"{counts[status]} {name}" for status, name in names.items() if counts[status]
     )
     notes = [

@@ -7,6 +7,7 @@ from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.layout import COPY, JOURNAL, MANIFEST
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.report import read_report
+from tpatch_jax.folders import what_it_is
 from tpatch_jax.showing.bank import bank_summary, bank_title, bank_view
 from tpatch_jax.showing.markup import Child
 from tpatch_jax.showing.report import report_title, report_view
@@ -36,5 +37,5 @@ def folder_view(folder: Path) -> tuple[str, dict[str, Any], list[Child]]:
         return report_title(report), about, report_view(folder, report)
     raise TPatchError(
         f"{folder} is neither a bank nor a finished report; give a folder that `tpatch bank init` or "
-        "`tpatch eval … -o REPORT` made"
+        f"`tpatch eval … -o REPORT` made{what_it_is(folder)}"
     )

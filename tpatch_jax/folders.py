@@ -1,0 +1,29 @@
+"""What a folder is that was given in place of another kind of folder."""
+
+from pathlib import Path
+
+__all__ = ["what_it_is"]
+
+KINDS = (
+    ("bank.json", "it is a bank, which `tpatch bank list` and `tpatch report` show"),
+    ("patches.json", "it holds patches, which `tpatch inspect` shows"),
+    ("report.json", "it holds a report, which `tpatch report` and `tpatch compare` show"),
+    ("config.json", "it holds a model, which goes in the place of MODEL"),
+)
+"""A file that only this kind of folder has at its top, and what to do with such a folder."""
+
+
+def what_it_is(folder: str | Path) -> str:
+    """The end of a message that a folder is not what was asked for: ``"; it is …"`` if it is something else we make.
+
+    Args:
+        folder: where the user pointed.
+
+    Returns:
+        A text to put behind the message; empty where the folder is nothing known.
+
+    Example:
+        >>> what_it_is("nowhere")
+        ''
+    """
+    return next((f"; {said}" for name, said in KINDS if (Path(folder) / name).is_file()), "")
