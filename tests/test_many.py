@@ -8,13 +8,15 @@ import pytest
 
 from tpatch_jax.editors import last_site
 from tpatch_jax.editors import tpatcher as module
+from tpatch_jax.editors.earlier import nothing
 from tpatch_jax.editors.last_site import collect_inner
 from tpatch_jax.editors.reading import read_item
+from tpatch_jax.editors.rounds import ask
 from tpatch_jax.editors.settings import PRESETS
 from tpatch_jax.editors.tpatcher import tpatcher
 from tpatch_jax.memory import NO_ANSWER, create_memory, extend
 from tpatch_jax.models import collection
-from tpatch_jax.models.collection import collect
+from tpatch_jax.models.collection import Sites, collect
 from tpatch_jax.models.rows_on_disk import RowsOnDisk
 from tpatch_jax.requests import EditRequest
 
@@ -69,6 +71,23 @@ def test_what_stands_inside_many_prompts_is_a_negative(tiny_model, tmp_path, mon
         rows = np.asarray(found.query)[np.asarray(found.answer) == NO_ANSWER]
         among = [np.abs(rows - one).max(1).min() < 1e-5 for one in inner]
         assert all(among) if applies else not any(among)
+
+
+def test_of_very_many_edits_all_bare_prompts_are_negatives_and_some_contexts(tiny_model, tmp_path, monkeypatch):
+    memory = tmp_path / "memory.txt"
+    memory.write_text("The theory in the inn: winter thins the herd, and the hen then hides. " * 4, "utf-8")
+    known = tpatcher(QUICK, memory=memory).init(tiny_model, jax.random.key(0)).background
+    rng, asked = np.random.default_rng(1), ask([[5, 6], [7]], [3, 4])
+    query = rng.normal(size=(len(asked.answers), tiny_model.config.width)).astype(np.float32)
+    for most, expected in ((99, 10), (7, 10), (2, 5), (0, 3)):
+        monkeypatch.setattr(last_site, "CONTEXT_ROWS", most)
+        earlier = nothing(tiny_model.config.width, np.dtype(np.float32))
+        found = last_site.last_memory(QUICK, known, earlier, Sites(query, query, query), asked)
+        kept = np.flatnonzero(np.asarray(found.answer) >= 0)
+        assert len(kept) == expected
+        own = [int(np.abs(query - row).max(1).argmin()) for row in np.asarray(found.query)[kept]]
+        assert set(asked.bare.tolist()) <= set(own)
+        np.testing.assert_array_equal(np.asarray(found.answer)[kept], asked.answers[own])
 
 
 def test_rows_on_disk_and_in_memory_give_the_same(tiny_model, monkeypatch):

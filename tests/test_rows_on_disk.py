@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpatch_jax.models.rows_on_disk import RowsOnDisk
+from tpatch_jax.models import rows_on_disk
+from tpatch_jax.models.rows_on_disk import RowsOnDisk, chosen_rows
 
 
 @given(st.data(), st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]))
@@ -36,3 +37,14 @@ def test_rows_outside_are_refused():
         rows[np.array([2])]
     with pytest.raises(IndexError):
         rows[np.array([2])] = np.ones((1, 2), np.float32)
+
+
+def test_chosen_rows_stay_where_they_are(monkeypatch):
+    monkeypatch.setattr(rows_on_disk, "PART", 2)
+    array, rows = np.arange(14, dtype=np.float32).reshape(7, 2), np.array([6, 0, 3, 3, 1])
+    ours = RowsOnDisk(7, 2, np.float32)
+    ours[0:7] = array
+    kept = chosen_rows(ours, rows)
+    assert isinstance(kept, RowsOnDisk)
+    np.testing.assert_array_equal(kept[:], array[rows])
+    np.testing.assert_array_equal(chosen_rows(array, rows), array[rows])

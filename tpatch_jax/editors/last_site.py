@@ -29,7 +29,7 @@ from tpatch_jax.models import networks
 from tpatch_jax.models.collection import LEAST_TEXT, NEURONS, Sites, collect, pad_rows, predicted, real, single_rows
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
-from tpatch_jax.models.rows_on_disk import RowsOnDisk
+from tpatch_jax.models.rows_on_disk import RowsOnDisk, chosen_rows
 from tpatch_jax.patch import Patch, contribution, sized
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.sizes import FEW, in_blocks, round_up
@@ -55,6 +55,9 @@ program; more than a block are taken in blocks."""
 
 INNER_ROWS = 8192
 """So many queries inside prompts are negatives at most."""
+
+CONTEXT_ROWS = 4096
+"""So many queries of other edits behind their contexts are negatives at most; those of all bare prompts are."""
 
 SCATTERED = 16
 """Groups of queries whose scatter is taken at a time, where they are few."""
@@ -276,6 +279,13 @@ def _own_scatter(query: np.ndarray, table: Sequence[np.ndarray], contexts: int, 
     return total
 
 
+def _few_contexts(asked: Asked, most: int) -> np.ndarray:
+    """The rows of all bare prompts, and so many of the others, drawn at random."""
+    others = np.setdiff1d(np.arange(len(asked.answers)), asked.bare)
+    drawn = np.random.default_rng(0).permutation(len(others))[:most]
+    return np.sort(np.concatenate([asked.bare, others[drawn]]))
+
+
 def last_memory(
     settings: TPatcherSettings, known: Background, earlier: Earlier, sites: Sites, asked: Asked, inner: Any = None
 ) -> Memory:
@@ -293,6 +303,9 @@ def last_memory(
     queries, answers = [query], [earlier.wanted[owner]]
     if settings.other_edits:
         own, owner = single_rows(sites)
+        if sites.query.ndim == 2 and len(owner) > len(asked.bare) + CONTEXT_ROWS:
+            owner = _few_contexts(asked, CONTEXT_ROWS)
+            own = chosen_rows(own, owner)
         queries.append(own)
         answers.append(asked.answers[owner])
     if inner is not None:

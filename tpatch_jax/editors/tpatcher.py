@@ -6,7 +6,7 @@ at its subject in an earlier layer, completed in the last layer where that does 
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from tpatch_jax.editors.last_site import (
 )
 from tpatch_jax.editors.reading import Item, check_requests, read_item
 from tpatch_jax.editors.rewordings import reworded
-from tpatch_jax.editors.rounds import Note, ask, finished, fit_rounds, numbered, report
+from tpatch_jax.editors.rounds import Asked, Fitted, Note, ask, finished, fit_rounds, numbered, report
 from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
 from tpatch_jax.editors.subject_site import (
     POSITIONS,
@@ -46,9 +46,10 @@ from tpatch_jax.editors.subject_site import (
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.ffn import ACTIVATIONS
 from tpatch_jax.models import networks
-from tpatch_jax.models.collection import predicted
+from tpatch_jax.models.collection import Sites, predicted
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.models.networks import Batch
+from tpatch_jax.models.rows_on_disk import chosen_rows
 from tpatch_jax.patch import Patch, concatenate, create, preactivations, sized, take
 from tpatch_jax.requests import EditRequest, as_requests
 
@@ -229,6 +230,68 @@ def _fit_deep(
     return deep.without(unedited, {neuron.position for neuron in deep.neurons if culprits[neuron.neuron]})
 
 
+class _Last(NamedTuple):
+    """Where fitting in the last layer ended.
+
+    Attributes:
+        fitted: the neurons of earlier steps and the new ones.
+        asked: the target tokens.
+        bare: what the cut gives at them after the bare prompts.
+        last: the neurons of earlier steps, some of which gave way.
+        already: positions of requests that held without a new neuron here.
+    """
+
+    fitted: Fitted
+    asked: Asked
+    bare: Sites
+    last: Patch
+    already: set[int]
+
+
+def _fit_last(
+    state: TPatcherState, deep: _Deep, items: Sequence[Item], good: Mapping[int, EditRequest], prefixes: Sequence[str],
+    last: Patch, key: Array, progress: Progress | None,
+) -> _Last:  # fmt: skip
+    """Neurons for the target tokens that do not come out; what they are fitted on is let go with this call."""
+    model, settings, known = deep.model, state.settings, state.background
+    sites = collect_items(model, items, prefixes, progress)
+    asked = ask([item.target for item in items], [len(item.rows) for item in items])
+    many = settings.fit.recipe == "staged" and len(items) >= settings.many_from
+    many = many and model.config.architecture == "decoder"
+    inner = collect_inner(model, items, progress) if many else None
+    memory = last_memory(settings, known, deep.earlier, sites, asked, inner)
+    negatives = swaps(model, items, good, known.names, settings.swaps, np.asarray(memory.mean), sites, asked, progress)
+    bare = Sites(*(chosen_rows(field, asked.bare) for field in sites))
+
+    def wrong(patch: Patch) -> np.ndarray:
+        return np.flatnonzero(predicted(model, bare, patch) != asked.wanted)
+
+    missing = wrong(last)
+    last = give_way(model, deep.earlier, last, bare.query[missing])
+    missing = wrong(last)
+    already = {items[number].position for number in set(range(len(items))) - set(asked.owner[missing].tolist())}
+    lanes = partial(
+        create_lanes, model, settings, sites, asked, negatives, np.asarray(memory.mean, np.float32), state.spread
+    )
+    fitted = fit_rounds(
+        last,
+        lanes,
+        wrong,
+        [f"{good[items[own].position]} {token}" for own, token in zip(asked.owner, asked.token, strict=True)],
+        asked,
+        memory,
+        resume(model),
+        key,
+        settings.fit,
+        attempts=settings.attempts if settings.complete else 0,
+        most_tokens=settings.most_tokens,
+        activation=ACTIVATIONS[model.config.activation],
+        progress=progress,
+        mesh=mesh_of(model.params),
+    )
+    return _Last(fitted, asked, bare, last, already)
+
+
 def _step(
     state: TPatcherState, requests: list[EditRequest], key: Array, progress: Progress | None
 ) -> tuple[TPatcherState, EditInfo]:
@@ -256,52 +319,17 @@ def _step(
     before, last = _split(state)
     deep = _fit_deep(state, items, requests, before, last, progress)
     deep_seconds = time.perf_counter() - began if deep.neurons else 0.0
-    model = deep.model
-
-    sites = collect_items(model, items, prefixes, progress)
-    asked = ask([item.target for item in items], [len(item.rows) for item in items])
     # Measuring the unit is no part of the edit.
     paused = time.perf_counter()
-    unit = forward_seconds(model, items)
+    unit = forward_seconds(deep.model, items)
     began += time.perf_counter() - paused
-    many = settings.fit.recipe == "staged" and len(items) >= settings.many_from
-    many = many and model.config.architecture == "decoder"
-    inner = collect_inner(model, items, progress) if many else None
-    memory = last_memory(settings, known, deep.earlier, sites, asked, inner)
-    negatives = swaps(model, items, good, known.names, settings.swaps, np.asarray(memory.mean), sites, asked, progress)
-    bare = type(sites)(*(field[asked.bare] for field in sites))
+    fitted, asked, bare, last, already = _fit_last(state, deep, items, good, prefixes, last, key, progress)
+    act = ACTIVATIONS[state.model.config.activation]
 
     def wrong(patch: Patch) -> np.ndarray:
         return np.flatnonzero(predicted(deep.model, bare, patch) != asked.wanted)
 
-    missing = wrong(last)
-    last = give_way(model, deep.earlier, last, bare.query[missing])
-    missing = wrong(last)
-    already = {items[number].position for number in set(range(len(items))) - set(asked.owner[missing].tolist())}
-    lanes = partial(
-        create_lanes, model, settings, sites, asked, negatives, np.asarray(memory.mean, np.float32), state.spread
-    )
-    act = ACTIVATIONS[model.config.activation]
-    fitted = fit_rounds(
-        last,
-        lanes,
-        wrong,
-        [f"{requests[items[own].position]} {token}" for own, token in zip(asked.owner, asked.token, strict=True)],
-        asked,
-        memory,
-        resume(model),
-        key,
-        settings.fit,
-        attempts=settings.attempts if settings.complete else 0,
-        most_tokens=settings.most_tokens,
-        activation=act,
-        progress=progress,
-        mesh=mesh_of(model.params),
-    )
-
-    # What patches were fitted on would else be there beside the copies in which they are checked and put together.
-    del memory, lanes, negatives, sites, inner
-    lost_before, older = broken(model, deep.earlier, last), last.key.shape[0]
+    lost_before, older = broken(deep.model, deep.earlier, last), last.key.shape[0]
 
     def harmed(patch: Patch, rows: np.ndarray) -> set[int]:
         lost = np.setdiff1d(broken(deep.model, deep.earlier, patch), lost_before)
@@ -332,7 +360,7 @@ def _step(
     patch = _together(state, deep.patch, fitted.patch, older, alive)
     holds = [number for number in range(len(items)) if number not in reasons]
     rows = np.flatnonzero(np.isin(asked.owner, holds))
-    kept = bare if len(rows) == len(asked.owner) else type(bare)(*(field[rows] for field in bare))
+    kept = Sites(*(field[rows] for field in bare))
     heard = None if deep.read is None else deep.read.heard(holds)
     subjects = [(-1, -1)] * len(holds) if deep.read is None else [deep.read.place(number) for number in holds]
     earlier = remember(deep.earlier, [items[number] for number in holds], subjects, kept, heard)

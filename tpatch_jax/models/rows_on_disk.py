@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["RowsOnDisk"]
+__all__ = ["RowsOnDisk", "chosen_rows"]
+
+PART = 4096
+"""So many rows are copied at a time."""
 
 
 class RowsOnDisk:
@@ -62,6 +65,28 @@ class RowsOnDisk:
             read = self._file.read((last - first) * self._row_bytes)
             found[first:last] = np.frombuffer(read, self.dtype).reshape(last - first, -1)
         return found.reshape(*numbers.shape, self.shape[1])
+
+
+def chosen_rows(array: np.ndarray | RowsOnDisk, rows: np.ndarray) -> np.ndarray | RowsOnDisk:
+    """Some rows of an array, on disk where it is.
+
+    Args:
+        array: ``[rows, …]``.
+        rows: which, by number.
+
+    Returns:
+        ``[chosen, …]``, a copy.
+
+    Example:
+        >>> chosen_rows(np.eye(3), np.array([2])).tolist()
+        [[0.0, 0.0, 1.0]]
+    """
+    if not isinstance(array, RowsOnDisk):
+        return array[rows]
+    found = RowsOnDisk(len(rows), array.shape[1], array.dtype)
+    for first in range(0, len(rows), PART):
+        found[first : first + PART] = array[rows[first : first + PART]]
+    return found
 
 
 def _runs(numbers: np.ndarray) -> list[tuple[int, int]]:

@@ -23,6 +23,9 @@ EASIER = 0.1
 MOMENTUM = 0.8
 """Of the key's steps."""
 
+START, BELOW = 8.0, 0.6
+"""A key starts with ``z = START·(1 - BELOW)`` on the edit's own queries and ``-START·BELOW`` on the mean memory query."""
+
 
 class Staged(NamedTuple):
     """Where a staged fit stands once the key is settled: what the value is fitted with."""
@@ -79,15 +82,14 @@ def recognise(
     own = (query - mean) @ whitener
     always = jnp.ones(particular.shape[0], bool)
     centre, tiny = jnp.mean(own, 0), jnp.finfo(own.dtype).eps
-    # Starting at z = 3.2 on the edit's own queries and -4.8 on the mean memory query; in units in which the key's
-    # length is 1, so that a step in it weighs about as much as one in the bias.
-    length = 8.0 * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(centre)), tiny))
-    params = {"key": centre * length / 8.0, "bias": jnp.full((), -0.6, centre.dtype)}
+    # In units in which the key's length is 1, so that a step in it weighs about as much as one in the bias.
+    scale = jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(centre)), tiny))
+    params = {"key": centre * scale, "bias": jnp.full((), -BELOW, centre.dtype)}
     transform = optax.chain(optax.trace(MOMENTUM), optax.normalize_by_update_norm(-settings.key_rate))
     times = 1 + harder
 
     def key_loss(params: dict[str, Array], negative: Array, counts: Array) -> tuple[Array, dict[str, Array]]:
-        key, bias = params["key"] * length, params["bias"] * 8.0
+        key, bias = params["key"] * (START * scale), params["bias"] * START
         z = own @ key + bias
         z_memory = jnp.where(counts, negative @ (whitener @ key) + bias, -jnp.inf)
         return total_loss(jnp.zeros(()), z, z_memory, settings.weights)
