@@ -24,7 +24,7 @@ MOMENTUM = 0.8
 """Of the key's steps."""
 
 START, BELOW = 8.0, 0.6
-"""A key starts with ``z = START·(1 - BELOW)`` on the edit's own queries and ``-START·BELOW`` on the mean memory query."""
+"""A key starts with ``z = START·(1 - BELOW)`` on the edit's own queries, ``-START·BELOW`` on the mean memory query."""
 
 
 class Staged(NamedTuple):
