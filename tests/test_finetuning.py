@@ -384,7 +384,7 @@ def refused(capsys: pytest.CaptureFixture[str], command: list[str], *words: str)
         ("[1]", ["line 1: list instead of an object"]),
         ("{", ["line 1: not JSON"]),
         ("\n \n", ["holds no example"]),
-        (None, ["data.jsonl cannot be read"]),
+        (None, ["data.jsonl does not exist"]),
     ],
 )
 def test_bad_data(place, tmp_path, capsys, text, words):

@@ -123,7 +123,7 @@ def test_bad_claims(tmp_path, lines, message):
 
 
 def test_missing_claims(tmp_path):
-    with pytest.raises(TPatchError, match="cannot be read"):
+    with pytest.raises(TPatchError, match="does not exist"):
         read_fever(tmp_path / "none.jsonl")
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.json_lines import read_json_lines
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Pair
@@ -114,29 +115,11 @@ def read_data(
         ]
         text = json.dumps([[example.prompt, example.target] for example in examples])
         return Data(tuple(examples), hashlib.sha256(text.encode()).hexdigest())
-    path = Path(source)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise TPatchError(f"{path} cannot be read ({reason}); give a file with one JSON object a line") from None
-    examples = []
-    for number, line in enumerate(content.split(b"\n"), 1):
-        where = f"{path}, line {number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise TPatchError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-        if not text.strip():
-            continue
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise TPatchError(f"{where}: not JSON ({error}); write one object a line") from None
-        examples.append(_example(record, (prompt_field, target_field), where))
+    path, fields = Path(source), (prompt_field, target_field)
+    examples = [_example(line.value, fields, line.where) for line in read_json_lines(path, "object")]
     if not examples:
         raise TPatchError(f"{path} holds no example; put one JSON object a line, with {prompt_field!r} and the like")
-    return Data(tuple(examples), hashlib.sha256(content).hexdigest())
+    return Data(tuple(examples), hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def _example(record: Any, fields: tuple[str, str], where: str) -> Example:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.json_lines import read_json_lines
 
 __all__ = ["EditRequest", "contradictions", "join_target", "read_requests"]
 
@@ -71,30 +72,8 @@ def read_requests(path: str | Path) -> list[EditRequest]:
         >>> read_requests("requests.jsonl")  # doctest: +SKIP
         [EditRequest(prompt='The capital of France is', target='Lyon', ...)]
     """
-    path = Path(path)
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise TPatchError(f"{path} does not exist; give a file with one JSON request a line") from None
-    except OSError as error:
-        raise TPatchError(
-            f"{path} cannot be read ({error.strerror}); give a file with one JSON request a line"
-        ) from None
     requests, seen = [], {}
-    for number, line in enumerate(content.split(b"\n"), 1):
-        where = f"{path}, line {number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise TPatchError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-        if not text.strip():
-            continue
-        try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise TPatchError(f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line") from None
-        except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
-            raise TPatchError(f"{where}: not JSON that can be read ({error}); one object a line") from None
+    for number, where, record in read_json_lines(path, "request"):
         request = _parse(record, where)
         if request.id is not None and request.id in seen:
             raise TPatchError(f"{where}: the id {request.id!r} was used in line {seen[request.id]}; give each its own")

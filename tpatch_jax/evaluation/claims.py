@@ -1,11 +1,11 @@
 """FEVER: claims that are supported or refuted, one JSON object a line."""
 
-import json
 from pathlib import Path
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.record import Probe, Record
 from tpatch_jax.evaluation.rephrasings import rephrasings
+from tpatch_jax.json_lines import read_json_lines
 from tpatch_jax.requests import EditRequest
 
 __all__ = ["LABELS", "read_fever"]
@@ -35,19 +35,8 @@ def read_fever(path: str | Path) -> list[Record]:
         >>> read_fever("fever.jsonl")[0].request.target  # doctest: +SKIP
         'REFUTES'
     """
-    try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TPatchError(f"{path} cannot be read ({error}); give FEVER's JSON lines") from None
     records = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise TPatchError(f"{where}: not JSON ({error}); FEVER is one object a line") from None
+    for number, where, row in read_json_lines(path, "claim"):
         if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("claim", "label")):
             raise TPatchError(f"{where}: no 'claim' and 'label'; FEVER has both in each line")
         if row["label"] in LABELS and row["claim"].strip():
