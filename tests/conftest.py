@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from tpatch_jax.models import networks
 from tpatch_jax.models.families import configure, family_of
 from tpatch_jax.models.model import Model, save_model
+from tpatch_jax.models.shapes import parameter_shapes
 
 hypothesis_settings.register_profile("ci", deadline=None, derandomize=True, max_examples=20, database=None)
 hypothesis_settings.load_profile("ci")
@@ -98,7 +98,7 @@ def make_tiny_model(seed: int = 0, defaults: Mapping[str, Any] = LLAMA, **change
         spread = 0.1 if around else 1.0 if "embed" in jax.tree_util.keystr(path) else leaf.shape[0] ** -0.5
         return jnp.asarray(around + spread * rng.normal(size=leaf.shape), jnp.float32)
 
-    params = jax.tree_util.tree_map_with_path(draw, networks.shapes(config))
+    params = jax.tree_util.tree_map_with_path(draw, parameter_shapes(config))
     return Model(config, params, tiny_tokenizer(), "tiny", None, settings)
 
 

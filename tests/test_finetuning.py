@@ -17,10 +17,10 @@ from safetensors.numpy import load_file, save_file
 from tpatch_jax import cli, finetuning_data, finetuning_loop, finetuning_start
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.finetuning import FinetuneSettings, finetune
-from tpatch_jax.models import networks
 from tpatch_jax.models.checkpoint import read_settings
 from tpatch_jax.models.families import configure
 from tpatch_jax.models.model import attach, load_model
+from tpatch_jax.models.shapes import parameter_shapes
 from tpatch_jax.patch import create
 
 PROMOTION = "standard"  # optax takes steps
@@ -325,7 +325,7 @@ def test_configurations_of_this_repository(name):
     settings = read_settings(folder)
     config = configure(settings)
     params = finetuning_start.read_start(folder, settings, None, True, ["abc"], 0).params
-    shapes = networks.shapes(config)
+    shapes = parameter_shapes(config)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, shapes)
     assert 3e6 < sum(leaf.size for leaf in jax.tree.leaves(params)) < 6e6
     tokenizer = finetuning_start.train_tokenizer(config, settings, [prompt for prompt, _ in ANSWERS])

@@ -11,6 +11,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation, networks
 from tpatch_jax.models.model import Model, attach, detach, load_model, merge, save_model, unmerge
 from tpatch_jax.models.rows import tokens_array
+from tpatch_jax.models.shapes import merged_neurons, parameter_shapes
 from tpatch_jax.patch import Patch, concatenate, create, take
 
 LLAMA3 = {
@@ -157,11 +158,11 @@ def test_tying_shares_the_embedding_and_untying_does_not():
 
 
 def test_shapes_are_those_of_the_parameters(model):
-    described = jax.tree.map(lambda leaf: leaf.shape, networks.shapes(model.config))
+    described = jax.tree.map(lambda leaf: leaf.shape, parameter_shapes(model.config))
     assert described == jax.tree.map(lambda leaf: leaf.shape, model.params)
     merged = merge(model, random_patch(0, 3, (1,)))
-    assert networks.merged_neurons(model.config, merged.params) == {1: 3}
-    described = jax.tree.map(lambda leaf: leaf.shape, networks.shapes(model.config, {1: 3}))
+    assert merged_neurons(model.config, merged.params) == {1: 3}
+    described = jax.tree.map(lambda leaf: leaf.shape, parameter_shapes(model.config, {1: 3}))
     assert described == jax.tree.map(lambda leaf: leaf.shape, merged.params)
 
 
@@ -298,7 +299,7 @@ def test_sampling_follows_its_key_and_stays_among_the_best(tiny_model):
 def test_merged_equals_attached_in_every_layer_at_once(rich):
     patch, tokens = random_patch(1, 6, (2, 0, 1)), tokens_of(rich)
     attached, merged = attach(rich, patch), merge(rich, patch)
-    assert networks.merged_neurons(rich.config, merged.params) == {0: 2, 1: 2, 2: 2}
+    assert merged_neurons(rich.config, merged.params) == {0: 2, 1: 2, 2: 2}
     for layer in LAYERS:
         assert not ffn.attached(merged.params["layers"][layer]["ffn"])
     assert relative(merged.apply(tokens), attached.apply(tokens)) < 1e-5
@@ -357,7 +358,7 @@ def test_merges_stack_and_come_out_one_by_one(rich):
     first, second = random_patch(7, 2, (1,)), random_patch(8, 3, (1,))
     once = merge(rich, first)
     twice = merge(once, second)
-    assert networks.merged_neurons(rich.config, twice.params) == {1: 5}
+    assert merged_neurons(rich.config, twice.params) == {1: 5}
     back, found = unmerge(twice, {1: 3})
     assert same(back.params, once.params)
     assert same(found, second)

@@ -21,6 +21,7 @@ from tpatch_jax.models import checkpoint, generation, networks
 from tpatch_jax.models.families import FAMILIES, configure
 from tpatch_jax.models.model import Model, attach, merge, save_model, unmerge
 from tpatch_jax.models.rows import ASK
+from tpatch_jax.models.shapes import merged_neurons
 from tpatch_jax.patch import Patch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -217,7 +218,7 @@ def test_merged_equals_attached(reference):
 def test_unmerge_gives_back_model_and_patch_bit_for_bit(reference):
     model, patch = reference.model, random_patch(reference.model)
     merged = merge(model, patch)
-    assert networks.merged_neurons(model.config, merged.params) == {0: 2, 1: 2, 2: 2}
+    assert merged_neurons(model.config, merged.params) == {0: 2, 1: 2, 2: 2}
     back, found = unmerge(merged)
     assert same(back.params, model.params), reference.name
     assert same(found, patch), reference.name

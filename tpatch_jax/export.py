@@ -27,6 +27,7 @@ from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families import configure, family_of
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.rows import ASK
+from tpatch_jax.models.shapes import merged_neurons, parameter_shapes
 from tpatch_jax.models.sources import cache_folder
 from tpatch_jax.patch import take
 from tpatch_jax.requests import EditRequest, join_target
@@ -156,7 +157,7 @@ def export_model(
         with jax.default_matmul_precision("highest"):
             approximated, error = _approximate(model, requests, memory, cache, progress)
         params = approximated.params
-    grown = _grown(params, networks.shapes(target), jax.tree.leaves(params)[0].dtype)
+    grown = _grown(params, parameter_shapes(target), jax.tree.leaves(params)[0].dtype)
     info = _info(model, form, target, grown, error)
     with replace_folder(folder) as temporary:
         checkpoint.write_folder(temporary, target, grown, settings, model.folder)
@@ -288,8 +289,8 @@ def _grown(params: Params, shapes: Params, dtype: Any) -> Params:
 
 
 def _info(model: Model, form: str, target: NetworkConfig, params: Params, error: ExportError | None) -> ExportInfo:
-    neurons = sum(networks.merged_neurons(model.config, model.params).values())
-    before = sum(leaf.size for leaf in jax.tree.leaves(networks.shapes(model.config)))
+    neurons = sum(merged_neurons(model.config, model.params).values())
+    before = sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(model.config)))
     leaves = jax.tree.leaves(params)
     added = sum(leaf.size for leaf in leaves) - before
     wider = (target.ffn_width - model.config.ffn_width) * target.layers

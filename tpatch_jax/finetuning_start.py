@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models import networks
 from tpatch_jax.models.checkpoint import read_folder
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families import configure, family_of
 from tpatch_jax.models.layout import flatten, insert
 from tpatch_jax.models.model import Model, read_tokenizer
+from tpatch_jax.models.shapes import merged_neurons, parameter_shapes
 
 __all__ = ["complete", "named_labels", "read_start", "train_tokenizer"]
 
@@ -111,7 +111,7 @@ def complete(config: NetworkConfig, params: Params, seed: int, spread: float = S
     Source: Devlin et al. 2019, appendix A.2; Raffel et al. 2020, as in the initialisation of its code.
     """
     have = dict(flatten(params))
-    shapes = networks.shapes(config, networks.merged_neurons(config, params) if params else None)
+    shapes = parameter_shapes(config, merged_neurons(config, params) if params else None)
     result: Params = {}
     for number, (path, leaf) in enumerate(flatten(shapes)):
         known = have.get(path)

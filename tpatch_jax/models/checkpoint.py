@@ -16,10 +16,10 @@ from safetensors.numpy import save_file
 from tpatch_jax.devices import host, one_process_writes
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import replace_folder
-from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families import configure, family_of
 from tpatch_jax.models.layout import flatten, insert, join, layout, split
+from tpatch_jax.models.shapes import merged_neurons
 from tpatch_jax.models.sharding import place
 
 __all__ = ["read_folder", "read_settings", "write_folder"]
@@ -260,7 +260,7 @@ def write_folder(
     Raises:
         TPatchError: the folder holds something already.
     """
-    merged = networks.merged_neurons(config, params)
+    merged = merged_neurons(config, params)
     new = {name: entry for name, entry in settings.items() if name != NEURONS_KEY}
     dtype = str(jax.tree.leaves(params)[0].dtype)
     new.update({"dtype": dtype, "torch_dtype": dtype})

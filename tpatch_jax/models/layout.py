@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.shapes import parameter_shapes
 from tpatch_jax.models.zoo.family import Family
 
 __all__ = ["Stored", "flatten", "insert", "join", "layout", "split"]
@@ -68,7 +68,7 @@ def layout(family: Family, config: NetworkConfig, merged: Mapping[int, int] | No
         config: the network's description.
         merged: how many patch neurons are merged into which layers.
     """
-    shapes = {path: leaf.shape for path, leaf in flatten(networks.shapes(config, merged))}
+    shapes = {path: leaf.shape for path, leaf in flatten(parameter_shapes(config, merged))}
     result: dict[str, Stored] = {}
     for path, shape in shapes.items():
         parts = path.split(".")

@@ -19,6 +19,7 @@ from tpatch_jax.models import checkpoint, generation, networks
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.networks import Batch, Trace
 from tpatch_jax.models.rows import ASK
+from tpatch_jax.models.shapes import merged_neurons
 from tpatch_jax.patch import Patch, concatenate, take
 
 __all__ = ["Model", "attach", "detach", "load_model", "merge", "read_tokenizer", "save_model", "unmerge"]
@@ -353,7 +354,7 @@ def unmerge(model: Model, neurons: Mapping[int, int] | None = None) -> tuple[Mod
     Raises:
         TPatchError: nothing was merged, or not that many neurons.
     """
-    merged = networks.merged_neurons(model.config, model.params)
+    merged = merged_neurons(model.config, model.params)
     neurons = merged if neurons is None else neurons
     if not neurons:
         raise TPatchError(f"nothing is merged into {model.name!r}; unmerge takes out what `merge` put in")

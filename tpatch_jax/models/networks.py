@@ -45,12 +45,10 @@ __all__ = [
     "hidden",
     "leave_last",
     "logits",
-    "merged_neurons",
     "pointwise",
     "residuals",
     "resume",
     "resume_fork",
-    "shapes",
     "trace",
     "trace_after",
     "unembedding",
@@ -571,69 +569,6 @@ def decode(
         x, entry = _whole(config, config.kind(index), params["layers"][index], x, positions, cache[index], around)
         grown.append(entry)
     return x, grown
-
-
-def shapes(config: NetworkConfig, merged: Mapping[int, int] | None = None) -> Params:
-    """The shapes of all parameters, as `jax.ShapeDtypeStruct` leaves in the parameters' own nesting.
-
-    Args:
-        config: the network's description.
-        merged: how many patch neurons are merged into which layers.
-    """
-    result = {"embed": {"embedding": _shape((config.vocabulary, config.width))}, **_stack_shapes(config, merged or {})}
-    if config.encoder:
-        result["encoder"] = _stack_shapes(config.encoder, {})
-    if config.labels:
-        head = {"dense": config.width, "output": len(config.labels)}
-        result["classifier"] = {name: _linear_shapes(config.width, outputs, True) for name, outputs in head.items()}
-    elif not config.tied:
-        result["head"] = _linear_shapes(config.width, config.vocabulary, config.head_bias)
-    elif config.head_bias:
-        result["head"] = {"bias": _shape((config.vocabulary,))}
-    return result
-
-
-_shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-
-
-def _linear_shapes(inputs: int, outputs: int, bias: bool) -> Params:
-    entry = {"kernel": _shape((inputs, outputs))}
-    return {**entry, "bias": _shape((outputs,))} if bias else entry
-
-
-def _stack_shapes(config: NetworkConfig, merged: Mapping[int, int]) -> Params:
-    """The shapes of a stack without what it shares with others: embedding and head."""
-
-    def of(module: nnx.Module) -> Params:
-        return nnx.to_pure_dict(nnx.state(module))
-
-    def network(extra: int) -> Params:
-        hidden, bias = config.ffn_width + extra, config.ffn_bias or extra > 0
-        readers = ("gate", "up") if config.gated else ("up",)
-        entries = {name: _linear_shapes(config.width, hidden, bias) for name in readers}
-        return {**entries, "down": _linear_shapes(hidden, config.width, config.ffn_bias)}
-
-    block = of(nnx.eval_shape(lambda: Block(config, config.kind(0), rngs=nnx.Rngs(0))))
-    norm = of(nnx.eval_shape(lambda: Norm.of(config)))
-    result: Params = {
-        "layers": {index: {**block, "ffn": network(merged.get(index, 0))} for index in range(config.layers)}
-    }
-    if not config.post_norm:
-        result["norm"] = norm
-    if config.embed_norm:
-        result["norm_embed"] = norm
-    for name, rows in (("positions", config.positions), ("token_types", config.token_types)):
-        if rows:
-            result[name] = {"embedding": _shape((rows, config.width))}
-    if config.relative_buckets:
-        result["relative"] = {"embedding": _shape((config.relative_buckets, config.heads))}
-    return result
-
-
-def merged_neurons(config: NetworkConfig, params: Params) -> dict[int, int]:
-    """How many patch neurons are merged into which layers; layers without any are left out."""
-    extra = {index: ffn.width(layer["ffn"]) - config.ffn_width for index, layer in params["layers"].items()}
-    return {index: count for index, count in extra.items() if count}
 
 
 def finish(config: NetworkConfig, weights: Params, context: Params, output: Array) -> Array:

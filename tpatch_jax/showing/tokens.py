@@ -7,11 +7,12 @@ import numpy as np
 
 from tpatch_jax import ffn
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models import generation, networks
+from tpatch_jax.models import generation
 from tpatch_jax.models.collection import batches
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.models.networks import Trace
 from tpatch_jax.models.rows import split_row
+from tpatch_jax.models.shapes import merged_neurons
 from tpatch_jax.patch import Patch
 from tpatch_jax.showing.markup import element, number
 from tpatch_jax.showing.patch import Owner, arrays_of
@@ -63,7 +64,7 @@ def activations_on(model: Model, patch: Patch, text: str) -> tuple[list[int], np
     """
     if any(ffn.attached(layer["ffn"]) for layer in model.params["layers"].values()):
         raise TPatchError("a patch is attached to this model; give the one without, `tp.detach(model)`")
-    if networks.merged_neurons(model.config, model.params):
+    if merged_neurons(model.config, model.params):
         raise TPatchError("a patch is merged into this model; give the one without, which `tp.unmerge` returns")
     whole = arrays_of(patch)
     edited = attach(model, whole, relu=True)
