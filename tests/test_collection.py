@@ -1,5 +1,6 @@
 """Passes that texts share: rows run behind a common beginning are as if they had been run whole."""
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -82,8 +83,7 @@ def test_collecting_with_beginnings_is_collecting_without(tiny_model, data):
     ]
     plain = collect(tiny_model, rows, positions, 2)
     shared = collect(tiny_model, rows, positions, 2, begins=begins)
-    for own, expected in zip(shared, plain, strict=True):
-        np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(shared, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_beginnings_are_run_once_and_only_if_worth_it(tiny_model, monkeypatch):

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
-import numpy as np
 import pytest
 from conftest import make_tiny_model, write_tiny_folder
 from jax.sharding import PartitionSpec
@@ -153,5 +153,4 @@ def test_a_model_without_a_head_says_so_by_its_names(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
     found = load_model(folder)
-    for ours, theirs in zip(jax.tree.leaves(model.params), jax.tree.leaves(found.params), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    chex.assert_trees_all_equal(model.params, found.params)

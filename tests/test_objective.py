@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,5 +138,4 @@ def test_jit_vmap_and_grad_compose():
     together = jax.jit(jax.vmap(jax.value_and_grad(objective)))(*many)
     for lane in range(3):
         alone = jax.jit(jax.value_and_grad(objective))(*arguments(lane))
-        for left, right in zip(jax.tree.map(lambda leaf, lane=lane: leaf[lane], together), alone, strict=True):
-            np.testing.assert_allclose(left, right, rtol=1e-4)
+        chex.assert_trees_all_close(jax.tree.map(lambda leaf, lane=lane: leaf[lane], together), alone, rtol=1e-4)

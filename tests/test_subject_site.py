@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -311,7 +312,7 @@ def test_edits_of_earlier_steps_are_saved_and_loaded(edited):
     editor, key = tpatcher(settings(), memory=text), jax.random.key(0)
     earlier = editor.step(editor.init(model, key), requests[:2], key)[0].earlier
     loaded = load_earlier(save_earlier(earlier))
-    jax.tree.map(np.testing.assert_array_equal, loaded, earlier)
+    chex.assert_trees_all_equal(loaded, earlier)
     assert [model.decode(row) for row in loaded.rows] == [f"{r.prompt} {r.target}" for r in requests[:2]]
 
 
