@@ -14,7 +14,7 @@ from tpatch_jax.bank.adding import AddInfo
 from tpatch_jax.bank.changing import ChangeInfo, undoes_last
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.state import Bank, BankEdit, find, states
-from tpatch_jax.commands import load, prepare_process, requests_of
+from tpatch_jax.commands import load, requests_of
 from tpatch_jax.configuration import change, read_config, split_changes
 from tpatch_jax.console import print_json, progress_bar, so_many
 from tpatch_jax.editors.settings import PRESETS
@@ -22,6 +22,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import check_vacant
 from tpatch_jax.models.model import Model, save_model
 from tpatch_jax.models.model import merge as merge_patch
+from tpatch_jax.process import prepare_process
 from tpatch_jax.requests import read_requests
 
 __all__ = [

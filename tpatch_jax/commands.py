@@ -1,13 +1,10 @@
 """What each command does: load, call the library, show the result."""
 
-import contextlib
-import ctypes
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -26,7 +23,8 @@ from tpatch_jax.models import model as models_
 from tpatch_jax.models.families import FAMILIES
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.promises import PROMISES, promised
-from tpatch_jax.models.sources import NAMED_MODELS, cache_folder
+from tpatch_jax.models.sources import NAMED_MODELS
+from tpatch_jax.process import prepare_process
 from tpatch_jax.requests import EditRequest, read_requests
 
 __all__ = [
@@ -37,40 +35,10 @@ __all__ = [
     "load",
     "merge",
     "models",
-    "prepare_process",
     "requests_of",
     "settings_of",
     "summary",
 ]
-
-MAPPED_FROM = -3
-"""glibc's name for the size from which memory is taken from the system piece by piece (``M_MMAP_THRESHOLD``)."""
-
-
-def prepare_process() -> None:
-    """What every command does first: keep compiled programs, and give back memory that is no longer needed."""
-    _keep_compilations()
-    _return_freed_memory()
-
-
-def _keep_compilations() -> None:
-    """Keep compiled programs between runs of the command: a second run starts at once."""
-    folder = cache_folder() / "compiled"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def _return_freed_memory() -> None:
-    """Let arrays go back to the system when they are freed, as far as the C library can be told to (glibc).
-
-    By itself it keeps what it once had, in pieces, and a process that works on one array after the other grows.
-    """
-    with contextlib.suppress(OSError, AttributeError, ValueError):
-        ctypes.CDLL(None).mallopt(MAPPED_FROM, 2**20)
 
 
 def load(name: str, dtype: str | None, quiet: bool) -> Model:

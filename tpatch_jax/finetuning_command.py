@@ -3,10 +3,10 @@
 from rich.console import Console
 from rich.table import Table
 
-from tpatch_jax.commands import prepare_process
 from tpatch_jax.console import print_json, progress_bar
 from tpatch_jax.finetuning import FinetuneSettings
 from tpatch_jax.finetuning import finetune as train
+from tpatch_jax.process import prepare_process
 
 __all__ = ["finetune"]
 

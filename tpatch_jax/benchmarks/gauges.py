@@ -11,14 +11,15 @@ from typing import Any
 import jax
 from jax import monitoring
 
+from tpatch_jax.process import COMPILED
+
 __all__ = ["compilations", "median_and_spread", "peak_bytes", "seconds_of"]
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"
 _counters: list[list[int]] = []
 
 
 def _count(event: str, duration_secs: float, **_: Any) -> None:
-    if event == _COMPILED:
+    if event == COMPILED:
         for counter in _counters:
             counter[0] += 1
 
