@@ -31,7 +31,7 @@ LARGE = 2**24
 """Arrays of more bytes are kept on disk, if they may be."""
 
 
-WORTH_SHARING = 8
+WORTH_SHARING = 2
 """A text with which others begin is run on its own if on average so many begin with each."""
 
 NEURONS = 512
