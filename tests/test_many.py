@@ -11,7 +11,7 @@ from tpatch_jax.editors import last_site
 from tpatch_jax.editors import tpatcher as module
 from tpatch_jax.editors.earlier import nothing
 from tpatch_jax.editors.last_site import collect_inner
-from tpatch_jax.editors.reading import read_item
+from tpatch_jax.editors.reading import read_item, with_shared_numbers
 from tpatch_jax.editors.rounds import ask
 from tpatch_jax.editors.settings import PRESETS
 from tpatch_jax.editors.tpatcher import tpatcher
@@ -122,3 +122,16 @@ def test_an_edit_does_not_depend_on_where_its_rows_lie(tiny_model, monkeypatch, 
         kept = editor.step(state, REQUESTS, key)[0].patch
     assert isinstance(seen[0].query, RowsOnDisk)
     chex.assert_trees_all_equal(kept, plain)
+
+
+def test_each_number_of_a_token_is_in_memory_once(tiny_model):
+    many = [EditRequest(f"the cat sat {'in the inn ' * number}", "b") for number in (1, 2, 3)]
+    own = [
+        item._replace(rows=[[token + 1000 for token in row] for row in item.rows]) for item in items(tiny_model, many)
+    ]
+    found = with_shared_numbers(iter(own))
+    assert found == own
+    numbers = [token for item in found for row in item.rows for token in row]
+    assert len({id(number) for number in numbers}) == len(set(numbers)) < len(numbers)
+    before = [token for item in own for row in item.rows for token in row]
+    assert len({id(number) for number in before}) > len(set(before))

@@ -367,7 +367,7 @@ def swaps(
     rows = [model.encode_prompt(swapped[items[at].position][slot]) for at, slot in places]
     if rows:
         report = (lambda done: progress("reading other subjects", done, len(rows))) if progress else None
-        found = collect(model, rows, [[len(row) - 1] for row in rows], model.layer(None), report)
+        found = collect(model, rows, [[len(row) - 1] for row in rows], model.layer(None), report, on_disk=True)
         said = found.query if not whole else np.where(real(found)[..., None], found.query, mean)[:, :LEAST_TEXT]
         read[tuple(np.asarray(places).T)] = np.arange(len(places))
 

@@ -1,7 +1,7 @@
 """From requests to tokens: what can be worked on, in which contexts, and where in each the subject stands."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest, contradictions, join_target
 
-__all__ = ["Item", "check_requests", "read_item", "subject_token", "swapped_prompts"]
+__all__ = ["Item", "check_requests", "read_item", "subject_token", "swapped_prompts", "with_shared_numbers"]
 
 
 class Item(NamedTuple):
@@ -96,6 +96,17 @@ def read_item(
         rows.append(prompt + target)
         starts.append(len(prompt))
     return Item(position, target, rows, starts, texts)
+
+
+def with_shared_numbers(items: Iterable[Item]) -> list[Item]:
+    """The items with each token's number in memory once; tokenizers make it anew each time it occurs.
+
+    Args:
+        items: from `read_item`, one after the other.
+    """
+    numbers: dict[int, int] = {}
+    once = lambda row: [numbers.setdefault(token, token) for token in row]  # noqa: E731
+    return [item._replace(rows=list(map(once, item.rows)), target=once(item.target)) for item in items]
 
 
 def subject_token(model: Model, text: str, end: int) -> int:

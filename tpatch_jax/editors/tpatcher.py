@@ -31,7 +31,7 @@ from tpatch_jax.editors.last_site import (
     starting,
     swaps,
 )
-from tpatch_jax.editors.reading import Item, check_requests, read_item
+from tpatch_jax.editors.reading import Item, check_requests, read_item, with_shared_numbers
 from tpatch_jax.editors.rewordings import reworded
 from tpatch_jax.editors.rounds import Asked, Fitted, Note, ask, finished, fit_rounds, numbered, report
 from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
@@ -302,7 +302,7 @@ def _step(
     problems = check_requests(state.model, requests, state.deep is not None)
     prefixes = known.prefixes[: settings.contexts - 1]
     good = {position: request for position, request in enumerate(requests) if position not in problems}
-    items = [
+    items = with_shared_numbers(
         read_item(
             state.model,
             position,
@@ -312,7 +312,7 @@ def _step(
             reworded(request.prompt, request.subject, known.rewordings, settings.rewordings),
         )
         for position, request in good.items()
-    ]
+    )
     if not items:
         return state, report(names, problems, set(), {}, {}, width, (time.perf_counter() - began, 0.0, 0.0))
 
