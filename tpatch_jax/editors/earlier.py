@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax.editors.reading import Item
-from tpatch_jax.models.collection import Sites, collect, joined, predicted
+from tpatch_jax.models.collection import Sites, collect, joined, wrong_rows
 from tpatch_jax.models.model import Model
 from tpatch_jax.patch import Patch, preactivations, sized
 from tpatch_jax.sizes import power_of_two
@@ -108,7 +108,7 @@ def remember(
 
 def broken(model: Model, earlier: Earlier, patch: Patch) -> np.ndarray:
     """The rows of ``earlier.sites`` whose wanted token does not come out with a patch in the last layer."""
-    return np.flatnonzero(predicted(model, earlier.sites, patch) != earlier.wanted)
+    return wrong_rows(model, earlier.sites, earlier.wanted, patch)
 
 
 def fires(earlier: Earlier, deep: Patch) -> np.ndarray:

@@ -46,7 +46,7 @@ from tpatch_jax.editors.subject_site import (
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.ffn import ACTIVATIONS
 from tpatch_jax.models import networks
-from tpatch_jax.models.collection import Sites, predicted
+from tpatch_jax.models.collection import Sites, predicted, wrong_rows
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.models.networks import Batch
 from tpatch_jax.models.rows_on_disk import chosen_rows
@@ -263,9 +263,7 @@ def _fit_last(
     negatives = swaps(model, items, good, known.names, settings.swaps, np.asarray(memory.mean), sites, asked, progress)
     bare = Sites(*(chosen_rows(field, asked.bare) for field in sites))
 
-    def wrong(patch: Patch) -> np.ndarray:
-        return np.flatnonzero(predicted(model, bare, patch) != asked.wanted)
-
+    wrong = partial(wrong_rows, model, bare, asked.wanted)
     missing = wrong(last)
     last = give_way(model, deep.earlier, last, bare.query[missing])
     missing = wrong(last)
@@ -327,7 +325,7 @@ def _step(
     act = ACTIVATIONS[state.model.config.activation]
 
     def wrong(patch: Patch) -> np.ndarray:
-        return np.flatnonzero(predicted(deep.model, bare, patch) != asked.wanted)
+        return wrong_rows(deep.model, bare, asked.wanted, patch)
 
     lost_before, older = broken(deep.model, deep.earlier, last), last.key.shape[0]
 

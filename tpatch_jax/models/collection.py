@@ -21,7 +21,18 @@ from tpatch_jax.models.rows_on_disk import RowsOnDisk
 from tpatch_jax.patch import Patch, contribution, create, sized
 from tpatch_jax.sizes import in_steps, power_of_two
 
-__all__ = ["NEURONS", "Sites", "batches", "collect", "joined", "pad_rows", "predicted", "real", "single_rows"]
+__all__ = [
+    "NEURONS",
+    "Sites",
+    "batches",
+    "collect",
+    "joined",
+    "pad_rows",
+    "predicted",
+    "real",
+    "single_rows",
+    "wrong_rows",
+]
 
 TOKENS_PER_BATCH = 1024
 Rows = Any
@@ -256,3 +267,15 @@ def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int 
         part = Sites(*(pad_rows(array[first : first + count], missing) for array in sites))
         result[first : first + count] = host(_predicted(model.config, weights, patch, spread(part, mesh)))[:count]
     return result
+
+
+def wrong_rows(model: Model, sites: Sites, wanted: np.ndarray, patch: Patch) -> np.ndarray:
+    """The rows of the last layer after which something else comes out than is wanted, by number.
+
+    Args:
+        model: the model.
+        sites: as for `predicted`.
+        wanted: the tokens that should follow, ``[rows]`` int.
+        patch: as for `predicted`.
+    """
+    return np.flatnonzero(predicted(model, sites, patch) != wanted)
