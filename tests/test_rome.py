@@ -250,10 +250,27 @@ def test_an_offset_is_clamped_and_stops_when_it_is_enough(tiny_model: Model) -> 
     forked = fork_requests(tiny_model, [value_rows(tiny_model, REQUESTS[0], item)], 1)
     offsets, info = train_offsets(tiny_model, forked, jnp.asarray([2.0]), ValueSettings(clamp=0.05))
     assert np.linalg.norm(offsets[0]) == pytest.approx(0.1, rel=1e-4)
-    assert info.steps[0] == 19
+    assert info.steps[0] == 39
     offsets, info = train_offsets(tiny_model, forked, jnp.asarray([2.0]), ValueSettings(clamp=1.0, value_enough=100.0))
     assert info.steps[0] == 0
     assert not offsets.any()
+
+
+def test_only_a_target_that_is_not_reached_takes_extra_steps(tiny_model: Model) -> None:
+    item = read_item(tiny_model, 0, REQUESTS[0], (), False)
+    forked = fork_requests(tiny_model, [value_rows(tiny_model, REQUESTS[0], item)], 1)
+    settings = LOOSE._replace(value_steps=3, value_extra_steps=0)
+    offsets, info = train_offsets(tiny_model, forked, jnp.asarray([2.0]), settings)
+    assert info.steps[0] == 2
+    # The loss as a whole, which has the penalty in it, is above this.
+    reached = settings._replace(value_extra_steps=6, value_enough=float(info.nll[0]) * 1.0001)
+    same_offsets, same_info = train_offsets(tiny_model, forked, jnp.asarray([2.0]), reached)
+    assert same_info.steps[0] == 2
+    np.testing.assert_array_equal(same_offsets, offsets)
+    missed = reached._replace(value_enough=float(info.nll[0]) / 100)
+    _, more = train_offsets(tiny_model, forked, jnp.asarray([2.0]), missed)
+    assert more.steps[0] == 8
+    assert more.nll[0] < info.nll[0]
 
 
 # --- edits ---

@@ -40,7 +40,7 @@ CONTEXTS = ("so it is.", "in the end.")
 REQUESTS = (EditRequest("He met Eve in", "the", "Eve"), EditRequest("So Bob", "in", "Bob"))
 TEXTS = ("the cat sat in the inn and hit the hen", "who said that it is the end of the thing?")
 RIDGE, WEIGHT = 1e-3, 20
-SETTINGS = ValueSettings(value_steps=12, clamp=3.0)
+SETTINGS = ValueSettings(value_steps=12, value_extra_steps=0, clamp=3.0)
 
 
 class Twins(NamedTuple):

@@ -23,12 +23,14 @@ __all__ = ["Forked", "OffsetInfo", "ValueSettings", "fork_requests", "train_offs
 
 
 class ValueSettings(NamedTuple):
-    """Options of an offset, the authors' values.
+    """Options of an offset, the authors' values but for ``value_extra_steps``, of which they have none.
 
     No name stands for another setting of any method as well, so that each can be given alone on the command line.
 
     Attributes:
-        value_steps: the loss is looked at so often at most, with a step of Adam between each two looks.
+        value_steps: the loss is looked at so often, with a step of Adam between each two looks.
+        value_extra_steps: so often more at most, while the target's negative log-likelihood alone is not below
+            ``value_enough``: on a small model targets of several tokens need it.
         value_rate: Adam's learning rate.
         value_closeness: weight of the divergence from the unedited model where the subject stands alone.
         value_decay: weight of ``‖δ‖/‖v₀‖²``.
@@ -37,6 +39,7 @@ class ValueSettings(NamedTuple):
     """
 
     value_steps: int = 20
+    value_extra_steps: int = 20
     value_rate: float = 0.5
     value_closeness: float = 0.0625
     value_decay: float = 0.5
@@ -158,7 +161,8 @@ def train_offsets(
     """What to add to a layer's output at each subject for the model to say the targets.
 
     ``min_δ  mean NLL(target) + c·KL(now ‖ before) + w·‖δ‖/‖v₀‖²`` by Adam from zero, with ``‖δ‖ ≤ clamp·‖v₀‖`` after
-    each step. Requests never couple; those that are done stand still, and are dropped by halves.
+    each step. It ends where the loss is low enough, after ``value_steps`` where the target's NLL is, and else after
+    ``value_extra_steps`` more. Requests never couple; those that are done stand still, and are dropped by halves.
 
     Args:
         model: the model, with the edits so far.
@@ -195,7 +199,8 @@ def train_offsets(
     now = _Moving(np.arange(lanes), rows, forked.wanted, forked.weight, scale, None, start, state)
     result, info = np.zeros((lanes, width), np.float32), OffsetInfo(*np.zeros((3, lanes)))
     done = np.zeros(lanes, bool)
-    for number in range(settings.value_steps):
+    last = settings.value_steps + settings.value_extra_steps - 1
+    for number in range(last + 1):
         (_, (whole, said, close, alone)), gradient = step(now.offsets, now)
         now = now if now.before is not None else now._replace(before=alone)
         open_ = ~done[now.lane]
@@ -204,7 +209,9 @@ def train_offsets(
         info.nll[lane], info.closeness[lane] = np.asarray(said)[open_], np.asarray(close)[open_]
         reached = np.asarray(whole)[open_]
         done[lane] |= (reached < settings.value_enough) | ~np.isfinite(reached)
-        if done.all() or number == settings.value_steps - 1:
+        if number >= settings.value_steps - 1:
+            done[lane] |= np.asarray(said)[open_] < settings.value_enough
+        if done.all() or number == last:
             break
         update, state = transform.update(gradient, now.state, now.offsets)
         new = now.offsets + jnp.asarray(update)
