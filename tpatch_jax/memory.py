@@ -87,7 +87,7 @@ def nuisance_scatter(groups: Array) -> Array:
 
 
 def blended(own: Array, general: Array, share: float) -> Array:
-    """A mixture of two scatters, each taken at a trace of one: ``share·own/tr + (1-share)·general/tr``.
+    """A mixture of two scatters, each taken at a trace of one: ``share·own/tr + (1-share)·general/tr``; zeros stay so.
 
     Args:
         own: ``[d, d]``.
@@ -98,7 +98,9 @@ def blended(own: Array, general: Array, share: float) -> Array:
         >>> float(blended(4 * jnp.eye(2), jnp.eye(2), 0.5)[0, 0])
         0.5
     """
-    return share * own / jnp.trace(own) + (1 - share) * general / jnp.trace(general)
+    least = jnp.finfo(own.dtype).tiny
+    own, general = (scatter / jnp.maximum(jnp.trace(scatter), least) for scatter in (own, general))
+    return share * own + (1 - share) * general
 
 
 def whitening(

@@ -379,10 +379,10 @@ def _recognised(
 
     ``avoid [lanes, rows, d]`` is not a number for lanes that avoid nothing; ``asks [lanes]`` says which ask a question.
     """
-    lanes, nuisance = len(own), known.nuisance
-    if lanes > 1:
-        # The subjects' own contexts tell more than the general ones, the more of them there are.
-        nuisance = blended(nuisance_scatter(jnp.asarray(own)), nuisance, min(0.9, lanes / 30))
+    lanes = len(own)
+    # The subjects' own contexts tell more than the general ones, the more of them there are; even those of one
+    # subject tell how its token differs between the start of a text and the middle.
+    nuisance = blended(nuisance_scatter(jnp.asarray(own)), known.nuisance, min(0.9, lanes / 30))
     memory = create_memory(known.query, nuisance, weight=settings.key_nuisance)
     floor = np.where(asks, settings.question_floor, settings.key_floor).astype(np.float32)
     split = np.where(asks, settings.question_split, settings.key_split).astype(np.float32)
