@@ -33,7 +33,7 @@ CONTEXTS = ((5, 10), (10, 10))
 
 @dataclass(frozen=True)
 class RomeSettings:
-    """Options of ROME, the authors' values.
+    """Options of ROME, the authors' values but for the extra steps of `ValueSettings`.
 
     Attributes:
         layer: ``"auto"``, see `rome_layer`, or a number.
@@ -54,7 +54,7 @@ class RomeSettings:
 
 
 ROME_PRESETS: Mapping[str, RomeSettings] = {"default": RomeSettings()}
-"""Named settings of ROME: ``default``, its authors'.
+"""Named settings of ROME: ``default``, its authors', with extra steps for targets that these do not reach.
 
 Source: Meng et al. 2022, appendix E.5.
 """
@@ -122,7 +122,8 @@ def rome(
 
     Where it differs from the authors' code: ``C`` is of fewer tokens, and of text that the model itself says unless
     ``memory`` names a file, with a small ridge; contexts begin as those of MEMIT's code do; a subject that ends in a
-    bracket or quotation mark ends at its last letter or digit.
+    bracket or quotation mark ends at its last letter or digit; a value whose target is not reached in the authors' 20
+    steps takes up to 20 more (``value_extra_steps=0`` takes none).
 
     Args:
         settings: its options.
