@@ -12,6 +12,8 @@ from conftest import make_tiny_model, relative
 import tpatch_jax as tp
 import tpatch_jax.editors.tpatcher as tpatcher_module
 from tpatch_jax.configuration import change, known_names
+from tpatch_jax.editors import subject_site
+from tpatch_jax.editors.background import Background
 from tpatch_jax.editors.earlier import load_earlier, save_earlier
 from tpatch_jax.editors.reading import check_requests, read_item, subject_token
 from tpatch_jax.editors.settings import PRESETS
@@ -113,6 +115,24 @@ def test_a_key_turns_away_from_what_it_is_told_to_avoid():
     # as many rows of the mean change nothing
     nothing = jnp.broadcast_to(memory.mean, beside.shape)
     np.testing.assert_allclose(response(avoid=nothing, avoidance=1.0), response(), rtol=1e-5)
+
+
+def test_even_one_subject_s_key_does_not_look_where_only_its_context_shows():
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(1000, 128)).astype(np.float32)
+    known = Background(jnp.asarray(rows), jnp.eye(rows.shape[1]), (), ())
+    centre, moved = generator.normal(size=(2, rows.shape[1])).astype(np.float32)
+    none = rows[:0], np.zeros(0, np.int32)
+
+    def key(step: float) -> jax.Array:
+        own = np.stack([centre, centre + step * moved, centre - step * moved])[None]
+        avoid = np.full((1, 8, rows.shape[1]), np.nan, np.float32)
+        group, asks = np.asarray([7], np.int32), np.asarray([False])
+        return subject_site._recognised(known, own, group, avoid, asks, *none, SubjectSettings()).key[0]
+
+    still, moving = key(0.0), key(3.0)
+    assert np.isfinite(still).all()
+    assert abs(moving @ moved) / (moving @ centre) < 0.5 * abs(still @ moved) / (still @ centre)
 
 
 def test_a_key_turns_away_from_subjects_that_look_alike():
