@@ -144,8 +144,8 @@ def memit(
     Where it differs from the authors' code: ``C`` is of fewer tokens, and of text that the model itself says unless
     ``memory`` names a file, with a small ridge; it is solved in float32; a subject that ends in a bracket or quotation
     mark ends at its last letter or digit; a value whose target is not reached in the authors' 25 steps takes up to 20
-    more. Where a norm stands between the feed-forward network and the stream (Gemma 2
-    and 3) what is written into the one does not arrive in the other, so such models are refused.
+    more (``value_extra_steps=0`` takes none). Where a norm stands between the feed-forward network and the stream
+    (Gemma 2 and 3) what is written into the one does not arrive in the other, so such models are refused.
 
     Args:
         settings: its options.
