@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-__all__ = ["what_it_is"]
+__all__ = ["BANK", "MODEL", "PATCHES", "REPORT", "what_it_is"]
+
+BANK, PATCHES, REPORT, MODEL = "bank.json", "patches.json", "report.json", "config.json"
 
 KINDS = (
-    ("bank.json", "it is a bank, which `tpatch bank list` and `tpatch report` show"),
-    ("patches.json", "it holds patches, which `tpatch inspect` shows"),
-    ("report.json", "it holds a report, which `tpatch report` and `tpatch compare` show"),
-    ("config.json", "it holds a model, which goes in the place of MODEL"),
+    (BANK, "it is a bank, which `tpatch bank list` and `tpatch report` show"),
+    (PATCHES, "it holds patches, which `tpatch inspect` shows"),
+    (REPORT, "it holds a report, which `tpatch report` and `tpatch compare` show"),
+    (MODEL, "it holds a model, which goes in the place of MODEL"),
 )
 """A file that only this kind of folder has at its top, and what to do with such a folder."""
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tpatch_jax.models.rows_on_disk import pieces
+
 __all__ = [
     "Memory",
     "blended",
@@ -25,7 +27,7 @@ __all__ = [
 NO_ANSWER, PADDING = -1, -2
 """In place of a row's answer: that it has none, and that it is no row."""
 
-PART, ALIGNMENT = 4096, 16
+ALIGNMENT = 16
 
 
 class Memory(NamedTuple):
@@ -180,10 +182,9 @@ def extend(memory: Memory, query: Any, answer: Array | np.ndarray | None = None,
     found = _aligned((missing + count + rows, memory.query.shape[1]))
     filled = missing
     for part in parts:
-        for first in range(0, part.shape[0], PART):
-            piece = part[first : first + PART]
-            found[filled : filled + len(piece)] = piece
-            filled += len(piece)
+        for piece in pieces(part):
+            found[filled:][piece] = part[piece]
+        filled += part.shape[0]
     found[filled:] = memory.query
     answers = np.full(len(found), NO_ANSWER, np.int32)
     answers[:missing], answers[missing + count :] = PADDING, memory.answer

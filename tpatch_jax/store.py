@@ -14,7 +14,7 @@ from tpatch_jax.devices import one_process_writes
 from tpatch_jax.editors.editor import EditInfo
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import replace_folder
-from tpatch_jax.folders import what_it_is
+from tpatch_jax.folders import PATCHES, what_it_is
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.patch import Patch
@@ -23,7 +23,7 @@ from tpatch_jax.requests import EditRequest
 __all__ = ["SavedPatches", "check_model", "load_patches", "read_patches", "save_patches"]
 
 SCHEMA = 1
-ARRAYS, EDITS = "patches.safetensors", "patches.json"
+ARRAYS, EDITS = "patches.safetensors", PATCHES
 
 
 class SavedPatches(NamedTuple):

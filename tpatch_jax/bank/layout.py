@@ -17,7 +17,7 @@ from typing import Any
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import sync
-from tpatch_jax.folders import what_it_is
+from tpatch_jax.folders import BANK, what_it_is
 
 __all__ = [
     "COPY",
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 FORMAT = 1
-MANIFEST, JOURNAL, HEAD, LOCK = "bank.json", "journal.jsonl", "head.json", "lock"
+MANIFEST, JOURNAL, HEAD, LOCK = BANK, "journal.jsonl", "head.json", "lock"
 SEGMENTS, MEMORY, COPY, DAMAGED = "segments", "memory.txt", "copy", "damaged"
 
 

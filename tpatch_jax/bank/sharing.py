@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tpatch_jax.bank.commit import commit_line, open_to_write, write_bank
 from tpatch_jax.bank.inspection import inspect_bank, open_bank
 from tpatch_jax.bank.journal import Line
-from tpatch_jax.bank.layout import DAMAGED, LOCK, MEMORY
+from tpatch_jax.bank.layout import DAMAGED, LOCK, MANIFEST, MEMORY
 from tpatch_jax.bank.lock import writing
 from tpatch_jax.bank.segments import segment_paths
 from tpatch_jax.bank.state import Bank, prompt_key, states
@@ -210,7 +210,7 @@ def _download(address: str, folder: Path, *, missing: bool) -> bool:
         return False
     _hub(f"cannot fetch {address}", lambda: api.snapshot_download(name, local_dir=folder))
     shutil.rmtree(folder / ".cache", ignore_errors=True)
-    return (folder / "bank.json").exists()
+    return (folder / MANIFEST).exists()
 
 
 def _upload(folder: Path, address: str) -> None:

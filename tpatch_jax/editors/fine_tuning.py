@@ -214,7 +214,7 @@ def _step(
         if position not in problems
     ]
     results = {position: RequestInfo(names[position], False, "failed", why) for position, why in problems.items()}
-    fit_seconds = unit = 0.0
+    fit_seconds = 0.0
     if items:
         found = _train(state, items, key, settings, progress)
         fit_seconds = found.seconds
@@ -226,8 +226,7 @@ def _step(
         for number, item in enumerate(items):
             results[item.position] = _info(names[item.position], item, number, found, sound, kept, settings)
     seconds = time.perf_counter() - began
-    if items:
-        unit = forward_seconds(model, items)
+    unit = forward_seconds(model, items)
     scale = 1 / (len(names) * unit) if unit else 0.0
     ordered = tuple(results[position] for position in range(len(names)))
     return state, EditInfo(ordered, seconds, fit_seconds, seconds * scale, fit_seconds * scale, 0)

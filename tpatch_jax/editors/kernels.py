@@ -13,14 +13,14 @@ from jax import Array
 from tpatch_jax import ffn
 from tpatch_jax.editors.editor import EditInfo, RequestInfo
 from tpatch_jax.editors.last_site import collect_bare
-from tpatch_jax.editors.reading import Item, check_requests
+from tpatch_jax.editors.reading import Item, check_requests, read_item
 from tpatch_jax.editors.subject_value import OffsetInfo
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import predicted
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 
-__all__ = ["KernelState", "Tried", "check_model", "edited", "report", "restore", "save", "says", "unfit"]
+__all__ = ["KernelState", "Tried", "check_model", "edited", "read_requests", "report", "restore", "save", "says"]
 
 
 class KernelState(NamedTuple):
@@ -93,9 +93,20 @@ def check_model(model: Model, method: str, layers: Sequence[int]) -> None:
             raise TPatchError(f"a patch is attached to layer {layer}, which {method} edits; merge or detach it first")
 
 
-def unfit(model: Model, requests: Sequence[EditRequest], method: str) -> dict[int, str]:
-    """Requests that cannot be worked on, by position, with the reason and how to mend it."""
-    problems = check_requests(model, requests, False)
+def read_requests(
+    state: KernelState, requests: Sequence[EditRequest], method: str
+) -> tuple[list[Item], dict[int, str]]:
+    """Requests in tokens, in all contexts.
+
+    Args:
+        state: the model and the contexts.
+        requests: the requests.
+        method: its name, for messages.
+
+    Returns:
+        Those that can be worked on; and of the others, by position, the reason and how to mend it.
+    """
+    problems = check_requests(state.model, requests, False)
     for position, request in enumerate(requests):
         if position in problems:
             continue
@@ -103,7 +114,12 @@ def unfit(model: Model, requests: Sequence[EditRequest], method: str) -> dict[in
             problems[position] = f"{method} edits at a request's subject and this one has none; give it one"
         elif (count := request.prompt.count(request.subject)) > 1:
             problems[position] = f"the subject {request.subject!r} occurs {count} times in the prompt; name it once"
-    return problems
+    items = [
+        read_item(state.model, position, request, state.contexts, False)
+        for position, request in enumerate(requests)
+        if position not in problems
+    ]
+    return items, problems
 
 
 def says(model: Model, items: Sequence[Item]) -> list[bool]:

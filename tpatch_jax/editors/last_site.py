@@ -120,7 +120,9 @@ def collect_bare(model: Model, items: Sequence[Item]) -> Sites:
 
 
 def forward_seconds(model: Model, items: Sequence[Item], most: int = 64) -> float:
-    """Seconds of one forward pass per request over its prompt and target, compiled and warm."""
+    """Seconds of one forward pass per request over its prompt and target, compiled and warm; 0 of no request."""
+    if not items:
+        return 0.0
     chosen = items[:: max(1, len(items) // most)][:most]
     # As many as run together, so that none of the time is that of padding.
     chosen = [chosen[number % len(chosen)] for number in range(max(FEW, len(chosen)))] if len(chosen) > 1 else chosen

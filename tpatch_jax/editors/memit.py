@@ -13,10 +13,10 @@ from jax import Array
 from tpatch_jax import ffn
 from tpatch_jax.editors.editor import EditInfo, Editor
 from tpatch_jax.editors.hidden_moment import hidden_moment, moment_rows, sampled_contexts
-from tpatch_jax.editors.kernels import KernelState, Tried, check_model, edited, report, says, unfit
+from tpatch_jax.editors.kernels import KernelState, Tried, check_model, edited, read_requests, report, says
 from tpatch_jax.editors.last_site import forward_seconds
 from tpatch_jax.editors.rank_one import damped, spread
-from tpatch_jax.editors.reading import Item, read_item
+from tpatch_jax.editors.reading import Item
 from tpatch_jax.editors.rome import rome_layer
 from tpatch_jax.editors.subject_rows import Row
 from tpatch_jax.editors.subject_value import ValueSettings, fork_requests, train_offsets, value_rows
@@ -275,13 +275,8 @@ def _step(
     state: KernelState, requests: list[EditRequest], progress: Progress | None
 ) -> tuple[KernelState, EditInfo]:  # fmt: skip
     settings, names = state.settings, [request.name(position) for position, request in enumerate(requests)]
-    problems = unfit(state.model, requests, "MEMIT")
-    items = [
-        read_item(state.model, position, request, state.contexts, False)
-        for position, request in enumerate(requests)
-        if position not in problems
-    ]
-    unit = forward_seconds(state.model, items) if items else 0.0
+    items, problems = read_requests(state, requests, "MEMIT")
+    unit = forward_seconds(state.model, items)
     began = time.perf_counter()
     aims = _aims(state, items, requests, progress)
     fit_seconds = time.perf_counter() - began

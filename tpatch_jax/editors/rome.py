@@ -12,10 +12,10 @@ from jax import Array
 from tpatch_jax import ffn
 from tpatch_jax.editors.editor import EditInfo, Editor
 from tpatch_jax.editors.hidden_moment import hidden_moment, moment_rows, sampled_contexts
-from tpatch_jax.editors.kernels import KernelState, Tried, check_model, edited, report, says, unfit
+from tpatch_jax.editors.kernels import KernelState, Tried, check_model, edited, read_requests, report, says
 from tpatch_jax.editors.last_site import forward_seconds
 from tpatch_jax.editors.rank_one import damped, rank_one
-from tpatch_jax.editors.reading import Item, read_item
+from tpatch_jax.editors.reading import Item
 from tpatch_jax.editors.subject_value import OffsetInfo, ValueSettings, fork_requests, train_offsets, value_rows
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import NetworkConfig
@@ -205,13 +205,8 @@ def _step(
 ) -> tuple[KernelState, EditInfo]:
     settings, names = state.settings, [request.name(position) for position, request in enumerate(requests)]
     layer = int(settings.layer)
-    problems = unfit(state.model, requests, method)
-    items = [
-        read_item(state.model, position, request, state.contexts, False)
-        for position, request in enumerate(requests)
-        if position not in problems
-    ]
-    unit = forward_seconds(state.model, items) if items else 0.0
+    items, problems = read_requests(state, requests, method)
+    unit = forward_seconds(state.model, items)
     began, fit_seconds = time.perf_counter(), 0.0
     tried: dict[int, Tried] = {}
     for number, item in enumerate(items):

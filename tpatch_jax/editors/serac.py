@@ -292,7 +292,7 @@ def _step(state: SeracState, requests: list[EditRequest], progress: Progress | N
         results[number] = RequestInfo(names[number], right, status, reason and f"{reason} (the edit stays stored)")
     seconds = time.perf_counter() - began
     items = [read_item(state.model, number, requests[number], (), False) for number in good]
-    unit = forward_seconds(state.model, items) if items else 0.0
+    unit = forward_seconds(state.model, items)
     scale = 1 / (len(requests) * unit) if unit else 0.0
     ordered = tuple(results[number] for number in range(len(requests)))
     return state, EditInfo(ordered, seconds, fit_seconds, seconds * scale, fit_seconds * scale, new.size + extra)

@@ -16,10 +16,11 @@ from safetensors.numpy import load_file, save_file
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import check_vacant, sync, write_text
+from tpatch_jax.folders import REPORT
 
 __all__ = ["Journal", "finish_report", "open_report"]
 
-RUN, UNFINISHED, REPORT = "run.json", "unfinished", "report.json"
+RUN, UNFINISHED = "run.json", "unfinished"
 
 Arrays = dict[str, np.ndarray]
 

@@ -8,7 +8,7 @@ from typing import Any
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import draw_report
 from tpatch_jax.files import write_text
-from tpatch_jax.folders import what_it_is
+from tpatch_jax.folders import REPORT, what_it_is
 
 __all__ = ["FIGURES", "SCHEMA", "comparison", "markdown", "read_report", "table", "write_report"]
 
@@ -50,7 +50,7 @@ def write_report(folder: Path, report: dict[str, Any], lines: Mapping[str, Seque
     pictures = draw_report(folder, report, lines)
     try:
         write_text(folder / "report.md", markdown(report, pictures))
-        write_text(folder / "report.json", json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+        write_text(folder / REPORT, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
         raise TPatchError(f"cannot write {folder}: {error.strerror}; free some room and run again") from None
 
@@ -61,13 +61,13 @@ def read_report(folder: str | Path) -> dict[str, Any]:
     Raises:
         TPatchError: there is none, or it is damaged or of a newer schema.
     """
-    path = Path(folder) / "report.json"
+    path = Path(folder) / REPORT
     try:
         report = json.loads(path.read_text("utf-8"))
         schema, _ = report["schema"], [result["metrics"] for result in report["results"]]
     except FileNotFoundError:
         raise TPatchError(
-            f"{folder} holds no report.json; give a folder that `tpatch eval … -o REPORT` finished{what_it_is(folder)}"
+            f"{folder} holds no {REPORT}; give a folder that `tpatch eval … -o REPORT` finished{what_it_is(folder)}"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TPatchError(f"{path} is damaged ({error!r}); evaluate again") from None

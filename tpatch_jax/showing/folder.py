@@ -7,7 +7,7 @@ from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.layout import COPY, JOURNAL, MANIFEST
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.report import read_report
-from tpatch_jax.folders import what_it_is
+from tpatch_jax.folders import REPORT, what_it_is
 from tpatch_jax.showing.bank import bank_summary, bank_title, bank_view
 from tpatch_jax.showing.markup import Child
 from tpatch_jax.showing.report import report_title, report_view
@@ -30,7 +30,7 @@ def folder_view(folder: Path) -> tuple[str, dict[str, Any], list[Child]]:
     if any((folder / name).exists() for name in (MANIFEST, JOURNAL, COPY)):
         bank = open_bank(folder)
         return bank_title(bank), {"kind": "bank", **bank_summary(bank)}, bank_view(bank)
-    if (folder / "report.json").exists():
+    if (folder / REPORT).exists():
         report = read_report(folder)
         methods = [result["method"] for result in report["results"]]
         about = {"kind": "report", "methods": methods, "n": report["config"]["n"]}
