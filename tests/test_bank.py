@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import make_tiny_model, same, write_tiny_folder
 from jax.experimental.compilation_cache import compilation_cache
 from tiny_families import tiny_model as tiny_model_of
@@ -18,6 +21,7 @@ from tpatch_jax import cli
 from tpatch_jax.bank import engine as engine_
 from tpatch_jax.bank import sharing
 from tpatch_jax.bank.assembly import Store, assemble
+from tpatch_jax.bank.creating import load_banked_model
 from tpatch_jax.bank.state import active, states
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.requests import EditRequest
@@ -215,13 +219,23 @@ def test_the_hub_is_asked_only_when_it_is_named(bank, tmp_path, monkeypatch):
         def create_repo(self, name: str, **options: Any) -> None:
             pushed["name"] = name
 
+        def repo_info(self, name: str) -> Any:
+            return SimpleNamespace(sha=f"commit {pushed['commits']}")
+
         def upload_folder(self, **options: Any) -> None:
+            assert options["parent_commit"] == (f"commit {pushed['commits']}" if "commits" in pushed else None)
             pushed["folder"] = tmp_path / "hub"
             sharing.push_bank(options["folder_path"], pushed["folder"])
+            pushed["commits"] = pushed.get("commits", 0) + 1
 
-        def snapshot_download(self, name: str, local_dir: Path) -> None:
+        def snapshot_download(self, name: str, revision: str, local_dir: Path) -> None:
             if name == "nobody/nothing":
                 raise ConnectionError("no route\nmore")
+            if not pushed["folder"].exists():
+                local_dir.mkdir()
+                (local_dir / ".gitattributes").write_text("what the hub puts into a new repository")
+                return
+            assert revision == f"commit {pushed['commits']}"
             sharing.push_bank(pushed["folder"], local_dir)
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
@@ -229,8 +243,39 @@ def test_the_hub_is_asked_only_when_it_is_named(bank, tmp_path, monkeypatch):
     assert pushed["name"] == "me/facts"
     assert sharing.push_bank(bank, "hf://me/facts") == 0
     assert sharing.pull_bank(tmp_path / "mine", "hf://me/facts") == 2
+    # A repository that was made on the hub, or before an upload that was cut short.
+    shutil.rmtree(pushed["folder"])
+    with pytest.raises(tp.TPatchError, match="hf://me/facts holds no bank; `tpatch bank push`"):
+        sharing.pull_bank(tmp_path / "mine", "hf://me/facts")
+    assert sharing.push_bank(bank, "hf://me/facts") == 2
+    assert pushed["commits"] == 2
     with pytest.raises(tp.TPatchError, match="cannot fetch hf://nobody/nothing: no route; check the name"):
         sharing.pull_bank(tmp_path / "mine", "hf://nobody/nothing")
+
+
+def test_a_checkpoint_of_another_precision_keeps_it(tmp_path):
+    folder = write_tiny_folder(make_tiny_model(), tmp_path / "half")
+    file = folder / "model.safetensors"
+    half = {name: array.astype(np.float16) for name, array in safetensors.numpy.load_file(file).items()}
+    safetensors.numpy.save_file(half, file, {"format": "pt"})
+    bank = tp.create_bank(tmp_path / "bank", tp.load_model(folder))
+    assert bank.manifest["model"]["dtype"] == "float16"
+    assert load_banked_model(bank).params["embed"]["embedding"].dtype == np.float16
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("site", "first", "site 'first' does not exist"),
+        ("token", "x", "token 'x'"),
+        ("recipe", "other", "recipe 'other'"),
+        ("layer", "middle", "layer 'middle' is not a layer"),
+    ],
+)
+def test_no_bank_is_made_with_settings_that_no_edit_can_be_fitted_with(tmp_path, name, wrong, message):
+    with pytest.raises(tp.TPatchError, match=message):
+        tp.create_bank(tmp_path / "bank", make_tiny_model(), settings={name: wrong})
+    assert not (tmp_path / "bank").exists()
 
 
 def test_another_model_is_refused(place, bank, tmp_path, capsys):

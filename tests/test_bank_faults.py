@@ -267,6 +267,18 @@ def test_a_segment_of_which_both_copies_are_damaged_costs_its_edits_only_and_the
     assert repair_bank(folder).mended == ()
 
 
+def test_what_was_not_active_is_not_to_be_added_again(folder):
+    change_with(folder, "disable", ["a"], None)
+    bank = open_bank(folder)
+    name = bank.records[0]["segment"]["file"]
+    for place in (folder, folder / COPY):
+        (place / SEGMENTS / name).write_bytes(b"x")
+    info = repair_bank(folder)
+    assert (info.lost_edits, info.mended) == (("a", "b"), ())
+    wanted = [json.loads(line) for line in Path(str(info.lost_requests)).read_text().splitlines()]
+    assert [entry["prompt"] for entry in wanted] == ["b"]
+
+
 def test_both_manifests_damaged_is_more_than_can_be_mended(folder):
     for place in (folder, folder / COPY):
         (place / MANIFEST).write_text("{}")

@@ -220,6 +220,20 @@ def test_a_guard_keeps_out_what_would_change_it_and_nothing_else(folder):
         guard_with(folder, (), ["guarded"])
 
 
+def test_a_guarded_answer_stays_whatever_is_enabled_and_what_changes_it_is_said(folder):
+    add_with(folder, requests(("a", "breaker"), ("b", "breaker")), fake)
+    change_with(folder, "disable", ["b-breaker"], fake)
+    add_with(folder, requests(("a", "one")), fake)
+    guard_with(folder, [Guard("guarded", " x")], ())
+    with pytest.raises(TPatchError, match="to enable b-breaker would change the guarded answer 'x' after 'guarded'"):
+        change_with(folder, "enable", ["b-breaker"], fake)
+    assert states(open_bank(folder))["b-breaker"] == "disabled"
+    assert change_with(folder, "disable", ["b-breaker"], fake).guards_broken == ()
+    assert change_with(folder, "disable", ["a-one"], fake).guards_broken == ("guarded",)
+    assert change_with(folder, "enable", ["a-one"], fake).guards_broken == ()
+    assert change_with(folder, "enable", ["b-breaker"], None).guards_broken is None
+
+
 def test_resume_counts_what_occurs_several_times(folder):
     wanted = [EditRequest("a", target) for target in ("one", "two", "one")]
     add_with(folder, wanted[:2], fake)
@@ -232,6 +246,9 @@ def test_mistakes_say_what_to_do(folder, tmp_path):
     add_with(folder, requests(("a", "one")), fake)
     with pytest.raises(TPatchError, match="another id, or skip what is there with --resume"):
         add_with(folder, [EditRequest("b", "two", id="a-one")], fake)
+    change_with(folder, "remove", ["a-one"], fake)
+    with pytest.raises(TPatchError, match=r"had an edit 'a-one', which is removed, and keeps its name; .* another id"):
+        add_with(folder, requests(("a", "one")), fake, resume=True)
     with pytest.raises(TPatchError, match="has no edit 'x'; `tpatch bank list"):
         change_with(folder, "remove", ["x"], fake)
     with pytest.raises(TPatchError, match="no edit to remove was named"):

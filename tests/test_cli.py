@@ -150,7 +150,7 @@ def test_a_single_edit_holds_in_generate_and_after_the_merge(place, capsys):
 
 
 def test_generate_shows_prompt_and_text_as_they_are(place, capsys):
-    prompt = "in [/b] the [red]inn"  # not markup
+    prompt = "in [/b] the [red]inn :b: \\[" + " the inn" * 8  # not markup, and longer than a line
     assert cli.main(["generate", str(place / "tiny"), "--prompt", prompt, "--max-new-tokens", "4"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith(prompt)

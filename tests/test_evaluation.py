@@ -18,6 +18,7 @@ from tpatch_jax.editors.editor import EditInfo, Editor, RequestInfo
 from tpatch_jax.editors.registry import METHODS, Method, method_settings
 from tpatch_jax.editors.settings import TPatcherSettings
 from tpatch_jax.evaluation import commands as evaluation_commands
+from tpatch_jax.evaluation.journal import Journal
 from tpatch_jax.evaluation.metrics import certificate
 from tpatch_jax.evaluation.records import Probe, Record, read_counterfact, read_records
 from tpatch_jax.evaluation.report import comparison, read_report
@@ -370,6 +371,58 @@ def test_a_stream_goes_on_from_its_last_saved_edits(
     assert len(steps) <= 3  # Records 3 to 5; the first two were saved.
 
 
+def test_lines_are_read_as_they_were_written(tmp_path: Path) -> None:
+    journal = Journal("direct", tmp_path)
+    lines = [{"id": "a", "text": "one\u2028two\x85three"}, {"id": "é"}]
+    for line in lines:
+        journal.add(line)
+    assert Journal("direct", tmp_path).lines == lines
+    path = tmp_path / "records-direct.jsonl"
+    # Torn within a character.
+    path.write_bytes(path.read_bytes().rstrip(b"\n").removesuffix('é"}'.encode()) + b"\xc3")
+    assert Journal("direct", tmp_path).lines == lines[:1]
+
+
+def test_a_stream_that_lost_lines_begins_anew(tiny_model: Model, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("tpatch_jax.evaluation.protocols.SAVE_EVERY", 2)
+    records = make_records()
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "stream" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, "sequential", records, output=tmp_path / "out", progress=stop)
+    path = tmp_path / "out" / "records-direct.jsonl"
+    path.write_text("".join(path.read_text("utf-8").splitlines(keepends=True)[:1]), "utf-8")
+    found = run(tiny_model, "sequential", records, output=tmp_path / "out")
+    assert figures(found) == figures(run(tiny_model, "sequential", records))
+
+
+def test_a_report_is_of_the_records_beside_the_stream_too(tiny_model: Model, tmp_path: Path) -> None:
+    records = make_records()
+    for name in ("train", "held_out"):
+        options = {"output": tmp_path / name}
+        run(tiny_model, "sequential", records[:2], **options, **{name: records[2:4]})
+        with pytest.raises(TPatchError, match=f"run with {name}_sha256="):
+            run(tiny_model, "sequential", records[:2], **options, **{name: records[4:]})
+
+
+def test_what_cannot_work_is_said_before_anything_is_measured(tiny_model: Model, tmp_path: Path) -> None:
+    for method, name, wrong, message in (
+        ("rome", "layer", "9", "layer '9' does not exist"),
+        ("memit", "layers", "1,9", "'9' does not exist"),
+        ("ft", "scope", "9", "9"),
+        ("tpatcher", "site", "first", "site 'first' does not exist"),
+        ("tpatcher", "layer", "9", "9"),
+    ):
+        changes = {name: wrong, **({"site": "subject"} if name == "layer" and method == "tpatcher" else {})}
+        settings = method_settings([method], changes=changes)
+        with pytest.raises(TPatchError, match=message):
+            evaluate(tiny_model, make_records()[:2], [method], "single", settings=settings, output=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
 def test_single_edits_equal_each_edit_alone(tiny_model: Model) -> None:
     records = make_records()
     expected = []
@@ -418,6 +471,7 @@ def test_the_command_evaluates_and_compares(tiny_folder: Any, tmp_path: Path, ca
     folders = [str(tmp_path / "one"), str(tmp_path / "text")]
     assert main(["compare", *folders, "-o", str(tmp_path / "compare.png")]) == 0
     assert "perplexity" in capsys.readouterr().out
+    assert main(["compare", folders[0], folders[0]]) == 0
     assert (tmp_path / "compare.png").stat().st_size > 1000
     assert main(["compare", str(tmp_path)]) == 1
     assert "no report.json" in capsys.readouterr().err
@@ -466,7 +520,7 @@ def test_every_configuration_is_known() -> None:
         options, settings = evaluation_commands.settle({}, str(file))
         assert options.method in METHODS
         assert options.n
-        assert not settings or isinstance(settings, dict)
+        assert method_settings([options.method], options.preset, settings)
 
 
 def test_outcomes_of_an_empty_patch_are_the_base(tiny_model: Model) -> None:

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tpatch_jax import files
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.files import replace_folder, write_text
+from tpatch_jax.files import check_vacant, replace_folder, write_text
 
 
 def full(*_: object, **__: object) -> None:
@@ -62,8 +64,35 @@ def test_a_taken_name_is_refused_and_kept(tmp_path: Path, kind: str):
 
 def test_a_parent_that_is_a_file_is_an_error(tmp_path: Path):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(TPatchError, match="cannot write beside"), replace_folder(tmp_path / "file" / "out"):
+    with pytest.raises(TPatchError, match="is no folder"), replace_folder(tmp_path / "file" / "out"):
         pytest.fail("the block must not begin")
+
+
+def test_a_place_that_cannot_be_written_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("old")
+    for place in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):
+        with pytest.raises(TPatchError, match=r"cannot write .*: .*file is no folder; choose another"):
+            check_vacant(place)
+    check_vacant(tmp_path / "new" / "deep")
+    check_vacant(Path("new"))
+    # Root may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(TPatchError, match="no permission to write in"):
+        check_vacant(tmp_path / "new" / "deep")
+
+
+@pytest.mark.parametrize("allowed", [0o022, 0o077])
+def test_files_are_readable_as_the_user_has_set(tmp_path: Path, allowed: int):
+    before = os.umask(allowed)
+    try:
+        with replace_folder(tmp_path / "out") as folder:
+            save_file({"x": np.zeros(2)}, folder / "x.safetensors")
+            (folder / "a.txt").write_text("a")
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / "out" / name).stat().st_mode & 0o777 for name in ("x.safetensors", "a.txt")]
+    assert modes == [0o666 & ~allowed] * 2
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~allowed
 
 
 @pytest.mark.parametrize("where", ["block", "sync", "replace", "mkdtemp"])

@@ -246,6 +246,8 @@ def test_inputs_are_read_from_lines_of_text_or_json(tmp_path, field):
     lines = ["one", "", json.dumps({field: " two ", "label": "x"}), "one", "{three"]
     path.write_text("\n".join(lines), "utf-8")
     assert read_inputs(path) == ["one", "two", "{three"]
+    path.write_text('{"claim": "a\u2028b\x85c"}\r\nd', "utf-8")
+    assert read_inputs(path) == ["a\u2028b\x85c", "d"]
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,21 @@ def test_questions_are_learnt_held_out_or_asked(tmp_path):
         assert all(text.count("{}") == 1 for text in (*relation.questions, *relation.statements))
 
 
+def test_what_one_set_teaches_is_not_asked_by_another(tmp_path, monkeypatch):
+    monkeypatch.setattr("tpatch_jax.evaluation.closed_book.QUESTIONS_HELD_OUT", 1)
+    counterfact, zsre, knowedit = facts(tmp_path)
+    rows = json.loads(zsre.read_text("utf-8"))
+    for prompt, rephrase, subject in (
+        ("Who met bob?", "x", "bob"),
+        ("y", "by whom was  bob met?", "Bob"),
+        ("Who met gus?", "By whom was gus met?", "gus"),
+    ):
+        rows.append({"src": prompt, "rephrase": rephrase, "answers": ["fay"], "subject": subject})
+    zsre.write_text(json.dumps(rows), "utf-8")
+    stream = closed_book(counterfact, zsre, knowedit)["stream"]
+    assert [row["prompt"] for row in stream if row["id"].startswith("zsre")] == ["Who met gus?"]
+
+
 @pytest.mark.parametrize("content", [None, "{}", "[1]", "["])
 def test_bad_facts(tmp_path, content):
     counterfact, zsre, knowedit = facts(tmp_path)

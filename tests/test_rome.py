@@ -21,13 +21,13 @@ from tpatch_jax.editors import memit as memit_module
 from tpatch_jax.editors import rome as rome_module
 from tpatch_jax.editors.editor import Editor
 from tpatch_jax.editors.hidden_moment import hidden_moment, moment_rows, sampled_contexts
-from tpatch_jax.editors.kernels import KernelState, edited, restore, save, says
+from tpatch_jax.editors.kernels import KernelState, Tried, edited, report, restore, save, says
 from tpatch_jax.editors.memit import MemitSettings, memit, memit_layers, memit_weight
 from tpatch_jax.editors.rank_one import damped, rank_one, spread
 from tpatch_jax.editors.reading import read_item
 from tpatch_jax.editors.registry import METHODS, method_settings
 from tpatch_jax.editors.rome import R_ROME_PRESETS, ROME_PRESETS, RomeSettings, find_update, rome, rome_layer
-from tpatch_jax.editors.subject_value import ValueSettings, fork_requests, train_offsets, value_rows
+from tpatch_jax.editors.subject_value import OffsetInfo, ValueSettings, fork_requests, train_offsets, value_rows
 from tpatch_jax.evaluation.runner import evaluate
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.models.rows import tokens_array
@@ -442,6 +442,31 @@ def test_methods_run_side_by_side(
         assert {"ES", "PS", "NS", "S", "exact"} <= result["metrics"].keys()
         assert result["cost"]["forward_equivalents"] > 0
         assert sum(result["requests"].values()) == 2
+
+
+def test_what_was_kept_is_said() -> None:
+    fit = OffsetInfo(*np.ones((3, 1)))
+    reason = "the target does not come out after the update; nothing was kept"
+    tried = {0: Tried(fit, 0), 1: Tried(fit, 0, reason), 2: Tried(fit, 0)}
+    held = {0: False, 1: False, 2: True}
+    undone, lost, good = report("abc", {}, tried, held, False, (1.0, 1.0, 1.0)).requests
+    assert "a later edit of this step undid it, and the update was kept" in undone.reason
+    assert (lost.reason, good.status) == (reason, "edited")
+    undone = report("abc", {}, tried, held, True, (1.0, 1.0, 1.0)).requests[0]
+    assert "the update was kept (keep_failed)" in undone.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("value_steps", 0), ("value_extra_steps", -1), ("value_rate", 0.0), ("clamp", -1.0), ("moment_tokens", 0),
+     ("ridge", -1.0), ("together", 0)],
+)  # fmt: skip
+def test_values_that_make_no_sense_are_named(name: str, wrong: float) -> None:
+    with pytest.raises(TPatchError, match=f"{name} is {wrong}"):
+        method_settings(["memit"], changes={name: wrong})
+    if name != "together":
+        with pytest.raises(TPatchError, match=f"{name} is {wrong}"):
+            method_settings(["rome"], changes={name: wrong})
 
 
 def test_norms_behind_the_network_are_not_for_memit(letters: Path) -> None:

@@ -347,6 +347,15 @@ def test_answers_are_asked_for_where_they_are_said(model):
     assert seen == len(lessons())
 
 
+def test_epochs_are_as_long_whatever_labels_they_draw(model):
+    long = "ran so " * 40
+    requests = [*lessons(), *(EditRequest(f"{name} {long}", "1r", name, (f"so {name} ran",)) for name in SUBJECTS)]
+    lengths = {len(list(counterfactual_lessons(model, requests, None, 4, 0, epoch))) for epoch in range(4)}
+    assert lengths == {-(-len(requests) // 4)}
+    with pytest.raises(TPatchError, match="in every request; give requests with shorter prompts"):
+        list(counterfactual_lessons(model, [EditRequest(f"aa {long}", "1r", "aa")], None, 4, 0, 0))
+
+
 def test_the_loss_of_the_scope_classifier_is_its_formula(scope):
     (lesson, *_) = scope_lessons(scope, lessons(), 4, 0, 0)
     found = np.asarray(embed(scope.config, scope.params, jnp.asarray(lesson.tokens)), np.float64)
@@ -413,6 +422,8 @@ def test_subjects_that_will_be_measured_are_left_out(tmp_path, capsys):
     found = read_training([f"requests:{whole}"], [f"requests:{measured}"], None)
     assert [request.subject for request in found] == ["map", "jug"]
     assert len(read_training([f"requests:{whole}"] * 2, [], 1)) == 2
+    bare = requests_file(tmp_path / "bare.jsonl", [EditRequest(one.prompt, "x") for one in wanted(2)])
+    assert read_training([f"requests:{whole}"], [f"requests:{bare}"], None) == found
     with pytest.raises(TPatchError, match="no request is left to train on"):
         read_training([f"requests:{measured}"], [f"requests:{whole}"], None)
     assert main(["serac-train", "tiny", "all.jsonl", "--encoder", "e", "-o", str(tmp_path / "out")]) == 1

@@ -14,11 +14,11 @@ import tpatch_jax.editors.tpatcher as tpatcher_module
 from tpatch_jax.configuration import change, known_names
 from tpatch_jax.editors import subject_site
 from tpatch_jax.editors.background import Background
-from tpatch_jax.editors.earlier import load_earlier, save_earlier
+from tpatch_jax.editors.earlier import load_earlier, nothing, save_earlier
 from tpatch_jax.editors.reading import check_requests, read_item, subject_token
 from tpatch_jax.editors.settings import PRESETS
-from tpatch_jax.editors.subject_rows import forked_rows, row_of, runner, short_rows
-from tpatch_jax.editors.subject_site import SubjectSettings, subject_layer
+from tpatch_jax.editors.subject_rows import forked_rows, rephrase_rows, row_of, runner, short_rows
+from tpatch_jax.editors.subject_site import SubjectSettings, read_subjects, subject_layer
 from tpatch_jax.editors.tpatcher import tpatcher
 from tpatch_jax.editors.wordings import Wording
 from tpatch_jax.errors import TPatchError
@@ -115,6 +115,29 @@ def test_a_key_turns_away_from_what_it_is_told_to_avoid():
     # as many rows of the mean change nothing
     nothing = jnp.broadcast_to(memory.mean, beside.shape)
     np.testing.assert_allclose(response(avoid=nothing, avoidance=1.0), response(), rtol=1e-5)
+
+
+def test_rephrases_are_contexts_where_that_is_wanted(tiny_model):
+    requests = [
+        EditRequest("the cat is", "red", "cat", rephrases=("so is the cat", "a cat or a cat", "it is")),
+        EditRequest("the hen is", "red", "hen"),
+    ]
+    rows = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32)
+    known = Background(jnp.asarray(rows), jnp.eye(16), ("in the inn.", "a hat."), ("Ann Bo",))
+    before = nothing(16, np.dtype(np.float32))
+
+    def read(rephrases: bool) -> tuple:
+        items = [read_item(tiny_model, n, one, known.prefixes, rephrases) for n, one in enumerate(requests)]
+        found = read_subjects(tiny_model, known, 1, items, requests, before, SubjectSettings(shorter=0))
+        return items, found.prompts
+
+    (item, _), prompts = read(True)
+    (row,) = rephrase_rows(tiny_model, requests[0], item, "subject")
+    assert tiny_model.decode(row.tokens[: row.subject + 1]).endswith("cat")
+    assert tiny_model.decode(row.tokens) == "so is the cat red"
+    plain = read(False)[1]
+    assert prompts == {0: [*plain[0], row], 1: [*plain[1], plain[1][0]]}
+    assert len(rephrase_rows(tiny_model, requests[0], item, "prompt")) == 3
 
 
 def test_even_one_subject_s_key_does_not_look_where_only_its_context_shows():

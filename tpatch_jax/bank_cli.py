@@ -20,9 +20,7 @@ def init(
     *,
     model: Annotated[str, arg(help="a name from `tpatch models`, a folder, or a hub id")],
     preset: Annotated[str | None, arg(help="default, paper or paper-fever")] = None,
-    config: Annotated[
-        str | None, arg(metavar="FILE", help="a YAML file of settings, such as those in configs/")
-    ] = None,
+    config: Annotated[str | None, arg(metavar="FILE", help="a YAML file of settings, 'name: value' lines")] = None,
     changes: Annotated[Texts, arg(name="set", metavar="NAME=VALUE", help="change a setting")] = (),
     memory: Annotated[str | None, arg(help="a text file on which patches stay silent")] = None,
     dtype: Annotated[str | None, arg(help="float32 or bfloat16; by default the checkpoint's")] = None,

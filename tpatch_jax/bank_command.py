@@ -149,13 +149,15 @@ def change_edits(kind: str, folder: str, ids: Sequence[str], *, model: str | Non
             *([] if info.states else ["nothing to change"]),
             *([f"fitted again: {escape(', '.join(info.refitted))}"] if info.refitted else []),
             *(f"[red]broken[/red] {escape(name)}" for name in info.broken or ()),
+            *(f"[red]changed[/red] the guarded answer after {escape(prompt)!r}" for prompt in info.guards_broken or ()),
         ]
     )
 
 
 def _changed_json(info: ChangeInfo) -> dict[str, Any]:
-    broken = None if info.broken is None else list(info.broken)
-    return {"ids": list(info.ids), "states": info.states, "refitted": list(info.refitted), "broken": broken}
+    broken, changed = (None if names is None else list(names) for names in (info.broken, info.guards_broken))
+    found = {"ids": list(info.ids), "states": info.states, "refitted": list(info.refitted)}
+    return {**found, "broken": broken, "guards_broken": changed}
 
 
 def _entry(edit: BankEdit, state: str) -> dict[str, Any]:
@@ -320,6 +322,6 @@ def repair(folder: str, *, json: bool) -> None:
             *([] if info.mended else ["nothing was damaged"]),
             *([f"[red]{info.lost_lines} lines of the journal are lost[/red]"] if info.lost_lines else []),
             *(f"[red]lost[/red] {escape(name)}" for name in info.lost_edits),
-            *([f"add them again: tpatch bank add {folder} {info.lost_requests}"] if info.lost_requests else []),
+            *([f"add what was active again: tpatch bank add {folder} {info.lost_requests}"] * bool(info.lost_requests)),
         ]
     )

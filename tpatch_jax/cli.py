@@ -18,7 +18,7 @@ Patches = Annotated[Positional[str], arg(metavar="PATCHES", help="a folder that 
 Json = Annotated[bool, arg(help="print one JSON object as the last line")]
 Quiet = Annotated[bool, arg(help="show no progress bar")]
 Set = Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="NAME=VALUE", help="change a setting")]
-Config = Annotated[str | None, arg(metavar="FILE", help="a YAML file of settings, such as those in configs/")]
+Config = Annotated[str | None, arg(metavar="FILE", help="a YAML file of settings, 'name: value' lines")]
 
 
 def bench(
@@ -102,7 +102,9 @@ def evaluate(
     method: Annotated[str | None, arg(metavar="NAME[,…]", help="by default tpatcher")] = None,
     protocol: Annotated[str | None, arg(help="single, batch (the default) or sequential")] = None,
     n: Annotated[int | None, arg(aliases=["-n"], metavar="N", help="so many records from the start")] = None,
-    config: Config = None,
+    config: Annotated[
+        str | None, arg(metavar="FILE", help="a YAML file of options and settings, such as those in configs/")
+    ] = None,
     preset: Annotated[str | None, arg(help="default, paper or paper-fever")] = None,
     changes: Set = (),
     seed: Annotated[int | None, arg(help="the same seed gives the same figures")] = None,

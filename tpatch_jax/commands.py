@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tpatch_jax import store
 from tpatch_jax.configuration import change, read_config
@@ -120,13 +121,20 @@ def edit(
     if json:
         print_json(result)
     else:
-        _show_edit(model, output, wanted, info, result, saved=held)
+        _show_edit(model, output, wanted, info, result, dtype, saved=held)
     if not held:
         raise TPatchError(f"nothing is saved in {output}: no request holds; mend them as the reasons say")
 
 
 def _show_edit(
-    model: str, output: str, wanted: Sequence[EditRequest], info: EditInfo, result: dict[str, Any], *, saved: bool
+    model: str,
+    output: str,
+    wanted: Sequence[EditRequest],
+    info: EditInfo,
+    result: dict[str, Any],
+    dtype: str | None,
+    *,
+    saved: bool,
 ) -> None:
     console = Console()
     heading = f"{so_many(len(wanted), 'request')}, {so_many(result['patches'], 'neuron')}, {info.seconds:.1f} s"
@@ -142,12 +150,9 @@ def _show_edit(
     if not saved:
         return
     console.print(f"patches saved in {output}; try them:", highlight=False)
-    prompt = shlex.quote(wanted[0].prompt)
-    console.print(
-        f"tpatch generate {shlex.quote(model)} --patches {shlex.quote(output)} --prompt {escape(prompt)}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    words = ["tpatch", "generate", model, "--patches", output, "--prompt", wanted[0].prompt]
+    words += ["--dtype", dtype] if dtype else []
+    console.print(Text(shlex.join(words)), highlight=False, soft_wrap=True)
 
 
 def generate(
@@ -167,7 +172,7 @@ def generate(
     else:
         # A decoder goes on where the prompt ends; the others answer.
         between = "" if loaded.config.architecture == "decoder" else "\n"
-        Console().print(f"[dim]{escape(prompt)}[/dim]{between}{escape(text)}", highlight=False, markup=True)
+        Console().print(Text.assemble((prompt, "dim"), between, text), highlight=False, soft_wrap=True)
 
 
 def inspect(patches: str, *, json: bool) -> None:

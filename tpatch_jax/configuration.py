@@ -26,7 +26,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(Path(path).read_text("utf-8"))
     except FileNotFoundError:
-        raise TPatchError(f"{path} does not exist; give a YAML file such as those in configs/") from None
+        raise TPatchError(f"{path} does not exist; give a YAML file with 'name: value' lines") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TPatchError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,13 +42,31 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_vacant(folder: Path) -> None:
-    """Make sure that an output folder does not exist yet, or is empty, before any work begins.
+    """Make sure that an output folder does not exist yet, or is empty, and can be made, before any work begins.
 
     Raises:
-        TPatchError: it holds something.
+        TPatchError: it holds something, or what is above it is no folder or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = any(folder.iterdir()) if folder.is_dir() else folder.exists()
+    except OSError as error:
+        raise TPatchError(f"cannot read {folder}: {error.strerror}; choose another output folder") from error
+    if taken:
         raise TPatchError(f"{folder} already exists; choose another output folder or remove it first")
+    above = next(place for place in folder.absolute().parents if place.exists())
+    if not above.is_dir():
+        raise TPatchError(f"cannot write {folder}: {above} is no folder; choose another output folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise TPatchError(f"cannot write {folder}: no permission to write in {above}; choose another output folder")
+
+
+def _allowed(folder: Path) -> int:
+    """The permissions that a new folder gets from what the user has set (``umask``)."""
+    probe = folder / ".permissions"
+    probe.mkdir()
+    mode = stat.S_IMODE(probe.stat().st_mode) & 0o777
+    probe.rmdir()
+    return mode
 
 
 @contextmanager
@@ -71,10 +90,13 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         raise TPatchError(f"cannot write beside {folder}: {error.strerror}; choose another output folder") from error
     try:
         yield temporary
+        allowed = _allowed(temporary)
         for path in temporary.rglob("*"):
             if path.is_file():
+                # safetensors makes files that nobody else may read, whatever the user has set.
+                path.chmod(allowed & 0o666)
                 sync(path)
-        temporary.chmod(0o755)
+        temporary.chmod(allowed)
         os.replace(temporary, folder)
         sync(folder.parent)
     except (OSError, SafetensorError) as error:

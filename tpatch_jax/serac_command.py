@@ -22,7 +22,8 @@ def read_training(
 
     Args:
         data: ``KIND:FILE`` each, the kind one of `tpatch_jax.evaluation.records.DATA`.
-        exclude: the same; a request about a subject of one of these files is left out.
+        exclude: the same; a request that is about a subject of one of these files, or asks what is asked there, is left
+            out.
         most: at most so many requests of each file, from its start, after those were left out.
         template: where questions go.
 
@@ -36,8 +37,14 @@ def read_training(
             raise TPatchError(f"{source!r} is not KIND:FILE; the kinds are {', '.join(DATA)}")
         return [one for record in read_records(kind, file, template=template) for one in record.requests]
 
-    measured = {one.subject for source in exclude for one in requests(source)} - {None}
-    found = [[one for one in requests(source) if one.subject not in measured][:most] for source in data]
+    measured = [one for source in exclude for one in requests(source)]
+    subjects = {one.subject for one in measured} - {None}
+    texts = {text for one in measured for text in (one.prompt, *one.rephrases)}
+
+    def kept(one: EditRequest) -> bool:
+        return one.subject not in subjects and texts.isdisjoint((one.prompt, *one.rephrases))
+
+    found = [[one for one in requests(source) if kept(one)][:most] for source in data]
     if not any(found):
         raise TPatchError("no request is left to train on; give data about other subjects than those excluded")
     return [one for part in found for one in part]

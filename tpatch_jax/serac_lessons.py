@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tpatch_jax.editors.serac_networks import context_tokens, edit_text, encoder_row
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.requests import EditRequest, join_target
@@ -177,15 +178,19 @@ def counterfactual_lessons(
         model: the counterfactual model, whose tokenizer counts.
         requests: with rephrases.
         frozen: the parameters that are not trained.
-        size: rows in a batch; the last one is filled up with the first.
+        size: rows in a batch. Every epoch has as many as hold all requests; rows that are too long, of which an epoch
+            with longer labels has more, are left out, and the first ones stand in twice.
         seed: of everything drawn.
         epoch: counted from 0.
         first: so many batches are passed over.
+
+    Raises:
+        TPatchError: all rows are too long.
     """
     rng = np.random.default_rng([seed, epoch])
     targets = [request.target for request in requests]
     names = [request.subject for request in requests if request.subject] or targets
-    end, rows = model.tokenizer.eos_token_id, []
+    end, rows, longest = model.tokenizer.eos_token_id, [], min(_ROW_TOKENS, model.config.context)
     for number in rng.permutation(len(requests)):
         request = requests[number]
         texts = ([request.target], targets, names, names)[rng.integers(4)]
@@ -193,10 +198,15 @@ def counterfactual_lessons(
         asked = _one((request.prompt, *request.rephrases), rng)
         before = [*context_tokens(model, request.prompt, label), *model.encode_prompt(asked)]
         answer = [*model.encode_target(asked, join_target(asked, label)), end]
-        if len(before) + len(answer) <= min(_ROW_TOKENS, model.config.context):
+        if len(before) + len(answer) <= longest:
             rows.append((before, answer))
+    if not rows:
+        raise TPatchError(
+            f"an edit, a test input and an answer take more than {longest} tokens together, in every request; give "
+            "requests with shorter prompts and targets"
+        )
     rows.sort(key=lambda row: len(row[0]) + len(row[1]))
-    count = max(1, -(-len(rows) // size))
+    count = -(-len(requests) // size)
     batches = np.split(np.resize(np.arange(len(rows)), count * size), count)
     for batch in rng.permutation(count)[first:]:
         chosen = [rows[number] for number in batches[batch]]

@@ -247,9 +247,8 @@ def train_serac(
     trained = {name: small.params[name] for name in ("layers", "norm") if name in small.params}
     frozen = {name: entry for name, entry in small.params.items() if name not in trained}
     own, about = options(settings.counterfactual_epochs, settings.counterfactual_rate)
-    per_epoch = sum(1 for _ in counterfactual_lessons(small, taught, frozen, size, settings.seed, 0))
     copied = learn(
-        trained, counterfactual_loss(small.config), per_epoch,
+        trained, counterfactual_loss(small.config), count,
         lambda epoch, first: counterfactual_lessons(small, taught, frozen, size, settings.seed, epoch, first),
         own, partial / "counterfactual", about, progress, "counterfactual model",
     )  # fmt: skip

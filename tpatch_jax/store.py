@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
@@ -67,7 +68,8 @@ def save_patches(
         edit["margin"] = result.margin
         edits.append(edit)
     about: dict[str, Any] = {"name": model.name, "fingerprint": fingerprint(model), "family": model.config.family}
-    about.update({"width": model.config.width, "layers": model.config.layers})
+    dtype = str(jax.tree.leaves(model.params)[0].dtype)
+    about.update({"width": model.config.width, "layers": model.config.layers, "dtype": dtype})
     arrays = {name: np.asarray(value) for name, value in patch._asdict().items() if value is not None}
     text = json.dumps({"schema": SCHEMA, "model": about, "edits": edits}, ensure_ascii=False, indent=1)
     with one_process_writes(Path(folder)) as writes:
@@ -122,9 +124,11 @@ def check_model(saved: SavedPatches, model: Model) -> None:
     """
     wanted, found = saved.model.get("fingerprint"), fingerprint(model)
     if wanted != found:
+        precision = saved.model.get("dtype")
         raise TPatchError(
-            f"the patches were made for {saved.model.get('name')!r} (fingerprint {wanted}), and {model.name!r} has "
-            f"fingerprint {found}: other weights or another precision; use the model that they were made for"
+            f"the patches were made for {saved.model.get('name')!r}{f' in {precision}' if precision else ''} "
+            f"(fingerprint {wanted}), and {model.name!r} in {jax.tree.leaves(model.params)[0].dtype} has fingerprint "
+            f"{found}: other weights or another precision; use the model and the dtype that they were made for"
         )
 
 

@@ -78,6 +78,11 @@ def _waiting(bank: Bank, requests: Sequence[EditRequest], resume: bool) -> list[
         if name is None:
             while (name := f"edit-{(number := number + 1)}") in taken:
                 pass
+        elif found.get(name) in ("removed", "lost"):
+            raise TPatchError(
+                f"{bank.folder} had an edit {name!r}, which is {found[name]}, and keeps its name; give the request "
+                "another id"
+            )
         elif name in taken:
             raise TPatchError(
                 f"{bank.folder} has an edit {name!r} already; give the request another id, or skip what is there "

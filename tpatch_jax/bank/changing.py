@@ -23,12 +23,14 @@ class ChangeInfo(NamedTuple):
         states: of every edit whose state is another one now, what it is.
         refitted: ids of other edits that had to be fitted again.
         broken: ids of active edits that do not come out now; ``None`` where no model was given to ask.
+        guards_broken: guarded prompts whose answers came out before and do not now; ``None`` where no model was asked.
     """
 
     ids: tuple[str, ...]
     states: dict[str, str]
     refitted: tuple[str, ...]
     broken: tuple[str, ...] | None
+    guards_broken: tuple[str, ...] | None = None
 
 
 def undoes_last(bank: Bank, ids: Iterable[str]) -> bool:
@@ -57,22 +59,32 @@ def change_with(folder: Path, kind: str, ids: Sequence[str], engine: Callable[[B
         edits = [edit for edit in edits if kind == "remove" or edit.disabled != wanted[kind]]
         names = [edit.id for edit in edits]
         if not names:
-            return ChangeInfo((), {}, (), () if engine is not None else None)
+            nothing = () if engine is not None else None
+            return ChangeInfo((), {}, (), nothing, nothing)
         before, store = states(bank), Store.new()
         record: dict[str, Any] = {"op": kind, "ids": names}
         after = _imagined(bank, kind, names)
         exact = kind == "remove" and undoes_last(bank, names)
-        arrays, broken = None, None
+        arrays, broken, changed = None, None, None
         if exact:
             broken = ()
         elif engine is not None:
             maker = engine(bank)
-            known = maker.broken(assemble(bank, active(bank), store))
+            held = assemble(bank, active(bank), store)
+            known, lost = maker.broken(held), maker.guards_broken(held, bank.guards)
             base = assemble(after, active(after), store)
             draft = settle(Draft(base, {}), maker, bank.guards, known)
             entries, arrays = record_of(draft, base)
             record |= {"refitted": entries["refitted"], "gave_way": entries["gave_way"], "broken": list(draft.broken)}
             broken = draft.broken
+            spoilt = [guard for guard in maker.guards_broken(draft.held, bank.guards) if guard not in lost]
+            if spoilt and kind == "enable":
+                raise TPatchError(
+                    f"to enable {', '.join(names)} would change the guarded answer {spoilt[0].answer.strip()!r} after "
+                    f"{spoilt[0].prompt!r}; `tpatch bank guard {folder} --lift PROMPT` gives the guard up"
+                )
+            changed = tuple(guard.prompt for guard in spoilt)
+            record["guards_broken"] = list(changed)
         bank = commit(bank, record, arrays)
         now = states(bank)
         return ChangeInfo(
@@ -80,6 +92,7 @@ def change_with(folder: Path, kind: str, ids: Sequence[str], engine: Callable[[B
             {name: state for name, state in now.items() if before[name] != state},
             tuple(entry["id"] for entry in record.get("refitted", ())),
             broken,
+            changed,
         )
 
 

@@ -10,7 +10,7 @@ from tpatch_jax.bank.layout import FORMAT
 from tpatch_jax.bank.state import Bank
 from tpatch_jax.configuration import change
 from tpatch_jax.editors.settings import PRESETS
-from tpatch_jax.editors.tpatcher import site_layer
+from tpatch_jax.editors.tpatcher import site_layer, tpatcher
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import check_vacant
 from tpatch_jax.models.fingerprint import fingerprint
@@ -51,7 +51,10 @@ def create_bank(
     check_vacant(folder)
     if preset not in PRESETS:
         raise TPatchError(f"preset {preset!r} does not exist; choose from {', '.join(sorted(PRESETS))}")
-    site_layer(model, change(PRESETS[preset], changes))
+    wanted = change(PRESETS[preset], changes)
+    # The editor refuses settings that make no sense, which the bank could never be rid of.
+    tpatcher(wanted)
+    site_layer(model, wanted)
     if memory is None and model.config.architecture != "decoder":
         raise TPatchError(f"{model.name!r} is no decoder and cannot sample text: give a memory file, an input a line")
     text = None
@@ -93,7 +96,9 @@ def load_banked_model(bank: Bank, model: str | None = None, *, quiet: bool = Tru
         TPatchError: it cannot be loaded, or is another model.
     """
     about = bank.manifest["model"]
-    loaded = load_model(model or about["name"], dtype=about["dtype"], quiet=quiet)
+    # Any other precision is the checkpoint's own, which no name asks for.
+    dtype = about["dtype"] if about["dtype"] in ("float32", "bfloat16") else None
+    loaded = load_model(model or about["name"], dtype=dtype, quiet=quiet)
     check_model(bank, loaded)
     return loaded
 

@@ -4,6 +4,7 @@ Arrays, edits and an `Engine` only: nothing here touches the disk.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +18,12 @@ from tpatch_jax.bank.state import BankEdit, Guard, prompt_key
 __all__ = ["Draft", "Failure", "fit_new", "fit_superseding", "record_of", "settle"]
 
 NEW = 0
-"""The line that neurons belong to which are in no segment yet."""
+"""The line that neurons belong to which are in no segment yet; their places are numbers that never come twice."""
 ROUNDS = 2
 EXPLAINED = 8
+
+# What an engine knows of an edit it knows beside certain neurons: those of another try are others.
+_numbers = count()
 
 
 class Failure(NamedTuple):
@@ -56,9 +60,9 @@ def _absorb(held: Held, edits: Sequence[BankEdit], stepped: Stepped) -> Held:
     taken = [(edit, result) for edit, result in zip(edits, stepped.results, strict=True) if result.held]
     owner, first = held.owner.tolist(), len(held.edits)
     for at, (_, result) in enumerate(taken, first):
-        count = len(result.neurons["bias"])
-        owner += [at] * count
-        refs += [(NEW, row) for row in range(count)]
+        size = len(result.neurons["bias"])
+        owner += [at] * size
+        refs += [(NEW, number) for number in islice(_numbers, size)]
     return Held(
         (*held.edits, *(edit for edit, _ in taken)),
         join_neurons([neurons, *(result.neurons for _, result in taken)], neurons["key"].shape[1]),

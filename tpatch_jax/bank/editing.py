@@ -141,6 +141,8 @@ def enable_edits(
 ) -> ChangeInfo:
     """Bring disabled edits back, and with a model fit again what does not come out beside everything else.
 
+    With a model, edits that would change a guarded answer stay disabled.
+
     Args:
         folder: the bank.
         ids: which edits.
@@ -148,7 +150,7 @@ def enable_edits(
         progress: called with what is being done, how much is done, and how much there is.
 
     Raises:
-        TPatchError: there is no such edit, or it was removed; or as `add_edits`.
+        TPatchError: there is no such edit, or it was removed, or a guarded answer would change; or as `add_edits`.
 
     Example:
         >>> enable_edits("banks/facts", ["lyon"]).states  # doctest: +SKIP

@@ -20,10 +20,10 @@ class RepairInfo(NamedTuple):
     """What a repair did.
 
     Attributes:
-        mended: files that are what they were again.
+        mended: files that are what they were again; those of lost edits are not.
         lost_lines: how many committed lines of the journal neither copy has any more.
-        lost_edits: edits whose neurons neither copy has any more; their requests are in ``lost_requests``.
-        lost_requests: a file of requests for `tpatch bank add`, if any edit was lost.
+        lost_edits: edits whose neurons neither copy has any more.
+        lost_requests: a file for `tpatch bank add` with the requests of those that were active, if there were any.
     """
 
     mended: tuple[str, ...]
@@ -48,7 +48,8 @@ def repair_bank(folder: str | Path) -> RepairInfo:
     """Mend a bank: each damaged file from its intact copy.
 
     Where both copies of a segment are damaged its edits are lost, and every other edit is kept; the journal still has
-    their requests, which are written to ``BANK/damaged/lost.jsonl``. Damaged files are kept in ``BANK/damaged``.
+    their requests, of which those that were active are written to ``BANK/damaged/lost.jsonl``. Damaged files are kept
+    in ``BANK/damaged``.
 
     Args:
         folder: the bank.
@@ -87,12 +88,13 @@ def _repair(folder: Path) -> RepairInfo:
             put(path, whole)
     if folder / HEAD in damaged or found.least != len(found.lines):
         write_head(folder, len(found.lines))
-    lost = []
+    lost, gone = [], set[Path]()
     for line in found.lines:
         if segment := line.record.get("segment"):
             paths = segment_paths(folder, segment)
             if all(path in damaged for path in paths):
                 lost.append(line.record["n"])
+                gone.update(paths)
             else:
                 _restore(paths, damaged)
     bank = replay(folder, found.manifest, [(line.record, line.check) for line in found.lines])
@@ -102,9 +104,11 @@ def _repair(folder: Path) -> RepairInfo:
         bank = commit(bank, {"op": "repair", "lost": lost})
         after = states(bank)
         lost_edits = tuple(name for name, state in after.items() if state == "lost" and before[name] != "lost")
-    requests = _write_requests(folder, [edit.request for edit in bank.edits if edit.id in lost_edits])
+    # One that was disabled or superseded would be active if it were added again.
+    again = [edit.request for edit in bank.edits if edit.id in lost_edits and before[edit.id] == "active"]
+    requests = _write_requests(folder, again)
     sweep(bank)
-    mended = tuple(sorted(str(path) for path in damaged if path.exists() and path.name))
+    mended = tuple(sorted(str(path) for path in damaged - gone if path.exists() and path.name))
     return RepairInfo(mended, max(0, found.least - len(found.lines)), lost_edits, requests)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tpatch_jax.bank.commit import commit_line, open_to_write, write_bank
 from tpatch_jax.bank.inspection import inspect_bank, open_bank
 from tpatch_jax.bank.journal import Line
-from tpatch_jax.bank.layout import DAMAGED, LOCK, MANIFEST, MEMORY
+from tpatch_jax.bank.layout import COPY, DAMAGED, JOURNAL, LOCK, MANIFEST, MEMORY
 from tpatch_jax.bank.lock import writing
 from tpatch_jax.bank.segments import segment_paths
 from tpatch_jax.bank.state import Bank, prompt_key, states
@@ -142,10 +142,14 @@ def push_bank(folder: str | Path, target: str | Path) -> int:
         return _bring(Path(folder), Path(target), f"{folder} and {target}")
     with tempfile.TemporaryDirectory() as temporary:
         there = Path(temporary) / "bank"
-        known = _download(str(target), there, missing=True)
+        at = _download(str(target), there)
+        known = _is_bank(there)
+        if not known:
+            # A new repository has a file or two of the hub's own.
+            shutil.rmtree(there, ignore_errors=True)
         grown = _bring(Path(folder), there, f"{folder} and {target}")
         if grown or not known:
-            _upload(there, str(target))
+            _upload(there, str(target), at)
         return grown
 
 
@@ -187,7 +191,10 @@ def _fetched(source: str | Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as temporary:
         there = Path(temporary) / "bank"
-        _download(str(source), there, missing=False)
+        if _download(str(source), there) is None:
+            raise TPatchError(f"{source} does not exist; check the name, the connection and `hf auth login`")
+        if not _is_bank(there):
+            raise TPatchError(f"{source} holds no bank; `tpatch bank push` puts one there")
         yield there
 
 
@@ -200,28 +207,39 @@ def _hub(what: str, run: Callable[[], Any]) -> Any:
         raise TPatchError(f"{what}: {reason}; check the name, the connection and `hf auth login`") from error
 
 
-def _download(address: str, folder: Path, *, missing: bool) -> bool:
-    """Fetch a repository; with ``missing`` it need not exist."""
+def _download(address: str, folder: Path) -> str | None:
+    """Fetch a repository and tell at which commit it is; ``None`` if it does not exist."""
     import huggingface_hub
 
     name = address.removeprefix(HUB)
     api = huggingface_hub.HfApi()
-    if missing and not _hub(f"cannot look for {address}", lambda: api.repo_exists(name)):
-        return False
-    _hub(f"cannot fetch {address}", lambda: api.snapshot_download(name, local_dir=folder))
+    if not _hub(f"cannot look for {address}", lambda: api.repo_exists(name)):
+        return None
+    at = _hub(f"cannot fetch {address}", lambda: api.repo_info(name).sha)
+    _hub(f"cannot fetch {address}", lambda: api.snapshot_download(name, revision=at, local_dir=folder))
     shutil.rmtree(folder / ".cache", ignore_errors=True)
-    return (folder / MANIFEST).exists()
+    return at
 
 
-def _upload(folder: Path, address: str) -> None:
+def _is_bank(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (MANIFEST, JOURNAL, COPY))
+
+
+def _upload(folder: Path, address: str, at: str | None) -> None:
+    """Put a bank in place of what the repository had at a commit; a repository that went on since then refuses."""
     import huggingface_hub
 
     name = address.removeprefix(HUB)
     api = huggingface_hub.HfApi()
-    _hub(f"cannot make {address}", lambda: api.create_repo(name, private=True, exist_ok=True))
+    if at is None:
+        _hub(f"cannot make {address}", lambda: api.create_repo(name, private=True))
     _hub(
         f"cannot push to {address}",
         lambda: api.upload_folder(
-            repo_id=name, folder_path=folder, ignore_patterns=[LOCK, f"{DAMAGED}/*"], commit_message="tpatch bank push"
+            repo_id=name,
+            folder_path=folder,
+            ignore_patterns=[LOCK, f"{DAMAGED}/*"],
+            commit_message="tpatch bank push",
+            parent_commit=at,
         ),
     )

@@ -30,7 +30,7 @@ from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.generation import sample
 from tpatch_jax.models.model import Model
 
-__all__ = ["Background", "background", "memory_rows"]
+__all__ = ["Background", "background", "beginning", "memory_rows"]
 
 VERSION = 6
 TEXTS = 256
@@ -38,6 +38,7 @@ LENGTH = 64
 PREFIX_LENGTHS = (5, 10, 5, 10, 8, 6, 10)
 SPANS = 96
 SPAN_CONTEXTS = 6
+SPARE = 64
 
 Progress = Callable[[str, int, int], None]
 
@@ -80,8 +81,9 @@ def background(
     Args:
         model: the model.
         layer: the edited layer.
-        text: a UTF-8 text file for the memory; by default text is sampled from the model itself, which only a decoder
-            can. Other models read one input a line; see `tpatch_jax.editors.inputs`.
+        text: a UTF-8 text file for the memory, of which a decoder reads the first 16,384 tokens; by default text is
+            sampled from the model itself, which only a decoder can. Other models read one input a line; see
+            `tpatch_jax.editors.inputs`.
         cache: folder where results are kept; ``None`` keeps nothing.
         progress: called with what is being done, how much is done, and how much there is.
 
@@ -149,8 +151,8 @@ def _texts(model: Model, text: str | Path | None, folder: Path | None, progress:
     elif text is None:
         rows = _sampled(model, progress)
     else:
-        ids = model.encode(_read(Path(text)))
-        starts = range(0, min(len(ids), TEXTS * LENGTH), LENGTH)
+        ids = beginning(model, _read(Path(text)), TEXTS * LENGTH)
+        starts = range(0, len(ids), LENGTH)
         rows = [[*model.start, *ids[first : first + LENGTH]] for first in starts]
     rows = [row for row in rows if len(row) > 2]
     if sum(map(len, rows)) < 2 * LENGTH:
@@ -160,6 +162,23 @@ def _texts(model: Model, text: str | Path | None, folder: Path | None, progress:
         arrays["lengths"] = np.asarray([len(row) for row in rows], np.int32)
         _keep(folder, lambda temporary: save_file(arrays, temporary / "texts.safetensors"))
     return rows
+
+
+def beginning(model: Model, text: str, tokens: int) -> list[int]:
+    """The first tokens of a text, of which no more is read than that takes.
+
+    Args:
+        model: whose tokenizer reads.
+        text: of any length.
+        tokens: how many at most.
+    """
+    read = 8 * (tokens + SPARE)
+    while True:
+        ids = model.encode(text[:read])
+        # Where the text is cut the last tokens may be others than in the whole.
+        if read >= len(text) or len(ids) >= tokens + SPARE:
+            return ids[:tokens]
+        read *= 2
 
 
 def _read(path: Path) -> str:

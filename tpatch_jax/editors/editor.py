@@ -19,8 +19,8 @@ class RequestInfo(NamedTuple):
     Attributes:
         id: the request's id.
         held: whether the edited model says the target after the prompt.
-        status: ``"edited"``, ``"already"`` (it held before; nothing was added) or ``"failed"`` (nothing was kept).
-        reason: why it failed and how to mend it, else empty.
+        status: ``"edited"``, ``"already"`` (it held before; nothing was added) or ``"failed"``.
+        reason: why it failed, whether something was kept all the same, and how to mend it; else empty.
         neurons: positions of its neurons in the patch.
         steps: optimiser steps, the most of any of its neurons.
         losses: the terms of the objective, means over its neurons.
@@ -69,7 +69,8 @@ class Editor(NamedTuple):
 
     Attributes:
         init: ``(model, key) -> state``.
-        step: ``(state, requests, key) -> (state, info)``; requests that do not hold leave no trace in the state.
+        step: ``(state, requests, key) -> (state, info)``; of T-Patcher, requests that do not hold leave no trace in the
+            state; of the others they do, unless ``keep_failed`` is off.
         apply: ``(state, batch) -> logits``, as `tpatch_jax.models.networks.apply` has them.
     """
 

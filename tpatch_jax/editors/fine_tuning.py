@@ -27,7 +27,7 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
 from tpatch_jax.requests import EditRequest, as_requests
 
-__all__ = ["FineTuningState", "fine_tuning", "restore_trained", "save_trained"]
+__all__ = ["FineTuningState", "check_fine_tuning", "fine_tuning", "restore_trained", "save_trained"]
 
 Params = dict[Any, Any]
 Progress = Callable[[str, int, int], None]
@@ -85,13 +85,7 @@ def fine_tuning(
     """
 
     def init(model: Model, key: Array) -> FineTuningState:
-        first = _part(model, settings.scope)
-        if settings.max_change and any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(first)):
-            raise TPatchError(
-                f"max_change={settings.max_change:g} is finer than {model.name!r} in {jax.tree.leaves(first)[0].dtype} "
-                "can tell; load the model with dtype float32"
-            )
-        trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), first)
+        trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), check_fine_tuning(model, settings))
         pool = read_pool(model, memory, cache, progress) if settings.kl else None
         return FineTuningState(model, model, trained, pool)
 
@@ -102,6 +96,28 @@ def fine_tuning(
         return state.edited.apply(batch)
 
     return Editor(init, step, apply)
+
+
+def check_fine_tuning(model: Model, settings: FineTuningSettings) -> Params:
+    """Make sure that a model can be fine-tuned with these options.
+
+    Args:
+        model: the model.
+        settings: the options.
+
+    Returns:
+        The parameters that are trained, as a part of the model's.
+
+    Raises:
+        TPatchError: the model has no such layer, or is too coarse for ``max_change``.
+    """
+    first = _part(model, settings.scope)
+    if settings.max_change and any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(first)):
+        raise TPatchError(
+            f"max_change={settings.max_change:g} is finer than {model.name!r} in {jax.tree.leaves(first)[0].dtype} "
+            "can tell; load the model with dtype float32"
+        )
+    return first
 
 
 def _part(model: Model, scope: str) -> Params:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tpatch_jax import ffn
-from tpatch_jax.editors.background import LENGTH, memory_rows
+from tpatch_jax.editors.background import LENGTH, beginning, memory_rows
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import replace_folder
 from tpatch_jax.models.collection import batches
@@ -68,7 +68,7 @@ def moment_rows(
     if text is None:
         return rows
     # The memory takes only the first few texts of a file; inverting C wants more.
-    ids = model.encode(Path(text).read_text("utf-8"))[:tokens]
+    ids = beginning(model, Path(text).read_text("utf-8"), tokens)
     return [[*model.start, *ids[first : first + LENGTH]] for first in range(0, len(ids), LENGTH)]
 
 

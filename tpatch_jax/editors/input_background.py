@@ -76,7 +76,7 @@ def input_rows(
         said = greedy(model.config, model.params, [rows[n] for n in part], ANSWER_TOKENS, model.stops)
         for number, answer in zip(part, said, strict=True):
             # An answer that was cut off has no end to stay silent on.
-            end = [] if len(answer) == ANSWER_TOKENS else [model.tokenizer.eos_token_id]
+            end = [] if len(answer) == ANSWER_TOKENS else [model.end]
             found[number] = [*rows[number], *answer, *end]
     if progress:
         progress("answering inputs", len(rows), len(rows))

@@ -31,7 +31,8 @@ def read_inputs(path: str | Path) -> list[str]:
         TPatchError: the file cannot be read, holds no input, or a line has none of the fields.
     """
     try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
+        # By line feeds alone: JSON leaves other breaks as they are.
+        lines = Path(path).read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise TPatchError(f"the memory text {path} cannot be read ({error}); give a UTF-8 text file") from None
     lines = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]

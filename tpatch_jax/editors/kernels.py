@@ -3,6 +3,7 @@
 Such an edit is no thing of its own: it cannot be taken out again but by keeping the kernels from before.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,18 @@ from tpatch_jax.models.collection import predicted
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 
-__all__ = ["KernelState", "Tried", "check_model", "edited", "read_requests", "report", "restore", "save", "says"]
+__all__ = [
+    "KernelState",
+    "Tried",
+    "check_model",
+    "check_moment",
+    "edited",
+    "read_requests",
+    "report",
+    "restore",
+    "save",
+    "says",
+]
 
 
 class KernelState(NamedTuple):
@@ -93,6 +105,18 @@ def check_model(model: Model, method: str, layers: Sequence[int]) -> None:
             raise TPatchError(f"a patch is attached to layer {layer}, which {method} edits; merge or detach it first")
 
 
+def check_moment(moment_tokens: int, ridge: float) -> None:
+    """Make sure that the options of ``C`` make sense.
+
+    Raises:
+        TPatchError: one does not.
+    """
+    if moment_tokens < 1:
+        raise TPatchError(f"moment_tokens is {moment_tokens}; give 1 or more")
+    if not 0 <= ridge < math.inf:
+        raise TPatchError(f"ridge is {ridge}; give 0 or a positive number")
+
+
 def read_requests(
     state: KernelState, requests: Sequence[EditRequest], method: str
 ) -> tuple[list[Item], dict[int, str]]:
@@ -149,7 +173,10 @@ def report(
         keep_failed: whether an update stays whose target does not come out.
         times: seconds of the whole edit, of the fitting, and of one forward pass over one request.
     """
-    fate = "the update was kept (keep_failed)" if keep_failed else "nothing was kept"
+    fate = "the update was kept (keep_failed); try another layer"
+    if not keep_failed:
+        # Of those that did not come out at once nothing was kept, and they have their reason.
+        fate = "a later edit of this step undid it, and the update was kept; give fewer requests at once"
     results = []
     for position, name in enumerate(names):
         if position in problems:
@@ -157,7 +184,7 @@ def report(
             continue
         (info, lane, reason), right = tried[position], held[position]
         if not right and not reason:
-            reason = f"the target does not come out after the edits; {fate}; try another layer"
+            reason = f"the target does not come out after the edits; {fate}"
         losses = {"nll": float(info.nll[lane]), "kl": float(info.closeness[lane])}
         results.append(
             RequestInfo(

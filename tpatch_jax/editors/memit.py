@@ -13,13 +13,22 @@ from jax import Array
 from tpatch_jax import ffn
 from tpatch_jax.editors.editor import EditInfo, Editor
 from tpatch_jax.editors.hidden_moment import hidden_moment, moment_rows, sampled_contexts
-from tpatch_jax.editors.kernels import KernelState, Tried, check_model, edited, read_requests, report, says
+from tpatch_jax.editors.kernels import (
+    KernelState,
+    Tried,
+    check_model,
+    check_moment,
+    edited,
+    read_requests,
+    report,
+    says,
+)
 from tpatch_jax.editors.last_site import forward_seconds
 from tpatch_jax.editors.rank_one import damped, spread
 from tpatch_jax.editors.reading import Item
 from tpatch_jax.editors.rome import rome_layer
 from tpatch_jax.editors.subject_rows import Row
-from tpatch_jax.editors.subject_value import ValueSettings, fork_requests, train_offsets, value_rows
+from tpatch_jax.editors.subject_value import ValueSettings, check_value, fork_requests, train_offsets, value_rows
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import batches, collect
@@ -29,7 +38,7 @@ from tpatch_jax.models.networks import Batch
 from tpatch_jax.requests import EditRequest, as_requests
 from tpatch_jax.sizes import power_of_two
 
-__all__ = ["MEMIT_PRESETS", "MemitSettings", "memit", "memit_layers", "memit_weight"]
+__all__ = ["MEMIT_PRESETS", "MemitSettings", "check_memit", "memit", "memit_layers", "memit_weight"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -53,6 +62,9 @@ class MemitSettings:
         moment_tokens: at most so many tokens of a memory text count for ``C``.
         ridge: as for `tpatch_jax.editors.rome.RomeSettings`.
         together: so many values are trained together at most.
+
+    Raises:
+        TPatchError: a value makes no sense.
     """
 
     layers: str = "auto"
@@ -62,6 +74,13 @@ class MemitSettings:
     moment_tokens: int = 65536
     ridge: float = 1e-4
     together: int = 8
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_value(self.value)
+        check_moment(self.moment_tokens, self.ridge)
+        if self.together < 1:
+            raise TPatchError(f"together is {self.together}; give 1 or more")
 
 
 MEMIT_PRESETS: Mapping[str, MemitSettings] = {"default": MemitSettings()}
@@ -126,6 +145,31 @@ def memit_weight(config: NetworkConfig, wanted: str = "auto") -> int:
     return int(wanted)
 
 
+def check_memit(model: Model, settings: MemitSettings) -> tuple[tuple[int, ...], int]:
+    """Make sure that MEMIT can edit a model with these options.
+
+    Args:
+        model: the model.
+        settings: the options.
+
+    Returns:
+        The layers and ``λ``.
+
+    Raises:
+        TPatchError: the model is no decoder, its feed-forward networks do not write into the stream directly, it has no
+            such layer, or a patch is attached to it; or the weight is none.
+    """
+    check_model(model, "MEMIT", ())
+    if model.config.sandwich or model.config.post_norm:
+        raise TPatchError(
+            f"MEMIT writes into the residual stream, and in {model.config.family} a norm stands between it and the "
+            "feed-forward network; use method rome"
+        )
+    layers, weight = memit_layers(model.config, settings.layers), memit_weight(model.config, settings.moment_weight)
+    check_model(model, "MEMIT", layers)
+    return layers, weight
+
+
 def memit(
     settings: MemitSettings = MEMIT_PRESETS["default"],
     *,
@@ -169,14 +213,7 @@ def memit(
     """
 
     def init(model: Model, key: Array) -> KernelState:
-        check_model(model, "MEMIT", ())
-        if model.config.sandwich or model.config.post_norm:
-            raise TPatchError(
-                f"MEMIT writes into the residual stream, and in {model.config.family} a norm stands between it and the "
-                "feed-forward network; use method rome"
-            )
-        layers, weight = memit_layers(model.config, settings.layers), memit_weight(model.config, settings.moment_weight)
-        check_model(model, "MEMIT", layers)
+        layers, weight = check_memit(model, settings)
         value = settings.value if settings.value.clamp else settings.value._replace(clamp=0.75)
         rows = moment_rows(model, memory, settings.moment_tokens, cache=cache, progress=progress)
         moments = {

@@ -23,6 +23,7 @@ class Item(NamedTuple):
         rows: prompt and target in each context, the bare prompt first.
         starts: where in each row the target begins.
         texts: the prompt in each context.
+        rephrases: so many of them, the last ones, are rephrases and do not hold the prompt.
     """
 
     position: int
@@ -30,6 +31,7 @@ class Item(NamedTuple):
     rows: list[list[int]]
     starts: list[int]
     texts: list[str]
+    rephrases: int = 0
 
     def places(self, context: int) -> range:
         """The positions in a row whose next token is the target's."""
@@ -87,7 +89,8 @@ def read_item(
         given = list(wordings)[: len(prefixes)]
         contexts = [*given, *input_contexts(request.prompt, tuple(prefixes), len(prefixes) - len(given))]
     texts = [request.prompt, *contexts]
-    texts += list(request.rephrases) if rephrases else []
+    also = list(request.rephrases) if rephrases else []
+    texts += also
     rows, starts = [], []
     for number, text in enumerate(texts):
         prompt = model.encode_prompt(text)
@@ -95,7 +98,7 @@ def read_item(
             texts[number], prompt = request.prompt, model.encode_prompt(request.prompt)
         rows.append(prompt + target)
         starts.append(len(prompt))
-    return Item(position, target, rows, starts, texts)
+    return Item(position, target, rows, starts, texts, len(also))
 
 
 def with_shared_numbers(items: Iterable[Item]) -> list[Item]:

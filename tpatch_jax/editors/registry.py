@@ -11,16 +11,17 @@ import numpy as np
 from tpatch_jax.configuration import change, known_names
 from tpatch_jax.editors.earlier import load_earlier, save_earlier
 from tpatch_jax.editors.editor import Editor, Routing
-from tpatch_jax.editors.fine_tuning import fine_tuning, restore_trained, save_trained
+from tpatch_jax.editors.fine_tuning import check_fine_tuning, fine_tuning, restore_trained, save_trained
 from tpatch_jax.editors.fine_tuning_settings import FINE_TUNING_PRESETS, FineTuningSettings
 from tpatch_jax.editors.kernels import edited, restore, save
-from tpatch_jax.editors.memit import MEMIT_PRESETS, memit
-from tpatch_jax.editors.rome import R_ROME_PRESETS, ROME_PRESETS, rome
-from tpatch_jax.editors.serac import SERAC_PRESETS, restore_memory, routing, save_memory, serac
+from tpatch_jax.editors.memit import MEMIT_PRESETS, check_memit, memit
+from tpatch_jax.editors.rome import R_ROME_PRESETS, ROME_PRESETS, check_rome, rome
+from tpatch_jax.editors.serac import SERAC_PRESETS, SeracSettings, restore_memory, routing, save_memory, serac
 from tpatch_jax.editors.serac_networks import read_networks
 from tpatch_jax.editors.settings import PRESETS
-from tpatch_jax.editors.tpatcher import TPatcherState, tpatcher
+from tpatch_jax.editors.tpatcher import TPatcherState, site_layer, tpatcher
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.patch import Patch, sized
 
@@ -46,6 +47,8 @@ class Method(NamedTuple):
         routing: ``state -> Routing``, where another model answers what is in the scope of an edit: then only that is
             run, through the other model.
         check: ``(settings, model)``, raises where the method cannot work on a model, before anything is measured.
+        learnt: ``(settings, model) -> text``, what tells networks of the method's own apart, on whose contents figures
+            depend besides; of most methods empty.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Method(NamedTuple):
     restore: Callable[[Any, Arrays], Any]
     routing: Callable[[Any], Routing] | None = None
     check: Callable[[Any, Model], object] = lambda settings, model: None
+    learnt: Callable[[Any, Model], str] = lambda settings, model: ""
 
 
 def _tpatcher_model(state: TPatcherState) -> Model:
@@ -83,7 +87,13 @@ def _fine_tuning(name: str, presets: Mapping[str, FineTuningSettings]) -> Method
         lambda state: state.edited,
         save_trained,
         restore_trained,
+        check=lambda settings, model: check_fine_tuning(model, settings),
     )
+
+
+def _serac_networks(settings: SeracSettings, model: Model) -> str:
+    found = read_networks(settings.serac, model)
+    return f"{fingerprint(found.scope)} {fingerprint(found.counterfactual)}"
 
 
 # Variants of fine-tuning are methods of their own as well, so that one report shows them side by side.
@@ -98,6 +108,7 @@ METHODS: Mapping[str, Method] = {
         _tpatcher_model,
         _save_tpatcher,
         _restore_tpatcher,
+        check=lambda settings, model: site_layer(model, settings),
     ),
     **{name: _fine_tuning(name, presets) for name, presets in {"ft": FINE_TUNING_PRESETS, **_VARIANTS}.items()},
     "rome": Method(
@@ -108,6 +119,7 @@ METHODS: Mapping[str, Method] = {
         edited,
         save,
         restore,
+        check=lambda settings, model: check_rome(model, settings),
     ),
     "r-rome": Method(
         "r-rome",
@@ -117,6 +129,7 @@ METHODS: Mapping[str, Method] = {
         edited,
         save,
         restore,
+        check=lambda settings, model: check_rome(model, settings),
     ),
     "memit": Method(
         "memit",
@@ -126,6 +139,7 @@ METHODS: Mapping[str, Method] = {
         edited,
         save,
         restore,
+        check=lambda settings, model: check_memit(model, settings),
     ),
     "serac": Method(
         "serac",
@@ -136,7 +150,7 @@ METHODS: Mapping[str, Method] = {
         save_memory,
         restore_memory,
         routing,
-        lambda settings, model: read_networks(settings.serac, model),
+        learnt=_serac_networks,
     ),
 }
 """The methods by name."""

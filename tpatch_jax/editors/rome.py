@@ -12,18 +12,43 @@ from jax import Array
 from tpatch_jax import ffn
 from tpatch_jax.editors.editor import EditInfo, Editor
 from tpatch_jax.editors.hidden_moment import hidden_moment, moment_rows, sampled_contexts
-from tpatch_jax.editors.kernels import KernelState, Tried, check_model, edited, read_requests, report, says
+from tpatch_jax.editors.kernels import (
+    KernelState,
+    Tried,
+    check_model,
+    check_moment,
+    edited,
+    read_requests,
+    report,
+    says,
+)
 from tpatch_jax.editors.last_site import forward_seconds
 from tpatch_jax.editors.rank_one import damped, rank_one
 from tpatch_jax.editors.reading import Item
-from tpatch_jax.editors.subject_value import OffsetInfo, ValueSettings, fork_requests, train_offsets, value_rows
+from tpatch_jax.editors.subject_value import (
+    OffsetInfo,
+    ValueSettings,
+    check_value,
+    fork_requests,
+    train_offsets,
+    value_rows,
+)
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
 from tpatch_jax.requests import EditRequest, as_requests
 
-__all__ = ["ROME_PRESETS", "R_ROME_PRESETS", "RomeSettings", "Update", "find_update", "rome", "rome_layer"]
+__all__ = [
+    "ROME_PRESETS",
+    "R_ROME_PRESETS",
+    "RomeSettings",
+    "Update",
+    "check_rome",
+    "find_update",
+    "rome",
+    "rome_layer",
+]
 
 Progress = Callable[[str, int, int], None]
 
@@ -43,6 +68,9 @@ class RomeSettings:
         moment_tokens: at most so many tokens of a memory text count for ``C``.
         ridge: what is added to ``C`` before it is inverted, in units of its mean diagonal; see
             `tpatch_jax.editors.rank_one.damped`. The authors, whose text is longer, add nothing.
+
+    Raises:
+        TPatchError: a value makes no sense.
     """
 
     layer: str = "auto"
@@ -51,6 +79,11 @@ class RomeSettings:
     keep_failed: bool = True
     moment_tokens: int = 65536
     ridge: float = 1e-4
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_value(self.value)
+        check_moment(self.moment_tokens, self.ridge)
 
 
 ROME_PRESETS: Mapping[str, RomeSettings] = {"default": RomeSettings()}
@@ -96,6 +129,30 @@ def rome_layer(config: NetworkConfig, wanted: str = "auto") -> int:
     if not wanted.isdigit() or int(wanted) >= config.layers:
         raise TPatchError(f"layer {wanted!r} does not exist; use layer=auto or 0 to {config.layers - 1}")
     return int(wanted)
+
+
+def check_rome(model: Model, settings: RomeSettings) -> int:
+    """Make sure that ROME, or R-ROME, can edit a model with these options.
+
+    Args:
+        model: the model.
+        settings: the options.
+
+    Returns:
+        The layer.
+
+    Raises:
+        TPatchError: the model is no decoder, has no such layer, or a patch is attached to it.
+    """
+    method = _name(settings)
+    check_model(model, method, ())
+    layer = rome_layer(model.config, settings.layer)
+    check_model(model, method, (layer,))
+    return layer
+
+
+def _name(settings: RomeSettings) -> str:
+    return "R-ROME" if settings.averaged_key else "ROME"
 
 
 def _clamp(config: NetworkConfig, clamp: float) -> float:
@@ -144,12 +201,9 @@ def rome(
         >>> state = editor.init(model, jax.random.key(0))  # doctest: +SKIP
         >>> state, info = editor.step(state, requests, jax.random.key(0))  # doctest: +SKIP
     """
-    method = "R-ROME" if settings.averaged_key else "ROME"
 
     def init(model: Model, key: Array) -> KernelState:
-        check_model(model, method, ())
-        layer = rome_layer(model.config, settings.layer)
-        check_model(model, method, (layer,))
+        layer = check_rome(model, settings)
         value = settings.value._replace(clamp=_clamp(model.config, settings.value.clamp))
         rows = moment_rows(model, memory, settings.moment_tokens, cache=cache, progress=progress)
         moment = hidden_moment(model, layer, rows, cache=cache, progress=progress)
@@ -158,7 +212,7 @@ def rome(
         return KernelState(model, {}, {layer: damped(moment, settings.ridge)}, contexts, own)
 
     def step(state: KernelState, requests: Sequence[EditRequest], key: Array) -> tuple[KernelState, EditInfo]:
-        return _step(state, as_requests(requests), method, progress)
+        return _step(state, as_requests(requests), _name(settings), progress)
 
     def apply(state: KernelState, batch: Batch) -> Array:
         return edited(state).apply(batch)

@@ -273,7 +273,8 @@ def _step(state: SeracState, requests: list[EditRequest], progress: Progress | N
     new = embeddings(state.networks.scope, [edit_text(request.prompt, request.target) for request in named])
     fit_seconds = time.perf_counter() - fitting
     first = len(state.requests)
-    extra = 0 if first else state.networks.parameter_count
+    # The networks come in with the first edit that is stored.
+    extra = 0 if first or not good else state.networks.parameter_count
     state = state._replace(requests=(*state.requests, *named), embeddings=np.concatenate([state.embeddings, new]))
     picks = route(state, [request.prompt for request in named])
     held = says(state, named, picks)

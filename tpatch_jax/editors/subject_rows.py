@@ -17,7 +17,7 @@ from tpatch_jax.models.rows import row_length, tokens_array
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.sizes import round_up
 
-__all__ = ["Row", "forked_rows", "prompt_row", "row_of", "rows_of", "runner", "short_rows"]
+__all__ = ["Row", "forked_rows", "prompt_row", "rephrase_rows", "row_of", "rows_of", "runner", "short_rows"]
 
 
 class Row(NamedTuple):
@@ -38,6 +38,19 @@ def prompt_row(model: Model, request: EditRequest, item: Item, context: int, tok
     # Searched within the prompt, which is what the text ends with: a prefix may name the subject as well.
     end = len(text) - len(request.prompt) + request.prompt.index(subject) + len(subject)
     return Row(item.rows[context], subject_token(model, text, end), places, item.target)
+
+
+def rephrase_rows(model: Model, request: EditRequest, item: Item, token: str) -> list[Row]:
+    """The rephrases that a request is fitted on, as `prompt_row`; of the subject's those that name it once."""
+    rows = []
+    for context in range(len(item.texts) - item.rephrases, len(item.texts)):
+        places, text, subject = list(item.places(context)), item.texts[context], request.subject or ""
+        if token == "prompt":
+            rows.append(Row(item.rows[context], places[0], places, item.target))
+        elif text.count(subject) == 1:
+            last = subject_token(model, text, text.index(subject) + len(subject))
+            rows.append(Row(item.rows[context], last, places, item.target))
+    return rows
 
 
 def row_of(model: Model, wording: Wording, target: Sequence[int] = ()) -> Row | None:

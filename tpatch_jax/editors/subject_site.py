@@ -20,7 +20,7 @@ from tpatch_jax import ffn
 from tpatch_jax.editors.background import Background
 from tpatch_jax.editors.earlier import NO_SUBJECT, Earlier
 from tpatch_jax.editors.reading import Item
-from tpatch_jax.editors.subject_rows import Row, forked_rows, prompt_row, rows_of, runner, short_rows
+from tpatch_jax.editors.subject_rows import Row, forked_rows, prompt_row, rephrase_rows, rows_of, runner, short_rows
 from tpatch_jax.editors.wordings import Wording, look_alikes, neutral_wordings, question
 from tpatch_jax.memory import Memory, blended, create_memory, extend, nuisance_scatter
 from tpatch_jax.models import networks
@@ -303,16 +303,21 @@ def read_subjects(
     prompts = {
         number: [
             prompt_row(model, requests[items[number].position], items[number], context, settings.token)
-            for context in range(min(settings.value_contexts, len(items[number].texts)))
+            for context in range(min(settings.value_contexts, len(items[number].texts) - items[number].rephrases))
         ]
         for number in lanes
     }
+    also = {n: rephrase_rows(model, requests[items[n].position], items[n], settings.token) for n in lanes}
     short = {}
     for number in lanes if settings.token == "subject" else ():
         item = items[number]
         # Where there are fewer ways to say it shorter, the prompt in its contexts stands in.
         found = short_rows(model, requests[item.position], item, known.prefixes[-settings.shorter :])
         short[number] = [*found, *(prompts[number][-1:] * settings.shorter)][: settings.shorter]
+    # Lanes see equally many: where one has fewer, they come again.
+    most = max(map(len, also.values()), default=0)
+    for number, rows in prompts.items():
+        rows += islice(cycle(also[number] or rows[:1]), most)
     more, neutral, avoid = {}, {}, {}
     pool = list(dict.fromkeys([*known.names, *(subject for subject in subjects if subject)]))
     for number in lanes:
@@ -322,9 +327,9 @@ def read_subjects(
         more[number] = [*prompts[number][1:], *rows_of(model, own)]
         found = rows_of(model, others)
         avoid[number] = [*islice(cycle(found), AVOIDED)] if found else []
-        neutral[number] = rows_of(model, neutral_wordings(request, settings.neutral, asked))
+        found = rows_of(model, neutral_wordings(request, settings.neutral, asked))
+        neutral[number] = [*islice(cycle(found or prompts[number][:1]), settings.neutral)]
 
-    # Lanes see equally many contexts; where there are fewer, they come again.
     most = max(map(len, more.values()), default=0)
     more = {number: [*islice(cycle(rows or prompts[number][:1]), most)] for number, rows in more.items()}
 

@@ -3,6 +3,7 @@
 Only what comes after the subject is run again (`tpatch_jax.models.networks.fork`), for several requests together.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,18 +15,20 @@ from jax import Array
 
 from tpatch_jax.editors.reading import Item, subject_token
 from tpatch_jax.editors.subject_rows import Row, forked_rows, prompt_row
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.sizes import power_of_two, round_up
 
-__all__ = ["Forked", "OffsetInfo", "ValueSettings", "fork_requests", "train_offsets", "value_rows"]
+__all__ = ["Forked", "OffsetInfo", "ValueSettings", "check_value", "fork_requests", "train_offsets", "value_rows"]
 
 
 class ValueSettings(NamedTuple):
     """Options of an offset, the authors' values but for ``value_extra_steps``, of which they have none.
 
-    No name stands for another setting of any method as well, so that each can be given alone on the command line.
+    ``value_steps`` is a name of T-Patcher's `FitSettings` as well: on the command line a change of it goes to both
+    methods, if one call evaluates both. No other name is.
 
     Attributes:
         value_steps: the loss is looked at so often, with a step of Adam between each two looks.
@@ -45,6 +48,25 @@ class ValueSettings(NamedTuple):
     value_decay: float = 0.5
     value_enough: float = 0.05
     clamp: float = 0.0
+
+
+def check_value(settings: ValueSettings) -> None:
+    """Make sure that the values of these options make sense.
+
+    Raises:
+        TPatchError: one does not.
+
+    Example:
+        >>> check_value(ValueSettings())
+    """
+    for name, least in (("value_steps", 1), ("value_extra_steps", 0)):
+        if getattr(settings, name) < least:
+            raise TPatchError(f"{name} is {getattr(settings, name)}; give {least} or more")
+    if not 0 < settings.value_rate < math.inf:
+        raise TPatchError(f"value_rate is {settings.value_rate}; give a positive number, such as 0.5")
+    for name in ("value_closeness", "value_decay", "value_enough", "clamp"):
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise TPatchError(f"{name} is {getattr(settings, name)}; give 0 or a positive number")
 
 
 class Forked(NamedTuple):

@@ -8,6 +8,7 @@ six wordings. Written are, as JSON lines of requests:
 - ``train.jsonl``: facts to be learnt, CounterFact's in three wordings each, zsRE's and KnowEdit's in their own two;
 - ``test.jsonl``: CounterFact facts that are learnt, in one of the wordings that were not used for them;
 - ``stream.jsonl``: facts that are not learnt, in a shuffled order, with other wordings as rephrasings: the mistakes.
+  zsRE's questions that KnowEdit has as well are learnt, and so not among them.
 
 Answers are the true ones. Everything is drawn from fixed random numbers, so the files are always the same.
 """
@@ -231,6 +232,10 @@ def _first(answer: Any) -> str:
     return (answer if isinstance(answer, str) else answer[0]).strip()
 
 
+def _plain(question: str) -> str:
+    return " ".join(question.lower().split())
+
+
 def closed_book(counterfact: str | Path, zsre: str | Path, knowedit: str | Path) -> dict[str, list[dict[str, Any]]]:
     """Questions with their true answers: what is learnt, what is asked, and what is not known.
 
@@ -271,7 +276,9 @@ def closed_book(counterfact: str | Path, zsre: str | Path, knowedit: str | Path)
             sets["stream"].append({**entry, "rephrases": [row["rephrase"]]})
         elif number < QUESTIONS_HELD_OUT:
             sets["train"] += [{"prompt": row[name], "target": answer} for name in ("src", "rephrase")]
-    sets["stream"] = [sets["stream"][pick] for pick in rng.permutation(len(sets["stream"]))]
+    learnt = {_plain(row["prompt"]) for row in sets["train"]}
+    shuffled = [sets["stream"][pick] for pick in rng.permutation(len(sets["stream"]))]
+    sets["stream"] = [row for row in shuffled if learnt.isdisjoint(map(_plain, (row["prompt"], *row["rephrases"])))]
     return sets
 
 

@@ -237,6 +237,7 @@ def compare(reports: Sequence[str], output: str | None, *, json: bool) -> None:
     """``tpatch compare``."""
     if not reports:
         raise TPatchError("nothing to compare; give one report folder or more")
+    reports = list(dict.fromkeys(reports))
     names = _names(reports)
     found: Mapping[str, Any] = {name: read_report(folder) for name, folder in zip(names, reports, strict=True)}
     rows, columns = comparison(found)
@@ -252,7 +253,7 @@ def compare(reports: Sequence[str], output: str | None, *, json: bool) -> None:
 
 def _names(folders: Sequence[str]) -> list[str]:
     short = [Path(folder).resolve().name for folder in folders]
-    return short if len(set(short)) == len(short) else list(dict.fromkeys(folders))
+    return short if len(set(short)) == len(short) else list(folders)
 
 
 def sweep_command(

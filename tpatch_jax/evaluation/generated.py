@@ -37,7 +37,7 @@ def _writers(
 
 
 def continuations(model: Model, record: Record, key: Array, routing: Routing | None = None) -> list[str]:
-    """A record's openings continued for GE: top-k 5 samples of at most 100 tokens, the opening included.
+    """A record's openings continued for GE: top-k 5 samples of at most 100 tokens, or until the model ends the text.
 
     Args:
         model: the model, edited or not.

@@ -93,7 +93,8 @@ class Journal:
         self._result = folder / UNFINISHED / f"result-{method}.json"
         self._state = folder / UNFINISHED / f"state-{method}.safetensors"
         if self._records.exists():
-            for line in self._records.read_text("utf-8").splitlines():
+            # Bytes, for a run may have stopped within a character; and other breaks than line feeds stand in texts.
+            for line in self._records.read_bytes().split(b"\n"):
                 try:
                     self.lines.append(json.loads(line))
                 except ValueError:

@@ -393,7 +393,8 @@ def generation_entropy(texts: Sequence[str]) -> float:
     ``GE = 100 · mean_texts (2/3·H_2 + 4/3·H_3) / 2``, over `words`.
 
     Args:
-        texts: what was generated, prompts included as in the published code: top-k 5 samples of at most 100 tokens.
+        texts: what was generated, prompts included as in the published code: top-k 5 samples of at most 100 tokens. A
+            text that the model ends is not gone on with, where the published code samples on.
 
     Returns:
         Hundredths of a bit, the unit of the published tables.

@@ -55,8 +55,8 @@ def draw_report(folder: Path, report: Mapping[str, Any], lines: Mapping[str, Lin
     if any(result.get("curves") for result in edited):
         drawn.append(_save(_curves(edited), folder / "curves.png"))
     for result in edited:
-        rows = [line["activations"] for line in lines[result["method"]] if line.get("activations")]
-        ids = [line["id"] for line in lines[result["method"]]]
+        shown = [line for line in lines[result["method"]] if line.get("activations")]
+        rows, ids = [line["activations"] for line in shown], [line["id"] for line in shown]
         if rows:
             drawn.append(_save(_heat(rows, ids), folder / f"activations-{result['method']}.png"))
     if edited and lines["unedited"]:
@@ -122,7 +122,7 @@ def _heat(rows: Sequence[Sequence[float]], ids: Sequence[str]) -> Any:
     axes.set_ylabel("edits: the neurons of each record")
     axes.set_title("Strongest activation of each edit's neurons on each edit prompt")
     if len(ids) <= 24:
-        axes.set_yticks(range(len(rows)), ids[: len(rows)], fontsize=7)
+        axes.set_yticks(range(len(rows)), ids, fontsize=7)
     figure.colorbar(image, ax=axes, label="max(0, q·k + b)")
     return figure
 

@@ -300,10 +300,14 @@ def _after_all(setup: Setup, edited: Edited) -> Lines:
 
 def _sequential(setup: Setup, method: Method, editor: Editor, journal: Journal) -> dict[str, Any]:
     state, saved, records = editor.init(setup.model, setup.key), journal.load(), setup.records
-    if saved is not None:
+    done = saved[1]["done"] if saved is not None else 0
+    if saved is not None and done <= len(journal.lines):
         state = method.restore(state, saved[0])
+    else:
+        # Lines that belong to the state are lost: it cannot be gone on with.
+        done = 0
     # Records after the last saved state are done again: the same seed gives the same edits.
-    journal.replace(journal.lines[: saved[1]["done"] if saved is not None else 0])
+    journal.replace(journal.lines[:done])
     for number in range(len(journal.lines), len(records)):
         record, edited = records[number], Edited(method, editor, state)
         rules = _rules(record)

@@ -15,10 +15,13 @@ __all__ = ["FIGURES", "SCHEMA", "comparison", "markdown", "read_report", "table"
 SCHEMA = 1
 """The number of the report's form; another number means that older readers would misread it."""
 FIGURES = (
-    "Figures are means within a record, then over records, teacher-forced, except `exact` and the other `_exact` "
-    "and `_acc` figures (free-running: greedy decoding gives the whole target) and `mquake`. `seconds` and forward "
-    "equivalents are those of editing (per request: seconds ÷ those of one forward pass over prompt and "
-    "target); `total_seconds` has the measuring too."
+    "Figures are means within a record, then over records, teacher-forced: of single tokens, except where a target "
+    "counts only whole, as greedy decoding gives it: `exact` and the other `_exact` figures, `rewrite_acc`, "
+    "`paraphrase_acc`, `neighborhood_acc`, SR, GR, ER, and `generalization_` of each kind of rephrasing. `mquake` and "
+    "GE are of texts written freely. `seconds` and forward equivalents are those of editing (per request: seconds ÷ "
+    "those of one forward pass over prompt and target); `total_seconds` has the measuring too, and is of the last run "
+    "if one was interrupted. `peak_memory_mib` is the most that the process held until then, for the methods before as "
+    "well: evaluate a method alone to see its own."
 )
 """What the figures of every report mean."""
 
@@ -115,7 +118,8 @@ def _about(config: Mapping[str, Any], protocol: str, moment: str) -> str:
     ]
     parts += [f"n = {config['n']}", f"seed {config['seed']}", "patches attached with ReLU"]
     if config["text"]:
-        parts.append(f"perplexity over {config['text']['tokens']} tokens in windows of {config['text']['window']}")
+        text = config["text"]
+        parts.append(f"perplexity over at most {text['tokens']} tokens in windows of {text['window']}")
     return ", ".join(parts)
 
 

@@ -94,8 +94,12 @@ def evaluate(
         raise TPatchError(f"checks every {every} edits are impossible; give 1 or more")
     chosen = [find_method(name) for name in dict.fromkeys(methods) if name != "unedited"] if records else []
     used = {**method_settings([method.name for method in chosen]), **(settings or {})}
+    place = cache_folder() if cache else None
+    # What cannot work says so before anything is measured, and before a folder is in the way of the next run.
+    editors = {method.name: method.build(used[method.name], memory, place, progress) for method in chosen}
     for method in chosen:
         method.check(used[method.name], model)
+    learnt = {method.name: found for method in chosen if (found := method.learnt(used[method.name], model))}
     extra = dict(about or {})
     data_sha256 = extra.pop("data_sha256", None) or _content(records)
     config = {
@@ -116,7 +120,9 @@ def evaluate(
     config = json.loads(json.dumps(config, default=list))
     folder = None if output is None else Path(output)
     if folder is not None:
-        whole = open_report(folder, {**config, "records_sha256": _content(records), "data_sha256": data_sha256})
+        asked = {"records": records, "train": train, "held_out": held_out}
+        contents = {f"{name}_sha256": _content(found) for name, found in asked.items()}
+        whole = open_report(folder, {**config, **contents, "learnt": learnt, "data_sha256": data_sha256})
         if whole is not None:
             return whole
     tell = progress or (lambda what, done, total: None)
@@ -131,9 +137,7 @@ def evaluate(
                 if settled is None:
                     result = unedited(setup, journal)
                 else:
-                    place = cache_folder() if cache else None
-                    editor = settled.build(used[name], memory, place, progress)
-                    result = PROTOCOLS[protocol](setup, settled, editor, journal)
+                    result = PROTOCOLS[protocol](setup, settled, editors[name], journal)
                 cost = {**result["cost"], "total_seconds": time.perf_counter() - began, "peak_memory_mib": _peak()}
                 common = {"method": name, "protocol": protocol, "moment": MOMENTS[protocol], "n": len(records)}
                 result = json.loads(json.dumps({**common, **result, "cost": cost}))

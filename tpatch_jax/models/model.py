@@ -93,12 +93,12 @@ class Model:
         ends with the token that ends a text; a classifier's is the number of a label.
 
         Raises:
-            TPatchError: the classifier has no such label.
+            TPatchError: the classifier has no such label, or the tokenizer no token that ends a text.
         """
         if self.config.architecture == "encoder":
             return [self.label(target)]
         if self.config.architecture == "encoder-decoder":
-            return [*self.encode(target.strip()), self.tokenizer.eos_token_id]
+            return [*self.encode(target.strip()), self.end]
         before, whole = self.encode(prompt), self.encode(prompt + target)
         return whole[len(before) :] if whole[: len(before)] == before else self.encode(target)
 
@@ -194,6 +194,22 @@ class Model:
                 raise TPatchError(f"{text[:40]!r}: {reason}")
         sites = collect(self, rows, [range(len(row) - 1, len(row)) for row in rows], self.layer(None))
         return [self.config.labels[number] for number in predicted(self, sites)]
+
+    @property
+    def end(self) -> int:
+        """The token that ends an answer.
+
+        Raises:
+            TPatchError: neither the tokenizer nor the model's settings name one.
+        """
+        found = self.tokenizer.eos_token_id
+        if found is None:
+            found = next(iter(self.stops), None)
+        if found is None:
+            raise TPatchError(
+                f"{self.name!r} names no token that ends a text; give its tokenizer_config.json an eos_token"
+            )
+        return found
 
     @property
     def stops(self) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ def read_lines(folder: Path, report: Mapping[str, Any]) -> dict[str, list[dict[s
     for result in report["results"]:
         path = folder / f"records-{Path(result['method']).name}.jsonl"
         try:
-            lines = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+            lines = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
             if not all(isinstance(line["id"], str) for line in lines):
                 raise ValueError("an id is no text")
         except FileNotFoundError:
