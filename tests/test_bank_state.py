@@ -7,15 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bank_engine import fake, make_bank
+from bank_engine import ENGINE, fake, make_bank
 from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tpatch_jax.bank.adding import add_with
 from tpatch_jax.bank.assembly import FIELDS, Held, Store, assemble
 from tpatch_jax.bank.changing import change_with, guard_with, undoes_last
+from tpatch_jax.bank.drafting import fit_new
 from tpatch_jax.bank.inspection import open_bank
-from tpatch_jax.bank.state import Guard, active, states
+from tpatch_jax.bank.state import BankEdit, Guard, active, states
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest
 
@@ -258,3 +259,11 @@ def test_mistakes_say_what_to_do(folder, tmp_path):
     for path, said in ((tmp_path / "none", "does not exist"), (folder / "segments", "is no bank")):
         with pytest.raises(TPatchError, match=said):
             add_with(path, [], fake)
+
+
+def test_neurons_of_another_try_are_others(folder):
+    base = held_by(folder)
+    edits = [BankEdit(one.id or "", one, 1) for one in requests(("a", "one"))]
+    tries = [fit_new(base, edits, ENGINE).held.refs for _ in range(2)]
+    assert len(tries[0]) == 1
+    assert not set(tries[0]) & set(tries[1])
