@@ -75,10 +75,14 @@ def test_a_place_that_cannot_be_written_is_named_before_any_work(tmp_path: Path,
             check_vacant(place)
     check_vacant(tmp_path / "new" / "deep")
     check_vacant(Path("new"))
+    (tmp_path / "empty").mkdir()
     # Root may write anywhere.
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(TPatchError, match="no permission to write in"):
-        check_vacant(tmp_path / "new" / "deep")
+    for name in ("new/deep", "empty"):
+        with pytest.raises(TPatchError, match="no permission to write in"):
+            check_vacant(tmp_path / name)
+    # What is put into a folder that is there needs no more than that folder.
+    check_vacant(tmp_path / "empty", inside=True)
 
 
 @pytest.mark.parametrize("allowed", [0o022, 0o077])

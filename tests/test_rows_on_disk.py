@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpatch_jax.models import rows_on_disk
+from tpatch_jax import sizes
 from tpatch_jax.models.rows_on_disk import RowsOnDisk, chosen_rows
 
 
@@ -40,7 +40,7 @@ def test_rows_outside_are_refused():
 
 
 def test_chosen_rows_stay_where_they_are(monkeypatch):
-    monkeypatch.setattr(rows_on_disk, "PART", 2)
+    monkeypatch.setattr(sizes, "PART", 2)
     array, rows = np.arange(14, dtype=np.float32).reshape(7, 2), np.array([6, 0, 3, 3, 1])
     ours = RowsOnDisk(7, 2, np.float32)
     ours[0:7] = array

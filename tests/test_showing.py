@@ -295,9 +295,10 @@ def report(tmp_path) -> Path:
     folder.mkdir()
     cost = {"seconds": 12.5, "forward_equivalents": 1234.0, "parameters_added": 99}
     lines = [
-        {"id": f"{NASTY} {n}", "figures": {"exact": float(n > 2)}, "cost": {"requests": [{"status": "edited"}]}}
+        {"id": f"{NASTY} {n}", "figures": {"exact": float(n > 2)}, "requests": [{"status": "edited"}]}
         for n in range(320)
     ]
+    lines[1]["requests"] = [{"status": "failed", "reason": "too long"}]
     results = [
         {"method": method, "protocol": "batch", "moment": "after all edits", "n": 320, "metrics": {"exact": share}}
         for method, share in (("unedited", 0.25), ("tpatcher", 0.75))
@@ -330,6 +331,7 @@ def test_a_report_becomes_a_page(report, tmp_path, capsys):
     assert len(ids) == 300
     assert any("20 more are in records-tpatcher.jsonl" in text for text in found.texts)
     assert found.texts.count("no") == 3 * 2
+    assert (found.texts.count("too long"), found.texts.count("edited")) == (1, 299)
 
 
 def test_pictures_are_drawn_where_there_are_none(report, tmp_path):

@@ -319,7 +319,7 @@ def repair(folder: str, *, json: bool) -> None:
     _show(
         [
             *(f"mended {escape(path)}" for path in info.mended),
-            *([] if info.mended else ["nothing was damaged"]),
+            *([] if info.mended or info.lost_edits or info.lost_lines else ["nothing was damaged"]),
             *([f"[red]{info.lost_lines} lines of the journal are lost[/red]"] if info.lost_lines else []),
             *(f"[red]lost[/red] {escape(name)}" for name in info.lost_edits),
             *([f"add what was active again: tpatch bank add {folder} {info.lost_requests}"] * bool(info.lost_requests)),

@@ -311,7 +311,7 @@ def serac_train(
     encoder: Annotated[str, arg(metavar="ENCODER", help="an encoder for the scope classifier: a folder, or a hub id")],
     output: Annotated[str, arg(aliases=["-o"], metavar="OUT", help="folder for both networks; resumes if interrupted")],
     exclude: Annotated[
-        UseAppendAction[tuple[str, ...]], arg(metavar="KIND:FILE", help="leave out all subjects of this data")
+        UseAppendAction[tuple[str, ...]], arg(metavar="KIND:FILE", help="leave out subjects and questions of this data")
     ] = (),
     most: Annotated[int | None, arg(help="at most so many requests of each file")] = None,
     template: Annotated[str | None, arg(help="where questions go, with {} for the question")] = None,

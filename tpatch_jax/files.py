@@ -41,8 +41,12 @@ def write_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
-def check_vacant(folder: Path) -> None:
+def check_vacant(folder: Path, *, inside: bool = False) -> None:
     """Make sure that an output folder does not exist yet, or is empty, and can be made, before any work begins.
+
+    Args:
+        folder: the folder.
+        inside: one that exists is written into; otherwise another folder takes its place.
 
     Raises:
         TPatchError: it holds something, or what is above it is no folder or cannot be written.
@@ -53,7 +57,8 @@ def check_vacant(folder: Path) -> None:
         raise TPatchError(f"cannot read {folder}: {error.strerror}; choose another output folder") from error
     if taken:
         raise TPatchError(f"{folder} already exists; choose another output folder or remove it first")
-    above = next(place for place in folder.absolute().parents if place.exists())
+    places = [folder.absolute(), *folder.absolute().parents][0 if inside else 1 :]
+    above = next(place for place in places if place.exists())
     if not above.is_dir():
         raise TPatchError(f"cannot write {folder}: {above} is no folder; choose another output folder")
     if not os.access(above, os.W_OK | os.X_OK):

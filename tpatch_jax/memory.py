@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tpatch_jax.models.rows_on_disk import pieces
+from tpatch_jax.sizes import pieces
 
 __all__ = [
     "Memory",
@@ -182,7 +182,7 @@ def extend(memory: Memory, query: Any, answer: Array | np.ndarray | None = None,
     found = _aligned((missing + count + rows, memory.query.shape[1]))
     filled = missing
     for part in parts:
-        for piece in pieces(part):
+        for piece in pieces(part.shape[0]):
             found[filled:][piece] = part[piece]
         filled += part.shape[0]
     found[filled:] = memory.query

@@ -1,9 +1,11 @@
 """Sizes in steps, so that a new number of things seldom needs a new compilation."""
 
-__all__ = ["FEW", "few_or_most", "in_blocks", "in_steps", "power_of_two", "round_up"]
+__all__ = ["FEW", "few_or_most", "in_blocks", "in_steps", "pieces", "power_of_two", "round_up"]
 
 FEW = 4
 """The smaller of two sizes."""
+PART = 4096
+"""So many rows of a large array are copied at a time."""
 
 
 def power_of_two(count: int, least: int = 1, most: int | None = None) -> int:
@@ -77,3 +79,16 @@ def in_steps(count: int, most: int) -> list[int]:
         whole, left = whole + 1, 0
     few = min(FEW, most)
     return [most] * whole + [few] * -(-left // few)
+
+
+def pieces(count: int) -> list[slice]:
+    """Where an array is cut so that a piece of it takes little memory.
+
+    Args:
+        count: its rows.
+
+    Example:
+        >>> pieces(5000)
+        [slice(0, 4096, None), slice(4096, 5000, None)]
+    """
+    return [slice(first, min(first + PART, count)) for first in range(0, count, PART)]

@@ -141,7 +141,7 @@ def enable_edits(
 ) -> ChangeInfo:
     """Bring disabled edits back, and with a model fit again what does not come out beside everything else.
 
-    With a model, edits that would change a guarded answer stay disabled.
+    With a model, nothing is enabled if a guarded answer would change.
 
     Args:
         folder: the bank.

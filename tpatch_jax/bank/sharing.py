@@ -198,11 +198,17 @@ def _fetched(source: str | Path) -> Iterator[Path]:
         yield there
 
 
+CHANGED = 412
+"""What the hub answers where a repository is no longer at the commit that was named."""
+
+
 def _hub(what: str, run: Callable[[], Any]) -> Any:
     try:
         return run()
     # the hub's client raises the errors of its transport, which change with its version
     except Exception as error:
+        if getattr(getattr(error, "response", None), "status_code", None) == CHANGED:
+            raise TPatchError(f"{what}: somebody else did meanwhile; push again, on top of that") from error
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise TPatchError(f"{what}: {reason}; check the name, the connection and `hf auth login`") from error
 

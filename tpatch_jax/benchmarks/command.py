@@ -27,12 +27,13 @@ def bench_command(
         raise TPatchError(f"{model!r} is an {loaded.config.architecture}; the benchmark needs a decoder")
     with progress_bar(quiet or json) as report:
         result = bench(loaded, model, QUICK if short else FULL, file, dtype, report)
+    # Before the picture, which may not come off.
+    if json:
+        print_json(result)
+    else:
+        _show(result)
     if output:
         draw_bench(Path(output), result)
-    if not json:
-        _show(result)
-        return
-    print_json(result)
 
 
 def _show(result: dict[str, Any]) -> None:

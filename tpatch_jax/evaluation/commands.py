@@ -161,7 +161,8 @@ def _records(options: Options) -> _Chosen:
             raise TPatchError(
                 f"--{name.replace('_', '-')} makes TrainR or TestR of a stream; use --protocol sequential"
             )
-        sets.append(asked_only(read_records(data, path)) if path is not None else [])
+        found = read_records(data, path, None, False, options.reading, options.template) if path is not None else []
+        sets.append(asked_only(found))
         about |= {f"{name}_sha256": _sha256(path)} if path is not None else {}
     return _Chosen(chosen, sets[0], sets[1] or held_out, about)
 

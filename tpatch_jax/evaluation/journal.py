@@ -40,7 +40,7 @@ def open_report(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """
     run = folder / RUN
     if not run.exists():
-        check_vacant(folder)
+        check_vacant(folder, inside=True)
         try:
             (folder / UNFINISHED).mkdir(parents=True, exist_ok=True)
             write_text(run, json.dumps(config, ensure_ascii=False, indent=1) + "\n")

@@ -120,9 +120,11 @@ def evaluate(
     config = json.loads(json.dumps(config, default=list))
     folder = None if output is None else Path(output)
     if folder is not None:
-        asked = {"records": records, "train": train, "held_out": held_out}
-        contents = {f"{name}_sha256": _content(found) for name, found in asked.items()}
-        whole = open_report(folder, {**config, **contents, "learnt": learnt, "data_sha256": data_sha256})
+        beside = {"train": train, "held_out": held_out}
+        contents: dict[str, Any] = {f"{name}_sha256": _content(found) for name, found in beside.items() if found}
+        contents |= {"learnt": learnt} if learnt else {}
+        contents |= {"records_sha256": _content(records), "data_sha256": data_sha256}
+        whole = open_report(folder, {**config, **contents})
         if whole is not None:
             return whole
     tell = progress or (lambda what, done, total: None)

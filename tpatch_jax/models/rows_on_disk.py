@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["RowsOnDisk", "chosen_rows", "pieces"]
+from tpatch_jax.sizes import pieces
 
-PART = 4096
-"""So many rows are copied at a time."""
+__all__ = ["RowsOnDisk", "chosen_rows"]
 
 
 class RowsOnDisk:
@@ -84,26 +83,9 @@ def chosen_rows(array: np.ndarray | RowsOnDisk, rows: np.ndarray) -> np.ndarray 
     if not isinstance(array, RowsOnDisk):
         return array[rows]
     found = RowsOnDisk(len(rows), array.shape[1], array.dtype)
-    for piece in pieces(rows):
+    for piece in pieces(len(rows)):
         found[piece] = array[rows[piece]]
     return found
-
-
-def pieces(array: np.ndarray | RowsOnDisk) -> list[slice]:
-    """Where an array is cut so that a piece of it takes little memory.
-
-    Args:
-        array: ``[rows, …]``.
-
-    Returns:
-        Slices, one after the other.
-
-    Example:
-        >>> pieces(np.zeros(5000))
-        [slice(0, 4096, None), slice(4096, 5000, None)]
-    """
-    count = array.shape[0]
-    return [slice(first, min(first + PART, count)) for first in range(0, count, PART)]
 
 
 def _runs(numbers: np.ndarray) -> list[tuple[int, int]]:

@@ -107,7 +107,7 @@ def _records(report: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str
                  if any(name in line.get("figures", {}) for line in ordered)]  # fmt: skip
         rows = []
         for line in ordered:
-            statuses = (line.get("cost") or {}).get("requests", ())
+            statuses = line.get("requests") or (line.get("cost") or {}).get("requests", ())
             reasons = "; ".join(status.get("reason") or status["status"] for status in statuses)
             if line.get("wrong") is False:
                 reasons = "was right, left alone"
@@ -143,7 +143,7 @@ def report_view(folder: Path, report: Mapping[str, Any]) -> list[Child]:
         "seed": number(config["seed"]),
     }
     if config.get("text"):
-        about["tokens of running text"] = number(config["text"]["tokens"])
+        about["tokens of running text, at most"] = number(config["text"]["tokens"])
     parts: list[Child] = [
         figures(about),
         element("p", f"Measured {results[0]['moment']}."),
