@@ -174,11 +174,15 @@ def test_edits_from_files(tmp_path):
     ("more", "words"),
     [
         (["--output", "nowhere/bench.png"], "the folder of nowhere/bench.png does not exist; make it first"),
+        (["--output", "bench.txt"], "bench.txt is of no kind that pictures have; give one of"),
+        (["--file", "one.jsonl"], "one.jsonl has 1 different prompts, and 4096 edits were asked for"),
         (["--dtype", "float16"], "dtype 'float16' is not supported"),
         (["--quick", "--file", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
-def test_bad_options_are_named(place, capsys, more, words):
+def test_bad_options_are_named(place, capsys, monkeypatch, tmp_path, more, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.jsonl").write_text('{"prompt": "Bo speaks", "target": "Greek"}\n')
     assert cli.main(["bench", str(place / "tiny"), *more]) == 1
     assert words in " ".join(capsys.readouterr().err.split())
 

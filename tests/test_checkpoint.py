@@ -1,5 +1,6 @@
 """Hugging Face style folders: what is written is read back, and what is wrong with one is said."""
 
+import dataclasses
 import errno
 import json
 import math
@@ -162,6 +163,38 @@ def test_what_old_checkpoints_carry_besides_is_passed_over(tiny_model, folder, t
     second = write_tiny_folder(tied, tmp_path / "tied")
     edit_weights(second, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
     assert same(load_model(second).params, tied.params)
+
+
+def test_a_head_that_differs_from_the_embedding_is_read_and_one_that_stands_alone_is_both(tmp_path):
+    tied = make_tiny_model(1, tie_word_embeddings=True)
+    folder = write_tiny_folder(tied, tmp_path / "tied")
+    edit_weights(folder, lambda tensors: tensors.update({"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}))
+    loaded = load_model(folder)
+    assert not loaded.config.tied
+    np.testing.assert_array_equal(loaded.params["head"]["kernel"], 2 * tied.params["embed"]["embedding"].T)
+    save_model(loaded, tmp_path / "again")
+    assert same(load_model(tmp_path / "again").params, loaded.params)
+    alone = write_tiny_folder(tied, tmp_path / "alone")
+    edit_weights(alone, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    assert same(load_model(alone).params, tied.params)
+
+
+def test_the_model_s_own_file_counts_and_two_of_one_kind_do_not(tiny_model, folder):
+    other = {name: tensor + 1 for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(other, folder / "model_ema.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    assert same(load_model(folder).params, tiny_model.params)
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / WEIGHTS).rename(folder / "weights.safetensors")
+    refused(folder, "twice, in model_ema.safetensors and in weights.safetensors; leave the model's own files")
+
+
+def test_a_text_ends_where_the_generation_settings_say_so_too(folder):
+    before = load_model(folder).stops
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [*before, 7]}))
+    assert load_model(folder).stops == tuple(sorted({*before, 7}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    assert load_model(folder).stops == tuple(sorted({*before, 9}))
 
 
 # --- rotary embeddings ---
@@ -360,8 +393,35 @@ def test_a_damaged_tokenizer(folder):
 def test_a_tokenizer_with_more_tokens_than_the_model(tiny_model, tmp_path):
     small = make_tiny_model(vocab_size=256)
     folder = write_tiny_folder(small, tmp_path / "small")
-    assert len(small.tokenizer) > 256
-    refused(folder, f"has {len(small.tokenizer)} tokens and the model 256: it belongs to another model")
+    assert small.tokenizer.vocab_size > 256
+    refused(folder, f"has {small.tokenizer.vocab_size} tokens and the model 256: it belongs to another model")
+
+
+def test_a_token_that_was_added_beyond_the_model_s_is_refused_only_where_it_is_used(folder):
+    model = load_model(folder)
+    added = [f"<image {number}>" for number in range(model.config.vocabulary)]
+    model.tokenizer.add_tokens(added)
+    model.tokenizer.save_pretrained(folder)
+    model = load_model(folder)
+    assert len(model.tokenizer) > model.config.vocabulary
+    assert model.encode("the cat")
+    for read in (model.encode, model.encode_prompt, model.generate):
+        with pytest.raises(TPatchError, match=f"the token '{added[-1]}' in 'the {added[-1]}' is none of"):
+            read(f"the {added[-1]}")
+
+
+def test_what_is_said_keeps_its_space_whatever_the_tokenizer_strips(tiny_model):
+    class Pieces:
+        """As SentencePiece's: a text that stands alone loses the space before its first word."""
+
+        def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+            return "".join((" a", " b", "c")[token] for token in tokens).removeprefix(" ")
+
+    model = dataclasses.replace(tiny_model, tokenizer=Pieces())
+    assert model.decode([0, 1]) == "a b"
+    assert model.continuation([0], [1, 2]) == " bc"
+    assert model.continuation([0], [2]) == "c"
+    assert model.continuation([], [1]) == "b"
 
 
 # --- writing ---

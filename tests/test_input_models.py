@@ -59,6 +59,8 @@ def corrections(model: Model, texts: tuple[str, ...] = CLAIMS) -> list[EditReque
     """For each text a label that the classifier does not give it."""
     labels = model.config.labels
     said = [labels.index(label) for label in model.classify(texts)]
+    with pytest.raises(TPatchError, match="put it into a list"):
+        model.classify(texts[0])
     return [
         EditRequest(text, labels[(number + 1) % len(labels)], id=text) for text, number in zip(texts, said, strict=True)
     ]

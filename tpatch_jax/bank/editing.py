@@ -286,10 +286,11 @@ def _answer(model: Model, neurons: Mapping[str, np.ndarray], prompt: str, tokens
     edited = attach(model, sized(patch)) if len(patch.bias) else model
     if model.config.labels:
         return edited.classify([prompt])[0]
-    said = generation.greedy(model.config, edited.params, [edited.encode_prompt(prompt)], tokens, edited.stops)[0]
+    read = edited.encode_prompt(prompt)
+    said = generation.greedy(model.config, edited.params, [read], tokens, edited.stops)[0]
     if not edited.decode(said).strip():
         raise TPatchError(f"the model says nothing that can be read after {prompt!r}; guard another prompt")
     # The answer has to be the same tokens when it is read again behind the prompt.
-    while said and edited.encode_target(prompt, edited.decode(said))[: len(said)] != list(said):
+    while said and edited.encode_target(prompt, edited.continuation(read, said))[: len(said)] != list(said):
         said = said[:-1]
-    return edited.decode(said)
+    return edited.continuation(read, said)

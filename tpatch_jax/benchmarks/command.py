@@ -7,8 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tpatch_jax.benchmarks.bench import FULL, QUICK, bench
-from tpatch_jax.benchmarks.picture import draw_bench
-from tpatch_jax.benchmarks.plan import GIB, MEASURED, plan
+from tpatch_jax.benchmarks.edits_to_time import edits_to_time
+from tpatch_jax.benchmarks.picture import check_picture, draw_bench
+from tpatch_jax.benchmarks.plan import GIB, MEASURED
+from tpatch_jax.benchmarks.plan import plan as on_paper
 from tpatch_jax.commands import load
 from tpatch_jax.console import print_json, progress_bar
 from tpatch_jax.errors import TPatchError
@@ -22,11 +24,16 @@ def bench_command(
     """Measure, print a table, and draw a picture if ``output`` names one."""
     if output and not Path(output).absolute().parent.is_dir():
         raise TPatchError(f"the folder of {output} does not exist; make it first")
+    if output:
+        check_picture(Path(output))
+    plan = QUICK if short else FULL
+    # What would end it at the last is found out first.
+    edits_to_time(max(max(counts) for counts in (*plan.edits.values(), plan.warm, plan.new, [plan.compared])), file)
     loaded = load(model, dtype, quiet or json)
     if loaded.config.architecture != "decoder":
         raise TPatchError(f"{model!r} is an {loaded.config.architecture}; the benchmark needs a decoder")
     with progress_bar(quiet or json) as report:
-        result = bench(loaded, model, QUICK if short else FULL, file, dtype, report)
+        result = bench(loaded, model, plan, file, dtype, report)
     # Before the picture, which may not come off.
     if json:
         print_json(result)
@@ -79,7 +86,7 @@ def _show(result: dict[str, Any]) -> None:
 
 def plan_command(*, json: bool) -> None:
     """Show what many edits of large models would cost."""
-    costs = plan()
+    costs = on_paper()
     if json:
         print_json({"measured": MEASURED._asdict(), "plan": [cost._asdict() for cost in costs]})
         return

@@ -6,7 +6,22 @@ from typing import Any
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["draw_bench"]
+__all__ = ["check_picture", "draw_bench"]
+
+
+def check_picture(path: Path) -> None:
+    """Make sure that a picture can be drawn, before what it shows is measured.
+
+    Raises:
+        TPatchError: matplotlib is missing, or draws no files of this kind.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise TPatchError("pictures need matplotlib: pip install 'tpatch-jax[report]'") from None
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix.removeprefix(".") not in kinds:
+        raise TPatchError(f"{path} is of no kind that pictures have; give one of {', '.join(sorted(kinds))}")
 
 
 def draw_bench(path: Path, result: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ NEURONS_KEY = "tpatch_neurons"
 _OURS = ("config.json", "tpatch_source.json", "tpatch_export.json")
 """What a folder says about itself, which would be wrong about another."""
 
-_STARTS_WITH = "decoder_start_token_id"
+_STARTS_WITH, _ENDS_WITH = "decoder_start_token_id", "eos_token_id"
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -57,30 +57,43 @@ def read_settings(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        return {
-            **AutoConfig.from_pretrained(folder, local_files_only=True).to_dict(),
-            **raw,
-            **_generation(folder),
-        }
+        found = {**AutoConfig.from_pretrained(folder, local_files_only=True).to_dict(), **raw}
     # transformers checks the kinds of settings with errors of its own
     except Exception as error:
         reason = " ".join(str(error).split())
         raise TPatchError(f"{path} cannot be used ({reason}); copy the model's original config.json there") from error
+    return found | _generation(folder, found)
 
 
-def _generation(folder: Path) -> dict[str, Any]:
-    """With which token a decoder starts, where ``generation_config.json`` says so: it counts more, in transformers."""
+def _generation(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With which token a decoder starts and with which it ends, where ``generation_config.json`` says so.
+
+    It counts more in transformers. Tokens that end a text there do so besides those that ``config.json`` names.
+    """
     try:
         found = json.loads((folder / "generation_config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    start = found.get(_STARTS_WITH) if isinstance(found, dict) else None
-    return {_STARTS_WITH: start} if isinstance(start, int) else {}
+    if not isinstance(found, dict):
+        return {}
+    start, changes = found.get(_STARTS_WITH), {}
+    if isinstance(start, int):
+        changes[_STARTS_WITH] = start
+    there, more = _numbers(settings.get(_ENDS_WITH)), _numbers(found.get(_ENDS_WITH))
+    if not set(more) <= set(there):
+        changes[_ENDS_WITH] = list(dict.fromkeys([*there, *more]))
+    return changes
+
+
+def _numbers(found: Any) -> list[int]:
+    return [number for number in (found if isinstance(found, list) else [found]) if isinstance(number, int)]
 
 
 def _shards(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
-    index = folder / "model.safetensors.index.json"
+    """Which file holds which tensor: ``model.safetensors``, else what the index lists, else every file there is."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return dict.fromkeys(_names(single), single)
     if index.exists():
         try:
             table = json.loads(index.read_text("utf-8"))["weight_map"]
@@ -96,8 +109,20 @@ def _shards(folder: Path) -> dict[str, Path]:
     if not files:
         other = sorted(path.name for path in folder.glob("*.bin"))
         hint = f" ({other[0]} is a pickle, which is never read: convert it)" if other else ""
-        raise TPatchError(f"{folder} holds no safetensors weights{hint}; put model.safetensors beside config.json")
-    return {name: path for path in files for name in _names(path)}
+        raise TPatchError(
+            f"{folder} holds no safetensors weights{hint}; put model.safetensors beside config.json, or take a model "
+            "of the hub that has them, for pickles are never fetched"
+        )
+    found: dict[str, Path] = {}
+    for path in files:
+        for name in _names(path):
+            if name in found:
+                raise TPatchError(
+                    f"{folder} holds {name} twice, in {found[name].name} and in {path.name}; leave the model's own "
+                    "files there, or name the one that counts model.safetensors"
+                )
+            found[name] = path
+    return found
 
 
 def _names(path: Path) -> list[str]:
@@ -179,11 +204,19 @@ def read_folder(
         config = dataclasses.replace(config, tied=f"{family.names['head']}.weight" not in shards)
     # Checkpoints of the network without its head leave out the first part of every name.
     bare = not any(name.startswith(family.prefix) for name in shards)
+    embedding, head = family.names["embed.embedding"], f"{family.names.get('head', '')}.weight"
+    embedding = embedding.removeprefix(family.prefix) if bare else embedding
+    if config.tied and head in shards and embedding in shards and not _alike(shards, head, embedding):
+        # As transformers has it: what differs is not tied, whatever the settings say.
+        config, settings = dataclasses.replace(config, tied=False), {**settings, "tie_word_embeddings": False}
     wanted = {
         name.removeprefix(family.prefix) if bare else name: stored
         for name, stored in layout(family, config, merged).items()
     }
     names = _available(shards, list(wanted))
+    if config.tied and head in shards:
+        # Of what is the same some savers keep one name only, and not always the embedding's.
+        names.setdefault(embedding, head)
     missing = [name for name in wanted if name not in names and name != family.optional_row]
     headless = [name for name in missing if _in_head(wanted[name].paths[0])]
     if labels is not None:
@@ -200,11 +233,9 @@ def read_folder(
         if name in known or name.endswith(family.constants) or name.startswith(passed_over):
             continue
         if name.endswith(family.copies):
-            embedding = family.names["embed.embedding"]
-            embedding = embedding.removeprefix(family.prefix) if bare else embedding
             if embedding in names and not _alike(shards, name, names[embedding]):
                 problems.append(f"{name} differs from {embedding}, and one embedding for both stacks is supported")
-        elif not (config.tied and name == family.names.get("head", "") + ".weight"):
+        elif not (config.tied and name == head):
             problems.append(f"{name} is not part of a {config.family} model")
     sizes = {}
     for name, stored in sorted(names.items()):

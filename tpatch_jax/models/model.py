@@ -75,14 +75,25 @@ class Model:
         return index
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text, without special tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """The token ids of a text, without special tokens.
+
+        Raises:
+            TPatchError: the text holds a token that the tokenizer has and the model has not.
+        """
+        return self._known(text, self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _known(self, text: str, tokens: list[int]) -> list[int]:
+        # Tokenizers may have tokens for images and the like, of which a model of text has no embedding.
+        if max(tokens, default=0) >= self.config.vocabulary:
+            name = self.tokenizer.convert_ids_to_tokens(max(tokens))
+            raise TPatchError(f"the token {name!r} in {text[:40]!r} is none of {self.name!r}; leave it out")
+        return tokens
 
     def encode_prompt(self, text: str) -> list[int]:
         """The token ids of a text that the model reads from its start, up to where it answers; see above."""
         if self.config.architecture == "decoder":
             return [*self.start, *self.encode(text)]
-        read = self.tokenizer.encode(text, add_special_tokens=True)
+        read = self._known(text, self.tokenizer.encode(text, add_special_tokens=True))
         return [*read, ASK, *(self.begin if self.config.encoder else ())]
 
     def encode_target(self, prompt: str, target: str) -> list[int]:
@@ -151,6 +162,21 @@ class Model:
         """The text of token ids."""
         return self.tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=True)
 
+    def continuation(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        """The text that new tokens add behind a prompt's; the space between them is in it, if there is one.
+
+        Alone, tokens of SentencePiece's kind lose the space before their first word.
+
+        Args:
+            prompt: token ids, as `encode_prompt` gives them.
+            tokens: those that follow.
+        """
+        if self.config.architecture == "decoder":
+            before, whole = self.decode(prompt), self.decode([*prompt, *tokens])
+            if whole.startswith(before):
+                return whole[len(before) :]
+        return self.decode(tokens)
+
     def generate(self, prompt: str, max_new_tokens: int = 16) -> str:
         """Greedy continuation of a prompt, up to the end-of-text token.
 
@@ -168,9 +194,9 @@ class Model:
             raise TPatchError(f"a {type(prompt).__name__} is no prompt; give one text at a time")
         if self.config.labels:
             raise TPatchError(f"{self.name!r} is a classifier, which writes no text; ask it with `classify`")
-        return self.decode(
-            generation.greedy(self.config, self.params, [self.encode_prompt(prompt)], max_new_tokens, self.stops)[0]
-        )
+        read = self.encode_prompt(prompt)
+        (said,) = generation.greedy(self.config, self.params, [read], max_new_tokens, self.stops)
+        return self.continuation(read, said)
 
     def classify(self, texts: Sequence[str]) -> list[str]:
         """The most probable label of each text.
@@ -188,6 +214,8 @@ class Model:
 
         if not self.config.labels:
             raise TPatchError(f"{self.name!r} is no classifier; ask it with `generate`")
+        if isinstance(texts, str):
+            raise TPatchError("one text is no list of texts; put it into a list")
         rows = [self.encode_prompt(text) for text in texts]
         for text, row in zip(texts, rows, strict=True):
             if reason := self.excess(row, ()):
@@ -274,9 +302,10 @@ def read_tokenizer(folder: Path, config: NetworkConfig) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise TPatchError(f"{folder} has no tokenizer that can be read ({reason}); copy tokenizer.json there") from None
-    if len(tokenizer) > config.vocabulary:
+    # Tokens that were added may lie beyond: Gemma 3 has one for images, which its models of text know nothing of.
+    if tokenizer.vocab_size > config.vocabulary:
         raise TPatchError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens and the model {config.vocabulary}: "
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model {config.vocabulary}: "
             "it belongs to another model; copy the right one there"
         )
     return tokenizer

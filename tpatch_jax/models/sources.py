@@ -165,8 +165,8 @@ def _from_hub(name: str, quiet: bool) -> Path:
             huggingface_hub.snapshot_download(
                 name,
                 allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
-                # weights in subfolders are other formats or precisions of the same model
-                ignore_patterns=["*/*"],
+                # weights in subfolders, and Mistral's consolidated ones, are other forms of the same model
+                ignore_patterns=["*/*", "consolidated*"],
             )
         )
     except utils.RepositoryNotFoundError as error:

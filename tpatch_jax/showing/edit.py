@@ -23,7 +23,8 @@ def answers(model: Model, prompts: Sequence[str], tokens: int) -> list[str]:
     if model.config.labels:
         return model.classify(prompts)
     rows = [model.encode_prompt(prompt) for prompt in prompts]
-    return [model.decode(row) for row in generation.greedy(model.config, model.params, rows, tokens, model.stops)]
+    said = generation.greedy(model.config, model.params, rows, tokens, model.stops)
+    return [model.continuation(read, new) for read, new in zip(rows, said, strict=True)]
 
 
 def _said(model: Model, patch: Patch, requests: Sequence[EditRequest]) -> Rows:
