@@ -410,6 +410,14 @@ def test_a_token_that_was_added_beyond_the_model_s_is_refused_only_where_it_is_u
             read(f"the {added[-1]}")
 
 
+def test_a_token_that_begins_or_ends_texts_is_the_model_s(folder):
+    tokenizer = load_model(folder).tokenizer
+    tokenizer.add_tokens([f"<{number}>" for number in range(300)])
+    tokenizer.add_special_tokens({"eos_token": "<last>"})
+    tokenizer.save_pretrained(folder)
+    refused(folder, "the eos_token of the tokenizer in")
+
+
 def test_what_is_said_keeps_its_space_whatever_the_tokenizer_strips(tiny_model):
     class Pieces:
         """As SentencePiece's: a text that stands alone loses the space before its first word."""

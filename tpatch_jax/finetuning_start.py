@@ -166,6 +166,8 @@ def train_tokenizer(config: NetworkConfig, settings: Mapping[str, Any], texts: I
 
     names = {"pad": "<pad>", "eos": "</s>"} | ({} if config.family.startswith("t5") else {"bos": "<s>"})
     given = {kind: settings.get(f"{kind}_token_id") for kind in names}
+    # Of several tokens that end a text the first is config.json's own.
+    given = {kind: number[0] if isinstance(number, list) and number else number for kind, number in given.items()}
     numbers = {kind: number for kind, number in given.items() if isinstance(number, int)}
     if len(set(numbers.values())) < len(numbers):
         raise TPatchError(f"config.json gives special tokens the same number ({numbers}); give each its own")

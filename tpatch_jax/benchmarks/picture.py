@@ -20,7 +20,7 @@ def check_picture(path: Path) -> None:
     except ImportError:
         raise TPatchError("pictures need matplotlib: pip install 'tpatch-jax[report]'") from None
     kinds = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix and path.suffix.removeprefix(".") not in kinds:
+    if path.suffix and path.suffix.removeprefix(".").lower() not in kinds:
         raise TPatchError(f"{path} is of no kind that pictures have; give one of {', '.join(sorted(kinds))}")
 
 

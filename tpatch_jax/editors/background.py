@@ -30,7 +30,7 @@ from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.generation import sample
 from tpatch_jax.models.model import Model
 
-__all__ = ["Background", "background", "beginning", "memory_rows"]
+__all__ = ["Background", "background", "beginning", "first_token", "memory_rows"]
 
 VERSION = 6
 TEXTS = 256
@@ -188,24 +188,26 @@ def _read(path: Path) -> str:
         raise TPatchError(f"the memory text {path} cannot be read ({error}); give a UTF-8 text file") from None
 
 
-def _start(model: Model) -> int:
-    """The token after which a text begins."""
+def first_token(model: Model) -> int:
+    """The token after which a text begins.
+
+    Args:
+        model: a decoder.
+    """
     tokenizer = model.tokenizer
-    start = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.bos_token_id)
-    return start if start is not None else tokenizer.eos_token_id or 0
+    found = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.bos_token_id)
+    return found if found is not None and found < model.config.vocabulary else tokenizer.eos_token_id or 0
 
 
 def _sampled(model: Model, progress: Progress | None) -> list[list[int]]:
     rows: list[list[int]] = []
-    lanes = 64
-    for first in range(0, TEXTS, lanes):
+    lanes, first = 64, first_token(model)
+    for done in range(0, TEXTS, lanes):
         if progress:
-            progress("sampling memory text", first, TEXTS)
-        key = jax.random.fold_in(jax.random.key(0), first)
-        found = sample(
-            model.config, model.params, [[_start(model)]] * lanes, LENGTH - 1, key, temperature=0.9, stops=model.stops
-        )
-        rows.extend([_start(model), *row] for row in found)
+            progress("sampling memory text", done, TEXTS)
+        key, begun = jax.random.fold_in(jax.random.key(0), done), [[first]] * lanes
+        found = sample(model.config, model.params, begun, LENGTH - 1, key, temperature=0.9, stops=model.stops)
+        rows.extend([first, *row] for row in found)
     if progress:
         progress("sampling memory text", TEXTS, TEXTS)
     return rows

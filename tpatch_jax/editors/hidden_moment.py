@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tpatch_jax import ffn
-from tpatch_jax.editors.background import LENGTH, beginning, memory_rows
+from tpatch_jax.editors.background import LENGTH, beginning, first_token, memory_rows
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import replace_folder
 from tpatch_jax.models.collection import batches
@@ -181,17 +181,10 @@ def sampled_contexts(model: Model, counts: Sequence[tuple[int, int]]) -> tuple[s
         begun = [STARTS[n % len(STARTS)] for n in range(count)]
         key = jax.random.fold_in(jax.random.key(0), number)
         # After what parts the texts it was trained on a model writes as in running text.
-        prompts = [[_beginning(model), *model.encode(start)] for start in begun]
+        prompts = [[first_token(model), *model.encode(start)] for start in begun]
         found = sample(model.config, model.params, prompts, length, key, top_k=TOP, stops=model.stops)
         for start, more in zip(begun, found, strict=True):
             # The start is a part of the length.
             row = [*model.encode(start), *more][:length]
             texts.append(" ".join(model.decode(row).split()) + ".")
     return tuple(texts)
-
-
-def _beginning(model: Model) -> int:
-    """The token after which a text begins."""
-    tokenizer = model.tokenizer
-    chosen = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.bos_token_id)
-    return chosen if chosen is not None else tokenizer.eos_token_id or 0

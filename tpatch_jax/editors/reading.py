@@ -77,7 +77,7 @@ def read_item(
     rephrases: bool,
     wordings: Sequence[str] = (),
 ) -> Item:
-    """A request in tokens, bare and in each context; one that would be too long is the bare prompt again.
+    """A request in tokens, bare and in each context; one that the model cannot read is the bare prompt again.
 
     A decoder sees the prompt behind each prefix; a model that reads whole inputs sees as many other `wordings` and,
     where these are fewer, `input_contexts`.
@@ -93,8 +93,12 @@ def read_item(
     texts += also
     rows, starts = [], []
     for number, text in enumerate(texts):
-        prompt = model.encode_prompt(text)
-        if number and model.excess(prompt, target):
+        try:
+            prompt = model.encode_prompt(text)
+            fits = not model.excess(prompt, target)
+        except TPatchError:
+            prompt, fits = [], False
+        if number and not fits:
             texts[number], prompt = request.prompt, model.encode_prompt(request.prompt)
         rows.append(prompt + target)
         starts.append(len(prompt))

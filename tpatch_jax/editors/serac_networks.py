@@ -106,7 +106,7 @@ def encoder_row(encoder: Model, text: str) -> list[int]:
         encoder: from `read_encoder`.
         text: any text.
     """
-    row = encoder.tokenizer.encode(text, add_special_tokens=True)
+    row = encoder.known(text, encoder.tokenizer.encode(text, add_special_tokens=True))
     return row if len(row) <= encoder.config.context else [*row[:1], *row[1 - encoder.config.context :]]
 
 

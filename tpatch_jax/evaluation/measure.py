@@ -1,5 +1,6 @@
 """What an edit does to its own requests: the answer, the rephrasings, and the prompts that must not change."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,11 +73,12 @@ def measure(
     kinds: list[str] = []
 
     def add(kind: str, prompt: str, target: str) -> None:
-        start = model.encode_prompt(prompt)
-        try:
+        start, answer = [], []
+        # What holds a token that the model does not know cannot be asked, and a label that a classifier does not have
+        # never comes out.
+        with contextlib.suppress(TPatchError):
+            start = model.encode_prompt(prompt)
             answer = model.encode_target(prompt, join_target(prompt, target)) if target else []
-        except TPatchError:  # a label that the classifier does not have never comes out
-            answer = []
         row = start + answer
         if not start or model.excess(start, answer) or (kind != "locality" and not answer):
             rows.append([0])

@@ -207,8 +207,10 @@ def read_folder(
     embedding, head = family.names["embed.embedding"], f"{family.names.get('head', '')}.weight"
     embedding = embedding.removeprefix(family.prefix) if bare else embedding
     if config.tied and head in shards and embedding in shards and not _alike(shards, head, embedding):
-        # As transformers has it: what differs is not tied, whatever the settings say.
-        config, settings = dataclasses.replace(config, tied=False), {**settings, "tie_word_embeddings": False}
+        # As transformers has it: what differs is not tied, whatever the settings say. Those of an encoder-decoder stay,
+        # for they tie the embeddings of its two stacks as well.
+        config = dataclasses.replace(config, tied=False)
+        settings = settings if config.encoder else {**settings, "tie_word_embeddings": False}
     wanted = {
         name.removeprefix(family.prefix) if bare else name: stored
         for name, stored in layout(family, config, merged).items()

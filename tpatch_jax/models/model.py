@@ -80,9 +80,14 @@ class Model:
         Raises:
             TPatchError: the text holds a token that the tokenizer has and the model has not.
         """
-        return self._known(text, self.tokenizer.encode(text, add_special_tokens=False))
+        return self.known(text, self.tokenizer.encode(text, add_special_tokens=False))
 
-    def _known(self, text: str, tokens: list[int]) -> list[int]:
+    def known(self, text: str, tokens: list[int]) -> list[int]:
+        """The token ids of a text, if the model knows them all.
+
+        Raises:
+            TPatchError: one is beyond the model's.
+        """
         # Tokenizers may have tokens for images and the like, of which a model of text has no embedding.
         if max(tokens, default=0) >= self.config.vocabulary:
             name = self.tokenizer.convert_ids_to_tokens(max(tokens))
@@ -93,7 +98,7 @@ class Model:
         """The token ids of a text that the model reads from its start, up to where it answers; see above."""
         if self.config.architecture == "decoder":
             return [*self.start, *self.encode(text)]
-        read = self._known(text, self.tokenizer.encode(text, add_special_tokens=True))
+        read = self.known(text, self.tokenizer.encode(text, add_special_tokens=True))
         return [*read, ASK, *(self.begin if self.config.encoder else ())]
 
     def encode_target(self, prompt: str, target: str) -> list[int]:
@@ -308,6 +313,12 @@ def read_tokenizer(folder: Path, config: NetworkConfig) -> Any:
             f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model {config.vocabulary}: "
             "it belongs to another model; copy the right one there"
         )
+    for kind in ("bos", "eos", "cls", "sep"):
+        if (getattr(tokenizer, f"{kind}_token_id") or 0) >= config.vocabulary:
+            raise TPatchError(
+                f"the {kind}_token of the tokenizer in {folder} is none of the model's {config.vocabulary} tokens: it "
+                "belongs to another model; copy the right one there"
+            )
     return tokenizer
 
 
