@@ -18,11 +18,13 @@ import pytest
 from conftest import make_tiny_model, same, write_tiny_folder
 from safetensors.numpy import load_file, save_file
 
+from tpatch_jax.editors.reading import read_item
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import checkpoint
 from tpatch_jax.models.families import configure
 from tpatch_jax.models.model import Model, load_model, merge, save_model, unmerge
 from tpatch_jax.patch import Patch
+from tpatch_jax.requests import EditRequest
 
 WEIGHTS = "model.safetensors"
 ONE = "model.layers.1.mlp.up_proj.weight"
@@ -408,6 +410,9 @@ def test_a_token_that_was_added_beyond_the_model_s_is_refused_only_where_it_is_u
     for read in (model.encode, model.encode_prompt, model.generate):
         with pytest.raises(TPatchError, match=f"the token '{added[-1]}' in 'the {added[-1]}' is none of"):
             read(f"the {added[-1]}")
+    # A rephrasing costs nobody's edit: the prompt stands in.
+    item = read_item(model, 0, EditRequest("the cat", "k", rephrases=(f"the {added[-1]}",)), (), True)
+    assert item.texts == ["the cat", "the cat"]
 
 
 def test_a_token_that_begins_or_ends_texts_is_the_model_s(folder):
