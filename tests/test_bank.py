@@ -140,7 +140,7 @@ def test_removing_the_last_is_as_if_it_had_never_been(run, place, bank):
     changed = tp.bank_patch(bank, model)
     assert changed.key.shape[0] > before.key.shape[0]
     assert run("remove", bank, "edit-5") == {
-        "ids": ["edit-5"], "states": {"edit-5": "removed"}, "refitted": [], "broken": [],
+        "ids": ["edit-5"], "states": {"edit-5": "removed"}, "refitted": [], "broken": [], "guards_broken": None,
     }  # fmt: skip
     after = tp.bank_patch(bank, model)
     assert same(before, after)

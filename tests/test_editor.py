@@ -450,7 +450,7 @@ def test_patches_of_another_model_are_refused(tiny_model, saved):
     nudged = tiny_model.with_params({**tiny_model.params, "norm": {"scale": one_bit}})
     for other in (make_tiny_model(1), make_tiny_model(rms_norm_eps=1e-6), half, nudged):
         with pytest.raises(
-            TPatchError, match=r"the patches were made for 'tiny' .*use the model that they were made for"
+            TPatchError, match=r"made for 'tiny' in float32 .*use the model and the dtype that they were made for"
         ):
             tp.load_patches(saved, other)
 
