@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
@@ -68,8 +67,7 @@ def save_patches(
         edit["margin"] = result.margin
         edits.append(edit)
     about: dict[str, Any] = {"name": model.name, "fingerprint": fingerprint(model), "family": model.config.family}
-    dtype = str(jax.tree.leaves(model.params)[0].dtype)
-    about.update({"width": model.config.width, "layers": model.config.layers, "dtype": dtype})
+    about.update({"width": model.config.width, "layers": model.config.layers, "dtype": model.dtype})
     arrays = {name: np.asarray(value) for name, value in patch._asdict().items() if value is not None}
     text = json.dumps({"schema": SCHEMA, "model": about, "edits": edits}, ensure_ascii=False, indent=1)
     with one_process_writes(Path(folder)) as writes:
@@ -127,7 +125,7 @@ def check_model(saved: SavedPatches, model: Model) -> None:
         precision = saved.model.get("dtype")
         raise TPatchError(
             f"the patches were made for {saved.model.get('name')!r}{f' in {precision}' if precision else ''} "
-            f"(fingerprint {wanted}), and {model.name!r} in {jax.tree.leaves(model.params)[0].dtype} has fingerprint "
+            f"(fingerprint {wanted}), and {model.name!r} in {model.dtype} has fingerprint "
             f"{found}: other weights or another precision; use the model and the dtype that they were made for"
         )
 

@@ -14,7 +14,7 @@ from tpatch_jax.editors.tpatcher import site_layer, tpatcher
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import check_vacant
 from tpatch_jax.models.fingerprint import fingerprint
-from tpatch_jax.models.model import Model, load_model
+from tpatch_jax.models.model import DTYPES, Model, load_model
 
 __all__ = ["check_model", "create_bank", "load_banked_model"]
 
@@ -72,16 +72,10 @@ def create_bank(
         "family": model.config.family,
         "width": model.config.width,
         "layers": model.config.layers,
-        "dtype": str(next(iter(_leaves(model))).dtype),
+        "dtype": model.dtype,
     }
     write_bank(folder, {"format": FORMAT, "model": about, "preset": preset, "settings": changes}, text)
     return open_bank(folder)
-
-
-def _leaves(model: Model) -> list[Any]:
-    import jax
-
-    return jax.tree.leaves(model.params)
 
 
 def load_banked_model(bank: Bank, model: str | None = None, *, quiet: bool = True) -> Model:
@@ -97,7 +91,7 @@ def load_banked_model(bank: Bank, model: str | None = None, *, quiet: bool = Tru
     """
     about = bank.manifest["model"]
     # Any other precision is the checkpoint's own, which no name asks for.
-    dtype = about["dtype"] if about["dtype"] in ("float32", "bfloat16") else None
+    dtype = about["dtype"] if about["dtype"] in DTYPES else None
     loaded = load_model(model or about["name"], dtype=dtype, quiet=quiet)
     check_model(bank, loaded)
     return loaded

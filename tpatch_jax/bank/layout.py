@@ -31,6 +31,7 @@ __all__ = [
     "SEGMENTS",
     "check_folder",
     "digest",
+    "is_bank",
     "mend",
     "put",
     "sealed_text",
@@ -52,6 +53,11 @@ def mend(folder: Path) -> str:
     return f"run `tpatch bank repair {folder}`"
 
 
+def is_bank(folder: Path) -> bool:
+    """Whether a folder is a bank, be it a damaged one."""
+    return any((folder / name).exists() for name in (MANIFEST, JOURNAL, COPY))
+
+
 def check_folder(folder: Path) -> None:
     """Make sure that there is a bank.
 
@@ -60,7 +66,7 @@ def check_folder(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise TPatchError(f"{folder} does not exist; make a bank with `tpatch bank init {folder} --model MODEL`")
-    if not any((folder / name).exists() for name in (MANIFEST, JOURNAL, COPY)):
+    if not is_bank(folder):
         mend = f"make one with `tpatch bank init FOLDER --model MODEL`{what_it_is(folder)}"
         raise TPatchError(f"{folder} is no bank; {mend}")
 

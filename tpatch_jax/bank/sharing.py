@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tpatch_jax.bank.commit import commit_line, open_to_write, write_bank
 from tpatch_jax.bank.inspection import inspect_bank, open_bank
 from tpatch_jax.bank.journal import Line
-from tpatch_jax.bank.layout import COPY, DAMAGED, JOURNAL, LOCK, MANIFEST, MEMORY
+from tpatch_jax.bank.layout import DAMAGED, LOCK, MEMORY, is_bank
 from tpatch_jax.bank.lock import writing
 from tpatch_jax.bank.segments import segment_paths
 from tpatch_jax.bank.state import Bank, prompt_key, states
@@ -143,7 +143,7 @@ def push_bank(folder: str | Path, target: str | Path) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         there = Path(temporary) / "bank"
         at = _download(str(target), there)
-        known = _is_bank(there)
+        known = is_bank(there)
         if not known:
             # A new repository has a file or two of the hub's own.
             shutil.rmtree(there, ignore_errors=True)
@@ -193,7 +193,7 @@ def _fetched(source: str | Path) -> Iterator[Path]:
         there = Path(temporary) / "bank"
         if _download(str(source), there) is None:
             raise TPatchError(f"{source} does not exist; check the name, the connection and `hf auth login`")
-        if not _is_bank(there):
+        if not is_bank(there):
             raise TPatchError(f"{source} holds no bank; `tpatch bank push` puts one there")
         yield there
 
@@ -225,10 +225,6 @@ def _download(address: str, folder: Path) -> str | None:
     _hub(f"cannot fetch {address}", lambda: api.snapshot_download(name, revision=at, local_dir=folder))
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     return at
-
-
-def _is_bank(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (MANIFEST, JOURNAL, COPY))
 
 
 def _upload(folder: Path, address: str, at: str | None) -> None:

@@ -91,15 +91,16 @@ def read_item(
     texts = [request.prompt, *contexts]
     also = list(request.rephrases) if rephrases else []
     texts += also
-    rows, starts = [], []
-    for number, text in enumerate(texts):
+    bare = model.encode_prompt(request.prompt)
+    rows, starts = [bare + target], [len(bare)]
+    for number, text in enumerate(texts[1:], 1):
         try:
             prompt = model.encode_prompt(text)
             fits = not model.excess(prompt, target)
         except TPatchError:
-            prompt, fits = [], False
-        if number and not fits:
-            texts[number], prompt = request.prompt, model.encode_prompt(request.prompt)
+            prompt, fits = bare, False
+        if not fits:
+            texts[number], prompt = request.prompt, bare
         rows.append(prompt + target)
         starts.append(len(prompt))
     return Item(position, target, rows, starts, texts, len(also))

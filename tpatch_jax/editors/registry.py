@@ -46,8 +46,8 @@ class Method(NamedTuple):
         restore: ``(fresh state, arrays) -> state``, its inverse.
         routing: ``state -> Routing``, where another model answers what is in the scope of an edit: then only that is
             run, through the other model.
-        check: ``(settings, model)``, raises where the method cannot work on a model, before anything is measured.
-        learnt: ``(settings, model) -> text``, what tells networks of the method's own apart, on whose contents figures
+        check: ``(model, settings)``, raises where the method cannot work on a model, before anything is measured.
+        learnt: ``(model, settings) -> text``, what tells networks of the method's own apart, on whose contents figures
             depend besides; of most methods empty.
     """
 
@@ -59,8 +59,8 @@ class Method(NamedTuple):
     save: Callable[[Any], Arrays]
     restore: Callable[[Any, Arrays], Any]
     routing: Callable[[Any], Routing] | None = None
-    check: Callable[[Any, Model], object] = lambda settings, model: None
-    learnt: Callable[[Any, Model], str] = lambda settings, model: ""
+    check: Callable[[Model, Any], object] = lambda model, settings: None
+    learnt: Callable[[Model, Any], str] = lambda model, settings: ""
 
 
 def _tpatcher_model(state: TPatcherState) -> Model:
@@ -87,11 +87,11 @@ def _fine_tuning(name: str, presets: Mapping[str, FineTuningSettings]) -> Method
         lambda state: state.edited,
         save_trained,
         restore_trained,
-        check=lambda settings, model: check_fine_tuning(model, settings),
+        check=check_fine_tuning,
     )
 
 
-def _serac_networks(settings: SeracSettings, model: Model) -> str:
+def _serac_networks(model: Model, settings: SeracSettings) -> str:
     found = read_networks(settings.serac, model)
     return f"{fingerprint(found.scope)} {fingerprint(found.counterfactual)}"
 
@@ -108,7 +108,7 @@ METHODS: Mapping[str, Method] = {
         _tpatcher_model,
         _save_tpatcher,
         _restore_tpatcher,
-        check=lambda settings, model: site_layer(model, settings),
+        check=site_layer,
     ),
     **{name: _fine_tuning(name, presets) for name, presets in {"ft": FINE_TUNING_PRESETS, **_VARIANTS}.items()},
     "rome": Method(
@@ -119,7 +119,7 @@ METHODS: Mapping[str, Method] = {
         edited,
         save,
         restore,
-        check=lambda settings, model: check_rome(model, settings),
+        check=check_rome,
     ),
     "r-rome": Method(
         "r-rome",
@@ -129,7 +129,7 @@ METHODS: Mapping[str, Method] = {
         edited,
         save,
         restore,
-        check=lambda settings, model: check_rome(model, settings),
+        check=check_rome,
     ),
     "memit": Method(
         "memit",
@@ -139,7 +139,7 @@ METHODS: Mapping[str, Method] = {
         edited,
         save,
         restore,
-        check=lambda settings, model: check_memit(model, settings),
+        check=check_memit,
     ),
     "serac": Method(
         "serac",

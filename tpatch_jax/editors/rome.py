@@ -212,7 +212,7 @@ def rome(
         return KernelState(model, {}, {layer: damped(moment, settings.ridge)}, contexts, own)
 
     def step(state: KernelState, requests: Sequence[EditRequest], key: Array) -> tuple[KernelState, EditInfo]:
-        return _step(state, as_requests(requests), _name(settings), progress)
+        return _step(state, as_requests(requests), progress)
 
     def apply(state: KernelState, batch: Batch) -> Array:
         return edited(state).apply(batch)
@@ -254,11 +254,9 @@ def find_update(model: Model, layer: int, request: EditRequest, item: Item, sett
     return Update(jnp.mean(keys, 0), keys[0], output + jnp.asarray(offset[0]), info)
 
 
-def _step(
-    state: KernelState, requests: list[EditRequest], method: str, progress: Progress | None
-) -> tuple[KernelState, EditInfo]:
+def _step(state: KernelState, requests: list[EditRequest], progress: Progress | None) -> tuple[KernelState, EditInfo]:
     settings, names = state.settings, [request.name(position) for position, request in enumerate(requests)]
-    layer = int(settings.layer)
+    layer, method = int(settings.layer), _name(settings)
     items, problems = read_requests(state, requests, method)
     unit = forward_seconds(state.model, items)
     began, fit_seconds = time.perf_counter(), 0.0

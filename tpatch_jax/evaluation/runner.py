@@ -98,8 +98,8 @@ def evaluate(
     # What cannot work says so before anything is measured, and before a folder is in the way of the next run.
     editors = {method.name: method.build(used[method.name], memory, place, progress) for method in chosen}
     for method in chosen:
-        method.check(used[method.name], model)
-    learnt = {method.name: found for method in chosen if (found := method.learnt(used[method.name], model))}
+        method.check(model, used[method.name])
+    learnt = {method.name: found for method in chosen if (found := method.learnt(model, used[method.name]))}
     extra = dict(about or {})
     data_sha256 = extra.pop("data_sha256", None) or _content(records)
     config = {

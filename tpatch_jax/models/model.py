@@ -22,9 +22,13 @@ from tpatch_jax.models.rows import ASK
 from tpatch_jax.models.shapes import merged_neurons
 from tpatch_jax.patch import Patch, concatenate, take
 
-__all__ = ["Model", "attach", "detach", "load_model", "merge", "read_tokenizer", "save_model", "unmerge"]
+__all__ = ["DTYPES", "Model", "attach", "detach", "load_model", "merge", "read_tokenizer", "save_model", "unmerge"]
 
 Params = dict[Any, Any]
+
+
+DTYPES = ("float32", "bfloat16")
+"""The precisions in which a model is loaded on demand."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +257,11 @@ class Model:
         return tuple(sorted(token for token in ids if token is not None))
 
     @property
+    def dtype(self) -> str:
+        """The precision of the parameters."""
+        return str(jax.tree.leaves(self.params)[0].dtype)
+
+    @property
     def parameter_count(self) -> int:
         """How many numbers the model has."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
@@ -283,7 +292,7 @@ def load_model(
     """
     from tpatch_jax.models.sources import resolve_model
 
-    if dtype not in (None, "float32", "bfloat16"):
+    if dtype not in (None, *DTYPES):
         raise TPatchError(f"dtype {dtype!r} is not supported; use 'float32' or 'bfloat16'")
     folder = resolve_model(str(model), quiet=quiet)
     config, params, settings = checkpoint.read_folder(folder, dtype, mesh)

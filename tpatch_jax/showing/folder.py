@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tpatch_jax.bank.inspection import open_bank
-from tpatch_jax.bank.layout import COPY, JOURNAL, MANIFEST
+from tpatch_jax.bank.layout import is_bank
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.report import read_report
 from tpatch_jax.folders import REPORT, what_it_is
@@ -27,7 +27,7 @@ def folder_view(folder: Path) -> tuple[str, dict[str, Any], list[Child]]:
     Raises:
         TPatchError: it is neither, or damaged.
     """
-    if any((folder / name).exists() for name in (MANIFEST, JOURNAL, COPY)):
+    if is_bank(folder):
         bank = open_bank(folder)
         return bank_title(bank), {"kind": "bank", **bank_summary(bank)}, bank_view(bank)
     if (folder / REPORT).exists():
