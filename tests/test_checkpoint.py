@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from conftest import make_tiny_model, same, write_tiny_folder
 from safetensors.numpy import load_file, save_file
+from tiny_families import tiny_model as tiny_of
+from tiny_families import tiny_settings
 
 from tpatch_jax.editors.reading import read_item
 from tpatch_jax.errors import TPatchError
@@ -254,6 +256,37 @@ def test_llama_3_s_rule_agrees_with_another_formulation():
     assert not (kinds["long"] | kinds["short"]).all()
 
 
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.5, 2.0, 2.5],
+    "long_factor": [2.0, 4.0, 8.0, 16.0],
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+def test_texts_that_need_the_long_factors_are_beyond_the_context(name):
+    assert configure(tiny_settings(name, rope_parameters=LONG)).context == 16
+    assert configure(tiny_settings(name)).context == 64
+
+
+def test_a_mistral_with_kinds_of_layers_sees_as_far_as_they_say():
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert configure(tiny_settings("mistral", sliding_window=8, layer_types=kinds)).windows == (8, 0, 8)
+    assert configure(tiny_settings("mistral", sliding_window=8)).windows == (8, 8, 8)
+    assert configure(tiny_settings("mistral")).windows == ()
+
+
+def test_a_null_in_the_settings_is_what_transformers_makes_of_it(tmp_path):
+    folder = write_tiny_folder(tiny_of("gemma2"), tmp_path / "gemma2")
+    edit_config(folder, layer_types="absent")
+    wanted = load_model(folder).config.windows
+    assert wanted == (8, 0, 8)
+    edit_config(folder, layer_types=None)
+    assert load_model(folder).config.windows == wanted
+
+
 def test_another_rotation_is_an_error():
     with pytest.raises(TPatchError, match="rotary embeddings of type 'yarn'; known are default, linear, llama3"):
         frequencies(rope_scaling={"rope_type": "yarn", "factor": 2.0})
@@ -388,8 +421,21 @@ def test_no_tokenizer(folder):
 
 
 def test_a_damaged_tokenizer(folder):
+    for text in ("{", "{}", '{"model": {"type": "BPE"}}'):
+        (folder / "tokenizer.json").write_text(text)
+        refused(folder, "tiny has no tokenizer that can be read .*copy the model's own tokenizer.json there")
+
+
+def test_the_tokenizer_is_looked_at_before_the_weights(folder):
     (folder / "tokenizer.json").write_text("{")
+    (folder / WEIGHTS).unlink()
     refused(folder, "tiny has no tokenizer that can be read")
+
+
+def test_weights_that_are_a_folder(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).mkdir()
+    refused(folder, "model.safetensors is damaged .*fetch it again")
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(tiny_model, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import transformers
 from conftest import make_tiny_model, relative, same, write_tiny_folder
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from tiny_families import NAMES, patch_for, tiny_model
 
 from tpatch_jax import cli, export, ffn, store
@@ -164,6 +165,7 @@ ANOTHER: dict[str, tuple[str, dict[str, Any], str]] = {
         "exact as Llama",
     ),
     "bart, both stacks wide, embeddings scaled": ("bart", {"encoder_ffn_dim": 32, "scale_embedding": True}, "exact"),
+    "bart, nothing tied": ("bart", {"tie_word_embeddings": False}, "exact"),
     "xlm-roberta, relu": ("roberta", {"model_type": "xlm-roberta", "hidden_act": "relu"}, "exact"),
     "qwen2, linear rotation": (
         "qwen2",
@@ -246,6 +248,25 @@ def test_an_encoder_decoder_without_patches(tmp_path, changes):
     back = check_stock(tmp_path / "out", info, logits_of(model))
     assert same(back.params, model.params)
     assert ("head" in model.params) == (changes.get("tie_word_embeddings") is None)
+
+
+def test_a_bart_whose_head_is_no_embedding_though_its_settings_say_so(tmp_path):
+    write_tiny_folder(tiny_model("bart"), tmp_path / "tied")
+    tensors = load_file(tmp_path / "tied" / "model.safetensors")
+    tensors["lm_head.weight"] = 2 * tensors["model.shared.weight"]
+    save_file(tensors, tmp_path / "tied" / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(tmp_path / "tied")
+    assert not model.config.tied
+    info = export_model(merge(model, patch_for((2,))), tmp_path / "out")
+    check_stock(tmp_path / "out", info, logits_of(merge(model, patch_for((2,)))))
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert"])
+def test_a_head_that_reads_the_mean_is_none_of_theirs(name, tmp_path):
+    model = tiny_model(name, classifier_pooling="mean")
+    with pytest.raises(TPatchError, match=f"reads the mean of all tokens, and a stock {name} reads the first; use tp"):
+        export_model(model, tmp_path / "out", approximate=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_attached_patches_are_merged(tmp_path):

@@ -164,3 +164,38 @@ def test_write_text_never_shows_a_part(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(files, "sync", lambda _: seen.append(path.read_text()))
     write_text(path, "new")
     assert seen == ["old", "new"]
+
+
+def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "later")
+    for name, real in (("out", "disk"), ("nowhere", "later")):
+        with replace_folder(tmp_path / name) as folder:
+            (folder / "a.txt").write_text("a")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / real / "a.txt").read_text() == "a"
+
+
+def test_a_folder_whose_place_none_can_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(TPatchError, match="here is the current folder, whose place no other can take; choose an"):
+        check_vacant(Path("."))
+    check_vacant(Path("."), inside=True)
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
+    with pytest.raises(TPatchError, match="disk is where a disk is mounted, whose place no other can take"):
+        check_vacant(tmp_path / "disk")
+
+
+def test_what_is_not_for_want_of_room_does_not_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files.os, "replace", refuse)
+    with (
+        pytest.raises(TPatchError, match="Input/output error; choose another output folder"),
+        replace_folder(tmp_path / "out"),
+    ):
+        pass

@@ -7,9 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import bits, relative, same
 from flax import nnx
+from flax.training.train_state import TrainState
 
 import tpatch_jax as tp
 from tpatch_jax import ffn
@@ -23,9 +25,9 @@ VOCABULARY, WIDTH, LENGTH = 60, 32, 24
 
 
 class FeedForward(nnx.Module):
-    def __init__(self, width: int, hidden: int, rngs: nnx.Rngs, bias: bool = True):
-        self.expand = nnx.Linear(width, hidden, use_bias=bias, rngs=rngs)
-        self.contract = nnx.Linear(hidden, width, use_bias=bias, rngs=rngs)
+    def __init__(self, width: int, hidden: int, rngs: nnx.Rngs, bias: bool = True, **kinds):
+        self.expand = nnx.Linear(width, hidden, use_bias=bias, rngs=rngs, **kinds)
+        self.contract = nnx.Linear(hidden, width, use_bias=bias, rngs=rngs, **kinds)
 
     def __call__(self, x):
         return self.contract(nnx.gelu(self.expand(x)))
@@ -407,6 +409,35 @@ def test_half_precision_networks(linen, expected):
     assert relative(logits.astype(jnp.float32), expected["linen"]) < 5e-2
 
 
+@pytest.mark.parametrize("kinds", [{"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}])
+def test_an_ffn_in_half_precision_beneath_float32_logits_is_merged(kinds):
+    ffns = [FeedForward(WIDTH, 64, nnx.Rngs(3), **kinds) for _ in range(2)]
+    network = tp.from_nnx(
+        Decoder(nnx.Rngs(0), ffns), "layers.1.mlp", activation="gelu_tanh", up="expand", down="contract"
+    )
+    assert network.apply(TOKENS).dtype == jnp.float32
+    patch = active(network)
+    assert relative(network.merge(patch)(TOKENS), network.attach(patch).apply(TOKENS)) < 2e-2
+    assert relative(network.attach(patch).apply(TOKENS), network.apply(TOKENS)) > 2e-2
+
+
+def test_a_masked_vocabulary_is_pointwise_and_merged():
+    class Masked(Decoder):
+        def __call__(self, tokens):
+            return jnp.where(jnp.arange(VOCABULARY) < 50, super().__call__(tokens), -jnp.inf)
+
+    network = tp.from_nnx(
+        Masked(nnx.Rngs(0)), "layers.1.mlp", activation="gelu_tanh", up="expand", down="contract", example=TOKENS
+    )
+    assert network.pointwise
+    patch = active(network)
+    merged, attached = network.merge(patch)(TOKENS), network.attach(patch).apply(TOKENS)
+    assert relative(merged[..., :50], attached[..., :50]) < TOLERANCE
+    wrong = dataclasses.replace(network, activation=ffn.ACTIVATIONS["relu"])
+    with pytest.raises(tp.TPatchError, match="gives other logits than attaching"):
+        wrong.merge(patch)
+
+
 # Editing.
 
 RNG = np.random.default_rng(4)
@@ -744,6 +775,27 @@ def test_merging_is_refused_where_it_would_differ(network, decoder, linen):
         network = tp.from_linen(*linen, "block_1/mlp", activation="gelu_tanh", call=quiet, widen=widen)
         with pytest.raises(tp.TPatchError, match=message):
             network.merge(patch)
+
+
+def test_an_ffn_with_more_that_is_as_wide_as_its_hidden_layer_cannot_be_merged():
+    class Normed(FeedForward):
+        def __init__(self, rngs):
+            super().__init__(WIDTH, 48, rngs)
+            self.norm = nnx.LayerNorm(48, rngs=rngs)
+
+        def __call__(self, x):
+            return self.contract(self.norm(nnx.gelu(self.expand(x))))
+
+    module = Decoder(nnx.Rngs(0), [Normed(nnx.Rngs(1)) for _ in range(2)])
+    network = tp.from_nnx(module, "layers.1.mlp", activation="gelu_tanh", up="expand", down="contract")
+    with pytest.raises(tp.TPatchError, match=r"with more neurons 'layers.1.mlp' does not run .*check up=.* or attach"):
+        network.merge(create(WIDTH, 2))
+
+
+def test_a_training_state_is_no_dict_of_parameters(linen):
+    state = TrainState.create(apply_fn=linen[0].apply, params=linen[1], tx=optax.sgd(0.1))
+    with pytest.raises(tp.TPatchError, match="a TrainState is no dict of parameters; of a TrainState give its params"):
+        tp.from_linen(linen[0], state, "block_1/mlp", call=quiet)
 
 
 def test_unmerging_needs_what_merge_returned(network, linen_network, linen):

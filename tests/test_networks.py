@@ -69,6 +69,21 @@ def random_patch(seed: int, neurons: int, layers: tuple[int, ...] | None = None,
 # --- the cut ---
 
 
+@pytest.mark.parametrize("padding", [-100, -1, 0, 10**6])
+def test_anything_may_stand_for_padding(model, padding):
+    tokens = tokens_of(model)
+    lengths = lengths_of(model)
+    padded = jnp.where(jnp.arange(tokens.shape[1]) < jnp.asarray(lengths)[:, None], tokens, padding)
+    for row, length in enumerate(lengths):
+        np.testing.assert_array_equal(model.apply(padded)[row, :length], model.apply(tokens)[row, :length])
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], np.array([1, 2])])
+def test_tokens_that_are_no_table(model, tokens):
+    with pytest.raises(TPatchError, match=r"the tokens are an? .*; give an array of token ids, \[batch, tokens\]"):
+        model.trace(tokens)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_resuming_from_any_cut_is_the_whole_network(model, layer):
     tokens = tokens_of(model)

@@ -139,6 +139,11 @@ def export_model(
     """
     folder = Path(folder)
     check_vacant(folder)
+    if model.config.pooling != "first":
+        raise TPatchError(
+            f"the head of {model.name!r} reads the {model.config.pooling} of all tokens, and a stock "
+            f"{model.settings['model_type']} reads the first; use tp.save_model, whose folder this library reads"
+        )
     model = _inside(model)
     settings, target, form, problems = _exact(model)
     error, params = None, model.params
@@ -193,9 +198,8 @@ def _width(model: Model) -> int:
 
 
 def _described(settings: Mapping[str, Any], config: NetworkConfig) -> NetworkConfig:
-    """What settings describe, where the weights say whether the unembedding is the embedding as they do in `config`."""
-    target = configure(settings)
-    return dataclasses.replace(target, tied=config.tied) if family_of(settings).own_head else target
+    """What settings describe, with an unembedding of its own or without as in `config`, for the weights decide."""
+    return dataclasses.replace(configure(settings), tied=config.tied)
 
 
 def _exact(model: Model) -> tuple[dict[str, Any], NetworkConfig, str, list[str]]:

@@ -1,5 +1,6 @@
 """Writing that a crash cannot tear: a folder or file appears whole or not at all."""
 
+import errno
 import os
 import shutil
 import stat
@@ -49,20 +50,30 @@ def check_vacant(folder: Path, *, inside: bool = False) -> None:
         inside: one that exists is written into; otherwise another folder takes its place.
 
     Raises:
-        TPatchError: it holds something, or what is above it is no folder or cannot be written.
+        TPatchError: it holds something, what is above it is no folder or cannot be written, or another folder cannot
+            take its place.
     """
+    folder = _followed(folder)
     try:
         taken = any(folder.iterdir()) if folder.is_dir() else folder.exists()
     except OSError as error:
         raise TPatchError(f"cannot read {folder}: {error.strerror}; choose another output folder") from error
     if taken:
         raise TPatchError(f"{folder} already exists; choose another output folder or remove it first")
+    if not inside and (folder == Path(os.path.realpath(".")) or os.path.ismount(folder)):
+        what = "the current folder" if not os.path.ismount(folder) else "where a disk is mounted"
+        raise TPatchError(f"{folder} is {what}, whose place no other can take; choose an output folder inside it")
     places = [folder.absolute(), *folder.absolute().parents][0 if inside else 1 :]
     above = next(place for place in places if place.exists())
     if not above.is_dir():
         raise TPatchError(f"cannot write {folder}: {above} is no folder; choose another output folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise TPatchError(f"cannot write {folder}: no permission to write in {above}; choose another output folder")
+
+
+def _followed(folder: Path) -> Path:
+    """Where a folder really is, links followed."""
+    return Path(os.path.realpath(folder))
 
 
 def _allowed(folder: Path) -> int:
@@ -87,6 +98,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     Raises:
         TPatchError: the name is taken, or the disk is full (what was there before stays as it was).
     """
+    folder = _followed(folder)
     check_vacant(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +118,9 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         sync(folder.parent)
     except (OSError, SafetensorError) as error:
         # a full disk is an OSError from Python and a SafetensorError from safetensors
-        reason = getattr(error, "strerror", None) or error
-        raise TPatchError(f"cannot write {folder}: {reason}; free some room and try again") from error
+        reason, number = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
+        full = number in (None, errno.ENOSPC, errno.EDQUOT)
+        mend = "free some room and try again" if full else "choose another output folder"
+        raise TPatchError(f"cannot write {folder}: {reason}; {mend}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -53,8 +53,19 @@ def save_patches(
         info: what became of it.
 
     Raises:
-        TPatchError: the folder holds something already, or the disk is full.
+        TPatchError: requests, info and neurons do not belong together, the folder holds something already, or the
+            disk is full.
     """
+    if len(requests) != len(info.requests):
+        raise TPatchError(
+            f"info is of {len(info.requests)} requests, and {len(requests)} are given; give those that the patch is for"
+        )
+    if not _belong_together(patch, [result.neurons for result in info.requests]):
+        raise TPatchError(
+            f"key, bias and value are {', '.join(str(list(leaf.shape)) for leaf in patch[:3])}, and info names other "
+            "neurons than 0 to n-1 of them, each once; make a batch of patches one with patch.join, and where patches "
+            "were joined or taken apart, give each request's neurons their new numbers"
+        )
     edits = []
     for request, result in zip(requests, info.requests, strict=True):
         edit: dict[str, Any] = {"id": result.id, "prompt": request.prompt, "target": request.target}
@@ -94,7 +105,7 @@ def read_patches(folder: str | Path) -> SavedPatches:
     try:
         about = json.loads((folder / EDITS).read_text("utf-8"))
         schema, model, edits = about["schema"], about["model"], about["edits"]
-        neurons = sorted(number for edit in edits for number in edit["neurons"])
+        neurons = [[int(number) for number in edit["neurons"]] for edit in edits]
         model.get("fingerprint")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TPatchError(f"{folder / EDITS} is damaged ({error!r}); make the patches again") from None
@@ -107,11 +118,18 @@ def read_patches(folder: str | Path) -> SavedPatches:
         patch = patch._replace(layer=None if layer is None else jnp.asarray(layer))
     except (SafetensorError, KeyError) as error:
         raise TPatchError(f"{folder / ARRAYS} is damaged ({error}); make the patches again") from None
-    count = patch.key.shape[:1]
-    shapes = [patch.value.shape == patch.key.shape, patch.bias.shape == count, layer is None or layer.shape == count]
-    if patch.key.ndim != 2 or not all(shapes) or neurons != list(range(patch.key.shape[0])):
+    if not _belong_together(patch, neurons):
         raise TPatchError(f"{folder}: {EDITS} and {ARRAYS} do not belong together; make the patches again")
     return SavedPatches(patch, model, edits)
+
+
+def _belong_together(patch: Patch, neurons: Sequence[Sequence[int]]) -> bool:
+    """Whether it is one patch, and each of its neurons belongs to one edit."""
+    count = patch.key.shape[:1]
+    alike = patch.value.shape == patch.key.shape and patch.bias.shape == count
+    placed = patch.layer is None or patch.layer.shape == count
+    named = sorted(number for edit in neurons for number in edit)
+    return patch.key.ndim == 2 and alike and placed and named == list(range(patch.key.shape[0]))
 
 
 def check_model(saved: SavedPatches, model: Model) -> None:

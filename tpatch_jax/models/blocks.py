@@ -191,8 +191,8 @@ class Attention(nnx.Module):
         if cache is not None:
             lane = jnp.arange(batch)[:, None]
             # Positions past the cache's end belong to padding; dropping them keeps real entries whole.
-            key = cache.key.at[lane, positions].set(key, mode="drop")
-            value = cache.value.at[lane, positions].set(value, mode="drop")
+            key = cache.key.at[lane, positions].set(key.astype(cache.key.dtype), mode="drop")
+            value = cache.value.at[lane, positions].set(value.astype(cache.value.dtype), mode="drop")
             cache = cache._replace(key=key, value=value)
 
         def hide(scores: Array) -> Array:

@@ -57,11 +57,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        found = {**AutoConfig.from_pretrained(folder, local_files_only=True).to_dict(), **raw}
+        completed = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
     # transformers checks the kinds of settings with errors of its own
     except Exception as error:
         reason = " ".join(str(error).split())
         raise TPatchError(f"{path} cannot be used ({reason}); copy the model's original config.json there") from error
+    # What the file leaves open with a null, transformers has filled in.
+    found = completed | {name: entry for name, entry in raw.items() if entry is not None}
     return found | _generation(folder, found)
 
 
@@ -129,7 +131,7 @@ def _names(path: Path) -> list[str]:
     try:
         with safe_open(path, "np") as file:
             return list(file.keys())
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise TPatchError(f"{path} is damaged ({error}); fetch it again") from None
 
 
@@ -293,7 +295,7 @@ def write_folder(
     Raises:
         TPatchError: the folder holds something already.
     """
-    merged = merged_neurons(config, params)
+    merged, family = merged_neurons(config, params), family_of(settings)
     new = {name: entry for name, entry in settings.items() if name != NEURONS_KEY}
     dtype = str(jax.tree.leaves(params)[0].dtype)
     new.update({"dtype": dtype, "torch_dtype": dtype})
@@ -302,8 +304,12 @@ def write_folder(
     leaves = dict(flatten(params))
     tensors = {
         name: join(stored, [host(leaves[path]) for path in stored.paths])
-        for name, stored in layout(family_of(settings), config, merged).items()
+        for name, stored in layout(family, config, merged).items()
     }
+    if settings.get("tie_word_embeddings") is False:
+        # Without that tie transformers looks for the embedding of each stack under its own name.
+        embedding = tensors[family.names["embed.embedding"]]
+        tensors |= {f"{family.prefix}{name}": embedding for name in family.copies}
     with one_process_writes(folder) as writes:
         if writes:
             with replace_folder(folder) as temporary:

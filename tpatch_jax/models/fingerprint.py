@@ -12,7 +12,7 @@ from jax import Array
 from tpatch_jax import ffn
 from tpatch_jax.models.model import Model
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "tokenizer_fingerprint"]
 
 
 @jax.jit
@@ -50,3 +50,17 @@ def fingerprint(model: Model) -> str:
     for path, leaf, mixed in sums:
         digest.update(f"{path} {leaf.shape} {leaf.dtype} {np.asarray(mixed).tolist()}".encode())
     return digest.hexdigest()[:32]
+
+
+def tokenizer_fingerprint(model: Model) -> str:
+    """A short text that is the same exactly where texts become the same tokens.
+
+    Args:
+        model: the model; its weights do not count.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    fast = getattr(model.tokenizer, "backend_tokenizer", None)
+    vocabulary = json.dumps(sorted(model.tokenizer.get_vocab().items())) if fast is None else fast.to_str()
+    return hashlib.sha256(f"{vocabulary} {model.start}".encode()).hexdigest()[:32]

@@ -35,11 +35,13 @@ class Growth(NamedTuple):
         grow: ``patch -> wider``, a new module, or a new module and its parameters.
         shrink: ``wider -> (original, patch)``, the inverse.
         apply: ``(wider, tokens) -> logits``.
+        dtypes: the types of the FFN's matrices, in which a merged patch is kept.
     """
 
     grow: Callable[[Patch], Any]
     shrink: Callable[[Any], tuple[Any, Patch]]
     apply: Callable[[Any, Array], Array]
+    dtypes: tuple[Any, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,16 +178,25 @@ class Network:
                 network does not equal the attached one.
         """
         patch, growth = self._own(patch), self._growth()
+        mend = (
+            "the FFN is not down(act(up(x))), or down(act(gate(x))·up(x)), with these names and this activation; check "
+            "up=, down=, gate= and activation=, or attach"
+        )
         with jax.default_matmul_precision("highest"):
             probe = self._probe(patch.key.shape[0])
-            merged = growth.apply(growth.grow(probe), self.example)
-            attached = self.detach().attach(probe).apply(self.example)
-            error = float(jnp.linalg.norm(merged - attached) / jnp.linalg.norm(attached))
-        if not error <= _tolerance(attached.dtype) / 10:
+            try:
+                merged = growth.apply(growth.grow(probe), self.example)
+            except (TypeError, ValueError) as error:
+                # The user's own module runs here, and something in it does not fit more hidden neurons.
+                reason = " ".join(str(error).split())
+                raise TPatchError(f"with more neurons {self.path!r} does not run ({reason}): {mend}") from error
+            bare = self.detach()
+            traced, attached = bare.trace(self.example), bare.attach(probe).apply(self.example)
+        difference, size = _compared(merged, attached, jnp.linalg.norm)
+        if not difference <= _tolerance(attached, traced.query, traced.output, *growth.dtypes) / 10 * size:
             raise TPatchError(
-                f"merging into {self.path!r} gives other logits than attaching (relative difference {error:.1g}): the "
-                "FFN is not down(act(up(x))), or down(act(gate(x))·up(x)), with these names and this activation; check "
-                "up=, down=, gate= and activation=, or attach"
+                f"merging into {self.path!r} gives other logits than attaching (relative difference "
+                f"{difference / size:.1g}): {mend}"
             )
         return growth.grow(patch)
 
@@ -256,8 +267,9 @@ class Network:
             order = np.random.default_rng(0).permutation(rows)
             gathered = networks.gather(traced, jnp.asarray(order // length), jnp.asarray(order % length))
             logits = self.resume(traced, traced.output).reshape(rows, -1)[order]
-            difference = jnp.max(jnp.abs(self.resume(gathered, gathered.output)[:, 0] - logits))
-        return bool(difference <= _tolerance(logits.dtype) * jnp.max(jnp.abs(logits)))
+            alone = self.resume(gathered, gathered.output)[:, 0]
+        difference, size = _compared(alone, logits, lambda x: jnp.max(jnp.abs(x)))
+        return difference <= _tolerance(logits) * size
 
     def finisher(self) -> Partial:
         """The rest of the network for `tpatch_jax.fitting`: ``(context, output [rows, d]) -> [rows, vocabulary]``.
@@ -323,5 +335,13 @@ def token_table(tokens: Any, dtype: Any = None) -> Array:
     return array if dtype is None else array.astype(dtype)
 
 
-def _tolerance(dtype: Any) -> float:
-    return max(1e-4, 64 * float(jnp.finfo(dtype).eps))
+def _compared(found: Array, expected: Array, size: Callable[[Array], Array]) -> tuple[float, float]:
+    """How far logits are apart, and how large they are; infinite ones, as of a masked vocabulary, must be the same."""
+    found, expected = found.astype(jnp.float32), expected.astype(jnp.float32)
+    apart = jnp.where(found == expected, 0, found - expected)
+    return float(size(apart)), float(size(jnp.where(jnp.isfinite(expected), expected, 0)))
+
+
+def _tolerance(*computed: Any) -> float:
+    """How far two ways to compute the same may be apart, relatively, in the coarsest type of those given."""
+    return max(1e-4, *(64 * float(jnp.finfo(jnp.result_type(kind)).eps) for kind in computed))

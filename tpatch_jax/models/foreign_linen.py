@@ -60,7 +60,7 @@ def from_linen(
 
     Raises:
         TPatchError: the path leads nowhere, or not to a module that can be cut; the network does not run; the
-            activation is unknown.
+            activation is unknown; the parameters are no dict.
 
     Example:
         >>> import flax.linen as nn
@@ -84,6 +84,9 @@ def from_linen(
         >>> wider.hidden, wider_params["mlp"]["Dense_0"]["kernel"].shape
         (34, (8, 34))
     """
+    if not isinstance(params, Mapping):
+        kind = type(params).__name__
+        raise TPatchError(f"a {kind} is no dict of parameters; of a TrainState give its params")
     whole = isinstance(params.get("params"), Mapping)
     variables = unfreeze(dict(params)) if whole else {"params": unfreeze(dict(params))}
     variables = jax.tree.map(jnp.asarray, nn.meta.unbox(variables))
@@ -209,7 +212,7 @@ def _growth(
         module, params = wider
         return jax.jit(nn.apply(call, module))(params if whole else {"params": params}, tokens)
 
-    return Growth(grow, shrink, apply)
+    return Growth(grow, shrink, apply, tuple(entry["kernel"].dtype for entry in own.values()))
 
 
 def _first(leaf: Any, shape: tuple[int, ...]) -> Array:

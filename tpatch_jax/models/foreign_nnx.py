@@ -201,4 +201,4 @@ def _growth(bare: Callable[[], nnx.Module], call: Call, path: str, names: dict[s
         graph, state = nnx.split(wider)
         return jax.jit(lambda state, tokens: call(nnx.merge(graph, state), tokens))(state, tokens)
 
-    return Growth(grow, shrink, apply)
+    return Growth(grow, shrink, apply, tuple(entry["kernel"].dtype for entry in own.values()))

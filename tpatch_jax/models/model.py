@@ -17,6 +17,7 @@ from tpatch_jax.devices import automatically
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import checkpoint, generation, networks
 from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.families import configure
 from tpatch_jax.models.networks import Batch, Trace
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.models.shapes import merged_neurons
@@ -295,8 +296,10 @@ def load_model(
     if dtype not in (None, *DTYPES):
         raise TPatchError(f"dtype {dtype!r} is not supported; use 'float32' or 'bfloat16'")
     folder = resolve_model(str(model), quiet=quiet)
+    # Before the weights, which take longer.
+    tokenizer = read_tokenizer(folder, configure(checkpoint.read_settings(folder)))
     config, params, settings = checkpoint.read_folder(folder, dtype, mesh)
-    return Model(config, params, read_tokenizer(folder, config), str(model), folder, settings)
+    return Model(config, params, tokenizer, str(model), folder, settings)
 
 
 def read_tokenizer(folder: Path, config: NetworkConfig) -> Any:
@@ -313,9 +316,13 @@ def read_tokenizer(folder: Path, config: NetworkConfig) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise TPatchError(f"{folder} has no tokenizer that can be read ({reason}); copy tokenizer.json there") from None
+    # The tokenizers package knows no kinds of errors, and a damaged file has many.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TPatchError(
+            f"{folder} has no tokenizer that can be read ({reason}); copy the model's own tokenizer.json there, or, if "
+            "another version of the tokenizers package wrote it, upgrade transformers and tokenizers"
+        ) from error
     # Tokens that were added may lie beyond: Gemma 3 has one for images, which its models of text know nothing of.
     if tokenizer.vocab_size > config.vocabulary:
         raise TPatchError(
@@ -407,7 +414,9 @@ def merge(model: Model, patch: Patch) -> Model:
 
 
 def unmerge(model: Model, neurons: Mapping[int, int] | None = None) -> tuple[Model, Patch]:
-    """Take merged neurons out of a model again: the inverse of `merge`.
+    """Take merged neurons out of a model again: the inverse of `merge`, bit for bit for the model.
+
+    The patch comes back in the model's precision.
 
     Args:
         model: a model with merged neurons; not changed.
@@ -420,7 +429,7 @@ def unmerge(model: Model, neurons: Mapping[int, int] | None = None) -> tuple[Mod
         TPatchError: nothing was merged, or not that many neurons.
     """
     merged = merged_neurons(model.config, model.params)
-    neurons = merged if neurons is None else neurons
+    neurons = merged if neurons is None else {model.layer(index): count for index, count in neurons.items()}
     if not neurons:
         raise TPatchError(f"nothing is merged into {model.name!r}; unmerge takes out what `merge` put in")
     layers, patches = dict(model.params["layers"]), []
@@ -429,7 +438,7 @@ def unmerge(model: Model, neurons: Mapping[int, int] | None = None) -> tuple[Mod
             raise TPatchError(
                 f"layer {index} of {model.name!r} holds {merged.get(index, 0)} merged neurons, not {count}"
             )
-        added = not model.config.ffn_bias and count == merged[index]
+        added = not model.config.ffn_bias and count == merged.get(index)
         network, patch = ffn.unmerge(layers[index]["ffn"], count, added_bias=added)
         layers[index] = {**layers[index], "ffn": network}
         patches.append(patch._replace(layer=jnp.full(count, index, jnp.int32)))

@@ -174,7 +174,8 @@ def _embed(config: NetworkConfig, params: Params, tokens: Array, positions: Arra
 @partial(jax.jit, static_argnames="config")
 def _embedded(config: NetworkConfig, params: Params, tokens: Array, positions: Array) -> Array:
     tokens = tokens if config.causal else jnp.maximum(tokens, 0)
-    x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
+    # What stands for padding may be no token at all; `take` alone would make it NaN, which attention spreads.
+    x = jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="clip")
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     if config.positions:
@@ -220,6 +221,9 @@ def _begin(config: NetworkConfig, params: Params, batch: Batch) -> tuple[Array, 
         around = Around(None, encode(config, params, batch.source), _hidden_at(batch.source))
     else:
         tokens, around = batch, Around()
+    if getattr(tokens, "ndim", 0) != 2:
+        found = f"an array of shape {list(tokens.shape)}" if hasattr(tokens, "shape") else f"a {type(tokens).__name__}"
+        raise TPatchError(f"the tokens are {found}; give an array of token ids, [batch, tokens]")
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     # All rows have the same positions here, so one row of relative positions serves them all.
     around = around._replace(bias=_bias(config, params, tokens, positions[:1], tokens.shape[1]))

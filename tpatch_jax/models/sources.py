@@ -389,7 +389,8 @@ def _shown(progress: Progress | None, quiet: bool) -> Iterator[Progress | None]:
     from rich.console import Console
     from rich.progress import Progress as Bars
 
-    with Bars(console=Console(stderr=True)) as bars:
+    console = Console(stderr=True)
+    with Bars(console=console, disable=not console.is_terminal) as bars:
         tasks = {}
 
         def show(stage: str, done: int, total: int) -> None:

@@ -7,7 +7,18 @@ from typing import Any, NamedTuple
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import NetworkConfig
 
-__all__ = ["QUERY_NORM", "Family", "Fused", "Settings", "activation", "configure_plain", "rope", "setting", "windows"]
+__all__ = [
+    "QUERY_NORM",
+    "Family",
+    "Fused",
+    "Settings",
+    "activation",
+    "configure_plain",
+    "rope",
+    "rotated_context",
+    "setting",
+    "windows",
+]
 
 Settings = Mapping[str, Any]
 
@@ -110,6 +121,20 @@ def windows(settings: Settings, layers: int) -> tuple[int, ...]:
     if len(found) != layers:
         raise TPatchError(f"config.json has layer_types for {len(found)} layers and {layers} layers; mend one of them")
     return found if any(found) else ()
+
+
+def rotated_context(settings: Settings) -> int:
+    """How many tokens a network with rotary positions reads, at the factors by which `rope` turns them.
+
+    Texts longer than LongRoPE's original length would need its long factors from their first token on, so they are
+    refused instead.
+    """
+    context = setting(settings, "max_position_embeddings")
+    rules = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if rules.get("rope_type", rules.get("type")) not in ("longrope", "su"):
+        return context
+    original = rules.get("original_max_position_embeddings")
+    return min(context, original or settings.get("original_max_position_embeddings") or context)
 
 
 def rope(settings: Settings, head_width: int, kind: str | None = None) -> tuple[tuple[float, ...], float]:

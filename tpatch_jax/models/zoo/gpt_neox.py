@@ -1,7 +1,16 @@
 """GPT-NeoX and Pythia: attention and FFN side by side, query, key and value stored head by head."""
 
 from tpatch_jax.models.config import NetworkConfig
-from tpatch_jax.models.zoo.family import Family, Fused, Settings, activation, configure_plain, rope, setting
+from tpatch_jax.models.zoo.family import (
+    Family,
+    Fused,
+    Settings,
+    activation,
+    configure_plain,
+    rope,
+    rotated_context,
+    setting,
+)
 
 __all__ = ["GPT_NEOX"]
 
@@ -17,7 +26,7 @@ def _gpt_neox(settings: Settings) -> NetworkConfig:
         heads=heads,
         layers=setting(settings, "num_hidden_layers"),
         ffn_width=setting(settings, "intermediate_size"),
-        context=setting(settings, "max_position_embeddings"),
+        context=rotated_context(settings),
         activation=activation(setting(settings, "hidden_act")),
         block="parallel" if settings.get("use_parallel_residual", True) else "serial",
         norm_epsilon=setting(settings, "layer_norm_eps"),

@@ -1,7 +1,16 @@
 """Llama 2 and 3, Mistral, Qwen 2, 2.5 and 3: pre-norm blocks, rotary positions, grouped queries, a gated FFN."""
 
 from tpatch_jax.models.config import NetworkConfig
-from tpatch_jax.models.zoo.family import QUERY_NORM, Family, Settings, activation, rope, setting, windows
+from tpatch_jax.models.zoo.family import (
+    QUERY_NORM,
+    Family,
+    Settings,
+    activation,
+    rope,
+    rotated_context,
+    setting,
+    windows,
+)
 
 __all__ = ["LLAMA", "MISTRAL", "NAMES", "QWEN_2", "QWEN_3", "configure_llama"]
 
@@ -36,7 +45,7 @@ def configure_llama(settings: Settings, family: str = "llama", **changes: object
         "key_value_heads": settings.get("num_key_value_heads") or heads,
         "head_width": head_width,
         "ffn_width": setting(settings, "intermediate_size"),
-        "context": setting(settings, "max_position_embeddings"),
+        "context": rotated_context(settings),
         "activation": activation(settings.get("hidden_act", "silu")),
         "ffn_bias": bool(settings.get("mlp_bias")),
         "norm_epsilon": settings.get("rms_norm_eps", 1e-6),
@@ -51,7 +60,9 @@ def configure_llama(settings: Settings, family: str = "llama", **changes: object
 
 def _mistral(settings: Settings) -> NetworkConfig:
     window, layers = settings.get("sliding_window") or 0, setting(settings, "num_hidden_layers")
-    return configure_llama(settings, "mistral", windows=(window,) * layers if window else ())
+    # With kinds of layers it is what others call Ministral.
+    seen = windows(settings, layers) if settings.get("layer_types") else (window,) * layers if window else ()
+    return configure_llama(settings, "mistral", windows=seen)
 
 
 def _qwen_2(settings: Settings) -> NetworkConfig:

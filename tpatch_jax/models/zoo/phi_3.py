@@ -9,13 +9,7 @@ __all__ = ["PHI_3"]
 
 def _phi_3(settings: Settings) -> NetworkConfig:
     window, layers = settings.get("sliding_window") or 0, setting(settings, "num_hidden_layers")
-    rules = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    changes: dict[str, object] = {"windows": (window,) * layers if window else ()}
-    if rules.get("rope_type", rules.get("type")) in ("longrope", "su"):
-        # Longer texts would need the long factors from their first token on, so they are refused instead.
-        original = rules.get("original_max_position_embeddings")
-        changes["context"] = original or setting(settings, "original_max_position_embeddings")
-    return configure_llama(settings, "phi3", **changes)
+    return configure_llama(settings, "phi3", windows=(window,) * layers if window else ())
 
 
 _ATTENTION = tuple(f"layers.{{}}.attention.{part}" for part in ("query", "key", "value"))
