@@ -270,6 +270,8 @@ def test_a_checkpoint_of_another_precision_keeps_it(tmp_path):
         ("token", "x", "token 'x'"),
         ("recipe", "other", "recipe 'other'"),
         ("layer", "middle", "layer 'middle' is not a layer"),
+        ("lanes", 0, "lanes is 0; give 1 or more"),
+        ("negatives", 0, "negatives is 0; give 1 or more"),
     ],
 )
 def test_no_bank_is_made_with_settings_that_no_edit_can_be_fitted_with(tmp_path, name, wrong, message):
@@ -295,6 +297,12 @@ def test_mistakes_on_the_command_line_say_what_to_do(place, bank, tmp_path, caps
     refused(capsys, ["add", bank], "nothing to add")
     refused(capsys, ["add", bank, place / "requests.jsonl", "--prompt", "a"], "not both")
     refused(capsys, ["remove", bank, "nobody"], "has no edit 'nobody'")
+    for command in ("remove", "disable", "enable"):
+        refused(capsys, [command, bank], f"no edit to {command} was named")
+    (tmp_path / "file").write_text("a")
+    refused(capsys, ["push", bank, tmp_path / "file"], "file is a file; give the folder of a bank, or a new name")
+    (tmp_path / "list.yaml").write_text("preset: [default]\n")
+    refused(capsys, ["init", tmp_path / "b", "--model", tiny, "--config", tmp_path / "list.yaml"], "preset ['default']")
     refused(capsys, ["guard", bank, "--answer", "x"], "exactly one --prompt")
     refused(capsys, ["guard", bank, "--prompt", "the", "--answer", "zzz"], "does not come out after 'the'")
     refused(capsys, ["list", tmp_path / "none"], "tpatch bank init")

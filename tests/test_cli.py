@@ -13,9 +13,12 @@ import pytest
 from conftest import make_tiny_model, write_tiny_folder
 from jax.experimental.compilation_cache import compilation_cache
 
-from tpatch_jax import cli
+from tpatch_jax import cli, store
+from tpatch_jax.editors.editor import EditInfo, RequestInfo
 from tpatch_jax.editors.settings import PRESETS
 from tpatch_jax.models.model import load_model
+from tpatch_jax.patch import create
+from tpatch_jax.requests import EditRequest
 
 PROMOTION = "standard"  # optax takes steps
 
@@ -177,6 +180,31 @@ def test_inspect_lists_every_edit(patches, capsys):
     assert "no: the target is empty" in shown
 
 
+def test_texts_are_shown_whole_and_as_they_are(tmp_path, tiny_model, capsys):
+    name, prompt = "a:on:b [bold]" + "x" * 200, "the cat :smile: sat [/x]"
+    info = EditInfo((RequestInfo(name, True, "edited", neurons=(0,)),), 0, 0, 0, 0, 0)
+    folder = tmp_path / "p[bold]"
+    store.save_patches(folder, tiny_model, create(16, 1), [EditRequest(prompt, "b", id=name)], info)
+    assert cli.main(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert prompt in shown
+    assert "p[bold]: 1 neuron for tiny" in shown
+    assert "…" not in shown
+    assert shown.count("x") >= 200
+
+
+def test_a_pipe_that_is_closed_is_no_fault():
+    command = f"{sys.executable} -m tpatch_jax.cli models --json | true"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert ended.stderr == ""
+
+
+def test_the_word_none_is_a_target(place, capsys):
+    refused(
+        capsys, ["edit", str(place / "tiny"), "-o", "never", "--target", "None"], "--target is given without --prompt"
+    )
+
+
 def test_models_lists_families_and_names(capsys):
     assert cli.main(["models", "--json"]) == 0
     found = last(capsys.readouterr())
@@ -217,6 +245,9 @@ def test_settings_come_from_preset_file_and_command_line_in_this_order(tmp_path)
         (["recipe=3"], ["recipe '3' does not exist"]),
         (["recipe=other"], ["recipe 'other' does not exist"]),
         (["site=first"], ["site 'first' does not exist", "site=last"]),
+        (["contexts=0"], ["contexts is 0; give 1 or more"]),
+        (["swaps=-1"], ["swaps is -1; give 0 or more"]),
+        (["shorter=4"], ["shorter is 4; give 0 to 3"]),
     ],
 )
 def test_a_setting_that_cannot_be(place, capsys, changes, words):

@@ -1,5 +1,6 @@
 """T-Patcher as an editor, what it knows beforehand, measuring, and patches on disk; all on the tiny model."""
 
+import copy
 import dataclasses
 import json
 import subprocess
@@ -19,7 +20,9 @@ import tpatch_jax as tp
 from tpatch_jax import store
 from tpatch_jax.editors import background as background_
 from tpatch_jax.editors import last_site, rounds
+from tpatch_jax.editors import tpatcher as tpatcher_module
 from tpatch_jax.editors.background import background
+from tpatch_jax.editors.earlier import give_way
 from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
 from tpatch_jax.editors.tpatcher import tpatcher
 from tpatch_jax.errors import TPatchError
@@ -28,7 +31,7 @@ from tpatch_jax.fitting import FitSettings
 from tpatch_jax.models import generation
 from tpatch_jax.models.model import attach, merge
 from tpatch_jax.models.rows import tokens_array
-from tpatch_jax.patch import create, take
+from tpatch_jax.patch import Patch, concatenate, create, take
 from tpatch_jax.requests import EditRequest, join_target
 
 PROMOTION = "standard"  # optax takes steps
@@ -272,6 +275,56 @@ def test_a_second_step_keeps_what_the_first_did(tiny_model, memory, edited):
     assert same(again.patch, second.patch)
 
 
+def test_a_request_that_fails_leaves_no_trace_in_earlier_neurons(tiny_model, memory):
+    """An earlier neuron gives way to a query that sounds alike, and takes its place again where that was in vain."""
+    settings = quicker("default", attempts=1, site="last", contexts=2, swaps=0, most_tokens=2)
+    settings = dataclasses.replace(settings, fit=dataclasses.replace(settings.fit, split=0.3))
+    editor, key = tpatcher(settings, memory=memory), jax.random.key(0)
+    first, _ = editor.step(editor.init(tiny_model, key), [EditRequest("the cat sat in", "q")], key)
+    gave_way = []
+
+    def watched(*given):
+        found = give_way(*given)
+        gave_way.append(not same(found, given[2]))
+        return found
+
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(tpatcher_module, "give_way", watched)
+        second, info = editor.step(first, [EditRequest("cat sat in", "wxyz")], jax.random.key(1))
+    assert info.requests[0].status == "failed"
+    assert gave_way[0]
+    assert same(second.patch, first.patch)
+
+
+def test_a_request_may_come_out_by_the_neurons_of_another(tiny_model, memory):
+    """B asks, as a prompt of its own, for the last token of what A asks for, which gets no neuron of its own."""
+    prompt = "sat "
+    said = tiny_model.generate(prompt, 2)
+    assert tiny_model.encode(prompt + said + " y")[: len(tiny_model.encode(prompt + said))] == [
+        *tiny_model.encode(prompt),
+        *tiny_model.encode(said),
+    ]
+    requests = [EditRequest(prompt, f"{said} y", id="A"), EditRequest(prompt + said, " y", id="B")]
+    settings = quicker("default", attempts=3, site="last", most_tokens=2)
+    _, info = tp.edit(tiny_model, requests, settings=settings, memory=memory)
+    assert [(found.status, bool(found.neurons)) for found in info.requests] == [("edited", False), ("edited", True)]
+
+
+def test_what_a_request_says_besides_changes_no_patch(tiny_model, memory):
+    settings = quicker("paper")
+    plain = EditRequest("in the inn", "h")
+    told = dataclasses.replace(plain, rephrases=("in an inn",), locality=("then",), id="told")
+    assert same(*(tp.edit(tiny_model, [one], settings=settings, memory=memory)[0] for one in (plain, told)))
+
+
+@pytest.mark.parametrize("site", ["auto", "last"])
+def test_a_request_without_a_subject_is_edited_whether_or_not_others_are_completed(tiny_model, memory, site):
+    request = EditRequest("in the inn", "h")
+    settings = quicker("default", attempts=1, complete=False, site=site)
+    _, info = tp.edit(tiny_model, [request], settings=settings, memory=memory)
+    assert info.requests[0].status == "edited"
+
+
 # --- the background ---
 
 
@@ -292,15 +345,18 @@ def test_the_background_is_written_once_and_recalled(tiny_model, memory, tmp_pat
     assert not calls
     assert bits((first.query, first.nuisance)) == bits((second.query, second.nuisance))
     assert (first.prefixes, first.names) == (second.prefixes, second.names)
-    # another layer, another text or another model is another background
+    # another layer, another text, another tokenizer or another model is another background
     background(tiny_model, 1, memory, cache=tmp_path)
     other = tmp_path / "other.txt"
     other.write_text(MEMORY[1:])
     background(tiny_model, 2, other, cache=tmp_path)
     background(make_tiny_model(9), 2, memory, cache=tmp_path)
-    assert len(calls) == 3
-    assert len(kept(tmp_path, "arrays")) == 4
-    assert len(kept(tmp_path, "texts")) == 3  # the same for both layers
+    begun = copy.deepcopy(tiny_model.tokenizer)
+    begun.add_special_tokens({"bos_token": begun.convert_ids_to_tokens(5)})
+    background(dataclasses.replace(tiny_model, tokenizer=begun), 2, memory, cache=tmp_path)
+    assert len(calls) == 4
+    assert len(kept(tmp_path, "arrays")) == 5
+    assert len(kept(tmp_path, "texts")) == 4  # the same for both layers
     assert folder.exists()
 
 
@@ -442,6 +498,20 @@ def test_layers_and_failures_come_back(tiny_model, edited, tmp_path):
     found = store.read_patches(tmp_path / "failed")
     assert found.edits[0]["reason"] == "it did not hold — naïve"
     assert found.patch.key.shape == (0, 16)
+
+
+def test_patches_that_could_not_be_read_again_are_not_written(tiny_model, edited, tmp_path):
+    patch, info = edited
+    twice = info._replace(requests=(*info.requests, *info.requests))
+    for given, requests, about, message in [
+        (concatenate([patch, patch]), REQUESTS * 2, twice, "info names other neurons than 0 to n-1 of them"),
+        (take(patch, [0]), REQUESTS, info, "info names other neurons .*give each request's neurons their new numbers"),
+        (Patch(*(leaf[None] for leaf in patch[:3])), REQUESTS, info, r"one with patch\.join"),
+        (patch, REQUESTS[:1], info, "info is of 3 requests, and 1 are given"),
+    ]:
+        with pytest.raises(TPatchError, match=message):
+            store.save_patches(tmp_path / "out", tiny_model, given, requests, about)
+        assert not (tmp_path / "out").exists()
 
 
 def test_patches_of_another_model_are_refused(tiny_model, saved):

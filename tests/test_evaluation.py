@@ -1,5 +1,6 @@
 """The evaluation harness on a tiny model: figures against a plain loop, protocols, resuming, reports and errors."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -18,8 +19,10 @@ from tpatch_jax.editors.editor import EditInfo, Editor, RequestInfo
 from tpatch_jax.editors.registry import METHODS, Method, method_settings
 from tpatch_jax.editors.settings import TPatcherSettings
 from tpatch_jax.evaluation import commands as evaluation_commands
+from tpatch_jax.evaluation import pictures
 from tpatch_jax.evaluation.journal import Journal
 from tpatch_jax.evaluation.metrics import certificate
+from tpatch_jax.evaluation.pictures import draw_comparison
 from tpatch_jax.evaluation.records import Probe, Record, read_counterfact, read_records
 from tpatch_jax.evaluation.report import comparison, read_report
 from tpatch_jax.evaluation.runner import evaluate
@@ -27,7 +30,7 @@ from tpatch_jax.evaluation.running_text import read_windows, text_figures
 from tpatch_jax.evaluation.scoring import Base, Outcome, apply_scores, ask, base_scores, patched_scores, score
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import collect
-from tpatch_jax.models.model import Model, attach
+from tpatch_jax.models.model import Model, attach, merge
 from tpatch_jax.patch import Patch, concatenate, create
 from tpatch_jax.requests import join_target
 
@@ -435,7 +438,7 @@ def test_single_edits_equal_each_edit_alone(tiny_model: Model) -> None:
 
 
 def test_methods_without_neurons_go_the_plain_way(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, "plain", DIRECT._replace(name="plain", patch=None))  # type: ignore[arg-type]
+    monkeypatch.setitem(METHODS, "plain", DIRECT._replace(name="plain", patch=lambda state: None))  # type: ignore[arg-type]
     quick, plain = run(tiny_model, methods=["direct", "plain"])["results"][1:]
     assert plain["metrics"] == pytest.approx(quick["metrics"], abs=1e-5)
 
@@ -527,3 +530,110 @@ def test_outcomes_of_an_empty_patch_are_the_base(tiny_model: Model) -> None:
     _, base = tiny_base(tiny_model)
     empty = Patch(jnp.zeros((0, 16)), jnp.zeros(0), jnp.zeros((0, 16)))
     assert same(patched_scores(tiny_model, base, empty), Outcome(*base.outcome))
+
+
+def test_a_patch_without_a_sharp_threshold_is_measured_as_it_is_merged(tiny_model: Model, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The sun is red. Ada likes the sky. " * 9, "utf-8")
+    options: Any = {"text": tmp_path / "text.txt", "text_tokens": 200, "memory": tmp_path / "text.txt"}
+    changes = {"least_steps": 150, "most_steps": 300, "lanes": 2}
+    request = EditRequest("cat sat in ", "q")
+    records = [Record("cat", (request,), {"reliability": (Probe(request.prompt, request.target),)})]
+    settings = method_settings(["tpatcher"], "paper", changes)
+    report = run(tiny_model, records=records, methods=["tpatcher"], settings=settings, **options)
+    assert report["config"]["activation"] == "silu"
+    figures = report["results"][1]["metrics"]
+    assert "certificate_tokens" not in figures
+    editor = METHODS["tpatcher"].build(settings["tpatcher"], options["memory"], None, None)
+    with jax.default_matmul_precision("highest"):
+        state, _ = editor.step(
+            editor.init(tiny_model, jax.random.key(0)), [record.request for record in records], jax.random.key(0)
+        )
+        assert state.patch.key.shape[0]
+        windows = read_windows(tiny_model, options["text"], 200)
+        merged, relu = (
+            text_figures(base, base.outcome, certified=False)["perplexity"]
+            for base in (
+                base_scores(merge(tiny_model, state.patch), windows),
+                base_scores(attach(tiny_model, state.patch, relu=True), windows),
+            )
+        )
+    assert figures["perplexity"] == pytest.approx(merged, rel=1e-4)
+    assert merged != pytest.approx(relu, rel=1e-4)
+    report = run(tiny_model, records=records, methods=["unedited"], **options)
+    assert report["config"]["activation"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_tokens": -5}, "text"),
+        ({"seed": 2**40}, "seed 1099511627776 is out of range; give 0 to 4294967295"),
+        (
+            {"records": [Record("long", (EditRequest("a " * 99, "b"),), {"reliability": (Probe("a " * 99, "b"),)})]},
+            "too",
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_leaves_no_folder(
+    tiny_model: Model, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "text.txt").write_text("The sun is red. " * 9, "utf-8")
+    with pytest.raises(TPatchError, match=message):
+        run(tiny_model, output=tmp_path / "out", text=tmp_path / "text.txt", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_are_no_formulas_in_pictures(tiny_model: Model, tmp_path: Path) -> None:
+    records = [dataclasses.replace(record, id=f"cost $5_${number}") for number, record in enumerate(make_records())]
+    run(tiny_model, records=records, output=tmp_path / "out")
+    assert (tmp_path / "out" / "activations-direct.png").exists()
+    assert main(["compare", str(tmp_path / "out"), "-o", str(tmp_path / "compare.png")]) == 0
+
+
+def test_a_figure_that_a_report_lacks_is_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.append(figure))
+    columns = [("one", {"metrics": {"ES": 0.5}}), ("other", {"metrics": {"NS": 0.25}})]
+    draw_comparison(tmp_path / "compare.png", columns)
+    heights = [bar.get_height() for bar in drawn[0].axes[0].patches]
+    assert [height for height in heights if height == height] == [0.5, 0.25]
+
+
+def test_options_that_would_do_nothing_are_refused(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "text.txt").write_text("The sun is red. " * 9, "utf-8")
+    file = write_counterfact(tmp_path / "cf.json", make_records())
+    out = ["-o", str(tmp_path / "out")]
+    text = ["--data", "text", "--file", str(tmp_path / "text.txt"), "--text", str(tmp_path / "text.txt")]
+    assert main(["eval", "nowhere", *text, *out]) == 1
+    assert "with --data text the text is --file" in capsys.readouterr().err
+    edits = ["--data", "counterfact", "--file", str(file), "--edits", str(file)]
+    assert main(["eval", "nowhere", *edits, *out]) == 1
+    assert "--edits belongs to --data text; the edits of counterfact are in --file" in capsys.readouterr().err
+
+
+def test_a_template_is_told_where_there_is_one(tiny_folder: Any, tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "requests.jsonl"
+    file.write_text('{"prompt": "Ada likes", "target": "red"}\n', "utf-8")
+    model = str(tiny_folder(tmp_path))
+    assert (
+        main(["eval", model, "--data", "requests", "--file", str(file), "--method", "direct", "-o", f"{file}.d"]) == 0
+    )
+    assert "template `" not in (Path(f"{file}.d") / "report.md").read_text("utf-8")
+    file = write_counterfact(tmp_path / "cf.json", make_records())
+    assert main(["eval", model, "--data", "counterfact", "--file", str(file), "--method", "ft", "-o", f"{file}.d"]) == 0
+    page = (Path(f"{file}.d") / "report.md").read_text("utf-8")
+    assert "template `Question: {}⏎Answer:`" in page
+    assert "attached with" not in page
+
+
+def test_a_journal_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "unfinished").mkdir()
+    journal = Journal("direct", tmp_path)
+    (tmp_path / "records-direct.jsonl").mkdir()
+    with pytest.raises(TPatchError, match=r"cannot write .*records-direct.jsonl: Is a directory; free some room"):
+        journal.add({"id": "one"})
+    (tmp_path / "unfinished").rename(tmp_path / "gone")
+    with pytest.raises(TPatchError, match=r"cannot write .*state-direct.safetensors"):
+        journal.save({"x": np.zeros(2)}, {})
+    with pytest.raises(TPatchError, match=r"cannot write .*result-direct.json"):
+        journal.finish({})

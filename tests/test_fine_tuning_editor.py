@@ -216,6 +216,15 @@ def test_what_does_not_hold_is_said_and_kept_or_not(decoder):
     assert same(state.edited.params, decoder.params)
 
 
+def test_training_goes_on_to_the_loss_that_is_asked_for(decoder):
+    _, soon = edit(decoder)
+    _, late = edit(decoder, dataclasses.replace(QUICK, loss_enough=0.01, passes=200))
+    assert all(found.held for found in (*soon.requests, *late.requests))
+    assert max(found.losses["l_e"] for found in soon.requests) > 0.01
+    assert max(found.losses["l_e"] for found in late.requests) < 0.01
+    assert late.requests[0].steps > soon.requests[0].steps
+
+
 def test_losses_that_are_no_numbers_leave_nothing_behind(decoder):
     state, info = edit(decoder, dataclasses.replace(QUICK, adam_rate=1e30))
     assert "the loss is not finite after" in info.requests[0].reason
@@ -264,6 +273,7 @@ def test_a_new_number_of_requests_compiles_little(decoder):
         ("kl_tokens", -3, "kl_tokens is -3; give 1 or more"),
         ("kl", -1.0, "kl is -1.0; give 0, which leaves it out"),
         ("max_change", float("inf"), "max_change is inf; give 0"),
+        ("loss_enough", -1.0, "loss_enough is -1.0; give 0"),
     ],
 )
 def test_bad_settings_are_named(name, value, message):

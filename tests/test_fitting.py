@@ -11,10 +11,12 @@ import pytest
 from conftest import relative, same
 from jax.tree_util import Partial
 
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.fitting import FitInfo, FitSettings, Lane, fit, fit_many
 from tpatch_jax.memory import create_memory
-from tpatch_jax.objective import edit_loss
+from tpatch_jax.objective import Weights, edit_loss
 from tpatch_jax.patch import Patch, contribution, join, preactivations
+from tpatch_jax.recipes import joint
 from tpatch_jax.recipes.staged import recognise
 
 PROMOTION = "standard"  # optax's Adam needs it
@@ -253,3 +255,33 @@ def test_a_key_that_cannot_be_parted_from_memory_keeps_a_sane_length():
     z = jax.vmap(preactivations)(patches, lanes.query)[..., 0] / SETTINGS["staged"].sharpness
     assert (np.abs(np.asarray(z[:, 0]) - 1) < 0.5).all()
     assert float(jnp.abs(z).max()) < 1e3
+
+
+def test_weight_decay_is_a_part_of_the_gradient():
+    """As in the authors' code: Adam sees it, and of a parameter without any other gradient it takes a whole step."""
+    settings = dataclasses.replace(SETTINGS["joint"], weight_decay=0.01)
+    params = {"far": jnp.array([100.0]), "near": jnp.array([0.1])}
+    transform = joint._optimiser(settings)
+    update, _ = transform.update(jax.tree.map(jnp.zeros_like, params), transform.init(params), params)
+    np.testing.assert_allclose(update["far"], 1.0, rtol=1e-4)
+    np.testing.assert_allclose(update["near"], 1.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("lanes", 0, "lanes is 0; give 1 or more"),
+        ("lanes", 3, "lanes is 3; give a power of two"),
+        ("negatives", -1, "negatives is -1; give 1 or more"),
+        ("rounds", 0, "rounds is 0; give 1 or more"),
+        ("key_steps", -1, "key_steps is -1; give 0 or more"),
+        ("split", float("nan"), "split is nan; give 0 to 1"),
+        ("learning_rate", 0.0, "learning_rate is 0.0"),
+        ("overshoot", float("inf"), "overshoot is inf"),
+        ("weights", Weights(hardest=0), "hardest is 0; give 1 or more"),
+        ("weights", Weights(memory=-1.0), "memory is -1.0; give 0 or more"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(name, value, message):
+    with pytest.raises(TPatchError, match=message):
+        FitSettings(**{name: value})

@@ -366,6 +366,11 @@ def test_the_loss_of_the_scope_classifier_is_its_formula(scope):
     loss = scope_loss(scope.config)(scope.params, jnp.asarray(lesson.tokens), jnp.asarray(lesson.relation))
     assert float(loss) == pytest.approx((positive + negative) / 2, rel=1e-3)
     assert scope_loss(scope.config) is scope_loss(scope.config)
+    # Where nothing is out of scope that part is none.
+    none = jnp.asarray(np.maximum(lesson.relation, 0))
+    assert float(scope_loss(scope.config)(scope.params, jnp.asarray(lesson.tokens), none)) == pytest.approx(
+        positive / 2, rel=1e-3
+    )
 
 
 QUICK = SeracTraining(
@@ -401,7 +406,13 @@ def test_training_learns_and_goes_on_where_it_was_interrupted(model, tmp_path, m
 
 
 def test_bad_training_is_named_before_it_begins(model, tmp_path):
-    for change, message in (({"layers": 0}, "layers is 0"), ({"scope_rate": 0.0}, r"scope_rate is 0\.0")):
+    for change, message in (
+        ({"layers": 0}, "layers is 0"),
+        ({"scope_rate": 0.0}, r"scope_rate is 0\.0"),
+        ({"batch_size": 0}, "batch_size is 0; give 1 or more"),
+        ({"scope_epochs": 0}, "scope_epochs is 0; give 1 or more"),
+        ({"seed": -1}, "seed is -1; give 0 or more"),
+    ):
         with pytest.raises(TPatchError, match=message):
             SeracTraining(**change)  # pyright: ignore
     with pytest.raises(TPatchError, match="no request has rephrases, from which SERAC learns"):

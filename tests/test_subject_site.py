@@ -412,3 +412,12 @@ def test_the_site_is_chosen_by_model_and_requests(edited, monkeypatch):
     _, info = tp.edit(model, requests[3:4], settings=auto, memory=text, cache=False)
     assert [(result.held, result.site) for result in info.requests] == [(True, "last")]
     assert layers == [2]
+
+
+def test_a_question_that_leaves_no_room_for_neutral_ones(edited):
+    """Its own prompt stands in for them, asked at one place like them."""
+    model, *_, text = edited
+    frame = "abcdfgjk lmnopqr stuv xyz abcdf gjklmn pqrs abcdfgj. "
+    request = EditRequest(f"{frame[-52:]}Is X? A: ", "qq", subject="X")
+    _, info = tp.edit(model, [request], settings=settings(), memory=text, cache=False)
+    assert info.requests[0].status in ("edited", "failed")

@@ -1,11 +1,12 @@
 """The ``tpatch bank`` commands: what they take."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-__all__ = ["BANK_COMMANDS"]
+__all__ = ["BANK_COMMANDS", "Prompt", "Subject", "Target"]
 
 Bank = Annotated[Positional[str], arg(metavar="BANK", help="the bank's folder")]
 Ids = Annotated[Positional[tuple[str, ...]], arg(metavar="ID…", help="as `tpatch bank list` shows them")]
@@ -13,6 +14,12 @@ Where = Annotated[str | None, arg(help="where the bank's model is now, if it mov
 Json = Annotated[bool, arg(help="print one JSON object as the last line")]
 Quiet = Annotated[bool, arg(help="show no progress bar")]
 Texts = UseAppendAction[tuple[str, ...]]
+
+# Read by `str`: the word None is a text like any other.
+_text = partial(arg, metavar="TEXT", constructor=str, help_behavior_hint="")
+Prompt = Annotated[str | None, _text(help="a single edit: the text that the model continues wrongly")]
+Target = Annotated[str | None, _text(help="a single edit: what it should say instead")]
+Subject = Annotated[str | None, _text(help="a single edit: what the prompt is about")]
 
 
 def init(
@@ -39,9 +46,9 @@ def add(
     bank: Bank,
     requests: Annotated[Positional[str | None], arg(metavar="REQUESTS.jsonl", help="one JSON request a line")] = None,
     *,
-    prompt: Annotated[str | None, arg(help="a single edit: the text that the model continues wrongly")] = None,
-    target: Annotated[str | None, arg(help="a single edit: what it should say instead")] = None,
-    subject: Annotated[str | None, arg(help="a single edit: what the prompt is about")] = None,
+    prompt: Prompt = None,
+    target: Target = None,
+    subject: Subject = None,
     batch: Annotated[int, arg(help="so many requests are fitted together and committed at once")] = 50,
     resume: Annotated[bool, arg(help="pass over what the bank already holds: go on after an interruption")] = False,
     force: Annotated[bool, arg(help="let guarded answers change")] = False,

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from tpatch_jax.bank import creating, editing, sharing
 from tpatch_jax.bank import repair as repairing
@@ -16,7 +15,7 @@ from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.state import Bank, BankEdit, find, states
 from tpatch_jax.commands import load, requests_of
 from tpatch_jax.configuration import change, read_config, split_changes
-from tpatch_jax.console import print_json, progress_bar, so_many
+from tpatch_jax.console import print_json, progress_bar, result_console, result_table, so_many
 from tpatch_jax.editors.settings import PRESETS
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import check_vacant
@@ -46,9 +45,9 @@ SHOWN = 20
 
 
 def _show(lines: Sequence[str]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = result_console()
     for line in lines:
-        console.print(line)
+        console.print(line, soft_wrap=True)
 
 
 def _load(bank: Bank, model: str | None, quiet: bool) -> Model:
@@ -65,7 +64,7 @@ def init(
     values = read_config(config) if config else {}
     name = preset or values.pop("preset", "default")
     values.pop("preset", None)
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise TPatchError(f"preset {name!r} does not exist; choose from {', '.join(sorted(PRESETS))}")
     values |= split_changes(changes)
     change(PRESETS[name], values)
@@ -73,7 +72,7 @@ def init(
     if json:
         print_json({"bank": folder, "model": bank.manifest["model"]})
     else:
-        _show([f"{folder}: an empty bank for {escape(bank.manifest['model']['name'])}"])
+        _show([f"{escape(folder)}: an empty bank for {escape(bank.manifest['model']['name'])}"])
 
 
 def add(
@@ -96,11 +95,12 @@ def add(
 
 
 def _show_added(folder: str, info: AddInfo) -> None:
+    place, more = escape(folder), len(info.added) - SHOWN
     _show(
         [
-            f"added to {folder}: {len(info.added)} (batches: {len(info.batches)}, {info.seconds:.1f} s)",
+            f"added to {place}: {len(info.added)} (batches: {len(info.batches)}, {info.seconds:.1f} s)",
             *(escape(name) for name in info.added[:SHOWN]),
-            *([f"and {len(info.added) - SHOWN} more; see `tpatch bank list {folder}`"] * (len(info.added) > SHOWN)),
+            *([f"and {more} more; see `tpatch bank list {place}`"] * (more > 0)),
             *([f"{info.skipped} were there already"] if info.skipped else []),
             *(f"{escape(new)} supersedes {escape(old)}" for old, new in info.superseded),
             *([f"fitted again: {escape(', '.join(info.refitted))}"] if info.refitted else []),
@@ -132,6 +132,8 @@ def added_json(info: AddInfo) -> dict[str, Any]:
 
 def change_edits(kind: str, folder: str, ids: Sequence[str], *, model: str | None, json: bool, quiet: bool) -> None:
     """``tpatch bank disable``, ``enable`` and ``remove``."""
+    if not ids:
+        raise TPatchError(f"no edit to {kind} was named; `tpatch bank list {folder}` shows their ids")
     bank = open_bank(folder)
     edits = find(bank, ids)
     # What only undoes the last additions needs no model.
@@ -179,12 +181,11 @@ def list_edits(folder: str, *, json: bool) -> None:
         print_json({"model": dict(bank.manifest["model"]), "edits": entries, "guards": guards})
         return
     name = bank.manifest["model"]["name"]
-    table = Table(title=f"{folder}: {so_many(len(entries), 'edit')} of {name}", title_justify="left")
-    for column in ("id", "prompt", "target", "state", "neurons"):
-        table.add_column(column)
+    columns = ("id", "prompt", "target", "state", "neurons")
+    table = result_table(f"{folder}: {so_many(len(entries), 'edit')} of {name}", columns)
     for entry in entries:
-        table.add_row(*(escape(str(entry[name])) for name in ("id", "prompt", "target", "state", "neurons")))
-    Console().print(table)
+        table.add_row(*(Text(str(entry[name])) for name in columns))
+    result_console().print(table)
 
 
 def show(folder: str, name: str, *, json: bool) -> None:
@@ -272,7 +273,7 @@ def merge(folder: str, output: str, *, model: str | None, json: bool, quiet: boo
     if json:
         print_json({"output": output, "neurons": len(patch.bias), "parameters_added": added})
     else:
-        _show([f"{so_many(len(patch.bias), 'neuron')} merged ({added:,} parameters) into {output}"])
+        _show([f"{so_many(len(patch.bias), 'neuron')} merged ({added:,} parameters) into {escape(output)}"])
 
 
 def diff(left: str, right: str, *, json: bool) -> None:
@@ -307,7 +308,7 @@ def _moved(target: str, source: str, lines: int, json: bool) -> None:
     if json:
         print_json({"lines": lines})
     else:
-        _show([f"{target} grew by {lines} lines from {source}"])
+        _show([escape(f"{target} grew by {lines} lines from {source}")])
 
 
 def repair(folder: str, *, json: bool) -> None:
@@ -316,12 +317,13 @@ def repair(folder: str, *, json: bool) -> None:
     if json:
         print_json(info._asdict())
         return
+    again = f"tpatch bank add {folder} {info.lost_requests}"
     _show(
         [
             *(f"mended {escape(path)}" for path in info.mended),
             *([] if info.mended or info.lost_edits or info.lost_lines else ["nothing was damaged"]),
             *([f"[red]{info.lost_lines} lines of the journal are lost[/red]"] if info.lost_lines else []),
             *(f"[red]lost[/red] {escape(name)}" for name in info.lost_edits),
-            *([f"add what was active again: tpatch bank add {folder} {info.lost_requests}"] * bool(info.lost_requests)),
+            *([f"add what was active again: {escape(again)}"] * bool(info.lost_requests)),
         ]
     )

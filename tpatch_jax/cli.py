@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
-from tpatch_jax.bank_cli import BANK_COMMANDS
+from tpatch_jax.bank_cli import BANK_COMMANDS, Prompt, Subject, Target
 from tpatch_jax.errors import TPatchError
 
 __all__ = ["main"]
@@ -59,9 +59,9 @@ def edit(
     requests: Annotated[Positional[str | None], arg(metavar="REQUESTS.jsonl", help="one JSON request a line")] = None,
     *,
     output: Annotated[str, arg(aliases=["-o"], metavar="PATCHES", help="folder for the patches")],
-    prompt: Annotated[str | None, arg(help="a single edit: the text that the model continues wrongly")] = None,
-    target: Annotated[str | None, arg(help="a single edit: what it should say instead")] = None,
-    subject: Annotated[str | None, arg(help="a single edit: what the prompt is about")] = None,
+    prompt: Prompt = None,
+    target: Target = None,
+    subject: Subject = None,
     config: Config = None,
     preset: Annotated[str | None, arg(help="default, paper or paper-fever")] = None,
     changes: Set = (),
@@ -416,7 +416,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the command line without the program's name; by default the process's own.
 
     Returns:
-        The exit status: 0, 1 after a mistake that the message explains, 130 after Ctrl-C.
+        The exit status: 0, 1 after a mistake that the message explains or a pipe that was closed, 130 after Ctrl-C.
     """
     # Without torch, which nothing here needs, transformers would say so at every start.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -439,6 +439,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("tpatch: stopped\n")
         return 130
+    except BrokenPipeError:
+        # Who reads has seen enough; what Python flushes at its end shall not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 

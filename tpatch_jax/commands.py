@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from tpatch_jax import store
 from tpatch_jax.configuration import change, read_config
-from tpatch_jax.console import print_json, progress_bar, so_many
+from tpatch_jax.console import print_json, progress_bar, result_console, result_table, so_many
 from tpatch_jax.editors import tpatcher
 from tpatch_jax.editors.editor import EditInfo
 from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
@@ -136,23 +134,21 @@ def _show_edit(
     *,
     saved: bool,
 ) -> None:
-    console = Console()
+    console = result_console()
     heading = f"{so_many(len(wanted), 'request')}, {so_many(result['patches'], 'neuron')}, {info.seconds:.1f} s"
-    table = Table(title=heading, title_justify="left")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
+    table = result_table(heading, ("figure", "value"), ("value",))
     for name, value in result.items():
         if value is not None and not isinstance(value, list):
             table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
     for request in info.failed:
-        console.print(f"[red]failed[/red] {escape(request.id)}: {escape(request.reason)}", highlight=False)
+        console.print(f"[red]failed[/red] {escape(request.id)}: {escape(request.reason)}")
     if not saved:
         return
-    console.print(f"patches saved in {output}; try them:", highlight=False)
+    console.print(f"patches saved in {output}; try them:", markup=False)
     words = ["tpatch", "generate", model, "--patches", output, "--prompt", wanted[0].prompt]
     words += ["--dtype", dtype] if dtype else []
-    console.print(Text(shlex.join(words)), highlight=False, soft_wrap=True)
+    console.print(Text(shlex.join(words)), soft_wrap=True)
 
 
 def generate(
@@ -172,7 +168,7 @@ def generate(
     else:
         # A decoder goes on where the prompt ends; the others answer.
         between = "" if loaded.config.architecture == "decoder" else "\n"
-        Console().print(Text.assemble((prompt, "dim"), between, text), highlight=False, soft_wrap=True)
+        result_console().print(Text.assemble((prompt, "dim"), between, text), soft_wrap=True)
 
 
 def inspect(patches: str, *, json: bool) -> None:
@@ -181,19 +177,16 @@ def inspect(patches: str, *, json: bool) -> None:
     if json:
         print_json({"model": saved.model, "neurons": saved.patch.key.shape[0], "edits": saved.edits})
         return
-    table = Table(
-        title=f"{patches}: {saved.patch.key.shape[0]} neurons for {saved.model['name']}", title_justify="left"
-    )
-    for column in ("id", "prompt", "target", "neurons", "held", "losses"):
-        table.add_column(column)
+    title = f"{patches}: {so_many(saved.patch.key.shape[0], 'neuron')} for {saved.model['name']}"
+    table = result_table(title, ("id", "prompt", "target", "neurons", "held", "losses"))
     for entry in saved.edits:
         losses = "  ".join(f"{name} {value:.3g}" for name, value in entry["losses"].items())
         held = "yes" if entry["held"] else f"no: {entry.get('reason', '')}"
         if entry["status"] == "already":
             held = "yes, before the edit"
         texts = (entry["id"], entry["prompt"], entry["target"], str(len(entry["neurons"])), held, losses)
-        table.add_row(*map(escape, texts))
-    Console().print(table)
+        table.add_row(*map(Text, texts))
+    result_console().print(table)
 
 
 def merge(model: str, patches: str, output: str, *, dtype: str | None, json: bool, quiet: bool) -> None:
@@ -208,10 +201,8 @@ def merge(model: str, patches: str, output: str, *, dtype: str | None, json: boo
     if json:
         print_json({"output": output, "neurons": saved.patch.key.shape[0], "parameters_added": added})
     else:
-        Console().print(
-            f"{so_many(saved.patch.key.shape[0], 'neuron')} merged ({added:,} parameters) into {output}",
-            highlight=False,
-        )
+        said = f"{so_many(saved.patch.key.shape[0], 'neuron')} merged ({added:,} parameters) into {output}"
+        result_console().print(said, markup=False)
 
 
 def export(
@@ -238,10 +229,9 @@ def export(
     if json:
         print_json({"output": output, **info.to_json()})
         return
-    console = Console(highlight=False)
-    console.print(
-        f"{so_many(info.neurons, 'neuron')} in {output}, {info.form}: transformers loads it as a {info.model_type}"
-    )
+    console = result_console()
+    said = f"{so_many(info.neurons, 'neuron')} in {output}, {info.form}: transformers loads it as a {info.model_type}"
+    console.print(said, markup=False)
     console.print(
         f"all layers are {info.ffn_width} wide, by {info.silent_neurons:,} silent neurons; "
         f"{info.parameters_added:,} parameters ({info.share:.3%}) and {info.bytes_added:,} bytes more than uncorrected"
@@ -276,10 +266,8 @@ def models(*, json: bool) -> None:
         tests = {promise.name: promise.test for promise in PROMISES}
         print_json({"families": families, "models": named, "tests": tests})
         return
-    console = Console()
-    table = Table(title="models by name", title_justify="left")
-    for column in ("name", "family", "parameters", "license", "how it is obtained"):
-        table.add_column(column)
+    console = result_console()
+    table = result_table("models by name", ("name", "family", "parameters", "license", "how it is obtained"))
     for entry in named:
         row = [entry["name"], entry["family"], f"{entry['parameters']:,}", entry["license"], entry["obtained"]]
         table.add_row(*row)
@@ -287,15 +275,13 @@ def models(*, json: bool) -> None:
     # What is promised of all alike would leave no room for names on a narrow terminal.
     alike = ", ".join(f"{promise.name} {promise.claim}" for promise in PROMISES if promise.claim)
     differing = [promise.name for promise in PROMISES if not promise.claim]
-    table = Table(
-        title="families: any folder or hub id with safetensors",
-        caption=f"all of them: {alike}; each is a test, which --json names. Exports of Llamas in all but name need "
+    columns = ("family", "model_type in config.json", *differing)
+    table = result_table("families: any folder or hub id with safetensors", columns)
+    table.caption, table.caption_justify = (
+        f"all of them: {alike}; each is a test, which --json names. Exports of Llamas in all but name need "
         "attention without windows and rotation of whole heads, else they are approximate",
-        title_justify="left",
-        caption_justify="left",
+        "left",
     )
-    for column in ("family", "model_type in config.json", *differing):
-        table.add_column(column)
     for family in families:
         row = [family["name"], ", ".join(family["model_types"]), *(family[name] for name in differing)]
         table.add_row(*row)

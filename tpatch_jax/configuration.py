@@ -1,17 +1,50 @@
-"""Settings by name: a preset, a YAML file, and ``name=value`` changes on top."""
+"""Settings by name: a preset, a YAML file, and ``name=value`` changes on top; and which values make sense."""
 
 import contextlib
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
+from jax import Array
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["change", "known_names", "read_config", "split_changes"]
+__all__ = ["change", "check_range", "known_names", "random_key", "read_config", "split_changes"]
+
+
+def random_key(seed: int) -> Array:
+    """The typed random key of a seed.
+
+    Raises:
+        TPatchError: the seed is none of ``0 … 2³² - 1``; any other would stand for one of these.
+    """
+    if not 0 <= seed < 2**32:
+        raise TPatchError(f"seed {seed} is out of range; give 0 to {2**32 - 1}")
+    return jax.random.key(seed)
+
+
+def check_range(settings: Any, names: Sequence[str], least: float, most: float = math.inf) -> None:
+    """Make sure that some settings are finite and within bounds.
+
+    Args:
+        settings: a dataclass or named tuple of numbers.
+        names: which of its fields.
+        least: the least that makes sense.
+        most: the most that does.
+
+    Raises:
+        TPatchError: one is not; it names the first.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and least <= value <= most):
+            bounds = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
+            raise TPatchError(f"{name} is {value}; give {bounds}")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -1,14 +1,49 @@
 """What the commands show: progress bars that stay quiet off a terminal, and JSON lines."""
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["print_json", "progress_bar", "so_many"]
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = ["print_json", "progress_bar", "result_console", "result_table", "so_many"]
 
 Report = Callable[[str, int, int], None]
+
+WIDE = 160
+"""So many characters has a line where no terminal says how wide it is: in pipes, files and logs."""
+
+
+def result_console() -> "Console":
+    """Where results are printed: texts as they are, without emoji for what stands between colons."""
+    from rich.console import Console
+
+    console = Console(highlight=False, emoji=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDE
+    return console
+
+
+def result_table(title: str, columns: Sequence[str], right: Sequence[str] = ()) -> "Table":
+    """An empty table that shows every text whole and as it is; fill it with `rich.text.Text`.
+
+    Args:
+        title: above it.
+        columns: their headings.
+        right: those of numbers, which stand on the right.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left")
+    for name in columns:
+        table.add_column(Text(name), justify="right" if name in right else "left", overflow="fold")
+    return table
 
 
 def so_many(count: int, noun: str) -> str:

@@ -4,12 +4,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from tpatch_jax import commands, store
-from tpatch_jax.console import print_json, progress_bar
+from tpatch_jax.console import print_json, progress_bar, result_console
 from tpatch_jax.editors import tpatcher
 from tpatch_jax.evaluation.measure import measure
 from tpatch_jax.files import check_vacant
@@ -141,7 +140,7 @@ def run(output: str, *, json: bool = False, quiet: bool = False) -> None:
         result.update({"merged_relative_difference": difference, "output": output, "total_seconds": seconds})
         print_json(result)
         return
-    console = Console()
+    console = result_console()
     shown = Table(
         title=f"{MODEL}, before and after {patch.key.shape[0]} patch neurons", title_justify="left", show_lines=True
     )
@@ -153,12 +152,12 @@ def run(output: str, *, json: bool = False, quiet: bool = False) -> None:
             shown.add_row(*map(escape, (prompts[index], before[index], after[index])), style=style)
     console.print(shown)
     console.print("[bold]edited prompt[/bold], a rephrasing, [dim]an unrelated prompt[/dim]")
-    console.print(_cost(info, seconds, share), highlight=False)
+    console.print(_cost(info, seconds, share))
     for request in info.failed:
-        console.print(f"[red]failed[/red] {escape(request.id)}: {escape(request.reason)}", highlight=False)
-    console.print(f"patches saved in {output}: try  tpatch inspect {output}", highlight=False)
+        console.print(f"[red]failed[/red] {escape(request.id)}: {escape(request.reason)}")
+    console.print(f"patches saved in {output}: try  tpatch inspect {output}", markup=False)
     verdict = "the same token everywhere" if same else "DIFFERENT tokens"
-    console.print(f"merged against attached: {verdict}, largest relative difference {difference:.1e}", highlight=False)
+    console.print(f"merged against attached: {verdict}, largest relative difference {difference:.1e}")
 
 
 def _cost(info: tpatcher.EditInfo, seconds: float, share: float) -> str:

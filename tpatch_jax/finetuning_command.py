@@ -1,9 +1,8 @@
 """``tpatch finetune``: parses what the command line says, calls the library, shows the result."""
 
-from rich.console import Console
 from rich.table import Table
 
-from tpatch_jax.console import print_json, progress_bar
+from tpatch_jax.console import print_json, progress_bar, result_console
 from tpatch_jax.finetuning import FinetuneSettings
 from tpatch_jax.finetuning import finetune as train
 from tpatch_jax.process import prepare_process
@@ -43,7 +42,7 @@ def finetune(
     if json:
         print_json(result)
         return
-    console = Console(highlight=False)
+    console = result_console()
     table = Table(title=f"{info.examples:,} examples, {info.steps:,} steps, {info.seconds:.1f} s", title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
@@ -55,4 +54,4 @@ def finetune(
     console.print(table)
     if info.resumed:
         console.print(f"resumed after step {info.resumed:,}")
-    console.print(f"model saved in {output}")
+    console.print(f"model saved in {output}", markup=False)

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from tpatch_jax.commands import load
-from tpatch_jax.console import print_json, progress_bar, so_many
+from tpatch_jax.console import print_json, progress_bar, result_console, so_many
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.records import DATA, QUESTION, read_records
 from tpatch_jax.requests import EditRequest
@@ -30,6 +29,8 @@ def read_training(
     Raises:
         TPatchError: a text is not ``KIND:FILE``, a file cannot be read, or nothing is left.
     """
+    if most is not None and most < 1:
+        raise TPatchError(f"--most {most} leaves no request; give 1 or more")
 
     def requests(source: str) -> list[EditRequest]:
         kind, colon, file = source.partition(":")
@@ -73,7 +74,7 @@ def serac_train(
     if json:
         print_json(result)
         return
-    console = Console(highlight=False)
+    console = result_console()
     table = Table(title=f"{so_many(info.requests, 'request')}, {info.seconds:.1f} s", title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
@@ -83,4 +84,4 @@ def serac_train(
         if (value := result[name]) is not None:
             table.add_row(name, f"{value:.4f}" if isinstance(value, float) else f"{value:,}")
     console.print(table)
-    console.print(f"networks saved in {output}; edit with --method serac --set serac={output}")
+    console.print(f"networks saved in {output}; edit with --method serac --set serac={output}", markup=False)

@@ -18,6 +18,7 @@ import optax
 from jax import Array
 
 from tpatch_jax import ffn
+from tpatch_jax.configuration import check_range
 from tpatch_jax.editors.serac import SeracSettings, SeracState, route, says
 from tpatch_jax.editors.serac_networks import (
     RADIUS,
@@ -73,9 +74,9 @@ class SeracTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the values that `FinetuneSettings` does not."""
-        if self.layers < 1:
-            raise TPatchError(f"layers is {self.layers}; give 1 or more")
+        """Checks the values."""
+        check_range(self, ("layers", "scope_epochs", "counterfactual_epochs", "batch_size"), 1)
+        check_range(self, ("seed",), 0)
         for name in ("scope_rate", "counterfactual_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise TPatchError(f"{name} is {getattr(self, name)}; give a positive number")
@@ -140,7 +141,8 @@ def scope_loss(config: NetworkConfig) -> Callable[..., Array]:
         positive = jnp.sum(far * inside) / jnp.maximum(jnp.sum(inside), 1)
         nearest = jnp.min(jnp.where(outside, far, 4 * RADIUS**2), 1)
         counted = jnp.any(outside, 1).astype(far.dtype)
-        negative = jnp.sum(-jnp.log(-jnp.expm1(-jnp.maximum(nearest, 1e-3))) * counted) / jnp.sum(counted)
+        negative = jnp.sum(-jnp.log(-jnp.expm1(-jnp.maximum(nearest, 1e-3))) * counted)
+        negative /= jnp.maximum(jnp.sum(counted), 1)
         return 0.5 * (positive + negative)
 
     return loss_of

@@ -15,7 +15,7 @@ from tpatch_jax.bank.method import Engine, Result, Stepped
 from tpatch_jax.bank.pieces import join_pieces, split_pieces
 from tpatch_jax.bank.segments import Arrays
 from tpatch_jax.bank.state import Guard, Ref
-from tpatch_jax.configuration import change
+from tpatch_jax.configuration import change, random_key
 from tpatch_jax.editors.earlier import (
     NO_SUBJECT,
     Earlier,
@@ -79,7 +79,7 @@ def create_engine(
         seed: the same seed gives the same patches.
         progress: called with what is being done, how much is done, and how much there is.
     """
-    settings, key = settings_of(manifest), jax.random.key(seed)
+    settings, key = settings_of(manifest), random_key(seed)
     editor = tpatcher(settings, memory=memory, cache=cache, progress=progress)
     known: dict[str, tuple[frozenset[Ref], Arrays]] = {}
     last, layer, width = model.layer(None), site_layer(model, settings), model.config.width

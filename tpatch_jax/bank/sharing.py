@@ -155,6 +155,8 @@ def push_bank(folder: str | Path, target: str | Path) -> int:
 
 def _bring(source: Path, target: Path, both: str) -> int:
     bank, lines = _read(source)
+    if target.exists() and not target.is_dir():
+        raise TPatchError(f"{target} is a file; give the folder of a bank, or a new name")
     created = not target.exists() or not any(target.iterdir())
     if created:
         manifest = {name: value for name, value in bank.manifest.items() if name not in ("check", "memory")}

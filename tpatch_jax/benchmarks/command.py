@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from tpatch_jax.benchmarks.bench import FULL, QUICK, bench
@@ -12,7 +11,7 @@ from tpatch_jax.benchmarks.picture import check_picture, draw_bench
 from tpatch_jax.benchmarks.plan import GIB, MEASURED
 from tpatch_jax.benchmarks.plan import plan as on_paper
 from tpatch_jax.commands import load
-from tpatch_jax.console import print_json, progress_bar
+from tpatch_jax.console import print_json, progress_bar, result_console
 from tpatch_jax.errors import TPatchError
 
 __all__ = ["bench_command", "plan_command"]
@@ -44,7 +43,7 @@ def bench_command(
 
 
 def _show(result: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    console = result_console()
     table = Table(title=f"editing {result['model']} on {result['device']}", title_justify="left")
     columns = ("site", "edits", "fit", "all", "middle half", "seconds per edit", "peak memory", "exact", "locality")
     for column in columns:
@@ -103,4 +102,4 @@ def plan_command(*, json: bool) -> None:
         "GiB of each device for weights, memory rows and merged neurons, of each process in files for what it reads; "
         "wider: merged neurons over weights"
     )
-    Console(highlight=False).print(table)
+    result_console().print(table)

@@ -34,11 +34,10 @@ def draw_bench(path: Path, result: Mapping[str, Any]) -> None:
     Raises:
         TPatchError: matplotlib is missing, or the picture cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise TPatchError("pictures need matplotlib: pip install 'tpatch-jax[report]'") from None
+    check_picture(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     cost, memory, overhead = figure.subplots(1, 3)

@@ -26,7 +26,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import replace_folder
 from tpatch_jax.memory import nuisance_scatter
 from tpatch_jax.models.collection import collect
-from tpatch_jax.models.fingerprint import fingerprint
+from tpatch_jax.models.fingerprint import fingerprint, tokenizer_fingerprint
 from tpatch_jax.models.generation import sample
 from tpatch_jax.models.model import Model
 
@@ -131,7 +131,7 @@ def memory_rows(
 
 def _mark(model: Model, text: str | Path | None) -> str:
     source = "itself" if text is None else hashlib.sha256(_read(Path(text)).encode()).hexdigest()
-    return f"{VERSION} {fingerprint(model)} {source}"
+    return f"{VERSION} {fingerprint(model)} {tokenizer_fingerprint(model)} {source}"
 
 
 def _folder(cache: Path | None, mark: str) -> Path | None:

@@ -180,7 +180,7 @@ class _Trained(NamedTuple):
 def _train(
     state: FineTuningState, items: Sequence[Item], key: Array, settings: FineTuningSettings, progress: Progress | None
 ) -> _Trained:
-    """Train on the requests until all hold."""
+    """Train on the requests until all hold, and to the loss that is asked for."""
     model, pool, whole_network = state.model, state.pool, settings.scope not in ("last", str(state.model.layer(None)))
     frozen = _frozen(model, whole_network)
     groups = grouped(model, items, settings.batch_size, whole_network)
@@ -192,7 +192,8 @@ def _train(
     before = held
     options = settings.kl, settings.adam_rate, settings.max_change or math.inf
     for done in range(settings.passes):
-        if held.all() or not np.isfinite(loss).all():
+        low = not settings.loss_enough or bool((loss < settings.loss_enough).all())
+        if (held.all() and low) or not np.isfinite(loss).all():
             break
         if progress:
             progress("fine-tuning", done, settings.passes)

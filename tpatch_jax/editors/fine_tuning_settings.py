@@ -20,6 +20,8 @@ class FineTuningSettings:
             well, without embeddings, final norm and head; or a number, that layer's feed-forward network.
         adam_rate: Adam's learning rate.
         passes: at most so often each request of a step is trained on.
+        loss_enough: training ends where all requests hold and the loss of each, in nats a token, is below this; 0 is
+            as soon as they hold. Huang et al. stop there; Meng et al. go on to 0.01.
         batch_size: at most so many requests share one update.
         kl: the weight of ``KL(before || now)`` on texts of the memory; 0 leaves it out.
         kl_tokens: about so many tokens of the memory are read at each update.
@@ -34,6 +36,7 @@ class FineTuningSettings:
     scope: str = "last"
     adam_rate: float = 5e-4
     passes: int = 25
+    loss_enough: float = 0.0
     batch_size: int = 32
     kl: float = 0.0
     kl_tokens: int = 256
@@ -49,7 +52,7 @@ class FineTuningSettings:
                 raise TPatchError(f"{name} is {getattr(self, name)}; give 1 or more")
         if not 0 < self.adam_rate < math.inf:
             raise TPatchError(f"adam_rate is {self.adam_rate}; give a positive number, such as 5e-4")
-        for name in ("kl", "max_change"):
+        for name in ("kl", "max_change", "loss_enough"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise TPatchError(f"{name} is {getattr(self, name)}; give 0, which leaves it out, or a positive number")
 

@@ -18,14 +18,14 @@ from tpatch_jax.editors.memit import MEMIT_PRESETS, check_memit, memit
 from tpatch_jax.editors.rome import R_ROME_PRESETS, ROME_PRESETS, check_rome, rome
 from tpatch_jax.editors.serac import SERAC_PRESETS, SeracSettings, restore_memory, routing, save_memory, serac
 from tpatch_jax.editors.serac_networks import read_networks
-from tpatch_jax.editors.settings import PRESETS
+from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
 from tpatch_jax.editors.tpatcher import TPatcherState, site_layer, tpatcher
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.patch import Patch, sized
 
-__all__ = ["METHODS", "Method", "find_method", "method_settings"]
+__all__ = ["METHODS", "Method", "find_method", "is_silent", "method_settings"]
 
 Progress = Callable[[str, int, int], None]
 Arrays = dict[str, np.ndarray]
@@ -38,8 +38,8 @@ class Method(NamedTuple):
         name: what ``--method`` calls it.
         presets: its settings by name; ``default`` is among them.
         build: ``(settings, memory text file or None, cache folder or None, progress or None) -> Editor``.
-        patch: ``state -> Patch``, where edits are neurons: then only what they fire on is run again. ``None`` where
-            they are something else: then everything is run again through `Editor.apply`.
+        patch: ``state -> Patch``, where edits are neurons that add nothing below their threshold: then only what they
+            fire on is run again. ``state -> None`` otherwise: then everything is run again through `Editor.apply`.
         model: ``state -> Model``, the edited model for free generation, or the base model of a ``routing``; ``None``
             where it is no plain model.
         save: ``state -> arrays``, what a run that is interrupted needs besides `Editor.init`.
@@ -54,7 +54,7 @@ class Method(NamedTuple):
     name: str
     presets: Mapping[str, Any]
     build: Callable[[Any, str | Path | None, Path | None, Progress | None], Editor]
-    patch: Callable[[Any], Patch] | None
+    patch: Callable[[Any], Patch | None]
     model: Callable[[Any], Model] | None
     save: Callable[[Any], Arrays]
     restore: Callable[[Any, Arrays], Any]
@@ -63,9 +63,22 @@ class Method(NamedTuple):
     learnt: Callable[[Model, Any], str] = lambda model, settings: ""
 
 
+SHARP = 64.0
+"""From this sharpness on a neuron below its threshold is as good as silent, whatever activates it."""
+
+
+def is_silent(settings: TPatcherSettings) -> bool:
+    """Whether a patch is silent below its threshold, so that measuring it with ReLU measures what is merged, too."""
+    return settings.fit.recipe == "staged" and settings.fit.sharpness >= SHARP
+
+
+def _tpatcher_patch(state: TPatcherState) -> Patch | None:
+    return state.patch if is_silent(state.settings) else None
+
+
 def _tpatcher_model(state: TPatcherState) -> Model:
     # Few sizes, so that a new number of neurons seldom compiles the network anew.
-    return attach(state.model, sized(state.patch), relu=True)
+    return attach(state.model, sized(state.patch), relu=is_silent(state.settings))
 
 
 def _save_tpatcher(state: TPatcherState) -> Arrays:
@@ -78,12 +91,16 @@ def _restore_tpatcher(state: TPatcherState, arrays: Arrays) -> TPatcherState:
     return state._replace(patch=patch, earlier=load_earlier(arrays))
 
 
+def _no_patch(state: Any) -> None:
+    return None
+
+
 def _fine_tuning(name: str, presets: Mapping[str, FineTuningSettings]) -> Method:
     return Method(
         name,
         presets,
         lambda settings, memory, cache, progress: fine_tuning(settings, memory=memory, cache=cache, progress=progress),
-        None,
+        _no_patch,
         lambda state: state.edited,
         save_trained,
         restore_trained,
@@ -104,7 +121,7 @@ METHODS: Mapping[str, Method] = {
         "tpatcher",
         PRESETS,
         lambda settings, memory, cache, progress: tpatcher(settings, memory=memory, cache=cache, progress=progress),
-        lambda state: state.patch,
+        _tpatcher_patch,
         _tpatcher_model,
         _save_tpatcher,
         _restore_tpatcher,
@@ -115,7 +132,7 @@ METHODS: Mapping[str, Method] = {
         "rome",
         ROME_PRESETS,
         lambda settings, memory, cache, progress: rome(settings, memory=memory, cache=cache, progress=progress),
-        None,
+        _no_patch,
         edited,
         save,
         restore,
@@ -125,7 +142,7 @@ METHODS: Mapping[str, Method] = {
         "r-rome",
         R_ROME_PRESETS,
         lambda settings, memory, cache, progress: rome(settings, memory=memory, cache=cache, progress=progress),
-        None,
+        _no_patch,
         edited,
         save,
         restore,
@@ -135,7 +152,7 @@ METHODS: Mapping[str, Method] = {
         "memit",
         MEMIT_PRESETS,
         lambda settings, memory, cache, progress: memit(settings, memory=memory, cache=cache, progress=progress),
-        None,
+        _no_patch,
         edited,
         save,
         restore,
@@ -145,7 +162,7 @@ METHODS: Mapping[str, Method] = {
         "serac",
         SERAC_PRESETS,
         lambda settings, memory, cache, progress: serac(settings, progress=progress),
-        None,
+        _no_patch,
         lambda state: state.model,
         save_memory,
         restore_memory,

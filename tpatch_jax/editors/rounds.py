@@ -127,6 +127,7 @@ def fit_rounds(
     *,
     attempts: int,
     most_tokens: int,
+    left: np.ndarray,
     activation: Callable[[Array], Array],
     progress: Progress | None = None,
     mesh: Mesh | None = None,
@@ -145,6 +146,7 @@ def fit_rounds(
         settings: options of a fit.
         attempts: how many rounds at most.
         most_tokens: only so many tokens of a request get a neuron.
+        left: bare rows that get none, whatever comes out.
         activation: the feed-forward network's.
         progress: called with what is being done, how much is done, and how much there is.
         mesh: devices that share the work; see `fit_many`.
@@ -155,7 +157,7 @@ def fit_rounds(
     missing, rows, notes, seconds = wrong(patch), np.zeros(0, np.int64), [], 0.0
     size = len(missing)
     for attempt in range(attempts):
-        now = missing[asked.token[missing] < most_tokens]
+        now = missing[(asked.token[missing] < most_tokens) & ~np.isin(missing, left)]
         if not len(now):
             break
         began = time.perf_counter()
@@ -260,6 +262,9 @@ def report(
         elif position in already and position not in neurons:
             # One that held, was disturbed by another edit and got a neuron for it counts as edited.
             results.append(RequestInfo(name, True, "already"))
+        elif position not in notes:
+            # Another request's neuron says what it asks for.
+            results.append(RequestInfo(name, True, "edited"))
         else:
             fits = notes[position]
             result = RequestInfo(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from tpatch_jax.configuration import check_range
 from tpatch_jax.editors.subject_site import SubjectSettings
 from tpatch_jax.fitting import FitSettings
 from tpatch_jax.objective import Weights
@@ -23,7 +24,8 @@ class TPatcherSettings:
             ``"auto"``, the subject if the model has an earlier layer for it. A request without a subject is edited in
             the last layer in any case.
         layer: of the subject site: ``"auto"``, a third of the way up, or a number.
-        complete: whether what a neuron at a subject leaves wrong is completed in the last layer.
+        complete: whether what a neuron at a subject leaves wrong is completed in the last layer. A request without such
+            a neuron is edited there all the same.
         fit: how a patch in the last layer is fitted.
         subject: how a patch at the subject is fitted.
         contexts: in how many contexts each prompt is seen, the bare one included.
@@ -45,6 +47,9 @@ class TPatcherSettings:
         nuisance_weight: how strongly the key avoids directions in which only the context shows.
         shrinkage: of the covariance behind the whitened key.
         train_on_rephrases: use the requests' rephrases as further contexts; otherwise they only measure.
+
+    Raises:
+        TPatchError: a value makes no sense.
     """
 
     site: str = "auto"
@@ -68,6 +73,14 @@ class TPatcherSettings:
     nuisance_weight: float = 0.8
     shrinkage: float = 0.1
     train_on_rephrases: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_range(self, ("contexts", "input_contexts", "answer_negatives", "attempts", "most_tokens"), 1)
+        check_range(self, ("rewordings", "input_key_steps", "swaps", "many_from"), 0)
+        check_range(self, ("answer_overshoot",), 1e-9)
+        check_range(self, ("nuisance_weight",), 0.0)
+        check_range(self, ("label_split", "answer_split", "shrinkage"), 0.0, 1.0)
 
     def for_inputs(self, answers: bool, pointwise: bool) -> "TPatcherSettings":
         """The options as they are meant for a model that reads whole inputs.

@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax import ffn
+from tpatch_jax.configuration import check_range
 from tpatch_jax.editors.background import Background
 from tpatch_jax.editors.earlier import NO_SUBJECT, Earlier
 from tpatch_jax.editors.reading import Item
@@ -82,6 +83,9 @@ class SubjectSettings:
         value_lanes: how many values are trained together at most.
         plateau: the response stops growing here, where 1 is that of the edit's own queries; it takes a second neuron.
             0 lets it grow.
+
+    Raises:
+        TPatchError: a value makes no sense.
     """
 
     token: str = "subject"
@@ -100,6 +104,18 @@ class SubjectSettings:
     question_split: float = 0.4
     value_lanes: int = 16
     plateau: float = 0.3
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_range(self, ("key_contexts", "value_contexts", "value_lanes"), 1)
+        check_range(self, ("neutral",), 0)
+        check_range(self, ("shorter",), 0, 3)
+        check_range(self, ("key_floor", "key_split", "question_floor", "question_split", "key_nuisance"), 0.0, 1.0)
+        check_range(self, ("key_avoidance", "key_contrast", "question_avoidance", "plateau"), 0.0)
+        check_range(self.value, ("steps",), 0)
+        check_range(self.value, ("rate", "longest"), 1e-9)
+        check_range(self.value, ("enough", "closeness", "decay"), 0.0)
+        check_range(self.value, ("momentum",), 0.0, 0.999999)
 
 
 class SubjectNeuron(NamedTuple):
@@ -328,7 +344,9 @@ def read_subjects(
         found = rows_of(model, others)
         avoid[number] = [*islice(cycle(found), AVOIDED)] if found else []
         found = rows_of(model, neutral_wordings(request, settings.neutral, asked))
-        neutral[number] = [*islice(cycle(found or prompts[number][:1]), settings.neutral)]
+        # Where all are too long the prompt stands in, asked at one place like them.
+        found = found or [row._replace(places=row.places[:1], wanted=[]) for row in prompts[number][:1]]
+        neutral[number] = [*islice(cycle(found), settings.neutral)]
 
     most = max(map(len, more.values()), default=0)
     more = {number: [*islice(cycle(rows or prompts[number][:1]), most)] for number, rows in more.items()}

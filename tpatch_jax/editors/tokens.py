@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tpatch_jax.configuration import random_key
 from tpatch_jax.editors.background import PREFIX_LENGTHS, SPANS
 from tpatch_jax.editors.editor import EditInfo
 from tpatch_jax.editors.rounds import Note, ask, finished, fit_rounds, numbered, report
@@ -162,7 +163,7 @@ def _edit(
     memory = _memory(network, memory_rows, settings, longest)
     if settings.other_edits:
         memory = extend(memory, sites.query, asked.answers, power_of_two(len(asked.answers), 64))
-    finish, key = network.finisher(), jax.random.key(seed)
+    finish, key = network.finisher(), random_key(seed)
     moment = output_moment(finish, _references(network, memory_rows, longest))
 
     def wrong(patch: Patch) -> np.ndarray:
@@ -188,6 +189,7 @@ def _edit(
         settings.fit,
         attempts=settings.attempts,
         most_tokens=settings.most_tokens,
+        left=np.zeros(0, np.int64),
         activation=network.activation,
     )
     alive, reasons = finished(fitted, asked, wrong)

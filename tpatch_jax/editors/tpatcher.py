@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tpatch_jax.configuration import random_key
 from tpatch_jax.devices import mesh_of
 from tpatch_jax.editors.background import Background, background
 from tpatch_jax.editors.earlier import Earlier, broken, fires, give_way, nothing, refreshed, remember
@@ -133,7 +134,8 @@ def tpatcher(
         return _step(state, as_requests(requests), key, progress)
 
     def apply(state: TPatcherState, batch: Batch) -> Array:
-        return attach(state.model, state.patch).apply(batch)
+        # Few sizes, so that a new number of neurons seldom compiles the network anew.
+        return attach(state.model, sized(state.patch)).apply(batch)
 
     return Editor(init, step, apply)
 
@@ -238,6 +240,7 @@ class _Last(NamedTuple):
         asked: the target tokens.
         bare: what the cut gives at them after the bare prompts.
         last: the neurons of earlier steps, some of which gave way.
+        asking: the bare rows for which they did.
         already: positions of requests that held without a new neuron here.
     """
 
@@ -245,6 +248,7 @@ class _Last(NamedTuple):
     asked: Asked
     bare: Sites
     last: Patch
+    asking: np.ndarray
     already: set[int]
 
 
@@ -264,30 +268,35 @@ def _fit_last(
     bare = Sites(*(chosen_rows(field, asked.bare) for field in sites))
 
     wrong = partial(wrong_rows, model, bare, asked.wanted)
-    missing = wrong(last)
-    last = give_way(model, deep.earlier, last, bare.query[missing])
+    asking = wrong(last)
+    last = give_way(model, deep.earlier, last, bare.query[asking])
     missing = wrong(last)
     already = {items[number].position for number in set(range(len(items))) - set(asked.owner[missing].tolist())}
     lanes = partial(
         create_lanes, model, settings, sites, asked, negatives, np.asarray(memory.mean, np.float32), state.spread
     )
+    # What a request says besides its prompt and its target only measures.
+    names = [(good[item.position].prompt, good[item.position].target) for item in items]
+    subjects = () if settings.complete else {neuron.position for neuron in deep.neurons}
+    left = [number for number, item in enumerate(items) if item.position in subjects]
     fitted = fit_rounds(
         last,
         lanes,
         wrong,
-        [f"{good[items[own].position]} {token}" for own, token in zip(asked.owner, asked.token, strict=True)],
+        [f"{names[own]} {token}" for own, token in zip(asked.owner, asked.token, strict=True)],
         asked,
         memory,
         resume(model),
         key,
         settings.fit,
-        attempts=settings.attempts if settings.complete else 0,
+        attempts=settings.attempts,
+        left=np.flatnonzero(np.isin(asked.owner, left)),
         most_tokens=settings.most_tokens,
         activation=ACTIVATIONS[model.config.activation],
         progress=progress,
         mesh=mesh_of(model.params),
     )
-    return _Last(fitted, asked, bare, last, already)
+    return _Last(fitted, asked, bare, last, asking, already)
 
 
 def _step(
@@ -314,14 +323,15 @@ def _step(
     if not items:
         return state, report(names, problems, set(), {}, {}, width, (time.perf_counter() - began, 0.0, 0.0))
 
-    before, last = _split(state)
-    deep = _fit_deep(state, items, requests, before, last, progress)
+    before, former = _split(state)
+    deep = _fit_deep(state, items, requests, before, former, progress)
     deep_seconds = time.perf_counter() - began if deep.neurons else 0.0
     # Measuring the unit is no part of the edit.
     paused = time.perf_counter()
     unit = forward_seconds(deep.model, items)
     began += time.perf_counter() - paused
-    fitted, asked, bare, last, already = _fit_last(state, deep, items, good, prefixes, last, key, progress)
+    found = _fit_last(state, deep, items, good, prefixes, former, key, progress)
+    fitted, asked, bare, last, already = found.fitted, found.asked, found.bare, found.last, found.already
     act = ACTIVATIONS[state.model.config.activation]
 
     def wrong(patch: Patch) -> np.ndarray:
@@ -351,12 +361,23 @@ def _step(
     for number, reason in reasons.items():
         position = items[number].position
         mend = "try more attempts" + ", or give the request a subject" * (requests[position].subject is None)
+        if not settings.complete and state.deep is not None and requests[position].subject is not None:
+            mend = "use complete=true, which lets the last layer say what the subject's neuron does not"
         problems[position] = f"{reason} after {settings.attempts} attempts; {mend}"
     made = [(neuron.position, Note("subject", neuron.steps, neuron.margin, neuron.losses)) for neuron in deep.neurons]
     made += [(items[asked.owner[fitted.row[lane]]].position, fitted.notes[lane]) for lane in alive]
     neurons, notes = numbered(made, state.patch.key.shape[0])
-    patch = _together(state, deep.patch, fitted.patch, older, alive)
     holds = [number for number in range(len(items)) if number not in reasons]
+    final = fitted.patch
+    if reasons and last is not former:
+        # What does not hold leaves no trace: earlier neurons that gave way to it take their place again.
+        asking = found.asking[np.isin(asked.owner[found.asking], holds)]
+        calmer = give_way(deep.model, deep.earlier, former, bare.query[asking])
+        tried = concatenate([calmer, take(final, older + alive)])
+        lost = np.setdiff1d(broken(deep.model, deep.earlier, tried), lost_before)
+        if not len(lost) and not np.isin(asked.owner[wrong(tried)], holds).any():
+            final, alive = tried, np.arange(len(alive))
+    patch = _together(state, deep.patch, final, older, alive)
     rows = np.flatnonzero(np.isin(asked.owner, holds))
     kept = Sites(*(field[rows] for field in bare))
     heard = None if deep.read is None else deep.read.heard(holds)
@@ -429,7 +450,7 @@ def edit(
         if settings not in PRESETS:
             raise TPatchError(f"preset {settings!r} does not exist; choose from {', '.join(sorted(PRESETS))}")
         settings = PRESETS[settings]
-    wanted, key = as_requests(requests), jax.random.key(seed)
+    wanted, key = as_requests(requests), random_key(seed)
     if settings.site == "auto" and not any(request.subject for request in wanted):
         settings = dataclasses.replace(settings, site="last")
     with jax.default_matmul_precision("highest"):

@@ -82,6 +82,10 @@ def main() -> int:
     parser.add_argument("-o", "--output", required=True, help="a JSON file")
     options = parser.parse_args()
     try:
+        if options.every < 1:
+            raise TPatchError(f"--every {options.every} is impossible; give 1 or more")
+        if not Path(options.output).absolute().parent.is_dir():
+            raise TPatchError(f"the folder of {options.output} does not exist; make it first")
         model = load_banked_model(open_bank(options.bank))
         found = bank_history(options.bank, model, options.text, every=options.every, tokens=options.text_tokens)
     except TPatchError as error:

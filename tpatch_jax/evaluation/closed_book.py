@@ -14,6 +14,7 @@ Answers are the true ones. Everything is drawn from fixed random numbers, so the
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -289,8 +290,12 @@ def _main(
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], help="the folder to write")],
 ) -> None:
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in closed_book(counterfact, zsre, knowedit).items():
+    try:
+        sets = closed_book(counterfact, zsre, knowedit)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (TPatchError, OSError) as error:
+        sys.exit(str(error))
+    for name, rows in sets.items():
         lines = (json.dumps(row, ensure_ascii=False) for row in rows)
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
         print(f"{folder / name}.jsonl: {len(rows)} questions")

@@ -7,19 +7,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from tpatch_jax import commands
 from tpatch_jax.configuration import known_names, read_config, split_changes
-from tpatch_jax.console import print_json, progress_bar, so_many
+from tpatch_jax.console import print_json, progress_bar, result_console, result_table, so_many
 from tpatch_jax.editors.registry import METHODS, find_method, method_settings
 from tpatch_jax.editors.subject_site import POSITIONS
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import draw_comparison
 from tpatch_jax.evaluation.protocols import PROTOCOLS
 from tpatch_jax.evaluation.record import asked_only
-from tpatch_jax.evaluation.records import DATA, QUESTION, Record, read_records
+from tpatch_jax.evaluation.records import DATA, QUESTION, TEMPLATED, Record, read_records
 from tpatch_jax.evaluation.report import comparison, read_report, table
 from tpatch_jax.evaluation.runner import evaluate
 from tpatch_jax.evaluation.sweep import best, sweep, write_sweep
@@ -107,7 +106,7 @@ def settle(
             found[name] = value
         else:
             # Options and settings are both known here, so the nearest name is sought among both.
-            _check_name(name, names, config)
+            _check_name(str(name), names, config)
             settings[name] = value
     found |= {name: value for name, value in given.items() if value is not None}
     return Options(**found), {**settings, **split_changes(changes)}
@@ -138,13 +137,19 @@ def _records(options: Options) -> _Chosen:
     if file is None:
         raise TPatchError(f"--file is missing; give the file of {data}")
     about: dict[str, Any] = {"data": data, "data_sha256": _sha256(file)}
+    if data != TEXT and options.edits is not None:
+        raise TPatchError(f"--edits belongs to --data text; the edits of {data} are in --file")
     if data == TEXT:
+        if options.text is not None:
+            raise TPatchError("with --data text the text is --file; leave --text out")
         if options.edits is None:
             return _Chosen([], [], [], about)
         data, file = options.edits_data, options.edits
         about |= {"edits_data": data, "edits_sha256": _sha256(file)}
     subject = options.one_per_subject
-    about |= {"one_per_subject": subject, "template": options.template}
+    about["one_per_subject"] = subject
+    if data in TEMPLATED:
+        about["template"] = options.template
     if data == "zsre":
         about["reading"] = options.reading
     chosen = read_records(data, file, options.n, subject, options.reading, options.template)
@@ -222,16 +227,14 @@ def evaluate_command(
     columns = [(result["method"], result) for result in found["results"]]
     title = f"{model}, protocol {options.protocol}: {found['results'][0]['moment']}"
     _show(title, table(columns))
-    Console().print(f"report in {output}", highlight=False)
+    result_console().print(f"report in {output}", markup=False)
 
 
 def _show(title: str, rows: Sequence[Sequence[str]]) -> None:
-    shown = Table(title=title, title_justify="left")
-    for number, heading in enumerate(rows[0]):
-        shown.add_column(heading, justify="right" if number else "left")
+    shown = result_table(title, rows[0], rows[0][1:])
     for row in rows[1:]:
-        shown.add_row(*row)
-    Console().print(shown)
+        shown.add_row(*map(Text, row))
+    result_console().print(shown)
 
 
 def compare(reports: Sequence[str], output: str | None, *, json: bool) -> None:
@@ -249,7 +252,7 @@ def compare(reports: Sequence[str], output: str | None, *, json: bool) -> None:
         return
     _show("reports side by side", rows)
     if output is not None:
-        Console().print(f"picture in {output}", highlight=False)
+        result_console().print(f"picture in {output}", markup=False)
 
 
 def _names(folders: Sequence[str]) -> list[str]:
@@ -305,4 +308,4 @@ def sweep_command(
     ]
     _show(f"{model}: {so_many(len(wanted), 'request')} edited together at each site", [heading, *texts])
     said = f"best: layer {chosen['layer']}, at the {chosen['position']}'s last token; written to {output}"
-    Console().print(said, highlight=False)
+    result_console().print(said, markup=False)

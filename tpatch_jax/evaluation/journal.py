@@ -7,6 +7,8 @@ A report folder holds from the start ``run.json`` (the configuration), from the 
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What cannot be written says so, and what was written before stays."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # A full disk is an OSError from Python and a SafetensorError from safetensors.
+        reason = getattr(error, "strerror", None) or error
+        raise TPatchError(f"cannot write {path}: {reason}; free some room and run again") from None
+
+
 class Journal:
     """The records and state of one method's run, in memory or also in a report folder.
 
@@ -105,28 +118,27 @@ class Journal:
         """One more record is done."""
         self.lines.append(line)
         if self._records is not None:
-            with self._records.open("a", encoding="utf-8") as file:
+            with _writing(self._records), self._records.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def replace(self, lines: list[dict[str, Any]]) -> None:
         """Other records in place of all."""
         self.lines = list(lines)
         if self._records is not None:
-            write_text(self._records, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            with _writing(self._records):
+                write_text(self._records, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def save(self, arrays: Arrays, about: dict[str, Any]) -> None:
         """Keep the edits so far, whole or not at all."""
         if self._state is None:
             return
         temporary = self._state.with_name(f".{self._state.name}.{os.getpid()}")
+        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         try:
-            save_file(
-                {name: np.ascontiguousarray(a) for name, a in arrays.items()}, temporary, {"about": json.dumps(about)}
-            )
-            sync(temporary)
-            os.replace(temporary, self._state)
-        except OSError as error:
-            raise TPatchError(f"cannot write {self._state}: {error.strerror}; free some room and run again") from None
+            with _writing(self._state):
+                save_file(whole, temporary, {"about": json.dumps(about)})
+                sync(temporary)
+                os.replace(temporary, self._state)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -144,7 +156,8 @@ class Journal:
     def finish(self, result: dict[str, Any]) -> None:
         """The method is done."""
         if self._result is not None:
-            write_text(self._result, json.dumps(result, ensure_ascii=False))
+            with _writing(self._result):
+                write_text(self._result, json.dumps(result, ensure_ascii=False))
 
     def result(self) -> dict[str, Any] | None:
         """The method's result, if it was done in an earlier run."""

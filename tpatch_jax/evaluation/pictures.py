@@ -84,11 +84,18 @@ def draw_comparison(path: Path, columns: Sequence[tuple[str, Mapping[str, Any]]]
     axes, width = figure.subplots(), 0.8 / max(1, len(columns))
     for number, (heading, result) in enumerate(columns):
         places = [index - 0.4 + width * (number + 0.5) for index in range(len(names))]
-        axes.bar(places, [result["metrics"].get(name, 0.0) for name in names], width, label=heading)
+        # What a report lacks is no bar, and not one of no height.
+        heights = [result["metrics"].get(name, float("nan")) for name in names]
+        axes.bar(places, heights, width, label=_literal(heading))
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_ylabel("share")
     figure.legend(fontsize=8, ncols=3, loc="outside lower center")
     _save(figure, path)
+
+
+def _literal(text: str) -> str:
+    """A text of the user's, in which matplotlib shall see no formula."""
+    return text.replace("$", r"\$")
 
 
 def _save(figure: Any, path: Path) -> str:
@@ -122,7 +129,7 @@ def _heat(rows: Sequence[Sequence[float]], ids: Sequence[str]) -> Any:
     axes.set_ylabel("edits: the neurons of each record")
     axes.set_title("Strongest activation of each edit's neurons on each edit prompt")
     if len(ids) <= 24:
-        axes.set_yticks(range(len(rows)), ids, fontsize=7)
+        axes.set_yticks(range(len(rows)), [_literal(name) for name in ids], fontsize=7)
     figure.colorbar(image, ax=axes, label="max(0, q·k + b)")
     return figure
 

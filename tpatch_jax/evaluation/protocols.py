@@ -81,7 +81,7 @@ class Edited(NamedTuple):
 
     @property
     def patch(self) -> Patch | None:
-        return self.method.patch(self.state) if self.method.patch is not None else None
+        return self.method.patch(self.state)
 
     @property
     def model(self) -> Model | None:
@@ -212,7 +212,7 @@ def _rules(record: Record) -> list[str]:
 def _on_text(setup: Setup, edited: Edited) -> dict[str, float]:
     if setup.text is None:
         return {}
-    return text_figures(setup.text, _look(setup, edited, setup.text, whole=True), edited.method.patch is not None)
+    return text_figures(setup.text, _look(setup, edited, setup.text, whole=True), edited.patch is not None)
 
 
 def _result(metrics_: Mapping[str, float], costs: Sequence[Mapping[str, Any]], each: bool) -> dict[str, Any]:

@@ -23,6 +23,7 @@ __all__ = [
     "PLAIN",
     "QUESTION",
     "READINGS",
+    "TEMPLATED",
     "Probe",
     "Record",
     "read_counterfact",
@@ -329,6 +330,9 @@ DATA: Mapping[str, Callable[[str | Path, str, str], list[Record]]] = {
     "fever": lambda path, reading, template: read_fever(path),
 }
 """The readers by the names of their data sets: ``(path, reading, template) -> records``."""
+
+TEMPLATED = ("counterfact", "zsre", "knowedit", "mquake")
+"""Those whose questions are put into a template; request files and claims stand as they are."""
 
 
 def _one_per_subject(records: Sequence[Record]) -> list[Record]:

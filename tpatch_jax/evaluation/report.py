@@ -111,12 +111,20 @@ def _markdown_table(rows: Rows) -> str:
     return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]])
 
 
+def _one_line(value: Any) -> str:
+    return str(value).replace("\n", "⏎")
+
+
 def _about(config: Mapping[str, Any], protocol: str, moment: str) -> str:
     parts = [f"protocol **{protocol}** ({moment})"]
     parts += [
-        f"{name} `{config[name]}`" for name in ("data", "reading", "template", "one_per_subject") if name in config
+        f"{name} `{_one_line(config[name])}`"
+        for name in ("data", "reading", "template", "one_per_subject")
+        if name in config
     ]
-    parts += [f"n = {config['n']}", f"seed {config['seed']}", "patches attached with ReLU"]
+    parts += [f"n = {config['n']}", f"seed {config['seed']}"]
+    if config["activation"]:
+        parts.append(f"patches attached with {config['activation']}")
     if config["text"]:
         text = config["text"]
         parts.append(f"perplexity over at most {text['tokens']} tokens in windows of {text['window']}")

@@ -8,18 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax import Array
 
-from tpatch_jax.editors.registry import find_method, method_settings
+from tpatch_jax.configuration import random_key
+from tpatch_jax.editors.registry import find_method, is_silent, method_settings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.journal import Journal, finish_report, open_report
 from tpatch_jax.evaluation.protocols import ACCURACY, ELSEWHERE, MOMENTS, PROTOCOLS, Setup, unedited
-from tpatch_jax.evaluation.records import Record
+from tpatch_jax.evaluation.records import Probe, Record
 from tpatch_jax.evaluation.report import SCHEMA, write_report
 from tpatch_jax.evaluation.running_text import WINDOW, read_windows
-from tpatch_jax.evaluation.scoring import ask, base_scores
+from tpatch_jax.evaluation.scoring import Asked, ask, base_scores
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.sources import cache_folder
@@ -51,7 +53,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Edit a model by one or more methods and measure what each does; the unedited model is always measured too.
 
-    Patches are evaluated attached with ReLU; see `tpatch_jax.evaluation.scoring`.
+    Patches with a sharp threshold are evaluated attached with ReLU, others with the network's own activation; see
+    `tpatch_jax.evaluation.scoring`.
 
     Args:
         model: the model; not changed.
@@ -100,6 +103,7 @@ def evaluate(
     for method in chosen:
         method.check(model, used[method.name])
     learnt = {method.name: found for method in chosen if (found := method.learnt(model, used[method.name]))}
+    prepared = _ask(model, records, train, held_out, text, text_tokens, seed)
     extra = dict(about or {})
     data_sha256 = extra.pop("data_sha256", None) or _content(records)
     config = {
@@ -110,7 +114,7 @@ def evaluate(
         "protocol": protocol,
         "n": len(records),
         "settings": {method.name: asdict(used[method.name]) for method in chosen},
-        "activation": "relu",
+        "activation": _activation(model, used),
         "text": None if text is None else {"sha256": _file(text), "tokens": text_tokens, "window": WINDOW},
         "memory": None if memory is None else _file(memory),
         "generate": generate,
@@ -129,7 +133,7 @@ def evaluate(
             return whole
     tell = progress or (lambda what, done, total: None)
     with jax.default_matmul_precision("highest"):
-        setup = _prepare(model, records, train, held_out, text, text_tokens, generate, every, seed, cache, tell)
+        setup = _prepare(model, records, train, held_out, prepared, generate, every, cache, tell)
         results, lines = [], {}
         for name, settled in [("unedited", None), *((method.name, method) for method in chosen)]:
             journal = Journal(name, folder)
@@ -160,35 +164,60 @@ def evaluate(
     return report
 
 
-def _prepare(
+class _Prepared(NamedTuple):
+    """Everything that will be asked, in tokens, each distinct probe once; the running text; the random key."""
+
+    probes: list[Probe]
+    tokens: Asked
+    windows: Asked | None
+    key: Array
+
+
+def _ask(
     model: Model,
     records: Sequence[Record],
     train: Sequence[Record],
     held_out: Sequence[Record],
     text: str | Path | None,
     text_tokens: int,
-    generate: bool,
-    every: int,
     seed: int,
-    cache: bool,
-    tell: Progress,
-) -> Setup:
-    """The unedited model's answers to everything that will be asked, each distinct probe once."""
+) -> _Prepared:
     asked = [probe for record in records for probes in record.probes.values() for probe in probes]
     others = [record.probes.get(kind, ()) for record in (*train, *held_out) for kind in (*ELSEWHERE, *ACCURACY)]
     asked += [probe for found in others for probe in found]
     probes = list(dict.fromkeys(asked))
+    windows = None if text is None else read_windows(model, text, text_tokens)
+    return _Prepared(probes, ask(model, probes), windows, random_key(seed))
+
+
+def _prepare(
+    model: Model,
+    records: Sequence[Record],
+    train: Sequence[Record],
+    held_out: Sequence[Record],
+    prepared: _Prepared,
+    generate: bool,
+    every: int,
+    cache: bool,
+    tell: Progress,
+) -> Setup:
+    """The unedited model's answers to everything that will be asked."""
+    probes, tokens, windows, key = prepared
     place = cache_folder() if cache else None
-    tokens = ask(model, probes)
     base = base_scores(model, tokens, cache=place, tell=lambda done: tell("reading probes", done, len(probes)))
     running = None
-    if text is not None:
-        windows = read_windows(model, text, text_tokens)
+    if windows is not None:
         count = len(windows.rows)
         running = base_scores(model, windows, cache=place, tell=lambda done: tell("reading the text", done, count))
     index = {probe: number for number, probe in enumerate(probes)}
-    key = jax.random.key(seed)
     return Setup(model, records, train, held_out, base, index, running, key, generate, every, tell)
+
+
+def _activation(model: Model, used: Mapping[str, Any]) -> str | None:
+    """What patches are activated with, if there are any."""
+    if "tpatcher" not in used:
+        return None
+    return "relu" if is_silent(used["tpatcher"]) else model.config.activation
 
 
 def _content(records: Sequence[Record]) -> str:

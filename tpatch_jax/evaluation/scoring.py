@@ -3,8 +3,9 @@
 The unedited model reads every probe once; what its last layer leaves at the scored positions is kept (also on disk, by
 content). A patch in that layer changes each position on its own: its neurons are tried on the kept queries, and only
 positions on which one fires get new logits. A patch in an earlier layer has only the texts run again on which a
-neuron fires. Both hold because patches are evaluated with ReLU, so that a silent neuron adds exactly nothing (a patch
-that is merged, or attached with SiLU or GELU, leaks a hair below its threshold).
+neuron fires. Both hold because such patches are evaluated with ReLU, so that a silent neuron adds exactly nothing (a
+patch that is merged, or attached with SiLU or GELU, leaks a hair below its threshold). Patches without a sharp
+threshold, as the joint recipe makes them, are evaluated as they are merged: see `apply_scores`.
 """
 
 import hashlib

@@ -71,8 +71,9 @@ def _silence(params: dict[str, Array], lane: Lane, memory: Memory, settings: Fit
 def _optimiser(settings: FitSettings) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(settings.clip),
-        optax.scale_by_adam(),
+        # Before Adam: a part of the gradient, as in the authors' code.
         optax.add_decayed_weights(settings.weight_decay),
+        optax.scale_by_adam(),
     )
 
 

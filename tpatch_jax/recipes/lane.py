@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from tpatch_jax.configuration import check_range
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.objective import Weights
 
 __all__ = ["FitInfo", "FitSettings", "Lane", "Resume", "held"]
@@ -70,7 +72,7 @@ class FitSettings:
         weights: weights and margins of the objective.
         learning_rate: Adam's, for all parameters (joint).
         value_learning_rate: Adam's for the value, in units of the lane's scale (staged); ``0`` means 0.05.
-        weight_decay: decoupled, on all parameters.
+        weight_decay: so much of each parameter is added to its gradient (joint).
         clip: the gradient's largest norm.
         key_steps: steps on the activation and memory losses (staged).
         key_rate: length of the first of them, in units of the key's first length; they shrink to nothing (staged).
@@ -90,6 +92,9 @@ class FitSettings:
         eager: where an edit cannot be parted from the hardest negative, fire on its queries' mean and not only on the
             first (staged): where no single query decides what is said.
         lanes: how many lanes are fitted at a time at most; a power of two. Their logits are in memory together.
+
+    Raises:
+        TPatchError: a value makes no sense.
     """
 
     recipe: str = "staged"
@@ -114,6 +119,19 @@ class FitSettings:
     output_bias: bool = False
     eager: bool = False
     lanes: int = 16
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_range(self, ("rounds", "negatives", "patience", "most_steps", "lanes"), 1)
+        check_range(self, ("key_steps", "value_steps", "least_steps"), 0)
+        check_range(self, ("value_learning_rate", "weight_decay", "value_spread"), 0.0)
+        check_range(self, ("learning_rate", "clip", "key_rate", "overshoot", "sharpness", "value_limit"), 1e-9)
+        check_range(self, ("split",), 0.0, 1.0)
+        check_range(self.weights, ("least_active", "hardest"), 1)
+        check_range(self.weights, ("limit", "margin"), -1e9)
+        check_range(self.weights, ("activation", "memory", "label_smoothing", "entropy"), 0.0)
+        if self.lanes & (self.lanes - 1):
+            raise TPatchError(f"lanes is {self.lanes}; give a power of two")
 
 
 def held(logits: Array, target: Array) -> Array:

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
-from tpatch_jax.console import print_json
+from tpatch_jax.console import print_json, result_console
 from tpatch_jax.showing.folder import folder_view
 from tpatch_jax.showing.page import check_page, write_page
 
@@ -19,4 +17,4 @@ def report_command(folder: str, output: str, *, json: bool) -> None:
     if json:
         print_json({"page": output, "title": title, **about, "bytes": size})
     else:
-        Console(highlight=False, soft_wrap=True).print(f"{title}: {output}, {size:,} bytes", markup=False)
+        result_console().print(f"{title}: {output}, {size:,} bytes", markup=False, soft_wrap=True)
