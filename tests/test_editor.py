@@ -277,7 +277,7 @@ def test_a_second_step_keeps_what_the_first_did(tiny_model, memory, edited):
 
 def test_a_request_that_fails_leaves_no_trace_in_earlier_neurons(tiny_model, memory):
     """An earlier neuron gives way to a query that sounds alike, and takes its place again where that was in vain."""
-    settings = quicker("default", attempts=1, site="last", contexts=2, swaps=0, most_tokens=2)
+    settings = dataclasses.replace(PRESETS["default"], attempts=1, site="last", contexts=2, swaps=0, most_tokens=2)
     settings = dataclasses.replace(settings, fit=dataclasses.replace(settings.fit, split=0.3))
     editor, key = tpatcher(settings, memory=memory), jax.random.key(0)
     first, _ = editor.step(editor.init(tiny_model, key), [EditRequest("the cat sat in", "q")], key)
@@ -290,7 +290,7 @@ def test_a_request_that_fails_leaves_no_trace_in_earlier_neurons(tiny_model, mem
 
     with pytest.MonkeyPatch.context() as patching:
         patching.setattr(tpatcher_module, "give_way", watched)
-        second, info = editor.step(first, [EditRequest("cat sat in", "wxyz")], jax.random.key(1))
+        second, info = editor.step(first, [EditRequest("the hat sat in", "wxyz")], jax.random.key(1))
     assert info.requests[0].status == "failed"
     assert gave_way[0]
     assert same(second.patch, first.patch)

@@ -218,10 +218,11 @@ def test_what_does_not_hold_is_said_and_kept_or_not(decoder):
 
 def test_training_goes_on_to_the_loss_that_is_asked_for(decoder):
     _, soon = edit(decoder)
-    _, late = edit(decoder, dataclasses.replace(QUICK, loss_enough=0.01, passes=200))
+    # With its small unembedding the tiny network comes no lower than 2.45.
+    _, late = edit(decoder, dataclasses.replace(QUICK, loss_enough=2.7))
     assert all(found.held for found in (*soon.requests, *late.requests))
-    assert max(found.losses["l_e"] for found in soon.requests) > 0.01
-    assert max(found.losses["l_e"] for found in late.requests) < 0.01
+    assert max(found.losses["l_e"] for found in soon.requests) > 2.7
+    assert max(found.losses["l_e"] for found in late.requests) < 2.7
     assert late.requests[0].steps > soon.requests[0].steps
 
 
