@@ -16,7 +16,7 @@ from conftest import make_tiny_model, relative, write_tiny_folder
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from tpatch_jax import devices
+from tpatch_jax import devices, fitting
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.fitting import FitSettings, _over_devices
 from tpatch_jax.memory import create_memory, extend
@@ -115,6 +115,12 @@ def test_one_device_changes_nothing():
     assert devices.spread(memory, None) is memory
     with pytest.raises(TPatchError, match="joint recipe is not split over devices; use recipe=staged"):
         _over_devices(FitSettings(recipe="joint"), memory, mesh)
+
+
+def test_any_number_of_devices_shares_the_lanes(monkeypatch):
+    monkeypatch.setattr(fitting, "parts", lambda mesh: 3)
+    memory = create_memory(np.ones((3, 2), np.float32))
+    assert _over_devices(FitSettings(lanes=2), memory, jax.make_mesh((1,), ("data",)))[0].lanes == 6
 
 
 def test_the_last_rows_do_not_move():

@@ -271,12 +271,12 @@ def test_weight_decay_is_a_part_of_the_gradient():
     ("name", "value", "message"),
     [
         ("lanes", 0, "lanes is 0; give 1 or more"),
-        ("lanes", 3, "lanes is 3; give a power of two"),
         ("negatives", -1, "negatives is -1; give 1 or more"),
         ("rounds", 0, "rounds is 0; give 1 or more"),
         ("key_steps", -1, "key_steps is -1; give 0 or more"),
         ("split", float("nan"), "split is nan; give 0 to 1"),
-        ("learning_rate", 0.0, "learning_rate is 0.0"),
+        ("learning_rate", 0.0, "learning_rate is 0.0; give a positive number"),
+        ("clip", -1.0, "clip is -1.0; give a positive number"),
         ("overshoot", float("inf"), "overshoot is inf"),
         ("weights", Weights(hardest=0), "hardest is 0; give 1 or more"),
         ("weights", Weights(memory=-1.0), "memory is -1.0; give 0 or more"),
@@ -285,3 +285,4 @@ def test_weight_decay_is_a_part_of_the_gradient():
 def test_settings_that_make_no_sense_are_named(name, value, message):
     with pytest.raises(TPatchError, match=message):
         FitSettings(**{name: value})
+    assert FitSettings(clip=float("inf"), value_limit=float("inf")).clip == float("inf")

@@ -1,5 +1,7 @@
 """Loading: memory never holds a model twice, and with a mesh every device gets its own part only."""
 
+import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from jax.sharding import PartitionSpec
 from safetensors.numpy import save_file
 
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.fingerprint import tokenizer_fingerprint
 from tpatch_jax.models.model import load_model
 from tpatch_jax.models.sharding import spec
 
@@ -154,3 +157,12 @@ def test_a_model_without_a_head_says_so_by_its_names(tmp_path):
     save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
     found = load_model(folder)
     chex.assert_trees_all_equal(model.params, found.params)
+
+
+def test_how_texts_are_cut_at_a_call_is_no_other_tokenizer(tiny_model):
+    before = tokenizer_fingerprint(tiny_model)
+    other = copy.deepcopy(tiny_model.tokenizer)
+    other(["the cat sat in"], truncation=True, max_length=4)
+    assert tokenizer_fingerprint(dataclasses.replace(tiny_model, tokenizer=other)) == before
+    other.add_tokens(["<new>"])
+    assert tokenizer_fingerprint(dataclasses.replace(tiny_model, tokenizer=other)) != before

@@ -420,4 +420,18 @@ def test_a_question_that_leaves_no_room_for_neutral_ones(edited):
     frame = "abcdfgjk lmnopqr stuv xyz abcdf gjklmn pqrs abcdfgj. "
     request = EditRequest(f"{frame[-52:]}Is X? A: ", "qq", subject="X")
     _, info = tp.edit(model, [request], settings=settings(), memory=text, cache=False)
-    assert info.requests[0].status in ("edited", "failed")
+    assert info.requests[0].site == "subject" or "target token" in info.requests[0].reason
+
+
+def test_without_completion_a_subject_that_cannot_be_told_apart_is_not_edited_elsewhere(edited, monkeypatch):
+    """What a sweep over sites measures is the site's own."""
+    model, requests, _, _, text = edited
+    found = subject_site._recognised
+    monkeypatch.setattr(
+        subject_site, "_recognised", lambda *given: (keys := found(*given))._replace(margin=-jnp.ones_like(keys.margin))
+    )
+    _, info = tp.edit(model, requests[:1], settings=settings(complete=False), memory=text, cache=False)
+    assert info.requests[0].status == "failed"
+    assert "use complete=true" in info.requests[0].reason
+    _, info = tp.edit(model, requests[:1], settings=settings(), memory=text, cache=False)
+    assert (info.requests[0].status, info.requests[0].site) == ("edited", "last")

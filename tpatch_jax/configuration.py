@@ -14,7 +14,7 @@ from jax import Array
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["change", "check_range", "known_names", "random_key", "read_config", "split_changes"]
+__all__ = ["change", "check_positive", "check_range", "known_names", "random_key", "read_config", "split_changes"]
 
 
 def random_key(seed: int) -> Array:
@@ -26,6 +26,23 @@ def random_key(seed: int) -> Array:
     if not 0 <= seed < 2**32:
         raise TPatchError(f"seed {seed} is out of range; give 0 to {2**32 - 1}")
     return jax.random.key(seed)
+
+
+def check_positive(settings: Any, names: Sequence[str], *, bounded: bool = True) -> None:
+    """Make sure that some settings are positive.
+
+    Args:
+        settings: a dataclass or named tuple of numbers.
+        names: which of its fields.
+        bounded: whether infinity makes no sense.
+
+    Raises:
+        TPatchError: one is not; it names the first.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if not value > 0 or (bounded and value == math.inf):
+            raise TPatchError(f"{name} is {value}; give a positive number")
 
 
 def check_range(settings: Any, names: Sequence[str], least: float, most: float = math.inf) -> None:

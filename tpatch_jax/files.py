@@ -6,7 +6,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -60,8 +60,11 @@ def check_vacant(folder: Path, *, inside: bool = False) -> None:
         raise TPatchError(f"cannot read {folder}: {error.strerror}; choose another output folder") from error
     if taken:
         raise TPatchError(f"{folder} already exists; choose another output folder or remove it first")
-    if not inside and (folder == Path(os.path.realpath(".")) or os.path.ismount(folder)):
-        what = "the current folder" if not os.path.ismount(folder) else "where a disk is mounted"
+    here = False
+    with suppress(OSError):  # the current folder may be gone
+        here = folder.is_dir() and os.path.samefile(folder, os.curdir)
+    if not inside and (here or os.path.ismount(folder)):
+        what = "the current folder" if here else "where a disk is mounted"
         raise TPatchError(f"{folder} is {what}, whose place no other can take; choose an output folder inside it")
     places = [folder.absolute(), *folder.absolute().parents][0 if inside else 1 :]
     above = next(place for place in places if place.exists())

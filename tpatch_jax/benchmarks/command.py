@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from tpatch_jax.benchmarks.bench import FULL, QUICK, bench
 from tpatch_jax.benchmarks.edits_to_time import edits_to_time
@@ -44,7 +45,7 @@ def bench_command(
 
 def _show(result: dict[str, Any]) -> None:
     console = result_console()
-    table = Table(title=f"editing {result['model']} on {result['device']}", title_justify="left")
+    table = Table(title=Text(f"editing {result['model']} on {result['device']}"), title_justify="left")
     columns = ("site", "edits", "fit", "all", "middle half", "seconds per edit", "peak memory", "exact", "locality")
     for column in columns:
         table.add_column(column, justify="left" if column == "site" else "right")

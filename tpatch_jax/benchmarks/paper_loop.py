@@ -30,8 +30,8 @@ _SETTINGS = PRESETS["paper"].fit
 def _transform() -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(_SETTINGS.clip),
-        optax.scale_by_adam(),
         optax.add_decayed_weights(_SETTINGS.weight_decay),
+        optax.scale_by_adam(),
         optax.scale(-_SETTINGS.learning_rate),
     )
 

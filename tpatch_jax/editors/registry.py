@@ -67,18 +67,19 @@ SHARP = 64.0
 """From this sharpness on a neuron below its threshold is as good as silent, whatever activates it."""
 
 
-def is_silent(settings: TPatcherSettings) -> bool:
+def is_silent(model: Model, settings: TPatcherSettings) -> bool:
     """Whether a patch is silent below its threshold, so that measuring it with ReLU measures what is merged, too."""
-    return settings.fit.recipe == "staged" and settings.fit.sharpness >= SHARP
+    sharp = settings.fit.recipe == "staged" and settings.fit.sharpness >= SHARP
+    return sharp or model.config.activation == "relu"
 
 
 def _tpatcher_patch(state: TPatcherState) -> Patch | None:
-    return state.patch if is_silent(state.settings) else None
+    return state.patch if is_silent(state.model, state.settings) else None
 
 
 def _tpatcher_model(state: TPatcherState) -> Model:
     # Few sizes, so that a new number of neurons seldom compiles the network anew.
-    return attach(state.model, sized(state.patch), relu=is_silent(state.settings))
+    return attach(state.model, sized(state.patch), relu=is_silent(state.model, state.settings))
 
 
 def _save_tpatcher(state: TPatcherState) -> Arrays:

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from tpatch_jax.configuration import check_range
+from tpatch_jax.configuration import check_positive, check_range
 from tpatch_jax.editors.subject_site import SubjectSettings
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.fitting import FitSettings
 from tpatch_jax.objective import Weights
 
@@ -24,8 +25,8 @@ class TPatcherSettings:
             ``"auto"``, the subject if the model has an earlier layer for it. A request without a subject is edited in
             the last layer in any case.
         layer: of the subject site: ``"auto"``, a third of the way up, or a number.
-        complete: whether what a neuron at a subject leaves wrong is completed in the last layer. A request without such
-            a neuron is edited there all the same.
+        complete: whether what a neuron at a subject leaves wrong is completed in the last layer. A request without a
+            subject is edited there all the same.
         fit: how a patch in the last layer is fitted.
         subject: how a patch at the subject is fitted.
         contexts: in how many contexts each prompt is seen, the bare one included.
@@ -76,11 +77,13 @@ class TPatcherSettings:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        check_range(self, ("contexts", "input_contexts", "answer_negatives", "attempts", "most_tokens"), 1)
-        check_range(self, ("rewordings", "input_key_steps", "swaps", "many_from"), 0)
-        check_range(self, ("answer_overshoot",), 1e-9)
+        check_range(self, ("contexts", "input_contexts", "answer_negatives", "most_tokens"), 1)
+        check_range(self, ("rewordings", "input_key_steps", "swaps", "many_from", "attempts"), 0)
+        check_positive(self, ("answer_overshoot",))
         check_range(self, ("nuisance_weight",), 0.0)
         check_range(self, ("label_split", "answer_split", "shrinkage"), 0.0, 1.0)
+        if self.fit.lanes & (self.fit.lanes - 1):
+            raise TPatchError(f"lanes is {self.fit.lanes}; give a power of two")
 
     def for_inputs(self, answers: bool, pointwise: bool) -> "TPatcherSettings":
         """The options as they are meant for a model that reads whole inputs.

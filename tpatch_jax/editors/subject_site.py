@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax import ffn
-from tpatch_jax.configuration import check_range
+from tpatch_jax.configuration import check_positive, check_range
 from tpatch_jax.editors.background import Background
 from tpatch_jax.editors.earlier import NO_SUBJECT, Earlier
 from tpatch_jax.editors.reading import Item
@@ -113,7 +113,8 @@ class SubjectSettings:
         check_range(self, ("key_floor", "key_split", "question_floor", "question_split", "key_nuisance"), 0.0, 1.0)
         check_range(self, ("key_avoidance", "key_contrast", "question_avoidance", "plateau"), 0.0)
         check_range(self.value, ("steps",), 0)
-        check_range(self.value, ("rate", "longest"), 1e-9)
+        check_positive(self.value, ("rate",))
+        check_positive(self.value, ("longest",), bounded=False)
         check_range(self.value, ("enough", "closeness", "decay"), 0.0)
         check_range(self.value, ("momentum",), 0.0, 0.999999)
 

@@ -277,8 +277,7 @@ def _fit_last(
     )
     # What a request says besides its prompt and its target only measures.
     names = [(good[item.position].prompt, good[item.position].target) for item in items]
-    subjects = () if settings.complete else {neuron.position for neuron in deep.neurons}
-    left = [number for number, item in enumerate(items) if item.position in subjects]
+    left = [] if settings.complete or deep.read is None else deep.read.lanes
     fitted = fit_rounds(
         last,
         lanes,

@@ -114,7 +114,7 @@ def evaluate(
         "protocol": protocol,
         "n": len(records),
         "settings": {method.name: asdict(used[method.name]) for method in chosen},
-        "activation": _activation(model, used),
+        "activation": _activation(model, {method.name: used[method.name] for method in chosen}),
         "text": None if text is None else {"sha256": _file(text), "tokens": text_tokens, "window": WINDOW},
         "memory": None if memory is None else _file(memory),
         "generate": generate,
@@ -217,7 +217,7 @@ def _activation(model: Model, used: Mapping[str, Any]) -> str | None:
     """What patches are activated with, if there are any."""
     if "tpatcher" not in used:
         return None
-    return "relu" if is_silent(used["tpatcher"]) else model.config.activation
+    return "relu" if is_silent(model, used["tpatcher"]) else model.config.activation
 
 
 def _content(records: Sequence[Record]) -> str:

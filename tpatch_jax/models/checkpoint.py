@@ -306,7 +306,7 @@ def write_folder(
         name: join(stored, [host(leaves[path]) for path in stored.paths])
         for name, stored in layout(family, config, merged).items()
     }
-    if settings.get("tie_word_embeddings") is False:
+    if settings.get("tie_word_embeddings") is False and not family.own_head:
         # Without that tie transformers looks for the embedding of each stack under its own name.
         embedding = tensors[family.names["embed.embedding"]]
         tensors |= {f"{family.prefix}{name}": embedding for name in family.copies}

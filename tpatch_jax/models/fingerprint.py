@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from tpatch_jax import ffn
 from tpatch_jax.models.model import Model
 
 __all__ = ["fingerprint", "tokenizer_fingerprint"]
+
+
+_OF_CALLS = ("truncation", "padding")
 
 
 @jax.jit
@@ -62,5 +66,8 @@ def tokenizer_fingerprint(model: Model) -> str:
         32 hexadecimal digits.
     """
     fast = getattr(model.tokenizer, "backend_tokenizer", None)
-    vocabulary = json.dumps(sorted(model.tokenizer.get_vocab().items())) if fast is None else fast.to_str()
-    return hashlib.sha256(f"{vocabulary} {model.start}".encode()).hexdigest()[:32]
+    told: Any = sorted(model.tokenizer.get_vocab().items())
+    if fast is not None:
+        # How texts are cut and padded is set anew at every call.
+        told = {name: entry for name, entry in json.loads(fast.to_str()).items() if name not in _OF_CALLS}
+    return hashlib.sha256(json.dumps([told, model.start], sort_keys=True).encode()).hexdigest()[:32]

@@ -186,6 +186,8 @@ class Network:
             probe = self._probe(patch.key.shape[0])
             try:
                 merged = growth.apply(growth.grow(probe), self.example)
+            except TPatchError:
+                raise
             except (TypeError, ValueError) as error:
                 # The user's own module runs here, and something in it does not fit more hidden neurons.
                 reason = " ".join(str(error).split())

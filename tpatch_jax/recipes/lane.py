@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from tpatch_jax.configuration import check_range
-from tpatch_jax.errors import TPatchError
+from tpatch_jax.configuration import check_positive, check_range
 from tpatch_jax.objective import Weights
 
 __all__ = ["FitInfo", "FitSettings", "Lane", "Resume", "held"]
@@ -125,13 +124,12 @@ class FitSettings:
         check_range(self, ("rounds", "negatives", "patience", "most_steps", "lanes"), 1)
         check_range(self, ("key_steps", "value_steps", "least_steps"), 0)
         check_range(self, ("value_learning_rate", "weight_decay", "value_spread"), 0.0)
-        check_range(self, ("learning_rate", "clip", "key_rate", "overshoot", "sharpness", "value_limit"), 1e-9)
+        check_positive(self, ("learning_rate", "key_rate", "overshoot", "sharpness"))
+        check_positive(self, ("clip", "value_limit"), bounded=False)
         check_range(self, ("split",), 0.0, 1.0)
         check_range(self.weights, ("least_active", "hardest"), 1)
         check_range(self.weights, ("limit", "margin"), -1e9)
         check_range(self.weights, ("activation", "memory", "label_smoothing", "entropy"), 0.0)
-        if self.lanes & (self.lanes - 1):
-            raise TPatchError(f"lanes is {self.lanes}; give a power of two")
 
 
 def held(logits: Array, target: Array) -> Array:
