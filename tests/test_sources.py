@@ -111,6 +111,10 @@ def test_progress_reaches_the_caller_and_the_terminal(
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(sources, "CONVERTER_VERSION", -1)
     resolve_model("tiny", quiet=False)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setattr(sources, "CONVERTER_VERSION", -2)
+    resolve_model("tiny", quiet=False)
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "converting" in shown.err
