@@ -16,8 +16,26 @@ from tpatch_jax.recipes.lane import FitInfo, FitSettings, Lane, Resume, held
 __all__ = ["JointState", "advance", "begin", "end"]
 
 
+BETTER = 0.001
+"""By so much the memory loss must fall at a look for a fit that holds to go on."""
+
+PLATEAU, WAIT = 0.05, 1
+"""The rate is halved once the edit loss has not fallen by this share at more looks in a row than this."""
+
+
 class JointState(NamedTuple):
-    """Where a joint fit stands."""
+    """Where a joint fit stands.
+
+    Attributes:
+        params: key, bias and value, the value in units of its spread.
+        optimiser: Adam's state.
+        step: steps taken.
+        done: whether it has stopped.
+        rate: factor on the learning rate.
+        best_loss: the least edit loss at a look, from which a plateau is told.
+        flat: looks since then.
+        best_silence: the least memory loss at a look at which the edit held.
+    """
 
     params: dict[str, Array]
     optimiser: optax.OptState
@@ -25,6 +43,7 @@ class JointState(NamedTuple):
     done: Array
     rate: Array
     best_loss: Array
+    flat: Array
     best_silence: Array
 
 
@@ -88,7 +107,7 @@ def begin(lane: Lane, settings: FitSettings, key: Array) -> JointState:
     }
     zero, infinite = jnp.zeros((), query.dtype), jnp.full((), jnp.inf, query.dtype)
     step, done = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
-    return JointState(params, _optimiser(settings).init(params), step, done, zero + 1, infinite, infinite)
+    return JointState(params, _optimiser(settings).init(params), step, done, zero + 1, infinite, step, infinite)
 
 
 def _spread(params: dict[str, Array], settings: FitSettings) -> dict[str, Array]:
@@ -103,7 +122,13 @@ def advance(
     settings: FitSettings,
     act: Callable[[Array], Array],
 ) -> JointState:
-    """One chunk of ``settings.patience`` steps, then the paper's look at the held-out memory."""
+    """One chunk of ``settings.patience`` steps, then the authors' look at the edit and at the held-out memory.
+
+    From the look before ``settings.least_steps`` on, a look counts if the edit holds. The first that counts sets the
+    memory loss to beat; the fit stops at the first after it that is not better by `BETTER` than the best so far.
+
+    Source: Huang et al. 2023 and their code.
+    """
     rows = memory.query.shape[0]
     kept = max(1, rows - rows // 10)
     seen = memory._replace(query=memory.query[:kept], answer=memory.answer[:kept])
@@ -123,18 +148,23 @@ def advance(
     (params, optimiser), losses = jax.lax.scan(step, (state.params, state.optimiser), None, length=settings.patience)
     spread = _spread(params, settings)
     z, logits = _joint_logits(spread, lane, resume, settings, act)
-    _, terms = total_loss(losses[-1], z, _silence(spread, lane, unseen, settings), settings.weights)
-    silence, loss = terms["l_m1"] + terms["l_m2"], jnp.mean(losses)
-    steps = state.step + settings.patience
-    content = held(logits, lane.target).all() & (silence >= state.best_silence) & (steps >= settings.least_steps)
+    weights = settings.weights
+    loss = edit_loss(logits, lane.target, weights.label_smoothing, weights.entropy)
+    _, terms = total_loss(loss, z, _silence(spread, lane, unseen, settings), weights)
+    silence, steps = terms["l_m1"] + terms["l_m2"], state.step + settings.patience
+    counts = held(logits, lane.target).all() & (steps >= settings.least_steps - settings.patience)
+    quieter = silence < state.best_silence - BETTER
+    lower = loss < state.best_loss * (1 - PLATEAU)
+    flat = jnp.where(lower, 0, state.flat + 1)
     return JointState(
         params,
         optimiser,
         steps,
-        content | (steps >= settings.most_steps) | ~jnp.isfinite(loss),
-        jnp.where(loss < state.best_loss, state.rate, state.rate / 2),
-        jnp.minimum(loss, state.best_loss),
-        jnp.minimum(silence, state.best_silence),
+        (counts & ~quieter) | (steps >= settings.most_steps) | ~jnp.isfinite(losses[-1]),
+        jnp.where(flat > WAIT, state.rate / 2, state.rate),
+        jnp.where(lower, loss, state.best_loss),
+        jnp.where(flat > WAIT, 0, flat),
+        jnp.where(counts & quieter, silence, state.best_silence),
     )
 
 
