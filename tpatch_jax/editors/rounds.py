@@ -127,6 +127,7 @@ def fit_rounds(
     *,
     attempts: int,
     most_tokens: int,
+    missing: np.ndarray,
     left: np.ndarray,
     activation: Callable[[Array], Array],
     progress: Progress | None = None,
@@ -146,6 +147,7 @@ def fit_rounds(
         settings: options of a fit.
         attempts: how many rounds at most.
         most_tokens: only so many tokens of a request get a neuron.
+        missing: what ``wrong(patch)`` says to begin with.
         left: bare rows that get none, whatever comes out.
         activation: the feed-forward network's.
         progress: called with what is being done, how much is done, and how much there is.
@@ -154,7 +156,7 @@ def fit_rounds(
     # Once, not again with each part.
     at_once, memory = settings.lanes * parts(mesh), divided(memory, mesh)
     patch = jax.tree.map(np.asarray, patch)
-    missing, rows, notes, seconds = wrong(patch), np.zeros(0, np.int64), [], 0.0
+    rows, notes, seconds = np.zeros(0, np.int64), [], 0.0
     size = len(missing)
     for attempt in range(attempts):
         now = missing[(asked.token[missing] < most_tokens) & ~np.isin(missing, left)]
@@ -211,11 +213,14 @@ def finished(
         token = min(int(asked.token[row]) for row in fitted.missing if asked.owner[row] == number)
         reasons[number] = f"target token {token + 1} of {asked.table[number].shape[1]} still comes out wrong"
     gone(dropped)
+    # Where nothing is taken out the rounds have looked already, and all comes out.
+    looked = not dropped
     while True:
         alive = np.asarray([n for n, row in enumerate(fitted.row) if asked.owner[row] not in dropped], np.int64)
         all_alive = len(alive) == len(fitted.row)
         final = fitted.patch if all_alive else concatenate([older, take(fitted.patch, first + alive)])
-        broken = dict.fromkeys(set(asked.owner[wrong(final)].tolist()), "another edit breaks it")
+        broken = {} if looked else dict.fromkeys(asked.owner[wrong(final)].tolist(), "another edit breaks it")
+        looked = False
         broken |= dict.fromkeys(harmed(final, fitted.row[alive]), "it would break an earlier edit")
         broken = {number: reason for number, reason in broken.items() if number not in dropped}
         if not broken:

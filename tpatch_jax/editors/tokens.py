@@ -189,6 +189,7 @@ def _edit(
         settings.fit,
         attempts=settings.attempts,
         most_tokens=settings.most_tokens,
+        missing=missing,
         left=np.zeros(0, np.int64),
         activation=network.activation,
     )

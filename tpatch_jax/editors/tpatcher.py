@@ -269,8 +269,8 @@ def _fit_last(
 
     wrong = partial(wrong_rows, model, bare, asked.wanted)
     asking = wrong(last)
-    last = give_way(model, deep.earlier, last, bare.query[asking])
-    missing = wrong(last)
+    former, last = last, give_way(model, deep.earlier, last, bare.query[asking])
+    missing = asking if last is former else wrong(last)
     already = {items[number].position for number in set(range(len(items))) - set(asked.owner[missing].tolist())}
     lanes = partial(
         create_lanes, model, settings, sites, asked, negatives, np.asarray(memory.mean, np.float32), state.spread
@@ -289,6 +289,7 @@ def _fit_last(
         key,
         settings.fit,
         attempts=settings.attempts,
+        missing=missing,
         left=np.flatnonzero(np.isin(asked.owner, left)),
         most_tokens=settings.most_tokens,
         activation=ACTIVATIONS[model.config.activation],
