@@ -133,7 +133,7 @@ PRESETS: Mapping[str, TPatcherSettings] = {
 }
 """Named settings: ``default``, this library's best; ``paper`` and ``paper-fever``, the values of the paper's zsRE and
 FEVER experiments. Two things differ from the authors' code: the neurons of one answer are fitted one by one and not
-together, and the value's factor ``α`` is a constant and not trained beside it.
+together, and the value's factor of ten is a constant and not trained beside it.
 
 Source: Huang et al. 2023, section 5 and appendix.
 """
