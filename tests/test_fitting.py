@@ -261,7 +261,7 @@ def test_weight_decay_is_a_part_of_the_gradient():
     """As in the authors' code: Adam sees it, and of a parameter without any other gradient it takes a whole step."""
     settings = dataclasses.replace(SETTINGS["joint"], weight_decay=0.01)
     params = {"far": jnp.array([100.0]), "near": jnp.array([0.1])}
-    transform = joint._optimiser(settings)
+    transform = joint.optimiser(settings)
     update, _ = transform.update(jax.tree.map(jnp.zeros_like, params), transform.init(params), params)
     np.testing.assert_allclose(update["far"], 1.0, rtol=1e-4)
     np.testing.assert_allclose(update["near"], 1.0, rtol=1e-4)

@@ -10,11 +10,11 @@ from rich.text import Text
 from tpatch_jax.bank import creating, editing, sharing
 from tpatch_jax.bank import repair as repairing
 from tpatch_jax.bank.adding import AddInfo
-from tpatch_jax.bank.changing import ChangeInfo, undoes_last
+from tpatch_jax.bank.changing import ChangeInfo, check_named, undoes_last
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.state import Bank, BankEdit, find, states
-from tpatch_jax.commands import load, requests_of
-from tpatch_jax.configuration import change, read_config, split_changes
+from tpatch_jax.commands import load, preset_of, requests_of
+from tpatch_jax.configuration import change, split_changes
 from tpatch_jax.console import print_json, progress_bar, result_console, result_table, so_many
 from tpatch_jax.editors.settings import PRESETS
 from tpatch_jax.errors import TPatchError
@@ -61,11 +61,7 @@ def init(
 ) -> None:  # fmt: skip
     """``tpatch bank init``."""
     check_vacant(Path(folder))
-    values = read_config(config) if config else {}
-    name = preset or values.pop("preset", "default")
-    values.pop("preset", None)
-    if not isinstance(name, str) or name not in PRESETS:
-        raise TPatchError(f"preset {name!r} does not exist; choose from {', '.join(sorted(PRESETS))}")
+    name, values = preset_of(preset, config)
     values |= split_changes(changes)
     change(PRESETS[name], values)
     bank = creating.create_bank(folder, load(model, dtype, quiet or json), preset=name, settings=values, memory=memory)
@@ -132,8 +128,7 @@ def added_json(info: AddInfo) -> dict[str, Any]:
 
 def change_edits(kind: str, folder: str, ids: Sequence[str], *, model: str | None, json: bool, quiet: bool) -> None:
     """``tpatch bank disable``, ``enable`` and ``remove``."""
-    if not ids:
-        raise TPatchError(f"no edit to {kind} was named; `tpatch bank list {folder}` shows their ids")
+    check_named(folder, kind, ids)
     bank = open_bank(folder)
     edits = find(bank, ids)
     # What only undoes the last additions needs no model.

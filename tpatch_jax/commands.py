@@ -34,6 +34,7 @@ __all__ = [
     "load",
     "merge",
     "models",
+    "preset_of",
     "requests_of",
     "settings_of",
     "summary",
@@ -48,12 +49,18 @@ def load(name: str, dtype: str | None, quiet: bool) -> Model:
 
 def settings_of(preset: str | None, config: str | None, changes: Sequence[str]) -> TPatcherSettings:
     """Settings from a preset, a YAML file and ``name=value`` changes, in this order."""
+    name, values = preset_of(preset, config)
+    return change(change(PRESETS[name], values), changes)
+
+
+def preset_of(preset: str | None, config: str | None) -> tuple[str, dict[str, Any]]:
+    """The name of a preset, and what else a YAML file sets, which may name one, too."""
     values = read_config(config) if config else {}
     name = preset or values.pop("preset", "default")
     values.pop("preset", None)
     if not isinstance(name, str) or name not in PRESETS:
         raise TPatchError(f"preset {name!r} does not exist; choose from {', '.join(sorted(PRESETS))}")
-    return change(change(PRESETS[name], values), changes)
+    return name, values
 
 
 def requests_of(

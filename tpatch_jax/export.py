@@ -29,6 +29,7 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.models.shapes import merged_neurons, parameter_shapes
 from tpatch_jax.models.sources import cache_folder
+from tpatch_jax.models.zoo.family import is_longrope
 from tpatch_jax.patch import take
 from tpatch_jax.requests import EditRequest, join_target
 
@@ -269,9 +270,8 @@ def _differences(config: NetworkConfig, target: NetworkConfig, settings: Mapping
     found += [
         _WORDS.get(name, f"its {name} differs") for name in names if getattr(config, name) != getattr(target, name)
     ]
-    rules = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     # Our reading of it is for short texts; a stock Llama would change the rule with the text's length.
-    if rules.get("rope_type", rules.get("type")) in ("longrope", "su"):
+    if is_longrope(settings):
         found.append("its rotation is scaled by longrope")
     if config.width % config.heads:
         found.append(f"its width {config.width} is not a multiple of its {config.heads} heads")

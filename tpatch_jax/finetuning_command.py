@@ -1,8 +1,8 @@
 """``tpatch finetune``: parses what the command line says, calls the library, shows the result."""
 
-from rich.table import Table
+from rich.text import Text
 
-from tpatch_jax.console import print_json, progress_bar, result_console
+from tpatch_jax.console import print_json, progress_bar, result_console, result_table
 from tpatch_jax.finetuning import FinetuneSettings
 from tpatch_jax.finetuning import finetune as train
 from tpatch_jax.process import prepare_process
@@ -43,14 +43,13 @@ def finetune(
         print_json(result)
         return
     console = result_console()
-    table = Table(title=f"{info.examples:,} examples, {info.steps:,} steps, {info.seconds:.1f} s", title_justify="left")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
+    heading = f"{info.examples:,} examples, {info.steps:,} steps, {info.seconds:.1f} s"
+    table = result_table(heading, ("figure", "value"), ("value",))
     for name in ("epochs", "loss", "train_accuracy", "validation_accuracy"):
         if (value := result[name]) is not None:
             table.add_row(name, f"{value:.4g}")
     if info.labels:
-        table.add_row("labels", ", ".join(info.labels), end_section=True)
+        table.add_row("labels", Text(", ".join(info.labels)), end_section=True)
     console.print(table)
     if info.resumed:
         console.print(f"resumed after step {info.resumed:,}")

@@ -16,6 +16,7 @@ import optax
 from jax import Array
 
 from tpatch_jax import ffn
+from tpatch_jax.configuration import check_range
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.files import write_text
 from tpatch_jax.finetuning_data import Lesson, Row, lessons, plan
@@ -70,9 +71,8 @@ class FinetuneSettings:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("checkpoint_steps", 0)):
-            if getattr(self, name) < least:
-                raise TPatchError(f"{name} is {getattr(self, name)}; give {least} or more")
+        check_range(self, ("epochs", "batch_size"), 1)
+        check_range(self, ("seed", "checkpoint_steps"), 0)
         for name in ("learning_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 
-from rich.table import Table
-
 from tpatch_jax.commands import load
-from tpatch_jax.console import print_json, progress_bar, result_console, so_many
+from tpatch_jax.console import print_json, progress_bar, result_console, result_table, so_many
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.records import DATA, QUESTION, read_records
 from tpatch_jax.requests import EditRequest
@@ -75,9 +73,8 @@ def serac_train(
         print_json(result)
         return
     console = result_console()
-    table = Table(title=f"{so_many(info.requests, 'request')}, {info.seconds:.1f} s", title_justify="left")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
+    heading = f"{so_many(info.requests, 'request')}, {info.seconds:.1f} s"
+    table = result_table(heading, ("figure", "value"), ("value",))
     for name in ("scope_losses", "counterfactual_losses"):
         table.add_row(name, ", ".join(f"{loss:.4f}" for loss in result[name]))
     for name in ("held_out", "in_scope", "out_of_scope", "exact", "parameters"):

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import optax
 from jax import Array
 
 from tpatch_jax import ffn
-from tpatch_jax.configuration import check_range
+from tpatch_jax.configuration import check_positive, check_range
 from tpatch_jax.editors.serac import SeracSettings, SeracState, route, says
 from tpatch_jax.editors.serac_networks import (
     RADIUS,
@@ -77,9 +76,7 @@ class SeracTraining:
         """Checks the values."""
         check_range(self, ("layers", "scope_epochs", "counterfactual_epochs", "batch_size"), 1)
         check_range(self, ("seed",), 0)
-        for name in ("scope_rate", "counterfactual_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise TPatchError(f"{name} is {getattr(self, name)}; give a positive number")
+        check_positive(self, ("scope_rate", "counterfactual_rate"))
 
 
 @dataclass(frozen=True)

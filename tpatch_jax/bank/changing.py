@@ -45,10 +45,19 @@ def undoes_last(bank: Bank, ids: Iterable[str]) -> bool:
     )
 
 
-def change_with(folder: Path, kind: str, ids: Sequence[str], engine: Callable[[Bank], Engine] | None) -> ChangeInfo:
-    """Disable, enable or remove edits; see `disable_edits`, `enable_edits` and `remove_edits`."""
+def check_named(folder: str | Path, kind: str, ids: Sequence[str]) -> None:
+    """Make sure that there is something to disable, enable or remove.
+
+    Raises:
+        TPatchError: no edit is named.
+    """
     if not ids:
         raise TPatchError(f"no edit to {kind} was named; `tpatch bank list {folder}` shows their ids")
+
+
+def change_with(folder: Path, kind: str, ids: Sequence[str], engine: Callable[[Bank], Engine] | None) -> ChangeInfo:
+    """Disable, enable or remove edits; see `disable_edits`, `enable_edits` and `remove_edits`."""
+    check_named(folder, kind, ids)
     with writing(folder):
         bank = open_to_write(folder)
         edits = find(bank, ids)

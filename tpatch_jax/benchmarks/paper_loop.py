@@ -19,6 +19,7 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.objective import edit_loss, total_loss
 from tpatch_jax.patch import Patch, contribution, preactivations
+from tpatch_jax.recipes.joint import optimiser
 from tpatch_jax.requests import EditRequest, join_target
 
 __all__ = ["COPIES", "ROWS", "paper_step_seconds"]
@@ -28,12 +29,7 @@ _SETTINGS = PRESETS["paper"].fit
 
 
 def _transform() -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(_SETTINGS.clip),
-        optax.add_decayed_weights(_SETTINGS.weight_decay),
-        optax.scale_by_adam(),
-        optax.scale(-_SETTINGS.learning_rate),
-    )
+    return optax.chain(optimiser(_SETTINGS), optax.scale(-_SETTINGS.learning_rate))
 
 
 @partial(jax.jit, static_argnames="config")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from tpatch_jax.configuration import check_range
 from tpatch_jax.errors import TPatchError
 
 __all__ = ["FINE_TUNING_PRESETS", "FineTuningSettings"]
@@ -47,9 +48,7 @@ class FineTuningSettings:
         """Checks the values."""
         if self.scope not in ("last", "all") and not self.scope.isdigit():
             raise TPatchError(f"scope {self.scope!r} does not exist; use scope=last, scope=all or a layer's number")
-        for name in ("passes", "batch_size", "kl_tokens"):
-            if getattr(self, name) < 1:
-                raise TPatchError(f"{name} is {getattr(self, name)}; give 1 or more")
+        check_range(self, ("passes", "batch_size", "kl_tokens"), 1)
         if not 0 < self.adam_rate < math.inf:
             raise TPatchError(f"adam_rate is {self.adam_rate}; give a positive number, such as 5e-4")
         for name in ("kl", "max_change", "loss_enough"):

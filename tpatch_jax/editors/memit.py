@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax import ffn
+from tpatch_jax.configuration import check_range
 from tpatch_jax.editors.editor import EditInfo, Editor
 from tpatch_jax.editors.hidden_moment import hidden_moment, moment_rows, sampled_contexts
 from tpatch_jax.editors.kernels import (
@@ -79,8 +80,7 @@ class MemitSettings:
         """Checks the values."""
         check_value(self.value)
         check_moment(self.moment_tokens, self.ridge)
-        if self.together < 1:
-            raise TPatchError(f"together is {self.together}; give 1 or more")
+        check_range(self, ("together",), 1)
 
 
 MEMIT_PRESETS: Mapping[str, MemitSettings] = {"default": MemitSettings()}

@@ -13,7 +13,7 @@ from tpatch_jax.objective import edit_loss, total_loss
 from tpatch_jax.patch import Patch
 from tpatch_jax.recipes.lane import FitInfo, FitSettings, Lane, Resume, held
 
-__all__ = ["JointState", "advance", "begin", "end"]
+__all__ = ["JointState", "advance", "begin", "end", "optimiser"]
 
 
 BETTER = 0.001
@@ -87,7 +87,8 @@ def _silence(params: dict[str, Array], lane: Lane, memory: Memory, settings: Fit
     return jnp.concatenate([z, lane.negative @ params["key"] + bias])
 
 
-def _optimiser(settings: FitSettings) -> optax.GradientTransformation:
+def optimiser(settings: FitSettings) -> optax.GradientTransformation:
+    """The authors' Adam, but for the learning rate."""
     return optax.chain(
         optax.clip_by_global_norm(settings.clip),
         # Before Adam: a part of the gradient, as in the authors' code.
@@ -107,7 +108,7 @@ def begin(lane: Lane, settings: FitSettings, key: Array) -> JointState:
     }
     zero, infinite = jnp.zeros((), query.dtype), jnp.full((), jnp.inf, query.dtype)
     step, done = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
-    return JointState(params, _optimiser(settings).init(params), step, done, zero + 1, infinite, step, infinite)
+    return JointState(params, optimiser(settings).init(params), step, done, zero + 1, infinite, step, infinite)
 
 
 def _spread(params: dict[str, Array], settings: FitSettings) -> dict[str, Array]:
@@ -133,19 +134,19 @@ def advance(
     kept = max(1, rows - rows // 10)
     seen = memory._replace(query=memory.query[:kept], answer=memory.answer[:kept])
     unseen = memory._replace(query=memory.query[kept:], answer=memory.answer[kept:]) if kept < rows else memory
-    transform = _optimiser(settings)
+    transform = optimiser(settings)
 
     def loss_of(params: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         return _joint_loss(_spread(params, settings), lane, seen, resume, settings, act)
 
     def step(carry: tuple[dict[str, Array], optax.OptState], _: None) -> tuple[Any, Array]:
-        params, optimiser = carry
+        params, moments = carry
         (loss, _), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
-        update, optimiser = transform.update(gradient, optimiser, params)
+        update, moments = transform.update(gradient, moments, params)
         update = jax.tree.map(lambda leaf: -settings.learning_rate * state.rate * leaf, update)
-        return (optax.apply_updates(params, update), optimiser), loss
+        return (optax.apply_updates(params, update), moments), loss
 
-    (params, optimiser), losses = jax.lax.scan(step, (state.params, state.optimiser), None, length=settings.patience)
+    (params, moments), losses = jax.lax.scan(step, (state.params, state.optimiser), None, length=settings.patience)
     spread = _spread(params, settings)
     z, logits = _joint_logits(spread, lane, resume, settings, act)
     weights = settings.weights
@@ -158,7 +159,7 @@ def advance(
     flat = jnp.where(lower, 0, state.flat + 1)
     return JointState(
         params,
-        optimiser,
+        moments,
         steps,
         (counts & ~quieter) | (steps >= settings.most_steps) | ~jnp.isfinite(losses[-1]),
         jnp.where(flat > WAIT, state.rate / 2, state.rate),

@@ -14,6 +14,7 @@ __all__ = [
     "Settings",
     "activation",
     "configure_plain",
+    "is_longrope",
     "rope",
     "rotated_context",
     "setting",
@@ -123,6 +124,17 @@ def windows(settings: Settings, layers: int) -> tuple[int, ...]:
     return found if any(found) else ()
 
 
+def _rotation(settings: Settings) -> Settings:
+    """The rules of the rotary embedding, as transformers 5 or older files name them."""
+    return settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+
+
+def is_longrope(settings: Settings) -> bool:
+    """Whether heads turn by LongRoPE, whose factors depend on the text's length."""
+    rules = _rotation(settings)
+    return rules.get("rope_type", rules.get("type")) in ("longrope", "su")
+
+
 def rotated_context(settings: Settings) -> int:
     """How many tokens a network with rotary positions reads, at the factors by which `rope` turns them.
 
@@ -130,10 +142,9 @@ def rotated_context(settings: Settings) -> int:
     refused instead.
     """
     context = setting(settings, "max_position_embeddings")
-    rules = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    if rules.get("rope_type", rules.get("type")) not in ("longrope", "su"):
+    if not is_longrope(settings):
         return context
-    original = rules.get("original_max_position_embeddings")
+    original = _rotation(settings).get("original_max_position_embeddings")
     return min(context, original or settings.get("original_max_position_embeddings") or context)
 
 
@@ -147,7 +158,7 @@ def rope(settings: Settings, head_width: int, kind: str | None = None) -> tuple[
         head_width: width of one head; ``partial_rotary_factor`` says which share of it is rotated.
         kind: which entry to read where ``rope_parameters`` has one for each kind of layer.
     """
-    found = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    found = _rotation(settings)
     rules = dict(found.get(kind, found) if kind else found)
     theta = float(rules.get("rope_theta") or settings.get("rope_theta") or 10_000.0)
     share = rules.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0
