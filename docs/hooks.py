@@ -18,11 +18,11 @@ PUBLIC_MODULES = (
     "evaluation.report",
     "evaluation.runner",
     "evaluation.sweep",
-    "ffn",
-    "fitting",
-    "memory",
-    "objective",
-    "patch",
+    "core.ffn",
+    "core.fit",
+    "core.memory",
+    "core.objective",
+    "core.patch",
 )
 """The modules whose every name in ``__all__`` is public, beside the names of ``tpatch_jax`` itself."""
 

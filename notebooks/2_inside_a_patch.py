@@ -23,8 +23,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import tpatch_jax as tp
+from tpatch_jax.core.patch import preactivations
 from tpatch_jax.models.networks import unembedding
-from tpatch_jax.patch import preactivations
 
 QUICK = "TPATCH_QUICK" in os.environ  # fewer edits
 model = tp.load_model("smollm2-135m")

@@ -28,8 +28,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import tpatch_jax as tp
-from tpatch_jax.demo import FACTS
-from tpatch_jax.editors.serac import SeracSettings
+from tpatch_jax.cli.demo import FACTS
+from tpatch_jax.editors.serac.editor import SeracSettings
 from tpatch_jax.evaluation.records import read_records
 from tpatch_jax.evaluation.runner import evaluate
 

@@ -23,8 +23,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import tpatch_jax as tp
-from tpatch_jax.fitting import FitSettings, Lane, fit
-from tpatch_jax.memory import create_memory
+from tpatch_jax.core.fit import FitSettings, Lane, fit
+from tpatch_jax.core.memory import create_memory
 
 VOCABULARY, WIDTH = 64, 32
 

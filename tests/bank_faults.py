@@ -159,7 +159,7 @@ def command_kills(count: int, seed: int, model: Path, folder: Path) -> dict[str,
     requests.write_text("".join(f'{{"prompt": "the cat {n} sat in", "target": "{n % 7}a"}}\n' for n in range(60)))
     memory = folder.parent / "memory.txt"
     memory.write_text("The theory in the inn: winter thins the herd, and the hen then hides. " * 8)
-    tool = [sys.executable, "-m", "tpatch_jax.cli", "bank"]
+    tool = [sys.executable, "-m", "tpatch_jax.cli.main", "bank"]
     quick = [text for name in ("key_steps=24", "value_steps=8", "lanes=4") for text in ("--set", name)]
     init = [*tool, "init", str(folder), "--model", str(model), "--memory", str(memory), *quick]
     found = {"kills": 0, "committed": 0, "unclean": 0}

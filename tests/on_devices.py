@@ -15,8 +15,9 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tpatch_jax as tp
-from tpatch_jax import ffn, fitting
-from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
+from tpatch_jax.core import ffn
+from tpatch_jax.core import fit as fitting
+from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.evaluation.measure import measure
 from tpatch_jax.models.rows import tokens_array
 

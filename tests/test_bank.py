@@ -17,12 +17,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from tiny_families import tiny_model as tiny_model_of
 
 import tpatch_jax as tp
-from tpatch_jax import cli
 from tpatch_jax.bank import engine as engine_
 from tpatch_jax.bank import sharing
 from tpatch_jax.bank.assembly import Store, assemble
 from tpatch_jax.bank.creating import load_banked_model
 from tpatch_jax.bank.state import active, states
+from tpatch_jax.cli import main as cli
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.requests import EditRequest
 

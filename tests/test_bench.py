@@ -11,16 +11,16 @@ import pytest
 from conftest import make_tiny_model, write_tiny_folder
 from jax.experimental.compilation_cache import compilation_cache
 
-from tpatch_jax import cli
 from tpatch_jax.benchmarks import bench as bench_
-from tpatch_jax.benchmarks import command
 from tpatch_jax.benchmarks import probe as probe_
 from tpatch_jax.benchmarks.bench import FULL, QUICK, Plan
 from tpatch_jax.benchmarks.edits_to_time import edits_to_time
 from tpatch_jax.benchmarks.gauges import compilations, median_and_spread, seconds_of
 from tpatch_jax.benchmarks.plan import Machine, Measured, Network, cost
 from tpatch_jax.benchmarks.recompilation import recompilations
-from tpatch_jax.editors.settings import PRESETS
+from tpatch_jax.cli import bench as command
+from tpatch_jax.cli import main as cli
+from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest
 

@@ -20,12 +20,12 @@ from safetensors.numpy import load_file, save_file
 from tiny_families import tiny_model as tiny_of
 from tiny_families import tiny_settings
 
+from tpatch_jax.core.patch import Patch
 from tpatch_jax.editors.reading import read_item
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models import checkpoint
-from tpatch_jax.models.families import configure
+from tpatch_jax.models.checkpoints import folder as checkpoint
+from tpatch_jax.models.families.registry import configure
 from tpatch_jax.models.model import Model, load_model, merge, save_model, unmerge
-from tpatch_jax.patch import Patch
 from tpatch_jax.requests import EditRequest
 
 WEIGHTS = "model.safetensors"

@@ -13,11 +13,12 @@ import pytest
 from conftest import make_tiny_model, write_tiny_folder
 from jax.experimental.compilation_cache import compilation_cache
 
-from tpatch_jax import cli, store
-from tpatch_jax.editors.editor import EditInfo, RequestInfo
-from tpatch_jax.editors.settings import PRESETS
+from tpatch_jax.bank import patches as store
+from tpatch_jax.cli import main as cli
+from tpatch_jax.core.patch import create
+from tpatch_jax.editors.base import EditInfo, RequestInfo
+from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.models.model import load_model
-from tpatch_jax.patch import create
 from tpatch_jax.requests import EditRequest
 
 PROMOTION = "standard"  # optax takes steps
@@ -194,7 +195,7 @@ def test_texts_are_shown_whole_and_as_they_are(tmp_path, tiny_model, capsys):
 
 
 def test_a_pipe_that_is_closed_is_no_fault():
-    command = f"{sys.executable} -m tpatch_jax.cli models --json | true"
+    command = f"{sys.executable} -m tpatch_jax.cli.main models --json | true"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert ended.stderr == ""
 
@@ -221,7 +222,7 @@ def test_models_lists_families_and_names(capsys):
 
 
 def test_settings_come_from_preset_file_and_command_line_in_this_order(tmp_path):
-    from tpatch_jax.commands import settings_of
+    from tpatch_jax.cli.commands import settings_of
 
     config = tmp_path / "mine.yaml"
     config.write_text("preset: paper\nlearning_rate: 0.5\nmost_steps: 7\n")
@@ -355,7 +356,7 @@ def test_ctrl_c_stops_with_its_own_status(place, capsys, monkeypatch):
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tpatch_jax.commands.load", stop)
+    monkeypatch.setattr("tpatch_jax.cli.commands.load", stop)
     assert cli.main(["generate", str(place / "tiny"), "--prompt", "a"]) == 130
     assert capsys.readouterr().err == "tpatch: stopped\n"
 
@@ -363,7 +364,7 @@ def test_ctrl_c_stops_with_its_own_status(place, capsys, monkeypatch):
 @pytest.mark.parametrize("arguments", [["--help"], ["edit", "--help"], ["models", "--help"]])
 def test_help_answers_without_jax(arguments):
     script = (
-        "import sys\nfrom tpatch_jax import cli\n"
+        "import sys\nfrom tpatch_jax.cli import main as cli\n"
         f"try:\n    cli.main({arguments!r})\nexcept SystemExit as error:\n    assert not error.code\n"
         "heavy = {'jax', 'flax', 'transformers', 'optax'} & set(sys.modules)\nassert not heavy, heavy\n"
     )

@@ -16,10 +16,11 @@ from conftest import make_tiny_model, relative, write_tiny_folder
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from tpatch_jax import devices, fitting
+from tpatch_jax.core import devices
+from tpatch_jax.core import fit as fitting
+from tpatch_jax.core.fit import FitSettings, _over_devices
+from tpatch_jax.core.memory import create_memory, extend
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.fitting import FitSettings, _over_devices
-from tpatch_jax.memory import create_memory, extend
 
 SCRIPT = Path(__file__).parent / "on_devices.py"
 

@@ -19,8 +19,9 @@ from flax import nnx
 from tiny_families import tiny_model as family_model
 
 import tpatch_jax as tp
-from tpatch_jax import bank_cli, cli
-from tpatch_jax.editors import background
+from tpatch_jax.cli import bank_commands as bank_cli
+from tpatch_jax.cli import main as cli
+from tpatch_jax.editors import model_memory as background
 from tpatch_jax.evaluation import runner
 
 PROMOTION = "standard"  # optax takes steps
@@ -233,7 +234,7 @@ def test_the_site_builds_and_lacks_no_public_name(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("documentation_hooks", ROOT / "docs" / "hooks.py")
     hooks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hooks)
-    assert {"tpatch_jax.edit", "tpatch_jax.patch.sharpen"} <= set(hooks.public_names())
+    assert {"tpatch_jax.edit", "tpatch_jax.core.patch.sharpen"} <= set(hooks.public_names())
     hooks.on_post_build({"site_dir": str(site)})
     monkeypatch.setattr(hooks, "public_names", lambda: ["tpatch_jax.edit", "tpatch_jax.nowhere"])
     with pytest.raises(hooks.PluginError, match=r"lacks tpatch_jax\.nowhere;"):

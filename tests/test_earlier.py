@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpatch_jax.editors.earlier import (
+from tpatch_jax.core.patch import Patch, preactivations
+from tpatch_jax.editors.reading import read_item
+from tpatch_jax.editors.tpatcher.earlier import (
     NO_SUBJECT,
     Earlier,
     broken,
@@ -16,11 +18,9 @@ from tpatch_jax.editors.earlier import (
     remember,
     save_earlier,
 )
-from tpatch_jax.editors.last_site import collect_bare
-from tpatch_jax.editors.reading import read_item
+from tpatch_jax.editors.tpatcher.last_site import collect_bare
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.model import attach
-from tpatch_jax.patch import Patch, preactivations
 from tpatch_jax.requests import EditRequest
 
 REQUESTS = [EditRequest("the cat sat in", "ab"), EditRequest("who hit the", "q")]

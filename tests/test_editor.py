@@ -17,21 +17,21 @@ from conftest import bits, make_tiny_model, relative, same, write_tiny_folder
 from safetensors.numpy import load_file, save_file
 
 import tpatch_jax as tp
-from tpatch_jax import store
-from tpatch_jax.editors import background as background_
-from tpatch_jax.editors import last_site, rounds
-from tpatch_jax.editors import tpatcher as tpatcher_module
-from tpatch_jax.editors.background import background
-from tpatch_jax.editors.earlier import give_way
-from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
-from tpatch_jax.editors.tpatcher import tpatcher
+from tpatch_jax.bank import patches as store
+from tpatch_jax.core.fit import FitSettings
+from tpatch_jax.core.patch import Patch, concatenate, create, take
+from tpatch_jax.editors import model_memory as background_
+from tpatch_jax.editors.model_memory import background
+from tpatch_jax.editors.tpatcher import editor as tpatcher_module
+from tpatch_jax.editors.tpatcher import last_site, rounds
+from tpatch_jax.editors.tpatcher.earlier import give_way
+from tpatch_jax.editors.tpatcher.editor import tpatcher
+from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.measure import measure, predictions
-from tpatch_jax.fitting import FitSettings
 from tpatch_jax.models import generation
 from tpatch_jax.models.model import attach, merge
 from tpatch_jax.models.rows import tokens_array
-from tpatch_jax.patch import Patch, concatenate, create, take
 from tpatch_jax.requests import EditRequest, join_target
 
 PROMOTION = "standard"  # optax takes steps
@@ -607,10 +607,10 @@ def test_a_taken_folder_is_refused_and_kept(tiny_model, edited, saved):
 KILLED = """
 import os, sys
 import numpy as np
-from tpatch_jax import store
-from tpatch_jax.editors.editor import EditInfo, RequestInfo
+from tpatch_jax.bank import patches as store
+from tpatch_jax.editors.base import EditInfo, RequestInfo
 from tpatch_jax.models.model import load_model
-from tpatch_jax.patch import create
+from tpatch_jax.core.patch import create
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.models.rows import tokens_array
 model = load_model(sys.argv[1])

@@ -14,11 +14,12 @@ import pytest
 from conftest import same
 
 from tpatch_jax import EditRequest, TPatchError, edit, load_model
-from tpatch_jax.cli import main
-from tpatch_jax.editors.editor import EditInfo, Editor, RequestInfo
+from tpatch_jax.cli import evaluate as evaluation_commands
+from tpatch_jax.cli.main import main
+from tpatch_jax.core.patch import Patch, concatenate, create
+from tpatch_jax.editors.base import EditInfo, Editor, RequestInfo
 from tpatch_jax.editors.registry import METHODS, Method, method_settings
-from tpatch_jax.editors.settings import TPatcherSettings
-from tpatch_jax.evaluation import commands as evaluation_commands
+from tpatch_jax.editors.tpatcher.settings import TPatcherSettings
 from tpatch_jax.evaluation import pictures
 from tpatch_jax.evaluation.journal import Journal
 from tpatch_jax.evaluation.metrics import certificate
@@ -31,7 +32,6 @@ from tpatch_jax.evaluation.scoring import Base, Outcome, apply_scores, ask, base
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import collect
 from tpatch_jax.models.model import Model, attach, merge
-from tpatch_jax.patch import Patch, concatenate, create
 from tpatch_jax.requests import join_target
 
 PROMOTION = "standard"

@@ -14,15 +14,18 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny_families import NAMES, patch_for, tiny_model
 
-from tpatch_jax import cli, export, ffn, store
-from tpatch_jax.editors.editor import EditInfo, RequestInfo
+from tpatch_jax.bank import patches as store
+from tpatch_jax.cli import main as cli
+from tpatch_jax.core import ffn
+from tpatch_jax.core.patch import Patch
+from tpatch_jax.editors.base import EditInfo, RequestInfo
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.export import EXPORT, ExportInfo, constant_direction, export_model
 from tpatch_jax.models import networks
-from tpatch_jax.models.families import FAMILIES
+from tpatch_jax.models.checkpoints import export
+from tpatch_jax.models.checkpoints.export import EXPORT, ExportInfo, constant_direction, export_model
+from tpatch_jax.models.families.registry import FAMILIES
 from tpatch_jax.models.model import Model, attach, load_model, merge, save_model
 from tpatch_jax.models.rows import ASK
-from tpatch_jax.patch import Patch
 from tpatch_jax.requests import EditRequest
 
 # what torch and transformers warn about is not ours to mend
@@ -444,7 +447,7 @@ def test_an_approximate_export_of_an_encoder_decoder_says_which_requests_still_h
 def edited(tmp_path, letters, monkeypatch) -> Path:
     """Two models and patches for each, as ``tpatch edit`` leaves them; one request holds and one does not."""
     monkeypatch.setenv("TPATCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("tpatch_jax.commands.prepare_process", lambda: None)
+    monkeypatch.setattr("tpatch_jax.cli.commands.prepare_process", lambda: None)
     for name in ("llama", "gemma"):
         model, patch = tiny_model(name), patch_for((2,), scale=1e-4)
         write_tiny_folder(model, tmp_path / name)

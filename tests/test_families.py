@@ -14,17 +14,19 @@ import pytest
 from conftest import relative
 from tiny_families import NAMES, tiny_model
 
-from tpatch_jax import cli
-from tpatch_jax.configuration import change
-from tpatch_jax.editors.settings import PRESETS
-from tpatch_jax.editors.tpatcher import edit
-from tpatch_jax.models import checkpoint, families, networks
+from tpatch_jax.cli import main as cli
+from tpatch_jax.editors.tpatcher.editor import edit
+from tpatch_jax.editors.tpatcher.settings import PRESETS
+from tpatch_jax.models import networks
+from tpatch_jax.models.checkpoints import folder as checkpoint
 from tpatch_jax.models.collection import batches
-from tpatch_jax.models.families import FAMILIES
+from tpatch_jax.models.families import registry as families
+from tpatch_jax.models.families.promises import PROMISES, promised
+from tpatch_jax.models.families.registry import FAMILIES
 from tpatch_jax.models.model import Model, attach, merge
-from tpatch_jax.models.promises import PROMISES, promised
 from tpatch_jax.models.rows import place_in
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.storage.settings import change
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_patch import DTYPES, NAMES, SEEDS, make, normal
 
-from tpatch_jax import ffn
+from tpatch_jax.core import ffn
+from tpatch_jax.core.patch import Patch, concatenate, create, pad, sharpen
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.patch import Patch, concatenate, create, pad, sharpen
 
 WIDTH, HIDDEN = 8, 12
 GATED = {"two": False, "two_bias": False, "gated": True, "gated_bias": True, "two_reader_bias": False}

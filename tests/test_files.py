@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tpatch_jax import files
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.files import check_vacant, replace_folder, write_text
+from tpatch_jax.storage import files
+from tpatch_jax.storage.files import check_vacant, replace_folder, write_text
 
 
 def full(*_: object, **__: object) -> None:
@@ -126,7 +126,7 @@ def test_a_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path: Path):
     script = """
 import os, sys
 from pathlib import Path
-from tpatch_jax.files import replace_folder
+from tpatch_jax.storage.files import replace_folder
 with replace_folder(Path(sys.argv[1])) as folder:
     (folder / "a.txt").write_text("a")
     os._exit(9)

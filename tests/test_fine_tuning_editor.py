@@ -14,17 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_families import tiny_model as family
 
-from tpatch_jax.editors import fine_tuning as fine_tuning_module
-from tpatch_jax.editors import fine_tuning_settings, fine_tuning_step
-from tpatch_jax.editors.fine_tuning import (
+from tpatch_jax.core.patch import Patch
+from tpatch_jax.editors.fine_tuning import editor as fine_tuning_module
+from tpatch_jax.editors.fine_tuning import settings as fine_tuning_settings
+from tpatch_jax.editors.fine_tuning import step as fine_tuning_step
+from tpatch_jax.editors.fine_tuning.editor import (
     FineTuningState,
     fine_tuning,
     restore_trained,
     save_trained,
 )
-from tpatch_jax.editors.fine_tuning_lessons import draw, grouped, read_pool
-from tpatch_jax.editors.fine_tuning_settings import FINE_TUNING_PRESETS, FineTuningSettings
-from tpatch_jax.editors.fine_tuning_step import ADAM, beginning, splice, update
+from tpatch_jax.editors.fine_tuning.examples import draw, grouped, read_pool
+from tpatch_jax.editors.fine_tuning.settings import FINE_TUNING_PRESETS, FineTuningSettings
+from tpatch_jax.editors.fine_tuning.step import ADAM, beginning, splice, update
 from tpatch_jax.editors.reading import read_item
 from tpatch_jax.editors.registry import METHODS, method_settings
 from tpatch_jax.errors import TPatchError
@@ -33,7 +35,6 @@ from tpatch_jax.evaluation.runner import evaluate
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import batches
 from tpatch_jax.models.model import Model, attach
-from tpatch_jax.patch import Patch
 from tpatch_jax.requests import EditRequest
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

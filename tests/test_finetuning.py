@@ -14,14 +14,17 @@ from conftest import LLAMA, make_tiny_model, same, tiny_tokenizer
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
-from tpatch_jax import cli, finetuning_data, finetuning_loop, finetuning_start
+from tpatch_jax.cli import main as cli
+from tpatch_jax.core.patch import create
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.finetuning import FinetuneSettings, finetune
-from tpatch_jax.models.checkpoint import read_settings
-from tpatch_jax.models.families import configure
+from tpatch_jax.models.checkpoints.folder import read_settings
+from tpatch_jax.models.families.registry import configure
 from tpatch_jax.models.model import attach, load_model
 from tpatch_jax.models.shapes import parameter_shapes
-from tpatch_jax.patch import create
+from tpatch_jax.training import data as finetuning_data
+from tpatch_jax.training import loop as finetuning_loop
+from tpatch_jax.training import start as finetuning_start
+from tpatch_jax.training.finetune import FinetuneSettings, finetune
 
 PROMOTION = "standard"  # optax takes steps
 

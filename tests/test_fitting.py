@@ -11,13 +11,13 @@ import pytest
 from conftest import relative, same
 from jax.tree_util import Partial
 
+from tpatch_jax.core.fit import FitInfo, FitSettings, Lane, fit, fit_many
+from tpatch_jax.core.memory import create_memory
+from tpatch_jax.core.objective import Weights, edit_loss
+from tpatch_jax.core.patch import Patch, contribution, join, preactivations
+from tpatch_jax.core.recipes import joint
+from tpatch_jax.core.recipes.staged import recognise
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.fitting import FitInfo, FitSettings, Lane, fit, fit_many
-from tpatch_jax.memory import create_memory
-from tpatch_jax.objective import Weights, edit_loss
-from tpatch_jax.patch import Patch, contribution, join, preactivations
-from tpatch_jax.recipes import joint
-from tpatch_jax.recipes.staged import recognise
 
 PROMOTION = "standard"  # optax's Adam needs it
 

@@ -14,11 +14,11 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import tpatch_jax as tp
-from tpatch_jax import ffn
-from tpatch_jax.editors import rounds
-from tpatch_jax.fitting import fit_many
-from tpatch_jax.models.foreign import Network
-from tpatch_jax.patch import Patch, create
+from tpatch_jax.core import ffn
+from tpatch_jax.core.fit import fit_many
+from tpatch_jax.core.patch import Patch, create
+from tpatch_jax.editors.tpatcher import rounds
+from tpatch_jax.models.foreign.network import Network
 
 PROMOTION = "standard"
 VOCABULARY, WIDTH, LENGTH = 60, 32, 24

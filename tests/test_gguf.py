@@ -17,8 +17,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoTokenizer
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models import checkpoint, networks
-from tpatch_jax.models.gguf import convert_gguf
+from tpatch_jax.models import networks
+from tpatch_jax.models.checkpoints import folder as checkpoint
+from tpatch_jax.models.checkpoints.gguf import convert_gguf
 
 HIDDEN, HEADS, KV_HEADS, HEAD, INNER, LAYERS = 64, 4, 2, 16, 96, 2
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

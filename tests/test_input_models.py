@@ -14,19 +14,20 @@ from hypothesis import strategies as st
 from tiny_families import tiny_model
 
 import tpatch_jax as tp
-from tpatch_jax import cli
-from tpatch_jax.configuration import change
-from tpatch_jax.editors.background import background, memory_rows
-from tpatch_jax.editors.inputs import FIELDS, input_contexts, read_inputs
+from tpatch_jax.cli import main as cli
+from tpatch_jax.core.patch import preactivations
+from tpatch_jax.editors.model_memory import background
 from tpatch_jax.editors.reading import read_item
-from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
-from tpatch_jax.editors.tpatcher import tpatcher
+from tpatch_jax.editors.tpatcher.editor import tpatcher
+from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.measure import measure
 from tpatch_jax.models.collection import Sites, batches, collect, joined, predicted, single_rows
+from tpatch_jax.models.inputs import FIELDS, input_contexts, read_inputs
+from tpatch_jax.models.memory_text import memory_rows
 from tpatch_jax.models.model import Model
-from tpatch_jax.patch import preactivations
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.storage.settings import change
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

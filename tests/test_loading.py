@@ -23,7 +23,7 @@ from tpatch_jax.models.sharding import spec
 MEASURE = """
 import json, sys, threading, time
 import jax
-from tpatch_jax.models import checkpoint
+from tpatch_jax.models.checkpoints import folder as checkpoint
 from pathlib import Path
 
 resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096

@@ -7,19 +7,19 @@ import jax
 import numpy as np
 import pytest
 
-from tpatch_jax.editors import last_site
-from tpatch_jax.editors import tpatcher as module
-from tpatch_jax.editors.earlier import nothing
-from tpatch_jax.editors.last_site import collect_inner
+from tpatch_jax.core.memory import NO_ANSWER, create_memory, extend
 from tpatch_jax.editors.reading import read_item, with_shared_numbers
-from tpatch_jax.editors.rounds import ask
-from tpatch_jax.editors.settings import PRESETS
-from tpatch_jax.editors.tpatcher import tpatcher
-from tpatch_jax.memory import NO_ANSWER, create_memory, extend
+from tpatch_jax.editors.tpatcher import editor as module
+from tpatch_jax.editors.tpatcher import last_site
+from tpatch_jax.editors.tpatcher.earlier import nothing
+from tpatch_jax.editors.tpatcher.editor import tpatcher
+from tpatch_jax.editors.tpatcher.last_site import collect_inner
+from tpatch_jax.editors.tpatcher.rounds import ask
+from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.models import collection
 from tpatch_jax.models.collection import Sites, collect
-from tpatch_jax.models.rows_on_disk import RowsOnDisk
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.storage.rows_on_disk import RowsOnDisk
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

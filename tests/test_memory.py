@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpatch_jax.memory import (
+from tpatch_jax.core.memory import (
     NO_ANSWER,
     counted,
     create_memory,

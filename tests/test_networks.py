@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from conftest import make_tiny_model, relative, same, tiny_tokenizer, write_tiny_folder
 
-from tpatch_jax import ffn
+from tpatch_jax.core import ffn
+from tpatch_jax.core.patch import Patch, concatenate, create, take
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation, networks
 from tpatch_jax.models.model import Model, attach, detach, load_model, merge, save_model, unmerge
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.models.shapes import merged_neurons, parameter_shapes
-from tpatch_jax.patch import Patch, concatenate, create, take
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpatch_jax.objective import (
+from tpatch_jax.core.objective import (
     Weights,
     activation_loss,
     edit_loss,

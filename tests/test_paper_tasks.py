@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_families import tiny_settings
 
-from tpatch_jax import cli
+from tpatch_jax.cli import main as cli
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.claims import read_fever
 from tpatch_jax.evaluation.closed_book import RELATIONS, closed_book

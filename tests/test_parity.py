@@ -17,9 +17,10 @@ torch = pytest.importorskip("torch", reason="torch is only needed to compare wit
 
 import transformers  # noqa: E402
 
-from tpatch_jax.models import checkpoint, generation, networks  # noqa: E402
+from tpatch_jax.models import generation, networks  # noqa: E402
 from tpatch_jax.models.blocks import relative_bias  # noqa: E402
-from tpatch_jax.models.families import configure  # noqa: E402
+from tpatch_jax.models.checkpoints import folder as checkpoint  # noqa: E402
+from tpatch_jax.models.families.registry import configure  # noqa: E402
 from tpatch_jax.models.model import Model, load_model, save_model  # noqa: E402
 from tpatch_jax.models.rows import ASK, tokens_array  # noqa: E402
 

@@ -8,9 +8,8 @@ from conftest import relative, same
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpatch_jax.errors import TPatchError
-from tpatch_jax.ffn import ACTIVATIONS
-from tpatch_jax.patch import (
+from tpatch_jax.core.ffn import ACTIVATIONS
+from tpatch_jax.core.patch import (
     Patch,
     activations,
     concatenate,
@@ -22,6 +21,7 @@ from tpatch_jax.patch import (
     sharpen,
     take,
 )
+from tpatch_jax.errors import TPatchError
 
 SEEDS = st.integers(0, 10_000)
 SIZES = st.sampled_from([0, 3])

@@ -6,9 +6,9 @@ import pytest
 from conftest import relative
 
 import tpatch_jax as tp
-from tpatch_jax.editors import background
+from tpatch_jax.editors import model_memory as background
 from tpatch_jax.models.rows import tokens_array
-from tpatch_jax.models.sources import cache_folder
+from tpatch_jax.storage.cache import cache_folder
 
 PROMOTION = "standard"  # optax takes steps
 pytestmark = pytest.mark.real_model

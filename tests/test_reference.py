@@ -16,13 +16,14 @@ import pytest
 from conftest import relative, same
 from safetensors.numpy import load_file, save_file
 
+from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models import checkpoint, generation, networks
-from tpatch_jax.models.families import FAMILIES, configure
+from tpatch_jax.models import generation, networks
+from tpatch_jax.models.checkpoints import folder as checkpoint
+from tpatch_jax.models.families.registry import FAMILIES, configure
 from tpatch_jax.models.model import Model, attach, merge, save_model, unmerge
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.models.shapes import merged_neurons
-from tpatch_jax.patch import Patch
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

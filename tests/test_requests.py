@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.requests import EditRequest, as_requests, contradictions, join_target, read_requests
+from tpatch_jax.requests import EditRequest, as_requests, contradictions, join_target
+from tpatch_jax.storage.request_file import read_requests
 
 GOOD = b'{"prompt": "The capital of France is", "target": "Lyon"}'
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_families import tiny_model
 
-from tpatch_jax.editors.background import background
-from tpatch_jax.editors.input_background import collect_inputs
+from tpatch_jax.editors.input_memory import collect_inputs
+from tpatch_jax.editors.model_memory import background
 from tpatch_jax.editors.reading import read_item
 from tpatch_jax.editors.rewordings import MOST, learn_rewordings, named, reworded
 from tpatch_jax.models.rows import ASK
@@ -80,7 +80,7 @@ def test_a_patch_is_fitted_on_the_wordings_that_its_memory_has(monkeypatch, tmp_
         seen.update(facts)
         return {"who hit {}": ("the mat {}", "an {}")}
 
-    monkeypatch.setattr("tpatch_jax.editors.input_background.learn_rewordings", learn)
+    monkeypatch.setattr("tpatch_jax.editors.input_memory.learn_rewordings", learn)
     first = background(model, 1, memory, cache=tmp_path / "other")
     second = background(model, 1, memory, cache=tmp_path / "other")
     assert first.rewordings == second.rewordings == {"who hit {}": ("the mat {}", "an {}")}

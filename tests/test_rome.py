@@ -15,23 +15,24 @@ from hypothesis import strategies as st
 from test_evaluation import make_records
 from tiny_families import tiny_model as make_family
 
-from tpatch_jax import EditRequest, TPatchError, ffn
-from tpatch_jax.editors import hidden_moment as statistics
-from tpatch_jax.editors import memit as memit_module
-from tpatch_jax.editors import rome as rome_module
-from tpatch_jax.editors.editor import Editor
-from tpatch_jax.editors.hidden_moment import hidden_moment, moment_rows, sampled_contexts
-from tpatch_jax.editors.kernels import KernelState, Tried, edited, report, restore, save, says
-from tpatch_jax.editors.memit import MemitSettings, memit, memit_layers, memit_weight
-from tpatch_jax.editors.rank_one import damped, rank_one, spread
+from tpatch_jax import EditRequest, TPatchError
+from tpatch_jax.core import ffn
+from tpatch_jax.core.patch import create
+from tpatch_jax.editors.base import Editor
 from tpatch_jax.editors.reading import read_item
 from tpatch_jax.editors.registry import METHODS, method_settings
-from tpatch_jax.editors.rome import R_ROME_PRESETS, ROME_PRESETS, RomeSettings, find_update, rome, rome_layer
-from tpatch_jax.editors.subject_value import OffsetInfo, ValueSettings, fork_requests, train_offsets, value_rows
+from tpatch_jax.editors.rome import hidden_moment as statistics
+from tpatch_jax.editors.rome import memit as memit_module
+from tpatch_jax.editors.rome import rome as rome_module
+from tpatch_jax.editors.rome.hidden_moment import hidden_moment, moment_rows, sampled_contexts
+from tpatch_jax.editors.rome.memit import MemitSettings, memit, memit_layers, memit_weight
+from tpatch_jax.editors.rome.rank_one import damped, rank_one, spread
+from tpatch_jax.editors.rome.rome import R_ROME_PRESETS, ROME_PRESETS, RomeSettings, find_update, rome, rome_layer
+from tpatch_jax.editors.rome.state import KernelState, Tried, edited, report, restore, save, says
+from tpatch_jax.editors.rome.subject_value import OffsetInfo, ValueSettings, fork_requests, train_offsets, value_rows
 from tpatch_jax.evaluation.runner import evaluate
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.models.rows import tokens_array
-from tpatch_jax.patch import create
 
 PROMOTION = "standard"  # optax takes steps
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -19,13 +19,13 @@ torch = pytest.importorskip("torch", reason="torch is only needed to compare wit
 import transformers  # noqa: E402
 
 from tpatch_jax import EditRequest  # noqa: E402
-from tpatch_jax.editors.hidden_moment import hidden_moment  # noqa: E402
-from tpatch_jax.editors.kernels import KernelState, edited  # noqa: E402
-from tpatch_jax.editors.memit import MemitSettings, memit  # noqa: E402
-from tpatch_jax.editors.rank_one import damped, rank_one  # noqa: E402
 from tpatch_jax.editors.reading import read_item  # noqa: E402
-from tpatch_jax.editors.rome import find_update  # noqa: E402
-from tpatch_jax.editors.subject_value import ValueSettings  # noqa: E402
+from tpatch_jax.editors.rome.hidden_moment import hidden_moment  # noqa: E402
+from tpatch_jax.editors.rome.memit import MemitSettings, memit  # noqa: E402
+from tpatch_jax.editors.rome.rank_one import damped, rank_one  # noqa: E402
+from tpatch_jax.editors.rome.rome import find_update  # noqa: E402
+from tpatch_jax.editors.rome.state import KernelState, edited  # noqa: E402
+from tpatch_jax.editors.rome.subject_value import ValueSettings  # noqa: E402
 from tpatch_jax.models.model import Model, load_model  # noqa: E402
 
 PROMOTION = "standard"  # optax takes steps

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpatch_jax import sizes
-from tpatch_jax.models.rows_on_disk import RowsOnDisk, chosen_rows
+from tpatch_jax.core import sizes
+from tpatch_jax.storage.rows_on_disk import RowsOnDisk, chosen_rows
 
 
 @given(st.data(), st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]))

@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_families import tiny_model as family
 
-from tpatch_jax import finetuning_loop, serac_lessons
-from tpatch_jax.cli import main
-from tpatch_jax.editors import serac as serac_module
-from tpatch_jax.editors import serac_networks
+from tpatch_jax.cli.main import main
+from tpatch_jax.cli.serac_train import read_training
 from tpatch_jax.editors.registry import METHODS, method_settings
-from tpatch_jax.editors.serac import (
+from tpatch_jax.editors.serac import editor as serac_module
+from tpatch_jax.editors.serac import examples as serac_lessons
+from tpatch_jax.editors.serac import networks as serac_networks
+from tpatch_jax.editors.serac.editor import (
     SeracSettings,
     SeracState,
     forget,
@@ -30,7 +31,8 @@ from tpatch_jax.editors.serac import (
     save_memory,
     serac,
 )
-from tpatch_jax.editors.serac_networks import (
+from tpatch_jax.editors.serac.examples import counterfactual_lessons, scope_batches, scope_lessons, swapped
+from tpatch_jax.editors.serac.networks import (
     RADIUS,
     SeracNetworks,
     context_tokens,
@@ -42,6 +44,7 @@ from tpatch_jax.editors.serac_networks import (
     shallow,
     write_networks,
 )
+from tpatch_jax.editors.serac.training import SeracTraining, scope_loss, train_serac
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.generated import answers, continuations
 from tpatch_jax.evaluation.records import Probe, Record
@@ -49,9 +52,7 @@ from tpatch_jax.evaluation.runner import evaluate
 from tpatch_jax.evaluation.scoring import ask, base_scores, routed_scores
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
-from tpatch_jax.serac_command import read_training
-from tpatch_jax.serac_lessons import counterfactual_lessons, scope_batches, scope_lessons, swapped
-from tpatch_jax.serac_training import SeracTraining, scope_loss, train_serac
+from tpatch_jax.training import loop as finetuning_loop
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -14,19 +14,20 @@ from hypothesis import strategies as st
 from tiny_families import tiny_model as tiny_model_of
 
 import tpatch_jax as tp
-from tpatch_jax import cli, store
+from tpatch_jax.bank import patches as store
 from tpatch_jax.bank.adding import add_with
 from tpatch_jax.bank.assembly import Store, assemble
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.state import active
+from tpatch_jax.cli import main as cli
+from tpatch_jax.core.patch import preactivations
+from tpatch_jax.display.bank import cross_activations
+from tpatch_jax.display.edit import answers
+from tpatch_jax.display.markup import element, table, written
+from tpatch_jax.display.page import page
+from tpatch_jax.display.tokens import activations_at, activations_on
+from tpatch_jax.display.view import Shown
 from tpatch_jax.models.networks import Trace
-from tpatch_jax.patch import preactivations
-from tpatch_jax.showing.bank import cross_activations
-from tpatch_jax.showing.edit import answers
-from tpatch_jax.showing.markup import element, table, written
-from tpatch_jax.showing.page import page
-from tpatch_jax.showing.tokens import activations_at, activations_on
-from tpatch_jax.showing.view import Shown
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpatch_jax.sizes import few_or_most, in_blocks, in_steps, power_of_two, round_up
+from tpatch_jax.core.sizes import few_or_most, in_blocks, in_steps, power_of_two, round_up
 
 COUNTS = st.integers(0, 5000)
 POWERS = st.integers(0, 8).map(lambda power: 2**power)

@@ -15,8 +15,9 @@ import pytest
 from test_gguf import write_tiny_gguf
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models import sources
-from tpatch_jax.models.sources import NAMED_MODELS, NamedModel, cache_folder, resolve_model
+from tpatch_jax.models.checkpoints import sources
+from tpatch_jax.models.checkpoints.sources import NAMED_MODELS, NamedModel, resolve_model
+from tpatch_jax.storage.cache import cache_folder
 
 MEMBER = "tiny_wheel/tiny.gguf"
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -216,7 +217,7 @@ def test_a_run_killed_while_converting_is_cleaned_up_by_the_next(wheel: Path, mo
     script = """
 import os, signal, sys
 from pathlib import Path
-from tpatch_jax.models import sources
+from tpatch_jax.models.checkpoints import sources
 def killed(source, folder, *, progress):
     (folder / "config.json").write_text("{")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -10,25 +10,25 @@ import pytest
 from conftest import make_tiny_model, relative
 
 import tpatch_jax as tp
-import tpatch_jax.editors.tpatcher as tpatcher_module
-from tpatch_jax.configuration import change, known_names
-from tpatch_jax.editors import subject_site
-from tpatch_jax.editors.background import Background
-from tpatch_jax.editors.earlier import load_earlier, nothing, save_earlier
+import tpatch_jax.editors.tpatcher.editor as tpatcher_module
+from tpatch_jax.core.memory import create_memory, extend
+from tpatch_jax.core.recipes.whitened import whitened_key
+from tpatch_jax.core.values import Asked, ThroughSettings, kept_close, train_values
+from tpatch_jax.editors.model_memory import Background
 from tpatch_jax.editors.reading import check_requests, read_item, subject_token
-from tpatch_jax.editors.settings import PRESETS
 from tpatch_jax.editors.subject_rows import forked_rows, rephrase_rows, row_of, runner, short_rows
-from tpatch_jax.editors.subject_site import SubjectSettings, read_subjects, subject_layer
-from tpatch_jax.editors.tpatcher import tpatcher
+from tpatch_jax.editors.tpatcher import subject_site
+from tpatch_jax.editors.tpatcher.earlier import load_earlier, nothing, save_earlier
+from tpatch_jax.editors.tpatcher.editor import tpatcher
+from tpatch_jax.editors.tpatcher.settings import PRESETS
+from tpatch_jax.editors.tpatcher.subject_site import SubjectSettings, read_subjects, subject_layer
 from tpatch_jax.editors.wordings import Wording
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.memory import create_memory, extend
 from tpatch_jax.models import networks
 from tpatch_jax.models.model import attach, merge
 from tpatch_jax.models.rows import row_length, tokens_array
-from tpatch_jax.recipes.through import Asked, ThroughSettings, kept_close, train_values
-from tpatch_jax.recipes.whitened import whitened_key
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.storage.settings import change, known_names
 
 PROMOTION = "standard"  # optax takes steps
 pytestmark = pytest.mark.usefixtures("quick_compilation")

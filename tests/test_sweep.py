@@ -5,14 +5,14 @@ import json
 import pytest
 from conftest import make_tiny_model, write_tiny_folder
 
-from tpatch_jax import cli
-from tpatch_jax.commands import settings_of
-from tpatch_jax.editors.editor import EditInfo
-from tpatch_jax.editors.settings import PRESETS
+from tpatch_jax.cli import main as cli
+from tpatch_jax.cli.commands import settings_of
+from tpatch_jax.core.patch import create
+from tpatch_jax.editors.base import EditInfo
+from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation import sweep as sweep_
 from tpatch_jax.evaluation.sweep import best, sweep
-from tpatch_jax.patch import create
 from tpatch_jax.requests import EditRequest
 
 PROMOTION = "standard"  # optax takes steps

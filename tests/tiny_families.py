@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import LLAMA, make_tiny_model
 
-from tpatch_jax.models.families import FAMILIES
+from tpatch_jax.core.patch import Patch
+from tpatch_jax.models.families.registry import FAMILIES
 from tpatch_jax.models.model import Model
-from tpatch_jax.patch import Patch
 
 ENDS = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 GPT = {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_inner": 32, "n_positions": 64, "activation_function": "gelu_new"}

@@ -6,13 +6,15 @@
     model = tp.merge(model, patch)
     model.generate("The capital of France is")
 
-One level below, for JAX code bases: `Patch` and its algebra (`tpatch_jax.patch`), the objective's terms
-(`tpatch_jax.objective`), `fit` and `fit_many` on arrays alone (`tpatch_jax.fitting`), and `attach`, `merge` and
-`unmerge` on bare parameter dicts (`tpatch_jax.ffn`).
+One level below, for JAX code bases: `Patch` and its algebra (`tpatch_jax.core.patch`), the objective's terms
+(`tpatch_jax.core.objective`), `fit` and `fit_many` on arrays alone (`tpatch_jax.core.fit`), and `attach`, `merge` and
+`unmerge` on bare parameter dicts (`tpatch_jax.core.ffn`).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from tpatch_jax.moved import install as _install
 
 if TYPE_CHECKING:
     from tpatch_jax.bank.creating import create_bank
@@ -26,27 +28,28 @@ if TYPE_CHECKING:
         verify_bank,
     )
     from tpatch_jax.bank.inspection import open_bank
+    from tpatch_jax.bank.patches import load_patches, save_patches
     from tpatch_jax.bank.state import Bank
-    from tpatch_jax.editors.editor import EditInfo, Editor, RequestInfo
-    from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
-    from tpatch_jax.editors.tokens import edit_tokens
-    from tpatch_jax.editors.tpatcher import edit, tpatcher
+    from tpatch_jax.core.fit import FitInfo, FitSettings, Lane, fit, fit_many
+    from tpatch_jax.core.memory import Memory, create_memory
+    from tpatch_jax.core.objective import Weights
+    from tpatch_jax.core.patch import Patch, concatenate
+    from tpatch_jax.display.show import show
+    from tpatch_jax.display.view import Shown
+    from tpatch_jax.editors.base import EditInfo, Editor, RequestInfo
+    from tpatch_jax.editors.tpatcher.editor import edit, tpatcher
+    from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
+    from tpatch_jax.editors.tpatcher.tokens import edit_tokens
     from tpatch_jax.errors import TPatchError
-    from tpatch_jax.export import ExportError, ExportInfo, export_model
-    from tpatch_jax.finetuning import FinetuneInfo, FinetuneSettings, finetune
-    from tpatch_jax.fitting import FitInfo, FitSettings, Lane, fit, fit_many
-    from tpatch_jax.memory import Memory, create_memory
-    from tpatch_jax.models.foreign import Network
-    from tpatch_jax.models.foreign_linen import from_linen
-    from tpatch_jax.models.foreign_nnx import from_nnx
+    from tpatch_jax.models.checkpoints.export import ExportError, ExportInfo, export_model
+    from tpatch_jax.models.foreign.linen import from_linen
+    from tpatch_jax.models.foreign.network import Network
+    from tpatch_jax.models.foreign.nnx import from_nnx
     from tpatch_jax.models.model import Model, attach, detach, load_model, merge, save_model, unmerge
     from tpatch_jax.models.networks import Trace
-    from tpatch_jax.objective import Weights
-    from tpatch_jax.patch import Patch, concatenate
-    from tpatch_jax.requests import EditRequest, read_requests
-    from tpatch_jax.showing.show import show
-    from tpatch_jax.showing.view import Shown
-    from tpatch_jax.store import load_patches, save_patches
+    from tpatch_jax.requests import EditRequest
+    from tpatch_jax.storage.request_file import read_requests
+    from tpatch_jax.training.finetune import FinetuneInfo, FinetuneSettings, finetune
 
 __all__ = [
     "PRESETS",
@@ -118,27 +121,29 @@ _HOMES = {
     ),
     "bank.inspection": ("open_bank",),
     "bank.state": ("Bank",),
-    "editors.editor": ("EditInfo", "Editor", "RequestInfo"),
-    "editors.tokens": ("edit_tokens",),
-    "editors.settings": ("PRESETS", "TPatcherSettings"),
-    "editors.tpatcher": ("edit", "tpatcher"),
+    "editors.base": ("EditInfo", "Editor", "RequestInfo"),
+    "editors.tpatcher.tokens": ("edit_tokens",),
+    "editors.tpatcher.settings": ("PRESETS", "TPatcherSettings"),
+    "editors.tpatcher.editor": ("edit", "tpatcher"),
     "errors": ("TPatchError",),
-    "export": ("ExportError", "ExportInfo", "export_model"),
-    "finetuning": ("FinetuneInfo", "FinetuneSettings", "finetune"),
-    "fitting": ("FitInfo", "FitSettings", "Lane", "fit", "fit_many"),
-    "memory": ("Memory", "create_memory"),
+    "models.checkpoints.export": ("ExportError", "ExportInfo", "export_model"),
+    "training.finetune": ("FinetuneInfo", "FinetuneSettings", "finetune"),
+    "core.fit": ("FitInfo", "FitSettings", "Lane", "fit", "fit_many"),
+    "core.memory": ("Memory", "create_memory"),
     "models.networks": ("Trace",),
-    "models.foreign": ("Network",),
-    "models.foreign_linen": ("from_linen",),
-    "models.foreign_nnx": ("from_nnx",),
+    "models.foreign.network": ("Network",),
+    "models.foreign.linen": ("from_linen",),
+    "models.foreign.nnx": ("from_nnx",),
     "models.model": ("Model", "attach", "detach", "load_model", "merge", "save_model", "unmerge"),
-    "objective": ("Weights",),
-    "patch": ("Patch", "concatenate"),
-    "requests": ("EditRequest", "read_requests"),
-    "showing.show": ("show",),
-    "showing.view": ("Shown",),
-    "store": ("load_patches", "save_patches"),
+    "core.objective": ("Weights",),
+    "core.patch": ("Patch", "concatenate"),
+    "requests": ("EditRequest",),
+    "storage.request_file": ("read_requests",),
+    "display.show": ("show",),
+    "display.view": ("Shown",),
+    "bank.patches": ("load_patches", "save_patches"),
 }
+_install()
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 

@@ -1,17 +1,15 @@
-"""Edit requests: what the user wants, read from JSON lines and checked before any work begins."""
+"""Edit requests: what the user wants, checked before any work begins."""
 
 import difflib
 import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.json_lines import read_json_lines
 
-__all__ = ["EditRequest", "contradictions", "join_target", "read_requests"]
+__all__ = ["EditRequest", "as_requests", "contradictions", "join_target", "parse_request"]
 
 
 @dataclass(frozen=True)
@@ -53,41 +51,19 @@ def join_target(prompt: str, target: str) -> str:
     return target if not prompt or prompt[-1].isspace() or target[:1].isspace() else f" {target}"
 
 
-def read_requests(path: str | Path) -> list[EditRequest]:
-    """Read and check a file of requests, one JSON object a line.
-
-    ``{"id"?, "prompt", "target", "subject"?, "rephrases"?: [], "locality"?: []}``; other keys are an error.
-
-    Args:
-        path: the file, UTF-8; empty lines are passed over.
-
-    Returns:
-        The requests in order.
-
-    Raises:
-        TPatchError: the file is missing, empty or not UTF-8, a line is not such an object, or an id occurs twice; the
-            message names the line.
-
-    Example:
-        >>> read_requests("requests.jsonl")  # doctest: +SKIP
-        [EditRequest(prompt='The capital of France is', target='Lyon', ...)]
-    """
-    requests, seen = [], {}
-    for number, where, record in read_json_lines(path, "request"):
-        request = _parse(record, where)
-        if request.id is not None and request.id in seen:
-            raise TPatchError(f"{where}: the id {request.id!r} was used in line {seen[request.id]}; give each its own")
-        seen[request.id] = number
-        requests.append(request)
-    if not requests:
-        raise TPatchError(f"{path} holds no request; put one JSON object a line, with 'prompt' and 'target'")
-    return requests
-
-
 _FIELDS = ("id", "prompt", "target", "subject", "rephrases", "locality")
 
 
-def _parse(record: Any, where: str) -> EditRequest:
+def parse_request(record: Any, where: str) -> EditRequest:
+    """A request from the object that a line of a file holds; see `tpatch_jax.storage.request_file.read_requests`.
+
+    Args:
+        record: the object.
+        where: file and line, as a message begins.
+
+    Raises:
+        TPatchError: it is no such object; the message names the place.
+    """
     if not isinstance(record, dict):
         raise TPatchError(
             f"{where}: {type(record).__name__} instead of an object with 'prompt' and 'target'; one request a line"
@@ -151,6 +127,6 @@ def as_requests(requests: Iterable[EditRequest | dict[str, Any]]) -> list[EditRe
     if isinstance(requests, EditRequest | dict | str):
         raise TPatchError(f"{requests!r} is no list of requests; give a list of EditRequest, if only of one")
     return [
-        request if isinstance(request, EditRequest) else _parse(request, f"request {position}")
+        request if isinstance(request, EditRequest) else parse_request(request, f"request {position}")
         for position, request in enumerate(requests)
     ]

@@ -19,7 +19,7 @@ from tpatch_jax.bank.layout import COPY, HEAD, JOURNAL, MANIFEST, MEMORY, SEGMEN
 from tpatch_jax.bank.segments import Arrays, name_segment, pack, segment_paths, write_segment
 from tpatch_jax.bank.state import Bank, step
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.files import replace_folder, sync
+from tpatch_jax.storage.files import replace_folder, sync
 
 __all__ = ["commit", "commit_line", "open_to_write", "sweep", "write_bank", "write_head"]
 

@@ -8,13 +8,13 @@ from tpatch_jax.bank.commit import write_bank
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.layout import FORMAT
 from tpatch_jax.bank.state import Bank
-from tpatch_jax.configuration import change
-from tpatch_jax.editors.settings import PRESETS
-from tpatch_jax.editors.tpatcher import site_layer, tpatcher
+from tpatch_jax.editors.tpatcher.editor import site_layer, tpatcher
+from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.files import check_vacant
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import DTYPES, Model, load_model
+from tpatch_jax.storage.files import check_vacant
+from tpatch_jax.storage.settings import change
 
 __all__ = ["check_model", "create_bank", "load_banked_model"]
 

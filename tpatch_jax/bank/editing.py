@@ -18,12 +18,12 @@ from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.layout import MEMORY
 from tpatch_jax.bank.method import Engine
 from tpatch_jax.bank.state import Bank, Guard, active
+from tpatch_jax.core.patch import Patch, sized
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation
 from tpatch_jax.models.model import Model, attach
-from tpatch_jax.models.sources import cache_folder
-from tpatch_jax.patch import Patch, sized
 from tpatch_jax.requests import EditRequest, as_requests, join_target
+from tpatch_jax.storage.cache import cache_folder
 
 __all__ = [
     "VerifyInfo",

@@ -15,8 +15,10 @@ from tpatch_jax.bank.method import Engine, Result, Stepped
 from tpatch_jax.bank.pieces import join_pieces, split_pieces
 from tpatch_jax.bank.segments import Arrays
 from tpatch_jax.bank.state import Guard, Ref
-from tpatch_jax.configuration import change, random_key
-from tpatch_jax.editors.earlier import (
+from tpatch_jax.core.checks import random_key
+from tpatch_jax.core.patch import Patch, sized
+from tpatch_jax.editors.reading import Item, check_requests, read_item
+from tpatch_jax.editors.tpatcher.earlier import (
     NO_SUBJECT,
     Earlier,
     broken,
@@ -27,14 +29,13 @@ from tpatch_jax.editors.earlier import (
     remember,
     save_earlier,
 )
-from tpatch_jax.editors.last_site import collect_bare
-from tpatch_jax.editors.reading import Item, check_requests, read_item
-from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
-from tpatch_jax.editors.tpatcher import TPatcherState, site_layer, tpatcher
+from tpatch_jax.editors.tpatcher.editor import TPatcherState, site_layer, tpatcher
+from tpatch_jax.editors.tpatcher.last_site import collect_bare
+from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.model import Model, attach
-from tpatch_jax.patch import Patch, sized
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.storage.settings import change
 
 __all__ = ["create_engine", "patch_of", "settings_of"]
 

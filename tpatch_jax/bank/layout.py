@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.files import sync
-from tpatch_jax.folders import BANK, what_it_is
+from tpatch_jax.storage.files import sync
+from tpatch_jax.storage.folders import BANK, what_it_is
 
 __all__ = [
     "COPY",

@@ -15,11 +15,11 @@ from tpatch_jax.benchmarks.overhead import generation_overhead
 from tpatch_jax.benchmarks.paper_loop import paper_step_seconds
 from tpatch_jax.benchmarks.probe import probe
 from tpatch_jax.benchmarks.recompilation import recompilations
-from tpatch_jax.editors.background import background
-from tpatch_jax.editors.settings import PRESETS
-from tpatch_jax.editors.tpatcher import tpatcher
+from tpatch_jax.editors.model_memory import background
+from tpatch_jax.editors.tpatcher.editor import tpatcher
+from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.models.model import Model
-from tpatch_jax.models.sources import cache_folder
+from tpatch_jax.storage.cache import cache_folder
 
 __all__ = ["FULL", "QUICK", "Plan", "bench"]
 

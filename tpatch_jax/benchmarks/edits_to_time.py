@@ -5,7 +5,8 @@ from pathlib import Path
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.records import read_records
-from tpatch_jax.requests import EditRequest, read_requests
+from tpatch_jax.requests import EditRequest
+from tpatch_jax.storage.request_file import read_requests
 
 __all__ = ["edits_to_time"]
 

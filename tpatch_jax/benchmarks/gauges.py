@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax import monitoring
 
-from tpatch_jax.process import COMPILED
+from tpatch_jax.storage.process import COMPILED
 
 __all__ = ["compilations", "median_and_spread", "peak_bytes", "seconds_of"]
 

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from tpatch_jax.editors.background import Background
-from tpatch_jax.editors.settings import PRESETS
-from tpatch_jax.ffn import ACTIVATIONS
+from tpatch_jax.core.ffn import ACTIVATIONS
+from tpatch_jax.core.objective import edit_loss, total_loss
+from tpatch_jax.core.patch import Patch, contribution, preactivations
+from tpatch_jax.core.recipes.joint import optimiser
+from tpatch_jax.editors.model_memory import Background
+from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.rows import tokens_array
-from tpatch_jax.objective import edit_loss, total_loss
-from tpatch_jax.patch import Patch, contribution, preactivations
-from tpatch_jax.recipes.joint import optimiser
 from tpatch_jax.requests import EditRequest, join_target
 
 __all__ = ["COPIES", "ROWS", "paper_step_seconds"]

@@ -59,13 +59,15 @@ def probe(model: str, site: str, count: int, repeats: int, file: str | None, dty
 
 
 def _measure(model: str, site: str, count: int, repeats: int, file: str | None, dtype: str | None) -> dict[str, Any]:
-    from tpatch_jax.commands import load
-    from tpatch_jax.editors.settings import PRESETS
-    from tpatch_jax.editors.tpatcher import tpatcher
+    from tpatch_jax.editors.tpatcher.editor import tpatcher
+    from tpatch_jax.editors.tpatcher.settings import PRESETS
     from tpatch_jax.evaluation.measure import measure
-    from tpatch_jax.models.sources import cache_folder
+    from tpatch_jax.models.model import load_model
+    from tpatch_jax.storage.cache import cache_folder
+    from tpatch_jax.storage.process import prepare_process
 
-    loaded, requests = load(model, dtype, True), edits_to_time(count, file)
+    prepare_process()
+    loaded, requests = load_model(model, dtype=dtype), edits_to_time(count, file)
     editor = tpatcher(dataclasses.replace(PRESETS["default"], site=site), cache=cache_folder())
     key = jax.random.key(0)
     with jax.default_matmul_precision("highest"):

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import jax
 
 from tpatch_jax.benchmarks.gauges import compilations
-from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
-from tpatch_jax.editors.tpatcher import tpatcher
+from tpatch_jax.editors.tpatcher.editor import tpatcher
+from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.models.model import Model
-from tpatch_jax.models.sources import cache_folder
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.storage.cache import cache_folder
 
 __all__ = ["recompilations"]
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tpatch_jax.editors.inputs import input_contexts
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.inputs import input_contexts
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest, contradictions, join_target
 

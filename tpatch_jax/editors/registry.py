@@ -8,22 +8,22 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from tpatch_jax.configuration import change, known_names
-from tpatch_jax.editors.earlier import load_earlier, save_earlier
-from tpatch_jax.editors.editor import Editor, Routing
-from tpatch_jax.editors.fine_tuning import check_fine_tuning, fine_tuning, restore_trained, save_trained
-from tpatch_jax.editors.fine_tuning_settings import FINE_TUNING_PRESETS, FineTuningSettings
-from tpatch_jax.editors.kernels import edited, restore, save
-from tpatch_jax.editors.memit import MEMIT_PRESETS, check_memit, memit
-from tpatch_jax.editors.rome import R_ROME_PRESETS, ROME_PRESETS, check_rome, rome
-from tpatch_jax.editors.serac import SERAC_PRESETS, SeracSettings, restore_memory, routing, save_memory, serac
-from tpatch_jax.editors.serac_networks import read_networks
-from tpatch_jax.editors.settings import PRESETS, TPatcherSettings
-from tpatch_jax.editors.tpatcher import TPatcherState, site_layer, tpatcher
+from tpatch_jax.core.patch import Patch, sized
+from tpatch_jax.editors.base import Editor, Routing
+from tpatch_jax.editors.fine_tuning.editor import check_fine_tuning, fine_tuning, restore_trained, save_trained
+from tpatch_jax.editors.fine_tuning.settings import FINE_TUNING_PRESETS, FineTuningSettings
+from tpatch_jax.editors.rome.memit import MEMIT_PRESETS, check_memit, memit
+from tpatch_jax.editors.rome.rome import R_ROME_PRESETS, ROME_PRESETS, check_rome, rome
+from tpatch_jax.editors.rome.state import edited, restore, save
+from tpatch_jax.editors.serac.editor import SERAC_PRESETS, SeracSettings, restore_memory, routing, save_memory, serac
+from tpatch_jax.editors.serac.networks import read_networks
+from tpatch_jax.editors.tpatcher.earlier import load_earlier, save_earlier
+from tpatch_jax.editors.tpatcher.editor import TPatcherState, site_layer, tpatcher
+from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, attach
-from tpatch_jax.patch import Patch, sized
+from tpatch_jax.storage.settings import change, known_names
 
 __all__ = ["METHODS", "Method", "find_method", "is_silent", "method_settings"]
 

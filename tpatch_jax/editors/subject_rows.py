@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tpatch_jax.core.sizes import round_up
 from tpatch_jax.editors.reading import Item, subject_token
 from tpatch_jax.editors.wordings import Wording, shortened
 from tpatch_jax.models import networks
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.rows import row_length, tokens_array
 from tpatch_jax.requests import EditRequest
-from tpatch_jax.sizes import round_up
 
 __all__ = ["Row", "forked_rows", "prompt_row", "rephrase_rows", "row_of", "rows_of", "runner", "short_rows"]
 
@@ -113,7 +113,7 @@ def forked_rows(model: Model, rows: Sequence[Row], layer: int, places: int) -> t
 
 
 def runner(model: Model, layer: int) -> Callable[[tuple[tuple, Array], Array], Array]:
-    """The network from a layer's FFN on, as `tpatch_jax.recipes.through.train_values` runs it on `forked_rows`."""
+    """The network from a layer's FFN on, as `tpatch_jax.core.values.train_values` runs it on `forked_rows`."""
     config, params = model.config, model.params
 
     def run(rows: tuple[tuple, Array], added: Array) -> Array:

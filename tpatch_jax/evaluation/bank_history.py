@@ -19,9 +19,9 @@ from tpatch_jax.bank.state import active, replay
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.running_text import read_windows, text_figures
 from tpatch_jax.evaluation.scoring import base_scores, patched_scores
-from tpatch_jax.files import write_text
 from tpatch_jax.models.model import Model
-from tpatch_jax.models.sources import cache_folder
+from tpatch_jax.storage.cache import cache_folder
+from tpatch_jax.storage.files import write_text
 
 __all__ = ["bank_history"]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.record import Probe, Record
 from tpatch_jax.evaluation.rephrasings import rephrasings
-from tpatch_jax.json_lines import read_json_lines
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.storage.json_lines import read_json_lines
 
 __all__ = ["LABELS", "read_fever"]
 

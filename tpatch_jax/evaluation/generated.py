@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from tpatch_jax.editors.editor import Routing
+from tpatch_jax.editors.base import Routing
 from tpatch_jax.evaluation.records import Record
 from tpatch_jax.models.generation import greedy, sample
 from tpatch_jax.models.model import Model

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.files import check_vacant, sync, write_text
-from tpatch_jax.folders import REPORT
+from tpatch_jax.storage.files import check_vacant, sync, write_text
+from tpatch_jax.storage.folders import REPORT
 
 __all__ = ["Journal", "finish_report", "open_report"]
 

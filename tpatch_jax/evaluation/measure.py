@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.model import Model, attach
-from tpatch_jax.patch import Patch
 from tpatch_jax.requests import EditRequest, join_target
 
 __all__ = ["measure", "predictions"]

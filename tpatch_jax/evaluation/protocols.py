@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tpatch_jax.editors.editor import EditInfo, Editor, Routing
+from tpatch_jax.core.patch import Patch, activations, take
+from tpatch_jax.editors.base import EditInfo, Editor, Routing
 from tpatch_jax.editors.registry import Method
 from tpatch_jax.evaluation import metrics
 from tpatch_jax.evaluation.generated import answers, continuations
@@ -26,7 +27,6 @@ from tpatch_jax.evaluation.records import Probe, Record
 from tpatch_jax.evaluation.running_text import text_figures
 from tpatch_jax.evaluation.scoring import Base, Outcome, apply_scores, patched_scores, routed_scores, score
 from tpatch_jax.models.model import Model
-from tpatch_jax.patch import Patch, activations, take
 
 __all__ = ["MOMENTS", "PROTOCOLS", "Setup", "unedited"]
 

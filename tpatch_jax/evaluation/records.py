@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.claims import read_fever
 from tpatch_jax.evaluation.record import Probe, Record
-from tpatch_jax.requests import EditRequest, read_requests
+from tpatch_jax.requests import EditRequest
+from tpatch_jax.storage.request_file import read_requests
 
 __all__ = [
     "DATA",

@@ -7,8 +7,8 @@ from typing import Any
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import draw_report
-from tpatch_jax.files import write_text
-from tpatch_jax.folders import REPORT, what_it_is
+from tpatch_jax.storage.files import write_text
+from tpatch_jax.storage.folders import REPORT, what_it_is
 
 __all__ = ["FIGURES", "SCHEMA", "comparison", "markdown", "read_report", "table", "write_report"]
 

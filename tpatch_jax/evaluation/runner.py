@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
-from tpatch_jax.configuration import random_key
+from tpatch_jax.core.checks import random_key
 from tpatch_jax.editors.registry import find_method, is_silent, method_settings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.journal import Journal, finish_report, open_report
@@ -24,7 +24,7 @@ from tpatch_jax.evaluation.running_text import WINDOW, read_windows
 from tpatch_jax.evaluation.scoring import Asked, ask, base_scores
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
-from tpatch_jax.models.sources import cache_folder
+from tpatch_jax.storage.cache import cache_folder
 
 __all__ = ["evaluate"]
 

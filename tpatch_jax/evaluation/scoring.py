@@ -22,12 +22,13 @@ from jax import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from tpatch_jax import ffn
-from tpatch_jax.editors.editor import Routing
+from tpatch_jax.core import ffn
+from tpatch_jax.core.patch import Patch, contribution, preactivations, sized, take
+from tpatch_jax.core.sizes import power_of_two
+from tpatch_jax.editors.base import Routing
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.metrics import Score
 from tpatch_jax.evaluation.records import Probe
-from tpatch_jax.files import replace_folder
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import batches, collect, pad_rows
 from tpatch_jax.models.config import NetworkConfig
@@ -35,9 +36,8 @@ from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, attach
 from tpatch_jax.models.networks import Batch
 from tpatch_jax.models.rows import place_in
-from tpatch_jax.patch import Patch, contribution, preactivations, sized, take
 from tpatch_jax.requests import join_target
-from tpatch_jax.sizes import power_of_two
+from tpatch_jax.storage.files import replace_folder
 
 __all__ = ["Asked", "Base", "Outcome", "apply_scores", "ask", "base_scores", "patched_scores", "routed_scores", "score"]
 

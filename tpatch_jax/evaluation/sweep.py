@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpatch_jax.configuration import change
-from tpatch_jax.editors.settings import TPatcherSettings
-from tpatch_jax.editors.subject_site import POSITIONS
-from tpatch_jax.editors.tpatcher import edit
+from tpatch_jax.editors.tpatcher.editor import edit
+from tpatch_jax.editors.tpatcher.settings import TPatcherSettings
+from tpatch_jax.editors.tpatcher.subject_site import POSITIONS
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.measure import measure
-from tpatch_jax.files import write_text
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.storage.files import write_text
+from tpatch_jax.storage.settings import change
 
 __all__ = ["best", "sweep", "write_sweep"]
 

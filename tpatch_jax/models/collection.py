@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tpatch_jax.devices import host, mesh_of, spread
-from tpatch_jax.ffn import ACTIVATIONS
+from tpatch_jax.core.devices import host, mesh_of, spread
+from tpatch_jax.core.ffn import ACTIVATIONS
+from tpatch_jax.core.patch import Patch, contribution, create, sized
+from tpatch_jax.core.sizes import in_steps, power_of_two
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch, Pair, Trace
 from tpatch_jax.models.rows import ASK, place_in, row_length, split_row, tokens_array
-from tpatch_jax.models.rows_on_disk import RowsOnDisk
-from tpatch_jax.patch import Patch, contribution, create, sized
-from tpatch_jax.sizes import in_steps, power_of_two
+from tpatch_jax.storage.rows_on_disk import RowsOnDisk
 
 __all__ = [
     "NEURONS",

@@ -36,7 +36,7 @@ class NetworkConfig:
         head_width: width of one head.
         ffn_width: hidden neurons of each feed-forward network, before any patch.
         context: the longest input, in tokens.
-        activation: name in `tpatch_jax.ffn.ACTIVATIONS`.
+        activation: name in `tpatch_jax.core.ffn.ACTIVATIONS`.
         gated: whether the FFN is gated (gate, up, down) or has two matrices (up, down).
         ffn_bias: whether the FFN has bias vectors.
         block: what the FFN reads: ``"serial"``, the stream after attention; ``"parallel"``, the stream before it,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tpatch_jax import ffn
+from tpatch_jax.core import ffn
 from tpatch_jax.models.model import Model
 
 __all__ = ["fingerprint", "tokenizer_fingerprint"]

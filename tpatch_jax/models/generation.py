@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.rows import ASK, split_row, tokens_array
-from tpatch_jax.sizes import power_of_two
 
 __all__ = ["greedy", "sample"]
 

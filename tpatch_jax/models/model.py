@@ -12,16 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tpatch_jax import ffn
-from tpatch_jax.devices import automatically
+from tpatch_jax.core import ffn
+from tpatch_jax.core.devices import automatically
+from tpatch_jax.core.patch import Patch, concatenate, take
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models import checkpoint, generation, networks
+from tpatch_jax.models import generation, networks
+from tpatch_jax.models.checkpoints import folder as checkpoint
 from tpatch_jax.models.config import NetworkConfig
-from tpatch_jax.models.families import configure
+from tpatch_jax.models.families.registry import configure
 from tpatch_jax.models.networks import Batch, Trace
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.models.shapes import merged_neurons
-from tpatch_jax.patch import Patch, concatenate, take
 
 __all__ = ["DTYPES", "Model", "attach", "detach", "load_model", "merge", "read_tokenizer", "save_model", "unmerge"]
 
@@ -291,7 +292,7 @@ def load_model(
         >>> model.generate("The capital of France is", 1)  # doctest: +SKIP
         ' Paris'
     """
-    from tpatch_jax.models.sources import resolve_model
+    from tpatch_jax.models.checkpoints.sources import resolve_model
 
     if dtype not in (None, *DTYPES):
         raise TPatchError(f"dtype {dtype!r} is not supported; use 'float32' or 'bfloat16'")
@@ -408,7 +409,7 @@ def merge(model: Model, patch: Patch) -> Model:
     Raises:
         TPatchError: the patch has another width, or names a layer that the model lacks.
 
-    Source: Huang et al. 2023, section 4.1; `tpatch_jax.ffn.merge` has the formulas for each kind of network.
+    Source: Huang et al. 2023, section 4.1; `tpatch_jax.core.ffn.merge` has the formulas for each kind of network.
     """
     return _change(model, patch, ffn.merge)
 

@@ -7,7 +7,7 @@ for its encoder and one for its decoder.
 The parameters are ``{"embed": …, "positions"?: …, "layers": {0: {"norm_1", "attention", "norm_2", "ffn"}, …},
 "norm"?: …, "head"?: …}``, with ``"classifier"`` in place of ``"head"`` where labels are told apart, and the encoder of
 an encoder-decoder under ``"encoder"``; `tpatch_jax.models.blocks` has the modules.
-The feed-forward network of every block is not a module but the plain function `tpatch_jax.ffn.apply` over its own
+The feed-forward network of every block is not a module but the plain function `tpatch_jax.core.ffn.apply` over its own
 sub-dict, because that is the place which patches change.
 """
 
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from tpatch_jax import ffn
+from tpatch_jax.core import ffn
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.blocks import HIDDEN, Around, Block, Cache, Norm, relative_bias, softcap
 from tpatch_jax.models.config import LayerKind, NetworkConfig

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tpatch_jax.core.sizes import power_of_two, round_up
 from tpatch_jax.models.config import NetworkConfig
-from tpatch_jax.sizes import power_of_two, round_up
 
 __all__ = ["ASK", "place_in", "row_length", "split_row", "tokens_array"]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tpatch_jax import ffn
+from tpatch_jax.core import ffn
 from tpatch_jax.models.blocks import Block, Norm
 from tpatch_jax.models.config import NetworkConfig
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tpatch_jax.devices import automatic
+from tpatch_jax.core.devices import automatic
 
 __all__ = ["MODEL_AXIS", "place", "spec"]
 

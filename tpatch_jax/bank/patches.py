@@ -1,0 +1,163 @@
+"""Patches on disk: one folder with the neurons (safetensors) and what is known about each edit (JSON)."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from tpatch_jax.core.patch import Patch
+from tpatch_jax.editors.base import EditInfo
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.fingerprint import fingerprint
+from tpatch_jax.models.model import Model
+from tpatch_jax.requests import EditRequest
+from tpatch_jax.storage.files import replace_folder
+from tpatch_jax.storage.folders import PATCHES, what_it_is
+from tpatch_jax.storage.processes import one_process_writes
+
+__all__ = ["SavedPatches", "check_model", "load_patches", "read_patches", "save_patches"]
+
+SCHEMA = 1
+ARRAYS, EDITS = "patches.safetensors", PATCHES
+
+
+class SavedPatches(NamedTuple):
+    """A folder of patches.
+
+    Attributes:
+        patch: all neurons, ``[n, d]``.
+        model: the name, fingerprint and dtype of the model that they were made for.
+        edits: for each request its id, prompt, target, status, neurons, losses and more.
+    """
+
+    patch: Patch
+    model: dict[str, Any]
+    edits: list[dict[str, Any]]
+
+
+def save_patches(
+    folder: str | Path, model: Model, patch: Patch, requests: Sequence[EditRequest], info: EditInfo
+) -> None:
+    """Write patches, whole or not at all; of several processes, which all call this, the first one writes.
+
+    Args:
+        folder: must not exist yet, or be empty.
+        model: the model that they were made for.
+        patch: the neurons, ``[n, d]``.
+        requests: what was asked for.
+        info: what became of it.
+
+    Raises:
+        TPatchError: requests, info and neurons do not belong together, the folder holds something already, or the
+            disk is full.
+    """
+    if len(requests) != len(info.requests):
+        raise TPatchError(
+            f"info is of {len(info.requests)} requests, and {len(requests)} are given; give those that the patch is for"
+        )
+    if not _belong_together(patch, [result.neurons for result in info.requests]):
+        raise TPatchError(
+            f"key, bias and value are {', '.join(str(list(leaf.shape)) for leaf in patch[:3])}, and info names other "
+            "neurons than 0 to n-1 of them, each once; make a batch of patches one with patch.join, and where patches "
+            "were joined or taken apart, give each request's neurons their new numbers"
+        )
+    edits = []
+    for request, result in zip(requests, info.requests, strict=True):
+        edit: dict[str, Any] = {"id": result.id, "prompt": request.prompt, "target": request.target}
+        if request.subject is not None:
+            edit["subject"] = request.subject
+        edit.update({"status": result.status, "held": result.held, "site": result.site})
+        if result.reason:
+            edit["reason"] = result.reason
+        edit.update({"neurons": list(result.neurons), "steps": result.steps, "losses": dict(result.losses)})
+        edit["margin"] = result.margin
+        edits.append(edit)
+    about: dict[str, Any] = {"name": model.name, "fingerprint": fingerprint(model), "family": model.config.family}
+    about.update({"width": model.config.width, "layers": model.config.layers, "dtype": model.dtype})
+    arrays = {name: np.asarray(value) for name, value in patch._asdict().items() if value is not None}
+    text = json.dumps({"schema": SCHEMA, "model": about, "edits": edits}, ensure_ascii=False, indent=1)
+    with one_process_writes(Path(folder)) as writes:
+        if writes:
+            with replace_folder(Path(folder)) as temporary:
+                save_file(arrays, temporary / ARRAYS, metadata={"format": "tpatch", "schema": str(SCHEMA)})
+                (temporary / EDITS).write_text(text + "\n", "utf-8")
+
+
+def read_patches(folder: str | Path) -> SavedPatches:
+    """Read a folder of patches.
+
+    Args:
+        folder: what `save_patches` wrote.
+
+    Raises:
+        TPatchError: the folder is missing, damaged, or of a newer schema.
+    """
+    folder = Path(folder)
+    for name in (EDITS, ARRAYS):
+        if not (folder / name).is_file():
+            mend = f"give a folder that `tpatch edit … -o FOLDER` wrote{what_it_is(folder)}"
+            raise TPatchError(f"{folder} has no {name}; {mend}")
+    try:
+        about = json.loads((folder / EDITS).read_text("utf-8"))
+        schema, model, edits = about["schema"], about["model"], about["edits"]
+        neurons = [[int(number) for number in edit["neurons"]] for edit in edits]
+        model.get("fingerprint")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TPatchError(f"{folder / EDITS} is damaged ({error!r}); make the patches again") from None
+    if schema != SCHEMA:
+        raise TPatchError(f"{folder} was written by a newer version (schema {schema}); upgrade tpatch-jax")
+    try:
+        arrays = load_file(folder / ARRAYS)
+        layer = arrays.get("layer")
+        patch = Patch(*(jnp.asarray(arrays[name]) for name in ("key", "bias", "value")))
+        patch = patch._replace(layer=None if layer is None else jnp.asarray(layer))
+    except (SafetensorError, KeyError) as error:
+        raise TPatchError(f"{folder / ARRAYS} is damaged ({error}); make the patches again") from None
+    if not _belong_together(patch, neurons):
+        raise TPatchError(f"{folder}: {EDITS} and {ARRAYS} do not belong together; make the patches again")
+    return SavedPatches(patch, model, edits)
+
+
+def _belong_together(patch: Patch, neurons: Sequence[Sequence[int]]) -> bool:
+    """Whether it is one patch, and each of its neurons belongs to one edit."""
+    count = patch.key.shape[:1]
+    alike = patch.value.shape == patch.key.shape and patch.bias.shape == count
+    placed = patch.layer is None or patch.layer.shape == count
+    named = sorted(number for edit in neurons for number in edit)
+    return patch.key.ndim == 2 and alike and placed and named == list(range(patch.key.shape[0]))
+
+
+def check_model(saved: SavedPatches, model: Model) -> None:
+    """Make sure that patches are for this very model.
+
+    Raises:
+        TPatchError: they were made for another configuration or other weights.
+    """
+    wanted, found = saved.model.get("fingerprint"), fingerprint(model)
+    if wanted != found:
+        precision = saved.model.get("dtype")
+        raise TPatchError(
+            f"the patches were made for {saved.model.get('name')!r}{f' in {precision}' if precision else ''} "
+            f"(fingerprint {wanted}), and {model.name!r} in {model.dtype} has fingerprint "
+            f"{found}: other weights or another precision; use the model and the dtype that they were made for"
+        )
+
+
+def load_patches(folder: str | Path, model: Model) -> Patch:
+    """The neurons of a folder of patches, checked against the model.
+
+    Args:
+        folder: what `save_patches` wrote.
+        model: the model that they shall correct.
+
+    Raises:
+        TPatchError: the folder cannot be read, or the patches were made for another model.
+    """
+    saved = read_patches(folder)
+    check_model(saved, model)
+    return saved.patch

@@ -1,0 +1,106 @@
+"""``tpatch bench``: runs the benchmark and shows it."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from tpatch_jax.benchmarks.bench import FULL, QUICK, bench
+from tpatch_jax.benchmarks.edits_to_time import edits_to_time
+from tpatch_jax.benchmarks.picture import check_picture, draw_bench
+from tpatch_jax.benchmarks.plan import GIB, MEASURED
+from tpatch_jax.benchmarks.plan import plan as on_paper
+from tpatch_jax.cli.commands import load
+from tpatch_jax.display.console import print_json, progress_bar, result_console
+from tpatch_jax.errors import TPatchError
+
+__all__ = ["bench_command", "plan_command"]
+
+
+def bench_command(
+    model: str, file: str | None, output: str | None, *, short: bool, dtype: str | None, json: bool, quiet: bool
+) -> None:
+    """Measure, print a table, and draw a picture if ``output`` names one."""
+    if output and not Path(output).absolute().parent.is_dir():
+        raise TPatchError(f"the folder of {output} does not exist; make it first")
+    if output:
+        check_picture(Path(output))
+    plan = QUICK if short else FULL
+    # What would end it at the last is found out first.
+    edits_to_time(max(max(counts) for counts in (*plan.edits.values(), plan.warm, plan.new, [plan.compared])), file)
+    loaded = load(model, dtype, quiet or json)
+    if loaded.config.architecture != "decoder":
+        raise TPatchError(f"{model!r} is an {loaded.config.architecture}; the benchmark needs a decoder")
+    with progress_bar(quiet or json) as report:
+        result = bench(loaded, model, plan, file, dtype, report)
+    # Before the picture, which may not come off.
+    if json:
+        print_json(result)
+    else:
+        _show(result)
+    if output:
+        draw_bench(Path(output), result)
+
+
+def _show(result: dict[str, Any]) -> None:
+    console = result_console()
+    table = Table(title=Text(f"editing {result['model']} on {result['device']}"), title_justify="left")
+    columns = ("site", "edits", "fit", "all", "middle half", "seconds per edit", "peak memory", "exact", "locality")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "site" else "right")
+    for site, by_count in result["forward_equivalents_per_edit"].items():
+        for count, value in by_count.items():
+            spread, tokens = result["spread"][site][count], result["locality_tokens"][site][count]
+            table.add_row(
+                site,
+                count,
+                f"{result['fit_forward_equivalents_per_edit'][site][count]:.1f}",
+                f"{value:.1f}",
+                f"{spread['lower']:.1f}-{spread['upper']:.1f}",
+                f"{result['seconds_per_edit'][site][count]:.3f}",
+                f"{result['peak_memory'][site][count] / 2**30:.2f} GiB",
+                f"{result['exact'][site][count]:.3f}",
+                "" if tokens is None else f"{tokens:.4f}",
+            )
+    table.caption = "fit, all: forward equivalents per edit"
+    console.print(table)
+    table = Table(title="generation over that without neurons", title_justify="left")
+    table.add_column("neurons", justify="right")
+    for form in ("attached", "merged"):
+        table.add_column(form, justify="right")
+    for count, value in result["attached_overhead"].items():
+        table.add_row(count, f"{value:.3f}", f"{result['merged_overhead'][count]:.3f}")
+    console.print(table)
+    speed, paper = result["speedup_over_paper_loop"], result["paper_loop"]
+    steps = "as many steps as its stopping rule takes" if paper["steps_followed"] else "the fewest steps that it allows"
+    console.print(
+        f"the paper's loop, {paper['counted']} edits, {steps}: {paper['paper_seconds']:.0f} s, {speed['single']:.0f} "
+        f"times one by one, {speed['batch']:.0f} times together ({paper['steps_timed']} steps timed)"
+    )
+    console.print(
+        f"peak memory of the most edits over that of 16: {result['peak_memory_ratio']:.2f}; programs compiled for new "
+        f"numbers of edits: {result['recompilations']}; {result['seconds']:.0f} s in all"
+    )
+
+
+def plan_command(*, json: bool) -> None:
+    """Show what many edits of large models would cost."""
+    costs = on_paper()
+    if json:
+        print_json({"measured": MEASURED._asdict(), "plan": [cost._asdict() for cost in costs]})
+        return
+    table = Table(title="edits in the last layer, on paper", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    columns = ("model", "machine", "edits", "time", "weights", "rows", "neurons", "disk", "wider", "fits")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("model", "machine") else "right", no_wrap=True)
+    for cost in costs:
+        sizes = (f"{size / GIB:.1f}" for size in (cost.weights, cost.memory, cost.patches, cost.disk))
+        time = f"{cost.seconds:.0f} s" if cost.seconds < 600 else f"{cost.seconds / 60:.0f} min"
+        fits = "yes" if cost.fits else "no"
+        table.add_row(cost.network, cost.machine, f"{cost.edits // 1000}k", time, *sizes, f"{cost.wider:.0%}", fits)
+    table.caption = (
+        "GiB of each device for weights, memory rows and merged neurons, of each process in files for what it reads; "
+        "wider: merged neurons over weights"
+    )
+    result_console().print(table)

@@ -1,0 +1,133 @@
+"""Work that is split over several devices: rows over the axis ``"data"`` of a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tpatch_jax.core.memory import PADDING, Memory
+
+__all__ = [
+    "DATA_AXIS",
+    "automatic",
+    "automatically",
+    "divided",
+    "host",
+    "mesh_of",
+    "parts",
+    "repeat",
+    "spread",
+]
+
+DATA_AXIS = "data"
+"""The mesh axis over which lanes, texts and memory rows are split."""
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """The same devices with the compiler choosing how intermediate results lie, whatever the caller's axes are."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def automatically(run: Callable[[Any, Any], Array], params: Any, batch: Any) -> Array:
+    """Run a whole network on a batch, whatever the caller's axis types: inside they are automatic.
+
+    Args:
+        run: ``(params, batch)`` to one array.
+        params: arrays, perhaps on a mesh with explicit axes.
+        batch: arrays, perhaps on a mesh with explicit axes, on which the result is put again.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves((batch, params)) if isinstance(leaf, Array)]
+    meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
+    context = jax.sharding.get_abstract_mesh()
+    # Inside somebody's `jit` types cannot be changed any more.
+    traced = any(isinstance(leaf, Tracer) for leaf in leaves)
+    if traced or not any(mesh.explicit_axes for mesh in (*meshes, context)):
+        return run(params, batch)
+
+    def put(leaf: Any) -> Any:
+        sharding = leaf.sharding if isinstance(leaf, Array) else None
+        if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+            return leaf
+        return jax.device_put(leaf, NamedSharding(automatic(sharding.mesh), sharding.spec))
+
+    types = dict.fromkeys(context.axis_names, AxisType.Auto)
+    with jax.sharding.use_abstract_mesh(context.update_axis_types(types)):
+        found = run(*jax.tree.map(put, (params, batch)))
+    explicit = [mesh for mesh in meshes if mesh.explicit_axes]
+    if explicit and isinstance(found.sharding, NamedSharding):
+        return jax.device_put(found, NamedSharding(explicit[0], found.sharding.spec))
+    return found
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters lie on, if it has an axis ``"data"`` of several devices.
+
+    Args:
+        params: any tree of arrays.
+
+    Example:
+        >>> print(mesh_of({"kernel": jax.numpy.ones(2)}))
+        None
+    """
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+            mesh = sharding.mesh
+            return automatic(mesh) if mesh.shape.get(DATA_AXIS, 1) > 1 else None
+    return None
+
+
+def parts(mesh: Mesh | None) -> int:
+    """Over how many devices rows are split."""
+    return 1 if mesh is None else mesh.shape[DATA_AXIS]
+
+
+def spread(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays with their leading axis split over ``"data"``; one that is not divided by it is repeated.
+
+    Args:
+        tree: arrays, the same in every process.
+        mesh: the devices; ``None`` leaves everything as it is.
+    """
+    if mesh is None:
+        return tree
+
+    def put(leaf: Any) -> Array:
+        split = leaf.ndim > 0 and leaf.shape[0] % parts(mesh) == 0
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(DATA_AXIS) if split else PartitionSpec()))
+
+    return jax.tree.map(put, tree)
+
+
+def repeat(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays that every device has whole."""
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def host(array: Any) -> np.ndarray:
+    """An array as a whole in NumPy, in every process."""
+    if isinstance(array, Array) and not array.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def divided(memory: Memory, mesh: Mesh | None) -> Memory:
+    """A memory with a part of its rows on each device; what is divided already stays as it is.
+
+    Args:
+        memory: all of it; rows that do not count are put behind it until it can be divided.
+        mesh: the devices; ``None`` changes nothing.
+    """
+    if mesh is None:
+        return memory
+    missing = -memory.query.shape[0] % parts(mesh)
+    # Behind the others, where they change no row's block in `hardest`.
+    query = np.pad(host(memory.query), ((0, missing), (0, 0))) if missing else memory.query
+    answer = np.pad(host(memory.answer), (0, missing), constant_values=PADDING) if missing else memory.answer
+    query, answer = spread((query, answer), mesh)
+    return Memory(query, answer, repeat(memory.mean, mesh), repeat(memory.whitener, mesh))

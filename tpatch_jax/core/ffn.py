@@ -1,0 +1,289 @@
+"""How a patch joins a feed-forward network: beside it (`attach`) or inside its parameters (`merge`), and out again.
+
+A feed-forward network is a plain nested dict. Its kind is read off its entries:
+
+=============  ==============================================================
+two matrices   ``{"up": {"kernel", "bias"?}, "down": {"kernel", "bias"?}}``
+gated          the same with ``"gate": {"kernel", "bias"?}``
+=============  ==============================================================
+
+Kernels are ``[in, out]``. A patch that is attached stands beside them as ``"patch"`` (the network's own activation) or
+``"relu_patch"`` (ReLU, whose silent neurons contribute exactly nothing).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tpatch_jax.core.patch import Patch, concatenate, contribution, product
+from tpatch_jax.errors import TPatchError
+
+__all__ = [
+    "ACTIVATIONS",
+    "apply",
+    "attach",
+    "attached",
+    "detach",
+    "hidden",
+    "merge",
+    "merge_without_bias",
+    "unmerge",
+    "width",
+]
+
+Params = dict[str, Any]
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+"""The activations that feed-forward networks use, by name."""
+
+_BESIDE = ("patch", "relu_patch")
+
+
+def width(params: Params) -> int:
+    """How many hidden neurons a feed-forward network has, merged patches included.
+
+    Args:
+        params: the network's parameters.
+
+    Example:
+        >>> width({"up": {"kernel": jnp.ones((4, 16))}, "down": {"kernel": jnp.ones((16, 4))}})
+        16
+    """
+    return params["down"]["kernel"].shape[0]
+
+
+def _linear(params: Params, x: Array) -> Array:
+    y = product(x, params["kernel"].astype(x.dtype))
+    return y + params["bias"].astype(x.dtype) if "bias" in params else y
+
+
+def hidden(params: Params, query: Array, activation: str) -> Array:
+    """The hidden neurons of a feed-forward network: what ``down`` reads.
+
+    ``act(q·K + b_k)`` with two matrices, ``act(q·G + b_g) ∘ (q·U + b_u)`` when gated.
+
+    Args:
+        params: the network's parameters.
+        query: its input, ``[..., d]``.
+        activation: name in `ACTIVATIONS`.
+
+    Returns:
+        ``[..., width]``; attached patches are not among them.
+
+    Example:
+        >>> params = {"up": {"kernel": jnp.ones((4, 16))}, "down": {"kernel": jnp.ones((16, 4))}}
+        >>> hidden(params, jnp.ones((2, 4)), "relu").shape
+        (2, 16)
+    """
+    act = ACTIVATIONS[activation]
+    if "gate" in params:
+        return act(_linear(params["gate"], query)) * _linear(params["up"], query)
+    return act(_linear(params["up"], query))
+
+
+def apply(params: Params, query: Array, activation: str) -> Array:
+    """Run a feed-forward network, with whatever patch is attached to it.
+
+    ``act(q·K + b_k)·V + b_v`` with two matrices, ``(act(q·G + b_g) ∘ (q·U + b_u))·V + b_v`` when gated; an attached
+    patch adds ``Σ act(q·k + b)·v``.
+
+    Args:
+        params: the network's parameters.
+        query: its input, ``[..., d]``.
+        activation: name in `ACTIVATIONS`.
+
+    Returns:
+        Its output, ``[..., d]``.
+
+    Example:
+        >>> params = {"up": {"kernel": jnp.ones((4, 16))}, "down": {"kernel": jnp.ones((16, 4))}}
+        >>> apply(params, jnp.ones((2, 4)), "relu").shape
+        (2, 4)
+    """
+    output = _linear(params["down"], hidden(params, query, activation))
+    if "patch" in params:
+        output = output + contribution(params["patch"], query, ACTIVATIONS[activation])
+    if "relu_patch" in params:
+        output = output + contribution(params["relu_patch"], query, jax.nn.relu)
+    return output
+
+
+def attach(params: Params, patch: Patch, *, relu: bool = False) -> Params:
+    """Put a patch beside a feed-forward network; a patch that is already there is joined.
+
+    Args:
+        params: the network's parameters; not changed.
+        patch: ``n`` neurons for this network.
+        relu: activate the patch with ReLU instead of the network's own activation, so that silent neurons contribute
+            exactly nothing.
+
+    Returns:
+        New parameters, sharing every array with the given ones.
+
+    Example:
+        >>> from tpatch_jax.core.patch import create
+        >>> params = {"up": {"kernel": jnp.ones((4, 16))}, "down": {"kernel": jnp.ones((16, 4))}}
+        >>> sorted(attach(params, create(4, 1)))
+        ['down', 'patch', 'up']
+    """
+    _check(params, patch)
+    name = _BESIDE[relu]
+    patch = patch._replace(layer=None)
+    return {**params, name: concatenate([params[name], patch]) if name in params else patch}
+
+
+def attached(params: Params) -> dict[str, Patch]:
+    """The patches beside a feed-forward network, by the name they stand under (``"patch"``, ``"relu_patch"``)."""
+    return {name: params[name] for name in _BESIDE if name in params}
+
+
+def detach(params: Params) -> Params:
+    """The network without any attached patch, the very arrays it had before.
+
+    Args:
+        params: the network's parameters; not changed.
+
+    Example:
+        >>> from tpatch_jax.core.patch import create
+        >>> params = {"up": {"kernel": jnp.ones((4, 16))}, "down": {"kernel": jnp.ones((16, 4))}}
+        >>> sorted(detach(attach(params, create(4, 1))))
+        ['down', 'up']
+    """
+    return {name: entry for name, entry in params.items() if name not in _BESIDE}
+
+
+def _check(params: Params, patch: Patch) -> None:
+    if patch.key.ndim != 2:
+        raise TPatchError(f"a patch of shape {patch.key.shape} is a batch of patches; use patch.join first")
+    model_width = params["down"]["kernel"].shape[1]
+    if patch.key.shape[1] != model_width:
+        raise TPatchError(
+            f"the patch is {patch.key.shape[1]} wide and the network {model_width}: it was made for another model"
+        )
+
+
+def _longer(down: Params, value: Array) -> Params:
+    return {**down, "kernel": jnp.concatenate([down["kernel"], value.astype(down["kernel"].dtype)])}
+
+
+def merge(params: Params, patch: Patch) -> Params:
+    """Put a patch inside the parameters of a feed-forward network, which keeps its kind and activation.
+
+    A neuron becomes one more column of ``up`` (of ``gate`` when gated, where its ``up`` column is zero with bias one)
+    and one more row of ``down``. Bias vectors that the network lacks are added, zero for the neurons it had.
+
+    Args:
+        params: the network's parameters; not changed.
+        patch: ``n`` neurons for this network.
+
+    Returns:
+        New parameters of a network that is ``n`` neurons wider.
+
+    Raises:
+        TPatchError: the patch has another width than the network.
+
+    Example:
+        >>> from tpatch_jax.core.patch import create
+        >>> params = {"up": {"kernel": jnp.ones((4, 16))}, "down": {"kernel": jnp.ones((16, 4))}}
+        >>> width(merge(params, create(4, 3)))
+        19
+    """
+    _check(params, patch)
+    neurons = patch.key.shape[0]
+
+    def widen(entry: Params, columns: Array, bias: Array) -> Params:
+        dtype = entry["kernel"].dtype
+        before = entry.get("bias", jnp.zeros(entry["kernel"].shape[1], dtype))
+        kernel = jnp.concatenate([entry["kernel"], columns.astype(dtype)], 1)
+        return {"kernel": kernel, "bias": jnp.concatenate([before, bias.astype(before.dtype)])}
+
+    gated = "gate" in params
+    reader = "gate" if gated else "up"
+    merged = {**params, reader: widen(params[reader], patch.key.T, patch.bias)}
+    if gated:
+        zeros = jnp.zeros((patch.key.shape[1], neurons), patch.key.dtype)
+        merged["up"] = widen(params["up"], zeros, jnp.ones(neurons, patch.key.dtype))
+    merged["down"] = _longer(params["down"], patch.value)
+    return merged
+
+
+def merge_without_bias(params: Params, patch: Patch, constant: Array) -> Params:
+    """Put a patch inside a feed-forward network that has no biases and shall get none: nearly what `merge` does.
+
+    With a direction ``u`` on which queries have ``q·u ≈ 1``, ``q·k + b ≈ q·(k + b·u)``; a gated network's ``up``
+    column, which `merge` makes the constant one, is ``u`` itself.
+
+    Args:
+        params: the network's parameters; not changed.
+        patch: ``n`` neurons for this network.
+        constant: ``u``, ``[d]``.
+
+    Returns:
+        New parameters of a network that is ``n`` neurons wider.
+
+    Raises:
+        TPatchError: the patch has another width than the network.
+
+    Example:
+        >>> from tpatch_jax.core.patch import create
+        >>> params = {"up": {"kernel": jnp.ones((4, 16))}, "down": {"kernel": jnp.ones((16, 4))}}
+        >>> sorted(merge_without_bias(params, create(4, 3), jnp.ones(4) / 4)["up"])
+        ['kernel']
+    """
+    _check(params, patch)
+    columns = {"gate" if "gate" in params else "up": (patch.key + patch.bias[:, None] * constant).T}
+    if "gate" in params:
+        columns["up"] = jnp.broadcast_to(constant[:, None], columns["gate"].shape)
+    merged = dict(params)
+    for name, added in columns.items():
+        kernel = params[name]["kernel"]
+        merged[name] = {**params[name], "kernel": jnp.concatenate([kernel, added.astype(kernel.dtype)], 1)}
+    merged["down"] = _longer(params["down"], patch.value)
+    return merged
+
+
+def unmerge(params: Params, neurons: int, *, added_bias: bool | None = None) -> tuple[Params, Patch]:
+    """Take the last merged neurons out again: the inverse of `merge`, bit for bit.
+
+    Args:
+        params: parameters that `merge` returned; not changed.
+        neurons: how many neurons to take out.
+        added_bias: whether the network had no bias vectors before the merge, so that they go too. ``None`` looks at
+            the arrays (they go if ``down`` has none and those that remain are all zero), which is impossible under
+            ``jit``.
+
+    Returns:
+        The parameters before the merge, and the patch.
+
+    Raises:
+        TPatchError: the network does not have that many neurons, or no bias, so that nothing was merged.
+
+    Example:
+        >>> from tpatch_jax.core.patch import create
+        >>> params = {"up": {"kernel": jnp.ones((4, 16))}, "down": {"kernel": jnp.ones((16, 4))}}
+        >>> before, patch = unmerge(merge(params, create(4, 3)), 3)
+        >>> sorted(before["up"]), patch.key.shape
+        (['kernel'], (3, 4))
+    """
+    reader = "gate" if "gate" in params else "up"
+    keep = width(params) - neurons
+    if not 0 <= keep <= width(params) or "bias" not in params[reader]:
+        raise TPatchError(f"{neurons} neurons cannot be taken out of a network of {width(params)}: not merged there")
+    patch = Patch(params[reader]["kernel"][:, keep:].T, params[reader]["bias"][keep:], params["down"]["kernel"][keep:])
+    readers = [reader, "up"] if reader == "gate" else [reader]
+    if added_bias is None:
+        added_bias = "bias" not in params["down"] and not any(params[name]["bias"][:keep].any() for name in readers)
+    result = {**params, "down": {**params["down"], "kernel": params["down"]["kernel"][:keep]}}
+    for name in readers:
+        result[name] = {"kernel": params[name]["kernel"][:, :keep]}
+        if not added_bias:
+            result[name]["bias"] = params[name]["bias"][:keep]
+    return result, patch

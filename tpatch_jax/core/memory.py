@@ -1,0 +1,242 @@
+"""The query memory: queries on which patches must stay silent, their statistics, and the hardest of them.
+
+Arrays only; `tpatch_jax.editors.tpatcher.editor` collects the queries from a model.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tpatch_jax.core.sizes import pieces
+
+__all__ = [
+    "Memory",
+    "blended",
+    "counted",
+    "create_memory",
+    "extend",
+    "hardest",
+    "nuisance_scatter",
+    "second_moments",
+    "whitening",
+]
+
+NO_ANSWER, PADDING = -1, -2
+"""In place of a row's answer: that it has none, and that it is no row."""
+
+ALIGNMENT = 16
+
+
+class Memory(NamedTuple):
+    """Queries of inputs that are not being edited.
+
+    Attributes:
+        query: ``[rows, d]``.
+        answer: ``[rows]`` int, the token that should follow a row which belongs to another edit, else -1.
+            A patch need not stay silent where its own target is wanted anyway. -2 marks a row that does not count.
+        mean: ``[d]``, of unrelated queries.
+        whitener: ``[d, d]``, ``A`` with ``A·Aᵀ = C⁻¹`` for the regularised covariance ``C``; `whitening` makes it.
+    """
+
+    query: Array
+    answer: Array
+    mean: Array
+    whitener: Array
+
+
+def second_moments(query: Array) -> tuple[Array, Array]:
+    """Mean and covariance of queries.
+
+    Args:
+        query: ``[rows, d]``.
+
+    Returns:
+        ``[d]`` and ``[d, d]``, float32.
+
+    Example:
+        >>> mean, covariance = second_moments(jnp.eye(4))
+        >>> mean.shape, covariance.shape
+        ((4,), (4, 4))
+    """
+    query = query.astype(jnp.float32)
+    mean = jnp.mean(query, 0)
+    centred = query - mean
+    return mean, centred.T @ centred / query.shape[0]
+
+
+def nuisance_scatter(groups: Array) -> Array:
+    """How one and the same query varies with what stands before it: the mean covariance within groups.
+
+    Directions along which a query moves when only its context changes say nothing about the mistake, so a key should
+    not look along them. This is the within-class scatter of linear discriminant analysis.
+
+    Args:
+        groups: the same position under several contexts, ``[groups, contexts, d]``.
+
+    Returns:
+        ``[d, d]``.
+
+    Example:
+        >>> nuisance_scatter(jnp.zeros((3, 2, 4))).shape
+        (4, 4)
+    """
+    groups = groups.astype(jnp.float32)
+    centred = (groups - jnp.mean(groups, 1, keepdims=True)).reshape(-1, groups.shape[-1])
+    return centred.T @ centred / centred.shape[0]
+
+
+def blended(own: Array, general: Array, share: float) -> Array:
+    """A mixture of two scatters, each taken at a trace of one: ``share·own/tr + (1-share)·general/tr``; zeros stay so.
+
+    Args:
+        own: ``[d, d]``.
+        general: ``[d, d]``.
+        share: of ``own``, 0 to 1.
+
+    Example:
+        >>> float(blended(4 * jnp.eye(2), jnp.eye(2), 0.5)[0, 0])
+        0.5
+    """
+    least = jnp.finfo(own.dtype).tiny
+    own, general = (scatter / jnp.maximum(jnp.trace(scatter), least) for scatter in (own, general))
+    return share * own + (1 - share) * general
+
+
+def whitening(
+    covariance: Array, nuisance: Array | None = None, *, weight: float = 0.8, shrinkage: float = 0.1
+) -> Array:
+    """``A`` with ``A·Aᵀ = C⁻¹``, so that ``(q - μ)·A`` has no preferred direction.
+
+    ``C = (1-w)·Σ/tr Σ + w·N/tr N``, shrunk by a share of its mean eigenvalue and scaled to a mean eigenvalue of one.
+
+    Args:
+        covariance: ``Σ`` of memory queries, ``[d, d]``.
+        nuisance: ``N`` from `nuisance_scatter`, ``[d, d]``; without it ``C`` is the covariance alone.
+        weight: ``w``, 0 to 1.
+        shrinkage: this share of the mean eigenvalue is added to the diagonal.
+
+    Returns:
+        ``[d, d]``, lower triangular.
+
+    Example:
+        >>> whitening(jnp.eye(4)).shape
+        (4, 4)
+    """
+    width = covariance.shape[0]
+
+    def normalised(matrix: Array) -> Array:
+        return matrix / jnp.maximum(jnp.trace(matrix) / width, jnp.finfo(matrix.dtype).tiny)
+
+    mixed = normalised(covariance)
+    if nuisance is not None:
+        mixed = (1 - weight) * mixed + weight * normalised(nuisance)
+    mixed = normalised(mixed + shrinkage * jnp.eye(width, dtype=mixed.dtype))
+    inverse = jnp.linalg.inv(mixed)
+    return jnp.linalg.cholesky((inverse + inverse.T) / 2)
+
+
+def create_memory(
+    query: Array, nuisance: Array | None = None, *, weight: float = 0.8, shrinkage: float = 0.1
+) -> Memory:
+    """A memory of unrelated queries with its statistics.
+
+    Args:
+        query: ``[rows, d]``.
+        nuisance: from `nuisance_scatter`, ``[d, d]``, if known.
+        weight: see `whitening`.
+        shrinkage: see `whitening`.
+
+    Returns:
+        The `Memory`, float32.
+
+    Example:
+        >>> create_memory(jnp.eye(4)).answer.tolist()
+        [-1, -1, -1, -1]
+    """
+    mean, covariance = second_moments(query)
+    whitener = whitening(covariance, nuisance, weight=weight, shrinkage=shrinkage)
+    return Memory(query.astype(jnp.float32), jnp.full(query.shape[0], NO_ANSWER, jnp.int32), mean, whitener)
+
+
+def extend(memory: Memory, query: Any, answer: Array | np.ndarray | None = None, size: int | None = None) -> Memory:
+    """The memory with more rows; mean and whitener stay those of unrelated text.
+
+    Args:
+        memory: the memory; not changed.
+        query: ``[rows, d]``, an array or `tpatch_jax.storage.rows_on_disk.RowsOnDisk`; or several of these.
+        answer: ``[rows]`` int, the token that each row is meant to be followed by, if it belongs to another edit.
+        size: as if there were so many rows; those that are missing do not count. So a new number of rows need not
+            compile anything anew.
+
+    Example:
+        >>> extend(create_memory(jnp.eye(4)), jnp.ones((2, 4))).query.shape
+        (6, 4)
+    """
+    parts = query if isinstance(query, list | tuple) else [query]
+    count, rows = sum(part.shape[0] for part in parts), memory.query.shape[0]
+    missing = max(0, (size or 0) - count)
+    # In front of the others: what is held out of a memory is taken from its end. On the host: it compiles nothing.
+    found = _aligned((missing + count + rows, memory.query.shape[1]))
+    filled = missing
+    for part in parts:
+        for piece in pieces(part.shape[0]):
+            found[filled:][piece] = part[piece]
+        filled += part.shape[0]
+    found[filled:] = memory.query
+    answers = np.full(len(found), NO_ANSWER, np.int32)
+    answers[:missing], answers[missing + count :] = PADDING, memory.answer
+    if answer is not None:
+        answers[missing : missing + count] = answer
+    return memory._replace(query=jax.device_put(found), answer=jax.device_put(answers))
+
+
+def _aligned(shape: tuple[int, int]) -> np.ndarray:
+    """Zeros in float32 which lie where JAX takes them as they are, without a copy, on a CPU."""
+    raw = np.zeros(shape[0] * shape[1] + ALIGNMENT, np.float32)
+    skipped = -raw.ctypes.data % (4 * ALIGNMENT) // 4
+    return raw[skipped : skipped + shape[0] * shape[1]].reshape(shape)
+
+
+def counted(memory: Memory, target: Array) -> Array:
+    """Which rows a patch has to stay silent on, ``[rows]`` bool: all but padding and rows that want its own target.
+
+    Args:
+        memory: the memory.
+        target: the patch's target token, a scalar int.
+
+    Example:
+        >>> counted(extend(create_memory(jnp.eye(2)), jnp.eye(2), jnp.array([5, 7])), jnp.array(5)).tolist()
+        [False, True, True, True]
+    """
+    return (memory.answer != target) & (memory.answer != PADDING)
+
+
+def hardest(key: Array, target: Array, memory: Memory, count: int) -> tuple[Array, Array]:
+    """Memory rows on which a key responds strongly: the hardest row of each of ``count`` interleaved blocks.
+
+    The hardest row of all is always among them. One reduction finds them, where an exact top-k would sort the memory.
+
+    Args:
+        key: ``[d]``.
+        target: the lane's own target token, a scalar int; rows that want that very token do not count.
+        memory: the memory.
+        count: how many rows; all of them if there are no more.
+
+    Returns:
+        Row numbers ``[count]``, and whether each counts ``[count]``.
+
+    Example:
+        >>> rows, counts = hardest(jnp.ones(4), jnp.array(0), create_memory(jnp.eye(4)), 2)
+        >>> rows.shape
+        (2,)
+    """
+    score = jnp.where(counted(memory, target), memory.query @ key, -jnp.inf)
+    total = score.shape[0]
+    count = min(count, total)
+    depth = -(-total // count)
+    blocks = jnp.pad(score, (0, depth * count - total), constant_values=-jnp.inf).reshape(depth, count)
+    best = jnp.argmax(blocks, 0)
+    return best * count + jnp.arange(count), jnp.isfinite(jnp.max(blocks, 0))

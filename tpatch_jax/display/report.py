@@ -1,0 +1,166 @@
+"""What an evaluation found, as tables and pictures."""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from xml.etree.ElementTree import Element
+
+from tpatch_jax.display.markup import Child, bar, code, element, figures, number, table
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.pictures import SHARES, draw_report
+from tpatch_jax.evaluation.report import FIGURES
+from tpatch_jax.evaluation.report import table as figure_rows
+
+__all__ = ["read_lines", "report_title", "report_view"]
+
+MOST_RECORDS = 300
+FAMILIES = ("GR_", "generalization_")
+"""How the names of further shares begin."""
+PICTURES: Mapping[str, tuple[str, str]] = {
+    "curves": ("Over the stream", "lines: shares right after each edit, retained, and unchanged elsewhere, over edits"),
+    "before-after": ("Probability per target token", "histograms: the edit, rephrasings and elsewhere, by method"),
+    "activations": ("Activations", "heat map: strongest activation of each edit's neurons on each edit prompt"),
+    "cost": ("What it cost", "bars: seconds, forward equivalents per request and parameters added, by method"),
+}
+
+
+def report_title(report: Mapping[str, Any]) -> str:
+    """What was measured, in one line."""
+    config = report["config"]
+    return f"Report: {', '.join(config['methods']) or 'unedited'} on {Path(config['model']).name}"
+
+
+def read_lines(folder: Path, report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The records of each method, as far as they are there.
+
+    Raises:
+        TPatchError: a file of them is damaged.
+    """
+    found = {}
+    for result in report["results"]:
+        path = folder / f"records-{Path(result['method']).name}.jsonl"
+        try:
+            lines = [json.loads(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+            if not all(isinstance(line["id"], str) for line in lines):
+                raise ValueError("an id is no text")
+        except FileNotFoundError:
+            lines = []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TPatchError(f"{path} is damaged ({error!r}); evaluate again") from None
+        found[result["method"]] = lines
+    return found
+
+
+def _figures(report: Mapping[str, Any]) -> Element:
+    results = report["results"]
+    costs = {name for result in results for name in result["cost"]}
+    heads = ["", *(result["method"] for result in results)]
+    parts: dict[bool, list[list[Child]]] = {False: [], True: []}
+    for name, *values in figure_rows([(result["method"], result) for result in results])[1:]:
+        row: list[Child] = [element("td", code(name))]
+        for value, result in zip(values, results, strict=True):
+            share = result["metrics"].get(name) if name in SHARES or name.startswith(FAMILIES) else None
+            row.append(element("td", value, class_="number", style=None if share is None else bar(share)))
+        parts[name in costs].append(row)
+    tables = [table(heads, rows, numbers=heads[1:]) for rows in parts.values()]
+    return element("div", *tables, class_="pictures")
+
+
+def _pictures(folder: Path, report: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Element:
+    """The pictures beside the report; drawn anew where there are none, if matplotlib is there."""
+    with TemporaryDirectory() as temporary:
+        paths = sorted(folder.glob("*.png"))
+        if not paths:
+            paths = [Path(temporary) / name for name in draw_report(Path(temporary), report, lines)]
+        drawn = []
+        for kind, (title, described) in PICTURES.items():
+            for path in paths:
+                if path.stem == kind or path.stem.startswith(f"{kind}-"):
+                    method = path.stem[len(kind) + 1 :]
+                    content = base64.b64encode(path.read_bytes()).decode()
+                    source = f"data:image/png;base64,{content}"
+                    image = element("img", src=source, alt=f"{title}{f', {method}' * bool(method)}; {described}")
+                    caption = element("h3", title + f": {method}" * bool(method))
+                    drawn.append(element("figure", caption, element("div", image, class_="scroll", tabindex="0")))
+    return element("div", *drawn)
+
+
+def _mark(figure: Any) -> Child:
+    if figure is None:
+        return None
+    if figure in (0, 1):
+        return element("td", "yes" if figure else "no", class_="good" if figure else "bad")
+    return number(figure)
+
+
+def _records(report: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Child]:
+    before = {line["id"]: line.get("figures", {}) for line in lines.get("unedited", ())}
+    parts: list[Child] = []
+    for result in report["results"]:
+        found = lines[result["method"]] if result["method"] != "unedited" else ()
+        # What failed is what one looks for.
+        ordered = sorted(found, key=lambda line: line.get("figures", {}).get("exact", 1))[:MOST_RECORDS]
+        names = [name for name in ("exact", "generalization", "locality", "ES", "PS", "NS")
+                 if any(name in line.get("figures", {}) for line in ordered)]  # fmt: skip
+        rows = []
+        for line in ordered:
+            statuses = line.get("requests") or (line.get("cost") or {}).get("requests", ())
+            reasons = "; ".join(status.get("reason") or status["status"] for status in statuses)
+            if line.get("wrong") is False:
+                reasons = "was right, left alone"
+            shares = line.get("figures", {})
+            was = before.get(line["id"], {}).get("exact")
+            rows.append([line["id"], reasons, _mark(was), *(_mark(shares.get(name)) for name in names)])
+        if rows:
+            left = f"; {len(found) - len(rows):,} more are in records-{result['method']}.jsonl"
+            parts += [
+                element("h2", f"Records: {result['method']}"),
+                element("p", "What failed first" + left * (len(found) > len(rows)) + "."),
+                table(["id", "what became of it", "exact before", *names], rows, numbers=names),
+            ]
+    return parts
+
+
+def report_view(folder: Path, report: Mapping[str, Any]) -> list[Child]:
+    """All there is to see of an evaluation.
+
+    Args:
+        folder: the report folder, for records and pictures.
+        report: as `tpatch_jax.evaluation.report.read_report` reads it.
+
+    Returns:
+        What follows the title: the setting, figures, pictures, records, and how it was made.
+    """
+    config, results, lines = report["config"], report["results"], read_lines(folder, report)
+    about = {
+        "data": str(config.get("data", "")),
+        "protocol": results[0]["protocol"],
+        "records": number(config["n"]),
+        "model": Path(config["model"]).name,
+        "seed": number(config["seed"]),
+    }
+    if config.get("text"):
+        about["tokens of running text, at most"] = number(config["text"]["tokens"])
+    parts: list[Child] = [
+        figures(about),
+        element("p", f"Measured {results[0]['moment']}."),
+        _figures(report),
+        element("p", FIGURES.replace("`", ""), class_="faint"),
+    ]
+    for result in results[1:]:
+        status = ", ".join(f"{number(count)} {name}" for name, count in result.get("requests", {}).items())
+        parts.append(element("p", f"{result['method']}: of the requests, {status}.") if status else None)
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    settings = json.dumps(config, ensure_ascii=False, indent=1)
+    return [
+        *parts,
+        element("h2", "Pictures"),
+        _pictures(folder, report, lines),
+        *_records(report, lines),
+        element("h2", "How it was made"),
+        element("p", f"Data SHA-256 {report['data_sha256']}. {versions}."),
+        element("details", element("summary", "all settings"), element("pre", settings, tabindex="0")),
+    ]

@@ -1,0 +1,1 @@
+"""Fine-tuning as an editing method."""

@@ -1,0 +1,137 @@
+"""What an editor knows about a classifier or an encoder-decoder before any edit: queries where it answers."""
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tpatch_jax.core.memory import nuisance_scatter
+from tpatch_jax.editors.rewordings import learn_rewordings, named
+from tpatch_jax.models import networks
+from tpatch_jax.models.collection import Sites, collect, real, single_rows
+from tpatch_jax.models.inputs import input_contexts
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.rows import ASK
+
+__all__ = ["collect_inputs"]
+
+QUERIES = 40_000
+"""So many of their queries are kept at most: the paper's memory."""
+OTHERS = 8
+GROUPS = 512
+CONTEXTS = 6
+PLACES = 3
+
+PAIRS, MOST_PAIRS = 64, 4096
+"""So many rephrasings must be found in the memory to learn from them, and at most so many are looked at."""
+
+_NAME = re.compile(r"(?:(?<=[a-z,] )|^)[A-Z][a-z]+(?: [A-Z][a-z]+)+")
+
+
+def _places(model: Model, row: Sequence[int]) -> range:
+    """Where in a row the model's answer is decided, token by token."""
+    start = row.index(ASK) + (len(model.begin) if model.config.encoder else 0)
+    return range(start, max(start + 1, len(row) - 1))
+
+
+def collect_inputs(
+    model: Model,
+    layer: int,
+    rows: list[list[int]],
+    inputs: Sequence[str],
+    report: Callable[[int], None] | None = None,
+) -> tuple[Array, Array, tuple[str, ...], tuple[str, ...], Array | None, Array | None, dict[str, tuple[str, ...]]]:
+    """The fields of a `tpatch_jax.editors.model_memory.Background`.
+
+    Args:
+        model: a classifier or an encoder-decoder.
+        layer: the edited layer.
+        rows: from `tpatch_jax.models.memory_text.memory_rows`.
+        inputs: the inputs as texts; names and other inputs are taken from them.
+        report: called with the number of rows done.
+    """
+    places = [_places(model, row) for row in rows]
+    sites = collect(model, rows, places, layer, report)
+    others = tuple(inputs[:: max(1, len(inputs) // OTHERS)][:OTHERS])
+    # What was asked and what is answered; a classifier's few labels do not tell which inputs say the same.
+    facts = [(model.decode(row[: row.index(ASK)]), str(row[row.index(ASK) :])) for row in rows if model.config.encoder]
+    if networks.pointwise(model.config):
+        query, nuisance = sites.query, _between_rephrasings(facts, places, sites.query)
+        if nuisance is None:
+            nuisance = _nuisance(model, layer, rows[:GROUPS], others)
+    else:
+        # Tokens of one text differ in what they are; what they share is what the text says.
+        query, shortest = single_rows(sites)[0], int(real(sites).sum(1).min())
+        nuisance = nuisance_scatter(jnp.asarray(sites.query[:GROUPS, :shortest]))
+    kept = np.sort(np.random.default_rng(1).permutation(len(query))[:QUERIES])
+    names = dict.fromkeys(name for text in inputs for name in _NAME.findall(text))
+    centres = _centres(model, sites) if model.config.labels else None
+    answers = None
+    if model.config.encoder:
+        said = [
+            row[place + 1] if place + 1 < len(row) else ASK
+            for row, own in zip(rows, places, strict=True)
+            for place in own
+        ]
+        answers = jnp.asarray(np.asarray(said, np.int32)[kept])
+    rewordings = learn_rewordings(facts)
+    return jnp.asarray(query[kept], jnp.float32), nuisance, others, tuple(names)[:200], centres, answers, rewordings
+
+
+def _between_rephrasings(facts: Sequence[tuple[str, str]], places: Sequence[range], query: np.ndarray) -> Array | None:
+    """How queries move between inputs that name the same thing and get the same answer: rephrasings of each other.
+
+    A memory with few of them tells no such thing.
+    """
+    starts = np.cumsum([0, *map(len, places)])
+    groups: dict[tuple[str, str], list[int]] = {}
+    for number, (text, answer) in enumerate(facts):
+        if name := named(text):
+            groups.setdefault((name, answer), []).append(number)
+    pairs = [pair for group in groups.values() for pair in pairwise(group)]
+    if len(pairs) < PAIRS:
+        return None
+    spans = [[np.arange(starts[number], starts[number + 1]) for number in pair] for pair in pairs[:MOST_PAIRS]]
+    chosen = np.concatenate([np.stack(span, 1) for span in spans])
+    return nuisance_scatter(jnp.asarray(query[chosen]))
+
+
+def _nuisance(model: Model, layer: int, rows: Sequence[Sequence[int]], others: tuple[str, ...]) -> Array:
+    """How queries move when an input is said otherwise and answered alike."""
+    spans, places = [], []
+    for row in rows:
+        text = model.decode(row[: row.index(ASK)])
+        answer = row[row.index(ASK) + 1 + len(model.begin) :] if model.config.encoder else []
+        different = tuple(other for other in others if other != text)
+        prompts = [model.encode_prompt(shape) for shape in (text, *input_contexts(text, different, CONTEXTS - 1))]
+        if not any(model.excess(prompt, answer) for prompt in prompts):
+            spans += [[*prompt, *answer] for prompt in prompts]
+            places += [_places(model, span)[:PLACES] for span in spans[-CONTEXTS:]]
+    if not spans:
+        return jnp.eye(model.config.width)
+    query, groups, first = collect(model, spans, places, layer).query, [], 0
+    for number in range(0, len(spans), CONTEXTS):
+        size = len(places[number])
+        part = query[first : first + CONTEXTS * size].reshape(CONTEXTS, size, -1)
+        groups.append(part.swapaxes(0, 1))
+        first += CONTEXTS * size
+    return nuisance_scatter(jnp.asarray(np.concatenate(groups)))
+
+
+def _centres(model: Model, sites: Sites) -> Array:
+    """What stands before the last norm, mean of each label, weighted by how probable it is: ``[labels, d]``."""
+    before = np.asarray(sites.residual + sites.output, np.float32)
+    weights, share = networks.final_weights(model.config, model.params), []
+    for first in range(0, len(before), 1024):
+        residual, output = (jnp.asarray(array[first : first + 1024]) for array in (sites.residual, sites.output))
+        logits = networks.finish(model.config, weights, {"residual": residual}, output)
+        share.append(np.asarray(jax.nn.softmax(logits, -1)))
+    probable = np.concatenate(share)
+    if before.ndim == 3:
+        there = real(sites)[..., None]
+        before = (before * there).sum(1) / there.sum(1)
+    return jnp.asarray(probable.T @ before / probable.sum(0)[:, None])

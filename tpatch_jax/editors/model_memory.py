@@ -1,0 +1,155 @@
+"""What an editor knows about a model before any edit: queries of unrelated text, and how contexts move a query.
+
+By default the text is sampled from the model itself, if it is a decoder. Collected once per model, layer and text, then
+cached.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from tpatch_jax.core.memory import nuisance_scatter
+from tpatch_jax.editors.input_memory import collect_inputs
+from tpatch_jax.models.collection import collect
+from tpatch_jax.models.inputs import read_inputs
+from tpatch_jax.models.memory_text import keep_folder, memory_folder, memory_texts, text_mark
+from tpatch_jax.models.model import Model
+
+__all__ = ["Background", "background"]
+
+PREFIX_LENGTHS = (5, 10, 5, 10, 8, 6, 10)
+SPANS = 96
+SPAN_CONTEXTS = 6
+
+Progress = Callable[[str, int, int], None]
+
+
+class Background(NamedTuple):
+    """What is known about a model before any edit.
+
+    Attributes:
+        query: queries of unrelated text at the edited layer, ``[rows, d]``.
+        nuisance: how a query moves when only the context before it changes, ``[d, d]``.
+        prefixes: short texts to put before a prompt; of a model that reads whole inputs, other inputs.
+        names: names found in the texts, to stand in for a subject.
+        centres: of a classifier what stands beside the last FFN and what comes out of it, together, mean over the
+            inputs of each label, ``[labels, d]``.
+        answers: of an encoder-decoder the token that it says at each query, ``[rows]`` int: a patch that says the same
+            need not stay silent there.
+        rewordings: of an encoder-decoder the wordings that its memory has for one question; see
+            `tpatch_jax.editors.rewordings`.
+    """
+
+    query: Array
+    nuisance: Array
+    prefixes: tuple[str, ...]
+    names: tuple[str, ...]
+    centres: Array | None = None
+    answers: Array | None = None
+    rewordings: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+
+
+def background(
+    model: Model,
+    layer: int,
+    text: str | Path | None = None,
+    *,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Background:
+    """Collect or recall what an editor needs to know about a model.
+
+    Args:
+        model: the model.
+        layer: the edited layer.
+        text: a UTF-8 text file for the memory, of which a decoder reads the first 16,384 tokens; by default text is
+            sampled from the model itself, which only a decoder can. Other models read one input a line; see
+            `tpatch_jax.models.inputs`.
+        cache: folder where results are kept; ``None`` keeps nothing.
+        progress: called with what is being done, how much is done, and how much there is.
+
+    Returns:
+        The `Background`.
+
+    Raises:
+        TPatchError: the text file is missing, not UTF-8, or too short.
+    """
+    mark = text_mark(model, text) if cache is not None else ""
+    folder = memory_folder(cache, f"{mark} {layer}")
+    if folder is not None and (found := _load(folder)):
+        return found
+    rows = memory_texts(model, text, memory_folder(cache, mark), progress)
+    if model.config.architecture == "decoder" or text is None:
+        result = _collect(model, layer, rows, progress)
+    else:
+        report = (lambda done: progress("collecting memory", done, len(rows))) if progress else None
+        result = Background(*collect_inputs(model, layer, rows, read_inputs(text), report))
+    if folder is not None:
+        _save(folder, result)
+    return result
+
+
+def _collect(model: Model, layer: int, rows: list[list[int]], progress: Progress | None) -> Background:
+    report = (lambda done: progress("collecting memory", done, len(rows))) if progress else None
+    # A text's first token is the same in all of them and looks like no other query.
+    query = collect(model, rows, [range(1, len(row)) for row in rows], layer, report).query
+    texts = [model.decode(row[1:]) for row in rows]
+    words = [text.split() for text in texts if len(text.split()) >= 16]
+    prefixes = []
+    for sentence, length in zip(words, PREFIX_LENGTHS, strict=False):
+        prefixes.append(" ".join(sentence[:length]).strip(" .,;:!?") + ".")
+    spans, positions = [], []
+    for sentence in words[len(PREFIX_LENGTHS) :][:SPANS]:
+        for prefix in ["", *prefixes][:SPAN_CONTEXTS]:
+            ids = model.encode_prompt(f"{prefix} {' '.join(sentence[:12])}".strip())
+            spans.append(ids)
+            positions.append(range(len(ids) - 3, len(ids)))
+    if spans and all(len(ids) >= 3 for ids in spans):
+        contexts = min(SPAN_CONTEXTS, 1 + len(prefixes))
+        sites = collect(model, spans, positions, layer).query
+        groups = sites.reshape(-1, contexts, 3, sites.shape[-1]).swapaxes(1, 2).reshape(-1, contexts, sites.shape[-1])
+        nuisance = nuisance_scatter(groups)
+    else:
+        nuisance = jnp.eye(query.shape[-1])
+    names = re.findall(r"(?<=[a-z,] )[A-Z][a-z]+(?: [A-Z][a-z]+)+", "\n".join(texts))
+    return Background(query.astype(jnp.float32), nuisance, tuple(prefixes), tuple(dict.fromkeys(names))[:200])
+
+
+def _save(folder: Path, result: Background) -> None:
+    def write(temporary: Path) -> None:
+        found = {"query": result.query, "nuisance": result.nuisance, "centres": result.centres}
+        found["answers"] = result.answers
+        arrays = {name: np.asarray(array) for name, array in found.items() if array is not None}
+        save_file(arrays, temporary / "arrays.safetensors")
+        texts = {"prefixes": result.prefixes, "names": result.names, "rewordings": dict(result.rewordings)}
+        (temporary / "background.json").write_text(json.dumps(texts, ensure_ascii=False, indent=1), "utf-8")
+
+    keep_folder(folder, write)
+
+
+def _load(folder: Path) -> Background | None:
+    """What `_save` wrote, if anything; a damaged folder is removed, so that it is made again."""
+    if not folder.exists():
+        return None
+    try:
+        arrays = load_file(folder / "arrays.safetensors")
+        texts = json.loads((folder / "background.json").read_text("utf-8"))
+        query, nuisance = jnp.asarray(arrays["query"]), jnp.asarray(arrays["nuisance"])
+        centres = jnp.asarray(arrays["centres"]) if "centres" in arrays else None
+        answers = jnp.asarray(arrays["answers"]) if "answers" in arrays else None
+        rewordings = {frame: tuple(others) for frame, others in texts["rewordings"].items()}
+        named = tuple(texts["prefixes"]), tuple(texts["names"])
+        return Background(query, nuisance, *named, centres, answers, rewordings)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        shutil.rmtree(folder, ignore_errors=True)
+        return None

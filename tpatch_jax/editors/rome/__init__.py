@@ -1,0 +1,1 @@
+"""ROME, R-ROME and MEMIT: closed-form updates of down projections."""

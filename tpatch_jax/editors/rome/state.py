@@ -1,0 +1,202 @@
+"""Edits that change the down projections of some layers: what ROME and MEMIT share.
+
+Such an edit is no thing of its own: it cannot be taken out again but by keeping the kernels from before.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tpatch_jax.core import ffn
+from tpatch_jax.editors.base import EditInfo, RequestInfo
+from tpatch_jax.editors.reading import Item, check_requests, read_item
+from tpatch_jax.editors.rome.subject_value import OffsetInfo
+from tpatch_jax.editors.tpatcher.last_site import collect_bare
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.collection import predicted
+from tpatch_jax.models.model import Model
+from tpatch_jax.requests import EditRequest
+
+__all__ = [
+    "KernelState",
+    "Tried",
+    "check_model",
+    "check_moment",
+    "edited",
+    "read_requests",
+    "report",
+    "restore",
+    "save",
+    "says",
+]
+
+
+class KernelState(NamedTuple):
+    """What an edited model is made of.
+
+    Attributes:
+        model: the unedited model.
+        kernels: the down projections that edits changed, by layer, ``[h, d]``.
+        moments: ``C`` of the unedited model at each layer that is edited, ``[h, h]``.
+        contexts: texts to put before a prompt.
+        settings: the editor's options, as they are meant for this model.
+    """
+
+    model: Model
+    kernels: Mapping[int, Array]
+    moments: Mapping[int, Array]
+    contexts: tuple[str, ...]
+    settings: Any
+
+    def with_network(self, layer: int, params: Mapping[str, Any]) -> "KernelState":
+        """The same with another down projection in one layer."""
+        return self._replace(kernels={**self.kernels, layer: params["down"]["kernel"]})
+
+
+class Tried(NamedTuple):
+    """How one request went: its offset's fit, and why it could not be kept, if so."""
+
+    info: OffsetInfo
+    lane: int
+    reason: str = ""
+
+
+def edited(state: KernelState) -> Model:
+    """The model with the edits so far: it shares all arrays but the changed kernels with the unedited one."""
+    if not state.kernels:
+        return state.model
+    layers = dict(state.model.params["layers"])
+    for layer, kernel in state.kernels.items():
+        network = layers[layer]["ffn"]
+        layers[layer] = {**layers[layer], "ffn": {**network, "down": {**network["down"], "kernel": kernel}}}
+    return state.model.with_params({**state.model.params, "layers": layers})
+
+
+def save(state: KernelState) -> dict[str, np.ndarray]:
+    """The changed kernels as arrays, float32."""
+    return {f"kernel-{layer}": np.asarray(kernel, np.float32) for layer, kernel in state.kernels.items()}
+
+
+def restore(state: KernelState, arrays: Mapping[str, np.ndarray]) -> KernelState:
+    """A fresh state with the kernels that `save` gave."""
+    kernels = {}
+    for name, array in arrays.items():
+        layer = int(name.rpartition("-")[2])
+        kernels[layer] = jnp.asarray(array, state.model.params["layers"][layer]["ffn"]["down"]["kernel"].dtype)
+    return state._replace(kernels=kernels)
+
+
+def check_model(model: Model, method: str, layers: Sequence[int]) -> None:
+    """Make sure that a model can be edited this way.
+
+    Raises:
+        TPatchError: it is no decoder, or a patch is attached to one of the layers.
+    """
+    if model.config.architecture != "decoder":
+        raise TPatchError(
+            f"{method} needs a decoder, and {model.name!r} is an {model.config.architecture}; use method tpatcher"
+        )
+    for layer in layers:
+        if ffn.attached(model.params["layers"][layer]["ffn"]):
+            raise TPatchError(f"a patch is attached to layer {layer}, which {method} edits; merge or detach it first")
+
+
+def check_moment(moment_tokens: int, ridge: float) -> None:
+    """Make sure that the options of ``C`` make sense.
+
+    Raises:
+        TPatchError: one does not.
+    """
+    if moment_tokens < 1:
+        raise TPatchError(f"moment_tokens is {moment_tokens}; give 1 or more")
+    if not 0 <= ridge < math.inf:
+        raise TPatchError(f"ridge is {ridge}; give 0 or a positive number")
+
+
+def read_requests(
+    state: KernelState, requests: Sequence[EditRequest], method: str
+) -> tuple[list[Item], dict[int, str]]:
+    """Requests in tokens, in all contexts.
+
+    Args:
+        state: the model and the contexts.
+        requests: the requests.
+        method: its name, for messages.
+
+    Returns:
+        Those that can be worked on; and of the others, by position, the reason and how to mend it.
+    """
+    problems = check_requests(state.model, requests, False)
+    for position, request in enumerate(requests):
+        if position in problems:
+            continue
+        if request.subject is None:
+            problems[position] = f"{method} edits at a request's subject and this one has none; give it one"
+        elif (count := request.prompt.count(request.subject)) > 1:
+            problems[position] = f"the subject {request.subject!r} occurs {count} times in the prompt; name it once"
+    items = [
+        read_item(state.model, position, request, state.contexts, False)
+        for position, request in enumerate(requests)
+        if position not in problems
+    ]
+    return items, problems
+
+
+def says(model: Model, items: Sequence[Item]) -> list[bool]:
+    """Whether the model says each request's target after its bare prompt."""
+    if not items:
+        return []
+    found = predicted(model, collect_bare(model, items))
+    ends = np.cumsum([len(item.target) for item in items])[:-1]
+    return [part.tolist() == item.target for part, item in zip(np.split(found, ends), items, strict=True)]
+
+
+def report(
+    names: Sequence[str],
+    problems: Mapping[int, str],
+    tried: Mapping[int, Tried],
+    held: Mapping[int, bool],
+    keep_failed: bool,
+    times: tuple[float, float, float],
+) -> EditInfo:
+    """What became of each request, and what all of them cost.
+
+    Args:
+        names: of the requests.
+        problems: the reason of each that was not worked on, by position.
+        tried: how the others went.
+        held: whether the model says their targets after the whole step.
+        keep_failed: whether an update stays whose target does not come out.
+        times: seconds of the whole edit, of the fitting, and of one forward pass over one request.
+    """
+    fate = "the update was kept (keep_failed); try another layer"
+    if not keep_failed:
+        # Of those that did not come out at once nothing was kept, and they have their reason.
+        fate = "a later edit of this step undid it, and the update was kept; give fewer requests at once"
+    results = []
+    for position, name in enumerate(names):
+        if position in problems:
+            results.append(RequestInfo(name, False, "failed", problems[position], site="subject"))
+            continue
+        (info, lane, reason), right = tried[position], held[position]
+        if not right and not reason:
+            reason = f"the target does not come out after the edits; {fate}"
+        losses = {"nll": float(info.nll[lane]), "kl": float(info.closeness[lane])}
+        results.append(
+            RequestInfo(
+                name,
+                right,
+                "edited" if right and not reason else "failed",
+                reason,
+                steps=int(info.steps[lane]),
+                losses=losses,
+                site="subject",
+            )
+        )
+    seconds, fit_seconds, unit = times
+    scale = 1 / (max(1, len(names)) * unit) if unit else 0.0
+    return EditInfo(tuple(results), seconds, fit_seconds, seconds * scale, fit_seconds * scale, 0)

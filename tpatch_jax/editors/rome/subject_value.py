@@ -1,0 +1,247 @@
+"""What ROME and MEMIT want a model's layer to say at a subject: an offset trained through the rest of the network.
+
+Only what comes after the subject is run again (`tpatch_jax.models.networks.fork`), for several requests together.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from tpatch_jax.core.sizes import power_of_two, round_up
+from tpatch_jax.editors.reading import Item, subject_token
+from tpatch_jax.editors.subject_rows import Row, forked_rows, prompt_row
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models import networks
+from tpatch_jax.models.model import Model
+from tpatch_jax.requests import EditRequest
+
+__all__ = ["Forked", "OffsetInfo", "ValueSettings", "check_value", "fork_requests", "train_offsets", "value_rows"]
+
+
+class ValueSettings(NamedTuple):
+    """Options of an offset, the authors' values but for ``value_extra_steps``, of which they have none.
+
+    ``value_steps`` is a name of T-Patcher's `FitSettings` as well: on the command line a change of it goes to both
+    methods, if one call evaluates both. No other name is.
+
+    Attributes:
+        value_steps: the loss is looked at so often, with a step of Adam between each two looks.
+        value_extra_steps: so often more at most, while the target's negative log-likelihood alone is not below
+            ``value_enough``: on a small model targets of several tokens need it.
+        value_rate: Adam's learning rate.
+        value_closeness: weight of the divergence from the unedited model where the subject stands alone.
+        value_decay: weight of ``‖δ‖/‖v₀‖²``.
+        value_enough: an offset is done once its whole loss is below this.
+        clamp: ``‖δ‖`` is at most so many times ``‖v₀‖``; 0 takes what the authors took for the model.
+    """
+
+    value_steps: int = 20
+    value_extra_steps: int = 20
+    value_rate: float = 0.5
+    value_closeness: float = 0.0625
+    value_decay: float = 0.5
+    value_enough: float = 0.05
+    clamp: float = 0.0
+
+
+def check_value(settings: ValueSettings) -> None:
+    """Make sure that the values of these options make sense.
+
+    Raises:
+        TPatchError: one does not.
+
+    Example:
+        >>> check_value(ValueSettings())
+    """
+    for name, least in (("value_steps", 1), ("value_extra_steps", 0)):
+        if getattr(settings, name) < least:
+            raise TPatchError(f"{name} is {getattr(settings, name)}; give {least} or more")
+    if not 0 < settings.value_rate < math.inf:
+        raise TPatchError(f"value_rate is {settings.value_rate}; give a positive number, such as 0.5")
+    for name in ("value_closeness", "value_decay", "value_enough", "clamp"):
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise TPatchError(f"{name} is {getattr(settings, name)}; give 0 or a positive number")
+
+
+class Forked(NamedTuple):
+    """Rows of some requests, equally many each, cut at one layer at their subjects; the last of each is neutral.
+
+    Attributes:
+        fork: all rows, request after request.
+        places: where in each row tokens are asked, ``[requests · rows, places]``, counted from the subject.
+        wanted: the tokens wanted there, ``[requests, rows - 1, places]``.
+        weight: of each in its request's loss, ``[requests, rows - 1, places]``; those of a request sum to one.
+    """
+
+    fork: networks.Fork
+    places: Array
+    wanted: Array
+    weight: Array
+
+
+class OffsetInfo(NamedTuple):
+    """How it went, for each request.
+
+    Attributes:
+        steps: steps of Adam taken.
+        nll: mean negative log-likelihood of the target at the end, in nats.
+        closeness: divergence from the unedited model at the end, in nats.
+    """
+
+    steps: np.ndarray
+    nll: np.ndarray
+    closeness: np.ndarray
+
+
+def value_rows(model: Model, request: EditRequest, item: Item) -> list[Row]:
+    """A request's prompt and target in each of its contexts, the bare one first, then ``{subject} is a``.
+
+    Of the last one the authors' code looks at what is said right after the subject, where their paper has the end of
+    the text; nothing behind the subject reaches that place.
+    """
+    subject = request.subject or ""
+    alone = f"{subject} is a"
+    last = subject_token(model, alone, len(subject))
+    neutral = Row(model.encode_prompt(alone)[: last + 1], last, [last], [])
+    return [*(prompt_row(model, request, item, number, "subject") for number in range(len(item.texts))), neutral]
+
+
+def fork_requests(model: Model, rows: Sequence[Sequence[Row]], layer: int) -> Forked:
+    """Some requests' rows run up to a layer's FFN, and from their subjects on.
+
+    Args:
+        model: the model, with the edits so far.
+        rows: from `value_rows`, of each request.
+        layer: the layer.
+    """
+    count = round_up(max(len(row.wanted) for own in rows for row in own), 2)
+    shape = (len(rows), len(rows[0]) - 1, count)
+    wanted, weight = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    for lane, own in enumerate(rows):
+        for number, row in enumerate(own[:-1]):
+            wanted[lane, number, : len(row.wanted)] = row.wanted
+            weight[lane, number, : len(row.wanted)] = 1 / ((len(own) - 1) * len(row.wanted))
+    fork, places = forked_rows(model, [row for own in rows for row in own], layer, count)
+    return Forked(fork, places, jnp.asarray(wanted), jnp.asarray(weight))
+
+
+def _runner(model: Model, layer: int, stream: bool) -> Callable[[tuple[tuple, Array], Array], Array]:
+    """From rows and what is added at their subjects, ``[rows, d]``, to log-probabilities at the asked places."""
+    config, params = model.config, model.params
+
+    def run(rows: tuple[tuple, Array], added: Array) -> Array:
+        fork, places = networks.Fork(*rows[0], layer=layer), rows[1]
+        # What joins the stream beside the FFN comes out of the block as it is, even where the FFN's output is normed.
+        changed = (fork.residual if stream else fork.output).at[:, 0].add(added.astype(fork.output.dtype))
+        fork, output = (fork._replace(residual=changed), fork.output) if stream else (fork, changed)
+        end = networks.resume_fork(config, params, fork, output)
+        end = jnp.take_along_axis(end, places[..., None], 1)
+        return jax.nn.log_softmax(networks.logits(config, params, end))
+
+    return run
+
+
+def _length(x: Array) -> Array:
+    """``‖x‖`` along the last axis, of which the gradient at zero is zero, as in torch."""
+    square = jnp.sum(jnp.square(x), -1)
+    there = square > 0
+    return jnp.where(there, jnp.sqrt(jnp.where(there, square, 1)), 0)
+
+
+class _Moving(NamedTuple):
+    """Requests whose offsets still move: which they are, their rows, and where they stand."""
+
+    lane: np.ndarray
+    rows: Any
+    wanted: Array
+    weight: Array
+    scale: Array
+    before: Array | None
+    offsets: Array
+    state: optax.OptState
+
+    def only(self, keep: np.ndarray) -> "_Moving":
+        """Some of them; one that stands in twice does the same both times."""
+        each = self.wanted.shape[1] + 1
+        index = (keep[:, None] * each + np.arange(each)).reshape(-1)
+        rows = jax.tree.map(lambda leaf: leaf[index], self.rows)
+        state = jax.tree.map(lambda leaf: leaf[keep] if leaf.ndim else leaf, self.state)
+        before = None if self.before is None else self.before[keep]
+        found = self._replace(lane=self.lane[keep], rows=rows, wanted=self.wanted[keep], weight=self.weight[keep])
+        return found._replace(scale=self.scale[keep], before=before, offsets=self.offsets[keep], state=state)
+
+
+def train_offsets(
+    model: Model, forked: Forked, scale: Array, settings: ValueSettings, *, stream: bool = False
+) -> tuple[np.ndarray, OffsetInfo]:
+    """What to add to a layer's output at each subject for the model to say the targets.
+
+    ``min_δ  mean NLL(target) + c·KL(now ‖ before) + w·‖δ‖/‖v₀‖²`` by Adam from zero, with ``‖δ‖ ≤ clamp·‖v₀‖`` after
+    each step. It ends where the loss is low enough, after ``value_steps`` where the target's NLL is, and else after
+    ``value_extra_steps`` more. Requests never couple; those that are done stand still, and are dropped by halves.
+
+    Args:
+        model: the model, with the edits so far.
+        forked: from `fork_requests`, of the layer.
+        scale: ``‖v₀‖`` of the bare prompts, ``[requests]``.
+        settings: options.
+        stream: add to the block's output (MEMIT) rather than to the FFN's (ROME).
+
+    Returns:
+        ``δ``, ``[requests, d]``, and an `OffsetInfo`.
+
+    Source: Meng et al. 2022, equation 4 and the authors' published code for the penalty; Meng et al. 2023.
+    """
+    run, transform = _runner(model, forked.fork.layer, stream), optax.adam(settings.value_rate)
+    lanes, width = scale.shape[0], forked.fork.output.shape[-1]
+
+    def loss(offsets: Array, now: _Moving) -> tuple[Array, tuple[Array, Array, Array, Array]]:
+        each = now.wanted.shape[1] + 1
+        found = run(now.rows, jnp.repeat(offsets, each, axis=0))
+        found = found.reshape(offsets.shape[0], each, *found.shape[1:])
+        said = -jnp.take_along_axis(found[:, :-1], now.wanted[..., None], -1)[..., 0]
+        said = jnp.sum(said * now.weight, (1, 2))
+        alone = found[:, -1, 0]
+        # At the start both are the same, where the divergence and its gradient are zero.
+        close = jnp.zeros_like(said) if now.before is None else jnp.sum(jnp.exp(alone) * (alone - now.before), -1)
+        decay = settings.value_decay * _length(offsets) / jnp.square(now.scale)
+        whole = said + settings.value_closeness * close + decay
+        return jnp.sum(whole), (whole, said, close, alone)
+
+    step = jax.value_and_grad(loss, has_aux=True)
+    start = jnp.zeros((lanes, width), jnp.float32)
+    rows = (tuple(forked.fork[:-1]), forked.places)
+    state = transform.init(start)
+    now = _Moving(np.arange(lanes), rows, forked.wanted, forked.weight, scale, None, start, state)
+    result, info = np.zeros((lanes, width), np.float32), OffsetInfo(*np.zeros((3, lanes)))
+    done = np.zeros(lanes, bool)
+    last = settings.value_steps + settings.value_extra_steps - 1
+    for number in range(last + 1):
+        (_, (whole, said, close, alone)), gradient = step(now.offsets, now)
+        now = now if now.before is not None else now._replace(before=alone)
+        open_ = ~done[now.lane]
+        lane = now.lane[open_]
+        result[lane], info.steps[lane] = np.asarray(now.offsets)[open_], number
+        info.nll[lane], info.closeness[lane] = np.asarray(said)[open_], np.asarray(close)[open_]
+        reached = np.asarray(whole)[open_]
+        done[lane] |= (reached < settings.value_enough) | ~np.isfinite(reached)
+        if number >= settings.value_steps - 1:
+            done[lane] |= np.asarray(said)[open_] < settings.value_enough
+        if done.all() or number == last:
+            break
+        update, state = transform.update(gradient, now.state, now.offsets)
+        new = now.offsets + jnp.asarray(update)
+        longest = settings.clamp * now.scale
+        new = new * jnp.minimum(1.0, longest / jnp.maximum(_length(new), longest))[:, None]
+        now = now._replace(offsets=new, state=state)
+        going = np.flatnonzero(~done[now.lane])
+        size = power_of_two(going.size)
+        if size < now.lane.size:
+            now = now.only(np.resize(going, size))
+    return result, info._replace(steps=info.steps.astype(int))

@@ -1,0 +1,1 @@
+"""SERAC: a memory of edits, a scope classifier and a counterfactual model."""

@@ -1,0 +1,333 @@
+"""SERAC as an editor: a memory of edits, a classifier of what is in their scope, a small model that answers there."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tpatch_jax.editors.base import EditInfo, Editor, RequestInfo, Routing
+from tpatch_jax.editors.reading import check_requests, read_item
+from tpatch_jax.editors.serac.networks import SeracNetworks, context_tokens, edit_text, embeddings, read_networks
+from tpatch_jax.editors.tpatcher.last_site import forward_seconds
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.collection import collect, predicted
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.networks import Batch
+from tpatch_jax.models.rows import row_length
+from tpatch_jax.requests import EditRequest, as_requests, join_target
+
+__all__ = [
+    "SERAC_PRESETS",
+    "SeracSettings",
+    "SeracState",
+    "forget",
+    "restore_memory",
+    "route",
+    "routing",
+    "save_memory",
+    "says",
+    "serac",
+]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class SeracSettings:
+    """Options of SERAC.
+
+    Attributes:
+        serac: the folder of the two networks, which ``tpatch serac-train`` writes.
+        scope_threshold: the least similarity, 0 to 1, at which an input is in an edit's scope; the authors' is 1/2.
+
+    Raises:
+        TPatchError: a value makes no sense.
+    """
+
+    serac: str = ""
+    scope_threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        if not 0 < self.scope_threshold <= 1:
+            raise TPatchError(f"scope_threshold is {self.scope_threshold}; give a number above 0 and up to 1")
+
+
+SERAC_PRESETS: Mapping[str, SeracSettings] = {"default": SeracSettings()}
+"""Named settings of SERAC: ``default``, its authors' threshold.
+
+Source: Mitchell et al. 2022.
+"""
+
+
+class SeracState(NamedTuple):
+    """What an edited model is made of.
+
+    Attributes:
+        model: the base model, which never changes.
+        networks: the scope classifier and the counterfactual model.
+        requests: the memory, in the order of the edits; prompt and target stay apart.
+        embeddings: of the memory's edits, ``[edits, d]``.
+        settings: the editor's options.
+        seen: embeddings of test inputs by their text, kept so that none is computed twice.
+    """
+
+    model: Model
+    networks: SeracNetworks
+    requests: tuple[EditRequest, ...]
+    embeddings: np.ndarray
+    settings: SeracSettings
+    seen: dict[str, np.ndarray]
+
+
+def serac(settings: SeracSettings = SERAC_PRESETS["default"], *, progress: Progress | None = None) -> Editor:
+    """The SERAC editor: no parameter changes, edits are put into a memory.
+
+    ``sim = exp(−‖e_edit − e_input‖²)`` between each stored edit, prompt and target, and the test input. Where the most
+    similar edit has 1/2 or more the counterfactual model reads that edit's prompt, its target and the test input and
+    answers; everywhere else the base model does, bit for bit. A later edit of the same prompt goes before an earlier
+    one. `forget` takes edits out again, exactly.
+
+    ``apply`` knows no prompts, so the scope is decided on each row as a whole, padding (zeros at the end) left out; an
+    evaluation and generation decide on the prompt.
+
+    Args:
+        settings: its options.
+        progress: called with what is being done, how much is done, and how much there is.
+
+    Returns:
+        The `Editor`; its state is a `SeracState`.
+
+    Raises:
+        TPatchError: on ``init``, where the model is no decoder, or the networks are missing or made for another
+            tokenizer.
+
+    Source: Mitchell et al. 2022, "Memory-Based Model Editing at Scale"; `tpatch_jax.editors.serac.training.train_serac`
+    says where it differs.
+
+    Example:
+        >>> editor = serac(SeracSettings("models/serac"))
+        >>> state = editor.init(model, jax.random.key(0))  # doctest: +SKIP
+        >>> state, info = editor.step(state, requests, jax.random.key(0))  # doctest: +SKIP
+    """
+
+    def init(model: Model, key: Array) -> SeracState:
+        if model.config.architecture != "decoder":
+            raise TPatchError(
+                f"SERAC needs a decoder, and {model.name!r} is an {model.config.architecture}; use method tpatcher"
+            )
+        networks = read_networks(settings.serac, model)
+        return SeracState(model, networks, (), np.zeros((0, networks.scope.config.width), np.float32), settings, {})
+
+    def step(state: SeracState, requests: Sequence[EditRequest], key: Array) -> tuple[SeracState, EditInfo]:
+        return _step(state, as_requests(requests), progress)
+
+    return Editor(init, step, _apply)
+
+
+# --- which edit, if any ---
+
+
+def route(state: SeracState, inputs: Sequence[str]) -> list[int | None]:
+    """The stored edit in whose scope each test input is.
+
+    Args:
+        state: the memory.
+        inputs: test inputs as texts.
+
+    Returns:
+        For each the position of the edit in the memory, or ``None``.
+    """
+    if not state.requests:
+        return [None] * len(inputs)
+    new = [text for text in dict.fromkeys(inputs) if text not in state.seen]
+    state.seen.update(zip(new, embeddings(state.networks.scope, new), strict=True))
+    # The last edit of each prompt answers for all of them.
+    latest = {request.prompt: position for position, request in enumerate(state.requests)}
+    result: list[int | None] = []
+    for text in inputs:
+        similar = np.exp(-np.sum((state.embeddings - state.seen[text]) ** 2, -1, dtype=np.float64))
+        best = int(np.argmax(similar))
+        inside = similar[best] >= state.settings.scope_threshold
+        result.append(latest[state.requests[best].prompt] if inside else None)
+    return result
+
+
+def routing(state: SeracState) -> Routing:
+    """How test inputs in tokens go to the counterfactual model.
+
+    Args:
+        state: the memory.
+    """
+    small = state.networks.counterfactual
+
+    def contexts(prompts: Sequence[Sequence[int]]) -> list[list[int] | None]:
+        chosen = route(state, [state.model.decode(prompt) for prompt in prompts])
+        edits = {
+            pick: context_tokens(small, state.requests[pick].prompt, state.requests[pick].target)
+            for pick in set(chosen)
+            if pick is not None
+        }
+        return [None if pick is None else edits[pick] for pick in chosen]
+
+    return Routing(small, contexts)
+
+
+def forget(state: SeracState, names: Sequence[str]) -> SeracState:
+    """The memory without some edits, as if they had never been made.
+
+    Args:
+        state: the memory.
+        names: ids of requests.
+
+    Raises:
+        TPatchError: there is no edit of that name.
+
+    Example:
+        >>> forget(state, ["edit-3"])  # doctest: +SKIP
+    """
+    known = [request.id for request in state.requests]
+    for name in names:
+        if name not in known:
+            raise TPatchError(f"no edit {name!r} is in the memory; it holds {', '.join(map(str, known)) or 'none'}")
+    kept = [position for position, name in enumerate(known) if name not in names]
+    return state._replace(
+        requests=tuple(state.requests[position] for position in kept), embeddings=state.embeddings[kept]
+    )
+
+
+# --- what is said ---
+
+
+def _answered(model: Model, contexts: Sequence[Sequence[int]], requests: Sequence[EditRequest]) -> list[bool]:
+    """Whether a model says each request's target after its context and prompt."""
+    if not requests:
+        return []
+    rows, places, wanted = [], [], []
+    for context, request in zip(contexts, requests, strict=True):
+        before = [*context, *model.encode_prompt(request.prompt)]
+        target = model.encode_target(request.prompt, join_target(request.prompt, request.target))
+        rows.append(before + target)
+        places.append(range(len(before) - 1, len(before) + len(target) - 1))
+        wanted.append(target)
+    said = predicted(model, collect(model, rows, places, model.layer(None)))
+    parts = np.split(said, np.cumsum([len(target) for target in wanted])[:-1])
+    return [part.tolist() == target for part, target in zip(parts, wanted, strict=True)]
+
+
+def says(state: SeracState, requests: Sequence[EditRequest], picks: Sequence[int | None]) -> list[bool]:
+    """Whether each request's target comes out after its prompt, where it is known which edit answers.
+
+    Args:
+        state: the memory.
+        requests: what is asked.
+        picks: for each the position of an edit in the memory, or ``None`` where the base model answers.
+    """
+    small, found = state.networks.counterfactual, np.zeros(len(requests), bool)
+    for model, there in ((small, True), (state.model, False)):
+        chosen = [number for number, pick in enumerate(picks) if (pick is not None) == there]
+        stored = [state.requests[picks[n]] for n in chosen] if there else []  # pyright: ignore
+        contexts = [context_tokens(small, one.prompt, one.target) for one in stored] if there else [[]] * len(chosen)
+        found[chosen] = _answered(model, contexts, [requests[number] for number in chosen])
+    return found.tolist()
+
+
+def _apply(state: SeracState, batch: Batch) -> Array:
+    base = state.model.apply(batch)
+    rows = [np.trim_zeros(row, "b").tolist() for row in np.asarray(batch)]
+    small, contexts = routing(state)
+    for lane, context in enumerate(contexts(rows)):
+        if context is None or not rows[lane]:
+            continue
+        row = [*context, *rows[lane]]
+        padded = np.pad(np.asarray(row, np.int32), (0, row_length(len(row)) - len(row)))
+        logits = small.apply(jnp.asarray(padded[None]))[0, len(context) : len(row)]
+        base = base.at[lane, : len(rows[lane])].set(logits)
+    return base
+
+
+# --- one step ---
+
+
+def _step(state: SeracState, requests: list[EditRequest], progress: Progress | None) -> tuple[SeracState, EditInfo]:
+    began, small = time.perf_counter(), state.networks.counterfactual
+    taken = {request.id for request in state.requests}
+    names, problems = [request.name(number) for number, request in enumerate(requests)], {}
+    for number, reason in check_requests(state.model, requests, False).items():
+        problems[number] = reason
+    for number, request in enumerate(requests):
+        length = 2 * len(small.encode_prompt(request.prompt)) + 2 * len(small.encode(request.target)) + 8
+        if number not in problems and length > small.config.context:
+            problems[number] = f"prompt and target are read twice, {length} tokens, and the counterfactual model reads "
+            problems[number] += f"{small.config.context}; shorten the prompt"
+    good = [number for number in range(len(requests)) if number not in problems]
+    if progress:
+        progress("storing edits", 0, len(good))
+    fitting = time.perf_counter()
+    named = [_named(requests[number], names[number], taken) for number in good]
+    new = embeddings(state.networks.scope, [edit_text(request.prompt, request.target) for request in named])
+    fit_seconds = time.perf_counter() - fitting
+    first = len(state.requests)
+    # The networks come in with the first edit that is stored.
+    extra = 0 if first or not good else state.networks.parameter_count
+    state = state._replace(requests=(*state.requests, *named), embeddings=np.concatenate([state.embeddings, new]))
+    picks = route(state, [request.prompt for request in named])
+    held = says(state, named, picks)
+    if progress:
+        progress("storing edits", len(good), len(good))
+    results = {number: RequestInfo(names[number], False, "failed", why) for number, why in problems.items()}
+    for slot, (number, right, pick) in enumerate(zip(good, held, picks, strict=True)):
+        reason = ""
+        if not right and pick is None:
+            reason = "the prompt is not found to be in the scope of its own edit; lower scope_threshold"
+        elif not right and pick != first + slot:
+            reason = f"the edit {state.requests[pick or 0].id!r} is found to be nearer to the prompt; take it out"
+        elif not right:
+            reason = "the counterfactual model does not say the target; train it longer, or with more layers"
+        status = "failed" if reason else "edited"
+        results[number] = RequestInfo(names[number], right, status, reason and f"{reason} (the edit stays stored)")
+    seconds = time.perf_counter() - began
+    items = [read_item(state.model, number, requests[number], (), False) for number in good]
+    unit = forward_seconds(state.model, items)
+    scale = 1 / (len(requests) * unit) if unit else 0.0
+    ordered = tuple(results[number] for number in range(len(requests)))
+    return state, EditInfo(ordered, seconds, fit_seconds, seconds * scale, fit_seconds * scale, new.size + extra)
+
+
+def _named(request: EditRequest, name: str, taken: set[str | None]) -> EditRequest:
+    """The request under a name of its own, by which it can be forgotten, without what only measures."""
+    chosen, number = name, 2
+    while chosen in taken:
+        chosen, number = f"{name} ({number})", number + 1
+    taken.add(chosen)
+    return EditRequest(request.prompt, request.target, request.subject, id=chosen)
+
+
+# --- resuming ---
+
+
+def save_memory(state: SeracState) -> dict[str, np.ndarray]:
+    """The memory as arrays: embeddings, and the requests as JSON in UTF-8.
+
+    Args:
+        state: after some steps.
+    """
+    fields = [[one.prompt, one.target, one.subject, one.id] for one in state.requests]
+    return {"embeddings": state.embeddings, "requests": np.frombuffer(json.dumps(fields).encode(), np.uint8)}
+
+
+def restore_memory(state: SeracState, arrays: Mapping[str, np.ndarray]) -> SeracState:
+    """The inverse of `save_memory`.
+
+    Args:
+        state: fresh, from ``init``.
+        arrays: what was saved.
+    """
+    fields = json.loads(arrays["requests"].tobytes())
+    requests = tuple(EditRequest(prompt, target, subject, id=name) for prompt, target, subject, name in fields)
+    return state._replace(requests=requests, embeddings=np.array(arrays["embeddings"]))

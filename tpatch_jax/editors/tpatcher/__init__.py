@@ -1,0 +1,1 @@
+"""T-Patcher: neurons in the last layer and at subjects."""

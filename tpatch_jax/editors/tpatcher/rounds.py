@@ -1,0 +1,289 @@
+"""Fitting what does not come out yet, round after round, and taking out what does not hold in the end.
+
+Arrays and callables only, so that networks of this library and foreign ones are edited by the same loop.
+"""
+
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from tpatch_jax.core.devices import divided, parts
+from tpatch_jax.core.fit import FitInfo, FitSettings, Lane, fit_many
+from tpatch_jax.core.memory import Memory
+from tpatch_jax.core.patch import Patch, concatenate, join, take
+from tpatch_jax.core.problem import Resume
+from tpatch_jax.editors.base import EditInfo, RequestInfo
+
+__all__ = ["Asked", "Fitted", "Note", "ask", "finished", "fit_rounds", "numbered", "report"]
+
+Progress = Callable[[str, int, int], None]
+
+
+class Asked(NamedTuple):
+    """The target tokens of several requests, and where in the collected rows each is found.
+
+    Rows are collected request after request, context after context, token after token.
+
+    Attributes:
+        table: for each request its rows, ``[contexts, tokens]``.
+        answers: the token that each row should be followed by, ``[rows]``.
+        bare: the rows of the bare prompts, the first context of each request: ``[tokens]``.
+        wanted: the answers of those, ``[tokens]``.
+        owner: which request each of those belongs to, ``[tokens]``.
+        token: which of its target's tokens each is, ``[tokens]``.
+    """
+
+    table: list[np.ndarray]
+    answers: np.ndarray
+    bare: np.ndarray
+    wanted: np.ndarray
+    owner: np.ndarray
+    token: np.ndarray
+
+
+class Note(NamedTuple):
+    """How the fit of one neuron went: see `tpatch_jax.editors.base.RequestInfo`."""
+
+    site: str
+    steps: int
+    margin: float
+    losses: Mapping[str, float]
+
+
+class Fitted(NamedTuple):
+    """Where the rounds ended.
+
+    Attributes:
+        patch: the neurons that were there before, then the new ones, ``[n, d]``, on the host.
+        row: for each new neuron the bare row that it was fitted for.
+        notes: for each new neuron how its fit went.
+        missing: the bare rows whose token still does not come out.
+        seconds: the time that the fits took.
+    """
+
+    patch: Patch
+    row: np.ndarray
+    notes: list[Note]
+    missing: np.ndarray
+    seconds: float
+
+
+def ask(targets: Sequence[Sequence[int]], contexts: Sequence[int]) -> Asked:
+    """Where the target tokens of several requests are found among the collected rows.
+
+    Args:
+        targets: each request's target in tokens.
+        contexts: in how many contexts each request is seen.
+
+    Example:
+        >>> ask([[7, 8], [9]], [2, 1]).bare.tolist()
+        [0, 1, 4]
+    """
+    table, offset = [], 0
+    for target, count in zip(targets, contexts, strict=True):
+        span = np.arange(count * len(target)).reshape(count, -1) + offset
+        table.append(span)
+        offset += span.size
+    answers = np.concatenate([np.tile(target, count) for target, count in zip(targets, contexts, strict=True)])
+    bare = np.concatenate([span[0] for span in table])
+    owner = np.concatenate([np.full(len(target), number) for number, target in enumerate(targets)])
+    token = np.concatenate([np.arange(len(target)) for target in targets])
+    return Asked(table, answers.astype(np.int32), bare, answers[bare].astype(np.int32), owner, token)
+
+
+@jax.jit
+def _folded(key: Array, folds: Array) -> Array:
+    return jax.vmap(lambda fold: jax.random.fold_in(key, fold))(folds)
+
+
+def _keys(key: Array, names: Sequence[str], size: int) -> Array:
+    """A random key for each name, and some more: a result depends on what is asked for, not on its neighbours."""
+    folds = np.zeros(size, np.uint32)
+    folds[: len(names)] = [zlib.crc32(name.encode()) for name in names]
+    return _folded(key, folds)
+
+
+def _note(info: FitInfo, lane: int) -> Note:
+    losses = {term: float(getattr(info, term)[lane]) for term in ("l_e", "l_a", "l_m1", "l_m2")}
+    return Note("last", int(info.steps[lane]), float(info.margin[lane]), losses)
+
+
+def fit_rounds(
+    patch: Patch,
+    lanes: Callable[[np.ndarray, Patch], Lane],
+    wrong: Callable[[Patch], np.ndarray],
+    names: Sequence[str],
+    asked: Asked,
+    memory: Memory,
+    resume: Resume,
+    key: Array,
+    settings: FitSettings,
+    *,
+    attempts: int,
+    most_tokens: int,
+    missing: np.ndarray,
+    left: np.ndarray,
+    activation: Callable[[Array], Array],
+    progress: Progress | None = None,
+    mesh: Mesh | None = None,
+) -> Fitted:
+    """One neuron for each token that does not come out; a retry is fitted in the presence of what is there by then.
+
+    Args:
+        patch: neurons that are there already, ``[n, d]``.
+        lanes: ``(bare rows, patch)`` to what to fit on.
+        wrong: the bare rows whose token does not come out with a patch.
+        names: of each bare row, for its random numbers.
+        asked: the target tokens.
+        memory: shared by all lanes.
+        resume: as for `fit_many`.
+        key: a typed random key.
+        settings: options of a fit.
+        attempts: how many rounds at most.
+        most_tokens: only so many tokens of a request get a neuron.
+        missing: what ``wrong(patch)`` says to begin with.
+        left: bare rows that get none, whatever comes out.
+        activation: the feed-forward network's.
+        progress: called with what is being done, how much is done, and how much there is.
+        mesh: devices that share the work; see `fit_many`.
+    """
+    # Once, not again with each part.
+    at_once, memory = settings.lanes * parts(mesh), divided(memory, mesh)
+    patch = jax.tree.map(np.asarray, patch)
+    rows, notes, seconds = np.zeros(0, np.int64), [], 0.0
+    size = len(missing)
+    for attempt in range(attempts):
+        now = missing[(asked.token[missing] < most_tokens) & ~np.isin(missing, left)]
+        if not len(now):
+            break
+        began = time.perf_counter()
+        said = f"fitting, attempt {attempt + 1}" if attempt else "fitting"
+        pieces, kept = [], []
+        for first in range(0, len(now), at_once):
+            # Part by part, so that not all that is fitted on is in memory at once.
+            part = now[first : first + at_once]
+            keys = _keys(key, [f"{names[row]} {attempt}" for row in part], at_once)
+            given = lanes(part, patch), memory, resume, keys, settings, activation
+            done = fit_many(*given, mesh=mesh, size=size, retry=attempt > 0)
+            found, info = jax.tree.map(np.asarray, done)
+            keep = np.flatnonzero(np.isfinite(found.value).all((1, 2)) & np.isfinite(found.key).all((1, 2)))
+            pieces.append(join(take(found, keep)))
+            kept.append(np.repeat(part[keep], found.key.shape[1]))
+            notes += [_note(info, int(lane)) for lane in keep for _ in range(found.key.shape[1])]
+            if progress:
+                progress(said, min(first + at_once, len(now)), len(now))
+        seconds += time.perf_counter() - began
+        patch, rows = concatenate([patch, *pieces]), np.concatenate([rows, *kept])
+        # Another copy of all neurons, which would be there while the network runs.
+        del pieces
+        missing = wrong(patch)
+    return Fitted(patch, rows, notes, missing, seconds)
+
+
+def finished(
+    fitted: Fitted,
+    asked: Asked,
+    wrong: Callable[[Patch], np.ndarray],
+    harmed: Callable[[Patch, np.ndarray], set[int]] = lambda patch, rows: set(),
+    gone: Callable[[set[int]], None] = lambda requests: None,
+) -> tuple[np.ndarray, dict[int, str]]:
+    """What does not hold is taken out; that may free or trip others, so look until it is stable.
+
+    Args:
+        fitted: where the rounds ended.
+        asked: the target tokens.
+        wrong: as for `fit_rounds`.
+        harmed: ``(patch, rows of its new neurons)`` to the requests whose neurons break something else.
+        gone: called with the requests that are taken out.
+
+    Returns:
+        Which of the new neurons stay, and for each request that is taken out the reason.
+    """
+    first = fitted.patch.key.shape[0] - len(fitted.row)
+    older = take(fitted.patch, np.arange(first))
+    dropped: set[int] = set(asked.owner[fitted.missing].tolist())
+    reasons: dict[int, str] = {}
+    for number in dropped:
+        token = min(int(asked.token[row]) for row in fitted.missing if asked.owner[row] == number)
+        reasons[number] = f"target token {token + 1} of {asked.table[number].shape[1]} still comes out wrong"
+    gone(dropped)
+    # Where nothing is taken out the rounds have looked already, and all comes out.
+    looked = not dropped
+    while True:
+        alive = np.asarray([n for n, row in enumerate(fitted.row) if asked.owner[row] not in dropped], np.int64)
+        all_alive = len(alive) == len(fitted.row)
+        final = fitted.patch if all_alive else concatenate([older, take(fitted.patch, first + alive)])
+        broken = {} if looked else dict.fromkeys(asked.owner[wrong(final)].tolist(), "another edit breaks it")
+        looked = False
+        broken |= dict.fromkeys(harmed(final, fitted.row[alive]), "it would break an earlier edit")
+        broken = {number: reason for number, reason in broken.items() if number not in dropped}
+        if not broken:
+            return alive, reasons
+        dropped |= set(broken)
+        reasons |= broken
+        gone(set(broken))
+
+
+def numbered(made: Sequence[tuple[int, Note]], first: int) -> tuple[dict[int, list[int]], dict[int, list[Note]]]:
+    """The neurons of each request, counted from ``first``, and how their fits went: what `report` is told."""
+    neurons: dict[int, list[int]] = {}
+    notes: dict[int, list[Note]] = {}
+    for number, (position, note) in enumerate(made, first):
+        neurons.setdefault(position, []).append(number)
+        notes.setdefault(position, []).append(note)
+    return neurons, notes
+
+
+def report(
+    names: Sequence[str],
+    problems: Mapping[int, str],
+    already: set[int],
+    neurons: Mapping[int, list[int]],
+    notes: Mapping[int, list[Note]],
+    width: int,
+    times: tuple[float, float, float],
+) -> EditInfo:
+    """What became of each request, and what all of them cost.
+
+    Args:
+        names: of the requests.
+        problems: the reason of each that failed, by position.
+        already: those that held before.
+        neurons: of each request that was edited, by position.
+        notes: how their fits went.
+        width: ``d``.
+        times: seconds of the whole edit, of the fitting, and of one forward pass over one request.
+    """
+    results = []
+    for position, name in enumerate(names):
+        if position in problems:
+            results.append(RequestInfo(name, False, "failed", problems[position]))
+        elif position in already and position not in neurons:
+            # One that held, was disturbed by another edit and got a neuron for it counts as edited.
+            results.append(RequestInfo(name, True, "already"))
+        elif position not in notes:
+            # Another request's neuron says what it asks for.
+            results.append(RequestInfo(name, True, "edited"))
+        else:
+            fits = notes[position]
+            result = RequestInfo(
+                name,
+                True,
+                "edited",
+                neurons=tuple(neurons[position]),
+                steps=max(fit.steps for fit in fits),
+                losses={term: float(np.mean([fit.losses[term] for fit in fits])) for term in fits[0].losses},
+                margin=min(fit.margin for fit in fits),
+                site="subject" if any(fit.site == "subject" for fit in fits) else "last",
+            )
+            results.append(result)
+    seconds, fit_seconds, unit = times
+    scale = 1 / (max(1, len(names)) * unit) if unit else 0.0
+    added = sum(map(len, neurons.values())) * (2 * width + 1)
+    return EditInfo(tuple(results), seconds, fit_seconds, seconds * scale, fit_seconds * scale, added)

@@ -1,0 +1,139 @@
+"""Options of the T-Patcher editor, and the named sets of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from tpatch_jax.core.checks import check_positive, check_range
+from tpatch_jax.core.fit import FitSettings
+from tpatch_jax.core.objective import Weights
+from tpatch_jax.editors.tpatcher.subject_site import SubjectSettings
+from tpatch_jax.errors import TPatchError
+
+__all__ = ["PRESETS", "TPatcherSettings"]
+
+LOUD = 64.0
+"""`FitSettings.value_limit` of encoder-decoders."""
+
+
+@dataclass(frozen=True)
+class TPatcherSettings:
+    """Options of the T-Patcher editor.
+
+    Attributes:
+        site: where patches go: ``"last"``, the mistaken token in the last layer; ``"subject"``, the last token of the
+            subject in an earlier layer, completed in the last layer where that does not say the whole target;
+            ``"auto"``, the subject if the model has an earlier layer for it. A request without a subject is edited in
+            the last layer in any case.
+        layer: of the subject site: ``"auto"``, a third of the way up, or a number.
+        complete: whether what a neuron at a subject leaves wrong is completed in the last layer. A request without a
+            subject is edited there all the same.
+        fit: how a patch in the last layer is fitted.
+        subject: how a patch at the subject is fitted.
+        contexts: in how many contexts each prompt is seen, the bare one included.
+        input_contexts: the same of models that read whole inputs: classifiers and encoder-decoders.
+        rewordings: of an encoder-decoder at most so many of those contexts are other wordings that its memory has for
+            the same question.
+        input_key_steps: `FitSettings.key_steps` of those models.
+        label_split: `FitSettings.split` of classifiers, whose queries tell inputs apart more plainly.
+        answer_split: the same of encoder-decoders.
+        answer_negatives: `FitSettings.negatives` of encoder-decoders.
+        answer_overshoot: `FitSettings.overshoot` of encoder-decoders: a norm behind it bounds what a value can do, and
+            a rephrasing often makes a neuron fire but faintly.
+        swaps: how many versions of a prompt with another subject a patch must stay silent on (needs a subject).
+        other_edits: whether the other edits' queries are negatives as well.
+        many_from: from so many requests on what stands inside their prompts is a negative too, since of many patches
+            one may well fire anywhere (decoders).
+        attempts: how often what does not hold yet is fitted again, in the presence of what does.
+        most_tokens: at most so many wrong target tokens of one request get a neuron.
+        nuisance_weight: how strongly the key avoids directions in which only the context shows.
+        shrinkage: of the covariance behind the whitened key.
+        train_on_rephrases: use the requests' rephrases as further contexts; otherwise they only measure.
+
+    Raises:
+        TPatchError: a value makes no sense.
+    """
+
+    site: str = "auto"
+    layer: str = "auto"
+    complete: bool = True
+    fit: FitSettings = field(default_factory=FitSettings)
+    subject: SubjectSettings = field(default_factory=SubjectSettings)
+    contexts: int = 4
+    input_contexts: int = 8
+    rewordings: int = 5
+    input_key_steps: int = 128
+    label_split: float = 0.7
+    answer_split: float = 0.3
+    answer_negatives: int = 512
+    answer_overshoot: float = 8.0
+    swaps: int = 4
+    other_edits: bool = True
+    many_from: int = 256
+    attempts: int = 3
+    most_tokens: int = 64
+    nuisance_weight: float = 0.8
+    shrinkage: float = 0.1
+    train_on_rephrases: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_range(self, ("contexts", "input_contexts", "answer_negatives", "most_tokens"), 1)
+        check_range(self, ("rewordings", "input_key_steps", "swaps", "many_from", "attempts"), 0)
+        check_positive(self, ("answer_overshoot",))
+        check_range(self, ("nuisance_weight",), 0.0)
+        check_range(self, ("label_split", "answer_split", "shrinkage"), 0.0, 1.0)
+        if self.fit.lanes & (self.fit.lanes - 1):
+            raise TPatchError(f"lanes is {self.fit.lanes}; give a power of two")
+
+    def for_inputs(self, answers: bool, pointwise: bool) -> "TPatcherSettings":
+        """The options as they are meant for a model that reads whole inputs.
+
+        Args:
+            answers: whether it is an encoder-decoder, not a classifier.
+            pointwise: whether a single query decides what the model says.
+        """
+        fit = replace(
+            self.fit,
+            key_steps=self.input_key_steps,
+            negatives=self.answer_negatives if answers else self.fit.negatives,
+            split=self.answer_split if answers else self.label_split,
+            overshoot=self.answer_overshoot if answers else self.fit.overshoot,
+            value_limit=LOUD if answers else self.fit.value_limit,
+            eager=self.fit.eager or not pointwise,
+        )
+        return replace(self, contexts=self.input_contexts, fit=fit)
+
+
+_PAPER = TPatcherSettings(
+    fit=FitSettings(
+        recipe="joint",
+        weights=Weights(activation=1.0, memory=10.0, limit=0.0, margin=0.0, hardest=1000, label_smoothing=0.1),
+        weight_decay=0.01,
+    ),
+    site="last",
+    contexts=1,
+    input_contexts=1,
+    rewordings=0,
+    swaps=0,
+    other_edits=False,
+    attempts=1,
+    most_tokens=5,
+)
+
+PRESETS: Mapping[str, TPatcherSettings] = {
+    "default": TPatcherSettings(fit=FitSettings(weights=Weights(memory=5.0, hardest=32))),
+    "paper": _PAPER,
+    "paper-fever": replace(
+        _PAPER,
+        fit=replace(
+            _PAPER.fit,
+            weights=Weights(activation=1.0, memory=5.0, limit=-3.0, margin=3.0, hardest=1000, entropy=0.1),
+        ),
+    ),
+}
+"""Named settings: ``default``, this library's best; ``paper`` and ``paper-fever``, the values of the paper's zsRE and
+FEVER experiments. Two things differ from the authors' code: the neurons of one answer are fitted one by one and not
+together, and the value's factor of ten is a constant and not trained beside it.
+
+Source: Huang et al. 2023, section 5 and appendix.
+"""

@@ -1,0 +1,499 @@
+"""Neurons at the subject: an earlier layer, the subject's last token, a value trained through the rest of the network.
+
+A neuron there recognises what a prompt is about, whatever its wording; so it generalizes to rephrasings that end
+differently, which one in the last layer does not.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle, islice
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tpatch_jax.core import ffn
+from tpatch_jax.core.checks import check_positive, check_range
+from tpatch_jax.core.memory import Memory, blended, create_memory, extend, nuisance_scatter
+from tpatch_jax.core.patch import Patch, concatenate, create, sharpen, sized, take
+from tpatch_jax.core.recipes.staged import Recognised
+from tpatch_jax.core.recipes.whitened import whitened_key
+from tpatch_jax.core.sizes import power_of_two, round_up
+from tpatch_jax.core.values import Asked, ThroughInfo, ThroughSettings, train_values
+from tpatch_jax.editors.model_memory import Background
+from tpatch_jax.editors.reading import Item
+from tpatch_jax.editors.subject_rows import Row, forked_rows, prompt_row, rephrase_rows, rows_of, runner, short_rows
+from tpatch_jax.editors.tpatcher.earlier import NO_SUBJECT, Earlier
+from tpatch_jax.editors.wordings import Wording, look_alikes, neutral_wordings, question
+from tpatch_jax.models import networks
+from tpatch_jax.models.collection import collect
+from tpatch_jax.models.model import Model, attach
+from tpatch_jax.requests import EditRequest
+
+__all__ = [
+    "POSITIONS",
+    "FittedSubjects",
+    "SubjectNeuron",
+    "SubjectSettings",
+    "Subjects",
+    "fit_subjects",
+    "read_subjects",
+    "subject_layer",
+]
+
+POSITIONS = ("subject", "prompt")
+
+AVOIDED = 8
+"""From so many texts a key learns what to turn away from."""
+
+HEARD = 0.1
+"""A key hears a wording on which it fires this strongly, the bare prompt being 1."""
+
+SHARPNESS = 256.0
+"""``s`` of ``act(s·z)/s``, folded into the patch."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class SubjectSettings:
+    """Options of the subject site.
+
+    No name stands for another setting of the editor as well, so that each can be given alone on the command line.
+
+    Attributes:
+        token: at whose last token: ``"subject"``, or ``"prompt"``, of use for comparison only.
+        value: how values are trained.
+        key_contexts: in how many contexts a key sees its subject at most; half of them without the rest of the prompt.
+        value_contexts: through how many contexts a value is trained, the bare prompt included.
+        shorter: through how many shorter wordings of the prompt as well, 0 to 3.
+        neutral: on how many neutral prompts about the subject the edited model is kept close to the unedited one.
+        key_floor: the lowest threshold of a key, where 0 is the mean query and 1 the subject's own.
+        key_split: where the threshold lies between the hardest negative (0) and the edit's own queries (1).
+        key_avoidance: how strongly the key of a statement turns away from subjects that end in the same word.
+        key_contrast: how strongly a key turns away from other subjects that look much the same.
+        question_avoidance: how strongly the key of a question turns away from its subject where nothing is asked.
+        question_floor: the same as `key_floor` for keys that turn away.
+        question_split: the same as `key_split` for keys that turn away.
+        key_nuisance: how strongly a key avoids directions in which only the context shows.
+        value_lanes: how many values are trained together at most.
+        plateau: the response stops growing here, where 1 is that of the edit's own queries; it takes a second neuron.
+            0 lets it grow.
+
+    Raises:
+        TPatchError: a value makes no sense.
+    """
+
+    token: str = "subject"
+    value: ThroughSettings = field(default_factory=ThroughSettings)
+    key_contexts: int = 6
+    value_contexts: int = 4
+    shorter: int = 3
+    neutral: int = 8
+    key_floor: float = 0.7
+    key_split: float = 0.4
+    key_nuisance: float = 0.5
+    key_avoidance: float = 0.003
+    key_contrast: float = 0.01
+    question_avoidance: float = 0.02
+    question_floor: float = 0.5
+    question_split: float = 0.4
+    value_lanes: int = 16
+    plateau: float = 0.3
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_range(self, ("key_contexts", "value_contexts", "value_lanes"), 1)
+        check_range(self, ("neutral",), 0)
+        check_range(self, ("shorter",), 0, 3)
+        check_range(self, ("key_floor", "key_split", "question_floor", "question_split", "key_nuisance"), 0.0, 1.0)
+        check_range(self, ("key_avoidance", "key_contrast", "question_avoidance", "plateau"), 0.0)
+        check_range(self.value, ("steps",), 0)
+        check_positive(self.value, ("rate",))
+        check_positive(self.value, ("longest",), bounded=False)
+        check_range(self.value, ("enough", "closeness", "decay"), 0.0)
+        check_range(self.value, ("momentum",), 0.0, 0.999999)
+
+
+class SubjectNeuron(NamedTuple):
+    """What became of one request at this site.
+
+    Attributes:
+        position: the request's place in the list.
+        neuron: its place among the neurons that `fit_subjects` returns.
+        steps: steps on its value.
+        margin: see `tpatch_jax.core.problem.FitInfo`.
+        losses: the terms of the objective at the end.
+    """
+
+    position: int
+    neuron: int
+    steps: int
+    margin: float
+    losses: Mapping[str, float]
+
+
+def subject_layer(layers: int, wanted: str = "auto") -> int:
+    """The layer of the subject site: a third of the way up unless one is named.
+
+    Args:
+        layers: how many layers the model has.
+        wanted: ``"auto"`` or a number.
+
+    Example:
+        >>> subject_layer(30), subject_layer(30, "4")
+        (10, 4)
+    """
+    return round(layers / 3) if wanted == "auto" else int(wanted)
+
+
+def group_of(subject: str) -> int:
+    """A number for a subject: queries of one subject are no negatives of each other."""
+    return zlib.crc32(subject.encode()) & 0x7FFFFFFF
+
+
+def _key_wordings(
+    request: EditRequest, prefixes: Sequence[str], names: Sequence[str], settings: SubjectSettings
+) -> tuple[list[Wording], list[Wording]]:
+    """Where else a key should see its subject, and where it should not know it.
+
+    A key for a statement knows its subject anywhere, at the very start of a text, too, and does not mistake another
+    that ends in the same word for it. One for a question knows it in
+    questions only: what asks for the same is a question as well, and what is said of the subject stays as it was.
+    """
+    subject, count = request.subject or "", settings.key_contexts // 2
+    if settings.token != "subject":
+        return [], []
+    if question(request) is None:
+        alone = Wording(subject, len(subject))
+        others = look_alikes(request, names, AVOIDED) if settings.key_avoidance else []
+        return [alone, *(alone.after(prefix) for prefix in prefixes)][:count], others
+    # Other questions count as its own, or it would know its subject in few rephrasings.
+    end = request.prompt.index(subject) + len(subject)
+    own = [Wording(request.prompt[:end], end), *neutral_wordings(request, count - 1, asked=True)]
+    own = [wording.after(prefix) for wording, prefix in zip(own, prefixes, strict=False)] + own
+    return own[:count], neutral_wordings(request, AVOIDED) if settings.question_avoidance else []
+
+
+@partial(jax.jit, static_argnames="contrast")
+def _keys(
+    query: Array, groups: Array, floor: Array, split: Array, avoid: Array, strength: Array, memory: Memory,
+    contrast: float
+) -> Recognised:  # fmt: skip
+    def key(lane: tuple[Array, ...]) -> Recognised:
+        own, group, low, share, away, weight = lane
+        return whitened_key(own, group, memory, low, share, away, weight, contrast)
+
+    # One lane at a time: the memory's responses to many keys at once would be the largest array of all.
+    return jax.lax.map(key, (query, groups, floor, split, avoid, strength))
+
+
+def _levelled(patch: Patch, plateau: float) -> Patch:
+    """Neurons whose response rises from 0 at ``z = 0`` to 1 at ``z = plateau`` and stays there: two for each, in turn.
+
+    ``act(z)/p - act(z - p)/p``. A value then says the same however strongly a rephrasing is recognised.
+    """
+    if not plateau:
+        return patch
+    height = patch.value / plateau
+    pair = patch._replace(value=height), patch._replace(bias=patch.bias - plateau, value=-height)
+    return jax.tree.map(lambda low, high: jnp.stack([low, high], 1).reshape(-1, *low.shape[1:]), *pair)
+
+
+def _activity(model: Model, patch: Patch, forked: networks.Fork, plateau: float) -> Array:
+    """How strongly each lane's neurons fire at the subject in each of its rows, ``[lanes, rows]``."""
+    query = forked.query[:, 0].reshape(patch.key.shape[0], -1, patch.key.shape[1]).astype(jnp.float32)
+    z = jnp.einsum("nrd,nd->nr", query, patch.key) + patch.bias[:, None]
+    act = ffn.ACTIVATIONS[model.config.activation]
+    fired = act(z * SHARPNESS) / SHARPNESS
+    return (fired - act((z - plateau) * SHARPNESS) / SHARPNESS) / plateau if plateau else fired
+
+
+def _values(
+    model: Model, unedited: Model, layer: int, patch: Patch, prompts: Sequence[list[Row]], kept: Sequence[list[Row]],
+    neutral: Sequence[list[Row]], settings: SubjectSettings
+) -> tuple[Array, ThroughInfo]:  # fmt: skip
+    """The values of one chunk of lanes. ``kept`` are prompts of earlier edits of the same subject, which must go on."""
+    lanes, most = len(prompts), max((len(rows) for rows in kept), default=0)
+    # A lane without that many repeats its own bare prompt, which then counts for nothing.
+    rows = [[*own, *also, *[own[0]] * (most - len(also))] for own, also in zip(prompts, kept, strict=True)]
+    each, count = len(rows[0]), round_up(max(len(row.wanted) for own in rows for row in own), 2)
+    wanted, weight = np.zeros((lanes, each, count), np.int32), np.zeros((lanes, each, count), np.float32)
+    for lane, own in enumerate(rows):
+        for number, row in enumerate(own[: len(prompts[lane]) + len(kept[lane])]):
+            wanted[lane, number, : len(row.wanted)] = row.wanted
+            group = len(prompts[lane]) if number < len(prompts[lane]) else 1
+            weight[lane, number, : len(row.wanted)] = 1 / (group * len(row.wanted))
+    forked, places = forked_rows(model, [row for own in rows for row in own], layer, count)
+    run = runner(model, layer)
+    activity = np.asarray(_activity(model, patch, forked, settings.plateau))
+    # A wording that the key does not know can teach the value nothing.
+    heard = activity > HEARD * activity[:, :1]
+    weight *= np.where(np.arange(each) < len(prompts[0]), heard, True)[..., None]
+    share = weight.sum((1, 2), keepdims=True)
+    targets = Asked(
+        (tuple(forked[:-1]), places), jnp.asarray(activity), jnp.asarray(wanted), jnp.asarray(weight / share)
+    )
+    scale = jnp.linalg.norm(forked.output[:, 0].astype(jnp.float32), axis=-1).reshape(lanes, each)[:, 0]
+    close = None
+    if settings.neutral:
+        flat = [row for own in neutral for row in own]
+        beside, places = forked_rows(model, flat, layer, 1)
+        before = beside if model is unedited else forked_rows(unedited, flat, layer, 1)[0]
+        silent = jnp.zeros((len(flat), patch.key.shape[1]), jnp.float32)
+        reference = runner(unedited, layer)((tuple(before[:-1]), places), silent).reshape(
+            lanes, settings.neutral, 1, -1
+        )
+        share = jnp.full((lanes, settings.neutral, 1), 1 / settings.neutral)
+        close = Asked((tuple(beside[:-1]), places), _activity(model, patch, beside, settings.plateau), reference, share)
+    return train_values(targets, close, run, scale, settings.value)
+
+
+class Subjects(NamedTuple):
+    """The subjects of some requests, as the layer of this site sees them, with the key that recognises each.
+
+    Attributes:
+        model: the unedited model.
+        layer: the layer.
+        settings: options.
+        lanes: the requests that have a subject, as places in the list of items.
+        prompts: of each lane the prompts through which its value is trained, the bare one first.
+        neutral: of each lane prompts after which little should change.
+        groups: a number for each item's subject, -1 without one.
+        queries: of each item the query at every token of its bare prompt and target, ``[tokens, d]``.
+        found: the lanes' keys.
+        positions: of each item the request's place in the list of requests.
+    """
+
+    model: Model
+    layer: int
+    settings: SubjectSettings
+    lanes: list[int]
+    prompts: dict[int, list[Row]]
+    neutral: dict[int, list[Row]]
+    groups: np.ndarray
+    queries: list[np.ndarray]
+    found: Recognised | None
+    positions: list[int]
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Where an item's subject ends in its bare prompt, and its group; -1 without a subject."""
+        return (self.prompts[number][0].subject if number in self.prompts else -1), int(self.groups[number])
+
+    def heard(self, numbers: Sequence[int]) -> np.ndarray:
+        """The queries of some items, one after the other, ``[tokens, d]``."""
+        return np.concatenate([self.queries[number] for number in numbers]) if len(numbers) else self.queries[0][:0]
+
+
+class FittedSubjects(NamedTuple):
+    """Neurons at subjects, ``[n, d]``, which name their layer, and what became of the requests they belong to."""
+
+    patch: Patch
+    neurons: list[SubjectNeuron]
+
+
+def read_subjects(
+    model: Model, known: Background, layer: int, items: Sequence[Item], requests: Sequence[EditRequest],
+    earlier: Earlier, settings: SubjectSettings, progress: Progress | None = None
+) -> Subjects:  # fmt: skip
+    """What the layer sees of each subject in a few contexts, and a key that recognises it.
+
+    Args:
+        model: the model without any patch.
+        known: what is known about it at this layer.
+        layer: the layer.
+        items: the requests in tokens.
+        requests: all requests, by ``Item.position``.
+        earlier: the edits of earlier steps, on which the keys stay silent unless they are of the same subject.
+        settings: options.
+        progress: called with what is being done, how much is done, and how much there is.
+    """
+    subjects = [requests[item.position].subject for item in items]
+    # What a key stands for: queries of the same are no negatives of each other.
+    named = [s if s is None or settings.token == "subject" else items[n].texts[0] for n, s in enumerate(subjects)]
+    groups = np.asarray([NO_SUBJECT if name is None else group_of(name) for name in named], np.int32)
+    lanes = [number for number, subject in enumerate(subjects) if subject is not None]
+    prompts = {
+        number: [
+            prompt_row(model, requests[items[number].position], items[number], context, settings.token)
+            for context in range(min(settings.value_contexts, len(items[number].texts) - items[number].rephrases))
+        ]
+        for number in lanes
+    }
+    also = {n: rephrase_rows(model, requests[items[n].position], items[n], settings.token) for n in lanes}
+    short = {}
+    for number in lanes if settings.token == "subject" else ():
+        item = items[number]
+        # Where there are fewer ways to say it shorter, the prompt in its contexts stands in.
+        found = short_rows(model, requests[item.position], item, known.prefixes[-settings.shorter :])
+        short[number] = [*found, *(prompts[number][-1:] * settings.shorter)][: settings.shorter]
+    # Lanes see equally many: where one has fewer, they come again.
+    most = max(map(len, also.values()), default=0)
+    for number, rows in prompts.items():
+        rows += islice(cycle(also[number] or rows[:1]), most)
+    more, neutral, avoid = {}, {}, {}
+    pool = list(dict.fromkeys([*known.names, *(subject for subject in subjects if subject)]))
+    for number in lanes:
+        request = requests[items[number].position]
+        asked = question(request) is not None
+        own, others = _key_wordings(request, known.prefixes[settings.value_contexts :], pool, settings)
+        more[number] = [*prompts[number][1:], *rows_of(model, own)]
+        found = rows_of(model, others)
+        avoid[number] = [*islice(cycle(found), AVOIDED)] if found else []
+        found = rows_of(model, neutral_wordings(request, settings.neutral, asked))
+        # Where all are too long the prompt stands in, asked at one place like them.
+        found = found or [row._replace(places=row.places[:1], wanted=[]) for row in prompts[number][:1]]
+        neutral[number] = [*islice(cycle(found), settings.neutral)]
+
+    most = max(map(len, more.values()), default=0)
+    more = {number: [*islice(cycle(rows or prompts[number][:1]), most)] for number, rows in more.items()}
+
+    # Nothing after the subject reaches its query.
+    whole = [item.rows[0] for item in items]
+    cut = [row.tokens[: row.subject + 1] for number in lanes for row in more[number]]
+    beside = [row.tokens[: row.subject + 1] for number in lanes for row in avoid[number]]
+    rows = [*whole, *cut, *beside]
+    places = [*(range(len(row)) for row in whole), *([len(row) - 1] for row in [*cut, *beside])]
+    report = (lambda done: progress("reading subjects", done, len(rows))) if progress else None
+    seen = collect(model, rows, places, layer, report).query
+    queries = np.split(seen[: sum(map(len, whole))], np.cumsum([len(row) for row in whole])[:-1])
+    found = None
+    if lanes:
+        upto = np.cumsum([sum(map(len, whole)), len(cut), len(beside)])
+        contexts = seen[upto[0] : upto[1]].reshape(len(lanes), -1, seen.shape[1])
+        bare = np.stack([queries[number][prompts[number][0].subject] for number in lanes])
+        own = np.concatenate([bare[:, None], contexts], 1).astype(np.float32)
+        # Of the prompts every token up to the subject is a negative of the others.
+        ends = [
+            prompts[number][0].subject + 1 if number in prompts else items[number].starts[0]
+            for number in range(len(items))
+        ]
+        part = np.concatenate([query[:end] for query, end in zip(queries, ends, strict=True)])
+        heard, owner = _heard_before(earlier)
+        negative = np.concatenate([heard, part, contexts.reshape(-1, seen.shape[1])])
+        answer = np.concatenate([owner, np.repeat(groups, ends), np.repeat(groups[lanes], contexts.shape[1])])
+        turned = np.full((len(lanes), AVOIDED, seen.shape[1]), np.nan, np.float32)
+        turning = np.flatnonzero([bool(avoid[number]) for number in lanes])
+        turned[turning] = seen[upto[1] :].reshape(len(turning), AVOIDED, seen.shape[1])
+        asks = np.asarray([question(requests[items[number].position]) is not None for number in lanes])
+        found = _recognised(known, own, groups[lanes], turned, asks, negative, answer, settings)
+    prompts = {number: rows + short.get(number, []) for number, rows in prompts.items()}
+    return Subjects(
+        model, layer, settings, lanes, prompts, neutral, groups, queries, found, [item.position for item in items]
+    )
+
+
+def _heard_before(earlier: Earlier) -> tuple[np.ndarray, np.ndarray]:
+    """Queries of earlier edits up to the end of their subjects, and the groups they belong to."""
+    ends = np.where(earlier.subjects >= 0, earlier.subjects + 1, earlier.starts)
+    firsts = np.cumsum(earlier.lengths) - earlier.lengths
+    index = [np.arange(first, first + end) for first, end in zip(firsts, ends, strict=True)]
+    return earlier.heard[np.concatenate([np.zeros(0, int), *index])], np.repeat(earlier.groups, ends)
+
+
+def _recognised(
+    known: Background, own: np.ndarray, groups: np.ndarray, avoid: np.ndarray, asks: np.ndarray,
+    negative: np.ndarray, answer: np.ndarray, settings: SubjectSettings
+) -> Recognised:  # fmt: skip
+    """The keys of some subjects, silent on ``negative [rows, d]`` but for rows of their own group.
+
+    ``avoid [lanes, rows, d]`` is not a number for lanes that avoid nothing; ``asks [lanes]`` says which ask a question.
+    """
+    lanes = len(own)
+    # The subjects' own contexts tell more than the general ones, the more of them there are; even those of one
+    # subject tell how its token differs between the start of a text and the middle.
+    nuisance = blended(nuisance_scatter(jnp.asarray(own)), known.nuisance, min(0.9, lanes / 30))
+    memory = create_memory(known.query, nuisance, weight=settings.key_nuisance)
+    floor = np.where(asks, settings.question_floor, settings.key_floor).astype(np.float32)
+    split = np.where(asks, settings.question_split, settings.key_split).astype(np.float32)
+    strength = np.where(asks, settings.question_avoidance, settings.key_avoidance).astype(np.float32)
+    avoid = np.where(np.isnan(avoid), np.asarray(memory.mean, np.float32), avoid)
+    memory = extend(memory, negative, answer, power_of_two(len(negative), 64))
+    # Lanes come in few numbers; one that stands in twice is dropped again.
+    index = np.minimum(np.arange(power_of_two(lanes)), lanes - 1)
+    lanewise = (part[index] for part in (own, groups, floor, split, avoid, strength))
+    found = _keys(*lanewise, memory, contrast=settings.key_contrast)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:lanes], found)
+
+
+def fit_subjects(
+    read: Subjects, before: Patch, wrong: Sequence[bool], earlier: Earlier, progress: Progress | None = None
+) -> FittedSubjects:
+    """A pair of neurons for each request, at its subject; a single one without a plateau.
+
+    Several requests about one subject are fitted one after the other, each in the presence of those before it and held
+    to their answers; requests about different subjects do not see each other's values.
+
+    Args:
+        read: the subjects.
+        before: the neurons that earlier steps put into this layer, ``[n, d]``.
+        wrong: which items want a neuron.
+        earlier: the edits of earlier steps; those of the same subject must go on.
+        progress: called with what is being done, how much is done, and how much there is.
+
+    Returns:
+        The new neurons. A request whose queries cannot be parted from others' gets none.
+    """
+    model, layer, settings, prompts, groups = read.model, read.layer, read.settings, read.prompts, read.groups
+    width = model.config.width
+    result = jax.tree.map(np.asarray, create(width)._replace(layer=jnp.zeros(0, jnp.int32)))
+    if read.found is None:
+        return FittedSubjects(result, [])
+    found, slot = read.found, {number: slot for slot, number in enumerate(read.lanes)}
+    going = [number for number in read.lanes if wrong[number] and found.margin[slot[number]] > 0]
+    turn = {number: sum(groups[other] == groups[number] for other in going if other < number) for number in going}
+    neurons: list[SubjectNeuron] = []
+    each = 2 if settings.plateau else 1
+    for round_ in range(max(turn.values(), default=-1) + 1):
+        now = [number for number in going if turn[number] == round_]
+        # Of similar lengths together, so that little is padding.
+        now.sort(key=lambda number: (len(prompts[number][0].wanted), max(len(row.tokens) for row in prompts[number])))
+        there = concatenate([before, result]) if before.key.shape[0] else result
+        present = attach(model, sized(there)) if there.key.shape[0] else model
+        for first in range(0, len(now), settings.value_lanes):
+            chunk = now[first : first + settings.value_lanes]
+            # Lanes come in few numbers too; one that stands in twice is dropped again.
+            lanes = [*chunk, *[chunk[-1]] * (power_of_two(len(chunk)) - len(chunk))]
+            pick = [slot[number] for number in lanes]
+            silent = Patch(found.key[pick], found.bias[pick], jnp.zeros_like(found.key[pick]))
+            kept = [
+                [
+                    *(prompts[n][0] for n in read.lanes if groups[n] == groups[number] and turn.get(n, -1) < round_),
+                    *_earlier_rows(earlier, groups[number]),
+                ]
+                for number in lanes
+            ]
+            value, info = _values(
+                present, model, layer, silent, [prompts[n] for n in lanes], kept, [read.neutral[n] for n in lanes],
+                settings,
+            )  # fmt: skip
+            for number, lane in enumerate(chunk):
+                key_losses = {name: float(loss[slot[lane]]) for name, loss in found.losses.items()}
+                losses = {"l_e": float(info.loss[number]), **key_losses}
+                steps, margin = int(info.steps[number]), float(found.margin[slot[lane]])
+                first = result.key.shape[0] + number * each
+                neurons += [SubjectNeuron(read.positions[lane], first + n, steps, margin, losses) for n in range(each)]
+            new = _levelled(silent._replace(value=value), settings.plateau)
+            new = take(jax.tree.map(np.asarray, sharpen(new, SHARPNESS)), np.arange(len(chunk) * each))
+            result = concatenate([result, new._replace(layer=np.full(len(chunk) * each, layer, np.int32))])
+            if progress:
+                progress("training values", len(neurons) // each, len(going))
+    return FittedSubjects(result, neurons)
+
+
+def _earlier_rows(earlier: Earlier, group: int) -> list[Row]:
+    """The bare prompts of earlier edits of one subject."""
+    found, rows = np.flatnonzero(earlier.groups == group), earlier.rows
+    return [
+        Row(
+            rows[n],
+            int(earlier.subjects[n]),
+            list(range(earlier.starts[n] - 1, earlier.lengths[n] - 1)),
+            rows[n][earlier.starts[n] :],
+        )
+        for n in found
+    ]

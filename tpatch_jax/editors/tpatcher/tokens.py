@@ -1,0 +1,288 @@
+"""T-Patcher on a network from elsewhere, at the level of token ids: no tokenizer, no text.
+
+The same recipe as `tpatch_jax.editors.tpatcher.editor`, on a `tpatch_jax.models.foreign.network.Network`: one neuron
+for each target token that the network gets wrong, fitted on the arrays that the cut leaves, and checked afterwards on
+the network. What that editor reads off its own model is measured here: the direction of a value is a gradient through
+the rest.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tpatch_jax.core.checks import random_key
+from tpatch_jax.core.fit import Lane
+from tpatch_jax.core.memory import Memory, create_memory, extend, nuisance_scatter
+from tpatch_jax.core.patch import Patch, create, take
+from tpatch_jax.core.sizes import power_of_two
+from tpatch_jax.editors.base import EditInfo
+from tpatch_jax.editors.model_memory import PREFIX_LENGTHS, SPANS
+from tpatch_jax.editors.tpatcher.rounds import Note, ask, finished, fit_rounds, numbered, report
+from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
+from tpatch_jax.editors.tpatcher.token_problems import create_lanes, output_moment
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.foreign.collection import TokenSites, collect_queries, collect_tokens, said
+from tpatch_jax.models.foreign.network import Network
+from tpatch_jax.requests import EditRequest, contradictions
+
+__all__ = ["edit_tokens"]
+
+Ids = Sequence[int]
+
+LEAST_MEMORY = 32
+TAIL = 8
+REFERENCES = 4
+
+
+class _Item(NamedTuple):
+    """One request: its place in the list, and its prompt and target in every context."""
+
+    position: int
+    target: list[int]
+    rows: list[list[int]]
+
+
+def edit_tokens(
+    network: Network,
+    prompts: Sequence[Ids],
+    targets: Sequence[Ids],
+    memory: Sequence[Ids],
+    *,
+    settings: TPatcherSettings | str = "default",
+    seed: int = 0,
+) -> tuple[Patch, EditInfo]:
+    """Correct any causal network: fit the neurons that make it say each target after its prompt.
+
+    ``FFN'(q) = FFN(q) + Σ act(q·k + b)·v`` with one neuron per target token that comes out wrong.
+
+    Args:
+        network: from `tpatch_jax.from_nnx` or `tpatch_jax.from_linen`; not changed. Logits
+            ``[batch, tokens, vocabulary]``, each position blind to what follows.
+        prompts: token ids of each prompt.
+        targets: token ids of what should follow each prompt.
+        memory: token ids of unrelated texts, on which the patch must stay silent; the more, the better.
+        settings: options, or the name of a preset: ``"default"`` or ``"paper"``.
+        seed: the same seed gives the same patch on one machine.
+
+    Returns:
+        The patch, ``[n, d]``, and an `EditInfo` that says what became of each request. Requests that do not hold on the
+        whole network with all patches active are reported there and leave no neuron.
+
+    Raises:
+        TPatchError: there is no request, there is too little memory, a setting does not exist, or the network is not a
+            causal language model.
+
+    Source: Huang et al. 2023.
+
+    Example:
+        >>> import tpatch_jax as tp
+        >>> network = tp.from_nnx(module, "blocks.3.mlp", activation="gelu_tanh")  # doctest: +SKIP
+        >>> patch, info = tp.edit_tokens(network, [[5, 3]], [[7]], texts)  # doctest: +SKIP
+        >>> network.attach(patch).apply([[5, 3]])[0, -1].argmax()  # doctest: +SKIP
+        7
+    """
+    if isinstance(settings, str):
+        if settings not in PRESETS:
+            raise TPatchError(f"preset {settings!r} does not exist; choose from {', '.join(sorted(PRESETS))}")
+        settings = PRESETS[settings]
+    if settings.site == "subject":
+        raise TPatchError(f"site {settings.site!r} needs a subject, which token ids do not have; use site=last")
+    if len(prompts) != len(targets):
+        raise TPatchError(f"{len(prompts)} prompts and {len(targets)} targets; give each prompt its own target")
+    if not len(prompts):
+        raise TPatchError("there is no request to edit; give at least one prompt and its target")
+    with jax.default_matmul_precision("highest"):
+        _check_network(network)
+        known = [_ids(row, network.vocabulary, f"memory row {number}") for number, row in enumerate(memory)]
+        if sum(max(0, len(row) - 1) for row in known) < LEAST_MEMORY:
+            raise TPatchError(f"the memory has fewer than {LEAST_MEMORY} queries; give more rows of unrelated text")
+        return _edit(network, prompts, targets, known, settings, seed)
+
+
+def _check_network(network: Network) -> None:
+    """Teacher forcing is only meaningful where no position sees what follows it."""
+    shape, logits = network.example.shape, network.cut(network.example.shape).logits.shape
+    if len(logits) != 3 or logits[:2] != shape:
+        raise TPatchError(
+            f"the network gives {list(logits)} on tokens {list(shape)}; edit_tokens needs logits [batch, tokens, "
+            "vocabulary]: pick them with call="
+        )
+    changed = network.example.at[:, -1].set((network.example[:, -1] + 1) % network.vocabulary)
+
+    def seen(tokens: Array) -> list[Array]:
+        traced = network.trace(tokens)
+        return [traced.query[:, :-1], network.resume(traced, traced.output)[:, :-1]]
+
+    for before, after in zip(seen(network.example), seen(changed), strict=True):
+        if not float(jnp.max(jnp.abs(before - after))) <= 1e-4 * float(jnp.max(jnp.abs(before))):
+            raise TPatchError(
+                "a position of the network sees the tokens after it, so a target cannot be taught token by token; "
+                "edit_tokens needs a causal network (check the mask)"
+            )
+
+
+def _ids(row: Ids, vocabulary: int, name: str) -> list[int]:
+    array = np.asarray(row)
+    if array.size and (array.ndim != 1 or not np.issubdtype(array.dtype, np.integer)):
+        raise TPatchError(f"{name} is not a list of token ids; give integers")
+    if array.size and not 0 <= array.min() <= array.max() < vocabulary:
+        raise TPatchError(f"{name} holds a token outside 0 … {vocabulary - 1}; use the network's own vocabulary")
+    return [int(token) for token in array]
+
+
+def _edit(
+    network: Network,
+    prompts: Sequence[Ids],
+    targets: Sequence[Ids],
+    memory_rows: list[list[int]],
+    settings: TPatcherSettings,
+    seed: int,
+) -> tuple[Patch, EditInfo]:
+    began = time.perf_counter()
+    problems: dict[int, str] = {}
+    items = _items(prompts, targets, memory_rows, network.vocabulary, settings, problems)
+    names = [f"edit-{position}" for position in range(len(prompts))]
+
+    def told(neurons: dict[int, list[int]], notes: dict[int, list[Note]], already: set[int], fit: float, unit: float):
+        times = time.perf_counter() - began, fit, unit
+        return report(names, problems, already, neurons, notes, network.width, times)
+
+    if not items:
+        return create(network.width), told({}, {}, set(), 0.0, 0.0)
+    # No row is longer than one that the user gave: the network's own limit is not known.
+    longest = max(len(row) for row in [*memory_rows, *(item.rows[0] for item in items)])
+    bare_rows, bare_places = [item.rows[0] for item in items], [_places(item.rows[0], item.target) for item in items]
+    rows = [row for item in items for row in item.rows]
+    sites = collect_tokens(network, rows, [_places(row, item.target) for item in items for row in item.rows], longest)
+    asked = ask([item.target for item in items], [len(item.rows) for item in items])
+
+    memory = _memory(network, memory_rows, settings, longest)
+    if settings.other_edits:
+        memory = extend(memory, sites.query, asked.answers, power_of_two(len(asked.answers), 64))
+    finish, key = network.finisher(), random_key(seed)
+    moment = output_moment(finish, _references(network, memory_rows, longest))
+
+    def wrong(patch: Patch) -> np.ndarray:
+        return np.flatnonzero(said(network.attach(patch), bare_rows, bare_places, longest) != asked.wanted)
+
+    def lanes(rows: np.ndarray, patch: Patch) -> Lane:
+        chosen = np.stack([asked.table[asked.owner[row]][:, asked.token[row]] for row in rows])
+        return create_lanes(network, sites, chosen, jnp.asarray(asked.wanted[rows]), patch, finish, moment)
+
+    nothing = create(network.width)
+    missing = wrong(nothing)
+    unit = _seconds(lambda: wrong(nothing)) / len(items)
+    already = set(range(len(items))) - set(asked.owner[missing].tolist())
+    fitted = fit_rounds(
+        nothing,
+        lanes,
+        wrong,
+        [f"{items[own].rows[0]} {token}" for own, token in zip(asked.owner, asked.token, strict=True)],
+        asked,
+        memory,
+        finish,
+        key,
+        settings.fit,
+        attempts=settings.attempts,
+        most_tokens=settings.most_tokens,
+        missing=missing,
+        left=np.zeros(0, np.int64),
+        activation=network.activation,
+    )
+    alive, reasons = finished(fitted, asked, wrong)
+    for number, reason in reasons.items():
+        mend = "try more attempts, more memory, or a later layer"
+        problems[items[number].position] = f"{reason} after {settings.attempts} attempts; {mend}"
+    made = [(items[asked.owner[fitted.row[lane]]].position, fitted.notes[lane]) for lane in alive]
+    neurons, notes = numbered(made, 0)
+    before = {items[number].position for number in already}
+    patch = jax.tree.map(jnp.asarray, take(fitted.patch, alive))
+    return patch, told(neurons, notes, before, fitted.seconds, unit)
+
+
+def _items(
+    prompts: Sequence[Ids],
+    targets: Sequence[Ids],
+    memory_rows: list[list[int]],
+    vocabulary: int,
+    settings: TPatcherSettings,
+    problems: dict[int, str],
+) -> list[_Item]:
+    """The requests that can be worked on, in their contexts; the others go into ``problems`` with the reason."""
+    good: dict[int, tuple[list[int], list[int]]] = {}
+    for position, pair in enumerate(zip(prompts, targets, strict=True)):
+        try:
+            prompt, target = (
+                _ids(row, vocabulary, name) for name, row in zip(("the prompt", "the target"), pair, strict=True)
+            )
+            good[position] = prompt, target
+            if not prompt:
+                problems[position] = "the prompt is empty; give the tokens that the network should continue"
+            elif not target:
+                problems[position] = "the target is empty; give the tokens that the network should say"
+        except TPatchError as error:
+            problems[position] = str(error)
+    asked = {at: _as_request(*good[at]) for at in good if at not in problems}
+    order = list(asked)
+    for later, earlier in contradictions(list(asked.values())).items():
+        problems[order[later]] = (
+            f"contradicts request {order[earlier]}: the same prompt with another target; keep one of them"
+        )
+    good = {position: pair for position, pair in good.items() if position not in problems}
+    longest = max(len(row) for row in [*memory_rows, *(prompt + target for prompt, target in good.values())])
+    prefixes = _prefixes(memory_rows)[: settings.contexts - 1]
+    items = []
+    for position, (prompt, target) in good.items():
+        bare = prompt + target
+        # Where a context does not fit, the bare prompt stands in, so that all requests have as many.
+        longer = [prefix + bare if len(prefix) + len(bare) <= longest else bare for prefix in prefixes]
+        items.append(_Item(position, target, [bare, *longer]))
+    return items
+
+
+def _as_request(prompt: list[int], target: list[int]) -> EditRequest:
+    return EditRequest(" ".join(map(str, prompt)), " ".join(map(str, target)))
+
+
+def _prefixes(memory_rows: list[list[int]]) -> list[list[int]]:
+    """Beginnings of memory rows, to put before a prompt."""
+    rows = [row for row in memory_rows if len(row) >= 2 * max(PREFIX_LENGTHS)] or memory_rows
+    return [row[:length] for row, length in zip(rows, PREFIX_LENGTHS, strict=False)]
+
+
+def _places(row: list[int], target: list[int]) -> list[int]:
+    """The positions whose next token is the target's."""
+    return list(range(len(row) - len(target) - 1, len(row) - 1))
+
+
+def _memory(network: Network, rows: list[list[int]], settings: TPatcherSettings, longest: int) -> Memory:
+    """Queries of unrelated text, and how a query moves when only what stands before it changes."""
+    # A text's first token is the same in many of them and looks like no other query.
+    query = collect_queries(network, [row for row in rows if len(row) > 1], lambda row: range(1, len(row)), longest)
+    prefixes = [prefix for prefix in _prefixes(rows) if len(prefix) + TAIL <= longest]
+    tails = [row[-TAIL:] for row in rows if len(row) >= TAIL][:SPANS]
+    nuisance = None
+    if prefixes and tails:
+        spans = [[*prefix, *tail] for tail in tails for prefix in [[], *prefixes]]
+        found = collect_queries(network, spans, lambda row: range(len(row) - 3, len(row)), longest)
+        grouped = found.reshape(len(tails), 1 + len(prefixes), 3, -1).swapaxes(1, 2)
+        nuisance = nuisance_scatter(grouped.reshape(-1, 1 + len(prefixes), network.width))
+    return create_memory(query, nuisance, weight=settings.nuisance_weight, shrinkage=settings.shrinkage)
+
+
+def _references(network: Network, rows: list[list[int]], longest: int) -> TokenSites:
+    """A few memory positions, at which the rest of the network is looked at."""
+    chosen = [row for row in rows if row]
+    chosen = chosen[:: max(1, len(chosen) // REFERENCES)][:REFERENCES]
+    return collect_tokens(network, chosen, [[len(row) - 1] for row in chosen], longest)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began

@@ -1,0 +1,430 @@
+"""Corrected models for the stock transformers library: one width for all layers, and biases only where it has them.
+
+`tpatch_jax.merge` widens the layers that hold patches and gives them biases. Stock networks want one width everywhere,
+so the other layers get neurons of zeros, which add exactly nothing; and where a stock network can have no biases, the
+model is written as a Llama, which can, if it is one in all but name. A T5's encoder is as wide as its decoder.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from tpatch_jax.core import ffn
+from tpatch_jax.core.patch import take
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models import model as models_
+from tpatch_jax.models import networks
+from tpatch_jax.models.checkpoints import folder as checkpoint
+from tpatch_jax.models.collection import collect, predicted
+from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.families.family import is_longrope
+from tpatch_jax.models.families.registry import configure, family_of
+from tpatch_jax.models.memory_text import memory_rows
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.rows import ASK
+from tpatch_jax.models.shapes import merged_neurons, parameter_shapes
+from tpatch_jax.requests import EditRequest, join_target
+from tpatch_jax.storage.cache import cache_folder
+from tpatch_jax.storage.files import check_vacant, replace_folder
+
+__all__ = ["ExportError", "ExportInfo", "constant_direction", "export_model"]
+
+Params = dict[Any, Any]
+Progress = Callable[[str, int, int], None]
+
+MULTIPLE = 8
+"""Widths are rounded up to it: matrix units read other widths more slowly, in every layer."""
+RIDGE = 1e-3
+HELD_OUT = 4
+"""One memory text in so many measures the error; the others choose the direction that stands for a bias."""
+EXPORT = "tpatch_export.json"
+
+
+class ExportError(NamedTuple):
+    """How far an approximate export is from the corrected model, on memory texts that it was not made from.
+
+    Attributes:
+        tokens: so many positions were compared.
+        max_logit_difference: the largest absolute difference of any logit.
+        mean_logit_difference: the mean absolute difference.
+        same_argmax: share of positions whose most probable next token is the same.
+        held: the requests that still hold, by id.
+        lost: those that do not any more.
+    """
+
+    tokens: int
+    max_logit_difference: float
+    mean_logit_difference: float
+    same_argmax: float
+    held: tuple[str, ...]
+    lost: tuple[str, ...]
+
+
+class ExportInfo(NamedTuple):
+    """What became of a model for the stock transformers library.
+
+    Attributes:
+        form: ``"exact"``, ``"exact as Llama"`` or ``"approximate"``.
+        model_type: the architecture that ``config.json`` names.
+        neurons: how many patch neurons it holds.
+        silent_neurons: how many neurons of zeros were added so that all layers have one width, a T5's encoder included.
+        ffn_width: that width.
+        parameters_added: numbers more than the uncorrected model has.
+        bytes_added: and bytes.
+        share: ``parameters_added`` as a share of the uncorrected model's.
+        error: of an approximate export, else ``None``.
+    """
+
+    form: str
+    model_type: str
+    neurons: int
+    silent_neurons: int
+    ffn_width: int
+    parameters_added: int
+    bytes_added: int
+    share: float
+    error: ExportError | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return {**self._asdict(), "error": self.error and self.error._asdict()}
+
+
+def export_model(
+    model: Model,
+    folder: str | Path,
+    *,
+    approximate: bool = False,
+    requests: Sequence[EditRequest] = (),
+    memory: str | Path | None = None,
+    cache: bool = True,
+    progress: Progress | None = None,
+) -> ExportInfo:
+    """Write a corrected model as a folder that the stock transformers library loads, whole or not at all.
+
+    All feed-forward networks get the width of the widest, by neurons of zeros. Biases that the architecture can have
+    are added, zero but for the patches. A Mistral, Qwen2 or Phi-3, whose stock networks have no biases there, becomes
+    a Llama where that is the very same network.
+
+    With ``approximate``, an architecture without biases holds ``q·k + b`` as ``q·(k + b·u)``, with ``u`` by ridge least
+    squares such that ``q·u ≈ 1`` on queries of unrelated text and of the requests.
+
+    Args:
+        model: a model with merged patches; attached ones are merged first. Not changed.
+        folder: must not exist yet, or be empty.
+        approximate: if the model cannot be written exactly, write it approximately, and measure how far off it is.
+        requests: what the patches are for; an approximate export says which of them still hold.
+        memory: for an approximate export, a text file to fit and measure on; by default text is sampled from the model.
+        cache: keep that text on disk between runs, where `tpatch_jax.edit` keeps it.
+        progress: called with what is being done, how much is done, and how much there is.
+
+    Returns:
+        The `ExportInfo`; it is also written into the folder, as ``tpatch_export.json``.
+
+    Raises:
+        TPatchError: the architecture cannot hold the patches exactly and ``approximate`` was not given, a patch is
+            attached with ReLU to a network of another activation, or the folder holds something already.
+
+    Example:
+        >>> import tpatch_jax as tp
+        >>> model = tp.load_model("smollm2-135m")  # doctest: +SKIP
+        >>> patch = tp.load_patches("patches/lyon", model)  # doctest: +SKIP
+        >>> tp.export_model(tp.merge(model, patch), "lyon").form  # doctest: +SKIP
+        'exact'
+    """
+    folder = Path(folder)
+    check_vacant(folder)
+    if model.config.pooling != "first":
+        raise TPatchError(
+            f"the head of {model.name!r} reads the {model.config.pooling} of all tokens, and a stock "
+            f"{model.settings['model_type']} reads the first; use tp.save_model, whose folder this library reads"
+        )
+    model = _inside(model)
+    settings, target, form, problems = _exact(model)
+    error, params = None, model.params
+    if problems and not approximate:
+        raise TPatchError(
+            f"{model.name!r} cannot be written exactly for the stock transformers library: "
+            f"a {model.settings['model_type']} has no biases in its feed-forward networks there, and this one is no "
+            f"Llama, because {' and '.join(problems)}. Use --approximate (approximate=True), which folds the biases "
+            "away and states the error that it measured; or keep the patches beside the model (tpatch generate MODEL "
+            "--patches PATCHES, tp.attach); or write it for this library (tpatch merge, tp.save_model)"
+        )
+    if problems:
+        form = "approximate"
+        settings = {**model.settings, family_of(model.settings).ffn_width: _width(model)}
+        target = _described(settings, model.config)
+        with jax.default_matmul_precision("highest"):
+            approximated, error = _approximate(model, requests, memory, cache, progress)
+        params = approximated.params
+    grown = _grown(params, parameter_shapes(target), jax.tree.leaves(params)[0].dtype)
+    info = _info(model, form, target, grown, error)
+    with replace_folder(folder) as temporary:
+        checkpoint.write_folder(temporary, target, grown, settings, model.folder)
+        _write_tokenizer(temporary, model, settings["model_type"] != model.settings["model_type"])
+        if _described(checkpoint.read_settings(temporary), target) != target:
+            raise TPatchError(
+                f"transformers reads the config.json of {model.name!r} otherwise than it was written; upgrade "
+                "transformers, or use tp.save_model, whose folder this library reads"
+            )
+        (temporary / EXPORT).write_text(json.dumps(info.to_json(), ensure_ascii=False, indent=1) + "\n", "utf-8")
+    return info
+
+
+def _inside(model: Model) -> Model:
+    """The model with its attached patches merged."""
+    layers = dict(model.params["layers"])
+    for index, layer in layers.items():
+        network = ffn.detach(layer["ffn"])
+        for name, patch in ffn.attached(layer["ffn"]).items():
+            if name == "relu_patch" and model.config.activation != "relu":
+                raise TPatchError(
+                    f"the patch attached to layer {index} is activated by ReLU, and the network there by "
+                    f"{model.config.activation}: a stock network has one activation; attach it without relu=True"
+                )
+            network = ffn.merge(network, patch)
+        layers[index] = {**layer, "ffn": network}
+    return model.with_params({**model.params, "layers": layers})
+
+
+def _width(model: Model) -> int:
+    widest = max(ffn.width(layer["ffn"]) for layer in model.params["layers"].values())
+    return model.config.ffn_width if widest == model.config.ffn_width else -(-widest // MULTIPLE) * MULTIPLE
+
+
+def _described(settings: Mapping[str, Any], config: NetworkConfig) -> NetworkConfig:
+    """What settings describe, with an unembedding of its own or without as in `config`, for the weights decide."""
+    return dataclasses.replace(configure(settings), tied=config.tied)
+
+
+def _exact(model: Model) -> tuple[dict[str, Any], NetworkConfig, str, list[str]]:
+    """Settings whose stock network is the given one, their description, how it is called, and why there are none."""
+    config, family, width = model.config, family_of(model.settings), _width(model)
+    own = {**model.settings, family.ffn_width: width}
+    if width == config.ffn_width:
+        return own, _described(own, config), "exact", []
+    if family.export == "exact":
+        own.update({family.biases: True} if family.biases and not config.ffn_bias else {})
+        return own, _described(own, config), "exact", []
+    if config.encoder:
+        return own, _described(own, config), "", ["it is an encoder-decoder"]
+    llama = _as_llama(config, model.settings, width)
+    target = configure(llama)
+    return llama, target, "exact as Llama", _differences(config, target, model.settings)
+
+
+def _as_llama(config: NetworkConfig, settings: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """The ``config.json`` of a Llama that is as near to a network as can be."""
+    kept = ("rope_parameters", "rope_theta", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id")
+    result: dict[str, Any] = {name: settings[name] for name in kept if settings.get(name) is not None}
+    for name in ("rope_parameters", "rope_scaling"):
+        # Llama turns whole heads; where that makes a difference, the two descriptions differ.
+        if name in result:
+            result[name] = {rule: value for rule, value in result[name].items() if rule != "partial_rotary_factor"}
+    return {
+        **result,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.width,
+        "intermediate_size": width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.key_value_heads,
+        "head_dim": config.head_width,
+        "max_position_embeddings": config.context,
+        "hidden_act": settings.get("hidden_act", "silu"),
+        "rms_norm_eps": config.norm_epsilon,
+        "attention_bias": config.query_bias or config.output_bias,
+        "mlp_bias": True,
+        "tie_word_embeddings": config.tied,
+    }
+
+
+_WORDS = {
+    "activation": "its activation is another",
+    "attention_cap": "its attention scores are capped",
+    "attention_scale": "its attention scores are scaled otherwise",
+    "embed_scale": "its embeddings are scaled",
+    "local_rope_frequencies": "its layers rotate by different rules",
+    "logit_cap": "its logits are capped",
+    "norm_shift": "its norms multiply by one more than their weight",
+    "query_norm": "it normalises queries and keys",
+    "rope_frequencies": "it rotates only a part of each head",
+    "sandwich": "it normalises what attention and feed-forward networks return",
+}
+_FREE = ("family", "ffn_width", "ffn_bias", "query_bias", "output_bias", "windows")
+
+
+def _differences(config: NetworkConfig, target: NetworkConfig, settings: Mapping[str, Any]) -> list[str]:
+    """Why a network is no Llama, in words; biases that are added are zero and make no difference."""
+    seen = [window for window in config.windows if 0 < window < config.context]
+    found = [f"its attention sees only {min(seen)} of {config.context} tokens in some layers"] if seen else []
+    names = [field.name for field in dataclasses.fields(config) if field.name not in _FREE]
+    found += [
+        _WORDS.get(name, f"its {name} differs") for name in names if getattr(config, name) != getattr(target, name)
+    ]
+    # Our reading of it is for short texts; a stock Llama would change the rule with the text's length.
+    if is_longrope(settings):
+        found.append("its rotation is scaled by longrope")
+    if config.width % config.heads:
+        found.append(f"its width {config.width} is not a multiple of its {config.heads} heads")
+    return found
+
+
+def _grown(params: Params, shapes: Params, dtype: Any) -> Params:
+    """Parameters of larger shapes: zeros behind the end of every axis, and zeros for what is missing."""
+    result: Params = {}
+    for name, wanted in shapes.items():
+        if isinstance(wanted, Mapping):
+            result[name] = _grown(params.get(name, {}), dict(wanted), dtype)
+        elif name not in params:
+            result[name] = jnp.zeros(wanted.shape, dtype)
+        else:
+            missing = [(0, new - old) for old, new in zip(params[name].shape, wanted.shape, strict=True)]
+            result[name] = jnp.pad(params[name], missing) if any(map(any, missing)) else params[name]
+    return result
+
+
+def _info(model: Model, form: str, target: NetworkConfig, params: Params, error: ExportError | None) -> ExportInfo:
+    neurons = sum(merged_neurons(model.config, model.params).values())
+    before = sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(model.config)))
+    leaves = jax.tree.leaves(params)
+    added = sum(leaf.size for leaf in leaves) - before
+    wider = (target.ffn_width - model.config.ffn_width) * target.layers
+    if target.encoder and model.config.encoder:
+        wider += (target.encoder.ffn_width - model.config.encoder.ffn_width) * target.encoder.layers
+    return ExportInfo(
+        form,
+        "llama" if form == "exact as Llama" else model.settings["model_type"],
+        neurons,
+        wider - neurons,
+        target.ffn_width,
+        added,
+        added * leaves[0].dtype.itemsize,
+        added / before,
+        error,
+    )
+
+
+def _write_tokenizer(folder: Path, model: Model, renamed: bool) -> None:
+    """The tokenizer, where its files were not copied, or would be read otherwise beside another ``model_type``."""
+    if model.tokenizer is None or not (renamed or model.folder is None):
+        return
+    model.tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    if model.tokenizer.is_fast:
+        # What tokenizer.json says, and nothing that transformers would do for a Llama besides.
+        settings = json.loads(path.read_text("utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        path.write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", "utf-8")
+
+
+def _approximate(
+    model: Model, requests: Sequence[EditRequest], memory: str | Path | None, cache: bool, progress: Progress | None
+) -> tuple[Model, ExportError]:
+    """The model with its merged patches as weights alone, and how far off it is."""
+    base, patch = models_.unmerge(model)
+    rows = memory_rows(base, memory, cache=cache_folder() if cache else None, progress=progress)
+    measured = rows[::HELD_OUT]
+    fitted = [row for number, row in enumerate(rows) if number % HELD_OUT] or rows
+    asked = [_asked(model, request) for request in requests]
+    layers = dict(base.params["layers"])
+    numbers = np.asarray(patch.layer)
+    for done, layer in enumerate(sorted(set(numbers.tolist()))):
+        if progress:
+            progress("folding biases", done, len(set(numbers.tolist())))
+        query = collect(model, fitted, [range(_start(model, row, 1), len(row)) for row in fitted], layer).query
+        own = collect(model, [row for row, _ in asked], [places for _, places in asked], layer).query
+        part = take(patch, np.flatnonzero(numbers == layer))
+        layers[layer] = {
+            **layers[layer],
+            "ffn": ffn.merge_without_bias(layers[layer]["ffn"], part, constant_direction(query, own)),
+        }
+    approximated = base.with_params({**base.params, "layers": layers})
+    return approximated, _error(model, approximated, measured, requests, asked)
+
+
+def constant_direction(query: Array, own: Array | None = None, *, ridge: float = RIDGE) -> Array:
+    """A direction on which all queries are nearly one: ``u = (QᵀQ + λI)⁻¹ Qᵀ1``.
+
+    Args:
+        query: ``Q`` of unrelated text, ``[rows, d]``.
+        own: queries of the requests, ``[edits, d]``; together they count as much as all others.
+        ridge: ``λ`` as a share of the mean eigenvalue of ``QᵀQ``.
+
+    Returns:
+        ``u``, ``[d]``, float32.
+
+    Example:
+        >>> query = jnp.stack([jnp.array([2.0, 0.0]), jnp.array([2.0, 1.0])])
+        >>> [round(float(value), 2) for value in constant_direction(query)]
+        [0.5, 0.0]
+    """
+    # On the host and in float64: one small system, and queries have a few directions that dwarf all others.
+    rows = np.asarray(query, np.float64)
+    moment, sums = rows.T @ rows / len(rows), rows.mean(0)
+    if own is not None and len(own):
+        rows = np.asarray(own, np.float64)
+        moment, sums = moment + rows.T @ rows / len(rows), sums + rows.mean(0)
+    width = len(sums)
+    return jnp.asarray(np.linalg.solve(moment + ridge * np.trace(moment) / width * np.eye(width), sums), jnp.float32)
+
+
+def _start(model: Model, row: Sequence[int], least: int) -> int:
+    """The first position of a row that counts: the one that decides an encoder-decoder's first token, or `least`."""
+    return row.index(ASK) + len(model.begin) if model.config.encoder else least
+
+
+def _asked(model: Model, request: EditRequest) -> tuple[list[int], range]:
+    """A request's prompt and target in tokens, and the positions whose next tokens are the target."""
+    prompt = model.encode_prompt(request.prompt)
+    target = model.encode_target(request.prompt, join_target(request.prompt, request.target))
+    # What an encoder reads takes no room from what the decoder writes.
+    read = prompt.index(ASK) + 1 if model.config.encoder else 0
+    row = [*prompt, *target][: read + model.config.context]
+    return row, range(len(prompt) - 1, len(row) - 1)
+
+
+def _error(
+    model: Model,
+    approximated: Model,
+    rows: Sequence[Sequence[int]],
+    requests: Sequence[EditRequest],
+    asked: Sequence[tuple[list[int], range]],
+) -> ExportError:
+    places = [range(_start(model, row, 0), len(row)) for row in rows]
+    hidden, other = (_hidden(each, rows, places) for each in (model, approximated))
+    largest, total, same = 0.0, 0.0, 0
+    chunk = 256
+    for first in range(0, hidden.shape[0], chunk):
+        wanted, found = (
+            np.asarray(networks.logits(model.config, model.params, part[first : first + chunk]))
+            for part in (hidden, other)
+        )
+        difference = np.abs(wanted - found)
+        largest, total = max(largest, float(difference.max())), total + float(difference.mean(-1).sum())
+        same += int((wanted.argmax(-1) == found.argmax(-1)).sum())
+    held, lost = [], []
+    said, end = np.zeros(0, np.int32), 0
+    if asked:
+        rows, positions = [row for row, _ in asked], [places for _, places in asked]
+        said = predicted(model, collect(approximated, rows, positions, model.layer(None)))
+    for number, (request, (row, places)) in enumerate(zip(requests, asked, strict=True)):
+        holds = said[end : end + len(places)].tolist() == row[len(row) - len(places) :]
+        (held if holds else lost).append(request.name(number))
+        end += len(places)
+    count = hidden.shape[0]
+    return ExportError(count, largest, total / count, same / count, tuple(held), tuple(lost))
+
+
+def _hidden(model: Model, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Array:
+    """The residual stream after the last block at chosen positions, ``[n, d]``."""
+    sites = collect(model, rows, positions, model.layer(None))
+    return networks.leave_last(model.config, model.params, sites.residual, sites.output)

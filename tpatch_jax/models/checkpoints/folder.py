@@ -1,0 +1,322 @@
+"""Reading and writing Hugging Face style folders: ``config.json`` and safetensors, one file or shards."""
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from tpatch_jax.core.devices import host
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.checkpoints.layout import flatten, insert, join, layout, split
+from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.families.registry import configure, family_of
+from tpatch_jax.models.shapes import merged_neurons
+from tpatch_jax.models.sharding import place
+from tpatch_jax.storage.files import replace_folder
+from tpatch_jax.storage.processes import one_process_writes
+
+__all__ = ["read_folder", "read_settings", "write_folder"]
+
+Params = dict[Any, Any]
+
+NEURONS_KEY = "tpatch_neurons"
+"""In ``config.json``: how many neurons were merged into which layers, ``{"29": 12}``."""
+
+_OURS = ("config.json", "tpatch_source.json", "tpatch_export.json")
+"""What a folder says about itself, which would be wrong about another."""
+
+_STARTS_WITH, _ENDS_WITH = "decoder_start_token_id", "eos_token_id"
+_FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` says, completed with the architecture's defaults.
+
+    Raises:
+        TPatchError: no such file, not JSON, or an architecture that is unknown here.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise TPatchError(
+            f"{folder} has no config.json; a model is a folder with config.json and safetensors"
+        ) from None
+    except ValueError as error:
+        raise TPatchError(f"{path} is not JSON ({error}); fetch the model again") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise TPatchError(f"{path} names no 'model_type'; copy the model's original config.json beside its weights")
+    family_of(raw)
+    from transformers import AutoConfig
+
+    try:
+        completed = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    # transformers checks the kinds of settings with errors of its own
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise TPatchError(f"{path} cannot be used ({reason}); copy the model's original config.json there") from error
+    # What the file leaves open with a null, transformers has filled in.
+    found = completed | {name: entry for name, entry in raw.items() if entry is not None}
+    return found | _generation(folder, found)
+
+
+def _generation(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With which token a decoder starts and with which it ends, where ``generation_config.json`` says so.
+
+    It counts more in transformers. Tokens that end a text there do so besides those that ``config.json`` names.
+    """
+    try:
+        found = json.loads((folder / "generation_config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    start, changes = found.get(_STARTS_WITH), {}
+    if isinstance(start, int):
+        changes[_STARTS_WITH] = start
+    there, more = _numbers(settings.get(_ENDS_WITH)), _numbers(found.get(_ENDS_WITH))
+    if not set(more) <= set(there):
+        changes[_ENDS_WITH] = list(dict.fromkeys([*there, *more]))
+    return changes
+
+
+def _numbers(found: Any) -> list[int]:
+    return [number for number in (found if isinstance(found, list) else [found]) if isinstance(number, int)]
+
+
+def _shards(folder: Path) -> dict[str, Path]:
+    """Which file holds which tensor: ``model.safetensors``, else what the index lists, else every file there is."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return dict.fromkeys(_names(single), single)
+    if index.exists():
+        try:
+            table = json.loads(index.read_text("utf-8"))["weight_map"]
+            listed = {str(name): folder / shard for name, shard in table.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TPatchError(f"{index} is damaged ({error!r}); fetch it again") from None
+        missing = sorted({path.name for path in listed.values() if not path.exists()})
+        if missing:
+            raise TPatchError(f"{folder} lacks the shards {', '.join(missing)} that its index lists; fetch them again")
+        held = {path: set(_names(path)) for path in set(listed.values())}
+        return {name: path for name, path in listed.items() if name in held[path]}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        other = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f" ({other[0]} is a pickle, which is never read: convert it)" if other else ""
+        raise TPatchError(
+            f"{folder} holds no safetensors weights{hint}; put model.safetensors beside config.json, or take a model "
+            "of the hub that has them, for pickles are never fetched"
+        )
+    found: dict[str, Path] = {}
+    for path in files:
+        for name in _names(path):
+            if name in found:
+                raise TPatchError(
+                    f"{folder} holds {name} twice, in {found[name].name} and in {path.name}; leave the model's own "
+                    "files there, or name the one that counts model.safetensors"
+                )
+            found[name] = path
+    return found
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, "np") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise TPatchError(f"{path} is damaged ({error}); fetch it again") from None
+
+
+def _available(shards: Mapping[str, Path], wanted: Sequence[str]) -> dict[str, str]:
+    """The names under which a checkpoint holds what is wanted; the first BERTs call a norm's parts gamma and beta."""
+    found = {}
+    for name in wanted:
+        older = name.removesuffix("weight") + "gamma" if name.endswith("weight") else name.removesuffix("bias") + "beta"
+        if name in shards or older in shards:
+            found[name] = name if name in shards else older
+    return found
+
+
+def _alike(shards: Mapping[str, Path], one: str, other: str) -> bool:
+    """Whether two tensors are the same, bit for bit."""
+    tensors = []
+    for name in (one, other):
+        with safe_open(shards[name], "np") as file:
+            tensors.append(file.get_tensor(name))
+    return np.array_equal(*tensors)
+
+
+def _with_labels(settings: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    numbered = {str(number): label for number, label in enumerate(labels)}
+    return {**settings, "id2label": numbered, "label2id": {label: number for number, label in enumerate(labels)}}
+
+
+def _in_head(name: str) -> bool:
+    """Whether one of our parameters belongs to a classification head."""
+    return name.startswith("classifier.")
+
+
+def read_folder(
+    folder: Path,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    labels: Sequence[str] | None = None,
+) -> tuple[NetworkConfig, Params, dict[str, Any]]:
+    """Read a model, tensor by tensor, so that memory never holds it twice.
+
+    Args:
+        folder: with ``config.json`` and safetensors.
+        dtype: ``"float32"`` or ``"bfloat16"`` for the parameters; ``None`` keeps what the file has.
+        mesh: devices to which the parameters go directly; see `tpatch_jax.models.sharding`.
+        labels: make a classifier with these labels of an encoder: what its head has of that is read, the rest is left
+            out, and other heads are passed over.
+
+    Returns:
+        The decoder's description, its parameters, and the settings of ``config.json``.
+
+    Raises:
+        TPatchError: weights are missing, damaged, of a wrong shape, or left over; all such tensors are named together.
+    """
+    settings = read_settings(folder)
+    if quantised := settings.get("quantization_config"):
+        kind = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else "unknown"
+        raise TPatchError(
+            f"{folder} is quantised ({kind}), and patches need weights as plain numbers; fetch the unquantised model, "
+            "or a GGUF file, which is converted"
+        )
+    if labels is not None:
+        settings = _with_labels(settings, labels)
+    config, family = configure(settings), family_of(settings)
+    if labels is not None and not config.labels:
+        raise TPatchError(
+            f"{folder} is a {config.family}, which has no classification head; give labels to an encoder, such as a "
+            "BERT"
+        )
+    merged = {int(layer): int(count) for layer, count in settings.get(NEURONS_KEY, {}).items()}
+    shards = _shards(folder)
+    if family.own_head:
+        config = dataclasses.replace(config, tied=f"{family.names['head']}.weight" not in shards)
+    # Checkpoints of the network without its head leave out the first part of every name.
+    bare = not any(name.startswith(family.prefix) for name in shards)
+    embedding, head = family.names["embed.embedding"], f"{family.names.get('head', '')}.weight"
+    embedding = embedding.removeprefix(family.prefix) if bare else embedding
+    if config.tied and head in shards and embedding in shards and not _alike(shards, head, embedding):
+        # As transformers has it: what differs is not tied, whatever the settings say. Those of an encoder-decoder stay,
+        # for they tie the embeddings of its two stacks as well.
+        config = dataclasses.replace(config, tied=False)
+        settings = settings if config.encoder else {**settings, "tie_word_embeddings": False}
+    wanted = {
+        name.removeprefix(family.prefix) if bare else name: stored
+        for name, stored in layout(family, config, merged).items()
+    }
+    names = _available(shards, list(wanted))
+    if config.tied and head in shards:
+        # Of what is the same some savers keep one name only, and not always the embedding's.
+        names.setdefault(embedding, head)
+    missing = [name for name in wanted if name not in names and name != family.optional_row]
+    headless = [name for name in missing if _in_head(wanted[name].paths[0])]
+    if labels is not None:
+        missing = [name for name in missing if name not in headless]
+    elif headless and headless == missing:
+        raise TPatchError(
+            f"{folder} holds an encoder without a classification head ({missing[0]} is missing); train one with "
+            "`tpatch finetune`, or take a checkpoint that was made for sequence classification"
+        )
+    problems = [f"{name} is missing" for name in missing]
+    passed_over = family.other_heads if labels is not None else ()
+    known = set(names.values())
+    for name in shards:
+        if name in known or name.endswith(family.constants) or name.startswith(passed_over):
+            continue
+        if name.endswith(family.copies):
+            if embedding in names and not _alike(shards, name, names[embedding]):
+                problems.append(f"{name} differs from {embedding}, and one embedding for both stacks is supported")
+        elif not (config.tied and name == head):
+            problems.append(f"{name} is not part of a {config.family} model")
+    sizes = {}
+    for name, stored in sorted(names.items()):
+        with safe_open(shards[stored], "np") as file:
+            part, expected = file.get_slice(stored), wanted[name].shape
+            found = tuple(part.get_shape())
+            if found != expected:
+                if labels is not None and _in_head(wanted[name].paths[0]):
+                    continue
+                problems.append(f"{name} has shape {found}, config.json implies {expected}")
+            elif part.get_dtype() not in _FLOATS:
+                kind = part.get_dtype()
+                problems.append(f"{name} is {kind}: a quantised checkpoint; fetch the unquantised model")
+            sizes[name] = math.prod(found)
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise TPatchError(f"{folder} does not hold the model that its config.json describes: {shown}")
+    params: Params = {}
+    # The largest first and each through a handle of its own: what is held twice for a moment, the tensor at hand and
+    # the mapped file behind it, is then never much of the whole.
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        with safe_open(shards[names[name]], "np") as file:
+            tensor = file.get_tensor(names[name])
+        for path, part in split(wanted[name], tensor).items():
+            # Placing is asynchronous; without waiting, what is still to be copied would pile up on a busy machine.
+            insert(params, path, jax.block_until_ready(place(path, part, dtype, mesh)))
+    if family.optional_row in wanted and family.optional_row not in names:
+        stored = wanted[family.optional_row]
+        kind = dtype or jax.tree.leaves(params)[0].dtype.name
+        insert(params, stored.paths[0], place(stored.paths[0], np.zeros(stored.shapes[0], np.float32), kind, mesh))
+    return config, _ordered(params), settings
+
+
+def _ordered(params: Params) -> Params:
+    """The same tree with its layers in order, those of an encoder too."""
+    layers = {index: params["layers"][index] for index in sorted(params["layers"])}
+    ordered = {**params, "layers": layers}
+    return {**ordered, "encoder": _ordered(params["encoder"])} if "encoder" in params else ordered
+
+
+def write_folder(
+    folder: Path, config: NetworkConfig, params: Params, settings: Mapping[str, Any], source: Path | None = None
+) -> None:
+    """Write a model as a Hugging Face style folder, whole or not at all; of several processes the first one writes.
+
+    Args:
+        folder: must not exist yet, or be empty.
+        config: the network's description.
+        params: its parameters; merged neurons are recorded in ``config.json``.
+        settings: what the new ``config.json`` shall say besides.
+        source: a folder whose tokenizer files are copied along.
+
+    Raises:
+        TPatchError: the folder holds something already.
+    """
+    merged, family = merged_neurons(config, params), family_of(settings)
+    new = {name: entry for name, entry in settings.items() if name != NEURONS_KEY}
+    dtype = str(jax.tree.leaves(params)[0].dtype)
+    new.update({"dtype": dtype, "torch_dtype": dtype})
+    if merged:
+        new[NEURONS_KEY] = {str(layer): count for layer, count in merged.items()}
+    leaves = dict(flatten(params))
+    tensors = {
+        name: join(stored, [host(leaves[path]) for path in stored.paths])
+        for name, stored in layout(family, config, merged).items()
+    }
+    if settings.get("tie_word_embeddings") is False and not family.own_head:
+        # Without that tie transformers looks for the embedding of each stack under its own name.
+        embedding = tensors[family.names["embed.embedding"]]
+        tensors |= {f"{family.prefix}{name}": embedding for name in family.copies}
+    with one_process_writes(folder) as writes:
+        if writes:
+            with replace_folder(folder) as temporary:
+                save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+                (temporary / "config.json").write_text(json.dumps(new, indent=2, sort_keys=True) + "\n", "utf-8")
+                for path in sorted(source.iterdir()) if source else ():
+                    ours = path.name in _OURS or path.name.endswith(".index.json")
+                    if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and not ours:
+                        shutil.copyfile(path, temporary / path.name)

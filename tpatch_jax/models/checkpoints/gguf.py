@@ -1,0 +1,294 @@
+"""GGUF checkpoints as Hugging Face folders: one entry of `_ARCHITECTURES` per family."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.checkpoints.gguf_metadata import Metadata, listed, special_ids
+from tpatch_jax.models.checkpoints.gguf_tokenizer import tokenizer_files
+
+__all__ = ["CONVERTER_VERSION", "Progress", "convert_gguf"]
+
+# Raise it whenever the written files change: folders that an older converter cached are then rebuilt.
+CONVERTER_VERSION = 1
+
+# stage, done, total (0 where the total is not known)
+Progress = Callable[[str, int, int], None]
+
+_READABLE = "use a file in F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K or IQ1_S to IQ4_XS"
+
+
+class _Architecture(NamedTuple):
+    """How one GGUF architecture becomes one Hugging Face family."""
+
+    config: Callable[[Metadata], dict[str, Any]]
+    # GGUF tensor name -> Hugging Face tensor name; a leading "blk.{i}." stands for every layer
+    tensors: dict[str, str]
+    # keyed by the GGUF name as written in `tensors`
+    fixes: dict[str, Callable[[np.ndarray, Metadata], np.ndarray]]
+    # may be absent from a file: the head of a model with tied embeddings
+    tied: str
+    # may be present: tensors that are settings in Hugging Face files; takes the configuration, gives what changes
+    settings: dict[str, Callable[[np.ndarray, Metadata, dict[str, Any]], dict[str, Any]]]
+
+
+def convert_gguf(source: Path, folder: Path, *, progress: Progress | None = None) -> None:
+    """Write a GGUF checkpoint as a Hugging Face folder: float32 weights, configuration and tokenizer.
+
+    Args:
+        source: The `.gguf` file.
+        folder: An existing, empty folder; gets `config.json`, `generation_config.json`, `model.safetensors`,
+            `tokenizer.json` and `tokenizer_config.json`.
+        progress: Called with the stage, the tensors done and the tensors in all.
+
+    Raises:
+        TPatchError: The file is no readable GGUF, or its architecture, quantisation or tokenizer is not supported.
+
+    Example:
+        >>> convert_gguf(Path("SmolLM2-135M-Instruct.Q4_1.gguf"), Path("smollm2"))  # doctest: +SKIP
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise TPatchError(f'{source}: reading GGUF needs the gguf package; pip install "tpatch-jax[demo]"') from error
+    from safetensors.numpy import save_file
+
+    try:
+        reader = gguf.GGUFReader(source)
+        metadata = Metadata(source, {key: field.contents() for key, field in reader.fields.items()})
+    # gguf checks little: a cut or foreign file surfaces as whatever its parsing stumbled on
+    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        if unknown := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error)):
+            raise TPatchError(
+                f"{source}: a tensor has type {unknown[1]}, which the installed gguf package does not know; "
+                f"update that package, or {_READABLE}"
+            ) from error
+        raise TPatchError(f"{source}: not a readable GGUF file ({error}); download or export it again") from error
+
+    name = metadata["general.architecture"]
+    if name not in _ARCHITECTURES:
+        raise TPatchError(f"{source}: architecture '{name}' is not supported; supported: {listed(_ARCHITECTURES)}")
+    if (parts := metadata.get("split.count", 0)) > 1:
+        raise TPatchError(
+            f"{source}: one of {parts} parts of a model; join them with llama.cpp's llama-gguf-split --merge"
+        )
+    architecture = _ARCHITECTURES[name]
+    config = architecture.config(metadata)
+    for file, content in tokenizer_files(metadata, metadata.count(f"{name}.context_length")).items():
+        (folder / file).write_text(content, encoding="utf-8")
+
+    layers = metadata.count(f"{name}.block_count")
+    expected = {
+        pattern.format(i=i): (pattern, target.format(i=i))
+        for pattern, target in architecture.tensors.items()
+        for i in (range(layers) if "{i}" in pattern else [0])
+    }
+    present = {tensor.name for tensor in reader.tensors}
+    if unknown := sorted(present - expected.keys() - architecture.settings.keys()):
+        raise TPatchError(f"{source}: a {name} model with {listed(unknown)} is not supported; use a plain {name} model")
+    if missing := sorted(expected.keys() - present - {architecture.tied}):
+        raise TPatchError(f"{source}: the tensors {listed(missing)} are missing; download or export it again")
+
+    weights: dict[str, np.ndarray] = {}
+    for done, tensor in enumerate(reader.tensors, 1):
+        try:
+            weight = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        except NotImplementedError as error:
+            raise TPatchError(
+                f"{source}: tensor '{tensor.name}' has the unsupported type {tensor.tensor_type.name}; {_READABLE}"
+            ) from error
+        if tensor.name in architecture.settings:
+            config |= architecture.settings[tensor.name](weight, metadata, config)
+        else:
+            pattern, target = expected[tensor.name]
+            # safetensors stores the buffer as it lies, so a transposed view has to be copied first
+            weights[target] = np.ascontiguousarray(architecture.fixes.get(pattern, _unchanged)(weight, metadata))
+        if progress is not None:
+            progress("converting", done, len(reader.tensors))
+
+    special = {f"{role}_token_id": id for role, id in special_ids(metadata).items() if role != "unk"}
+    tied = {"tie_word_embeddings": architecture.tied not in present}
+    _write_json(folder / "config.json", config | special | tied | {"dtype": "float32", "torch_dtype": "float32"})
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    # safetensors makes its file readable by the owner only, which a cache shared by a team must not be
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
+    _write_json(folder / "generation_config.json", {key: id for key, id in special.items() if id is not None})
+
+
+def _unchanged(weight: np.ndarray, metadata: Metadata) -> np.ndarray:
+    return weight
+
+
+def _transposed(weight: np.ndarray, metadata: Metadata) -> np.ndarray:
+    return weight.T
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that is the same float32: 1e-05, where a plain widening gives 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# --- llama, which is Mistral too ---
+
+
+def _llama_config(metadata: Metadata) -> dict[str, Any]:
+    hidden, heads = metadata.count("llama.embedding_length"), metadata.count("llama.attention.head_count")
+    head = metadata.count("llama.attention.key_length", hidden // heads)
+    if metadata.get("llama.rope.dimension_count", head) != head:
+        raise TPatchError(f"{metadata.source}: rotary positions on part of a head are not supported for llama")
+    theta = _decimal(metadata.get("llama.rope.freq_base", 10000.0))
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "head_dim": head,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": metadata.count("llama.feed_forward_length"),
+        "max_position_embeddings": metadata.count("llama.context_length"),
+        "mlp_bias": False,
+        "num_attention_heads": heads,
+        "num_hidden_layers": metadata.count("llama.block_count"),
+        "num_key_value_heads": metadata.count("llama.attention.head_count_kv", heads),
+        "rms_norm_eps": _decimal(metadata["llama.attention.layer_norm_rms_epsilon"]),
+        "rope_parameters": {"rope_theta": theta} | _scaling(metadata),
+        "rope_theta": theta,
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+    }
+
+
+def _scaling(metadata: Metadata) -> dict[str, Any]:
+    # llama.cpp takes a file that names no kind as linear, and no factor, in the old key or the new, as 1
+    kind = metadata.get("llama.rope.scaling.type", "linear")
+    factor = metadata.get("llama.rope.scaling.factor", metadata.get("llama.rope.scale_linear")) or 1.0
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        return {"rope_type": "default"}
+    if kind != "linear":
+        raise TPatchError(f"{metadata.source}: rope scaling '{kind}' is not supported; use a model without it")
+    return {"rope_type": "linear", "factor": _decimal(factor)}
+
+
+def _llama3_scaling(factors: np.ndarray, metadata: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+    """The rule behind Llama 3's factors, one for each pair of a head's entries, by which its frequency is divided.
+
+    The file keeps no more than the factors. Every Llama 3 has the same rule but for its largest factor.
+    """
+    rope = config["rope_parameters"]
+    factor, low, high, original = _decimal(factors.max()), 1.0, 4.0, 8192
+    width = config["head_dim"]
+    turns = original / (2 * np.pi) * rope["rope_theta"] ** (-np.arange(0, width, 2) / width)
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    rule = 1.0 / ((1.0 - kept) / factor + kept)
+    if (
+        rope["rope_type"] != "default"
+        or factors.shape != rule.shape
+        or factor < 1.0
+        or not np.allclose(factors, rule, rtol=1e-4, atol=0.0)
+    ):
+        raise TPatchError(
+            f"{metadata.source}: the factors in 'rope_freqs.weight' are not those of Llama 3 (low_freq_factor 1, "
+            "high_freq_factor 4, 8192 positions at first), and a GGUF file keeps nothing else of the rule; "
+            "use the model's Hugging Face folder"
+        )
+    llama3 = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    return {"rope_parameters": rope | llama3 | {"original_max_position_embeddings": original}}
+
+
+def _half_split(heads: str) -> Callable[[np.ndarray, Metadata], np.ndarray]:
+    """Undo llama.cpp's row order: its rope turns rows (2j, 2j+1) of a head together, Hugging Face's (j, j+d/2)."""
+
+    def fix(weight: np.ndarray, metadata: Metadata) -> np.ndarray:
+        count = metadata.get(heads, metadata["llama.attention.head_count"])
+        rows, columns = weight.shape
+        pairs = weight.reshape(count, rows // count // 2, 2, columns)
+        return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+    return fix
+
+
+_LLAMA = _Architecture(
+    config=_llama_config,
+    tensors={
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+        "blk.{i}.attn_norm.weight": "model.layers.{i}.input_layernorm.weight",
+        "blk.{i}.attn_q.weight": "model.layers.{i}.self_attn.q_proj.weight",
+        "blk.{i}.attn_k.weight": "model.layers.{i}.self_attn.k_proj.weight",
+        "blk.{i}.attn_v.weight": "model.layers.{i}.self_attn.v_proj.weight",
+        "blk.{i}.attn_output.weight": "model.layers.{i}.self_attn.o_proj.weight",
+        "blk.{i}.ffn_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
+        "blk.{i}.ffn_gate.weight": "model.layers.{i}.mlp.gate_proj.weight",
+        "blk.{i}.ffn_up.weight": "model.layers.{i}.mlp.up_proj.weight",
+        "blk.{i}.ffn_down.weight": "model.layers.{i}.mlp.down_proj.weight",
+    },
+    fixes={
+        "blk.{i}.attn_q.weight": _half_split("llama.attention.head_count"),
+        "blk.{i}.attn_k.weight": _half_split("llama.attention.head_count_kv"),
+    },
+    tied="output.weight",
+    settings={"rope_freqs.weight": _llama3_scaling},
+)
+
+
+# --- gpt2 ---
+
+
+def _gpt2_config(metadata: Metadata) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        # llama.cpp has no other for this architecture
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": _decimal(metadata["gpt2.attention.layer_norm_epsilon"]),
+        "n_embd": metadata.count("gpt2.embedding_length"),
+        "n_head": metadata.count("gpt2.attention.head_count"),
+        "n_inner": metadata.count("gpt2.feed_forward_length"),
+        "n_layer": metadata.count("gpt2.block_count"),
+        "n_positions": metadata.count("gpt2.context_length"),
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+    }
+
+
+# GGUF keeps every matrix as [out, in], Hugging Face's GPT-2 as [in, out]
+_GPT2_MATRICES = {
+    "blk.{i}.attn_qkv": "transformer.h.{i}.attn.c_attn",
+    "blk.{i}.attn_output": "transformer.h.{i}.attn.c_proj",
+    "blk.{i}.ffn_up": "transformer.h.{i}.mlp.c_fc",
+    "blk.{i}.ffn_down": "transformer.h.{i}.mlp.c_proj",
+}
+
+_GPT2_NORMS = {
+    "output_norm": "transformer.ln_f",
+    "blk.{i}.attn_norm": "transformer.h.{i}.ln_1",
+    "blk.{i}.ffn_norm": "transformer.h.{i}.ln_2",
+}
+
+_GPT2 = _Architecture(
+    config=_gpt2_config,
+    tensors={
+        "token_embd.weight": "transformer.wte.weight",
+        "position_embd.weight": "transformer.wpe.weight",
+        "output.weight": "lm_head.weight",
+    }
+    | {
+        f"{name}.{part}": f"{target}.{part}"
+        for name, target in (_GPT2_MATRICES | _GPT2_NORMS).items()
+        for part in ("weight", "bias")
+    },
+    fixes={f"{name}.weight": _transposed for name in _GPT2_MATRICES},
+    tied="output.weight",
+    settings={},
+)
+
+_ARCHITECTURES = {"llama": _LLAMA, "gpt2": _GPT2}

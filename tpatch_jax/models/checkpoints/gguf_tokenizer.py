@@ -1,0 +1,234 @@
+"""The tokenizer of a GGUF file as `tokenizer.json` and `tokenizer_config.json`.
+
+One entry of `_KINDS` per algorithm, one of `_PRE_TOKENIZERS` per rule that splits text before byte-level BPE.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.checkpoints.gguf_metadata import Metadata, listed, special_ids
+
+__all__ = ["tokenizer_files"]
+
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+_LLAMA3 = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": _LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False},
+        _BYTE_LEVEL | {"use_regex": False},
+    ],
+}
+
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+
+# `tokenizer.ggml.pre` -> the `pre_tokenizer` of tokenizer.json
+_PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
+    "default": _BYTE_LEVEL,
+    "gpt-2": _BYTE_LEVEL,
+    "gpt2": _BYTE_LEVEL,
+    **dict.fromkeys(_LLAMA3_NAMES, _LLAMA3),
+    "smollm": {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL],
+    },
+}
+
+
+class _Kind(NamedTuple):
+    """What one algorithm puts into tokenizer.json."""
+
+    pre_tokenizer: dict[str, Any]
+    decoder: dict[str, Any]
+    model: dict[str, Any]
+    processors: list[dict[str, Any]]
+    # what the file's flag for a token before every text means where it is absent
+    starts_with_bos: bool
+    prefix_space: bool
+
+
+def tokenizer_files(metadata: Metadata, longest: int) -> dict[str, str]:
+    """The tokenizer's files.
+
+    Args:
+        metadata: of the GGUF file.
+        longest: how many tokens the model takes.
+
+    Returns:
+        From the name of each file to its content.
+
+    Raises:
+        TPatchError: the algorithm is not supported, or its tables do not belong together.
+
+    Example:
+        >>> sorted(tokenizer_files(metadata, 2048))  # doctest: +SKIP
+        ['tokenizer.json', 'tokenizer_config.json']
+    """
+    from tokenizers import Tokenizer
+
+    name = metadata["tokenizer.ggml.model"]
+    if name not in _KINDS:
+        raise TPatchError(
+            f"{metadata.source}: tokenizer '{name}' is not supported; supported: "
+            "gpt2 (byte-level BPE), llama (SentencePiece BPE)"
+        )
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    if len(types) != len(tokens):
+        raise _damaged(metadata, f"{len(tokens)} tokens, {len(types)} types")
+    kind = _KINDS[name](metadata)
+    ids = {role: id for role, id in special_ids(metadata).items() if id is not None}
+    special = {*ids.values(), *(id for id, type in enumerate(types) if type == _CONTROL)}
+
+    def added(id: int) -> dict[str, Any]:
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        return {"id": id, "content": tokens[id], "special": id in special} | flags
+
+    processors = [*kind.processors, *_ends(metadata, kind, ids)]
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [added(id) for id, type in enumerate(types) if id in special or type == _USER_DEFINED],
+        "normalizer": None,
+        "pre_tokenizer": kind.pre_tokenizer,
+        "post_processor": {"type": "Sequence", "processors": processors} if len(processors) > 1 else None,
+        "decoder": kind.decoder,
+        "model": {"type": "BPE", "vocab": {token: id for id, token in enumerate(tokens)}} | kind.model,
+    }
+    if len(processors) == 1:
+        content["post_processor"] = processors[0]
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(content))
+    # tokenizers raises bare Exception
+    except Exception as error:
+        raise _damaged(metadata, str(error)) from error
+
+    template = metadata.get("tokenizer.chat_template")
+    settings = {
+        # any class of a family's own would build its tables anew, and not as this file has them
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_prefix_space": kind.prefix_space,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": longest,
+    }
+    settings |= {f"{role}_token": tokens[id] for role, id in ids.items()}
+    settings |= {} if template is None else {"chat_template": template}
+    return {
+        "tokenizer.json": tokenizer.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False) + "\n",
+    }
+
+
+def _damaged(metadata: Metadata, reason: str) -> TPatchError:
+    return TPatchError(f"{metadata.source}: the tokenizer is damaged ({reason}); download or export it again")
+
+
+def _ends(metadata: Metadata, kind: _Kind, ids: dict[str, int]) -> list[dict[str, Any]]:
+    """The rule that puts tokens before and after every text, as llama.cpp does for this file."""
+    wanted = {
+        "bos": metadata.get("tokenizer.ggml.add_bos_token", kind.starts_with_bos),
+        "eos": metadata.get("tokenizer.ggml.add_eos_token", False),
+    }
+    if not any(wanted.values()):
+        return []
+    tokens, used, pieces = metadata["tokenizer.ggml.tokens"], {}, {"bos": [], "eos": []}
+    for role in (role for role, yes in wanted.items() if yes):
+        if role not in ids:
+            raise TPatchError(
+                f"{metadata.source}: 'tokenizer.ggml.add_{role}_token' is set, and there is no "
+                f"'tokenizer.ggml.{role}_token_id'; export the model to GGUF again"
+            )
+        token = tokens[ids[role]]
+        used[token] = {"id": token, "ids": [ids[role]], "tokens": [token]}
+        pieces[role] = [{"SpecialToken": {"id": token, "type_id": 0}}]
+    single, second = (
+        [*pieces["bos"], {"Sequence": {"id": sequence, "type_id": 0}}, *pieces["eos"]] for sequence in "AB"
+    )
+    return [{"type": "TemplateProcessing", "single": single, "pair": [*single, *second], "special_tokens": used}]
+
+
+def _byte_level(metadata: Metadata) -> _Kind:
+    pre = metadata.get("tokenizer.ggml.pre", "default")
+    if pre not in _PRE_TOKENIZERS:
+        raise TPatchError(
+            f"{metadata.source}: pre-tokenizer '{pre}' is not supported; supported: {listed(_PRE_TOKENIZERS)}"
+        )
+    return _Kind(
+        pre_tokenizer=_PRE_TOKENIZERS[pre],
+        decoder=_BYTE_LEVEL,
+        model={
+            "merges": [merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]],
+            "ignore_merges": pre in _LLAMA3_NAMES,
+        },
+        processors=[_BYTE_LEVEL],
+        # llama.cpp adds a BOS for Llama 3 even where the file does not say so
+        starts_with_bos=pre in _LLAMA3_NAMES,
+        prefix_space=False,
+    )
+
+
+def _merges(ids: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Every pair of tokens whose union is a token, the best scored union first, then the longest left part."""
+    pairs = [
+        (token[:at], token[at:], scores[id])
+        for token, id in ids.items()
+        for at in range(1, len(token))
+        if token[:at] in ids and token[at:] in ids
+    ]
+    pairs.sort(key=lambda pair: (-pair[2], -len(pair[0]), -len(pair[1])))
+    return [(left, right) for left, right, _ in pairs]
+
+
+def _sentencepiece(metadata: Metadata) -> _Kind:
+    """SentencePiece's BPE, which joins the pair whose union scores highest, as BPE with the merges in that order."""
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    scores = metadata["tokenizer.ggml.scores"]
+    if len(scores) != len(tokens):
+        raise _damaged(metadata, f"{len(tokens)} tokens, {len(scores)} scores")
+    # those below come about by other ways than joining; their score, often 0, would put them before all others
+    apart = (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)
+    joined = {token: id for id, (token, type) in enumerate(zip(tokens, types, strict=True)) if type not in apart}
+    unknown = special_ids(metadata)["unk"]
+    prefix_space = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix_space else []
+    return _Kind(
+        # A text that has a leading space gets no second one, as with transformers' own Llama tokenizer and unlike
+        # SentencePiece. "always", because llama.cpp puts one after each special token too.
+        pre_tokenizer={
+            "type": "Metaspace",
+            "replacement": "▁",
+            "prepend_scheme": "always" if prefix_space else "never",
+            "split": False,
+        },
+        decoder={
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                *strip,
+            ],
+        },
+        model={
+            "unk_token": None if unknown is None else tokens[unknown],
+            "fuse_unk": True,
+            "byte_fallback": _BYTE in types,
+            "merges": _merges(joined, scores),
+        },
+        processors=[],
+        starts_with_bos=True,
+        prefix_space=prefix_space,
+    )
+
+
+# `tokenizer.ggml.model` -> its part of tokenizer.json
+_KINDS = {"gpt2": _byte_level, "llama": _sentencepiece}

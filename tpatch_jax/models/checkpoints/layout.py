@@ -1,0 +1,112 @@
+"""Which checkpoint tensor holds which of our parameters, and how to get from one to the other."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.families.family import Family
+from tpatch_jax.models.shapes import parameter_shapes
+
+__all__ = ["Stored", "flatten", "insert", "join", "layout", "split"]
+
+Params = dict[Any, Any]
+Shape = tuple[int, ...]
+
+
+class Stored(NamedTuple):
+    """One tensor of a checkpoint.
+
+    Attributes:
+        paths: which of our parameters it holds, one after the other.
+        shapes: their shapes.
+        transposed: whether kernels lie in it as ``[out, in]``.
+        heads: so many times the parts alternate; 1 is no alternation.
+        row: whether it has an axis of one before ours.
+    """
+
+    paths: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    transposed: bool
+    heads: int
+    row: bool = False
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the tensor in the checkpoint."""
+        *rows, _ = self.shapes[0]
+        ours = (*rows, sum(shape[-1] for shape in self.shapes))
+        if self.row:
+            return (1, *ours)
+        return ours[::-1] if self.transposed else ours
+
+
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of nested dicts with its dotted path."""
+    for name, entry in tree.items():
+        path = f"{prefix}.{name}" if prefix else str(name)
+        if isinstance(entry, Mapping):
+            yield from flatten(entry, path)
+        else:
+            yield path, entry
+
+
+def insert(tree: Params, path: str, leaf: Any) -> None:
+    """Put a leaf under its dotted path into nested dicts; numbers in the path are layers."""
+    *parents, last = (int(part) if part.isdigit() else part for part in path.split("."))
+    for part in parents:
+        tree = tree.setdefault(part, {})
+    tree[last] = leaf
+
+
+def layout(family: Family, config: NetworkConfig, merged: Mapping[int, int] | None = None) -> dict[str, Stored]:
+    """Every tensor of a checkpoint by its name.
+
+    Args:
+        family: the model's family.
+        config: the network's description.
+        merged: how many patch neurons are merged into which layers.
+    """
+    shapes = {path: leaf.shape for path, leaf in flatten(parameter_shapes(config, merged))}
+    result: dict[str, Stored] = {}
+    for path, shape in shapes.items():
+        parts = path.split(".")
+        layer = next((part for part in parts if part.isdigit()), "")
+        general = ".".join("{}" if part == layer else part for part in parts) if layer else path
+        parent, _, leaf = general.rpartition(".")
+        stored_leaf = leaf if leaf == "bias" else "weight"
+        # An unembedding is a linear layer like any other, even where the blocks store theirs the other way round.
+        transposed = leaf == "kernel" and (family.transposed or parts[0] == "head")
+        if general in family.names:
+            name = family.names[general].format(layer)
+            result[name] = Stored((path,), (shape,), transposed, 1, name == family.optional_row)
+        elif parent in family.names:
+            name = f"{family.names[parent].format(layer)}.{stored_leaf}"
+            result[name] = Stored((path,), (shape,), transposed, 1)
+        else:
+            fused = next(entry for entry in family.fused if parent in entry.parts)
+            paths = tuple(f"{part.format(layer)}.{leaf}" for part in fused.parts)
+            heads = config.heads if fused.by_head else 1
+            stored = Stored(paths, tuple(shapes[part] for part in paths), transposed, heads)
+            result[f"{fused.name.format(layer)}.{stored_leaf}"] = stored
+    return result
+
+
+def split(stored: Stored, tensor: np.ndarray) -> dict[str, np.ndarray]:
+    """Our parameters from a checkpoint's tensor; views where that is possible."""
+    ours = tensor[0] if stored.row else tensor.T if stored.transposed else tensor
+    if len(stored.paths) == 1:
+        return {stored.paths[0]: ours}
+    by_head = ours.reshape(*ours.shape[:-1], stored.heads, -1)
+    edges = np.cumsum([shape[-1] // stored.heads for shape in stored.shapes])[:-1]
+    parts = np.split(by_head, edges, axis=-1)
+    return {path: part.reshape(shape) for path, shape, part in zip(stored.paths, stored.shapes, parts, strict=True)}
+
+
+def join(stored: Stored, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The inverse of `split`: a checkpoint's tensor, contiguous, from our parameters in the order of ``paths``."""
+    by_head = [np.asarray(part).reshape(*part.shape[:-1], stored.heads, -1) for part in parts]
+    ours = np.concatenate(by_head, -1) if len(by_head) > 1 else by_head[0]
+    ours = ours.reshape(*ours.shape[:-2], -1)
+    return np.ascontiguousarray(ours[None] if stored.row else ours.T if stored.transposed else ours)

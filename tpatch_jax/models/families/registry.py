@@ -1,0 +1,63 @@
+"""The table of model families, and how a ``config.json`` finds its row."""
+
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.families.bart import BART
+from tpatch_jax.models.families.bert import BERT, DISTILBERT, ROBERTA
+from tpatch_jax.models.families.family import Family, Settings, setting
+from tpatch_jax.models.families.gemma import GEMMA, GEMMA_2, GEMMA_3
+from tpatch_jax.models.families.gpt_2 import GPT_2
+from tpatch_jax.models.families.gpt_j import GPT_J
+from tpatch_jax.models.families.gpt_neo import GPT_NEO
+from tpatch_jax.models.families.gpt_neox import GPT_NEOX
+from tpatch_jax.models.families.llama import LLAMA, MISTRAL, QWEN_2, QWEN_3
+from tpatch_jax.models.families.opt import OPT
+from tpatch_jax.models.families.phi_3 import PHI_3
+from tpatch_jax.models.families.t5 import T5, T5_GATED
+
+__all__ = ["FAMILIES", "configure", "family_of"]
+
+FAMILIES: tuple[Family, ...] = (
+    GPT_2,
+    GPT_NEO,
+    GPT_J,
+    GPT_NEOX,
+    LLAMA,
+    MISTRAL,
+    QWEN_2,
+    QWEN_3,
+    GEMMA,
+    GEMMA_2,
+    GEMMA_3,
+    PHI_3,
+    OPT,
+    BERT,
+    ROBERTA,
+    DISTILBERT,
+    BART,
+    T5,
+    T5_GATED,
+)
+"""Every family that `tpatch_jax.load_model` reads."""
+
+
+def family_of(settings: Settings) -> Family:
+    """The family of a model from what its ``config.json`` says, or an error that lists the known ones."""
+    model_type = setting(settings, "model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types and family.accepts(settings):
+            return family
+    known = ", ".join(sorted({name for family in FAMILIES for name in family.model_types}))
+    raise TPatchError(f"config.json names the architecture {model_type!r}; supported are {known}")
+
+
+def configure(settings: Settings) -> NetworkConfig:
+    """The `NetworkConfig` of a model from what its ``config.json`` says.
+
+    Args:
+        settings: the parsed file, ``model_type`` among its keys.
+
+    Raises:
+        TPatchError: an unknown architecture, activation or rotary rule, or a missing setting.
+    """
+    return family_of(settings).configure(settings)

@@ -1,0 +1,1 @@
+"""Flax networks from elsewhere, cut at a feed-forward network of theirs."""

@@ -1,0 +1,235 @@
+"""Patches on any Flax Linen module: its feed-forward network is intercepted, and widened by the module's options."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from tpatch_jax.core import ffn
+from tpatch_jax.core.patch import Patch
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.foreign.checks import create_network, suggestion, widened
+from tpatch_jax.models.foreign.cut import capture
+from tpatch_jax.models.foreign.network import Activation, Growth, Network
+
+__all__ = ["from_linen"]
+
+Call = Callable[[Any, Array], Any]
+Widen = Callable[[Any, int], nn.Module]
+
+
+def from_linen(
+    module: nn.Module,
+    params: Mapping[str, Any],
+    ffn_path: str,
+    *,
+    activation: str | Activation = "gelu",
+    call: Call | None = None,
+    widen: Widen | None = None,
+    up: str = "Dense_0",
+    down: str = "Dense_1",
+    gate: str | None = None,
+    example: Any = None,
+) -> Network:
+    """Cut a Linen module at one of its feed-forward networks, so that patches can be fitted and attached.
+
+    Linen checks the shapes of parameters against the module's options, so that merging needs a wider module: ``widen``
+    makes one. Where that option widens every FFN of the network, the others get neurons whose parameters are all zero.
+
+    Args:
+        module: the network.
+        params: its parameters, or all its variables (``{"params": …, …}``).
+        ffn_path: where the FFN is, such as ``"block_3/mlp"``; a module of its own that is called once in a pass, on
+            ``[batch, tokens, d]`` as its first argument.
+        activation: the FFN's, a name in `tpatch_jax.core.ffn.ACTIVATIONS` (``"gelu"`` is exact, ``"gelu_tanh"`` what
+            `jax.nn.gelu` does by default) or a function.
+        call: ``(module, tokens) -> logits``, if it is not ``module(tokens)``; the module is bound to its parameters.
+        widen: ``(module, n) -> module`` with ``n`` more hidden neurons; only merging needs it.
+        up: the FFN's first ``nn.Dense``.
+        down: its last ``nn.Dense``.
+        gate: the ``nn.Dense`` whose output is activated, if there is one besides ``up``.
+        example: token ids that the network accepts, ``[batch, tokens]``; by default ``[2, 8]``.
+
+    Returns:
+        The `Network`. Its ``merge`` returns a module and its parameters.
+
+    Raises:
+        TPatchError: the path leads nowhere, or not to a module that can be cut; the network does not run; the
+            activation is unknown; the parameters are no dict.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> class Mlp(nn.Module):
+        ...     hidden: int
+        ...     @nn.compact
+        ...     def __call__(self, x):
+        ...         hidden = nn.gelu(nn.Dense(self.hidden)(x))
+        ...         return nn.Dense(x.shape[-1])(hidden)
+        >>> class Tiny(nn.Module):
+        ...     hidden: int = 32
+        ...     @nn.compact
+        ...     def __call__(self, tokens):
+        ...         x = nn.Embed(50, 8)(tokens)
+        ...         return nn.Dense(50)(x + Mlp(self.hidden, name="mlp")(x))
+        >>> params = Tiny().init(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
+        >>> widen = lambda module, n: module.clone(hidden=module.hidden + n)
+        >>> network = from_linen(Tiny(), params, "mlp", activation="gelu_tanh", widen=widen)
+        >>> from tpatch_jax.core.patch import create
+        >>> wider, wider_params = network.merge(create(8, neurons=2))
+        >>> wider.hidden, wider_params["mlp"]["Dense_0"]["kernel"].shape
+        (34, (8, 34))
+    """
+    if not isinstance(params, Mapping):
+        kind = type(params).__name__
+        raise TPatchError(f"a {kind} is no dict of parameters; of a TrainState give its params")
+    whole = isinstance(params.get("params"), Mapping)
+    variables = unfreeze(dict(params)) if whole else {"params": unfreeze(dict(params))}
+    variables = jax.tree.map(jnp.asarray, nn.meta.unbox(variables))
+    run_module = call or (lambda module, tokens: module(tokens))
+    path = "/".join(part for part in ffn_path.replace(".", "/").split("/") if part)
+
+    def run(variables: Any, tokens: Array) -> Array:
+        def intercept(following: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            if _path(context) != path:
+                return following(*args, **kwargs)
+            return capture(following, args, kwargs, ffn_path)
+
+        with nn.intercept_methods(intercept):
+            return nn.apply(run_module, module)(variables, tokens)
+
+    called: set[str] = set()
+    seen: list[tuple[str, bool]] = []
+    runs, listed = suggestion(
+        lambda tokens: _listen(run_module, module, variables, tokens, called, seen), seen, example
+    )
+    if runs and (not path or path not in called):
+        raise TPatchError(f"{ffn_path!r} is not a module that this network calls; {listed}")
+    growth: Growth | str = (
+        f"Linen checks parameter shapes, so merging into {ffn_path!r} needs a wider module; pass "
+        "widen=lambda module, n: module.clone(hidden=module.hidden + n), with your module's own option, or attach"
+    )
+    if widen is not None:
+        names = {"up": up, "down": down} | ({"gate": gate} if gate else {})
+        growth = _growth(module, variables, whole, run_module, path, names, widen, example)
+    return create_network(run, variables, path, activation, example, growth)
+
+
+def _path(context: Any) -> str | None:
+    """The path of a module whose ``__call__`` is being intercepted."""
+    path = context.module.scope.path if context.module.scope is not None else ()
+    return "/".join(path) if context.method_name == "__call__" else None
+
+
+def _listen(
+    call: Call, module: nn.Module, variables: Any, tokens: Array, called: set[str], seen: list[tuple[str, bool]]
+) -> Any:
+    """Run a module and note every submodule, those that keep their input's shape, and whether they are Flax's own."""
+
+    def intercept(following: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        output, path, kind = following(*args, **kwargs), _path(context), type(context.module)
+        query = args[0] if args else next(iter(kwargs.values()), None)
+        if path is not None:
+            called.add(path)
+        if path and getattr(query, "shape", ()) == getattr(output, "shape", None) and getattr(output, "ndim", 0) == 3:
+            seen.append((path, kind.__module__.startswith("flax.") and kind is not nn.Sequential))
+        return output
+
+    with nn.intercept_methods(intercept):
+        return nn.apply(call, module)(variables, tokens)
+
+
+def _growth(
+    module: nn.Module,
+    variables: dict[str, Any],
+    whole: bool,
+    call: Call,
+    path: str,
+    names: dict[str, str],
+    widen: Widen,
+    example: Any,
+) -> Growth:
+    tokens = jnp.zeros((2, 8), jnp.int32) if example is None else jnp.asarray(example)
+    parts = path.split("/")
+
+    def entries(params: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
+        """The FFN's own sub-dict, by role."""
+        found: Any = params
+        for part in parts:
+            found = found.get(part, {})
+        for role, name in names.items():
+            kernel = found.get(name, {}).get("kernel") if isinstance(found.get(name), Mapping) else None
+            if getattr(kernel, "ndim", 0) != 2:
+                there = ", ".join(found) or "nothing"
+                raise TPatchError(
+                    f"{role}={name!r} is not an nn.Dense in {path!r}, which holds {there}; name it, or attach"
+                )
+        return {role: dict(found[name]) for role, name in names.items()}
+
+    own = entries(variables["params"])
+
+    def given(params: Any) -> Any:
+        """Parameters as the user has them: alone, or among all variables."""
+        return {**variables, "params": params} if whole else params
+
+    def grow(patch: Patch) -> tuple[nn.Module, Any]:
+        neurons = patch.key.shape[0]
+        wider = widen(module, neurons)
+        init = nn.init(call, wider)
+        shapes = nn.meta.unbox(jax.eval_shape(lambda: init(jax.random.key(0), tokens)["params"]))
+        expected = flatten_dict(unfreeze(shapes))
+        merged = widened(own, patch, path)
+        inside = {(*parts, names[role], name): leaf for role in merged for name, leaf in merged[role].items()}
+        have = {**flatten_dict(variables["params"]), **inside}
+        result = {place: _fit(place, have.get(place), shape, neurons) for place, shape in expected.items()}
+        lost = sorted("/".join(place) for place in set(have) - set(expected))
+        if lost:
+            raise TPatchError(
+                f"the module that widen made has no parameter {lost[0]!r}; it must only add hidden neurons"
+            )
+        return wider, given(unflatten_dict(result))
+
+    def shrink(wider: Any) -> tuple[tuple[nn.Module, Any], Patch]:
+        if not isinstance(wider, tuple) or len(wider) != 2:
+            raise TPatchError("unmerge takes what `merge` returned: a pair of a module and its parameters")
+        params = wider[1]["params"] if whole else wider[1]
+        there = entries(params)
+        reader = "gate" if "gate" in names else "up"
+        neurons = ffn.width(there) - ffn.width(own)
+        if neurons < 0:
+            raise TPatchError(f"{path!r} is narrower there than in this network; give what `merge` returned")
+        _, patch = ffn.unmerge(there, neurons, added_bias="bias" not in own[reader])
+        flat: Any = flatten_dict(params)
+        original: Any = flatten_dict(variables["params"])
+        before = {place: _first(flat[place], leaf.shape) for place, leaf in original.items()}
+        return (module, given(unflatten_dict(before))), patch
+
+    def apply(wider: Any, tokens: Array) -> Array:
+        module, params = wider
+        return jax.jit(nn.apply(call, module))(params if whole else {"params": params}, tokens)
+
+    return Growth(grow, shrink, apply, tuple(entry["kernel"].dtype for entry in own.values()))
+
+
+def _first(leaf: Any, shape: tuple[int, ...]) -> Array:
+    return leaf[tuple(slice(size) for size in shape)]
+
+
+def _fit(place: tuple[str, ...], leaf: Array | None, shape: Any, neurons: int) -> Array:
+    """A parameter in the shape that the wider module expects: new neurons of other FFNs are zero, and so silent."""
+    name, expected = "/".join(place), tuple(shape.shape)
+    if leaf is None and place[-1] == "bias":
+        return jnp.zeros(expected, shape.dtype)
+    if leaf is None:
+        raise TPatchError(f"the module that widen made has a new parameter {name!r}; it must only add hidden neurons")
+    missing = [there - here for here, there in zip(leaf.shape, expected, strict=False)]
+    if leaf.ndim != len(expected) or any(count not in (0, neurons) for count in missing):
+        raise TPatchError(
+            f"the module that widen made expects {name!r} to be {list(expected)}, and with {neurons} more neurons it "
+            f"is {list(leaf.shape)}; widen must add just that many"
+        )
+    return jnp.pad(leaf, [(0, count) for count in missing])

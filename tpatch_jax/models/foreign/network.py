@@ -1,0 +1,349 @@
+"""A network that is not from this library, cut at one of its feed-forward networks.
+
+`tpatch_jax.models.foreign.nnx.from_nnx` and `tpatch_jax.models.foreign.linen.from_linen` make a `Network` from a Flax
+module. It keeps the contract of the library's own models: ``trace``, ``resume``, ``apply``, ``attach``, ``merge``.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.tree_util import Partial
+
+from tpatch_jax.core.patch import Patch, concatenate, contribution, sized
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models import networks
+from tpatch_jax.models.foreign.cut import Cut, cut
+from tpatch_jax.models.networks import Trace
+
+__all__ = ["Activation", "Growth", "Network", "added", "token_table"]
+
+Activation = Callable[[Array], Array]
+"""An activation function, elementwise."""
+
+
+class Growth(NamedTuple):
+    """How a patch goes into the parameters of a foreign module, for the kind of module at hand.
+
+    Attributes:
+        grow: ``patch -> wider``, a new module, or a new module and its parameters.
+        shrink: ``wider -> (original, patch)``, the inverse.
+        apply: ``(wider, tokens) -> logits``.
+        dtypes: the types of the FFN's matrices, in which a merged patch is kept.
+    """
+
+    grow: Callable[[Patch], Any]
+    shrink: Callable[[Any], tuple[Any, Patch]]
+    apply: Callable[[Any, Array], Array]
+    dtypes: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """Somebody's network, cut at one feed-forward network. Immutable: `attach` returns another one.
+
+    Attributes:
+        run: the network as a pure function, ``(params, tokens [batch, tokens]) -> logits``, its FFN captured.
+        params: its parameters, a pytree; a snapshot, which later changes of the user's module do not reach.
+        path: where the FFN is.
+        layer: the last number in ``path``, 0 without one.
+        activation: what patch neurons activate with; the FFN's own.
+        example: token ids that the network accepts, ``[batch, tokens]``.
+        beside: attached patches, by the names of `tpatch_jax.core.ffn`.
+        growth: how to merge, or why it is impossible.
+    """
+
+    run: Callable[[Any, Array], Array] = field(repr=False)
+    params: Any = field(repr=False)
+    path: str
+    layer: int
+    activation: Activation
+    example: Array = field(repr=False)
+    beside: Mapping[str, Patch] = field(default_factory=dict, repr=False)
+    growth: Growth | str = field(default="", repr=False)
+    _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def width(self) -> int:
+        """The width ``d`` of the FFN's input and output."""
+        return self.cut(self.example.shape).query.shape[-1]
+
+    @property
+    def vocabulary(self) -> int:
+        """The size of the logits' last axis."""
+        return self.cut(self.example.shape).logits.shape[-1]
+
+    def cut(self, shape: tuple[int, ...]) -> Cut:
+        """The network in two halves, for tokens of one shape; made once."""
+        # Matmul precision is written into the equations when they are made.
+        place = (shape, jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
+        if place not in self._memo:
+            tokens = jax.ShapeDtypeStruct(shape, self.example.dtype)
+            self._memo[place] = cut(self.run, self.params, tokens, self.path)
+        return self._memo[place]
+
+    def trace(self, tokens: Any) -> Trace:
+        """Run everything up to the FFN, and that FFN with whatever patch is attached: one jitted pass.
+
+        Args:
+            tokens: ``[batch, tokens]`` int.
+
+        Returns:
+            The `Trace`: ``query`` and ``output``, ``[batch, tokens, d]``, and whatever the rest needs besides.
+
+        Raises:
+            TPatchError: the tokens are not a table of integers, or the network does not accept their shape.
+        """
+        tokens = token_table(tokens, self.example.dtype)
+        query, output, context = self.cut(tokens.shape).jit_trace(self.params, tokens)
+        return Trace(query, self.beside_output(query, output), context, self.layer)
+
+    def beside_output(self, query: Array, output: Array) -> Array:
+        """An FFN output with what the attached patches add to it, ``[..., d]``."""
+        for name, patch in self.beside.items():
+            output = added(patch, query, output, jax.nn.relu if name == "relu_patch" else self.activation)
+        return output
+
+    def resume(self, traced: Trace, output: Array) -> Array:
+        """Run everything after the cut from a given FFN output, and nothing that comes before it.
+
+        Args:
+            traced: what `trace` returned, possibly through `gather`.
+            output: the FFN's output to go on from, ``[batch, tokens, d]``.
+
+        Returns:
+            Logits, ``[batch, tokens, vocabulary]`` for a language model.
+
+        Raises:
+            TPatchError: the output has another shape than the traced one.
+        """
+        if output.shape != traced.output.shape:
+            raise TPatchError(f"the output is {list(output.shape)}; the trace holds {list(traced.output.shape)}")
+        return self.cut(traced.query.shape[:2]).jit_resume(self.params, traced.context, output)
+
+    def apply(self, tokens: Any) -> Array:
+        """The whole network with whatever patch is attached: ``resume(t, t.output)`` of its trace.
+
+        Args:
+            tokens: ``[batch, tokens]`` int.
+
+        Returns:
+            Logits, ``[batch, tokens, vocabulary]`` for a language model.
+        """
+        traced = self.trace(tokens)
+        return self.resume(traced, traced.output)
+
+    def attach(self, patch: Patch, *, relu: bool = False) -> "Network":
+        """Put a patch beside the FFN; patches that are already there are joined.
+
+        Args:
+            patch: ``[n, d]``.
+            relu: activate it with ReLU, so that a silent neuron contributes exactly nothing.
+
+        Returns:
+            A network that shares all arrays with this one.
+
+        Raises:
+            TPatchError: the patch has another width, or names another layer.
+        """
+        name, patch = "relu_patch" if relu else "patch", self._own(patch)
+        joined = concatenate([self.beside[name], patch]) if name in self.beside else patch
+        return dataclasses.replace(self, beside={**self.beside, name: joined})
+
+    def detach(self) -> "Network":
+        """The network without any attached patch."""
+        return dataclasses.replace(self, beside={})
+
+    def merge(self, patch: Patch) -> Any:
+        """Put a patch inside the parameters: a new module whose FFN is ``n`` neurons wider.
+
+        The new module is first tried with active neurons, so that an activation or a structure which was stated wrongly
+        is an error and never a wrong network. Patches that are attached are not merged.
+
+        Args:
+            patch: ``[n, d]``.
+
+        Returns:
+            What the network was made from: an NNX module, or a Linen module and its parameters. The original is not
+            changed.
+
+        Raises:
+            TPatchError: it is not known where the FFN's matrices are, the patch has another width, or the merged
+                network does not equal the attached one.
+        """
+        patch, growth = self._own(patch), self._growth()
+        mend = (
+            "the FFN is not down(act(up(x))), or down(act(gate(x))·up(x)), with these names and this activation; check "
+            "up=, down=, gate= and activation=, or attach"
+        )
+        with jax.default_matmul_precision("highest"):
+            probe = self._probe(patch.key.shape[0])
+            try:
+                merged = growth.apply(growth.grow(probe), self.example)
+            except TPatchError:
+                raise
+            except (TypeError, ValueError) as error:
+                # The user's own module runs here, and something in it does not fit more hidden neurons.
+                reason = " ".join(str(error).split())
+                raise TPatchError(f"with more neurons {self.path!r} does not run ({reason}): {mend}") from error
+            bare = self.detach()
+            traced, attached = bare.trace(self.example), bare.attach(probe).apply(self.example)
+        difference, size = _compared(merged, attached, jnp.linalg.norm)
+        if not difference <= _tolerance(attached, traced.query, traced.output, *growth.dtypes) / 10 * size:
+            raise TPatchError(
+                f"merging into {self.path!r} gives other logits than attaching (relative difference "
+                f"{difference / size:.1g}): {mend}"
+            )
+        return growth.grow(patch)
+
+    def unmerge(self, wider: Any) -> tuple[Any, Patch]:
+        """Take the merged neurons out again, bit for bit: the inverse of `merge`.
+
+        Args:
+            wider: what `merge` returned.
+
+        Returns:
+            The module (a Linen module with its parameters) before the merge, and the patch.
+
+        Raises:
+            TPatchError: it is not wider than this network, or not of its kind.
+        """
+        return self._growth().shrink(wider)
+
+    def gather(self, traced: Trace, lane: Any, position: Any) -> Trace:
+        """Keep only some positions of a trace, as a batch of one-token rows, ready for `resume`.
+
+        Args:
+            traced: a trace of ``[batch, tokens]``.
+            lane: which batch row, ``[rows]`` int.
+            position: which token, ``[rows]`` int.
+
+        Returns:
+            The `Trace`, ``[rows, 1, d]``.
+
+        Raises:
+            TPatchError: the rest of the network looks at several positions at once; see `pointwise`.
+        """
+        if not self.pointwise:
+            raise TPatchError(
+                f"what follows {self.path!r} does not act on each position alone, so positions cannot be gathered; "
+                "resume whole rows, or cut at the last FFN"
+            )
+        return networks.gather(traced, jnp.asarray(lane), jnp.asarray(position))
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether everything after the cut acts on each position alone, whatever its place.
+
+        Tried once, on the example: positions in another order, each as a row of its own, must give the logits that they
+        give in their rows.
+        """
+        if "pointwise" not in self._memo:
+            self._memo["pointwise"] = self._acts_pointwise()
+        return self._memo["pointwise"]
+
+    def _acts_pointwise(self) -> bool:
+        (batch, length), whole = self.example.shape, self.cut(self.example.shape)
+        if whole.logits.shape[:2] != (batch, length) or len(whole.logits.shape) != 3:
+            return False
+        rows = batch * length
+        try:
+            alone = self.cut((rows, 1))
+        except TPatchError:
+            return False  # a network of one fixed length
+        expected = {name: ((rows, 1, *entry.shape[2:]), entry.dtype) for name, entry in whole.context.items()}
+        if any(entry.shape[:2] != (batch, length) for entry in whole.context.values()) or expected != {
+            name: (entry.shape, entry.dtype) for name, entry in alone.context.items()
+        }:
+            return False
+        with jax.default_matmul_precision("highest"):
+            traced = self.trace(self.example)
+            noise = jax.random.normal(jax.random.key(0), traced.output.shape, traced.output.dtype)
+            traced = traced._replace(output=traced.output + noise * jnp.std(traced.output))
+            order = np.random.default_rng(0).permutation(rows)
+            gathered = networks.gather(traced, jnp.asarray(order // length), jnp.asarray(order % length))
+            logits = self.resume(traced, traced.output).reshape(rows, -1)[order]
+            alone = self.resume(gathered, gathered.output)[:, 0]
+        difference, size = _compared(alone, logits, lambda x: jnp.max(jnp.abs(x)))
+        return difference <= _tolerance(logits) * size
+
+    def finisher(self) -> Partial:
+        """The rest of the network for `tpatch_jax.core.fit`: ``(context, output [rows, d]) -> [rows, vocabulary]``.
+
+        ``context`` is `Trace.context` of one-token rows where the rest is `pointwise`. Otherwise it is that of whole
+        rows, with ``"output" [rows, tokens, d]`` and ``"position" [rows]`` beside: the given output stands there.
+        """
+        if "finish" not in self._memo:
+            # One function for this network and all that `attach` makes of it, so that ``jit`` recognises it.
+            self._memo["finish"] = self._finish_rows if self.pointwise else self._finish_whole
+        return Partial(self._memo["finish"], self.params)
+
+    def _finish_rows(self, params: Any, context: dict[str, Array], output: Array) -> Array:
+        return self.cut((output.shape[0], 1)).resume(params, context, output[:, None])[:, 0]
+
+    def _finish_whole(self, params: Any, context: dict[str, Array], output: Array) -> Array:
+        rows, position, whole = jnp.arange(output.shape[0]), context["position"], context["output"]
+        whole = whole.at[rows, position].set(output.astype(whole.dtype))
+        return self.cut(whole.shape[:2]).resume(params, context, whole)[rows, position]
+
+    def _own(self, patch: Patch) -> Patch:
+        """The patch, checked, without the layer that it may name."""
+        if patch.key.ndim != 2:
+            raise TPatchError(f"a patch of shape {list(patch.key.shape)} is a batch of patches; use patch.join first")
+        if patch.key.shape[1] != self.width:
+            raise TPatchError(
+                f"the patch is {patch.key.shape[1]} wide and {self.path!r} {self.width}: it was made for another model"
+            )
+        if patch.layer is not None and bool(jnp.any(jnp.asarray(patch.layer) != self.layer)):
+            raise TPatchError(f"the patch names another layer than {self.layer}, where this network is cut")
+        return patch._replace(layer=None)
+
+    def _growth(self) -> Growth:
+        if isinstance(self.growth, str):
+            raise TPatchError(self.growth)
+        return self.growth
+
+    def _probe(self, neurons: int) -> Patch:
+        """At least one neuron, and as many as are asked for, which fire on the example."""
+        query = self.detach().trace(self.example).query.reshape(-1, self.width)
+        query = query[np.arange(max(1, neurons)) % query.shape[0]]
+        value = jax.random.normal(jax.random.key(0), query.shape, query.dtype) * jnp.std(query)
+        return Patch(query / jnp.sum(jnp.square(query), -1, keepdims=True), jnp.zeros_like(query[:, 0]), value)
+
+
+def added(patch: Patch, query: Array, output: Array, activation: Activation) -> Array:
+    """``output + Σ act(q·k + b)·v``; silent neurons fill the patch up to one of few sizes."""
+    return _added(sized(patch), query, output, activation)
+
+
+# A program of its own: the two halves of a network are then the very same programs with a patch and without, so that a
+# patch which contributes nothing changes no bit.
+@partial(jax.jit, static_argnames="activation")
+def _added(patch: Patch, query: Array, output: Array, activation: Activation) -> Array:
+    return output + contribution(patch, query, activation)
+
+
+def token_table(tokens: Any, dtype: Any = None) -> Array:
+    """Token ids as an array, checked; in a type of their own if one is given."""
+    array = jnp.asarray(tokens)
+    if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TPatchError(f"tokens are {array.dtype}{list(array.shape)}; give token ids as [batch, tokens] integers")
+    return array if dtype is None else array.astype(dtype)
+
+
+def _compared(found: Array, expected: Array, size: Callable[[Array], Array]) -> tuple[float, float]:
+    """How far logits are apart, and how large they are; infinite ones, as of a masked vocabulary, must be the same."""
+    found, expected = found.astype(jnp.float32), expected.astype(jnp.float32)
+    apart = jnp.where(found == expected, 0, found - expected)
+    return float(size(apart)), float(size(jnp.where(jnp.isfinite(expected), expected, 0)))
+
+
+def _tolerance(*computed: Any) -> float:
+    """How far two ways to compute the same may be apart, relatively, in the coarsest type of those given."""
+    return max(1e-4, *(64 * float(jnp.finfo(jnp.result_type(kind)).eps) for kind in computed))

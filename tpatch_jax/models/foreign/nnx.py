@@ -1,0 +1,204 @@
+"""Patches on any Flax NNX module: its feed-forward network is captured in a copy, and widened in another."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import jax
+from flax import nnx
+from jax import Array
+
+from tpatch_jax.core import ffn
+from tpatch_jax.core.patch import Patch
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.foreign.checks import create_network, suggestion, widened
+from tpatch_jax.models.foreign.cut import capture
+from tpatch_jax.models.foreign.network import Activation, Growth, Network
+
+__all__ = ["from_nnx"]
+
+Call = Callable[[Any, Array], Any]
+
+
+def from_nnx(
+    module: nnx.Module,
+    ffn_path: str,
+    *,
+    activation: str | Activation = "gelu",
+    call: Call | None = None,
+    up: str | None = None,
+    down: str | None = None,
+    gate: str | None = None,
+    example: Any = None,
+) -> Network:
+    """Cut an NNX module at one of its feed-forward networks, so that patches can be fitted, attached and merged.
+
+    Args:
+        module: the network, in evaluation mode; not changed, and later changes to it are not seen.
+        ffn_path: where the FFN is, such as ``"blocks.3.mlp"``; a module of its own that is called once in a pass, on
+            ``[batch, tokens, d]`` as its first argument.
+        activation: the FFN's, a name in `tpatch_jax.core.ffn.ACTIVATIONS` (``"gelu"`` is exact, ``"gelu_tanh"`` what
+            `jax.nn.gelu` does by default) or a function.
+        call: ``(module, tokens) -> logits``, if it is not ``module(tokens)``.
+        up: the FFN's first ``nnx.Linear``, such as ``"fc1"``; only merging needs it.
+        down: its last ``nnx.Linear``.
+        gate: the ``nnx.Linear`` whose output is activated, if there is one besides ``up``.
+        example: token ids that the network accepts, ``[batch, tokens]``; by default ``[2, 8]``.
+
+    Returns:
+        The `Network`. Its ``merge`` returns an NNX module.
+
+    Raises:
+        TPatchError: the path leads nowhere, or not to a module that can be cut; the network does not run; the
+            activation is unknown.
+
+    Example:
+        >>> from flax import nnx
+        >>> class Mlp(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.fc1, self.fc2 = nnx.Linear(8, 32, rngs=rngs), nnx.Linear(32, 8, rngs=rngs)
+        ...     def __call__(self, x):
+        ...         return self.fc2(nnx.gelu(self.fc1(x)))
+        >>> class Tiny(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.embed, self.mlp = nnx.Embed(50, 8, rngs=rngs), Mlp(rngs)
+        ...     def __call__(self, tokens):
+        ...         x = self.embed(tokens)
+        ...         return self.embed.attend(x + self.mlp(x))
+        >>> network = from_nnx(Tiny(nnx.Rngs(0)), "mlp", activation="gelu_tanh", up="fc1", down="fc2")
+        >>> traced = network.trace(jnp.array([[3, 1, 4]]))
+        >>> traced.query.shape, network.resume(traced, traced.output).shape
+        ((1, 3, 8), (1, 3, 50))
+        >>> from tpatch_jax.core.patch import create
+        >>> network.merge(create(8, neurons=2)).mlp.fc1.out_features
+        34
+    """
+    graph, state = nnx.split(module)
+    params, run_module = _copy(state), call or (lambda module, tokens: module(tokens))
+
+    def bare() -> nnx.Module:
+        return nnx.merge(graph, _copy(params))
+
+    def run(params: Any, tokens: Array) -> Array:
+        copy = nnx.merge(graph, params)
+        found = _walk(copy, ffn_path)
+        # The copy alone gets another class; the user's module and its class stay as they are.
+        object.__setattr__(found, "__class__", _captured(type(found), ffn_path))
+        return run_module(copy, tokens)
+
+    found = _walk(bare(), ffn_path)
+    if not isinstance(found, nnx.Module) or not ffn_path.strip("./"):
+        kind = "the whole network" if isinstance(found, nnx.Module) else f"a {type(found).__name__}"
+        what = "is not in this network" if found is _NOTHING else f"is {kind}, not one of its modules"
+        raise TPatchError(f"{ffn_path!r} {what}; {_candidates(bare(), run_module, example)}")
+    growth: Growth | str = (
+        f"how to merge into {ffn_path!r} is not known; name its nnx.Linear layers, as in "
+        'from_nnx(…, up="fc1", down="fc2"), or attach'
+    )
+    if up and down:
+        names = {"up": up, "down": down} | ({"gate": gate} if gate else {})
+        growth = _growth(bare, run_module, ffn_path, names)
+    return create_network(run, params, ffn_path, activation, example, growth)
+
+
+def _copy(tree: Any) -> Any:
+    """The same arrays in variables of their own."""
+    return jax.tree.map(lambda leaf: leaf, tree)
+
+
+_NOTHING = object()
+
+
+def _walk(module: Any, path: str) -> Any:
+    for part in path.replace("/", ".").strip(".").split(".") if path.strip("./") else ():
+        if isinstance(module, nnx.Module) and hasattr(module, part):
+            module = getattr(module, part)
+            continue
+        try:
+            module = module[int(part) if part.lstrip("-").isdigit() else part]  # type: ignore[index]
+        except (TypeError, KeyError, IndexError, AttributeError):
+            return _NOTHING
+    return module
+
+
+@lru_cache(maxsize=64)
+def _captured(kind: type, path: str) -> type:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Array:
+        return capture(lambda *args, **kwargs: kind.__call__(self, *args, **kwargs), args, kwargs, path)
+
+    return type(kind)(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__})
+
+
+def _candidates(module: nnx.Module, call: Call, example: Any) -> str:
+    """The paths of modules that keep their input's shape, as a sentence; the user's own kinds of module first."""
+    seen: list[tuple[str, bool]] = []
+
+    def listen(path: str, found: nnx.Module) -> None:
+        kind: Any = type(found)
+        call_kind = kind.__call__
+
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output = call_kind(self, *args, **kwargs)
+            if args and getattr(args[0], "shape", ()) == getattr(output, "shape", None) and output.ndim == 3:
+                seen.append((path, kind.__module__.startswith("flax.") and kind is not nnx.Sequential))
+            return output
+
+        object.__setattr__(found, "__class__", type(kind)(kind.__name__, (kind,), {"__call__": __call__}))
+
+    for parts, found in list(nnx.iter_modules(module)):
+        if parts:
+            listen(".".join(map(str, parts)), found)
+    return suggestion(lambda tokens: call(module, tokens), seen, example)[1]
+
+
+def _growth(bare: Callable[[], nnx.Module], call: Call, path: str, names: dict[str, str]) -> Growth:
+    def layers(module: nnx.Module) -> dict[str, nnx.Linear]:
+        found = {role: _walk(_walk(module, path), name) for role, name in names.items()}
+        for role, layer in found.items():
+            if not isinstance(layer, nnx.Linear):
+                kind = "missing" if layer is _NOTHING else f"a {type(layer).__name__}"
+                raise TPatchError(f"{role}={names[role]!r} in {path!r} is {kind}; name an nnx.Linear, or attach")
+        return found
+
+    def entries(found: dict[str, nnx.Linear]) -> dict[str, dict[str, Array]]:
+        return {
+            role: {"kernel": layer.kernel[...]} | ({} if layer.bias is None else {"bias": layer.bias[...]})
+            for role, layer in found.items()
+        }
+
+    readers = ("gate", "up") if "gate" in names else ("up",)
+    own = entries(layers(bare()))
+    biased = {"bias" in own[role] for role in readers}
+    if len(biased) > 1:
+        raise TPatchError(f"of {' and '.join(names[role] for role in readers)} in {path!r} only one has a bias; attach")
+
+    def changed(module: Any, params: dict[str, dict[str, Array]]) -> nnx.Module:
+        for role in names:
+            layer, entry = _walk(_walk(module, path), names[role]), params[role]
+            layer.kernel = layer.kernel.replace(entry["kernel"])
+            layer.in_features, layer.out_features = entry["kernel"].shape
+            layer.use_bias = "bias" in entry
+            if not layer.use_bias:
+                layer.bias = nnx.data(None)
+            else:
+                layer.bias = nnx.Param(entry["bias"]) if layer.bias is None else layer.bias.replace(entry["bias"])
+        return module
+
+    def grow(patch: Patch) -> nnx.Module:
+        return changed(bare(), widened(own, patch, path))
+
+    def shrink(wider: Any) -> tuple[nnx.Module, Patch]:
+        graph, state = nnx.split(wider)
+        copy = nnx.merge(graph, _copy(state))
+        params = entries(layers(copy))
+        added = ffn.width(params) - ffn.width(own)
+        if added < 0:
+            raise TPatchError(f"{path!r} of that module is narrower than this network's; give what `merge` returned")
+        before, patch = ffn.unmerge(params, added, added_bias=biased == {False})
+        return changed(copy, before), patch
+
+    def apply(wider: Any, tokens: Array) -> Array:
+        graph, state = nnx.split(wider)
+        return jax.jit(lambda state, tokens: call(nnx.merge(graph, state), tokens))(state, tokens)
+
+    return Growth(grow, shrink, apply, tuple(entry["kernel"].dtype for entry in own.values()))

@@ -1,0 +1,1 @@
+"""What reads and writes files: whole or not at all, cached, line by line."""

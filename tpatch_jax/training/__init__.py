@@ -1,0 +1,1 @@
+"""Fine-tuning of classifiers and question answerers, which editing needs."""

@@ -1,0 +1,261 @@
+"""What finetuning learns from: examples, their labels, and batches of few shapes."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tpatch_jax.core.sizes import round_up
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.networks import Pair
+from tpatch_jax.models.rows import ASK
+from tpatch_jax.storage.json_lines import read_json_lines
+
+__all__ = ["Bucket", "Data", "Example", "Lesson", "Row", "choose_labels", "lessons", "plan", "read_data", "tokenize"]
+
+
+class Example(NamedTuple):
+    """A prompt and what the model shall answer.
+
+    Attributes:
+        prompt: what an encoder reads.
+        target: the answer: a text, or the name of a label.
+        where: where it stands, for messages.
+    """
+
+    prompt: str
+    target: str
+    where: str = ""
+
+
+class Data(NamedTuple):
+    """Examples and what identifies them.
+
+    Attributes:
+        examples: in order.
+        sha256: of the file, or of what was given in code.
+    """
+
+    examples: tuple[Example, ...]
+    sha256: str
+
+
+class Row(NamedTuple):
+    """An example in tokens.
+
+    Attributes:
+        read: what the encoder reads.
+        begin: with what an encoder-decoder's answers begin; of a classifier nothing.
+        answer: the answer's tokens, the one that ends it included; of a classifier the number of its label.
+    """
+
+    read: tuple[int, ...]
+    begin: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+class Bucket(NamedTuple):
+    """Rows that are padded to the same lengths.
+
+    Attributes:
+        numbers: which rows.
+        read: the length of what the encoder reads.
+        written: the length of what the decoder reads; 0 of a classifier.
+    """
+
+    numbers: np.ndarray
+    read: int
+    written: int
+
+
+class Lesson(NamedTuple):
+    """A batch and what should come out.
+
+    Attributes:
+        batch: what the network is run on: ``[rows, read]``, or a `Pair` with ``[rows, written]``.
+        answer: ``[rows]`` labels, or ``[rows, written]`` tokens, each at the position that says it.
+        weight: 1 where an answer counts and 0 at padding, shaped like ``answer``.
+    """
+
+    batch: Any
+    answer: np.ndarray
+    weight: np.ndarray
+
+
+def read_data(
+    source: str | Path | Sequence[tuple[str, str]], prompt_field: str = "prompt", target_field: str = "target"
+) -> Data:
+    """Examples from a file with one JSON object a line, or from pairs given in code.
+
+    Args:
+        source: the file, UTF-8, empty lines are passed over; or pairs of prompt and target.
+        prompt_field: the key of the prompt; keys that are not asked for may be there, too.
+        target_field: the key of the target.
+
+    Returns:
+        The `Data`.
+
+    Raises:
+        TPatchError: the file cannot be read, or a line is no such object; the message names the line.
+
+    Example:
+        >>> read_data([("Paris is in", "France")]).examples[0]
+        Example(prompt='Paris is in', target='France', where='example 0')
+    """
+    if not isinstance(source, str | Path):
+        examples = [
+            _example({"prompt": prompt, "target": target}, ("prompt", "target"), f"example {number}")
+            for number, (prompt, target, *_) in enumerate(source)
+        ]
+        text = json.dumps([[example.prompt, example.target] for example in examples])
+        return Data(tuple(examples), hashlib.sha256(text.encode()).hexdigest())
+    path, fields = Path(source), (prompt_field, target_field)
+    examples = [_example(line.value, fields, line.where) for line in read_json_lines(path, "object")]
+    if not examples:
+        raise TPatchError(f"{path} holds no example; put one JSON object a line, with {prompt_field!r} and the like")
+    return Data(tuple(examples), hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def _example(record: Any, fields: tuple[str, str], where: str) -> Example:
+    if not isinstance(record, dict):
+        raise TPatchError(f"{where}: {type(record).__name__} instead of an object with {fields[0]!r} and {fields[1]!r}")
+    for option, name in zip(("--prompt-field", "--target-field"), fields, strict=True):
+        if name not in record:
+            raise TPatchError(f"{where}: no {name!r}; add it, or name the key that stands for it with {option}")
+        if not isinstance(record[name], str) or not record[name].strip():
+            raise TPatchError(f"{where}: {name!r} must be a string with something in it")
+        if re.search("[\ud800-\udfff]", record[name]):
+            raise TPatchError(f"{where}: {name!r} holds half of a surrogate pair; write that character whole")
+    return Example(record[fields[0]], record[fields[1]], where)
+
+
+def choose_labels(
+    examples: Sequence[Example], wanted: Sequence[str] | None = None, own: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """What a classifier shall tell apart.
+
+    Args:
+        examples: their targets are names of labels.
+        wanted: these labels in this order.
+        own: the labels that the model has; they stay if they name all that occur, for its head knows them.
+
+    Returns:
+        The labels: those wanted, or the model's own, or all that occur, sorted.
+
+    Raises:
+        TPatchError: fewer than two labels, or one is wanted twice or never occurs.
+
+    Example:
+        >>> choose_labels([Example("It rains.", "wet"), Example("The sun shines.", "dry")])
+        ('dry', 'wet')
+    """
+    found = sorted({example.target.strip() for example in examples})
+    shown = ", ".join(found[:8]) + (", …" if len(found) > 8 else "")
+    if wanted is None:
+        labels = tuple(own) if set(found) <= set(own) else tuple(found)
+    else:
+        labels = tuple(label.strip() for label in wanted)
+        for label in labels:
+            if labels.count(label) > 1:
+                raise TPatchError(f"the label {label!r} is wanted twice; name each once")
+            if label not in found:
+                raise TPatchError(f"no example has the label {label!r}; those of the data are {shown}")
+    if len(labels) < 2:
+        raise TPatchError(f"a classifier tells two labels or more apart; those of the data are {shown}")
+    return labels
+
+
+def tokenize(model: Model, examples: Sequence[Example]) -> list[Row]:
+    """Examples in tokens.
+
+    Args:
+        model: a classifier or an encoder-decoder.
+        examples: prompts and targets.
+
+    Raises:
+        TPatchError: an example is too long for the model, or its target is none of the labels.
+    """
+    rows = []
+    for example in examples:
+        try:
+            prompt = model.encode_prompt(example.prompt)
+            answer = model.encode_target(example.prompt, example.target)
+        except TPatchError as error:
+            raise TPatchError(f"{example.where}: {error}") from None
+        if reason := model.excess(prompt, answer):
+            raise TPatchError(f"{example.where}: {reason}")
+        ask = prompt.index(ASK)
+        rows.append(Row(tuple(prompt[:ask]), tuple(prompt[ask + 1 :]), tuple(answer)))
+    return rows
+
+
+def _lengths(row: Row) -> tuple[int, int]:
+    written = len(row.begin) + len(row.answer) - 1
+    return round_up(len(row.read), 8), round_up(written, 8) if row.begin else 0
+
+
+def buckets(rows: Sequence[Row], size: int) -> list[Bucket]:
+    """Rows of like lengths together, at least ``size`` of them where there are so many, so that few shapes occur."""
+    by_length: dict[tuple[int, int], list[int]] = {}
+    for number, row in enumerate(rows):
+        by_length.setdefault(_lengths(row), []).append(number)
+    found, numbers, lengths = [], [], (0, 0)
+    for read, written in sorted(by_length):
+        numbers += by_length[read, written]
+        lengths = max(lengths[0], read), max(lengths[1], written)
+        if len(numbers) >= size:
+            found.append(Bucket(np.asarray(numbers), *lengths))
+            numbers, lengths = [], (0, 0)
+    return found + ([Bucket(np.asarray(numbers), *lengths)] if numbers else [])
+
+
+def plan(rows: Sequence[Row], size: int, shuffle: np.random.Generator | None = None) -> list[Bucket]:
+    """Which rows stand in which batch of an epoch; as many batches in each.
+
+    Args:
+        rows: examples in tokens.
+        size: how many rows are in a batch, at most.
+        shuffle: draws the order of rows and batches; otherwise it is that of the lengths.
+    """
+    batches = []
+    for bucket in buckets(rows, size):
+        numbers = bucket.numbers if shuffle is None else shuffle.permutation(bucket.numbers)
+        batches += [bucket._replace(numbers=numbers[first : first + size]) for first in range(0, len(numbers), size)]
+    return batches if shuffle is None else [batches[number] for number in shuffle.permutation(len(batches))]
+
+
+def lessons(config: NetworkConfig, rows: Sequence[Row], size: int, batches: Sequence[Bucket]) -> Iterator[Lesson]:
+    """The batches of a `plan` as arrays of ``size`` rows each; rows that are missing have weight 0.
+
+    Args:
+        config: the network's description.
+        rows: examples in tokens.
+        size: how many rows every batch has.
+        batches: from `plan`.
+
+    Yields:
+        A `Lesson` each; of an encoder-decoder it reads ``[*begin, *answer[:-1]]`` and should say ``answer``.
+    """
+    for bucket in batches:
+        read = np.full((size, bucket.read), ASK, np.int32)
+        # A row of padding alone would have attention see nothing.
+        read[:, 0] = 0
+        shape = (size, bucket.written) if config.encoder else (size,)
+        written, answer, weight = (np.zeros(shape, kind) for kind in (np.int32, np.int32, np.float32))
+        for slot, number in enumerate(bucket.numbers):
+            row = rows[number]
+            read[slot, : len(row.read)] = row.read
+            if not config.encoder:
+                answer[slot], weight[slot] = row.answer[0], 1
+                continue
+            inputs = [*row.begin, *row.answer[:-1]]
+            said = slice(len(row.begin) - 1, len(inputs))
+            written[slot, : len(inputs)] = inputs
+            answer[slot, said], weight[slot, said] = row.answer, 1
+        yield Lesson(Pair(read, written) if config.encoder else read, answer, weight)  # pyright: ignore

@@ -1,0 +1,217 @@
+"""Finetuning: makes a classifier of an encoder, or a question answerer of an encoder-decoder, for editing later."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpatch_jax.core import ffn
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.checkpoints.folder import read_settings
+from tpatch_jax.models.checkpoints.sources import resolve_model
+from tpatch_jax.models.families.registry import configure
+from tpatch_jax.models.fingerprint import fingerprint
+from tpatch_jax.models.model import Model, save_model
+from tpatch_jax.storage.files import check_vacant, replace_folder, write_text
+from tpatch_jax.training.data import Example, choose_labels, read_data, tokenize
+from tpatch_jax.training.loop import RECORD, FinetuneSettings, Report, accuracy, train
+from tpatch_jax.training.start import named_labels, read_start
+
+__all__ = ["FinetuneInfo", "FinetuneSettings", "finetune"]
+
+Examples = str | Path | Sequence[tuple[str, str]]
+
+_DEFAULT = FinetuneSettings()
+_TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+    *("chat_template.jinja", "generation_config.json"),
+)
+
+
+@dataclass(frozen=True)
+class FinetuneInfo:
+    """What `finetune` did.
+
+    Attributes:
+        output: the folder of the model.
+        examples: how many it was trained on.
+        labels: what a classifier tells apart; empty of an encoder-decoder.
+        steps: how many steps were taken, earlier runs included.
+        epochs: how often each example was seen.
+        losses: the mean loss of each epoch's steps, as it was before each.
+        train_accuracy: the share of training examples that come out right: the label, or the whole answer token by
+            token, which is what greedy generation gives.
+        validation_accuracy: the same of the validation examples; ``None`` without any.
+        seconds: the time of training, earlier runs included.
+        resumed: after how many steps this run began; 0 is at the start.
+    """
+
+    output: Path
+    examples: int
+    labels: tuple[str, ...]
+    steps: int
+    epochs: int
+    losses: tuple[float, ...]
+    train_accuracy: float
+    validation_accuracy: float | None
+    seconds: float
+    resumed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values; ``loss`` is that of the last epoch."""
+        fields = dataclasses.asdict(self)
+        return {**fields, "output": str(self.output), "loss": self.losses[-1], "seconds": round(self.seconds, 1)}
+
+
+def finetune(
+    model: str | Path | Model,
+    examples: Examples,
+    output: str | Path,
+    *,
+    settings: FinetuneSettings = _DEFAULT,
+    validation: Examples = (),
+    labels: Sequence[str] | None = None,
+    prompt_field: str = "prompt",
+    target_field: str = "target",
+    dtype: str | None = None,
+    progress: Report | None = None,
+) -> FinetuneInfo:
+    """Train a classifier or a question answerer and write its folder.
+
+    AdamW on the mean cross-entropy ``-log p(answer | prompt)`` of labels or answer tokens, without dropout. Unfinished
+    work is kept in ``OUTPUT.partial``: the same call goes on there and ends with the same bits.
+
+    Args:
+        model: an encoder with or without a classification head, or an encoder-decoder: its folder, a hub id, or a
+            loaded `Model`. From scratch a folder with ``config.json`` is enough; without a tokenizer there, one is
+            trained on the examples.
+        examples: pairs of prompt and target, or a file with one JSON object a line. A classifier's targets are names
+            of labels.
+        output: the folder for the model; must not exist yet, or be empty.
+        settings: how it is trained.
+        validation: examples to measure on, like ``examples``.
+        labels: what a classifier shall tell apart, in this order; examples of other labels are left out. By default
+            the model's own if they name all that occur, else all that occur, sorted.
+        prompt_field: the key of the prompt in files.
+        target_field: the key of the target in files.
+        dtype: ``"float32"`` (the default) or ``"bfloat16"`` for what is written; training is in float32.
+        progress: called with what is being done, how much of it is done, and how much there is.
+
+    Returns:
+        The `FinetuneInfo`; `tpatch_jax.load_model` reads the folder.
+
+    Raises:
+        TPatchError: the model is a decoder, unknown or has no weights; the data are empty, malformed, too long or have
+            other labels; the folder is taken, or its unfinished work is of another training; or the loss is not finite.
+
+    Example:
+        >>> pairs = [("The sun shines.", "dry"), ("It rains.", "wet")]
+        >>> finetune("minilm", pairs, "weather").train_accuracy  # doctest: +SKIP
+        1.0
+
+    Source: Loshchilov and Hutter 2019 for AdamW; Huang et al. 2023, section 5.1, for the two tasks.
+    """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise TPatchError(f"dtype {dtype!r} is not supported; use 'float32' or 'bfloat16'")
+    output = Path(output)
+    check_vacant(output)
+    data, held_out = (read_data(source, prompt_field, target_field) for source in (examples, validation))
+    if not data.examples:
+        raise TPatchError("there is no example to learn from; give one or more")
+    start, chosen, asked = _begin(model, data.examples, held_out.examples, settings, labels)
+    if held_out.examples and not asked:
+        raise TPatchError(f"no validation example has one of the labels {', '.join(labels or ())}; give others")
+    rows, asked_rows = tokenize(start, chosen), tokenize(start, asked)
+    record = {
+        "model": fingerprint(start),
+        "labels": list(start.config.labels),
+        "data": data.sha256,
+        "validation": held_out.sha256 if asked else None,
+        "tokens": hashlib.sha256(json.dumps([rows, asked_rows]).encode()).hexdigest(),
+        "settings": {**dataclasses.asdict(settings), "learning_rate": settings.rate},
+    }
+    partial_folder = output.with_name(f"{output.name}.partial")
+    run = train(start, rows, settings, partial_folder, record, progress)
+    kind = jnp.dtype(dtype or "float32")
+    trained = start.with_params(jax.tree.map(lambda leaf: leaf.astype(kind), run.params))
+    size, per_epoch = min(settings.batch_size, len(rows)), len(run.losses) // settings.epochs
+    info = FinetuneInfo(
+        output,
+        len(rows),
+        start.config.labels,
+        len(run.losses),
+        settings.epochs,
+        tuple(float(np.mean(part)) for part in np.split(run.losses, settings.epochs)),
+        accuracy(trained, rows, size, "measuring", progress),
+        accuracy(trained, asked_rows, size, "validating", progress) if asked else None,
+        run.seconds,
+        run.resumed,
+    )
+    _write(trained, info, {**record, "steps_per_epoch": per_epoch})
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    return info
+
+
+def _begin(
+    model: str | Path | Model,
+    examples: Sequence[Example],
+    validation: Sequence[Example],
+    settings: FinetuneSettings,
+    labels: Sequence[str] | None,
+) -> tuple[Model, list[Example], list[Example]]:
+    """The model to train and the examples that are used."""
+    folder = None if isinstance(model, Model) else resolve_model(str(model))
+    known = model.settings if isinstance(model, Model) else read_settings(Path(folder or ""))
+    # The labels are not known yet; which kind of network it is does not depend on them.
+    kind = configure({**known, "id2label": {"0": "0", "1": "1"}}).architecture
+    if kind == "decoder":
+        raise TPatchError(
+            f"a {known['model_type']} is a decoder, and finetune makes classifiers of encoders and question answerers "
+            "of encoder-decoders; use another tool for decoders"
+        )
+    chosen, asked = list(examples), list(validation)
+    if kind == "encoder":
+        names = choose_labels(examples, labels, named_labels(known))
+        if labels is not None:
+            chosen, asked = ([one for one in part if one.target.strip() in names] for part in (chosen, asked))
+    elif labels is not None:
+        raise TPatchError("labels are what a classifier tells apart, and this is an encoder-decoder; leave them out")
+    else:
+        names = None
+    if not isinstance(model, Model):
+        texts = (text for example in chosen for text in (example.prompt, example.target.strip()))
+        folder = Path(folder or "")
+        return read_start(folder, known, names, settings.from_scratch, texts, settings.seed), chosen, asked
+    if settings.from_scratch or (names or ()) != model.config.labels:
+        raise TPatchError("a loaded model is trained as it is; for other labels or from scratch give its folder")
+    if any(ffn.attached(layer["ffn"]) for layer in model.params["layers"].values()):
+        raise TPatchError("a patch is attached to the model; merge or detach it before training")
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.params)
+    return model.with_params(params), chosen, asked
+
+
+def _write(model: Model, info: FinetuneInfo, record: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    settings = {name: entry for name, entry in model.settings.items() if name != "_name_or_path"}
+    # transformers has its table of network classes only where torch is; their names begin as those of configurations.
+    family = type(AutoConfig.for_model(settings["model_type"])).__name__.removesuffix("Config")
+    settings["architectures"] = [family + ("ForSequenceClassification" if info.labels else "ForConditionalGeneration")]
+    result = {name: entry for name, entry in info.to_json().items() if name not in ("output", "labels", "resumed")}
+    with replace_folder(info.output) as temporary:
+        save_model(dataclasses.replace(model, folder=None, settings=settings), temporary)
+        if model.folder is None:
+            model.tokenizer.save_pretrained(temporary)
+        for path in sorted(model.folder.iterdir()) if model.folder else ():
+            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _TOKENIZER_FILES):
+                shutil.copyfile(path, temporary / path.name)
+        write_text(temporary / RECORD, json.dumps({**record, **result}, indent=2) + "\n")
