@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import tpatch_jax as tp
-from tpatch_jax.core.fit import FitSettings, Lane, fit
+from tpatch_jax.core.fit import FitProblem, FitSettings, fit
 from tpatch_jax.core.memory import create_memory
 
 VOCABULARY, WIDTH = 64, 32
@@ -131,7 +131,7 @@ queries = jax.random.normal(keys[1], (COUNT, 1, WIDTH))
 rows = create_memory(jax.random.normal(keys[2], (128, WIDTH)))
 wanted = jnp.arange(COUNT)
 nothing = jnp.zeros((COUNT, 0, WIDTH))
-lanes = Lane(queries, 0 * queries, nothing, None, wanted, head.T[wanted], jnp.ones(COUNT))
+lanes = FitProblem(queries, 0 * queries, nothing, None, wanted, head.T[wanted], jnp.ones(COUNT))
 
 
 @jax.jit

@@ -21,6 +21,7 @@ from tpatch_jax.core import fit as fitting
 from tpatch_jax.core.fit import FitSettings, _over_devices
 from tpatch_jax.core.memory import create_memory, extend
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.storage import processes
 
 SCRIPT = Path(__file__).parent / "on_devices.py"
 
@@ -113,7 +114,7 @@ def test_one_device_changes_nothing():
     assert devices.mesh_of({"kernel": np.ones(2)}) is None
     mesh = jax.make_mesh((1, 1), ("data", "model"))
     assert devices.mesh_of(jax.device_put(np.ones(2), NamedSharding(mesh, PartitionSpec()))) is None
-    assert devices.spread(memory, None) is memory
+    assert devices.shard_rows(memory, None) is memory
     with pytest.raises(TPatchError, match="joint recipe is not split over devices; use recipe=staged"):
         _over_devices(FitSettings(recipe="joint"), memory, mesh)
 
@@ -138,7 +139,7 @@ def test_a_taken_folder_is_said_before_anything_is_written(tmp_path):
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "note.txt").write_text("mine")
-    with pytest.raises(TPatchError, match="already exists"), devices.one_process_writes(taken):
+    with pytest.raises(TPatchError, match="already exists"), processes.one_process_writes(taken):
         pass
-    with devices.one_process_writes(tmp_path / "new") as writes:
+    with processes.one_process_writes(tmp_path / "new") as writes:
         assert writes

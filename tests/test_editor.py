@@ -21,11 +21,11 @@ from tpatch_jax.bank import patches as store
 from tpatch_jax.core.fit import FitSettings
 from tpatch_jax.core.patch import Patch, concatenate, create, take
 from tpatch_jax.editors import model_memory as background_
-from tpatch_jax.editors.model_memory import background
+from tpatch_jax.editors.model_memory import collect_model_memory
 from tpatch_jax.editors.tpatcher import editor as tpatcher_module
 from tpatch_jax.editors.tpatcher import last_site, rounds
-from tpatch_jax.editors.tpatcher.earlier import give_way
 from tpatch_jax.editors.tpatcher.editor import tpatcher
+from tpatch_jax.editors.tpatcher.previous import raise_thresholds
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.measure import measure, predictions
@@ -101,7 +101,7 @@ def test_what_is_given_in_another_form_is_named(tiny_model):
         tp.edit("smollm2-135m", list(REQUESTS))  # type: ignore[arg-type]
     for put in (merge, attach):
         with pytest.raises(TPatchError, match="a tuple is no patch; of what `edit` returns the first"):
-            put(tiny_model, (create(tiny_model.config.width), None))  # type: ignore[arg-type]
+            put(tiny_model, (create(tiny_model.config.hidden_size), None))  # type: ignore[arg-type]
     with pytest.raises(TPatchError, match="a list is no prompt; give one text at a time"):
         tiny_model.generate(["the cat"])  # type: ignore[arg-type]
 
@@ -286,12 +286,12 @@ def test_a_request_that_fails_leaves_no_trace_in_earlier_neurons(tiny_model, mem
     gave_way = []
 
     def watched(*given):
-        found = give_way(*given)
+        found = raise_thresholds(*given)
         gave_way.append(not same(found, given[2]))
         return found
 
     with pytest.MonkeyPatch.context() as patching:
-        patching.setattr(tpatcher_module, "give_way", watched)
+        patching.setattr(tpatcher_module, "raise_thresholds", watched)
         second, info = editor.step(first, [EditRequest("the hat sat in", "wxyz")], jax.random.key(1))
     assert info.requests[0].status == "failed"
     assert gave_way[0]
@@ -337,26 +337,26 @@ def kept(cache: Path, what: str) -> list[Path]:
 
 
 def test_the_background_is_written_once_and_recalled(tiny_model, memory, tmp_path, monkeypatch):
-    first = background(tiny_model, 2, memory, cache=tmp_path)
+    first = collect_model_memory(tiny_model, 2, memory, cache=tmp_path)
     assert first.query.shape[1] == 16
     assert first.query.shape[0] > 128
     (folder,) = kept(tmp_path, "arrays")
     calls = []
     collect = background_._collect
     monkeypatch.setattr(background_, "_collect", lambda *args: calls.append(1) or collect(*args))
-    second = background(tiny_model, 2, memory, cache=tmp_path)
+    second = collect_model_memory(tiny_model, 2, memory, cache=tmp_path)
     assert not calls
     assert bits((first.query, first.nuisance)) == bits((second.query, second.nuisance))
     assert (first.prefixes, first.names) == (second.prefixes, second.names)
     # another layer, another text, another tokenizer or another model is another background
-    background(tiny_model, 1, memory, cache=tmp_path)
+    collect_model_memory(tiny_model, 1, memory, cache=tmp_path)
     other = tmp_path / "other.txt"
     other.write_text(MEMORY[1:])
-    background(tiny_model, 2, other, cache=tmp_path)
-    background(make_tiny_model(9), 2, memory, cache=tmp_path)
+    collect_model_memory(tiny_model, 2, other, cache=tmp_path)
+    collect_model_memory(make_tiny_model(9), 2, memory, cache=tmp_path)
     begun = copy.deepcopy(tiny_model.tokenizer)
     begun.add_special_tokens({"bos_token": begun.convert_ids_to_tokens(5)})
-    background(dataclasses.replace(tiny_model, tokenizer=begun), 2, memory, cache=tmp_path)
+    collect_model_memory(dataclasses.replace(tiny_model, tokenizer=begun), 2, memory, cache=tmp_path)
     assert len(calls) == 4
     assert len(kept(tmp_path, "arrays")) == 5
     assert len(kept(tmp_path, "texts")) == 4  # the same for both layers
@@ -366,54 +366,54 @@ def test_the_background_is_written_once_and_recalled(tiny_model, memory, tmp_pat
 @pytest.mark.parametrize("file", ["arrays.safetensors", "background.json"])
 @pytest.mark.parametrize("content", [None, b"", b"{"])
 def test_a_damaged_background_is_made_again(tiny_model, memory, tmp_path, file, content):
-    first = background(tiny_model, 2, memory, cache=tmp_path)
+    first = collect_model_memory(tiny_model, 2, memory, cache=tmp_path)
     (folder,) = kept(tmp_path, "arrays")
     whole = (folder / file).read_bytes()
     if content is None:
         (folder / file).unlink()
     else:
         (folder / file).write_bytes(content)
-    second = background(tiny_model, 2, memory, cache=tmp_path)
+    second = collect_model_memory(tiny_model, 2, memory, cache=tmp_path)
     assert bits(first.query) == bits(second.query)
     assert (folder / file).read_bytes() == whole
 
 
 @pytest.mark.parametrize("content", [b"", b"{"])
 def test_damaged_texts_are_made_again(tiny_model, memory, tmp_path, content):
-    background(tiny_model, 2, memory, cache=tmp_path)
+    collect_model_memory(tiny_model, 2, memory, cache=tmp_path)
     (folder,) = kept(tmp_path, "texts")
     whole = (folder / "texts.safetensors").read_bytes()
     (folder / "texts.safetensors").write_bytes(content)
-    background(tiny_model, 1, memory, cache=tmp_path)
+    collect_model_memory(tiny_model, 1, memory, cache=tmp_path)
     assert (folder / "texts.safetensors").read_bytes() == whole
 
 
 def test_a_background_that_cannot_be_kept_costs_only_time(tiny_model, memory, tmp_path):
     (tmp_path / "background").write_text("a file where the folder should be")
-    assert background(tiny_model, 2, memory, cache=tmp_path).query.shape[0] > 128
+    assert collect_model_memory(tiny_model, 2, memory, cache=tmp_path).query.shape[0] > 128
 
 
 def test_text_is_sampled_from_the_model_itself(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(background_, "TEXTS", 64)
     seen = []
-    known = background(tiny_model, 2, cache=tmp_path, progress=lambda *said: seen.append(said))
+    known = collect_model_memory(tiny_model, 2, cache=tmp_path, progress=lambda *said: seen.append(said))
     assert 64 < known.query.shape[0] <= 64 * 63
     assert np.isfinite(np.asarray(known.query)).all()
     assert seen[0] == ("sampling memory text", 0, 64)
     assert seen[-1][1:] == (64, 64)
-    assert same(background(tiny_model, 2).query, known.query)  # the same every time
+    assert same(collect_model_memory(tiny_model, 2).query, known.query)  # the same every time
 
 
 def test_memory_texts_that_cannot_be_used(tiny_model, tmp_path):
     with pytest.raises(TPatchError, match=r"memory text .*gone\.txt cannot be read"):
-        background(tiny_model, 2, tmp_path / "gone.txt")
+        collect_model_memory(tiny_model, 2, tmp_path / "gone.txt")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(TPatchError, match=r"memory text .*bytes\.txt cannot be read .*give a UTF-8 text file"):
-        background(tiny_model, 2, tmp_path / "bytes.txt")
+        collect_model_memory(tiny_model, 2, tmp_path / "bytes.txt")
     for text in ("", "short"):
         (tmp_path / "short.txt").write_text(text)
         with pytest.raises(TPatchError, match=r"short\.txt is too short; give a longer text file"):
-            background(tiny_model, 2, tmp_path / "short.txt")
+            collect_model_memory(tiny_model, 2, tmp_path / "short.txt")
 
 
 # --- measuring ---

@@ -100,7 +100,7 @@ def direct_step(state: DirectState, requests: Sequence[EditRequest], key: Any) -
         neurons = tuple(range(count, count + len(target)))
         results.append(RequestInfo(request.name(number), True, "edited", neurons=neurons))
         count += len(target)
-    added = (count - state.patch.key.shape[0]) * (2 * model.config.width + 1)
+    added = (count - state.patch.key.shape[0]) * (2 * model.config.hidden_size + 1)
     return state._replace(patch=concatenate(patches)), EditInfo(tuple(results), 0.25, 0.125, 2.0, 1.0, added)
 
 
@@ -108,7 +108,7 @@ DIRECT = Method(
     "direct",
     {"default": TPatcherSettings()},
     lambda settings, memory, cache, progress: Editor(
-        lambda model, key: DirectState(model, create(model.config.width)),
+        lambda model, key: DirectState(model, create(model.config.hidden_size)),
         direct_step,
         lambda state, tokens: attach(state.model, state.patch, relu=True).apply(tokens),
     ),
@@ -170,7 +170,7 @@ def plain_figures(model: Model, records: Sequence[Record]) -> dict[str, float]:
 def some_patch(model: Model, base: Base, layer: int | None = None) -> Patch:
     """Neurons of which each fires on some queries, and one that never does."""
     rng = np.random.default_rng(0)
-    key = rng.normal(size=(4, model.config.width)).astype(np.float32)
+    key = rng.normal(size=(4, model.config.hidden_size)).astype(np.float32)
     at = model.config.layers - 1 if layer is None else layer
     rows = base.asked.rows
     # Every position counts in an earlier layer, so there neurons fire on fewer.

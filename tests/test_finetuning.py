@@ -281,7 +281,9 @@ def test_a_damaged_unfinished_folder(classifier, tmp_path):
 
 def test_batches_are_few_shapes_with_every_row_once():
     rng = np.random.default_rng(0)
-    rows = [finetuning_data.Row((5,) * rng.integers(1, 40), (0,), (7,) * rng.integers(1, 12)) for _ in range(203)]
+    rows = [
+        finetuning_data.TrainingRow((5,) * rng.integers(1, 40), (0,), (7,) * rng.integers(1, 12)) for _ in range(203)
+    ]
     size, config = 16, configure(T5)
     batches = finetuning_data.plan(rows, size, np.random.default_rng(1))
     assert len(batches) == len(finetuning_data.plan(rows, size)) <= 203 // size + 10
@@ -297,7 +299,7 @@ def test_batches_are_few_shapes_with_every_row_once():
 
 
 def test_what_the_decoder_reads_and_says():
-    row = finetuning_data.Row((9, 2), (2, 0), (5, 6, 2))
+    row = finetuning_data.TrainingRow((9, 2), (2, 0), (5, 6, 2))
     (lesson,) = finetuning_data.lessons(configure(BART), [row], 2, finetuning_data.plan([row], 2))
     assert lesson.batch.source[0].tolist() == [9, 2, *[-1] * 6]
     assert lesson.batch.target[0].tolist() == [2, 0, 5, 6, 0, 0, 0, 0]

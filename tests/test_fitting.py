@@ -11,7 +11,7 @@ import pytest
 from conftest import relative, same
 from jax.tree_util import Partial
 
-from tpatch_jax.core.fit import FitInfo, FitSettings, Lane, fit, fit_many
+from tpatch_jax.core.fit import FitInfo, FitProblem, FitSettings, fit, fit_many
 from tpatch_jax.core.memory import create_memory
 from tpatch_jax.core.objective import Weights, edit_loss
 from tpatch_jax.core.patch import Patch, contribution, join, preactivations
@@ -41,7 +41,7 @@ BOTH = pytest.mark.parametrize("recipe", sorted(SETTINGS))
 
 
 class Problem(NamedTuple):
-    lanes: Lane
+    lanes: FitProblem
     memory: object
     resume: Partial
     keys: jax.Array
@@ -56,7 +56,7 @@ def problem() -> Problem:
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     head, target = draw(WIDTH, VOCABULARY), jnp.arange(LANES, dtype=jnp.int32) * 5
-    lanes = Lane(
+    lanes = FitProblem(
         query=2 * draw(LANES, 1, WIDTH) + 0.1 * draw(LANES, CONTEXTS, WIDTH),
         output=0.5 * draw(LANES, CONTEXTS, WIDTH),
         negative=2 * draw(LANES, 2, WIDTH),

@@ -644,7 +644,7 @@ def test_networks_that_draw_are_refused(linen):
     with pytest.raises(tp.TPatchError, match=r"draws random numbers.*module.eval\(\)"):
         tp.from_nnx(noisy, "layers.1.mlp")
     noisy.eval()
-    assert tp.from_nnx(noisy, "layers.1.mlp").width == WIDTH
+    assert tp.from_nnx(noisy, "layers.1.mlp").hidden_size == WIDTH
     with pytest.raises(tp.TPatchError, match=r"does not run on tokens.*InvalidRngError.*call="):
         tp.from_linen(*linen, "block_1/mlp")
 
@@ -695,7 +695,7 @@ def test_ffns_called_in_other_ways(decoder):
 
     with pytest.raises(tp.TPatchError, match=r"'layers.0.mlp.inner' returns a tuple, not one array"):
         tp.from_nnx(around(Pair), "layers.0.mlp.inner")
-    assert tp.from_nnx(around(Pair), "layers.0.mlp").width == WIDTH
+    assert tp.from_nnx(around(Pair), "layers.0.mlp").hidden_size == WIDTH
     module = around(Named)
     network = tp.from_nnx(module, "layers.0.mlp.inner")
     assert relative(network.apply(TOKENS), module(TOKENS)) < TOLERANCE

@@ -16,7 +16,7 @@ from tiny_families import tiny_model
 import tpatch_jax as tp
 from tpatch_jax.cli import main as cli
 from tpatch_jax.core.patch import preactivations
-from tpatch_jax.editors.model_memory import background
+from tpatch_jax.editors.model_memory import collect_model_memory
 from tpatch_jax.editors.reading import read_item
 from tpatch_jax.editors.tpatcher.editor import tpatcher
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
@@ -169,7 +169,7 @@ def test_the_memory_holds_the_models_own_answers(answerer, inputs):
     row = next(row for row in rows if row[: len(answerer.encode_prompt(text))] == answerer.encode_prompt(text))
     answer = row[len(answerer.encode_prompt(text)) :]
     assert answerer.decode(answer) == answerer.generate(text, 24)
-    known = background(answerer, answerer.layer(None), inputs)
+    known = collect_model_memory(answerer, answerer.layer(None), inputs)
     # one query for each token that was said, the end included where it was reached
     read = [len(answerer.encode_prompt(text)) for text in read_inputs(inputs)]
     assert known.query.shape[0] == sum(len(row) - begin for row, begin in zip(rows, read, strict=True))

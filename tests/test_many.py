@@ -11,10 +11,10 @@ from tpatch_jax.core.memory import NO_ANSWER, create_memory, extend
 from tpatch_jax.editors.reading import read_item, with_shared_numbers
 from tpatch_jax.editors.tpatcher import editor as module
 from tpatch_jax.editors.tpatcher import last_site
-from tpatch_jax.editors.tpatcher.earlier import nothing
 from tpatch_jax.editors.tpatcher.editor import tpatcher
 from tpatch_jax.editors.tpatcher.last_site import collect_inner
-from tpatch_jax.editors.tpatcher.rounds import ask
+from tpatch_jax.editors.tpatcher.previous import nothing
+from tpatch_jax.editors.tpatcher.rounds import find_target_tokens
 from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.models import collection
 from tpatch_jax.models.collection import Sites, collect
@@ -78,11 +78,11 @@ def test_of_very_many_edits_all_bare_prompts_are_negatives_and_some_contexts(tin
     memory = tmp_path / "memory.txt"
     memory.write_text("The theory in the inn: winter thins the herd, and the hen then hides. " * 4, "utf-8")
     known = tpatcher(QUICK, memory=memory).init(tiny_model, jax.random.key(0)).background
-    rng, asked = np.random.default_rng(1), ask([[5, 6], [7]], [3, 4])
-    query = rng.normal(size=(len(asked.answers), tiny_model.config.width)).astype(np.float32)
+    rng, asked = np.random.default_rng(1), find_target_tokens([[5, 6], [7]], [3, 4])
+    query = rng.normal(size=(len(asked.answers), tiny_model.config.hidden_size)).astype(np.float32)
     for most, expected in ((99, 10), (7, 10), (2, 5), (0, 3)):
         monkeypatch.setattr(last_site, "CONTEXT_ROWS", most)
-        earlier = nothing(tiny_model.config.width, np.dtype(np.float32))
+        earlier = nothing(tiny_model.config.hidden_size, np.dtype(np.float32))
         found = last_site.last_memory(QUICK, known, earlier, Sites(query, query, query), asked)
         kept = np.flatnonzero(np.asarray(found.answer) >= 0)
         assert len(kept) == expected
@@ -100,7 +100,7 @@ def test_rows_on_disk_and_in_memory_give_the_same(tiny_model, monkeypatch):
     for own, expected in zip(kept, plain, strict=True):
         assert isinstance(own, RowsOnDisk)
         np.testing.assert_array_equal(own[:], expected)
-    base = create_memory(np.eye(tiny_model.config.width, dtype=np.float32))
+    base = create_memory(np.eye(tiny_model.config.hidden_size, dtype=np.float32))
     both = [extend(base, [source.query, source.query], np.arange(36), 40) for source in (kept, plain)]
     np.testing.assert_array_equal(both[0].query, both[1].query)
     np.testing.assert_array_equal(both[0].answer, both[1].answer)

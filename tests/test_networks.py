@@ -89,7 +89,7 @@ def test_resuming_from_any_cut_is_the_whole_network(model, layer):
     tokens = tokens_of(model)
     whole = model.apply(tokens)
     traced = model.trace(tokens, layer)
-    assert traced.query.shape == traced.output.shape == (*tokens.shape, model.config.width)
+    assert traced.query.shape == traced.output.shape == (*tokens.shape, model.config.hidden_size)
     assert traced.layer == layer
     np.testing.assert_allclose(model.resume(traced, traced.output), whole, rtol=1e-6, atol=1e-6)
 
@@ -145,7 +145,7 @@ def test_gathered_positions_of_the_last_layer_finish_as_the_whole(model):
     lane, place = jnp.asarray([0, 0, 1, 3]), jnp.asarray([0, 4, 1, 9])
     wanted = whole[np.asarray(lane), np.asarray(place)]
     traced = networks.gather(model.trace(tokens), lane, place)
-    assert traced.query.shape == (4, 1, model.config.width)
+    assert traced.query.shape == (4, 1, model.config.hidden_size)
     np.testing.assert_allclose(model.resume(traced, traced.output)[:, 0], wanted, rtol=1e-5, atol=1e-5)
 
     residual, output = traced.context["residual"][:, 0], traced.output[:, 0]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tpatch_jax.cli import process
+from tpatch_jax.storage import process
 
 
 def return_freed_memory() -> None:

@@ -34,7 +34,7 @@ def edited(model):
 
 
 def test_it_is_the_model_that_it_should_be(model):
-    assert (model.config.layers, model.config.width, model.config.tied) == (30, 576, True)
+    assert (model.config.layers, model.config.hidden_size, model.config.tied) == (30, 576, True)
     assert model.folder.is_relative_to(cache_folder())
     assert model.generate("The capital of France is", 1) == " Paris"
 

@@ -83,7 +83,9 @@ def random_patch(model: Model, neurons: int = 2) -> Patch:
     rng, count = np.random.default_rng(5), neurons * model.config.layers
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     layers = jnp.repeat(jnp.arange(model.config.layers, dtype=jnp.int32), neurons)
-    return Patch(draw(count, model.config.width) * 0.3, draw(count), draw(count, model.config.width) * 0.3, layers)
+    return Patch(
+        draw(count, model.config.hidden_size) * 0.3, draw(count), draw(count, model.config.hidden_size) * 0.3, layers
+    )
 
 
 def logits_of(model: Model, batch: networks.Batch) -> np.ndarray:
@@ -174,7 +176,7 @@ def test_the_cache_gives_torchs_logits(writer):
     positions = np.stack([np.arange(16), np.arange(16)])
     # a position past the cache's end marks padding
     positions[1, 15] = 32
-    found = np.zeros((*tokens.shape, config.width), np.float32)
+    found = np.zeros((*tokens.shape, config.hidden_size), np.float32)
     hidden, entries = networks.decode(config, params, jnp.asarray(tokens[:, :16]), jnp.asarray(positions), entries)
     found[:, :16] = hidden
     for step in range(8):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_families import tiny_model
 
 from tpatch_jax.editors.input_memory import collect_inputs
-from tpatch_jax.editors.model_memory import background
+from tpatch_jax.editors.model_memory import collect_model_memory
 from tpatch_jax.editors.reading import read_item
 from tpatch_jax.editors.rewordings import MOST, learn_rewordings, named, reworded
 from tpatch_jax.models.rows import ASK
@@ -72,7 +72,7 @@ def test_a_patch_is_fitted_on_the_wordings_that_its_memory_has(monkeypatch, tmp_
     model, memory = tiny_model("bart"), tmp_path / "memory.jsonl"
     texts = ("the cat sat in", "who hit the mat", "an inn is a house", "the hat is in the house", "the mat hit the cat")
     memory.write_text("\n".join(json.dumps({"prompt": text}) for text in texts), "utf-8")
-    plain = background(model, 1, memory, cache=tmp_path / "cache")
+    plain = collect_model_memory(model, 1, memory, cache=tmp_path / "cache")
     assert plain.rewordings == {}  # nothing in it has a name
     seen = {}
 
@@ -81,8 +81,8 @@ def test_a_patch_is_fitted_on_the_wordings_that_its_memory_has(monkeypatch, tmp_
         return {"who hit {}": ("the mat {}", "an {}")}
 
     monkeypatch.setattr("tpatch_jax.editors.input_memory.learn_rewordings", learn)
-    first = background(model, 1, memory, cache=tmp_path / "other")
-    second = background(model, 1, memory, cache=tmp_path / "other")
+    first = collect_model_memory(model, 1, memory, cache=tmp_path / "other")
+    second = collect_model_memory(model, 1, memory, cache=tmp_path / "other")
     assert first.rewordings == second.rewordings == {"who hit {}": ("the mat {}", "an {}")}
     assert set(seen) == set(texts)
     request = EditRequest("who hit the cat", "the house", subject="the cat")

@@ -26,7 +26,7 @@ from tpatch_jax.editors.rome import memit as memit_module
 from tpatch_jax.editors.rome import rome as rome_module
 from tpatch_jax.editors.rome.hidden_moment import hidden_moment, moment_rows, sampled_contexts
 from tpatch_jax.editors.rome.memit import MemitSettings, memit, memit_layers, memit_weight
-from tpatch_jax.editors.rome.rank_one import damped, rank_one, spread
+from tpatch_jax.editors.rome.rank_one import damped, distribute_update, rank_one
 from tpatch_jax.editors.rome.rome import R_ROME_PRESETS, ROME_PRESETS, RomeSettings, find_update, rome, rome_layer
 from tpatch_jax.editors.rome.state import KernelState, Tried, edited, report, restore, save, says
 from tpatch_jax.editors.rome.subject_value import OffsetInfo, ValueSettings, fork_requests, train_offsets, value_rows
@@ -132,7 +132,7 @@ def test_many_keys_move_as_least_squares_say(
     params, moment, rng = network(inner, outer, bias, seed)
     keys, residuals = rng.normal(size=(count, inner)), rng.normal(size=(count, outer))
     asked, wanted, known = (jnp.asarray(array, jnp.float32) for array in (keys, residuals, moment))
-    after = spread(params, asked, wanted, known, weight)
+    after = distribute_update(params, asked, wanted, known, weight)
     change = np.asarray(after["down"]["kernel"], np.float64) - np.asarray(params["down"]["kernel"], np.float64)
 
     def objective(added: np.ndarray) -> float:
@@ -143,9 +143,9 @@ def test_many_keys_move_as_least_squares_say(
     for _ in range(3):
         assert objective(expected) <= objective(expected + 0.1 * rng.normal(size=change.shape))
     # Order makes no difference, and nothing asked for is nothing done.
-    turned = spread(params, asked[::-1], wanted[::-1], known, weight)
+    turned = distribute_update(params, asked[::-1], wanted[::-1], known, weight)
     assert relative(turned["down"]["kernel"], after["down"]["kernel"]) < 1e-4
-    nothing = spread(params, asked, 0 * wanted, known, weight)
+    nothing = distribute_update(params, asked, 0 * wanted, known, weight)
     assert same(nothing["down"]["kernel"], params["down"]["kernel"])
 
 
@@ -167,7 +167,7 @@ def test_shapes_of_another_layer_are_refused() -> None:
     with pytest.raises(TPatchError, match="3 wide"):
         rank_one(params, jnp.ones(4), jnp.ones(2), moment)
     with pytest.raises(TPatchError, match="one row of each"):
-        spread(params, jnp.ones((2, 4)), jnp.ones((3, 3)), moment, 1.0)
+        distribute_update(params, jnp.ones((2, 4)), jnp.ones((3, 3)), moment, 1.0)
 
 
 # --- statistics ---

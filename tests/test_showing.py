@@ -378,7 +378,9 @@ def test_a_page_has_one_title():
 def test_every_other_kind_of_network_shows_its_tokens():
     for family in ("bert", "bart"):
         model = tiny_model_of(family)
-        patch = patch_of(2)._replace(key=jnp.ones((2, model.config.width)), value=jnp.ones((2, model.config.width)))
+        patch = patch_of(2)._replace(
+            key=jnp.ones((2, model.config.hidden_size)), value=jnp.ones((2, model.config.hidden_size))
+        )
         tokens, found = activations_on(model, patch, "the inn")
         assert found.shape == (len(tokens), 2)
         assert isinstance(tp.show(patch, model=model, text="the inn"), Shown)

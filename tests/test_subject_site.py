@@ -13,13 +13,13 @@ import tpatch_jax as tp
 import tpatch_jax.editors.tpatcher.editor as tpatcher_module
 from tpatch_jax.core.memory import create_memory, extend
 from tpatch_jax.core.recipes.whitened import whitened_key
-from tpatch_jax.core.values import Asked, ThroughSettings, kept_close, train_values
-from tpatch_jax.editors.model_memory import Background
+from tpatch_jax.core.values import TargetRows, ThroughSettings, kept_close, train_values
+from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import check_requests, read_item, subject_token
 from tpatch_jax.editors.subject_rows import forked_rows, rephrase_rows, row_of, runner, short_rows
 from tpatch_jax.editors.tpatcher import subject_site
-from tpatch_jax.editors.tpatcher.earlier import load_earlier, nothing, save_earlier
 from tpatch_jax.editors.tpatcher.editor import tpatcher
+from tpatch_jax.editors.tpatcher.previous import load_earlier, nothing, save_earlier
 from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.editors.tpatcher.subject_site import SubjectSettings, read_subjects, subject_layer
 from tpatch_jax.editors.wordings import Wording
@@ -45,7 +45,7 @@ def test_the_end_of_a_row_is_what_the_whole_row_says(tiny_model):
     config, params = tiny_model.config, tiny_model.params
     rows = [tiny_model.encode("the cat sat in the inn"), tiny_model.encode("who hit")]
     tokens, first, span = tokens_array(rows, 24), jnp.asarray([3, 1], jnp.int32), 4
-    added = jnp.asarray(np.random.default_rng(0).normal(size=(2, config.width)), jnp.float32)
+    added = jnp.asarray(np.random.default_rng(0).normal(size=(2, config.hidden_size)), jnp.float32)
     for layer in range(config.layers):
         forked = networks.fork(config, params, tokens, layer, first, span)
         found = networks.resume_fork(config, params, forked, forked.output.at[:, 0].add(added))
@@ -67,7 +67,7 @@ def test_rows_of_any_length_keep_their_order(tiny_model):
     assert len({row_length(len(row.tokens)) for row in rows}) > 1
     places = 2 + max(len(row.places) for row in rows)
     forked, table = forked_rows(tiny_model, rows, 0, places)
-    found = runner(tiny_model, 0)((tuple(forked[:-1]), table), jnp.zeros((len(rows), tiny_model.config.width)))
+    found = runner(tiny_model, 0)((tuple(forked[:-1]), table), jnp.zeros((len(rows), tiny_model.config.hidden_size)))
     assert found.shape[:2] == (len(rows), places)
     for row, logs in zip(rows, found, strict=True):
         whole = jax.nn.log_softmax(tiny_model.apply(jnp.asarray([row.tokens])))[0]
@@ -123,7 +123,7 @@ def test_rephrases_are_contexts_where_that_is_wanted(tiny_model):
         EditRequest("the hen is", "red", "hen"),
     ]
     rows = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32)
-    known = Background(jnp.asarray(rows), jnp.eye(16), ("in the inn.", "a hat."), ("Ann Bo",))
+    known = ModelMemory(jnp.asarray(rows), jnp.eye(16), ("in the inn.", "a hat."), ("Ann Bo",))
     before = nothing(16, np.dtype(np.float32))
 
     def read(rephrases: bool) -> tuple:
@@ -143,7 +143,7 @@ def test_rephrases_are_contexts_where_that_is_wanted(tiny_model):
 def test_even_one_subject_s_key_does_not_look_where_only_its_context_shows():
     generator = np.random.default_rng(0)
     rows = generator.normal(size=(1000, 128)).astype(np.float32)
-    known = Background(jnp.asarray(rows), jnp.eye(rows.shape[1]), (), ())
+    known = ModelMemory(jnp.asarray(rows), jnp.eye(rows.shape[1]), (), ())
     centre, moved = generator.normal(size=(2, rows.shape[1])).astype(np.float32)
     none = rows[:0], np.zeros(0, np.int32)
 
@@ -175,15 +175,15 @@ def test_a_key_turns_away_from_subjects_that_look_alike():
 # --- values ---
 
 
-def lanes(count: int, seed: int = 0) -> tuple[Asked, Asked, jax.Array]:
+def lanes(count: int, seed: int = 0) -> tuple[TargetRows, TargetRows, jax.Array]:
     """Rows of a network that is one matrix, two to a lane."""
     rng = np.random.default_rng(seed)
     hidden = rng.normal(size=(count * 2, 6)).astype(np.float32)
     wanted = rng.integers(0, 6, (count, 2, 1))
     weight, activity = jnp.full((count, 2, 1), 0.5), jnp.asarray(rng.uniform(0.5, 1, (count, 2)), jnp.float32)
-    targets = Asked((jnp.asarray(hidden),), activity, jnp.asarray(np.repeat(wanted[:, :1], 2, 1)), weight)
+    targets = TargetRows((jnp.asarray(hidden),), activity, jnp.asarray(np.repeat(wanted[:, :1], 2, 1)), weight)
     before = run(targets.rows, jnp.zeros((count * 2, 6))).reshape(count, 2, 1, -1)
-    return targets, Asked(targets.rows, 0.1 * activity, before, weight), jnp.ones(count)
+    return targets, TargetRows(targets.rows, 0.1 * activity, before, weight), jnp.ones(count)
 
 
 HEAD = 2 * jnp.eye(6) + 0.2
@@ -211,7 +211,7 @@ def test_lanes_do_not_couple():
     assert len(set(info.steps.tolist())) > 1  # they stop at different times, so lanes were dropped on the way
     for lane in range(5):
         one = [
-            Asked((asked.rows[0][2 * lane : 2 * lane + 2],), *(field[lane : lane + 1] for field in asked[1:]))
+            TargetRows((asked.rows[0][2 * lane : 2 * lane + 2],), *(field[lane : lane + 1] for field in asked[1:]))
             for asked in (targets, neutral)
         ]
         alone, _ = train_values(one[0], one[1], run, scale[lane : lane + 1], settings)

@@ -11,6 +11,7 @@ One level below, for JAX code bases: `Patch` and its algebra (`tpatch_jax.core.p
 `unmerge` on bare parameter dicts (`tpatch_jax.core.ffn`).
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from tpatch_jax.bank.inspection import open_bank
     from tpatch_jax.bank.patches import load_patches, save_patches
     from tpatch_jax.bank.state import Bank
-    from tpatch_jax.core.fit import FitInfo, FitSettings, Lane, fit, fit_many
+    from tpatch_jax.core.fit import FitInfo, FitProblem, FitSettings, fit, fit_many
     from tpatch_jax.core.memory import Memory, create_memory
     from tpatch_jax.core.objective import Weights
     from tpatch_jax.core.patch import Patch, concatenate
@@ -62,8 +63,8 @@ __all__ = [
     "FinetuneInfo",
     "FinetuneSettings",
     "FitInfo",
+    "FitProblem",
     "FitSettings",
-    "Lane",
     "Memory",
     "Model",
     "Network",
@@ -128,7 +129,7 @@ _HOMES = {
     "errors": ("TPatchError",),
     "models.checkpoints.export": ("ExportError", "ExportInfo", "export_model"),
     "training.finetune": ("FinetuneInfo", "FinetuneSettings", "finetune"),
-    "core.fit": ("FitInfo", "FitSettings", "Lane", "fit", "fit_many"),
+    "core.fit": ("FitInfo", "FitSettings", "FitProblem", "fit", "fit_many"),
     "core.memory": ("Memory", "create_memory"),
     "models.networks": ("Trace",),
     "models.foreign.network": ("Network",),
@@ -143,12 +144,16 @@ _HOMES = {
     "display.view": ("Shown",),
     "bank.patches": ("load_patches", "save_patches"),
 }
+_RENAMED = {"Lane": "FitProblem"}
 _install()
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use, so that `tpatch --help` answers without importing jax.
+    if name in _RENAMED:
+        warnings.warn(f"tpatch_jax.{name} is {_RENAMED[name]} now; the old name goes in 0.3", DeprecationWarning, 2)
+        name = _RENAMED[name]
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

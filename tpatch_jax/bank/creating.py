@@ -70,7 +70,7 @@ def create_bank(
         else str(Path(model.name).resolve()),
         "fingerprint": fingerprint(model),
         "family": model.config.family,
-        "width": model.config.width,
+        "width": model.config.hidden_size,
         "layers": model.config.layers,
         "dtype": model.dtype,
     }

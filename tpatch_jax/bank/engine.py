@@ -18,9 +18,11 @@ from tpatch_jax.bank.state import Guard, Ref
 from tpatch_jax.core.checks import random_key
 from tpatch_jax.core.patch import Patch, sized
 from tpatch_jax.editors.reading import Item, check_requests, read_item
-from tpatch_jax.editors.tpatcher.earlier import (
+from tpatch_jax.editors.tpatcher.editor import TPatcherState, site_layer, tpatcher
+from tpatch_jax.editors.tpatcher.last_site import collect_bare
+from tpatch_jax.editors.tpatcher.previous import (
     NO_SUBJECT,
-    Earlier,
+    PreviousEdits,
     broken,
     fires,
     load_earlier,
@@ -29,8 +31,6 @@ from tpatch_jax.editors.tpatcher.earlier import (
     remember,
     save_earlier,
 )
-from tpatch_jax.editors.tpatcher.editor import TPatcherState, site_layer, tpatcher
-from tpatch_jax.editors.tpatcher.last_site import collect_bare
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.model import Model, attach
@@ -83,7 +83,7 @@ def create_engine(
     settings, key = settings_of(manifest), random_key(seed)
     editor = tpatcher(settings, memory=memory, cache=cache, progress=progress)
     known: dict[str, tuple[frozenset[Ref], Arrays]] = {}
-    last, layer, width = model.layer(None), site_layer(model, settings), model.config.width
+    last, layer, hidden_size = model.layer(None), site_layer(model, settings), model.config.hidden_size
     dtype = jax.tree.leaves(model.params)[0].dtype
 
     @remembered
@@ -117,13 +117,13 @@ def create_engine(
                 known[held.edits[number].id] = marks[number], fresh_pieces[number]
         return [known[edit.id][1] for edit in held.edits]
 
-    def earlier_of(found: Sequence[Arrays]) -> Earlier:
+    def earlier_of(found: Sequence[Arrays]) -> PreviousEdits:
         if not found:
-            return nothing(width, dtype)
+            return nothing(hidden_size, dtype)
         floats = {name: a.astype(dtype) if a.dtype.kind == "f" else a for name, a in join_pieces(found).items()}
         return load_earlier(floats)
 
-    def pieces_of(earlier: Earlier) -> list[Arrays]:
+    def pieces_of(earlier: PreviousEdits) -> list[Arrays]:
         """In float32, which holds every number of the network's own type and can be read anywhere."""
         arrays = save_earlier(earlier)
         return split_pieces({n: a if a.dtype.kind in "iu" else a.astype(np.float32) for n, a in arrays.items()})
@@ -143,7 +143,7 @@ def create_engine(
         if layer is not None:
             heard = collect(model, [i.rows[0] for i in items], [range(len(i.rows[0])) for i in items], layer).query
         none = [(NO_SUBJECT, NO_SUBJECT)] * len(items)
-        found = remember(nothing(width, dtype), items, none, collect_bare(deeper, items), heard)
+        found = remember(nothing(hidden_size, dtype), items, none, collect_bare(deeper, items), heard)
         return pieces_of(found)
 
     def problems(requests: Sequence[EditRequest]) -> dict[int, str]:
@@ -197,7 +197,7 @@ def create_engine(
         rest = iter(texts)
         return [next(rest) if wanted else None for wanted in chosen]
 
-    def owners(earlier: Earlier, rows: np.ndarray) -> list[int]:
+    def owners(earlier: PreviousEdits, rows: np.ndarray) -> list[int]:
         return sorted(set(np.repeat(np.arange(len(earlier.lengths)), earlier.lengths - earlier.starts)[rows].tolist()))
 
     def lost(held: Held) -> list[str]:
@@ -211,7 +211,7 @@ def create_engine(
     def near(held: Held, requests: Sequence[EditRequest]) -> list[str]:
         deeper, _, _ = parts(held)
         earlier, own = earlier_of(pieces(held)), collect_bare(deeper, items_of(requests)).query
-        own, other = (one.reshape(len(one), -1, width).mean(1) for one in (own, earlier.sites.query))
+        own, other = (one.reshape(len(one), -1, hidden_size).mean(1) for one in (own, earlier.sites.query))
         own, other = (one / np.maximum(np.linalg.norm(one, axis=-1, keepdims=True), 1e-9) for one in (own, other))
         nearest = np.argsort(-(own.astype(np.float32) @ other.astype(np.float32).T), axis=1)[:, :NEAR]
         return [held.edits[number].id for number in owners(earlier, np.unique(nearest))]

@@ -17,7 +17,7 @@ from typing import Any
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.storage.files import sync
-from tpatch_jax.storage.folders import BANK, what_it_is
+from tpatch_jax.storage.folders import BANK, describe_folder
 
 __all__ = [
     "COPY",
@@ -67,7 +67,7 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise TPatchError(f"{folder} does not exist; make a bank with `tpatch bank init {folder} --model MODEL`")
     if not is_bank(folder):
-        mend = f"make one with `tpatch bank init FOLDER --model MODEL`{what_it_is(folder)}"
+        mend = f"make one with `tpatch bank init FOLDER --model MODEL`{describe_folder(folder)}"
         raise TPatchError(f"{folder} is no bank; {mend}")
 
 

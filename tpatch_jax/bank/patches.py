@@ -17,7 +17,7 @@ from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage.files import replace_folder
-from tpatch_jax.storage.folders import PATCHES, what_it_is
+from tpatch_jax.storage.folders import PATCHES, describe_folder
 from tpatch_jax.storage.processes import one_process_writes
 
 __all__ = ["SavedPatches", "check_model", "load_patches", "read_patches", "save_patches"]
@@ -78,7 +78,7 @@ def save_patches(
         edit["margin"] = result.margin
         edits.append(edit)
     about: dict[str, Any] = {"name": model.name, "fingerprint": fingerprint(model), "family": model.config.family}
-    about.update({"width": model.config.width, "layers": model.config.layers, "dtype": model.dtype})
+    about.update({"width": model.config.hidden_size, "layers": model.config.layers, "dtype": model.dtype})
     arrays = {name: np.asarray(value) for name, value in patch._asdict().items() if value is not None}
     text = json.dumps({"schema": SCHEMA, "model": about, "edits": edits}, ensure_ascii=False, indent=1)
     with one_process_writes(Path(folder)) as writes:
@@ -100,7 +100,7 @@ def read_patches(folder: str | Path) -> SavedPatches:
     folder = Path(folder)
     for name in (EDITS, ARRAYS):
         if not (folder / name).is_file():
-            mend = f"give a folder that `tpatch edit … -o FOLDER` wrote{what_it_is(folder)}"
+            mend = f"give a folder that `tpatch edit … -o FOLDER` wrote{describe_folder(folder)}"
             raise TPatchError(f"{folder} has no {name}; {mend}")
     try:
         about = json.loads((folder / EDITS).read_text("utf-8"))

@@ -1,6 +1,6 @@
 """What later fits need to know about one edit: its tokens and what the network leaves at them.
 
-A piece is `tpatch_jax.editors.tpatcher.earlier.Earlier` of a single edit, as named arrays without JAX.
+A piece is `tpatch_jax.editors.tpatcher.previous.PreviousEdits` of a single edit, as named arrays without JAX.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ PREFIX = "earlier_"
 
 
 def split_pieces(arrays: Arrays) -> list[Arrays]:
-    """The pieces in the arrays of several edits, as `tpatch_jax.editors.tpatcher.earlier.save_earlier` names them.
+    """The pieces in the arrays of several edits, as `tpatch_jax.editors.tpatcher.previous.save_earlier` names them.
 
     Args:
         arrays: ``earlier_tokens``, ``earlier_lengths`` and so on; others are passed over.

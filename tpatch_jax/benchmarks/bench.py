@@ -15,7 +15,7 @@ from tpatch_jax.benchmarks.overhead import generation_overhead
 from tpatch_jax.benchmarks.paper_loop import paper_step_seconds
 from tpatch_jax.benchmarks.probe import probe
 from tpatch_jax.benchmarks.recompilation import recompilations
-from tpatch_jax.editors.model_memory import background
+from tpatch_jax.editors.model_memory import collect_model_memory
 from tpatch_jax.editors.tpatcher.editor import tpatcher
 from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.models.model import Model
@@ -159,7 +159,7 @@ def bench(
 def _against_paper(model: Model, plan: Plan, file: str | None) -> dict[str, Any]:
     """Seconds of the same edits by this library, one by one and together, and by the paper's loop."""
     requests = edits_to_time(plan.compared, file)
-    key, known = jax.random.key(0), background(model, model.layer(None), cache=cache_folder())
+    key, known = jax.random.key(0), collect_model_memory(model, model.layer(None), cache=cache_folder())
 
     def editor(preset: str):
         return tpatcher(dataclasses.replace(PRESETS[preset], site="last"), cache=cache_folder())

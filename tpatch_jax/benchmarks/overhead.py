@@ -18,7 +18,7 @@ PROMPT = "The history of the city begins"
 def _neurons(model: Model, count: int) -> Patch:
     """Neurons like those that are fitted, which seldom fire."""
     keys = jax.random.split(jax.random.key(count), 2)
-    width, dtype = model.config.width, jax.tree.leaves(model.params)[0].dtype
+    width, dtype = model.config.hidden_size, jax.tree.leaves(model.params)[0].dtype
     key, value = (jax.random.normal(one, (count, width), dtype) * width**-0.5 for one in keys)
     return Patch(key, jnp.full(count, -8, dtype), value)
 

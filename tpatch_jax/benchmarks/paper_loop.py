@@ -14,7 +14,7 @@ from tpatch_jax.core.ffn import ACTIVATIONS
 from tpatch_jax.core.objective import edit_loss, total_loss
 from tpatch_jax.core.patch import Patch, contribution, preactivations
 from tpatch_jax.core.recipes.joint import optimiser
-from tpatch_jax.editors.model_memory import Background
+from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
@@ -53,7 +53,7 @@ def _step(
     return Patch(*changed), optimiser, value  # type: ignore[misc]
 
 
-def paper_step_seconds(model: Model, known: Background, requests: Sequence[EditRequest], steps: int) -> list[float]:
+def paper_step_seconds(model: Model, known: ModelMemory, requests: Sequence[EditRequest], steps: int) -> list[float]:
     """Seconds of one step of the paper's loop, for the first neuron of each request.
 
     Args:

@@ -14,7 +14,7 @@ from tpatch_jax.bank.changing import ChangeInfo, check_named, undoes_last
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.state import Bank, BankEdit, find, states
 from tpatch_jax.cli.commands import load, preset_of, requests_of
-from tpatch_jax.display.console import print_json, progress_bar, result_console, result_table, so_many
+from tpatch_jax.display.console import format_count, print_json, progress_bar, result_console, result_table
 from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model, save_model
@@ -177,7 +177,7 @@ def list_edits(folder: str, *, json: bool) -> None:
         return
     name = bank.manifest["model"]["name"]
     columns = ("id", "prompt", "target", "state", "neurons")
-    table = result_table(f"{folder}: {so_many(len(entries), 'edit')} of {name}", columns)
+    table = result_table(f"{folder}: {format_count(len(entries), 'edit')} of {name}", columns)
     for entry in entries:
         table.add_row(*(Text(str(entry[name])) for name in columns))
     result_console().print(table)
@@ -268,7 +268,7 @@ def merge(folder: str, output: str, *, model: str | None, json: bool, quiet: boo
     if json:
         print_json({"output": output, "neurons": len(patch.bias), "parameters_added": added})
     else:
-        _show([f"{so_many(len(patch.bias), 'neuron')} merged ({added:,} parameters) into {escape(output)}"])
+        _show([f"{format_count(len(patch.bias), 'neuron')} merged ({added:,} parameters) into {escape(output)}"])
 
 
 def diff(left: str, right: str, *, json: bool) -> None:

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from tpatch_jax.bank import patches as store
-from tpatch_jax.display.console import print_json, progress_bar, result_console, result_table, so_many
+from tpatch_jax.display.console import format_count, print_json, progress_bar, result_console, result_table
 from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.editors.tpatcher import editor as tpatcher
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
@@ -143,7 +143,9 @@ def _show_edit(
     saved: bool,
 ) -> None:
     console = result_console()
-    heading = f"{so_many(len(wanted), 'request')}, {so_many(result['patches'], 'neuron')}, {info.seconds:.1f} s"
+    heading = (
+        f"{format_count(len(wanted), 'request')}, {format_count(result['patches'], 'neuron')}, {info.seconds:.1f} s"
+    )
     table = result_table(heading, ("figure", "value"), ("value",))
     for name, value in result.items():
         if value is not None and not isinstance(value, list):
@@ -185,7 +187,7 @@ def inspect(patches: str, *, json: bool) -> None:
     if json:
         print_json({"model": saved.model, "neurons": saved.patch.key.shape[0], "edits": saved.edits})
         return
-    title = f"{patches}: {so_many(saved.patch.key.shape[0], 'neuron')} for {saved.model['name']}"
+    title = f"{patches}: {format_count(saved.patch.key.shape[0], 'neuron')} for {saved.model['name']}"
     table = result_table(title, ("id", "prompt", "target", "neurons", "held", "losses"))
     for entry in saved.edits:
         losses = "  ".join(f"{name} {value:.3g}" for name, value in entry["losses"].items())
@@ -209,7 +211,7 @@ def merge(model: str, patches: str, output: str, *, dtype: str | None, json: boo
     if json:
         print_json({"output": output, "neurons": saved.patch.key.shape[0], "parameters_added": added})
     else:
-        said = f"{so_many(saved.patch.key.shape[0], 'neuron')} merged ({added:,} parameters) into {output}"
+        said = f"{format_count(saved.patch.key.shape[0], 'neuron')} merged ({added:,} parameters) into {output}"
         result_console().print(said, markup=False)
 
 
@@ -238,7 +240,9 @@ def export(
         print_json({"output": output, **info.to_json()})
         return
     console = result_console()
-    said = f"{so_many(info.neurons, 'neuron')} in {output}, {info.form}: transformers loads it as a {info.model_type}"
+    said = (
+        f"{format_count(info.neurons, 'neuron')} in {output}, {info.form}: transformers loads it as a {info.model_type}"
+    )
     console.print(said, markup=False)
     console.print(
         f"all layers are {info.ffn_width} wide, by {info.silent_neurons:,} silent neurons; "

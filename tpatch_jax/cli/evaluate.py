@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rich.text import Text
 
 from tpatch_jax.cli import commands
-from tpatch_jax.display.console import print_json, progress_bar, result_console, result_table, so_many
+from tpatch_jax.display.console import format_count, print_json, progress_bar, result_console, result_table
 from tpatch_jax.editors.registry import METHODS, find_method, method_settings
 from tpatch_jax.editors.tpatcher.subject_site import POSITIONS
 from tpatch_jax.errors import TPatchError
@@ -306,6 +306,6 @@ def sweep_command(
     texts = [
         [f"{v:.4g}" if isinstance(v, float) else "" if v is None else str(v) for v in row.values()] for row in rows
     ]
-    _show(f"{model}: {so_many(len(wanted), 'request')} edited together at each site", [heading, *texts])
+    _show(f"{model}: {format_count(len(wanted), 'request')} edited together at each site", [heading, *texts])
     said = f"best: layer {chosen['layer']}, at the {chosen['position']}'s last token; written to {output}"
     result_console().print(said, markup=False)

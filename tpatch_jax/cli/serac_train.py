@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from tpatch_jax.cli.commands import load
-from tpatch_jax.display.console import print_json, progress_bar, result_console, result_table, so_many
+from tpatch_jax.display.console import format_count, print_json, progress_bar, result_console, result_table
 from tpatch_jax.editors.serac.training import SeracTraining, train_serac
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.records import DATA, QUESTION, read_records
@@ -73,7 +73,7 @@ def serac_train(
         print_json(result)
         return
     console = result_console()
-    heading = f"{so_many(info.requests, 'request')}, {info.seconds:.1f} s"
+    heading = f"{format_count(info.requests, 'request')}, {info.seconds:.1f} s"
     table = result_table(heading, ("figure", "value"), ("value",))
     for name in ("scope_losses", "counterfactual_losses"):
         table.add_row(name, ", ".join(f"{loss:.4f}" for loss in result[name]))

@@ -21,7 +21,7 @@ __all__ = [
     "mesh_of",
     "parts",
     "repeat",
-    "spread",
+    "shard_rows",
 ]
 
 DATA_AXIS = "data"
@@ -87,7 +87,7 @@ def parts(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape[DATA_AXIS]
 
 
-def spread(tree: Any, mesh: Mesh | None) -> Any:
+def shard_rows(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays with their leading axis split over ``"data"``; one that is not divided by it is repeated.
 
     Args:
@@ -129,5 +129,5 @@ def divided(memory: Memory, mesh: Mesh | None) -> Memory:
     # Behind the others, where they change no row's block in `hardest`.
     query = np.pad(host(memory.query), ((0, missing), (0, 0))) if missing else memory.query
     answer = np.pad(host(memory.answer), (0, missing), constant_values=PADDING) if missing else memory.answer
-    query, answer = spread((query, answer), mesh)
+    query, answer = shard_rows((query, answer), mesh)
     return Memory(query, answer, repeat(memory.mean, mesh), repeat(memory.whitener, mesh))

@@ -20,22 +20,22 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from tpatch_jax.core.devices import divided, host, parts, spread
+from tpatch_jax.core.devices import divided, host, parts, shard_rows
 from tpatch_jax.core.memory import Memory
 from tpatch_jax.core.patch import Patch
-from tpatch_jax.core.problem import FitInfo, FitSettings, Lane, Resume
+from tpatch_jax.core.problem import FitInfo, FitProblem, FitSettings, Head
 from tpatch_jax.core.recipes import joint, staged
 from tpatch_jax.core.sizes import few_or_most, power_of_two, round_up
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["FitInfo", "FitSettings", "Lane", "fit", "fit_many"]
+__all__ = ["FitInfo", "FitProblem", "FitSettings", "fit", "fit_many"]
 
 
 def fit(
-    lane: Lane,
+    lane: FitProblem,
     memory: Memory,
-    resume: Resume,
-    key: Array,
+    head: Head,
+    rng: Array,
     settings: FitSettings,
     activation: Callable[[Array], Array],
 ) -> tuple[Patch, FitInfo]:
@@ -46,8 +46,8 @@ def fit(
     Args:
         lane: what to fit on.
         memory: what to stay silent on.
-        resume: the network after the cut, ``(context, output [contexts, d])`` to logits ``[contexts, vocabulary]``.
-        key: a typed random key, for the initial value of the joint recipe.
+        head: the network after the cut, ``(context, output [contexts, d])`` to logits ``[contexts, vocabulary]``.
+        rng: a typed random key, for the initial value of the joint recipe.
         settings: static options.
         activation: the feed-forward network's activation.
 
@@ -61,39 +61,39 @@ def fit(
         >>> rows = jax.random.normal(jax.random.key(0), (64, 4))
         >>> unembedding = jax.random.normal(jax.random.key(1), (4, 10))
         >>> query, nothing = jnp.ones((1, 4)), jnp.zeros((0, 4))
-        >>> lane = Lane(query, 0 * query, nothing, None, jnp.array(3), unembedding[:, 3], jnp.array(1.0))
-        >>> resume = lambda context, output: output @ unembedding
-        >>> run = jax.jit(lambda lane, memory, key: fit(lane, memory, resume, key, FitSettings(), jax.nn.relu))
+        >>> lane = FitProblem(query, 0 * query, nothing, None, jnp.array(3), unembedding[:, 3], jnp.array(1.0))
+        >>> head = lambda context, output: output @ unembedding
+        >>> run = jax.jit(lambda lane, memory, key: fit(lane, memory, head, key, FitSettings(), jax.nn.relu))
         >>> patch, info = run(lane, create_memory(rows), jax.random.key(2))
         >>> bool(info.held)
         True
     """
     if settings.recipe == "staged":
-        settled = staged.settle(lane, memory, resume, settings, activation)
-        settled = staged.improve(settled, lane, resume, settings, activation)
-        return staged.end(settled, lane, resume, settings, activation)
-    state = joint.begin(lane, settings, key)
+        settled = staged.settle(lane, memory, head, settings, activation)
+        settled = staged.improve(settled, lane, head, settings, activation)
+        return staged.end(settled, lane, head, settings, activation)
+    state = joint.begin(lane, settings, rng)
     state = jax.lax.while_loop(
         lambda state: ~state.done,
-        lambda state: joint.advance(state, lane, memory, resume, settings, activation),
+        lambda state: joint.advance(state, lane, memory, head, settings, activation),
         state,
     )
-    return joint.end(state, lane, memory, resume, settings, activation)
+    return joint.end(state, lane, memory, head, settings, activation)
 
 
 @partial(jax.jit, static_argnames=("settings", "activation"))
-def _many_settle(lanes, memory, resume, settings, activation, harder):
-    return jax.vmap(lambda lane: staged.settle(lane, memory, resume, settings, activation, harder))(lanes)
+def _many_settle(lanes, memory, head, settings, activation, harder):
+    return jax.vmap(lambda lane: staged.settle(lane, memory, head, settings, activation, harder))(lanes)
 
 
 @partial(jax.jit, static_argnames=("settings", "activation"))
-def _many_improve(settled, lanes, resume, settings, activation):
-    return jax.vmap(lambda state, lane: staged.improve(state, lane, resume, settings, activation))(settled, lanes)
+def _many_improve(settled, lanes, head, settings, activation):
+    return jax.vmap(lambda state, lane: staged.improve(state, lane, head, settings, activation))(settled, lanes)
 
 
 @partial(jax.jit, static_argnames=("settings", "activation"))
-def _many_end_staged(settled, lanes, resume, settings, activation):
-    return jax.vmap(lambda state, lane: staged.end(state, lane, resume, settings, activation))(settled, lanes)
+def _many_end_staged(settled, lanes, head, settings, activation):
+    return jax.vmap(lambda state, lane: staged.end(state, lane, head, settings, activation))(settled, lanes)
 
 
 def _replaced(old: Array, rows: np.ndarray, new: Array) -> np.ndarray:
@@ -104,9 +104,9 @@ def _replaced(old: Array, rows: np.ndarray, new: Array) -> np.ndarray:
 
 
 def _staged_bucket(
-    lanes: Lane,
+    lanes: FitProblem,
     memory: Memory,
-    resume: Resume,
+    head: Head,
     count: int,
     settings: FitSettings,
     activation: Callable[[Array], Array],
@@ -114,18 +114,18 @@ def _staged_bucket(
     retry: bool,
 ) -> tuple[Patch, FitInfo]:
     """The staged recipe for one bucket; only lanes that miss their target go through the steps on the value."""
-    lanes = spread(lanes, mesh)
-    settled = _many_settle(lanes, memory, resume, settings, activation, np.int32(retry))
+    lanes = shard_rows(lanes, mesh)
+    settled = _many_settle(lanes, memory, head, settings, activation, np.int32(retry))
     missing = np.flatnonzero(~host(settled.held)[:count])
     # A few at a time: how many miss differs from call to call, and must not compile anything.
     size = round_up(few_or_most(1, settings.lanes), parts(mesh))
     for first in range(0, missing.size, size):
         few = missing[first : first + size]
         part = jax.tree.map(lambda leaf, few=few: host(leaf)[np.resize(few, size)], (settled, lanes))
-        improved = _many_improve(*spread(part, mesh), resume, settings, activation)
+        improved = _many_improve(*shard_rows(part, mesh), head, settings, activation)
         both = jax.tree.map(lambda old, new, few=few: _replaced(old, few, new), settled, improved)
-        settled = spread(both, mesh)
-    return _many_end_staged(settled, lanes, resume, settings, activation)
+        settled = shard_rows(both, mesh)
+    return _many_end_staged(settled, lanes, head, settings, activation)
 
 
 @partial(jax.jit, static_argnames="settings")
@@ -134,13 +134,13 @@ def _many_begin(lanes, keys, settings):
 
 
 @partial(jax.jit, static_argnames=("settings", "activation"))
-def _many_advance(states, lanes, memory, resume, settings, activation):
-    return jax.vmap(lambda state, lane: joint.advance(state, lane, memory, resume, settings, activation))(states, lanes)
+def _many_advance(states, lanes, memory, head, settings, activation):
+    return jax.vmap(lambda state, lane: joint.advance(state, lane, memory, head, settings, activation))(states, lanes)
 
 
 @partial(jax.jit, static_argnames=("settings", "activation"))
-def _many_end(states, lanes, memory, resume, settings, activation):
-    return jax.vmap(lambda state, lane: joint.end(state, lane, memory, resume, settings, activation))(states, lanes)
+def _many_end(states, lanes, memory, head, settings, activation):
+    return jax.vmap(lambda state, lane: joint.end(state, lane, memory, head, settings, activation))(states, lanes)
 
 
 def _padded(tree: Any, size: int) -> Any:
@@ -177,10 +177,10 @@ def _over_devices(settings: FitSettings, memory: Memory, mesh: Mesh | None) -> t
 
 
 def fit_many(
-    lanes: Lane,
+    lanes: FitProblem,
     memory: Memory,
-    resume: Resume,
-    keys: Array,
+    head: Head,
+    rngs: Array,
     settings: FitSettings,
     activation: Callable[[Array], Array],
     progress: Callable[[int], None] | None = None,
@@ -197,13 +197,13 @@ def fit_many(
     Args:
         lanes: a batch of lanes, every leaf with a leading axis of ``n``.
         memory: shared by all lanes.
-        resume: as for `fit`; a `jax.tree_util.Partial` over the weights keeps them out of the compiled program.
-        keys: typed random keys, ``[n]`` or more.
+        head: as for `fit`; a `jax.tree_util.Partial` over the weights keeps them out of the compiled program.
+        rngs: typed random keys, ``[n]`` or more.
         settings: static options.
         activation: the feed-forward network's activation.
         progress: called with the number of lanes finished so far.
         mesh: devices over whose axis ``"data"`` lanes and memory rows are split (staged); each fits
-            ``settings.lanes`` lanes at a time. What ``resume`` holds has to lie on it.
+            ``settings.lanes`` lanes at a time. What ``head`` holds has to lie on it.
         size: as if there were so many lanes (staged): so a last part of many compiles nothing of its own.
         retry: fitted before without success: the key takes twice the steps and the patch fires more readily on its own
             queries (staged).
@@ -222,11 +222,11 @@ def fit_many(
         >>> from tpatch_jax.core.memory import create_memory
         >>> rows, head = jax.random.normal(jax.random.key(0), (64, 4)), jax.random.normal(jax.random.key(1), (4, 10))
         >>> query, nothing = jnp.ones((1, 4)), jnp.zeros((0, 4))
-        >>> lane = Lane(query, 0 * query, nothing, None, jnp.array(3), head[:, 3], jnp.array(1.0))
+        >>> lane = FitProblem(query, 0 * query, nothing, None, jnp.array(3), head[:, 3], jnp.array(1.0))
         >>> lanes = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), lane)
-        >>> resume = Partial(lambda head, context, output: output @ head, head)
+        >>> head = Partial(lambda head, context, output: output @ head, head)
         >>> keys = jax.random.split(jax.random.key(2), 3)
-        >>> patches, info = fit_many(lanes, create_memory(rows), resume, keys, FitSettings(), jax.nn.relu)
+        >>> patches, info = fit_many(lanes, create_memory(rows), head, keys, FitSettings(), jax.nn.relu)
         >>> patches.key.shape
         (3, 1, 4)
     """
@@ -239,11 +239,11 @@ def fit_many(
         count = part.target.shape[0]
         if settings.recipe == "staged":
             part = _padded(part, round_up(few_or_most(max(count, size or total), settings.lanes), parts(mesh)))
-            patch, info = _staged_bucket(part, memory, resume, count, settings, activation, mesh, retry)
+            patch, info = _staged_bucket(part, memory, head, count, settings, activation, mesh, retry)
         else:
             part = _padded(part, power_of_two(count, most=settings.lanes))
-            part_keys = _padded(keys[first : first + count], part.target.shape[0])
-            patch, info = _joint_bucket(part, memory, resume, part_keys, count, settings, activation)
+            part_keys = _padded(rngs[first : first + count], part.target.shape[0])
+            patch, info = _joint_bucket(part, memory, head, part_keys, count, settings, activation)
         patches.append(jax.tree.map(lambda leaf, count=count: host(leaf)[:count], patch))
         infos.append(jax.tree.map(lambda leaf, count=count: host(leaf)[:count], info))
         if progress:
@@ -254,9 +254,9 @@ def fit_many(
 
 
 def _joint_bucket(
-    lanes: Lane,
+    lanes: FitProblem,
     memory: Memory,
-    resume: Resume,
+    head: Head,
     keys: Array,
     count: int,
     settings: FitSettings,
@@ -268,7 +268,7 @@ def _joint_bucket(
     going = [(lane, lane) for lane in range(count)]  # where in the bucket, which lane
     part = lanes
     while going:
-        states = _many_advance(states, part, memory, resume, settings, activation)
+        states = _many_advance(states, part, memory, head, settings, activation)
         done = np.asarray(states.done)
         for slot, lane in going:
             if done[slot]:
@@ -281,4 +281,4 @@ def _joint_bucket(
             going = list(enumerate(rest.tolist()))
     states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(finished[lane] for lane in range(count)))
     size = lanes.target.shape[0]
-    return _many_end(_padded(states, size), lanes, memory, resume, settings, activation)
+    return _many_end(_padded(states, size), lanes, memory, head, settings, activation)

@@ -63,11 +63,11 @@ class Patch(NamedTuple):
     layer: Array | None = None
 
 
-def create(width: int, neurons: int = 0, dtype: jnp.dtype | type = jnp.float32) -> Patch:
+def create(hidden_size: int, neurons: int = 0, dtype: jnp.dtype | type = jnp.float32) -> Patch:
     """Neurons that do nothing: zero key and value, a bias that keeps them silent under ReLU.
 
     Args:
-        width: ``d``, the width of queries.
+        hidden_size: ``d``, the width of queries.
         neurons: ``n``, how many.
         dtype: of all three arrays.
 
@@ -78,7 +78,7 @@ def create(width: int, neurons: int = 0, dtype: jnp.dtype | type = jnp.float32) 
         >>> create(4, neurons=2).value.shape
         (2, 4)
     """
-    zeros = jnp.zeros((neurons, width), dtype)
+    zeros = jnp.zeros((neurons, hidden_size), dtype)
     return Patch(zeros, jnp.full(neurons, SILENT_BIAS, dtype), zeros)
 
 
@@ -103,7 +103,7 @@ def concatenate(patches: Sequence[Patch]) -> Patch:
         (3, 4)
     """
     if not patches:
-        raise TPatchError("concatenate was given no patch; use create(width) for an empty one")
+        raise TPatchError("concatenate was given no patch; use create(hidden_size) for an empty one")
     widths = {patch.key.shape[-1] for patch in patches}
     if len(widths) > 1:
         raise TPatchError(f"patches of different widths {sorted(widths)} belong to different models; keep them apart")
@@ -206,9 +206,11 @@ def join(patch: Patch) -> Patch:
         >>> join(batch).key.shape
         (10, 4)
     """
-    width = patch.key.shape[-1]
+    hidden_size = patch.key.shape[-1]
     layer = None if patch.layer is None else patch.layer.reshape(-1)
-    return Patch(patch.key.reshape(-1, width), patch.bias.reshape(-1), patch.value.reshape(-1, width), layer)
+    return Patch(
+        patch.key.reshape(-1, hidden_size), patch.bias.reshape(-1), patch.value.reshape(-1, hidden_size), layer
+    )
 
 
 def sharpen(patch: Patch, sharpness: float) -> Patch:

@@ -10,13 +10,13 @@ from jax import Array
 from tpatch_jax.core.checks import check_positive, check_range
 from tpatch_jax.core.objective import Weights
 
-__all__ = ["FitInfo", "FitSettings", "Lane", "Resume", "held"]
+__all__ = ["FitInfo", "FitProblem", "FitSettings", "Head", "held"]
 
-Resume = Callable[[Any, Array], Array]
+Head = Callable[[Any, Array], Array]
 """The network after the cut: ``(context, output [contexts, d])`` to logits ``[contexts, vocabulary]``."""
 
 
-class Lane(NamedTuple):
+class FitProblem(NamedTuple):
     """What one patch is fitted on; a batch of lanes has a leading axis.
 
     Attributes:
@@ -24,7 +24,7 @@ class Lane(NamedTuple):
         output: the FFN's output at those queries, other active patches included: ``[contexts, d]``.
         negative: queries on which this patch in particular must stay silent, such as the same prompt about another
             subject: ``[own_negatives, d]``, possibly none.
-        context: what ``resume`` needs beside the output, with leading axis ``contexts``.
+        context: what ``head`` needs beside the output, with leading axis ``contexts``.
         target: the token or label to say, a scalar int.
         direction: where the value starts, ``[d]``; its length does not matter.
         scale: the length that a value of medium strength has, a scalar; the residual stream's norm is a good one.

@@ -15,7 +15,7 @@ from jax import Array
 
 from tpatch_jax.core.sizes import power_of_two
 
-__all__ = ["Asked", "ThroughInfo", "ThroughSettings", "kept_close", "train_values"]
+__all__ = ["TargetRows", "ThroughInfo", "ThroughSettings", "kept_close", "train_values"]
 
 NEUTRAL_EVERY = 2
 """A neutral row is looked at in every second step, and then counts for both: it costs as much as a target's."""
@@ -47,7 +47,7 @@ class ThroughSettings(NamedTuple):
     decay: float = 0.02
 
 
-class Asked(NamedTuple):
+class TargetRows(NamedTuple):
     """Rows of some lanes, equally many each, and the places in them at which log-probabilities are read.
 
     Attributes:
@@ -89,7 +89,7 @@ def kept_close(before: Array, now: Array) -> Array:
     return jnp.sum(jnp.exp(before) * (before - now), -1)
 
 
-def _per_lane(asked: Asked, values: Array, run: Run, divergence: Callable[[Array, Array], Array]) -> Array:
+def _per_lane(asked: TargetRows, values: Array, run: Run, divergence: Callable[[Array, Array], Array]) -> Array:
     """The weighted sum over its places of each lane's loss: ``[lanes]``."""
     added = (asked.activity[..., None] * values[:, None]).reshape(-1, values.shape[-1])
     found = run(asked.rows, added)
@@ -102,14 +102,14 @@ def _unlikely(wanted: Array, found: Array) -> Array:
     return -jnp.take_along_axis(found, wanted[..., None], -1)[..., 0]
 
 
-def _part(asked: Asked, lanes: np.ndarray, rows: np.ndarray) -> Asked:
+def _part(asked: TargetRows, lanes: np.ndarray, rows: np.ndarray) -> TargetRows:
     """Some lanes of several, with some of their rows."""
     index = (lanes[:, None] * asked.activity.shape[1] + rows).reshape(-1)
     fields = (field[np.ix_(lanes, rows)] for field in asked[1:])
-    return Asked(jax.tree.map(lambda leaf: leaf[index], asked.rows), *fields)
+    return TargetRows(jax.tree.map(lambda leaf: leaf[index], asked.rows), *fields)
 
 
-def _turn(asked: Asked, number: int, always: int) -> Asked:
+def _turn(asked: TargetRows, number: int, always: int) -> TargetRows:
     """The rows of one step: the first ones always, of the others one at a time, which then counts for all of them."""
     lanes, rows = asked.activity.shape
     others = rows - always
@@ -125,15 +125,15 @@ class _Moving(NamedTuple):
     """Lanes that still take steps: which they are, what they are trained on, and where they stand."""
 
     lane: np.ndarray
-    targets: Asked
-    neutral: Asked | None
+    targets: TargetRows
+    neutral: TargetRows | None
     unit: Array
     moves: Array
     state: optax.OptState
 
 
 def train_values(
-    targets: Asked, neutral: Asked | None, run: Run, scale: Array, settings: ThroughSettings
+    targets: TargetRows, neutral: TargetRows | None, run: Run, scale: Array, settings: ThroughSettings
 ) -> tuple[Array, ThroughInfo]:
     """The values of some lanes, each trained for its own targets.
 
@@ -154,7 +154,7 @@ def train_values(
 
     Source: Meng et al. 2022, section 3.1, for the objective; T-Patcher's value is trained the same way here.
     """
-    total, width = scale.shape[0], jax.tree.leaves(targets.rows)[0].shape[-1]
+    total, hidden_size = scale.shape[0], jax.tree.leaves(targets.rows)[0].shape[-1]
     transform = optax.adam(settings.rate, b1=settings.momentum, b2=0.95)
 
     def loss(moves: Array, now: _Moving, number: int) -> tuple[Array, tuple[Array, Array]]:
@@ -167,10 +167,10 @@ def train_values(
         return jnp.sum(said + NEUTRAL_EVERY * settings.closeness * close + decay), (said, close)
 
     step = jax.value_and_grad(loss, has_aux=True)
-    unit = (settings.longest * scale / width**0.5)[:, None]
-    start = jnp.zeros((total, width), jnp.float32)
+    unit = (settings.longest * scale / hidden_size**0.5)[:, None]
+    start = jnp.zeros((total, hidden_size), jnp.float32)
     now = _Moving(np.arange(total), targets, neutral, unit, start, transform.init(start))
-    values, info = np.zeros((total, width), np.float32), ThroughInfo(*np.zeros((3, total)))
+    values, info = np.zeros((total, hidden_size), np.float32), ThroughInfo(*np.zeros((3, total)))
     # A lane is done when every one of its rows has had its turn without complaint.
     content, turns = np.zeros(total, int), max(1, targets.activity.shape[1] - 1)
     done = np.zeros(total, bool)

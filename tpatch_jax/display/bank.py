@@ -10,7 +10,7 @@ import numpy as np
 from tpatch_jax.bank.assembly import Held, Store, assemble
 from tpatch_jax.bank.state import Bank, active, replay, states
 from tpatch_jax.display.charts import heat, histogram, steps
-from tpatch_jax.display.console import so_many
+from tpatch_jax.display.console import format_count
 from tpatch_jax.display.markup import Child, element, figures, number, shorten, table
 
 __all__ = ["bank_summary", "bank_title", "bank_view", "cross_activations"]
@@ -23,7 +23,8 @@ ORDER = ("active", "superseded", "disabled", "removed", "lost")
 
 def bank_title(bank: Bank) -> str:
     """What the bank is, in one line."""
-    return f"Bank {bank.folder.resolve().name}: {so_many(len(bank.edits), 'edit')} of {bank.manifest['model']['name']}"
+    edits = format_count(len(bank.edits), "edit")
+    return f"Bank {bank.folder.resolve().name}: {edits} of {bank.manifest['model']['name']}"
 
 
 def bank_summary(bank: Bank) -> dict[str, Any]:

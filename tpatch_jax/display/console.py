@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["print_json", "progress_bar", "result_console", "result_table", "so_many"]
+__all__ = ["format_count", "print_json", "progress_bar", "result_console", "result_table"]
 
 Report = Callable[[str, int, int], None]
 
@@ -46,7 +46,7 @@ def result_table(title: str, columns: Sequence[str], right: Sequence[str] = ()) 
     return table
 
 
-def so_many(count: int, noun: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """A count and what is counted, as people write it.
 
     Args:
@@ -54,7 +54,7 @@ def so_many(count: int, noun: str) -> str:
         noun: in the singular, of those whose plural ends in s.
 
     Example:
-        >>> so_many(1, "edit"), so_many(2000, "edit")
+        >>> format_count(1, "edit"), format_count(2000, "edit")
         ('1 edit', '2,000 edits')
     """
     return f"{count:,} {noun}{'s' * (count != 1)}"

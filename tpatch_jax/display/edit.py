@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tpatch_jax.core.patch import Patch
-from tpatch_jax.display.console import so_many
+from tpatch_jax.display.console import format_count
 from tpatch_jax.display.markup import number, shorten
 from tpatch_jax.display.patch import check_requests
 from tpatch_jax.display.view import Rows, Shown, compose
@@ -62,7 +62,7 @@ def show_edit(info: EditInfo, requests: Sequence[EditRequest], model: Model | No
         check_requests(requests, info)
     counts = Counter(result.status for result in info.requests)
     names = {"edited": "edited", "already": "right already", "failed": "failed"}
-    title = f"Edit: {so_many(len(info.requests), 'request')}, " + ", ".join(
+    title = f"Edit: {format_count(len(info.requests), 'request')}, " + ", ".join(
         f"{counts[status]} {name}" for status, name in names.items() if counts[status]
     )
     notes = [

@@ -10,7 +10,7 @@ from tpatch_jax.display.markup import Child
 from tpatch_jax.display.report import report_title, report_view
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.report import read_report
-from tpatch_jax.storage.folders import REPORT, what_it_is
+from tpatch_jax.storage.folders import REPORT, describe_folder
 
 __all__ = ["folder_view"]
 
@@ -37,5 +37,5 @@ def folder_view(folder: Path) -> tuple[str, dict[str, Any], list[Child]]:
         return report_title(report), about, report_view(folder, report)
     raise TPatchError(
         f"{folder} is neither a bank nor a finished report; give a folder that `tpatch bank init` or "
-        f"`tpatch eval … -o REPORT` made{what_it_is(folder)}"
+        f"`tpatch eval … -o REPORT` made{describe_folder(folder)}"
     )

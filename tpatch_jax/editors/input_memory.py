@@ -45,7 +45,7 @@ def collect_inputs(
     inputs: Sequence[str],
     report: Callable[[int], None] | None = None,
 ) -> tuple[Array, Array, tuple[str, ...], tuple[str, ...], Array | None, Array | None, dict[str, tuple[str, ...]]]:
-    """The fields of a `tpatch_jax.editors.model_memory.Background`.
+    """The fields of a `tpatch_jax.editors.model_memory.ModelMemory`.
 
     Args:
         model: a classifier or an encoder-decoder.
@@ -112,7 +112,7 @@ def _nuisance(model: Model, layer: int, rows: Sequence[Sequence[int]], others: t
             spans += [[*prompt, *answer] for prompt in prompts]
             places += [_places(model, span)[:PLACES] for span in spans[-CONTEXTS:]]
     if not spans:
-        return jnp.eye(model.config.width)
+        return jnp.eye(model.config.hidden_size)
     query, groups, first = collect(model, spans, places, layer).query, [], 0
     for number in range(0, len(spans), CONTEXTS):
         size = len(places[number])

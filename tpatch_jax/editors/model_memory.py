@@ -25,7 +25,7 @@ from tpatch_jax.models.inputs import read_inputs
 from tpatch_jax.models.memory_text import keep_folder, memory_folder, memory_texts, text_mark
 from tpatch_jax.models.model import Model
 
-__all__ = ["Background", "background"]
+__all__ = ["ModelMemory", "collect_model_memory"]
 
 PREFIX_LENGTHS = (5, 10, 5, 10, 8, 6, 10)
 SPANS = 96
@@ -34,7 +34,7 @@ SPAN_CONTEXTS = 6
 Progress = Callable[[str, int, int], None]
 
 
-class Background(NamedTuple):
+class ModelMemory(NamedTuple):
     """What is known about a model before any edit.
 
     Attributes:
@@ -59,14 +59,14 @@ class Background(NamedTuple):
     rewordings: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
-def background(
+def collect_model_memory(
     model: Model,
     layer: int,
     text: str | Path | None = None,
     *,
     cache: Path | None = None,
     progress: Progress | None = None,
-) -> Background:
+) -> ModelMemory:
     """Collect or recall what an editor needs to know about a model.
 
     Args:
@@ -79,7 +79,7 @@ def background(
         progress: called with what is being done, how much is done, and how much there is.
 
     Returns:
-        The `Background`.
+        The `ModelMemory`.
 
     Raises:
         TPatchError: the text file is missing, not UTF-8, or too short.
@@ -93,13 +93,13 @@ def background(
         result = _collect(model, layer, rows, progress)
     else:
         report = (lambda done: progress("collecting memory", done, len(rows))) if progress else None
-        result = Background(*collect_inputs(model, layer, rows, read_inputs(text), report))
+        result = ModelMemory(*collect_inputs(model, layer, rows, read_inputs(text), report))
     if folder is not None:
         _save(folder, result)
     return result
 
 
-def _collect(model: Model, layer: int, rows: list[list[int]], progress: Progress | None) -> Background:
+def _collect(model: Model, layer: int, rows: list[list[int]], progress: Progress | None) -> ModelMemory:
     report = (lambda done: progress("collecting memory", done, len(rows))) if progress else None
     # A text's first token is the same in all of them and looks like no other query.
     query = collect(model, rows, [range(1, len(row)) for row in rows], layer, report).query
@@ -122,10 +122,10 @@ def _collect(model: Model, layer: int, rows: list[list[int]], progress: Progress
     else:
         nuisance = jnp.eye(query.shape[-1])
     names = re.findall(r"(?<=[a-z,] )[A-Z][a-z]+(?: [A-Z][a-z]+)+", "\n".join(texts))
-    return Background(query.astype(jnp.float32), nuisance, tuple(prefixes), tuple(dict.fromkeys(names))[:200])
+    return ModelMemory(query.astype(jnp.float32), nuisance, tuple(prefixes), tuple(dict.fromkeys(names))[:200])
 
 
-def _save(folder: Path, result: Background) -> None:
+def _save(folder: Path, result: ModelMemory) -> None:
     def write(temporary: Path) -> None:
         found = {"query": result.query, "nuisance": result.nuisance, "centres": result.centres}
         found["answers"] = result.answers
@@ -137,7 +137,7 @@ def _save(folder: Path, result: Background) -> None:
     keep_folder(folder, write)
 
 
-def _load(folder: Path) -> Background | None:
+def _load(folder: Path) -> ModelMemory | None:
     """What `_save` wrote, if anything; a damaged folder is removed, so that it is made again."""
     if not folder.exists():
         return None
@@ -149,7 +149,7 @@ def _load(folder: Path) -> Background | None:
         answers = jnp.asarray(arrays["answers"]) if "answers" in arrays else None
         rewordings = {frame: tuple(others) for frame, others in texts["rewordings"].items()}
         named = tuple(texts["prefixes"]), tuple(texts["names"])
-        return Background(query, nuisance, *named, centres, answers, rewordings)
+        return ModelMemory(query, nuisance, *named, centres, answers, rewordings)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         shutil.rmtree(folder, ignore_errors=True)
         return None

@@ -17,8 +17,8 @@ from tpatch_jax.editors.rome.rome import R_ROME_PRESETS, ROME_PRESETS, check_rom
 from tpatch_jax.editors.rome.state import edited, restore, save
 from tpatch_jax.editors.serac.editor import SERAC_PRESETS, SeracSettings, restore_memory, routing, save_memory, serac
 from tpatch_jax.editors.serac.networks import read_networks
-from tpatch_jax.editors.tpatcher.earlier import load_earlier, save_earlier
 from tpatch_jax.editors.tpatcher.editor import TPatcherState, site_layer, tpatcher
+from tpatch_jax.editors.tpatcher.previous import load_earlier, save_earlier
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint

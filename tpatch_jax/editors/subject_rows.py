@@ -17,10 +17,10 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.models.rows import row_length, tokens_array
 from tpatch_jax.requests import EditRequest
 
-__all__ = ["Row", "forked_rows", "prompt_row", "rephrase_rows", "row_of", "rows_of", "runner", "short_rows"]
+__all__ = ["PromptRow", "forked_rows", "prompt_row", "rephrase_rows", "row_of", "rows_of", "runner", "short_rows"]
 
 
-class Row(NamedTuple):
+class PromptRow(NamedTuple):
     """A text in tokens, where the subject ends in it, and what is asked: places and the tokens wanted there."""
 
     tokens: list[int]
@@ -29,55 +29,55 @@ class Row(NamedTuple):
     wanted: list[int]
 
 
-def prompt_row(model: Model, request: EditRequest, item: Item, context: int, token: str) -> Row:
+def prompt_row(model: Model, request: EditRequest, item: Item, context: int, token: str) -> PromptRow:
     """A request's prompt and target in one of its contexts, cut at the last token of the subject or of the prompt."""
     places, text = list(item.places(context)), item.texts[context]
     if token == "prompt":
-        return Row(item.rows[context], places[0], places, item.target)
+        return PromptRow(item.rows[context], places[0], places, item.target)
     subject = request.subject or ""
     # Searched within the prompt, which is what the text ends with: a prefix may name the subject as well.
     end = len(text) - len(request.prompt) + request.prompt.index(subject) + len(subject)
-    return Row(item.rows[context], subject_token(model, text, end), places, item.target)
+    return PromptRow(item.rows[context], subject_token(model, text, end), places, item.target)
 
 
-def rephrase_rows(model: Model, request: EditRequest, item: Item, token: str) -> list[Row]:
+def rephrase_rows(model: Model, request: EditRequest, item: Item, token: str) -> list[PromptRow]:
     """The rephrases that a request is fitted on, as `prompt_row`; of the subject's those that name it once."""
     rows = []
     for context in range(len(item.texts) - item.rephrases, len(item.texts)):
         places, text, subject = list(item.places(context)), item.texts[context], request.subject or ""
         if token == "prompt":
-            rows.append(Row(item.rows[context], places[0], places, item.target))
+            rows.append(PromptRow(item.rows[context], places[0], places, item.target))
         elif text.count(subject) == 1:
             last = subject_token(model, text, text.index(subject) + len(subject))
-            rows.append(Row(item.rows[context], last, places, item.target))
+            rows.append(PromptRow(item.rows[context], last, places, item.target))
     return rows
 
 
-def row_of(model: Model, wording: Wording, target: Sequence[int] = ()) -> Row | None:
+def row_of(model: Model, wording: Wording, target: Sequence[int] = ()) -> PromptRow | None:
     """A text in tokens with what should follow it; ``None`` if it is too long."""
     tokens = model.encode_prompt(wording.text)
     if len(tokens) + len(target) > model.config.context:
         return None
     last = len(tokens) - 1
     places = list(range(last, last + max(1, len(target))))
-    return Row([*tokens, *target], subject_token(model, *wording), places, list(target))
+    return PromptRow([*tokens, *target], subject_token(model, *wording), places, list(target))
 
 
-def rows_of(model: Model, wordings: Sequence[Wording]) -> list[Row]:
+def rows_of(model: Model, wordings: Sequence[Wording]) -> list[PromptRow]:
     """Texts in tokens; the first that fits stands in for one that is too long."""
     rows = [row_of(model, wording) for wording in wordings]
     first = next((row for row in rows if row is not None), None)
     return [] if first is None else [row or first for row in rows]
 
 
-def short_rows(model: Model, request: EditRequest, item: Item, prefixes: Sequence[str]) -> list[Row]:
+def short_rows(model: Model, request: EditRequest, item: Item, prefixes: Sequence[str]) -> list[PromptRow]:
     """What `shortened` gives in tokens, each after a prefix; one that would be too long is left out."""
     pairs = zip(shortened(request), prefixes, strict=False)
     rows = (row_of(model, wording.after(prefix), item.target) for wording, prefix in pairs)
     return [row for row in rows if row is not None]
 
 
-def forked_rows(model: Model, rows: Sequence[Row], layer: int, places: int) -> tuple[networks.Fork, Array]:
+def forked_rows(model: Model, rows: Sequence[PromptRow], layer: int, places: int) -> tuple[networks.Fork, Array]:
     """Rows run up to a layer's FFN, from their subject on, and where in that part they are asked.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import draw_report
 from tpatch_jax.storage.files import write_text
-from tpatch_jax.storage.folders import REPORT, what_it_is
+from tpatch_jax.storage.folders import REPORT, describe_folder
 
 __all__ = ["FIGURES", "SCHEMA", "comparison", "markdown", "read_report", "table", "write_report"]
 
@@ -70,7 +70,8 @@ def read_report(folder: str | Path) -> dict[str, Any]:
         schema, _ = report["schema"], [result["metrics"] for result in report["results"]]
     except FileNotFoundError:
         raise TPatchError(
-            f"{folder} holds no {REPORT}; give a folder that `tpatch eval … -o REPORT` finished{what_it_is(folder)}"
+            f"{folder} holds no {REPORT}; give a folder that `tpatch eval … -o REPORT` finished"
+            f"{describe_folder(folder)}"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TPatchError(f"{path} is damaged ({error!r}); evaluate again") from None

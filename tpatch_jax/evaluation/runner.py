@@ -21,7 +21,7 @@ from tpatch_jax.evaluation.protocols import ACCURACY, ELSEWHERE, MOMENTS, PROTOC
 from tpatch_jax.evaluation.records import Probe, Record
 from tpatch_jax.evaluation.report import SCHEMA, write_report
 from tpatch_jax.evaluation.running_text import WINDOW, read_windows
-from tpatch_jax.evaluation.scoring import Asked, ask, base_scores
+from tpatch_jax.evaluation.scoring import ScoredPrompts, ask, base_scores
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.storage.cache import cache_folder
@@ -168,8 +168,8 @@ class _Prepared(NamedTuple):
     """Everything that will be asked, in tokens, each distinct probe once; the running text; the random key."""
 
     probes: list[Probe]
-    tokens: Asked
-    windows: Asked | None
+    tokens: ScoredPrompts
+    windows: ScoredPrompts | None
     key: Array
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.metrics import certificate, next_token_agreement, perplexity
-from tpatch_jax.evaluation.scoring import Asked, Base, Outcome
+from tpatch_jax.evaluation.scoring import Base, Outcome, ScoredPrompts
 from tpatch_jax.models.model import Model
 
 __all__ = ["WINDOW", "read_windows", "text_figures"]
@@ -15,7 +15,7 @@ WINDOW = 256
 """Tokens of a window; a model reads each window on its own, without what stands before it."""
 
 
-def read_windows(model: Model, path: str | Path, most: int) -> Asked:
+def read_windows(model: Model, path: str | Path, most: int) -> ScoredPrompts:
     """The start of a text file in windows of `WINDOW` tokens (fewer where the model reads fewer).
 
     Every token of a window but its first is predicted from those before it in the window.
@@ -48,7 +48,7 @@ def read_windows(model: Model, path: str | Path, most: int) -> Asked:
         raise TPatchError(f"the text {path} has {len(ids)} tokens; give a longer text file")
     positions = [range(begin, len(row) - 1) for row in rows]
     wanted = np.concatenate([np.asarray(row[begin + 1 :], np.int32) for row in rows])
-    return Asked(rows, positions, wanted, np.cumsum([0, *map(len, positions)]))
+    return ScoredPrompts(rows, positions, wanted, np.cumsum([0, *map(len, positions)]))
 
 
 def text_figures(base: Base, outcome: Outcome, certified: bool = True) -> dict[str, float]:

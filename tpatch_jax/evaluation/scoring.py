@@ -39,7 +39,17 @@ from tpatch_jax.models.rows import place_in
 from tpatch_jax.requests import join_target
 from tpatch_jax.storage.files import replace_folder
 
-__all__ = ["Asked", "Base", "Outcome", "apply_scores", "ask", "base_scores", "patched_scores", "routed_scores", "score"]
+__all__ = [
+    "Base",
+    "Outcome",
+    "ScoredPrompts",
+    "apply_scores",
+    "ask",
+    "base_scores",
+    "patched_scores",
+    "routed_scores",
+    "score",
+]
 
 VERSION = 1
 LOGIT_ROWS = 256
@@ -50,7 +60,7 @@ MOST_CACHED = 1 << 30
 Tell = Callable[[int], None]
 
 
-class Asked(NamedTuple):
+class ScoredPrompts(NamedTuple):
     """Texts in tokens, and where their next token is looked at.
 
     Attributes:
@@ -67,7 +77,7 @@ class Asked(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a model says at every position of an `Asked`.
+    """What a model says at every position of an `ScoredPrompts`.
 
     Attributes:
         log_p: of the wanted token, ``[positions]``; ``nan`` where none is wanted.
@@ -93,14 +103,14 @@ class Base(NamedTuple):
         residual: the residual stream beside it.
     """
 
-    asked: Asked
+    asked: ScoredPrompts
     outcome: Outcome
     query: np.ndarray
     output: np.ndarray
     residual: np.ndarray
 
 
-def ask(model: Model, probes: Sequence[Probe]) -> Asked:
+def ask(model: Model, probes: Sequence[Probe]) -> ScoredPrompts:
     """Probes in tokens. Prompt and target are tokenized separately, as the editors and greedy decoding have them.
 
     Args:
@@ -127,10 +137,10 @@ def ask(model: Model, probes: Sequence[Probe]) -> Asked:
         positions.append(range(len(prompt) - 1, len(prompt) + len(target) - 1 if target else len(prompt)))
         wanted.extend(target or [-1])
     starts = np.cumsum([0, *map(len, positions)])
-    return Asked(rows, positions, np.asarray(wanted, np.int32), starts)
+    return ScoredPrompts(rows, positions, np.asarray(wanted, np.int32), starts)
 
 
-def score(asked: Asked, outcome: Outcome, text: int) -> Score:
+def score(asked: ScoredPrompts, outcome: Outcome, text: int) -> Score:
     """The `Score` of one text.
 
     Args:
@@ -201,7 +211,7 @@ def _read_all(
     return np.where(wanted < 0, np.float32(np.nan), log_p), predicted
 
 
-def base_scores(model: Model, asked: Asked, *, cache: Path | None = None, tell: Tell | None = None) -> Base:
+def base_scores(model: Model, asked: ScoredPrompts, *, cache: Path | None = None, tell: Tell | None = None) -> Base:
     """What the unedited model says: computed once, then recalled by content.
 
     Args:
@@ -215,7 +225,7 @@ def base_scores(model: Model, asked: Asked, *, cache: Path | None = None, tell: 
     """
     folder = None
     plain = not any(ffn.attached(layer["ffn"]) for layer in model.params["layers"].values())
-    fits = asked.wanted.size * model.config.width * 12 <= MOST_CACHED and networks.pointwise(model.config)
+    fits = asked.wanted.size * model.config.hidden_size * 12 <= MOST_CACHED and networks.pointwise(model.config)
     if cache is not None and plain and fits:
         spans = [[place.start, place.stop] for place in asked.positions]
         content = json.dumps([VERSION, fingerprint(model), asked.rows, spans, asked.wanted.tolist()])
@@ -236,7 +246,7 @@ def base_scores(model: Model, asked: Asked, *, cache: Path | None = None, tell: 
     return Base(asked, Outcome(log_p, predicted, *np.zeros((2, len(log_p)), bool)), query, output, residual)
 
 
-def _recall(folder: Path, asked: Asked) -> Base | None:
+def _recall(folder: Path, asked: ScoredPrompts) -> Base | None:
     try:
         found = load_file(folder / "scores.safetensors")
         outcome = Outcome(found["log_p"], found["predicted"], *np.zeros((2, len(asked.wanted)), bool))
@@ -245,7 +255,7 @@ def _recall(folder: Path, asked: Asked) -> Base | None:
         return None
 
 
-def _of(asked: Asked, texts: Sequence[int]) -> np.ndarray:
+def _of(asked: ScoredPrompts, texts: Sequence[int]) -> np.ndarray:
     """The numbers of all positions of some texts."""
     spans = [np.arange(asked.starts[text], asked.starts[text + 1]) for text in texts]
     return np.concatenate(spans) if spans else np.zeros(0, int)

@@ -111,7 +111,7 @@ def write_sweep(folder: Path, model: Model, rows: Sequence[dict[str, Any]], abou
     config = model.config
     written = {
         **about,
-        "model": {"family": config.family, "layers": config.layers, "width": config.width},
+        "model": {"family": config.family, "layers": config.layers, "width": config.hidden_size},
         "rows": list(rows),
         "best": chosen,
     }

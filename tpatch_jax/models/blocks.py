@@ -68,7 +68,7 @@ class Norm(nnx.Module):
     @classmethod
     def of(cls, config: NetworkConfig, width: int | None = None) -> "Norm":
         """The kind of norm that a network uses."""
-        return cls(config.norm, config.norm_epsilon, config.norm_shift, width or config.width)
+        return cls(config.norm, config.norm_epsilon, config.norm_shift, width or config.hidden_size)
 
     def __call__(self, x: Array) -> Array:
         """Normalise the last axis."""
@@ -169,10 +169,10 @@ class Attention(nnx.Module):
         self.config, self.kind = config, kind
         inner, shared = config.heads * config.head_width, config.key_value_heads * config.head_width
         linear = partial(nnx.Linear, rngs=rngs)
-        self.query = linear(config.width, inner, use_bias=config.query_bias)
-        self.key = linear(config.width, shared, use_bias=config.query_bias)
-        self.value = linear(config.width, shared, use_bias=config.query_bias)
-        self.output = linear(inner, config.width, use_bias=config.output_bias)
+        self.query = linear(config.hidden_size, inner, use_bias=config.query_bias)
+        self.key = linear(config.hidden_size, shared, use_bias=config.query_bias)
+        self.value = linear(config.hidden_size, shared, use_bias=config.query_bias)
+        self.output = linear(inner, config.hidden_size, use_bias=config.output_bias)
         if config.query_norm:
             self.query_norm, self.key_norm = Norm.of(config, config.head_width), Norm.of(config, config.head_width)
 
@@ -219,10 +219,10 @@ class CrossAttention(nnx.Module):
     def __init__(self, config: NetworkConfig, *, rngs: nnx.Rngs):
         self.config = config
         inner, linear = config.heads * config.head_width, partial(nnx.Linear, rngs=rngs)
-        self.query = linear(config.width, inner, use_bias=config.query_bias)
-        self.key = linear(config.width, inner, use_bias=config.query_bias)
-        self.value = linear(config.width, inner, use_bias=config.query_bias)
-        self.output = linear(inner, config.width, use_bias=config.output_bias)
+        self.query = linear(config.hidden_size, inner, use_bias=config.query_bias)
+        self.key = linear(config.hidden_size, inner, use_bias=config.query_bias)
+        self.value = linear(config.hidden_size, inner, use_bias=config.query_bias)
+        self.output = linear(inner, config.hidden_size, use_bias=config.output_bias)
 
     def read(self, states: Array, bias: Array) -> tuple[Array, Array, Array]:
         """States ``[batch, source, d]`` and their bias as `Cache` keeps them."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tpatch_jax.core.devices import host, mesh_of, spread
+from tpatch_jax.core.devices import host, mesh_of, shard_rows
 from tpatch_jax.core.ffn import ACTIVATIONS
 from tpatch_jax.core.patch import Patch, contribution, create, sized
 from tpatch_jax.core.sizes import in_steps, power_of_two
@@ -136,10 +136,10 @@ def collect(
     config = model.config
     offsets = np.cumsum([0, *(len(chosen) for chosen in positions)])
     dtype = jax.tree.leaves(model.params)[0].dtype
-    shape = (int(offsets[-1]), config.width)
+    shape = (int(offsets[-1]), config.hidden_size)
     if not networks.pointwise(config):
         longest = max((row_length(len(row)) for row in rows), default=0)
-        shape = (shape[0], max(LEAST_TEXT, longest), config.width)
+        shape = (shape[0], max(LEAST_TEXT, longest), config.hidden_size)
     large = on_disk and networks.pointwise(config) and math.prod(shape) * np.dtype(dtype).itemsize > LARGE
     found = [RowsOnDisk(shape[0], shape[-1], dtype) if large else np.zeros(shape, dtype) for _ in Sites._fields]
     done = 0
@@ -186,7 +186,7 @@ def _traced(
         which[:] = -1
     plain, shared = np.flatnonzero(which < 0), np.flatnonzero(which >= 0)
     for chosen, batch in batches(config, [rows[number] for number in plain.tolist()]):
-        yield plain[chosen].tolist(), model.trace(spread(batch, mesh), layer), np.zeros(len(chosen), int)
+        yield plain[chosen].tolist(), model.trace(shard_rows(batch, mesh), layer), np.zeros(len(chosen), int)
     if not len(shared):
         return
     lengths = np.asarray([len(begin) for begin in begins])
@@ -197,7 +197,7 @@ def _traced(
         own = np.zeros(batch.shape[0], np.int32)
         own[: len(chosen)] = which[shared[chosen]]
         first = lengths[own].astype(np.int32)
-        batch, *of = spread((batch, own, first), mesh)
+        batch, *of = shard_rows((batch, own, first), mesh)
         traced = networks.trace_after(config, model.params, batch, layer, begun, *of)
         yield shared[chosen].tolist(), traced, first[: len(chosen)]
 
@@ -257,7 +257,7 @@ def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int 
     result = np.zeros(total, np.int32)
     weights = networks.final_weights(model.config, model.params)
     mesh = mesh_of(model.params)
-    patch = sized((create(model.config.width) if patch is None else patch)._replace(layer=None), NEURONS)
+    patch = sized((create(model.config.hidden_size) if patch is None else patch)._replace(layer=None), NEURONS)
     if mesh is None:
         # Once, not again with each part.
         patch = jax.device_put(patch)
@@ -265,7 +265,7 @@ def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int 
         count = min(rows, total - first)
         missing = power_of_two(count, min(64, rows), rows) - count
         part = Sites(*(pad_rows(array[first : first + count], missing) for array in sites))
-        result[first : first + count] = host(_predicted(model.config, weights, patch, spread(part, mesh)))[:count]
+        result[first : first + count] = host(_predicted(model.config, weights, patch, shard_rows(part, mesh)))[:count]
     return result
 
 

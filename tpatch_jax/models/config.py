@@ -29,7 +29,7 @@ class NetworkConfig:
     Attributes:
         family: name in the table of families, such as ``"llama"``.
         vocabulary: rows of the embedding.
-        width: ``d``, the width of the residual stream.
+        hidden_size: ``d``, the width of the residual stream.
         layers: number of blocks.
         heads: query heads.
         key_value_heads: key and value heads; fewer than ``heads`` means grouped-query attention.
@@ -76,7 +76,7 @@ class NetworkConfig:
 
     family: str
     vocabulary: int
-    width: int
+    hidden_size: int
     layers: int
     heads: int
     key_value_heads: int

@@ -17,6 +17,8 @@ __all__ = ["fingerprint", "tokenizer_fingerprint"]
 
 
 _OF_CALLS = ("truncation", "padding")
+_FIRST_NAMES = {"hidden_size": "width"}
+"""What fields of the description were called when fingerprints were first taken, which stay what they are."""
 
 
 @jax.jit
@@ -28,6 +30,10 @@ def _mix(x: Array) -> Array:
     mixed = (bits ^ (place * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)
     mixed = mixed ^ (mixed >> 13)
     return jnp.stack([jnp.sum(mixed), jnp.sum(mixed * (place | jnp.uint32(1)))])
+
+
+def _described(config: Any) -> dict[str, Any]:
+    return {_FIRST_NAMES.get(name, name): value for name, value in dataclasses.asdict(config).items()}
 
 
 def fingerprint(model: Model) -> str:
@@ -43,11 +49,11 @@ def fingerprint(model: Model) -> str:
     """
     # Only what differs from the defaults, so that a new field of the description changes no older fingerprint.
     told = {
-        field.name: getattr(model.config, field.name)
+        _FIRST_NAMES.get(field.name, field.name): getattr(model.config, field.name)
         for field in dataclasses.fields(model.config)
         if getattr(model.config, field.name) != field.default
     }
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=dataclasses.asdict).encode())
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=_described).encode())
     layers = {index: {**layer, "ffn": ffn.detach(layer["ffn"])} for index, layer in model.params["layers"].items()}
     leaves = jax.tree_util.tree_leaves_with_path({**model.params, "layers": layers})
     sums = [(jax.tree_util.keystr(path), leaf, _mix(leaf)) for path, leaf in leaves]

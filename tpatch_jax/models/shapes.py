@@ -24,14 +24,19 @@ def parameter_shapes(config: NetworkConfig, merged: Mapping[int, int] | None = N
         config: the network's description.
         merged: how many patch neurons are merged into which layers.
     """
-    result = {"embed": {"embedding": _shape((config.vocabulary, config.width))}, **_stack_shapes(config, merged or {})}
+    result = {
+        "embed": {"embedding": _shape((config.vocabulary, config.hidden_size))},
+        **_stack_shapes(config, merged or {}),
+    }
     if config.encoder:
         result["encoder"] = _stack_shapes(config.encoder, {})
     if config.labels:
-        head = {"dense": config.width, "output": len(config.labels)}
-        result["classifier"] = {name: _linear_shapes(config.width, outputs, True) for name, outputs in head.items()}
+        head = {"dense": config.hidden_size, "output": len(config.labels)}
+        result["classifier"] = {
+            name: _linear_shapes(config.hidden_size, outputs, True) for name, outputs in head.items()
+        }
     elif not config.tied:
-        result["head"] = _linear_shapes(config.width, config.vocabulary, config.head_bias)
+        result["head"] = _linear_shapes(config.hidden_size, config.vocabulary, config.head_bias)
     elif config.head_bias:
         result["head"] = {"bias": _shape((config.vocabulary,))}
     return result
@@ -54,8 +59,8 @@ def _stack_shapes(config: NetworkConfig, merged: Mapping[int, int]) -> Params:
     def network(extra: int) -> Params:
         hidden, bias = config.ffn_width + extra, config.ffn_bias or extra > 0
         readers = ("gate", "up") if config.gated else ("up",)
-        entries = {name: _linear_shapes(config.width, hidden, bias) for name in readers}
-        return {**entries, "down": _linear_shapes(hidden, config.width, config.ffn_bias)}
+        entries = {name: _linear_shapes(config.hidden_size, hidden, bias) for name in readers}
+        return {**entries, "down": _linear_shapes(hidden, config.hidden_size, config.ffn_bias)}
 
     block = of(nnx.eval_shape(lambda: Block(config, config.kind(0), rngs=nnx.Rngs(0))))
     norm = of(nnx.eval_shape(lambda: Norm.of(config)))
@@ -68,7 +73,7 @@ def _stack_shapes(config: NetworkConfig, merged: Mapping[int, int]) -> Params:
         result["norm_embed"] = norm
     for name, rows in (("positions", config.positions), ("token_types", config.token_types)):
         if rows:
-            result[name] = {"embedding": _shape((rows, config.width))}
+            result[name] = {"embedding": _shape((rows, config.hidden_size))}
     if config.relative_buckets:
         result["relative"] = {"embedding": _shape((config.relative_buckets, config.heads))}
     return result

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__all__ = ["BANK", "MODEL", "PATCHES", "REPORT", "what_it_is"]
+__all__ = ["BANK", "MODEL", "PATCHES", "REPORT", "describe_folder"]
 
 BANK, PATCHES, REPORT, MODEL = "bank.json", "patches.json", "report.json", "config.json"
 
@@ -15,7 +15,7 @@ KINDS = (
 """A file that only this kind of folder has at its top, and what to do with such a folder."""
 
 
-def what_it_is(folder: str | Path) -> str:
+def describe_folder(folder: str | Path) -> str:
     """The end of a message that a folder is not what was asked for: ``"; it is …"`` if it is something else we make.
 
     Args:
@@ -25,7 +25,7 @@ def what_it_is(folder: str | Path) -> str:
         A text to put behind the message; empty where the folder is nothing known.
 
     Example:
-        >>> what_it_is("nowhere")
+        >>> describe_folder("nowhere")
         ''
     """
     return next((f"; {said}" for name, said in KINDS if (Path(folder) / name).is_file()), "")

@@ -17,7 +17,18 @@ from tpatch_jax.models.networks import Pair
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.storage.json_lines import read_json_lines
 
-__all__ = ["Bucket", "Data", "Example", "Lesson", "Row", "choose_labels", "lessons", "plan", "read_data", "tokenize"]
+__all__ = [
+    "Bucket",
+    "Data",
+    "Example",
+    "Lesson",
+    "TrainingRow",
+    "choose_labels",
+    "lessons",
+    "plan",
+    "read_data",
+    "tokenize",
+]
 
 
 class Example(NamedTuple):
@@ -46,7 +57,7 @@ class Data(NamedTuple):
     sha256: str
 
 
-class Row(NamedTuple):
+class TrainingRow(NamedTuple):
     """An example in tokens.
 
     Attributes:
@@ -171,7 +182,7 @@ def choose_labels(
     return labels
 
 
-def tokenize(model: Model, examples: Sequence[Example]) -> list[Row]:
+def tokenize(model: Model, examples: Sequence[Example]) -> list[TrainingRow]:
     """Examples in tokens.
 
     Args:
@@ -191,16 +202,16 @@ def tokenize(model: Model, examples: Sequence[Example]) -> list[Row]:
         if reason := model.excess(prompt, answer):
             raise TPatchError(f"{example.where}: {reason}")
         ask = prompt.index(ASK)
-        rows.append(Row(tuple(prompt[:ask]), tuple(prompt[ask + 1 :]), tuple(answer)))
+        rows.append(TrainingRow(tuple(prompt[:ask]), tuple(prompt[ask + 1 :]), tuple(answer)))
     return rows
 
 
-def _lengths(row: Row) -> tuple[int, int]:
+def _lengths(row: TrainingRow) -> tuple[int, int]:
     written = len(row.begin) + len(row.answer) - 1
     return round_up(len(row.read), 8), round_up(written, 8) if row.begin else 0
 
 
-def buckets(rows: Sequence[Row], size: int) -> list[Bucket]:
+def buckets(rows: Sequence[TrainingRow], size: int) -> list[Bucket]:
     """Rows of like lengths together, at least ``size`` of them where there are so many, so that few shapes occur."""
     by_length: dict[tuple[int, int], list[int]] = {}
     for number, row in enumerate(rows):
@@ -215,7 +226,7 @@ def buckets(rows: Sequence[Row], size: int) -> list[Bucket]:
     return found + ([Bucket(np.asarray(numbers), *lengths)] if numbers else [])
 
 
-def plan(rows: Sequence[Row], size: int, shuffle: np.random.Generator | None = None) -> list[Bucket]:
+def plan(rows: Sequence[TrainingRow], size: int, shuffle: np.random.Generator | None = None) -> list[Bucket]:
     """Which rows stand in which batch of an epoch; as many batches in each.
 
     Args:
@@ -230,7 +241,9 @@ def plan(rows: Sequence[Row], size: int, shuffle: np.random.Generator | None = N
     return batches if shuffle is None else [batches[number] for number in shuffle.permutation(len(batches))]
 
 
-def lessons(config: NetworkConfig, rows: Sequence[Row], size: int, batches: Sequence[Bucket]) -> Iterator[Lesson]:
+def lessons(
+    config: NetworkConfig, rows: Sequence[TrainingRow], size: int, batches: Sequence[Bucket]
+) -> Iterator[Lesson]:
     """The batches of a `plan` as arrays of ``size`` rows each; rows that are missing have weight 0.
 
     Args:

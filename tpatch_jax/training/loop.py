@@ -22,7 +22,7 @@ from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.storage.files import write_text
-from tpatch_jax.training.data import Lesson, Row, lessons, plan
+from tpatch_jax.training.data import Lesson, TrainingRow, lessons, plan
 
 __all__ = ["RECORD", "FinetuneSettings", "Report", "Run", "accuracy", "learn", "logits", "train"]
 
@@ -185,7 +185,7 @@ def _claim(folder: Path, record: dict[str, Any]) -> None:
 
 def train(
     start: Model,
-    rows: Sequence[Row],
+    rows: Sequence[TrainingRow],
     settings: FinetuneSettings,
     folder: Path,
     record: dict[str, Any],
@@ -309,7 +309,7 @@ def _right(config: NetworkConfig, params: Params, batch: Any, answer: Array, wei
     return jnp.all(right.reshape(right.shape[0], -1), 1)
 
 
-def accuracy(model: Model, rows: Sequence[Row], size: int, what: str, progress: Report | None) -> float:
+def accuracy(model: Model, rows: Sequence[TrainingRow], size: int, what: str, progress: Report | None) -> float:
     """The share of examples that come out right: the label, or every token of the answer."""
     batches = plan(rows, size)
     right = 0

@@ -128,11 +128,11 @@ def _draw(config: NetworkConfig, path: str, shape: tuple[int, ...], spread: floa
         return np.zeros(shape, np.float32)
     if config.family.startswith("t5"):
         if path == "embed.embedding":
-            spread = 1.0 if config.head_scale != 1 or not config.tied else config.width**-0.5
+            spread = 1.0 if config.head_scale != 1 or not config.tied else config.hidden_size**-0.5
         elif owner == "query":
-            spread = (config.width * config.head_width) ** -0.5
+            spread = (config.hidden_size * config.head_width) ** -0.5
         else:
-            spread = (shape[0] if leaf == "kernel" else config.width) ** -0.5
+            spread = (shape[0] if leaf == "kernel" else config.hidden_size) ** -0.5
     rng = np.random.default_rng(seed)
     drawn = rng.standard_normal(shape, np.float32)
     while (far := np.abs(drawn) > 2).any():

@@ -11,7 +11,7 @@ from jax import Array
 from tpatch_jax.core.memory import Memory, counted
 from tpatch_jax.core.objective import edit_loss, total_loss
 from tpatch_jax.core.patch import Patch
-from tpatch_jax.core.problem import FitInfo, FitSettings, Lane, Resume, held
+from tpatch_jax.core.problem import FitInfo, FitProblem, FitSettings, Head, held
 
 __all__ = ["JointState", "advance", "begin", "end", "optimiser"]
 
@@ -59,29 +59,29 @@ def _patch(params: dict[str, Array], settings: FitSettings, act: Callable[[Array
 
 
 def _joint_logits(
-    params: dict[str, Array], lane: Lane, resume: Resume, settings: FitSettings, act: Callable[[Array], Array]
+    params: dict[str, Array], lane: FitProblem, head: Head, settings: FitSettings, act: Callable[[Array], Array]
 ) -> tuple[Array, Array]:
     """Pre-activations on the lane's queries ``[contexts]`` and the patched logits ``[contexts, vocabulary]``."""
     inside, outside = (0.0, params["bias"]) if settings.output_bias else (params["bias"], 0.0)
     z = lane.query @ params["key"] + inside
-    return z, resume(lane.context, lane.output + act(z)[:, None] * params["value"] + outside)
+    return z, head(lane.context, lane.output + act(z)[:, None] * params["value"] + outside)
 
 
 def _joint_loss(
     params: dict[str, Array],
-    lane: Lane,
+    lane: FitProblem,
     memory: Memory,
-    resume: Resume,
+    head: Head,
     settings: FitSettings,
     act: Callable[[Array], Array],
 ) -> tuple[Array, dict[str, Array]]:
-    z, logits = _joint_logits(params, lane, resume, settings, act)
+    z, logits = _joint_logits(params, lane, head, settings, act)
     weights = settings.weights
     loss_edit = edit_loss(logits, lane.target, weights.label_smoothing, weights.entropy)
     return total_loss(loss_edit, z, _silence(params, lane, memory, settings), weights)
 
 
-def _silence(params: dict[str, Array], lane: Lane, memory: Memory, settings: FitSettings) -> Array:
+def _silence(params: dict[str, Array], lane: FitProblem, memory: Memory, settings: FitSettings) -> Array:
     bias = 0.0 if settings.output_bias else params["bias"]
     z = jnp.where(counted(memory, lane.target), memory.query @ params["key"] + bias, -jnp.inf)
     return jnp.concatenate([z, lane.negative @ params["key"] + bias])
@@ -97,14 +97,14 @@ def optimiser(settings: FitSettings) -> optax.GradientTransformation:
     )
 
 
-def begin(lane: Lane, settings: FitSettings, key: Array) -> JointState:
+def begin(lane: FitProblem, settings: FitSettings, rng: Array) -> JointState:
     """The paper's initial values: ``k = q/‖q‖²``, so that ``z = 1`` on the edited query, ``b = 0``, a random value."""
     query = lane.query[0]
     params = {
         "key": query / jnp.sum(jnp.square(query)),
         "bias": jnp.zeros((), query.dtype),
         # The paper trains x with v = α·x; Adam's steps do not see the gradient's scale, so α is a rate here.
-        "value": jax.random.normal(key, query.shape, query.dtype),
+        "value": jax.random.normal(rng, query.shape, query.dtype),
     }
     zero, infinite = jnp.zeros((), query.dtype), jnp.full((), jnp.inf, query.dtype)
     step, done = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
@@ -117,9 +117,9 @@ def _spread(params: dict[str, Array], settings: FitSettings) -> dict[str, Array]
 
 def advance(
     state: JointState,
-    lane: Lane,
+    lane: FitProblem,
     memory: Memory,
-    resume: Resume,
+    head: Head,
     settings: FitSettings,
     act: Callable[[Array], Array],
 ) -> JointState:
@@ -137,7 +137,7 @@ def advance(
     transform = optimiser(settings)
 
     def loss_of(params: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        return _joint_loss(_spread(params, settings), lane, seen, resume, settings, act)
+        return _joint_loss(_spread(params, settings), lane, seen, head, settings, act)
 
     def step(carry: tuple[dict[str, Array], optax.OptState], _: None) -> tuple[Any, Array]:
         params, moments = carry
@@ -148,7 +148,7 @@ def advance(
 
     (params, moments), losses = jax.lax.scan(step, (state.params, state.optimiser), None, length=settings.patience)
     spread = _spread(params, settings)
-    z, logits = _joint_logits(spread, lane, resume, settings, act)
+    z, logits = _joint_logits(spread, lane, head, settings, act)
     weights = settings.weights
     loss = edit_loss(logits, lane.target, weights.label_smoothing, weights.entropy)
     _, terms = total_loss(loss, z, _silence(spread, lane, unseen, settings), weights)
@@ -171,15 +171,15 @@ def advance(
 
 def end(
     state: JointState,
-    lane: Lane,
+    lane: FitProblem,
     memory: Memory,
-    resume: Resume,
+    head: Head,
     settings: FitSettings,
     act: Callable[[Array], Array],
 ) -> tuple[Patch, FitInfo]:
     """The patch of a finished fit, and how it went."""
     params = _spread(state.params, settings)
-    _, terms = _joint_loss(params, lane, memory, resume, settings, act)
-    z, logits = _joint_logits(params, lane, resume, settings, act)
+    _, terms = _joint_loss(params, lane, memory, head, settings, act)
+    z, logits = _joint_logits(params, lane, head, settings, act)
     margin = (jnp.min(z) - jnp.max(_silence(params, lane, memory, settings))) / jnp.abs(jnp.mean(z))
     return _patch(params, settings, act), FitInfo(held(logits, lane.target)[0], state.step, margin, **terms)

@@ -12,7 +12,7 @@ from jax import Array
 from tpatch_jax.core.memory import Memory, hardest
 from tpatch_jax.core.objective import edit_loss, total_loss
 from tpatch_jax.core.patch import Patch, sharpen
-from tpatch_jax.core.problem import FitInfo, FitSettings, Lane, Resume, held
+from tpatch_jax.core.problem import FitInfo, FitProblem, FitSettings, Head, held
 
 __all__ = ["Recognised", "Staged", "end", "improve", "recognise", "settle"]
 
@@ -137,9 +137,9 @@ def recognise(
 
 
 def settle(
-    lane: Lane,
+    lane: FitProblem,
     memory: Memory,
-    resume: Resume,
+    head: Head,
     settings: FitSettings,
     activation: Callable[[Array], Array],
     harder: Array | int = 0,
@@ -151,7 +151,7 @@ def settle(
     lengths = lane.scale * 2.0 ** jnp.arange(-4.0, 3.0)
 
     def says(length: Array, activity: Array | float) -> Array:
-        return held(resume(lane.context, lane.output + activity * length * direction), lane.target)
+        return held(head(lane.context, lane.output + activity * length * direction), lane.target)
 
     # The shortest that holds in the most contexts at full activation; the overshoot serves weaker activations.
     chosen = lengths[jnp.argmax(jax.lax.map(lambda length: jnp.sum(says(length, 1.0)), lengths))]
@@ -161,14 +161,14 @@ def settle(
 
 
 def improve(
-    staged: Staged, lane: Lane, resume: Resume, settings: FitSettings, activation: Callable[[Array], Array]
+    staged: Staged, lane: FitProblem, head: Head, settings: FitSettings, activation: Callable[[Array], Array]
 ) -> Staged:
     """Adam on the edit loss alone, for a value that misses its target in some context."""
     a = _sharp(activation, settings)(lane.query @ staged.key + staged.bias)
     transform = optax.adam(settings.value_learning_rate or 0.05)
 
     def logits(value: Array) -> Array:
-        return resume(lane.context, lane.output + a[:, None] * value * lane.scale)
+        return head(lane.context, lane.output + a[:, None] * value * lane.scale)
 
     def loss(value: Array) -> Array:
         return edit_loss(logits(value), lane.target, settings.weights.label_smoothing, settings.weights.entropy)
@@ -190,11 +190,11 @@ def improve(
 
 
 def end(
-    staged: Staged, lane: Lane, resume: Resume, settings: FitSettings, activation: Callable[[Array], Array]
+    staged: Staged, lane: FitProblem, head: Head, settings: FitSettings, activation: Callable[[Array], Array]
 ) -> tuple[Patch, FitInfo]:
     """The patch of a finished fit, and how it went."""
     a = _sharp(activation, settings)(lane.query @ staged.key + staged.bias)
-    logits = resume(lane.context, lane.output + a[:, None] * staged.value)
+    logits = head(lane.context, lane.output + a[:, None] * staged.value)
     weights = settings.weights
     losses = {**staged.losses, "l_e": edit_loss(logits, lane.target, weights.label_smoothing, weights.entropy)}
     patch = Patch(staged.key[None], staged.bias[None], staged.value[None])

@@ -16,7 +16,7 @@ from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.editors.base import EditInfo, Editor
 from tpatch_jax.editors.reading import Item
 from tpatch_jax.editors.rome.hidden_moment import hidden_moment, moment_rows, sampled_contexts
-from tpatch_jax.editors.rome.rank_one import damped, spread
+from tpatch_jax.editors.rome.rank_one import damped, distribute_update
 from tpatch_jax.editors.rome.rome import rome_layer
 from tpatch_jax.editors.rome.state import (
     KernelState,
@@ -29,7 +29,7 @@ from tpatch_jax.editors.rome.state import (
     says,
 )
 from tpatch_jax.editors.rome.subject_value import ValueSettings, check_value, fork_requests, train_offsets, value_rows
-from tpatch_jax.editors.subject_rows import Row
+from tpatch_jax.editors.subject_rows import PromptRow
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
@@ -114,7 +114,7 @@ def memit_layers(config: NetworkConfig, wanted: str = "auto") -> tuple[int, ...]
     Source: Meng et al. 2023 for GPT-2 XL, GPT-J and GPT-NeoX; Llama-2-7B as toolkits have it.
     """
     if wanted == "auto":
-        found = _KNOWN.get((config.family, config.layers, config.width))
+        found = _KNOWN.get((config.family, config.layers, config.hidden_size))
         last = rome_layer(config)
         return found[0] if found else tuple(range(max(0, last + 1 - HEIGHT), last + 1))
     parts = [part.strip() for part in wanted.split(",")]
@@ -138,7 +138,7 @@ def memit_weight(config: NetworkConfig, wanted: str = "auto") -> int:
         TPatchError: it is neither.
     """
     if wanted == "auto":
-        found = _KNOWN.get((config.family, config.layers, config.width))
+        found = _KNOWN.get((config.family, config.layers, config.hidden_size))
         return found[1] if found else config.ffn_width
     if not wanted.isdigit() or not int(wanted):
         raise TPatchError(f"moment_weight {wanted!r} is no weight; use moment_weight=auto or a positive whole number")
@@ -181,7 +181,7 @@ def memit(
 
     For each request a value of the residual stream after the last of some layers, at the subject's last token, with
     which the model says the target; then in one layer after the other, lowest first, an equal share of what is still
-    missing there, for all requests at once: see `tpatch_jax.editors.rome.rank_one.spread`. Keys are the mean of the
+    missing there, for all requests at once: see `distribute_update`. Keys are the mean of the
     bare prompt's and of the mean of five sampled contexts'. Nothing can be taken out again but by going back to an
     earlier state, which holds the kernels from before.
 
@@ -236,20 +236,20 @@ class _Aim(NamedTuple):
     """One request: its rows, where the stream should be after the last layer, ``[d]``, and how that was found."""
 
     item: Item
-    rows: list[Row]
+    rows: list[PromptRow]
     goal: np.ndarray
     tried: Tried
 
 
-def _cut(rows: Sequence[Row]) -> tuple[list[list[int]], list[list[int]]]:
+def _cut(rows: Sequence[PromptRow]) -> tuple[list[list[int]], list[list[int]]]:
     """Rows up to their subjects, behind which nothing reaches them, and the place of each subject."""
     return [row.tokens[: row.subject + 1] for row in rows], [[row.subject] for row in rows]
 
 
-def _streams(model: Model, rows: Sequence[Row], layer: int) -> np.ndarray:
+def _streams(model: Model, rows: Sequence[PromptRow], layer: int) -> np.ndarray:
     """The residual stream after a layer's block at the subject of each row, ``[rows, d]``."""
     tokens, places = _cut(rows)
-    result = np.zeros((len(rows), model.config.width), np.float32)
+    result = np.zeros((len(rows), model.config.hidden_size), np.float32)
     for numbers, batch in batches(model.config, tokens):
         found = networks.residuals(model.config, model.params, batch)[layer]
         for lane, number in enumerate(numbers):
@@ -257,7 +257,7 @@ def _streams(model: Model, rows: Sequence[Row], layer: int) -> np.ndarray:
     return result
 
 
-def _keys(model: Model, rows: Sequence[Sequence[Row]], layer: int) -> Array:
+def _keys(model: Model, rows: Sequence[Sequence[PromptRow]], layer: int) -> Array:
     """The mean of each bare prompt's key and of the mean of its other contexts', ``[requests, h]``."""
     query = collect(model, *_cut([row for own in rows for row in own]), layer).query
     network = model.params["layers"][layer]["ffn"]
@@ -304,7 +304,7 @@ def _written(state: KernelState, aims: Sequence[_Aim], progress: Progress | None
         keys = _keys(model, [aim.rows for aim in aims], layer)
         network = model.params["layers"][layer]["ffn"]
         share = jnp.asarray(missing / (len(layers) - number), jnp.float32)
-        state = state.with_network(layer, spread(network, keys, share, state.moments[layer], weight))
+        state = state.with_network(layer, distribute_update(network, keys, share, state.moments[layer], weight))
     return state
 
 

@@ -13,7 +13,7 @@ from jax import Array
 from tpatch_jax.core.ffn import width
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["damped", "rank_one", "spread"]
+__all__ = ["damped", "distribute_update", "rank_one"]
 
 Params = dict[str, Any]
 
@@ -105,7 +105,7 @@ def _rank_one(down: Params, key: Array, value: Array, moment: Array, at: Array) 
         return jnp.outer(direction, (value - said) / (at @ direction))
 
 
-def spread(params: Params, keys: Array, residuals: Array, moment: Array, weight: float | Array) -> Params:
+def distribute_update(params: Params, keys: Array, residuals: Array, moment: Array, weight: float | Array) -> Params:
     """A feed-forward network whose output for many keys moves by as many residuals: MEMIT's update of one layer.
 
     ``W + (λC + KᵀK)⁻¹·KᵀR`` for rows ``K`` and ``R``: the least squares solution that a larger ``λ`` keeps closer to
@@ -128,18 +128,18 @@ def spread(params: Params, keys: Array, residuals: Array, moment: Array, weight:
 
     Example:
         >>> params = {"up": {"kernel": jnp.ones((2, 3))}, "down": {"kernel": jnp.zeros((3, 2))}}
-        >>> after = spread(params, jnp.eye(3)[:1], jnp.array([[2.0, 4.0]]), jnp.eye(3), 1.0)
+        >>> after = distribute_update(params, jnp.eye(3)[:1], jnp.array([[2.0, 4.0]]), jnp.eye(3), 1.0)
         >>> after["down"]["kernel"].tolist()
         [[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]]
     """
     _check(params, keys, residuals, moment)
     if keys.ndim != 2 or residuals.shape[:-1] != keys.shape[:-1]:
         raise TPatchError(f"keys are {keys.shape} and residuals {residuals.shape}; give one row of each for an edit")
-    return _with_kernel(params, _spread(keys, residuals, moment, weight))
+    return _with_kernel(params, _distributed(keys, residuals, moment, weight))
 
 
 @jax.jit
-def _spread(keys: Array, residuals: Array, moment: Array, weight: float | Array) -> Array:
+def _distributed(keys: Array, residuals: Array, moment: Array, weight: float | Array) -> Array:
     keys, residuals = keys.astype(jnp.float32), residuals.astype(jnp.float32)
     with jax.default_matmul_precision("highest"):
         return _solve(weight * moment.astype(jnp.float32) + keys.T @ keys, keys.T) @ residuals

@@ -124,7 +124,7 @@ def rome_layer(config: NetworkConfig, wanted: str = "auto") -> int:
     Source: Meng et al. 2022 for GPT-2 and GPT-J; Llama-2-7B as toolkits have it.
     """
     if wanted == "auto":
-        found = _KNOWN.get((config.family, config.layers, config.width))
+        found = _KNOWN.get((config.family, config.layers, config.hidden_size))
         return found[0] if found else round(config.layers / 3)
     if not wanted.isdigit() or int(wanted) >= config.layers:
         raise TPatchError(f"layer {wanted!r} does not exist; use layer=auto or 0 to {config.layers - 1}")
@@ -156,7 +156,7 @@ def _name(settings: RomeSettings) -> str:
 
 
 def _clamp(config: NetworkConfig, clamp: float) -> float:
-    return clamp or _KNOWN.get((config.family, config.layers, config.width), (0, 4.0))[1]
+    return clamp or _KNOWN.get((config.family, config.layers, config.hidden_size), (0, 4.0))[1]
 
 
 def rome(

@@ -15,7 +15,7 @@ from jax import Array
 
 from tpatch_jax.core.sizes import power_of_two, round_up
 from tpatch_jax.editors.reading import Item, subject_token
-from tpatch_jax.editors.subject_rows import Row, forked_rows, prompt_row
+from tpatch_jax.editors.subject_rows import PromptRow, forked_rows, prompt_row
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.model import Model
@@ -99,7 +99,7 @@ class OffsetInfo(NamedTuple):
     closeness: np.ndarray
 
 
-def value_rows(model: Model, request: EditRequest, item: Item) -> list[Row]:
+def value_rows(model: Model, request: EditRequest, item: Item) -> list[PromptRow]:
     """A request's prompt and target in each of its contexts, the bare one first, then ``{subject} is a``.
 
     Of the last one the authors' code looks at what is said right after the subject, where their paper has the end of
@@ -108,11 +108,11 @@ def value_rows(model: Model, request: EditRequest, item: Item) -> list[Row]:
     subject = request.subject or ""
     alone = f"{subject} is a"
     last = subject_token(model, alone, len(subject))
-    neutral = Row(model.encode_prompt(alone)[: last + 1], last, [last], [])
+    neutral = PromptRow(model.encode_prompt(alone)[: last + 1], last, [last], [])
     return [*(prompt_row(model, request, item, number, "subject") for number in range(len(item.texts))), neutral]
 
 
-def fork_requests(model: Model, rows: Sequence[Sequence[Row]], layer: int) -> Forked:
+def fork_requests(model: Model, rows: Sequence[Sequence[PromptRow]], layer: int) -> Forked:
     """Some requests' rows run up to a layer's FFN, and from their subjects on.
 
     Args:
@@ -199,7 +199,7 @@ def train_offsets(
     Source: Meng et al. 2022, equation 4 and the authors' published code for the penalty; Meng et al. 2023.
     """
     run, transform = _runner(model, forked.fork.layer, stream), optax.adam(settings.value_rate)
-    lanes, width = scale.shape[0], forked.fork.output.shape[-1]
+    lanes, hidden_size = scale.shape[0], forked.fork.output.shape[-1]
 
     def loss(offsets: Array, now: _Moving) -> tuple[Array, tuple[Array, Array, Array, Array]]:
         each = now.wanted.shape[1] + 1
@@ -215,11 +215,11 @@ def train_offsets(
         return jnp.sum(whole), (whole, said, close, alone)
 
     step = jax.value_and_grad(loss, has_aux=True)
-    start = jnp.zeros((lanes, width), jnp.float32)
+    start = jnp.zeros((lanes, hidden_size), jnp.float32)
     rows = (tuple(forked.fork[:-1]), forked.places)
     state = transform.init(start)
     now = _Moving(np.arange(lanes), rows, forked.wanted, forked.weight, scale, None, start, state)
-    result, info = np.zeros((lanes, width), np.float32), OffsetInfo(*np.zeros((3, lanes)))
+    result, info = np.zeros((lanes, hidden_size), np.float32), OffsetInfo(*np.zeros((3, lanes)))
     done = np.zeros(lanes, bool)
     last = settings.value_steps + settings.value_extra_steps - 1
     for number in range(last + 1):

@@ -122,7 +122,9 @@ def serac(settings: SeracSettings = SERAC_PRESETS["default"], *, progress: Progr
                 f"SERAC needs a decoder, and {model.name!r} is an {model.config.architecture}; use method tpatcher"
             )
         networks = read_networks(settings.serac, model)
-        return SeracState(model, networks, (), np.zeros((0, networks.scope.config.width), np.float32), settings, {})
+        return SeracState(
+            model, networks, (), np.zeros((0, networks.scope.config.hidden_size), np.float32), settings, {}
+        )
 
     def step(state: SeracState, requests: Sequence[EditRequest], key: Array) -> tuple[SeracState, EditInfo]:
         return _step(state, as_requests(requests), progress)

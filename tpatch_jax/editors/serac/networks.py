@@ -139,7 +139,7 @@ def embeddings(encoder: Model, texts: Sequence[str]) -> np.ndarray:
     Returns:
         ``[texts, d]`` float32.
     """
-    found = np.zeros((len(texts), encoder.config.width), np.float32)
+    found = np.zeros((len(texts), encoder.config.hidden_size), np.float32)
     for numbers, batch in batches(encoder.config, [encoder_row(encoder, text) for text in texts]):
         found[numbers] = np.asarray(_embed(encoder.config, encoder.params, batch))[: len(numbers)]
     return found

@@ -21,10 +21,9 @@ from tpatch_jax.core.devices import mesh_of
 from tpatch_jax.core.ffn import ACTIVATIONS
 from tpatch_jax.core.patch import Patch, concatenate, create, preactivations, sized, take
 from tpatch_jax.editors.base import EditInfo, Editor
-from tpatch_jax.editors.model_memory import Background, background
+from tpatch_jax.editors.model_memory import ModelMemory, collect_model_memory
 from tpatch_jax.editors.reading import Item, check_requests, read_item, with_shared_numbers
 from tpatch_jax.editors.rewordings import reworded
-from tpatch_jax.editors.tpatcher.earlier import Earlier, broken, fires, give_way, nothing, refreshed, remember
 from tpatch_jax.editors.tpatcher.last_site import (
     collect_bare,
     collect_inner,
@@ -36,7 +35,25 @@ from tpatch_jax.editors.tpatcher.last_site import (
     starting,
     swaps,
 )
-from tpatch_jax.editors.tpatcher.rounds import Asked, Fitted, Note, ask, finished, fit_rounds, numbered, report
+from tpatch_jax.editors.tpatcher.previous import (
+    PreviousEdits,
+    broken,
+    fires,
+    nothing,
+    raise_thresholds,
+    refreshed,
+    remember,
+)
+from tpatch_jax.editors.tpatcher.rounds import (
+    Fitted,
+    Note,
+    TargetTokens,
+    find_target_tokens,
+    finished,
+    fit_rounds,
+    numbered,
+    report,
+)
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.editors.tpatcher.subject_site import (
     POSITIONS,
@@ -74,10 +91,10 @@ class TPatcherState(NamedTuple):
 
     model: Model
     patch: Patch
-    background: Background
-    deep: Background | None
+    background: ModelMemory
+    deep: ModelMemory | None
     spread: Array
-    earlier: Earlier
+    earlier: PreviousEdits
     settings: TPatcherSettings
 
 
@@ -116,19 +133,19 @@ def tpatcher(
         raise TPatchError("output_bias trains without a threshold, which the staged recipe needs; use recipe=joint")
 
     def init(model: Model, key: Array) -> TPatcherState:
-        known = background(model, model.layer(None), memory, cache=cache, progress=progress)
-        width = model.config.width
-        patch, deep = create(width), None
+        known = collect_model_memory(model, model.layer(None), memory, cache=cache, progress=progress)
+        hidden_size = model.config.hidden_size
+        patch, deep = create(hidden_size), None
         layer = site_layer(model, settings)
         if layer is not None:
-            deep = background(model, layer, memory, cache=cache, progress=progress)
+            deep = collect_model_memory(model, layer, memory, cache=cache, progress=progress)
             patch = patch._replace(layer=jnp.zeros(0, jnp.int32))
         spread = starting(model, known)
         dtype = jax.tree.leaves(model.params)[0].dtype
         own = settings
         if model.config.architecture != "decoder":
             own = settings.for_inputs(bool(model.config.encoder), networks.pointwise(model.config))
-        return TPatcherState(model, patch, known, deep, spread, nothing(width, dtype), own)
+        return TPatcherState(model, patch, known, deep, spread, nothing(hidden_size, dtype), own)
 
     def step(state: TPatcherState, requests: Sequence[EditRequest], key: Array) -> tuple[TPatcherState, EditInfo]:
         return _step(state, as_requests(requests), key, progress)
@@ -175,7 +192,7 @@ class _Deep(NamedTuple):
     patch: Patch
     neurons: list[SubjectNeuron]
     read: Subjects | None
-    earlier: Earlier
+    earlier: PreviousEdits
 
     def without(self, unedited: Model, positions: set[int]) -> "_Deep":
         """The same with some requests' neurons taken out."""
@@ -237,7 +254,7 @@ class _Last(NamedTuple):
 
     Attributes:
         fitted: the neurons of earlier steps and the new ones.
-        asked: the target tokens.
+        targets: the target tokens.
         bare: what the cut gives at them after the bare prompts.
         last: the neurons of earlier steps, some of which gave way.
         asking: the bare rows for which they did.
@@ -245,7 +262,7 @@ class _Last(NamedTuple):
     """
 
     fitted: Fitted
-    asked: Asked
+    targets: TargetTokens
     bare: Sites
     last: Patch
     asking: np.ndarray
@@ -259,21 +276,23 @@ def _fit_last(
     """Neurons for the target tokens that do not come out; what they are fitted on is let go with this call."""
     model, settings, known = deep.model, state.settings, state.background
     sites = collect_items(model, items, prefixes, progress)
-    asked = ask([item.target for item in items], [len(item.rows) for item in items])
+    targets = find_target_tokens([item.target for item in items], [len(item.rows) for item in items])
     many = settings.fit.recipe == "staged" and len(items) >= settings.many_from
     many = many and model.config.architecture == "decoder"
     inner = collect_inner(model, items, progress) if many else None
-    memory = last_memory(settings, known, deep.earlier, sites, asked, inner)
-    negatives = swaps(model, items, good, known.names, settings.swaps, np.asarray(memory.mean), sites, asked, progress)
-    bare = Sites(*(chosen_rows(field, asked.bare) for field in sites))
+    memory = last_memory(settings, known, deep.earlier, sites, targets, inner)
+    negatives = swaps(
+        model, items, good, known.names, settings.swaps, np.asarray(memory.mean), sites, targets, progress
+    )
+    bare = Sites(*(chosen_rows(field, targets.bare) for field in sites))
 
-    wrong = partial(wrong_rows, model, bare, asked.wanted)
+    wrong = partial(wrong_rows, model, bare, targets.wanted)
     asking = wrong(last)
-    former, last = last, give_way(model, deep.earlier, last, bare.query[asking])
+    former, last = last, raise_thresholds(model, deep.earlier, last, bare.query[asking])
     missing = asking if last is former else wrong(last)
-    already = {items[number].position for number in set(range(len(items))) - set(asked.owner[missing].tolist())}
+    already = {items[number].position for number in set(range(len(items))) - set(targets.owner[missing].tolist())}
     lanes = partial(
-        create_lanes, model, settings, sites, asked, negatives, np.asarray(memory.mean, np.float32), state.spread
+        create_lanes, model, settings, sites, targets, negatives, np.asarray(memory.mean, np.float32), state.spread
     )
     # What a request says besides its prompt and its target only measures.
     names = [(good[item.position].prompt, good[item.position].target) for item in items]
@@ -282,21 +301,21 @@ def _fit_last(
         last,
         lanes,
         wrong,
-        [f"{names[own]} {token}" for own, token in zip(asked.owner, asked.token, strict=True)],
-        asked,
+        [f"{names[own]} {token}" for own, token in zip(targets.owner, targets.token, strict=True)],
+        targets,
         memory,
         resume(model),
         key,
         settings.fit,
         attempts=settings.attempts,
         missing=missing,
-        left=np.flatnonzero(np.isin(asked.owner, left)),
+        left=np.flatnonzero(np.isin(targets.owner, left)),
         most_tokens=settings.most_tokens,
         activation=ACTIVATIONS[model.config.activation],
         progress=progress,
         mesh=mesh_of(model.params),
     )
-    return _Last(fitted, asked, bare, last, asking, already)
+    return _Last(fitted, targets, bare, last, asking, already)
 
 
 def _step(
@@ -305,7 +324,7 @@ def _step(
     began = time.perf_counter()
     settings, known = state.settings, state.background
     names = [request.name(position) for position, request in enumerate(requests)]
-    width = state.model.config.width
+    hidden_size = state.model.config.hidden_size
     problems = check_requests(state.model, requests, state.deep is not None)
     prefixes = known.prefixes[: settings.contexts - 1]
     good = {position: request for position, request in enumerate(requests) if position not in problems}
@@ -321,7 +340,7 @@ def _step(
         for position, request in good.items()
     )
     if not items:
-        return state, report(names, problems, set(), {}, {}, width, (time.perf_counter() - began, 0.0, 0.0))
+        return state, report(names, problems, set(), {}, {}, hidden_size, (time.perf_counter() - began, 0.0, 0.0))
 
     before, former = _split(state)
     deep = _fit_deep(state, items, requests, before, former, progress)
@@ -331,11 +350,11 @@ def _step(
     unit = forward_seconds(deep.model, items)
     began += time.perf_counter() - paused
     found = _fit_last(state, deep, items, good, prefixes, former, key, progress)
-    fitted, asked, bare, last, already = found.fitted, found.asked, found.bare, found.last, found.already
+    fitted, targets, bare, last, already = found.fitted, found.targets, found.bare, found.last, found.already
     act = ACTIVATIONS[state.model.config.activation]
 
     def wrong(patch: Patch) -> np.ndarray:
-        return wrong_rows(deep.model, bare, asked.wanted, patch)
+        return wrong_rows(deep.model, bare, targets.wanted, patch)
 
     lost_before, older = broken(deep.model, deep.earlier, last), last.key.shape[0]
 
@@ -348,7 +367,7 @@ def _step(
         strength = act(preactivations(new, jnp.asarray(deep.earlier.sites.query[lost])))
         strength = jnp.abs(strength * jnp.linalg.norm(jnp.asarray(new.value), axis=1))
         strength = jnp.max(strength, 1) if strength.ndim == 3 else strength
-        return set(asked.owner[rows[np.asarray(jnp.argmax(strength, 1))]].tolist())
+        return set(targets.owner[rows[np.asarray(jnp.argmax(strength, 1))]].tolist())
 
     def gone(numbers: set[int]) -> None:
         # Without a neuron further down the last layer sees something else.
@@ -357,7 +376,7 @@ def _step(
         if left is not deep:
             deep, bare = left, collect_bare(left.model, items)
 
-    alive, reasons = finished(fitted, asked, wrong, harmed, gone)
+    alive, reasons = finished(fitted, targets, wrong, harmed, gone)
     for number, reason in reasons.items():
         position = items[number].position
         mend = "try more attempts" + ", or give the request a subject" * (requests[position].subject is None)
@@ -365,26 +384,28 @@ def _step(
             mend = "use complete=true, which lets the last layer say what the subject's neuron does not"
         problems[position] = f"{reason} after {settings.attempts} attempts; {mend}"
     made = [(neuron.position, Note("subject", neuron.steps, neuron.margin, neuron.losses)) for neuron in deep.neurons]
-    made += [(items[asked.owner[fitted.row[lane]]].position, fitted.notes[lane]) for lane in alive]
+    made += [(items[targets.owner[fitted.row[lane]]].position, fitted.notes[lane]) for lane in alive]
     neurons, notes = numbered(made, state.patch.key.shape[0])
     holds = [number for number in range(len(items)) if number not in reasons]
     final = fitted.patch
     if reasons and last is not former:
         # What does not hold leaves no trace: earlier neurons that gave way to it take their place again.
-        asking = found.asking[np.isin(asked.owner[found.asking], holds)]
-        calmer = give_way(deep.model, deep.earlier, former, bare.query[asking])
+        asking = found.asking[np.isin(targets.owner[found.asking], holds)]
+        calmer = raise_thresholds(deep.model, deep.earlier, former, bare.query[asking])
         tried = concatenate([calmer, take(final, older + alive)])
         lost = np.setdiff1d(broken(deep.model, deep.earlier, tried), lost_before)
-        if not len(lost) and not np.isin(asked.owner[wrong(tried)], holds).any():
+        if not len(lost) and not np.isin(targets.owner[wrong(tried)], holds).any():
             final, alive = tried, np.arange(len(alive))
     patch = _together(state, deep.patch, final, older, alive)
-    rows = np.flatnonzero(np.isin(asked.owner, holds))
+    rows = np.flatnonzero(np.isin(targets.owner, holds))
     kept = Sites(*(field[rows] for field in bare))
     heard = None if deep.read is None else deep.read.heard(holds)
     subjects = [(-1, -1)] * len(holds) if deep.read is None else [deep.read.place(number) for number in holds]
     earlier = remember(deep.earlier, [items[number] for number in holds], subjects, kept, heard)
     times = time.perf_counter() - began, deep_seconds + fitted.seconds, unit
-    return state._replace(patch=patch, earlier=earlier), report(names, problems, already, neurons, notes, width, times)
+    return state._replace(patch=patch, earlier=earlier), report(
+        names, problems, already, neurons, notes, hidden_size, times
+    )
 
 
 def _together(state: TPatcherState, deep: Patch, last: Patch, older: int, alive: np.ndarray) -> Patch:

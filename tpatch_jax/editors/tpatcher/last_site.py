@@ -18,14 +18,14 @@ from jax.tree_util import Partial
 
 from tpatch_jax.core.devices import host
 from tpatch_jax.core.ffn import ACTIVATIONS
-from tpatch_jax.core.fit import Lane
+from tpatch_jax.core.fit import FitProblem
 from tpatch_jax.core.memory import NO_ANSWER, Memory, blended, create_memory, extend, nuisance_scatter
 from tpatch_jax.core.patch import Patch, contribution, sized
 from tpatch_jax.core.sizes import FEW, in_blocks, round_up
-from tpatch_jax.editors.model_memory import Background
+from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import Item, swapped_prompts
-from tpatch_jax.editors.tpatcher.earlier import Earlier
-from tpatch_jax.editors.tpatcher.rounds import Asked
+from tpatch_jax.editors.tpatcher.previous import PreviousEdits
+from tpatch_jax.editors.tpatcher.rounds import TargetTokens
 from tpatch_jax.editors.tpatcher.settings import TPatcherSettings
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import LEAST_TEXT, NEURONS, Sites, collect, pad_rows, predicted, real, single_rows
@@ -67,7 +67,7 @@ LOUDEST = 8.0
 
 
 def collect_items(model: Model, items: Sequence[Item], prefixes: Sequence[str], progress: Progress | None) -> Sites:
-    """Every prompt in every context, once: the rows that `tpatch_jax.editors.tpatcher.rounds.Asked` numbers.
+    """Every prompt in every context, once: the rows that `tpatch_jax.editors.tpatcher.rounds.TargetTokens` numbers.
 
     The prefixes are those behind which a decoder sees the prompts.
     """
@@ -108,10 +108,10 @@ def collect_inner(
     for index in kept:
         number, place = found[index]
         places[number].append(place)
-    asked = [number for number, own in enumerate(places) if own]
-    rows = [items[number].rows[0][: places[number][-1] + 1] for number in asked]
+    targets = [number for number, own in enumerate(places) if own]
+    rows = [items[number].rows[0][: places[number][-1] + 1] for number in targets]
     report = (lambda done: progress("reading inside prompts", done, len(rows))) if progress else None
-    return collect(model, rows, [places[n] for n in asked], model.layer(None), report, on_disk=True).query
+    return collect(model, rows, [places[n] for n in targets], model.layer(None), report, on_disk=True).query
 
 
 def collect_bare(model: Model, items: Sequence[Item]) -> Sites:
@@ -138,7 +138,7 @@ def forward_seconds(model: Model, items: Sequence[Item], most: int = 64) -> floa
     return (time.perf_counter() - began) / len(rows)
 
 
-def starting(model: Model, known: Background) -> Array:
+def starting(model: Model, known: ModelMemory) -> Array:
     """What values are started with: `moment` of the unembedding, or the mean of each label of a classifier."""
     return moment(networks.unembedding(model.config, model.params)) if known.centres is None else known.centres
 
@@ -192,33 +192,33 @@ def create_lanes(
     model: Model,
     settings: TPatcherSettings,
     sites: Sites,
-    asked: Asked,
+    targets: TargetTokens,
     negatives: Callable[[np.ndarray], np.ndarray],
     mean: np.ndarray,
     spread: Array,
     rows: np.ndarray,
     patch: Patch,
-) -> Lane:
+) -> FitProblem:
     """What the neurons of some target tokens are fitted on.
 
     Args:
         model: the model.
         settings: the editor's options.
         sites: from `collect_items`.
-        asked: the target tokens.
+        targets: the target tokens.
         negatives: from `swaps`.
         mean: the mean memory query, ``[d]``, which stands for no negative.
         spread: from `starting`.
         rows: the bare rows that want a neuron, ``[lanes]``.
         patch: what is active already.
     """
-    owner, token = asked.owner[rows], asked.token[rows]
-    most = max(map(len, asked.table))
+    owner, token = targets.owner[rows], targets.token[rows]
+    most = max(map(len, targets.table))
     most = most if settings.train_on_rephrases else min(most, settings.contexts)
     # A request that is seen less often repeats its last context.
     chosen = np.stack(
         [
-            asked.table[number][np.minimum(np.arange(most), len(asked.table[number]) - 1), place]
+            targets.table[number][np.minimum(np.arange(most), len(targets.table[number]) - 1), place]
             for number, place in zip(owner, token, strict=True)
         ]
     )
@@ -226,10 +226,10 @@ def create_lanes(
     context: dict[str, Any] = {"residual": residual}
     if query.ndim == 4:
         query, output, context = _by_position(query, output, residual)
-    targets = asked.wanted[rows]
+    wanted = targets.wanted[rows]
     # Only the first token of an answer follows a prompt that another subject could stand in.
     particular = np.where((token == 0)[:, None, None], negatives(owner), mean)
-    given = {"query": query, "output": output, "residual": context["residual"], "targets": targets}
+    given = {"query": query, "output": output, "residual": context["residual"], "targets": wanted}
     # Repeated, so that a new number of lanes compiles nothing.
     index = np.resize(np.arange(len(rows)), round_up(len(rows), settings.fit.lanes))
     weights = networks.final_weights(model.config, model.params)
@@ -240,8 +240,8 @@ def create_lanes(
     beside, direction, scale = (host(array)[: len(rows)] for array in made)
     # On the host, where a new number of lanes compiles nothing.
     query, particular = np.asarray(query, np.float32), np.asarray(particular, np.float32)
-    on_host: Any = (query, beside, particular, context, np.asarray(targets), direction, scale)
-    return Lane(*on_host)
+    on_host: Any = (query, beside, particular, context, np.asarray(wanted), direction, scale)
+    return FitProblem(*on_host)
 
 
 def _by_position(query: np.ndarray, output: np.ndarray, residual: np.ndarray) -> tuple[Any, Any, dict[str, Any]]:
@@ -281,22 +281,27 @@ def _own_scatter(query: np.ndarray, table: Sequence[np.ndarray], contexts: int, 
     return total
 
 
-def _few_contexts(asked: Asked, most: int) -> np.ndarray:
+def _few_contexts(targets: TargetTokens, most: int) -> np.ndarray:
     """The rows of all bare prompts, and so many of the others, drawn at random."""
-    others = np.setdiff1d(np.arange(len(asked.answers)), asked.bare)
+    others = np.setdiff1d(np.arange(len(targets.answers)), targets.bare)
     drawn = np.random.default_rng(0).permutation(len(others))[:most]
-    return np.sort(np.concatenate([asked.bare, others[drawn]]))
+    return np.sort(np.concatenate([targets.bare, others[drawn]]))
 
 
 def last_memory(
-    settings: TPatcherSettings, known: Background, earlier: Earlier, sites: Sites, asked: Asked, inner: Any = None
+    settings: TPatcherSettings,
+    known: ModelMemory,
+    earlier: PreviousEdits,
+    sites: Sites,
+    targets: TargetTokens,
+    inner: Any = None,
 ) -> Memory:
-    """Background queries, earlier edits, the other edits of this batch, and what `collect_inner` gave."""
+    """ModelMemory queries, earlier edits, the other edits of this batch, and what `collect_inner` gave."""
     nuisance = known.nuisance
-    several = max(map(len, asked.table)) > 1 and settings.contexts > 1
+    several = max(map(len, targets.table)) > 1 and settings.contexts > 1
     if settings.fit.recipe == "staged" and several and sites.query.ndim == 2:
         # The edits' own contexts tell more than the general ones, the more of them there are.
-        own, share = _own_scatter(sites.query, asked.table, settings.contexts), min(0.9, len(asked.wanted) / 200)
+        own, share = _own_scatter(sites.query, targets.table, settings.contexts), min(0.9, len(targets.wanted) / 200)
         nuisance = blended(own, nuisance, share)
     memory = create_memory(known.query, nuisance, weight=settings.nuisance_weight, shrinkage=settings.shrinkage)
     if known.answers is not None:
@@ -305,11 +310,11 @@ def last_memory(
     queries, answers = [query], [earlier.wanted[owner]]
     if settings.other_edits:
         own, owner = single_rows(sites)
-        if sites.query.ndim == 2 and len(owner) > len(asked.bare) + CONTEXT_ROWS:
-            owner = _few_contexts(asked, CONTEXT_ROWS)
+        if sites.query.ndim == 2 and len(owner) > len(targets.bare) + CONTEXT_ROWS:
+            owner = _few_contexts(targets, CONTEXT_ROWS)
             own = chosen_rows(own, owner)
         queries.append(own)
-        answers.append(asked.answers[owner])
+        answers.append(targets.answers[owner])
     if inner is not None:
         queries.append(inner)
         answers.append(np.full(len(inner), NO_ANSWER, np.int32))
@@ -345,7 +350,7 @@ def swaps(
     count: int,
     mean: np.ndarray,
     sites: Sites,
-    asked: Asked,
+    targets: TargetTokens,
     progress: Progress | None,
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Queries on which each item's first neuron must stay silent: those after its prompt about other subjects.
@@ -364,7 +369,7 @@ def swaps(
     # Only where each is found: all of them at once would be several times the edits' own queries.
     taken, read = np.full((2, len(items), count), -1)
     for at, others in mates.items():
-        taken[at] = [asked.table[other][0, 0] for other in others]
+        taken[at] = [targets.table[other][0, 0] for other in others]
     said = np.zeros((0, *whole, mean.shape[0]), np.float32)
     rows = [model.encode_prompt(swapped[items[at].position][slot]) for at, slot in places]
     if rows:

@@ -14,18 +14,18 @@ from jax import Array
 from jax.sharding import Mesh
 
 from tpatch_jax.core.devices import divided, parts
-from tpatch_jax.core.fit import FitInfo, FitSettings, Lane, fit_many
+from tpatch_jax.core.fit import FitInfo, FitProblem, FitSettings, fit_many
 from tpatch_jax.core.memory import Memory
 from tpatch_jax.core.patch import Patch, concatenate, join, take
-from tpatch_jax.core.problem import Resume
+from tpatch_jax.core.problem import Head
 from tpatch_jax.editors.base import EditInfo, RequestInfo
 
-__all__ = ["Asked", "Fitted", "Note", "ask", "finished", "fit_rounds", "numbered", "report"]
+__all__ = ["Fitted", "Note", "TargetTokens", "find_target_tokens", "finished", "fit_rounds", "numbered", "report"]
 
 Progress = Callable[[str, int, int], None]
 
 
-class Asked(NamedTuple):
+class TargetTokens(NamedTuple):
     """The target tokens of several requests, and where in the collected rows each is found.
 
     Rows are collected request after request, context after context, token after token.
@@ -74,7 +74,7 @@ class Fitted(NamedTuple):
     seconds: float
 
 
-def ask(targets: Sequence[Sequence[int]], contexts: Sequence[int]) -> Asked:
+def find_target_tokens(targets: Sequence[Sequence[int]], contexts: Sequence[int]) -> TargetTokens:
     """Where the target tokens of several requests are found among the collected rows.
 
     Args:
@@ -82,7 +82,7 @@ def ask(targets: Sequence[Sequence[int]], contexts: Sequence[int]) -> Asked:
         contexts: in how many contexts each request is seen.
 
     Example:
-        >>> ask([[7, 8], [9]], [2, 1]).bare.tolist()
+        >>> find_target_tokens([[7, 8], [9]], [2, 1]).bare.tolist()
         [0, 1, 4]
     """
     table, offset = [], 0
@@ -94,7 +94,7 @@ def ask(targets: Sequence[Sequence[int]], contexts: Sequence[int]) -> Asked:
     bare = np.concatenate([span[0] for span in table])
     owner = np.concatenate([np.full(len(target), number) for number, target in enumerate(targets)])
     token = np.concatenate([np.arange(len(target)) for target in targets])
-    return Asked(table, answers.astype(np.int32), bare, answers[bare].astype(np.int32), owner, token)
+    return TargetTokens(table, answers.astype(np.int32), bare, answers[bare].astype(np.int32), owner, token)
 
 
 @jax.jit
@@ -103,7 +103,7 @@ def _folded(key: Array, folds: Array) -> Array:
 
 
 def _keys(key: Array, names: Sequence[str], size: int) -> Array:
-    """A random key for each name, and some more: a result depends on what is asked for, not on its neighbours."""
+    """A random key for each name, and some more: a result depends on what is targets for, not on its neighbours."""
     folds = np.zeros(size, np.uint32)
     folds[: len(names)] = [zlib.crc32(name.encode()) for name in names]
     return _folded(key, folds)
@@ -116,12 +116,12 @@ def _note(info: FitInfo, lane: int) -> Note:
 
 def fit_rounds(
     patch: Patch,
-    lanes: Callable[[np.ndarray, Patch], Lane],
+    lanes: Callable[[np.ndarray, Patch], FitProblem],
     wrong: Callable[[Patch], np.ndarray],
     names: Sequence[str],
-    asked: Asked,
+    targets: TargetTokens,
     memory: Memory,
-    resume: Resume,
+    head: Head,
     key: Array,
     settings: FitSettings,
     *,
@@ -140,9 +140,9 @@ def fit_rounds(
         lanes: ``(bare rows, patch)`` to what to fit on.
         wrong: the bare rows whose token does not come out with a patch.
         names: of each bare row, for its random numbers.
-        asked: the target tokens.
+        targets: the target tokens.
         memory: shared by all lanes.
-        resume: as for `fit_many`.
+        head: as for `fit_many`.
         key: a typed random key.
         settings: options of a fit.
         attempts: how many rounds at most.
@@ -159,7 +159,7 @@ def fit_rounds(
     rows, notes, seconds = np.zeros(0, np.int64), [], 0.0
     size = len(missing)
     for attempt in range(attempts):
-        now = missing[(asked.token[missing] < most_tokens) & ~np.isin(missing, left)]
+        now = missing[(targets.token[missing] < most_tokens) & ~np.isin(missing, left)]
         if not len(now):
             break
         began = time.perf_counter()
@@ -169,7 +169,7 @@ def fit_rounds(
             # Part by part, so that not all that is fitted on is in memory at once.
             part = now[first : first + at_once]
             keys = _keys(key, [f"{names[row]} {attempt}" for row in part], at_once)
-            given = lanes(part, patch), memory, resume, keys, settings, activation
+            given = lanes(part, patch), memory, head, keys, settings, activation
             done = fit_many(*given, mesh=mesh, size=size, retry=attempt > 0)
             found, info = jax.tree.map(np.asarray, done)
             keep = np.flatnonzero(np.isfinite(found.value).all((1, 2)) & np.isfinite(found.key).all((1, 2)))
@@ -188,7 +188,7 @@ def fit_rounds(
 
 def finished(
     fitted: Fitted,
-    asked: Asked,
+    targets: TargetTokens,
     wrong: Callable[[Patch], np.ndarray],
     harmed: Callable[[Patch, np.ndarray], set[int]] = lambda patch, rows: set(),
     gone: Callable[[set[int]], None] = lambda requests: None,
@@ -197,7 +197,7 @@ def finished(
 
     Args:
         fitted: where the rounds ended.
-        asked: the target tokens.
+        targets: the target tokens.
         wrong: as for `fit_rounds`.
         harmed: ``(patch, rows of its new neurons)`` to the requests whose neurons break something else.
         gone: called with the requests that are taken out.
@@ -207,19 +207,19 @@ def finished(
     """
     first = fitted.patch.key.shape[0] - len(fitted.row)
     older = take(fitted.patch, np.arange(first))
-    dropped: set[int] = set(asked.owner[fitted.missing].tolist())
+    dropped: set[int] = set(targets.owner[fitted.missing].tolist())
     reasons: dict[int, str] = {}
     for number in dropped:
-        token = min(int(asked.token[row]) for row in fitted.missing if asked.owner[row] == number)
-        reasons[number] = f"target token {token + 1} of {asked.table[number].shape[1]} still comes out wrong"
+        token = min(int(targets.token[row]) for row in fitted.missing if targets.owner[row] == number)
+        reasons[number] = f"target token {token + 1} of {targets.table[number].shape[1]} still comes out wrong"
     gone(dropped)
     # Where nothing is taken out the rounds have looked already, and all comes out.
     looked = not dropped
     while True:
-        alive = np.asarray([n for n, row in enumerate(fitted.row) if asked.owner[row] not in dropped], np.int64)
+        alive = np.asarray([n for n, row in enumerate(fitted.row) if targets.owner[row] not in dropped], np.int64)
         all_alive = len(alive) == len(fitted.row)
         final = fitted.patch if all_alive else concatenate([older, take(fitted.patch, first + alive)])
-        broken = {} if looked else dict.fromkeys(asked.owner[wrong(final)].tolist(), "another edit breaks it")
+        broken = {} if looked else dict.fromkeys(targets.owner[wrong(final)].tolist(), "another edit breaks it")
         looked = False
         broken |= dict.fromkeys(harmed(final, fitted.row[alive]), "it would break an earlier edit")
         broken = {number: reason for number, reason in broken.items() if number not in dropped}
@@ -246,7 +246,7 @@ def report(
     already: set[int],
     neurons: Mapping[int, list[int]],
     notes: Mapping[int, list[Note]],
-    width: int,
+    hidden_size: int,
     times: tuple[float, float, float],
 ) -> EditInfo:
     """What became of each request, and what all of them cost.
@@ -257,7 +257,7 @@ def report(
         already: those that held before.
         neurons: of each request that was edited, by position.
         notes: how their fits went.
-        width: ``d``.
+        hidden_size: ``d``.
         times: seconds of the whole edit, of the fitting, and of one forward pass over one request.
     """
     results = []
@@ -285,5 +285,5 @@ def report(
             results.append(result)
     seconds, fit_seconds, unit = times
     scale = 1 / (max(1, len(names)) * unit) if unit else 0.0
-    added = sum(map(len, neurons.values())) * (2 * width + 1)
+    added = sum(map(len, neurons.values())) * (2 * hidden_size + 1)
     return EditInfo(tuple(results), seconds, fit_seconds, seconds * scale, fit_seconds * scale, added)

@@ -23,11 +23,19 @@ from tpatch_jax.core.patch import Patch, concatenate, create, sharpen, sized, ta
 from tpatch_jax.core.recipes.staged import Recognised
 from tpatch_jax.core.recipes.whitened import whitened_key
 from tpatch_jax.core.sizes import power_of_two, round_up
-from tpatch_jax.core.values import Asked, ThroughInfo, ThroughSettings, train_values
-from tpatch_jax.editors.model_memory import Background
+from tpatch_jax.core.values import TargetRows, ThroughInfo, ThroughSettings, train_values
+from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import Item
-from tpatch_jax.editors.subject_rows import Row, forked_rows, prompt_row, rephrase_rows, rows_of, runner, short_rows
-from tpatch_jax.editors.tpatcher.earlier import NO_SUBJECT, Earlier
+from tpatch_jax.editors.subject_rows import (
+    PromptRow,
+    forked_rows,
+    prompt_row,
+    rephrase_rows,
+    rows_of,
+    runner,
+    short_rows,
+)
+from tpatch_jax.editors.tpatcher.previous import NO_SUBJECT, PreviousEdits
 from tpatch_jax.editors.wordings import Wording, look_alikes, neutral_wordings, question
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import collect
@@ -214,8 +222,8 @@ def _activity(model: Model, patch: Patch, forked: networks.Fork, plateau: float)
 
 
 def _values(
-    model: Model, unedited: Model, layer: int, patch: Patch, prompts: Sequence[list[Row]], kept: Sequence[list[Row]],
-    neutral: Sequence[list[Row]], settings: SubjectSettings
+    model: Model, unedited: Model, layer: int, patch: Patch, prompts: Sequence[list[PromptRow]],
+    kept: Sequence[list[PromptRow]], neutral: Sequence[list[PromptRow]], settings: SubjectSettings
 ) -> tuple[Array, ThroughInfo]:  # fmt: skip
     """The values of one chunk of lanes. ``kept`` are prompts of earlier edits of the same subject, which must go on."""
     lanes, most = len(prompts), max((len(rows) for rows in kept), default=0)
@@ -235,7 +243,7 @@ def _values(
     heard = activity > HEARD * activity[:, :1]
     weight *= np.where(np.arange(each) < len(prompts[0]), heard, True)[..., None]
     share = weight.sum((1, 2), keepdims=True)
-    targets = Asked(
+    targets = TargetRows(
         (tuple(forked[:-1]), places), jnp.asarray(activity), jnp.asarray(wanted), jnp.asarray(weight / share)
     )
     scale = jnp.linalg.norm(forked.output[:, 0].astype(jnp.float32), axis=-1).reshape(lanes, each)[:, 0]
@@ -249,7 +257,9 @@ def _values(
             lanes, settings.neutral, 1, -1
         )
         share = jnp.full((lanes, settings.neutral, 1), 1 / settings.neutral)
-        close = Asked((tuple(beside[:-1]), places), _activity(model, patch, beside, settings.plateau), reference, share)
+        close = TargetRows(
+            (tuple(beside[:-1]), places), _activity(model, patch, beside, settings.plateau), reference, share
+        )
     return train_values(targets, close, run, scale, settings.value)
 
 
@@ -273,8 +283,8 @@ class Subjects(NamedTuple):
     layer: int
     settings: SubjectSettings
     lanes: list[int]
-    prompts: dict[int, list[Row]]
-    neutral: dict[int, list[Row]]
+    prompts: dict[int, list[PromptRow]]
+    neutral: dict[int, list[PromptRow]]
     groups: np.ndarray
     queries: list[np.ndarray]
     found: Recognised | None
@@ -297,8 +307,8 @@ class FittedSubjects(NamedTuple):
 
 
 def read_subjects(
-    model: Model, known: Background, layer: int, items: Sequence[Item], requests: Sequence[EditRequest],
-    earlier: Earlier, settings: SubjectSettings, progress: Progress | None = None
+    model: Model, known: ModelMemory, layer: int, items: Sequence[Item], requests: Sequence[EditRequest],
+    earlier: PreviousEdits, settings: SubjectSettings, progress: Progress | None = None
 ) -> Subjects:  # fmt: skip
     """What the layer sees of each subject in a few contexts, and a key that recognises it.
 
@@ -387,7 +397,7 @@ def read_subjects(
     )
 
 
-def _heard_before(earlier: Earlier) -> tuple[np.ndarray, np.ndarray]:
+def _heard_before(earlier: PreviousEdits) -> tuple[np.ndarray, np.ndarray]:
     """Queries of earlier edits up to the end of their subjects, and the groups they belong to."""
     ends = np.where(earlier.subjects >= 0, earlier.subjects + 1, earlier.starts)
     firsts = np.cumsum(earlier.lengths) - earlier.lengths
@@ -396,7 +406,7 @@ def _heard_before(earlier: Earlier) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _recognised(
-    known: Background, own: np.ndarray, groups: np.ndarray, avoid: np.ndarray, asks: np.ndarray,
+    known: ModelMemory, own: np.ndarray, groups: np.ndarray, avoid: np.ndarray, asks: np.ndarray,
     negative: np.ndarray, answer: np.ndarray, settings: SubjectSettings
 ) -> Recognised:  # fmt: skip
     """The keys of some subjects, silent on ``negative [rows, d]`` but for rows of their own group.
@@ -421,7 +431,7 @@ def _recognised(
 
 
 def fit_subjects(
-    read: Subjects, before: Patch, wrong: Sequence[bool], earlier: Earlier, progress: Progress | None = None
+    read: Subjects, before: Patch, wrong: Sequence[bool], earlier: PreviousEdits, progress: Progress | None = None
 ) -> FittedSubjects:
     """A pair of neurons for each request, at its subject; a single one without a plateau.
 
@@ -439,8 +449,8 @@ def fit_subjects(
         The new neurons. A request whose queries cannot be parted from others' gets none.
     """
     model, layer, settings, prompts, groups = read.model, read.layer, read.settings, read.prompts, read.groups
-    width = model.config.width
-    result = jax.tree.map(np.asarray, create(width)._replace(layer=jnp.zeros(0, jnp.int32)))
+    hidden_size = model.config.hidden_size
+    result = jax.tree.map(np.asarray, create(hidden_size)._replace(layer=jnp.zeros(0, jnp.int32)))
     if read.found is None:
         return FittedSubjects(result, [])
     found, slot = read.found, {number: slot for slot, number in enumerate(read.lanes)}
@@ -485,11 +495,11 @@ def fit_subjects(
     return FittedSubjects(result, neurons)
 
 
-def _earlier_rows(earlier: Earlier, group: int) -> list[Row]:
+def _earlier_rows(earlier: PreviousEdits, group: int) -> list[PromptRow]:
     """The bare prompts of earlier edits of one subject."""
     found, rows = np.flatnonzero(earlier.groups == group), earlier.rows
     return [
-        Row(
+        PromptRow(
             rows[n],
             int(earlier.subjects[n]),
             list(range(earlier.starts[n] - 1, earlier.lengths[n] - 1)),

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
-from tpatch_jax.core.fit import Lane
+from tpatch_jax.core.fit import FitProblem
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.models.foreign.collection import TokenSites
 from tpatch_jax.models.foreign.network import Network, added
@@ -24,7 +24,7 @@ def create_lanes(
     patch: Patch,
     finish: Partial,
     moment: Array,
-) -> Lane:
+) -> FitProblem:
     """What each patch is fitted on: rows ``chosen [lanes, contexts]`` of the sites, with the patch so far active."""
     act = network.activation
     query, context = sites.query[chosen], jax.tree.map(lambda leaf: leaf[chosen], sites.context)
@@ -35,15 +35,15 @@ def create_lanes(
     strength = jnp.linalg.norm(output.astype(jnp.float32), axis=-1)
     for name in network.cut(network.example.shape).context:
         beside = context[name]
-        if beside.shape[-1] == network.width and beside.ndim == 4:
+        if beside.shape[-1] == network.hidden_size and beside.ndim == 4:
             at = jnp.zeros(chosen.shape, int) if network.pointwise else context["position"]
             beside = jnp.take_along_axis(beside, at[..., None, None], 2)[:, :, 0]
             strength = strength + jnp.linalg.norm(beside.astype(jnp.float32), axis=-1)
     first = jax.tree.map(lambda leaf: leaf[:, 0], (context, output))
-    return Lane(
+    return FitProblem(
         query.astype(jnp.float32),
         output.astype(jnp.float32),
-        jnp.zeros((len(chosen), 0, network.width)),
+        jnp.zeros((len(chosen), 0, network.hidden_size)),
         context,
         targets,
         _directions(finish, moment, *first, targets),

@@ -16,13 +16,13 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax.core.checks import random_key
-from tpatch_jax.core.fit import Lane
+from tpatch_jax.core.fit import FitProblem
 from tpatch_jax.core.memory import Memory, create_memory, extend, nuisance_scatter
 from tpatch_jax.core.patch import Patch, create, take
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.editors.model_memory import PREFIX_LENGTHS, SPANS
-from tpatch_jax.editors.tpatcher.rounds import Note, ask, finished, fit_rounds, numbered, report
+from tpatch_jax.editors.tpatcher.rounds import Note, find_target_tokens, finished, fit_rounds, numbered, report
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.editors.tpatcher.token_problems import create_lanes, output_moment
 from tpatch_jax.errors import TPatchError
@@ -150,40 +150,40 @@ def _edit(
 
     def told(neurons: dict[int, list[int]], notes: dict[int, list[Note]], already: set[int], fit: float, unit: float):
         times = time.perf_counter() - began, fit, unit
-        return report(names, problems, already, neurons, notes, network.width, times)
+        return report(names, problems, already, neurons, notes, network.hidden_size, times)
 
     if not items:
-        return create(network.width), told({}, {}, set(), 0.0, 0.0)
+        return create(network.hidden_size), told({}, {}, set(), 0.0, 0.0)
     # No row is longer than one that the user gave: the network's own limit is not known.
     longest = max(len(row) for row in [*memory_rows, *(item.rows[0] for item in items)])
     bare_rows, bare_places = [item.rows[0] for item in items], [_places(item.rows[0], item.target) for item in items]
     rows = [row for item in items for row in item.rows]
     sites = collect_tokens(network, rows, [_places(row, item.target) for item in items for row in item.rows], longest)
-    asked = ask([item.target for item in items], [len(item.rows) for item in items])
+    tokens = find_target_tokens([item.target for item in items], [len(item.rows) for item in items])
 
     memory = _memory(network, memory_rows, settings, longest)
     if settings.other_edits:
-        memory = extend(memory, sites.query, asked.answers, power_of_two(len(asked.answers), 64))
+        memory = extend(memory, sites.query, tokens.answers, power_of_two(len(tokens.answers), 64))
     finish, key = network.finisher(), random_key(seed)
     moment = output_moment(finish, _references(network, memory_rows, longest))
 
     def wrong(patch: Patch) -> np.ndarray:
-        return np.flatnonzero(said(network.attach(patch), bare_rows, bare_places, longest) != asked.wanted)
+        return np.flatnonzero(said(network.attach(patch), bare_rows, bare_places, longest) != tokens.wanted)
 
-    def lanes(rows: np.ndarray, patch: Patch) -> Lane:
-        chosen = np.stack([asked.table[asked.owner[row]][:, asked.token[row]] for row in rows])
-        return create_lanes(network, sites, chosen, jnp.asarray(asked.wanted[rows]), patch, finish, moment)
+    def lanes(rows: np.ndarray, patch: Patch) -> FitProblem:
+        chosen = np.stack([tokens.table[tokens.owner[row]][:, tokens.token[row]] for row in rows])
+        return create_lanes(network, sites, chosen, jnp.asarray(tokens.wanted[rows]), patch, finish, moment)
 
-    nothing = create(network.width)
+    nothing = create(network.hidden_size)
     missing = wrong(nothing)
     unit = _seconds(lambda: wrong(nothing)) / len(items)
-    already = set(range(len(items))) - set(asked.owner[missing].tolist())
+    already = set(range(len(items))) - set(tokens.owner[missing].tolist())
     fitted = fit_rounds(
         nothing,
         lanes,
         wrong,
-        [f"{items[own].rows[0]} {token}" for own, token in zip(asked.owner, asked.token, strict=True)],
-        asked,
+        [f"{items[own].rows[0]} {token}" for own, token in zip(tokens.owner, tokens.token, strict=True)],
+        tokens,
         memory,
         finish,
         key,
@@ -194,11 +194,11 @@ def _edit(
         left=np.zeros(0, np.int64),
         activation=network.activation,
     )
-    alive, reasons = finished(fitted, asked, wrong)
+    alive, reasons = finished(fitted, tokens, wrong)
     for number, reason in reasons.items():
         mend = "try more attempts, more memory, or a later layer"
         problems[items[number].position] = f"{reason} after {settings.attempts} attempts; {mend}"
-    made = [(items[asked.owner[fitted.row[lane]]].position, fitted.notes[lane]) for lane in alive]
+    made = [(items[tokens.owner[fitted.row[lane]]].position, fitted.notes[lane]) for lane in alive]
     neurons, notes = numbered(made, 0)
     before = {items[number].position for number in already}
     patch = jax.tree.map(jnp.asarray, take(fitted.patch, alive))
@@ -271,7 +271,7 @@ def _memory(network: Network, rows: list[list[int]], settings: TPatcherSettings,
         spans = [[*prefix, *tail] for tail in tails for prefix in [[], *prefixes]]
         found = collect_queries(network, spans, lambda row: range(len(row) - 3, len(row)), longest)
         grouped = found.reshape(len(tails), 1 + len(prefixes), 3, -1).swapaxes(1, 2)
-        nuisance = nuisance_scatter(grouped.reshape(-1, 1 + len(prefixes), network.width))
+        nuisance = nuisance_scatter(grouped.reshape(-1, 1 + len(prefixes), network.hidden_size))
     return create_memory(query, nuisance, weight=settings.nuisance_weight, shrinkage=settings.shrinkage)
 
 

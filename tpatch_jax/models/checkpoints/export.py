@@ -233,7 +233,7 @@ def _as_llama(config: NetworkConfig, settings: Mapping[str, Any], width: int) ->
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocabulary,
-        "hidden_size": config.width,
+        "hidden_size": config.hidden_size,
         "intermediate_size": width,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
@@ -274,8 +274,8 @@ def _differences(config: NetworkConfig, target: NetworkConfig, settings: Mapping
     # Our reading of it is for short texts; a stock Llama would change the rule with the text's length.
     if is_longrope(settings):
         found.append("its rotation is scaled by longrope")
-    if config.width % config.heads:
-        found.append(f"its width {config.width} is not a multiple of its {config.heads} heads")
+    if config.hidden_size % config.heads:
+        found.append(f"its width {config.hidden_size} is not a multiple of its {config.heads} heads")
     return found
 
 

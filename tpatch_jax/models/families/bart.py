@@ -10,7 +10,7 @@ OFFSET = 2
 
 
 def _bart(settings: Settings) -> NetworkConfig:
-    width, context = setting(settings, "d_model"), setting(settings, "max_position_embeddings")
+    hidden_size, context = setting(settings, "d_model"), setting(settings, "max_position_embeddings")
     act = activation(setting(settings, "activation_function"))
 
     def stack(side: str, **fields: object) -> NetworkConfig:
@@ -21,14 +21,14 @@ def _bart(settings: Settings) -> NetworkConfig:
             "activation": act,
             "post_norm": True,
             "embed_norm": True,
-            "embed_scale": width**0.5 if settings.get("scale_embedding") else 1.0,
+            "embed_scale": hidden_size**0.5 if settings.get("scale_embedding") else 1.0,
             "query_bias": True,
             "output_bias": True,
             "positions": context + OFFSET,
             "position_offset": OFFSET,
         }
         heads = setting(settings, f"{side}_attention_heads")
-        return configure_plain("bart", settings, width=width, heads=heads, **{**shared, **fields})
+        return configure_plain("bart", settings, hidden_size=hidden_size, heads=heads, **{**shared, **fields})
 
     tied = bool(settings.get("tie_word_embeddings", True))
     return stack("decoder", encoder=stack("encoder", causal=False), tied=tied, head_bias=True)

@@ -55,7 +55,7 @@ def _like_bert(family: str, settings: Settings, offset: int) -> NetworkConfig:
     return _encoder(
         family,
         settings,
-        width=setting(settings, "hidden_size"),
+        hidden_size=setting(settings, "hidden_size"),
         heads=setting(settings, "num_attention_heads"),
         layers=setting(settings, "num_hidden_layers"),
         ffn_width=setting(settings, "intermediate_size"),
@@ -78,7 +78,7 @@ def _distilbert(settings: Settings) -> NetworkConfig:
     return _encoder(
         "distilbert",
         settings,
-        width=setting(settings, "dim"),
+        hidden_size=setting(settings, "dim"),
         heads=setting(settings, "n_heads"),
         layers=setting(settings, "n_layers"),
         ffn_width=setting(settings, "hidden_dim"),

@@ -162,8 +162,8 @@ def rope(settings: Settings, head_width: int, kind: str | None = None) -> tuple[
     rules = dict(found.get(kind, found) if kind else found)
     theta = float(rules.get("rope_theta") or settings.get("rope_theta") or 10_000.0)
     share = rules.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0
-    width = int(head_width * share)
-    frequencies = tuple(theta ** (-2 * pair / width) for pair in range(width // 2))
+    rotated = int(head_width * share)
+    frequencies = tuple(theta ** (-2 * pair / rotated) for pair in range(rotated // 2))
     rule = rules.get("rope_type", rules.get("type", "default")) or "default"
     if rule == "default":
         return frequencies, 1.0
@@ -200,22 +200,22 @@ def _longrope_scale(settings: Settings, rules: Settings) -> float:
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-def configure_plain(family: str, settings: Settings, *, width: int, heads: int, **fields: Any) -> NetworkConfig:
+def configure_plain(family: str, settings: Settings, *, hidden_size: int, heads: int, **fields: Any) -> NetworkConfig:
     """What the families with two matrices in the FFN, layer norms and as many keys as queries share.
 
     Args:
         family: the family's name.
         settings: the settings of ``config.json``.
-        width: ``d``.
+        hidden_size: ``d``.
         heads: attention heads.
         fields: the other fields of `NetworkConfig`.
     """
     shared = {
         "vocabulary": setting(settings, "vocab_size"),
         "key_value_heads": heads,
-        "head_width": width // heads,
+        "head_width": hidden_size // heads,
         "gated": False,
         "ffn_bias": True,
         "norm": "layer",
     }
-    return NetworkConfig(**{"family": family, "width": width, "heads": heads, **shared, **fields})
+    return NetworkConfig(**{"family": family, "hidden_size": hidden_size, "heads": heads, **shared, **fields})

@@ -10,15 +10,15 @@ __all__ = ["GPT_2"]
 def _gpt_2(settings: Settings) -> NetworkConfig:
     if settings.get("scale_attn_by_inverse_layer_idx") or settings.get("scale_attn_weights") is False:
         raise TPatchError("config.json changes the scale of attention, which no GPT-2 release does; not supported")
-    heads, width = setting(settings, "n_head"), setting(settings, "n_embd")
+    heads, hidden_size = setting(settings, "n_head"), setting(settings, "n_embd")
     context = setting(settings, "n_positions")
     return configure_plain(
         "gpt2",
         settings,
-        width=width,
+        hidden_size=hidden_size,
         heads=heads,
         layers=setting(settings, "n_layer"),
-        ffn_width=settings.get("n_inner") or 4 * width,
+        ffn_width=settings.get("n_inner") or 4 * hidden_size,
         context=context,
         activation=activation(setting(settings, "activation_function")),
         norm_epsilon=setting(settings, "layer_norm_epsilon"),

@@ -7,15 +7,15 @@ __all__ = ["GPT_J"]
 
 
 def _gpt_j(settings: Settings) -> NetworkConfig:
-    heads, width = setting(settings, "n_head"), setting(settings, "n_embd")
-    turned = settings.get("rotary_dim") or width // heads
+    heads, hidden_size = setting(settings, "n_head"), setting(settings, "n_embd")
+    turned = settings.get("rotary_dim") or hidden_size // heads
     return configure_plain(
         "gptj",
         settings,
-        width=width,
+        hidden_size=hidden_size,
         heads=heads,
         layers=setting(settings, "n_layer"),
-        ffn_width=settings.get("n_inner") or 4 * width,
+        ffn_width=settings.get("n_inner") or 4 * hidden_size,
         context=setting(settings, "n_positions"),
         activation=activation(setting(settings, "activation_function")),
         block="shared",

@@ -7,7 +7,7 @@ __all__ = ["GPT_NEO"]
 
 
 def _gpt_neo(settings: Settings) -> NetworkConfig:
-    heads, width = setting(settings, "num_heads"), setting(settings, "hidden_size")
+    heads, hidden_size = setting(settings, "num_heads"), setting(settings, "hidden_size")
     context, window = setting(settings, "max_position_embeddings"), setting(settings, "window_size")
     kinds = settings.get("attention_layers") or [
         kind for group, count in setting(settings, "attention_types") for _ in range(count) for kind in group
@@ -15,10 +15,10 @@ def _gpt_neo(settings: Settings) -> NetworkConfig:
     return configure_plain(
         "gpt_neo",
         settings,
-        width=width,
+        hidden_size=hidden_size,
         heads=heads,
         layers=setting(settings, "num_layers"),
-        ffn_width=settings.get("intermediate_size") or 4 * width,
+        ffn_width=settings.get("intermediate_size") or 4 * hidden_size,
         context=context,
         activation=activation(setting(settings, "activation_function")),
         norm_epsilon=setting(settings, "layer_norm_epsilon"),

@@ -16,13 +16,13 @@ __all__ = ["GPT_NEOX"]
 
 
 def _gpt_neox(settings: Settings) -> NetworkConfig:
-    heads, width = setting(settings, "num_attention_heads"), setting(settings, "hidden_size")
+    heads, hidden_size = setting(settings, "num_attention_heads"), setting(settings, "hidden_size")
     bias = settings.get("attention_bias", True)
-    frequencies, scale = rope(settings, width // heads)
+    frequencies, scale = rope(settings, hidden_size // heads)
     return configure_plain(
         "gpt_neox",
         settings,
-        width=width,
+        hidden_size=hidden_size,
         heads=heads,
         layers=setting(settings, "num_hidden_layers"),
         ffn_width=setting(settings, "intermediate_size"),

@@ -32,14 +32,14 @@ NAMES = {
 
 def configure_llama(settings: Settings, family: str = "llama", **changes: object) -> NetworkConfig:
     """What all families of this kind share; ``changes`` are the fields in which one differs."""
-    heads, width = setting(settings, "num_attention_heads"), setting(settings, "hidden_size")
-    head_width = settings.get("head_dim") or width // heads
+    heads, hidden_size = setting(settings, "num_attention_heads"), setting(settings, "hidden_size")
+    head_width = settings.get("head_dim") or hidden_size // heads
     frequencies, scale = rope(settings, head_width)
     bias = bool(settings.get("attention_bias"))
     fields = {
         "family": family,
         "vocabulary": setting(settings, "vocab_size"),
-        "width": width,
+        "hidden_size": hidden_size,
         "layers": setting(settings, "num_hidden_layers"),
         "heads": heads,
         "key_value_heads": settings.get("num_key_value_heads") or heads,

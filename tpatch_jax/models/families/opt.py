@@ -10,8 +10,11 @@ _OFFSET = 2
 
 
 def _opt(settings: Settings) -> NetworkConfig:
-    heads, width = setting(settings, "num_attention_heads"), setting(settings, "hidden_size")
-    if not settings.get("do_layer_norm_before", True) or settings.get("word_embed_proj_dim", width) != width:
+    heads, hidden_size = setting(settings, "num_attention_heads"), setting(settings, "hidden_size")
+    if (
+        not settings.get("do_layer_norm_before", True)
+        or settings.get("word_embed_proj_dim", hidden_size) != hidden_size
+    ):
         raise TPatchError(
             "config.json describes the one OPT (350m) that normalises after its layers, which is not supported; "
             "use another size"
@@ -22,7 +25,7 @@ def _opt(settings: Settings) -> NetworkConfig:
     return configure_plain(
         "opt",
         settings,
-        width=width,
+        hidden_size=hidden_size,
         heads=heads,
         layers=setting(settings, "num_hidden_layers"),
         ffn_width=setting(settings, "ffn_dim"),

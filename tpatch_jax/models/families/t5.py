@@ -39,7 +39,7 @@ def _configure(family: str, settings: Settings) -> NetworkConfig:
     shared = {
         "family": family,
         "vocabulary": setting(settings, "vocab_size"),
-        "width": setting(settings, "d_model"),
+        "hidden_size": setting(settings, "d_model"),
         "heads": heads,
         "key_value_heads": heads,
         "head_width": setting(settings, "d_kv"),
@@ -60,7 +60,7 @@ def _configure(family: str, settings: Settings) -> NetworkConfig:
         layers=settings.get("num_decoder_layers") or layers,
         encoder=encoder,
         tied=True,
-        head_scale=shared["width"] ** -0.5 if scaled else 1.0,
+        head_scale=shared["hidden_size"] ** -0.5 if scaled else 1.0,
     )
 
 

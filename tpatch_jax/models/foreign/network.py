@@ -70,7 +70,7 @@ class Network:
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
-    def width(self) -> int:
+    def hidden_size(self) -> int:
         """The width ``d`` of the FFN's input and output."""
         return self.cut(self.example.shape).query.shape[-1]
 
@@ -296,9 +296,10 @@ class Network:
         """The patch, checked, without the layer that it may name."""
         if patch.key.ndim != 2:
             raise TPatchError(f"a patch of shape {list(patch.key.shape)} is a batch of patches; use patch.join first")
-        if patch.key.shape[1] != self.width:
+        if patch.key.shape[1] != self.hidden_size:
             raise TPatchError(
-                f"the patch is {patch.key.shape[1]} wide and {self.path!r} {self.width}: it was made for another model"
+                f"the patch is {patch.key.shape[1]} wide and {self.path!r} {self.hidden_size}: "
+                "it was made for another model"
             )
         if patch.layer is not None and bool(jnp.any(jnp.asarray(patch.layer) != self.layer)):
             raise TPatchError(f"the patch names another layer than {self.layer}, where this network is cut")
@@ -311,7 +312,7 @@ class Network:
 
     def _probe(self, neurons: int) -> Patch:
         """At least one neuron, and as many as are asked for, which fire on the example."""
-        query = self.detach().trace(self.example).query.reshape(-1, self.width)
+        query = self.detach().trace(self.example).query.reshape(-1, self.hidden_size)
         query = query[np.arange(max(1, neurons)) % query.shape[0]]
         value = jax.random.normal(jax.random.key(0), query.shape, query.dtype) * jnp.std(query)
         return Patch(query / jnp.sum(jnp.square(query), -1, keepdims=True), jnp.zeros_like(query[:, 0]), value)

@@ -15,12 +15,12 @@ from tpatch_jax.models.model import Model
 
 __all__ = [
     "NO_SUBJECT",
-    "Earlier",
+    "PreviousEdits",
     "broken",
     "fires",
-    "give_way",
     "load_earlier",
     "nothing",
+    "raise_thresholds",
     "refreshed",
     "remember",
     "save_earlier",
@@ -29,7 +29,7 @@ __all__ = [
 NO_SUBJECT = -1
 
 
-class Earlier(NamedTuple):
+class PreviousEdits(NamedTuple):
     """Edits that hold, with what the network leaves at their target tokens.
 
     Attributes:
@@ -60,24 +60,24 @@ class Earlier(NamedTuple):
         )
 
 
-def nothing(width: int, dtype: np.dtype) -> Earlier:
+def nothing(hidden_size: int, dtype: np.dtype) -> PreviousEdits:
     """No edit at all.
 
     Args:
-        width: ``d``.
+        hidden_size: ``d``.
         dtype: of the network's arrays.
     """
-    empty, none = np.zeros((0, width), dtype), np.zeros(0, np.int32)
-    return Earlier(none, none, none, none, none, none, Sites(empty, empty, empty), empty)
+    empty, none = np.zeros((0, hidden_size), dtype), np.zeros(0, np.int32)
+    return PreviousEdits(none, none, none, none, none, none, Sites(empty, empty, empty), empty)
 
 
 def remember(
-    earlier: Earlier,
+    earlier: PreviousEdits,
     items: Sequence[Item],
     subjects: Sequence[tuple[int, int]],
     sites: Sites,
     heard: np.ndarray | None,
-) -> Earlier:
+) -> PreviousEdits:
     """The edits so far and some more.
 
     Args:
@@ -88,7 +88,7 @@ def remember(
         heard: queries of the subject site at each of their tokens, if that is used.
     """
     token, group = np.asarray(subjects, np.int32).reshape(-1, 2).T
-    new = Earlier(
+    new = PreviousEdits(
         np.asarray([one for item in items for one in item.rows[0]], np.int32),
         np.asarray([len(item.rows[0]) for item in items], np.int32),
         np.asarray([item.starts[0] for item in items], np.int32),
@@ -100,18 +100,18 @@ def remember(
     )
     flat = {
         name: np.concatenate([old, more])
-        for name, old, more in zip(Earlier._fields, earlier, new, strict=True)
+        for name, old, more in zip(PreviousEdits._fields, earlier, new, strict=True)
         if name != "sites"
     }
-    return Earlier(**flat, sites=joined(earlier.sites, new.sites))
+    return PreviousEdits(**flat, sites=joined(earlier.sites, new.sites))
 
 
-def broken(model: Model, earlier: Earlier, patch: Patch) -> np.ndarray:
+def broken(model: Model, earlier: PreviousEdits, patch: Patch) -> np.ndarray:
     """The rows of ``earlier.sites`` whose wanted token does not come out with a patch in the last layer."""
     return wrong_rows(model, earlier.sites, earlier.wanted, patch)
 
 
-def fires(earlier: Earlier, deep: Patch) -> np.ndarray:
+def fires(earlier: PreviousEdits, deep: Patch) -> np.ndarray:
     """On which edits each neuron of a patch at the subject site fires, ``[edits, n]`` bool."""
     z = _responses(deep, earlier.heard)
     owner = np.repeat(np.arange(len(earlier.lengths)), earlier.lengths)
@@ -120,7 +120,7 @@ def fires(earlier: Earlier, deep: Patch) -> np.ndarray:
     return result
 
 
-def refreshed(model: Model, earlier: Earlier, touched: np.ndarray) -> Earlier:
+def refreshed(model: Model, earlier: PreviousEdits, touched: np.ndarray) -> PreviousEdits:
     """What the last layer sees of edits that any neuron touches, ``touched [edits, n]`` bool, from a changed model."""
     touched = np.asarray(touched.any(1))
     if not touched.any():
@@ -148,7 +148,7 @@ def _responses(patch: Patch, query: np.ndarray) -> np.ndarray:
     return np.asarray(_preactivations(sized(patch._replace(layer=None), 64), padded), np.float32)[:count, :neurons]
 
 
-def give_way(model: Model, earlier: Earlier, patch: Patch, query: np.ndarray) -> Patch:
+def raise_thresholds(model: Model, earlier: PreviousEdits, patch: Patch, query: np.ndarray) -> Patch:
     """Earlier neurons with their thresholds raised above queries on which they fire though something else is wanted.
 
     ``k' = k·u/(u-t), b' = (b-t)·u/(u-t)``, where ``u`` is the neuron's strongest response to the edits it serves, which
@@ -183,13 +183,13 @@ def give_way(model: Model, earlier: Earlier, patch: Patch, query: np.ndarray) ->
     return higher(raised)
 
 
-def save_earlier(earlier: Earlier) -> dict[str, np.ndarray]:
+def save_earlier(earlier: PreviousEdits) -> dict[str, np.ndarray]:
     """As named arrays."""
     flat = {name: value for name, value in earlier._asdict().items() if name != "sites"}
     return {f"earlier_{name}": np.asarray(value) for name, value in {**flat, **earlier.sites._asdict()}.items()}
 
 
-def load_earlier(arrays: dict[str, np.ndarray]) -> Earlier:
+def load_earlier(arrays: dict[str, np.ndarray]) -> PreviousEdits:
     """The inverse of `save_earlier`."""
-    flat = {name: arrays[f"earlier_{name}"] for name in Earlier._fields if name != "sites"}
-    return Earlier(**flat, sites=Sites(*(arrays[f"earlier_{name}"] for name in Sites._fields)))
+    flat = {name: arrays[f"earlier_{name}"] for name in PreviousEdits._fields if name != "sites"}
+    return PreviousEdits(**flat, sites=Sites(*(arrays[f"earlier_{name}"] for name in Sites._fields)))
