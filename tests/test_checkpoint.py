@@ -25,7 +25,8 @@ from tpatch_jax.editors.reading import read_item
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints import folder as checkpoint
 from tpatch_jax.models.families.registry import configure
-from tpatch_jax.models.model import Model, load_model, merge, save_model, unmerge
+from tpatch_jax.models.model import Model, load_model, save_model
+from tpatch_jax.models.patching import merge, unmerge
 from tpatch_jax.requests import EditRequest
 
 WEIGHTS = "model.safetensors"

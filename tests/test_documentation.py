@@ -21,8 +21,9 @@ from tiny_families import tiny_model as family_model
 import tpatch_jax as tp
 from tpatch_jax.cli import bank_commands as bank_cli
 from tpatch_jax.cli import main as cli
-from tpatch_jax.editors import model_memory as background
+from tpatch_jax.editors import model_memory
 from tpatch_jax.evaluation import runner
+from tpatch_jax.models import memory_text
 
 PROMOTION = "standard"  # optax takes steps
 ROOT = Path(__file__).parents[1]
@@ -121,8 +122,8 @@ def stand_in(models, folder, monkeypatch, site="last"):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("TPATCH_CACHE", str(folder / "cache"))
     monkeypatch.setattr(tp, "load_model", lambda name, mesh=None: models[name] if name in models else load(name))
-    monkeypatch.setattr(background, "TEXTS", 16)
-    monkeypatch.setattr(background, "SPANS", 8)
+    monkeypatch.setattr(memory_text, "TEXTS", 16)
+    monkeypatch.setattr(model_memory, "SPANS", 8)
     # What a random model samples is everything at once, and no patch can stay silent on that.
     (folder / "english.txt").write_text(ENGLISH, "utf-8")
     for module, name in ((tp, "edit"), (tp, "create_bank"), (runner, "evaluate")):

@@ -20,7 +20,7 @@ import tpatch_jax as tp
 from tpatch_jax.bank import patches as store
 from tpatch_jax.core.fit import FitSettings
 from tpatch_jax.core.patch import Patch, concatenate, create, take
-from tpatch_jax.editors import model_memory as background_
+from tpatch_jax.editors import model_memory
 from tpatch_jax.editors.model_memory import collect_model_memory
 from tpatch_jax.editors.tpatcher import editor as tpatcher_module
 from tpatch_jax.editors.tpatcher import last_site, rounds
@@ -29,8 +29,8 @@ from tpatch_jax.editors.tpatcher.previous import raise_thresholds
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.measure import measure, predictions
-from tpatch_jax.models import generation
-from tpatch_jax.models.model import attach, merge
+from tpatch_jax.models import generation, memory_text
+from tpatch_jax.models.patching import attach, merge
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.requests import EditRequest, join_target
 
@@ -342,8 +342,8 @@ def test_the_background_is_written_once_and_recalled(tiny_model, memory, tmp_pat
     assert first.query.shape[0] > 128
     (folder,) = kept(tmp_path, "arrays")
     calls = []
-    collect = background_._collect
-    monkeypatch.setattr(background_, "_collect", lambda *args: calls.append(1) or collect(*args))
+    collect = model_memory._collect
+    monkeypatch.setattr(model_memory, "_collect", lambda *args: calls.append(1) or collect(*args))
     second = collect_model_memory(tiny_model, 2, memory, cache=tmp_path)
     assert not calls
     assert bits((first.query, first.nuisance)) == bits((second.query, second.nuisance))
@@ -394,7 +394,7 @@ def test_a_background_that_cannot_be_kept_costs_only_time(tiny_model, memory, tm
 
 
 def test_text_is_sampled_from_the_model_itself(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(background_, "TEXTS", 64)
+    monkeypatch.setattr(memory_text, "TEXTS", 64)
     seen = []
     known = collect_model_memory(tiny_model, 2, cache=tmp_path, progress=lambda *said: seen.append(said))
     assert 64 < known.query.shape[0] <= 64 * 63

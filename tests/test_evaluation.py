@@ -31,7 +31,8 @@ from tpatch_jax.evaluation.running_text import read_windows, text_figures
 from tpatch_jax.evaluation.scoring import Base, Outcome, apply_scores, ask, base_scores, patched_scores, score
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import collect
-from tpatch_jax.models.model import Model, attach, merge
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.patching import attach, merge
 from tpatch_jax.requests import join_target
 
 PROMOTION = "standard"

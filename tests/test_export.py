@@ -24,7 +24,8 @@ from tpatch_jax.models import networks
 from tpatch_jax.models.checkpoints import export
 from tpatch_jax.models.checkpoints.export import EXPORT, ExportInfo, constant_direction, export_model
 from tpatch_jax.models.families.registry import FAMILIES
-from tpatch_jax.models.model import Model, attach, load_model, merge, save_model
+from tpatch_jax.models.model import Model, load_model, save_model
+from tpatch_jax.models.patching import attach, merge
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.requests import EditRequest
 

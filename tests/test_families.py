@@ -23,7 +23,8 @@ from tpatch_jax.models.collection import batches
 from tpatch_jax.models.families import registry as families
 from tpatch_jax.models.families.promises import PROMISES, promised
 from tpatch_jax.models.families.registry import FAMILIES
-from tpatch_jax.models.model import Model, attach, merge
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.patching import attach, merge
 from tpatch_jax.models.rows import place_in
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage.settings import change

@@ -34,7 +34,8 @@ from tpatch_jax.evaluation.records import Probe, Record
 from tpatch_jax.evaluation.runner import evaluate
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import batches
-from tpatch_jax.models.model import Model, attach
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

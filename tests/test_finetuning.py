@@ -19,7 +19,8 @@ from tpatch_jax.core.patch import create
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.folder import read_settings
 from tpatch_jax.models.families.registry import configure
-from tpatch_jax.models.model import attach, load_model
+from tpatch_jax.models.model import load_model
+from tpatch_jax.models.patching import attach
 from tpatch_jax.models.shapes import parameter_shapes
 from tpatch_jax.training import data as finetuning_data
 from tpatch_jax.training import loop as finetuning_loop

@@ -10,7 +10,8 @@ from tpatch_jax.core import ffn
 from tpatch_jax.core.patch import Patch, concatenate, create, take
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation, networks
-from tpatch_jax.models.model import Model, attach, detach, load_model, merge, save_model, unmerge
+from tpatch_jax.models.model import Model, load_model, save_model
+from tpatch_jax.models.patching import attach, detach, merge, unmerge
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.models.shapes import merged_neurons, parameter_shapes
 

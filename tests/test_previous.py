@@ -20,7 +20,7 @@ from tpatch_jax.editors.tpatcher.previous import (
     save_earlier,
 )
 from tpatch_jax.models.collection import collect, predicted
-from tpatch_jax.models.model import attach
+from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest
 
 REQUESTS = [EditRequest("the cat sat in", "ab"), EditRequest("who hit the", "q")]

@@ -21,7 +21,8 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation, networks
 from tpatch_jax.models.checkpoints import folder as checkpoint
 from tpatch_jax.models.families.registry import FAMILIES, configure
-from tpatch_jax.models.model import Model, attach, merge, save_model, unmerge
+from tpatch_jax.models.model import Model, save_model
+from tpatch_jax.models.patching import attach, merge, unmerge
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.models.shapes import merged_neurons
 

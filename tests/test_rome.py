@@ -31,7 +31,8 @@ from tpatch_jax.editors.rome.rome import R_ROME_PRESETS, ROME_PRESETS, RomeSetti
 from tpatch_jax.editors.rome.state import KernelState, Tried, edited, report, restore, save, says
 from tpatch_jax.editors.rome.subject_value import OffsetInfo, ValueSettings, fork_requests, train_offsets, value_rows
 from tpatch_jax.evaluation.runner import evaluate
-from tpatch_jax.models.model import Model, attach
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.patching import attach
 from tpatch_jax.models.rows import tokens_array
 
 PROMOTION = "standard"  # optax takes steps

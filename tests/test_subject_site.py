@@ -25,7 +25,7 @@ from tpatch_jax.editors.tpatcher.subject_site import SubjectSettings, read_subje
 from tpatch_jax.editors.wordings import Wording
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
-from tpatch_jax.models.model import attach, merge
+from tpatch_jax.models.patching import attach, merge
 from tpatch_jax.models.rows import row_length, tokens_array
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage.settings import change, known_names
@@ -405,9 +405,11 @@ def test_the_site_is_chosen_by_model_and_requests(edited, monkeypatch):
         deep(model, dataclasses.replace(auto, layer="2"))
     # without any subject nothing is read at an earlier layer
     layers = []
-    known = tpatcher_module.background
+    known = tpatcher_module.collect_model_memory
     monkeypatch.setattr(
-        tpatcher_module, "background", lambda m, layer, *_, **__: layers.append(layer) or known(m, layer, *_, **__)
+        tpatcher_module,
+        "collect_model_memory",
+        lambda m, layer, *_, **__: layers.append(layer) or known(m, layer, *_, **__),
     )
     _, info = tp.edit(model, requests[3:4], settings=auto, memory=text, cache=False)
     assert [(result.held, result.site) for result in info.requests] == [(True, "last")]

@@ -46,8 +46,9 @@ if TYPE_CHECKING:
     from tpatch_jax.models.foreign.linen import from_linen
     from tpatch_jax.models.foreign.network import Network
     from tpatch_jax.models.foreign.nnx import from_nnx
-    from tpatch_jax.models.model import Model, attach, detach, load_model, merge, save_model, unmerge
+    from tpatch_jax.models.model import Model, load_model, save_model
     from tpatch_jax.models.networks import Trace
+    from tpatch_jax.models.patching import attach, detach, merge, unmerge
     from tpatch_jax.requests import EditRequest
     from tpatch_jax.storage.request_file import read_requests
     from tpatch_jax.training.finetune import FinetuneInfo, FinetuneSettings, finetune
@@ -135,7 +136,8 @@ _HOMES = {
     "models.foreign.network": ("Network",),
     "models.foreign.linen": ("from_linen",),
     "models.foreign.nnx": ("from_nnx",),
-    "models.model": ("Model", "attach", "detach", "load_model", "merge", "save_model", "unmerge"),
+    "models.model": ("Model", "load_model", "save_model"),
+    "models.patching": ("attach", "detach", "merge", "unmerge"),
     "core.objective": ("Weights",),
     "core.patch": ("Patch", "concatenate"),
     "requests": ("EditRequest",),

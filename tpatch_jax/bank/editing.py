@@ -21,7 +21,8 @@ from tpatch_jax.bank.state import Bank, Guard, active
 from tpatch_jax.core.patch import Patch, sized
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation
-from tpatch_jax.models.model import Model, attach
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest, as_requests, join_target
 from tpatch_jax.storage.cache import cache_folder
 

@@ -33,7 +33,8 @@ from tpatch_jax.editors.tpatcher.previous import (
 )
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.models.collection import collect, predicted
-from tpatch_jax.models.model import Model, attach
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage.settings import change
 

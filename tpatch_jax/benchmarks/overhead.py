@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from tpatch_jax.benchmarks.gauges import median_and_spread, seconds_of
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.models import generation
-from tpatch_jax.models.model import Model, attach, merge
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.patching import attach, merge
 
 __all__ = ["generation_overhead"]
 

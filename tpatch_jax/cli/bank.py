@@ -18,7 +18,7 @@ from tpatch_jax.display.console import format_count, print_json, progress_bar, r
 from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model, save_model
-from tpatch_jax.models.model import merge as merge_patch
+from tpatch_jax.models.patching import merge as merge_patch
 from tpatch_jax.storage.files import check_vacant
 from tpatch_jax.storage.process import prepare_process
 from tpatch_jax.storage.request_file import read_requests

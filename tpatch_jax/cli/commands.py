@@ -16,6 +16,7 @@ from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.measure import measure
 from tpatch_jax.models import model as models_
+from tpatch_jax.models import patching
 from tpatch_jax.models.checkpoints.export import export_model
 from tpatch_jax.models.checkpoints.sources import NAMED_MODELS
 from tpatch_jax.models.families.promises import PROMISES, promised
@@ -171,7 +172,7 @@ def generate(
     loaded = load(model, dtype, quiet or json)
     if saved:
         store.check_model(saved, loaded)
-        loaded = models_.attach(loaded, saved.patch)
+        loaded = patching.attach(loaded, saved.patch)
     text = loaded.classify([prompt])[0] if loaded.config.labels else loaded.generate(prompt, max_new_tokens)
     if json:
         print_json({"prompt": prompt, "text": text})
@@ -205,7 +206,7 @@ def merge(model: str, patches: str, output: str, *, dtype: str | None, json: boo
     saved = store.read_patches(patches)
     loaded = load(model, dtype, quiet or json)
     store.check_model(saved, loaded)
-    merged = models_.merge(loaded, saved.patch)
+    merged = patching.merge(loaded, saved.patch)
     models_.save_model(merged, output)
     added = merged.parameter_count - loaded.parameter_count
     if json:
@@ -232,7 +233,7 @@ def export(
     loaded, requests = load(model, dtype, quiet or json), []
     if saved:
         store.check_model(saved, loaded)
-        loaded = models_.merge(loaded, saved.patch)
+        loaded = patching.merge(loaded, saved.patch)
         requests = [EditRequest(edit["prompt"], edit["target"], id=edit["id"]) for edit in saved.edits if edit["held"]]
     with progress_bar(quiet or json) as report:
         info = export_model(loaded, output, approximate=approximate, requests=requests, memory=memory, progress=report)

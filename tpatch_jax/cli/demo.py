@@ -14,7 +14,8 @@ from tpatch_jax.display.console import print_json, progress_bar, result_console
 from tpatch_jax.display.edit import answers
 from tpatch_jax.editors.tpatcher import editor as tpatcher
 from tpatch_jax.evaluation.measure import measure
-from tpatch_jax.models.model import Model, attach, merge
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.patching import attach, merge
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage.files import check_vacant

@@ -10,7 +10,8 @@ from tpatch_jax.display.patch import check_requests
 from tpatch_jax.display.view import Rows, Shown, compose
 from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.models import generation
-from tpatch_jax.models.model import Model, attach
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest, join_target
 
 __all__ = ["answers", "show_edit"]

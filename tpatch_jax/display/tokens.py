@@ -13,8 +13,9 @@ from tpatch_jax.display.view import Rows, Shown, compose
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation
 from tpatch_jax.models.collection import batches
-from tpatch_jax.models.model import Model, attach
+from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Trace
+from tpatch_jax.models.patching import attach
 from tpatch_jax.models.rows import split_row
 from tpatch_jax.models.shapes import merged_neurons
 

@@ -22,7 +22,8 @@ from tpatch_jax.editors.tpatcher.previous import load_earlier, save_earlier
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint
-from tpatch_jax.models.model import Model, attach
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.patching import attach
 from tpatch_jax.storage.settings import change, known_names
 
 __all__ = ["METHODS", "Method", "find_method", "is_silent", "method_settings"]

@@ -9,7 +9,8 @@ import numpy as np
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import collect, predicted
-from tpatch_jax.models.model import Model, attach
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest, join_target
 
 __all__ = ["measure", "predictions"]

@@ -33,8 +33,9 @@ from tpatch_jax.models import networks
 from tpatch_jax.models.collection import batches, collect, pad_rows
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.fingerprint import fingerprint
-from tpatch_jax.models.model import Model, attach
+from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
+from tpatch_jax.models.patching import attach
 from tpatch_jax.models.rows import place_in
 from tpatch_jax.requests import join_target
 from tpatch_jax.storage.files import replace_folder

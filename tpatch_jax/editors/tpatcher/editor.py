@@ -66,8 +66,9 @@ from tpatch_jax.editors.tpatcher.subject_site import (
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import Sites, predicted, wrong_rows
-from tpatch_jax.models.model import Model, attach
+from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
+from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest, as_requests
 from tpatch_jax.storage.rows_on_disk import chosen_rows
 

@@ -39,7 +39,8 @@ from tpatch_jax.editors.tpatcher.previous import NO_SUBJECT, PreviousEdits
 from tpatch_jax.editors.wordings import Wording, look_alikes, neutral_wordings, question
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import collect
-from tpatch_jax.models.model import Model, attach
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest
 
 __all__ = [

@@ -19,7 +19,6 @@ from jax import Array
 from tpatch_jax.core import ffn
 from tpatch_jax.core.patch import take
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models import model as models_
 from tpatch_jax.models import networks
 from tpatch_jax.models.checkpoints import folder as checkpoint
 from tpatch_jax.models.collection import collect, predicted
@@ -28,6 +27,7 @@ from tpatch_jax.models.families.family import is_longrope
 from tpatch_jax.models.families.registry import configure, family_of
 from tpatch_jax.models.memory_text import memory_rows
 from tpatch_jax.models.model import Model
+from tpatch_jax.models.patching import unmerge
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.models.shapes import merged_neurons, parameter_shapes
 from tpatch_jax.requests import EditRequest, join_target
@@ -330,7 +330,7 @@ def _approximate(
     model: Model, requests: Sequence[EditRequest], memory: str | Path | None, cache: bool, progress: Progress | None
 ) -> tuple[Model, ExportError]:
     """The model with its merged patches as weights alone, and how far off it is."""
-    base, patch = models_.unmerge(model)
+    base, patch = unmerge(model)
     rows = memory_rows(base, memory, cache=cache_folder() if cache else None, progress=progress)
     measured = rows[::HELD_OUT]
     fitted = [row for number, row in enumerate(rows) if number % HELD_OUT] or rows
