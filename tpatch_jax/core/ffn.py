@@ -136,7 +136,6 @@ def attach(params: Params, patch: Patch, *, relu: bool = False) -> Params:
     """
     _check(params, patch)
     name = _BESIDE[relu]
-    patch = patch._replace(layer=None)
     return {**params, name: concatenate([params[name], patch]) if name in params else patch}
 
 

@@ -40,13 +40,13 @@ SILENT_BIAS = -1.0
 class Patch(NamedTuple):
     """Neurons that correct a model: a pure pytree, ready for ``jit``, ``vmap`` and ``grad``.
 
-    A batch of patches has the same fields with a leading axis.
+    A batch of patches has the same fields with a leading axis. Patches of several layers are a plain dict from a
+    layer's number to its patch; see `tpatch_jax.core.layers`.
 
     Attributes:
         key: ``[n, d]``, what each neuron recognises.
         bias: ``[n]``, its threshold, added to ``query · key``.
         value: ``[n, d]``, what it adds to the FFN's output, per unit of activation.
-        layer: ``[n]`` int, the layer that each neuron lives in; ``None`` means the model's last.
 
     Example:
         >>> import jax.numpy as jnp
@@ -60,7 +60,6 @@ class Patch(NamedTuple):
     key: Array
     bias: Array
     value: Array
-    layer: Array | None = None
 
 
 def create(hidden_size: int, neurons: int = 0, dtype: jnp.dtype | type = jnp.float32) -> Patch:
@@ -83,20 +82,20 @@ def create(hidden_size: int, neurons: int = 0, dtype: jnp.dtype | type = jnp.flo
 
 
 def _on_host(*patches: Patch) -> bool:
-    return all(isinstance(leaf, np.ndarray) for patch in patches for leaf in patch if leaf is not None)
+    return all(isinstance(leaf, np.ndarray) for patch in patches for leaf in patch)
 
 
 def concatenate(patches: Sequence[Patch]) -> Patch:
     """All neurons of several patches, in order, as one patch.
 
     Args:
-        patches: at least one patch, each ``[n_i, d]``, all naming their layers or none.
+        patches: at least one patch, each ``[n_i, d]``, of one layer.
 
     Returns:
         One patch of ``Σ n_i`` neurons.
 
     Raises:
-        TPatchError: nothing was given, the widths differ, or only some patches name their layers.
+        TPatchError: nothing was given, or the widths differ.
 
     Example:
         >>> concatenate([create(4, 1), create(4, 2)]).key.shape
@@ -104,19 +103,16 @@ def concatenate(patches: Sequence[Patch]) -> Patch:
     """
     if not patches:
         raise TPatchError("concatenate was given no patch; use create(hidden_size) for an empty one")
+    if not all(isinstance(patch, Patch) for patch in patches):
+        raise TPatchError("concatenate takes patches of one layer; use concatenate_layers for {layer: patch}")
     widths = {patch.key.shape[-1] for patch in patches}
     if len(widths) > 1:
         raise TPatchError(f"patches of different widths {sorted(widths)} belong to different models; keep them apart")
-    layers = [patch.layer for patch in patches]
-    named = [layer for layer in layers if layer is not None]
-    if named and len(named) < len(layers):
-        raise TPatchError("some patches name their layer and some do not; give each one a `layer` first")
     together: Any = np.concatenate if _on_host(*patches) else jnp.concatenate
     return Patch(
         together([patch.key for patch in patches]),
         together([patch.bias for patch in patches]),
         together([patch.value for patch in patches]),
-        together(named) if named else None,
     )
 
 
@@ -139,8 +135,7 @@ def take(patch: Patch, index: Array | np.ndarray | slice | Sequence[int]) -> Pat
         chosen = np.asarray(index) if _on_host(patch) else jnp.asarray(index)
         # An empty list has no integer type of its own.
         chosen = chosen if chosen.size else chosen.astype(np.int32)
-    layer = None if patch.layer is None else patch.layer[chosen]
-    return Patch(patch.key[chosen], patch.bias[chosen], patch.value[chosen], layer)
+    return Patch(patch.key[chosen], patch.bias[chosen], patch.value[chosen])
 
 
 def pad(patch: Patch, neurons: int) -> Patch:
@@ -169,9 +164,7 @@ def pad(patch: Patch, neurons: int) -> Patch:
         return patch
     at: Any = np if _on_host(patch) else jnp
     zeros = at.zeros((missing, patch.key.shape[1]), patch.key.dtype)
-    last = 0 if patch.layer is None or not patch.layer.size else patch.layer[-1]
-    layer = None if patch.layer is None else at.full(missing, last, patch.layer.dtype)
-    return concatenate([patch, Patch(zeros, at.full(missing, SILENT_BIAS, patch.bias.dtype), zeros, layer)])
+    return concatenate([patch, Patch(zeros, at.full(missing, SILENT_BIAS, patch.bias.dtype), zeros)])
 
 
 def sized(patch: Patch, least: int = 8) -> Patch:
@@ -207,10 +200,7 @@ def join(patch: Patch) -> Patch:
         (10, 4)
     """
     hidden_size = patch.key.shape[-1]
-    layer = None if patch.layer is None else patch.layer.reshape(-1)
-    return Patch(
-        patch.key.reshape(-1, hidden_size), patch.bias.reshape(-1), patch.value.reshape(-1, hidden_size), layer
-    )
+    return Patch(patch.key.reshape(-1, hidden_size), patch.bias.reshape(-1), patch.value.reshape(-1, hidden_size))
 
 
 def sharpen(patch: Patch, sharpness: float) -> Patch:

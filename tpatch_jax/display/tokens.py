@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from tpatch_jax.core import ffn
+from tpatch_jax.core.layers import LayerPatches, split_layers
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.display.markup import element, number
 from tpatch_jax.display.patch import Owner, arrays_of
@@ -46,14 +47,14 @@ def _row(model: Model, edited: Model, text: str) -> list[int]:
     return row
 
 
-def activations_on(model: Model, patch: Patch, text: str) -> tuple[list[int], np.ndarray]:
+def activations_on(model: Model, patches: LayerPatches | Patch, text: str) -> tuple[list[int], np.ndarray]:
     """The activation of every neuron on every token, with all of the patch attached.
 
     ``max(0, q·k + b)``; a neuron in an earlier layer changes the queries that later ones see.
 
     Args:
         model: the model without the patch.
-        patch: ``n`` neurons.
+        patches: ``{layer: [n, d]}``, or one patch for the last layer.
         text: what a decoder or a classifier reads; what an encoder-decoder is asked, whose tokens are those of its
             greedy answer.
 
@@ -67,13 +68,13 @@ def activations_on(model: Model, patch: Patch, text: str) -> tuple[list[int], np
         raise TPatchError("a patch is attached to this model; give the one without, `tp.detach(model)`")
     if merged_neurons(model.config, model.params):
         raise TPatchError("a patch is merged into this model; give the one without, which `tp.unmerge` returns")
-    whole = arrays_of(patch)
-    edited = attach(model, whole, relu=True)
+    whole, places = arrays_of(patches)
+    last = model.layer(None)
+    layers = np.asarray([last if layer is None else model.layer(layer) for layer in places], int)
+    edited = attach(model, split_layers(whole, layers), relu=True)
     row = _row(model, edited, text)
     read, written = split_row(model.config, row)
     tokens = list(written or read)
-    last = model.layer(None)
-    layers = np.full(len(whole.bias), last) if whole.layer is None else np.asarray(whole.layer)
     found = np.zeros((len(tokens), len(whole.bias)), np.float32)
     _, batch = next(iter(batches(model.config, [row])))
     for layer in np.unique(layers).tolist():
@@ -88,14 +89,14 @@ def _activations(patch: Patch, chosen: np.ndarray, query: np.ndarray) -> np.ndar
     return np.maximum(query @ key.T + bias, 0)
 
 
-def activations_at(patch: Patch, traced: Trace) -> np.ndarray:
+def activations_at(patches: LayerPatches | Patch, traced: Trace) -> np.ndarray:
     """The activation ``max(0, q·k + b)`` of a patch's neurons on a trace, ``[batch, tokens, n]``.
 
-    Neurons that name another layer than the trace's stay at zero; those that name none are taken to be in its layer.
+    Neurons of another layer than the trace's stay at zero; those of one patch are taken to be in its layer.
     """
-    whole, query = arrays_of(patch), np.asarray(traced.query, np.float32)
+    (whole, layers), query = arrays_of(patches), np.asarray(traced.query, np.float32)
     found = np.zeros((*query.shape[:2], len(whole.bias)), np.float32)
-    here = np.ones(len(whole.bias), bool) if whole.layer is None else np.asarray(whole.layer) == traced.layer
+    here = np.asarray([layer is None or layer == traced.layer for layer in layers], bool)
     found[..., here] = _activations(whole, np.flatnonzero(here), query)
     return found
 
@@ -147,9 +148,9 @@ def tell(activations: np.ndarray) -> str:
     return f"{told}; activations are max(0, q·k + b).{shown}"
 
 
-def show_tokens(model: Model, patch: Patch, text: str, owners: Mapping[int, Owner]) -> Shown:
+def show_tokens(model: Model, patches: LayerPatches | Patch, text: str, owners: Mapping[int, Owner]) -> Shown:
     """What fires where on a text; see `activations_on`."""
-    tokens, found = activations_on(model, patch, text)
+    tokens, found = activations_on(model, patches, text)
     texts = token_texts(model.tokenizer, tokens)
     marked = "".join(f"[{one}]" if row.any() else one for one, row in zip(texts, found, strict=True))
     shown = compose("What fires where", [tell(found)], [firings(texts, found, owners)], [strip(texts, found, owners)])

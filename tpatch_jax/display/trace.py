@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.display.markup import number
 from tpatch_jax.display.patch import Owner
@@ -33,7 +34,7 @@ def _texts(tokens: Any, model: Model | None, shape: tuple[int, int]) -> list[lis
 
 
 def show_trace(
-    traced: Trace, *, patch: Patch | None, model: Model | None, tokens: Any, owners: Mapping[int, Owner]
+    traced: Trace, *, patch: LayerPatches | Patch | None, model: Model | None, tokens: Any, owners: Mapping[int, Owner]
 ) -> Shown:
     """A trace, row by row.
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from jax import Array
 
+from tpatch_jax.core.layers import Neurons
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
 from tpatch_jax.requests import EditRequest
@@ -21,7 +22,7 @@ class RequestInfo(NamedTuple):
         held: whether the edited model says the target after the prompt.
         status: ``"edited"``, ``"already"`` (it held before; nothing was added) or ``"failed"``.
         reason: why it failed, whether something was kept all the same, and how to mend it; else empty.
-        neurons: positions of its neurons in the patch.
+        neurons: positions of its neurons, by layer, in the patch of that layer.
         steps: optimiser steps, the most of any of its neurons.
         losses: the terms of the objective, means over its neurons.
         margin: the least margin of its neurons; see `tpatch_jax.core.fit.FitInfo`.
@@ -32,7 +33,7 @@ class RequestInfo(NamedTuple):
     held: bool
     status: str
     reason: str = ""
-    neurons: tuple[int, ...] = ()
+    neurons: Neurons = MappingProxyType({})
     steps: int = 0
     losses: Mapping[str, float] = MappingProxyType({})
     margin: float | None = None

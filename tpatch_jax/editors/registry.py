@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from tpatch_jax.core.layers import LayerPatches, flatten_layers, split_layers
 from tpatch_jax.core.patch import Patch, sized
 from tpatch_jax.editors.base import Editor, Routing
 from tpatch_jax.editors.fine_tuning.editor import check_fine_tuning, fine_tuning, restore_trained, save_trained
@@ -17,9 +18,10 @@ from tpatch_jax.editors.rome.rome import R_ROME_PRESETS, ROME_PRESETS, check_rom
 from tpatch_jax.editors.rome.state import edited, restore, save
 from tpatch_jax.editors.serac.editor import SERAC_PRESETS, SeracSettings, restore_memory, routing, save_memory, serac
 from tpatch_jax.editors.serac.networks import read_networks
-from tpatch_jax.editors.tpatcher.editor import TPatcherState, site_layer, tpatcher
-from tpatch_jax.editors.tpatcher.previous import load_earlier, save_earlier
+from tpatch_jax.editors.tpatcher.editor import site_layer, tpatcher
+from tpatch_jax.editors.tpatcher.previous import load_previous, save_previous
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
+from tpatch_jax.editors.tpatcher.state import EditState
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
@@ -39,8 +41,8 @@ class Method(NamedTuple):
         name: what ``--method`` calls it.
         presets: its settings by name; ``default`` is among them.
         build: ``(settings, memory text file or None, cache folder or None, progress or None) -> Editor``.
-        patch: ``state -> Patch``, where edits are neurons that add nothing below their threshold: then only what they
-            fire on is run again. ``state -> None`` otherwise: then everything is run again through `Editor.apply`.
+        patch: ``state -> {layer: Patch}``, where edits are neurons that add nothing below their threshold: then only
+            what they fire on is run again. ``state -> None`` otherwise: then all is run again through `Editor.apply`.
         model: ``state -> Model``, the edited model for free generation, or the base model of a ``routing``; ``None``
             where it is no plain model.
         save: ``state -> arrays``, what a run that is interrupted needs besides `Editor.init`.
@@ -55,7 +57,7 @@ class Method(NamedTuple):
     name: str
     presets: Mapping[str, Any]
     build: Callable[[Any, str | Path | None, Path | None, Progress | None], Editor]
-    patch: Callable[[Any], Patch | None]
+    patch: Callable[[Any], LayerPatches | None]
     model: Callable[[Any], Model] | None
     save: Callable[[Any], Arrays]
     restore: Callable[[Any, Arrays], Any]
@@ -74,23 +76,28 @@ def is_silent(model: Model, settings: TPatcherSettings) -> bool:
     return sharp or model.config.activation == "relu"
 
 
-def _tpatcher_patch(state: TPatcherState) -> Patch | None:
-    return state.patch if is_silent(state.model, state.settings) else None
+def _tpatcher_patch(state: EditState) -> LayerPatches | None:
+    return state.patches if is_silent(state.model, state.settings) else None
 
 
-def _tpatcher_model(state: TPatcherState) -> Model:
+def _tpatcher_model(state: EditState) -> Model:
     # Few sizes, so that a new number of neurons seldom compiles the network anew.
-    return attach(state.model, sized(state.patch), relu=is_silent(state.model, state.settings))
+    patches = {layer: sized(patch) for layer, patch in state.patches.items()}
+    return attach(state.model, patches, relu=is_silent(state.model, state.settings))
 
 
-def _save_tpatcher(state: TPatcherState) -> Arrays:
-    arrays = {name: np.asarray(value) for name, value in state.patch._asdict().items() if value is not None}
-    return {**arrays, **save_earlier(state.earlier)}
+def _save_tpatcher(state: EditState) -> Arrays:
+    patch, layer = flatten_layers(state.patches)
+    arrays = {name: np.asarray(array) for name, array in patch._asdict().items()}
+    return {**arrays, "layer": layer, **save_previous(state.previous)}
 
 
-def _restore_tpatcher(state: TPatcherState, arrays: Arrays) -> TPatcherState:
-    patch = Patch(**{name: jnp.asarray(arrays[name]) for name in Patch._fields if name in arrays})
-    return state._replace(patch=patch, earlier=load_earlier(arrays))
+def _restore_tpatcher(state: EditState, arrays: Arrays) -> EditState:
+    patch = Patch(**{name: jnp.asarray(arrays[name]) for name in Patch._fields})
+    # Of neurons in the last layer alone the layer was not always told.
+    layer = arrays.get("layer", np.full(len(patch.bias), state.model.layer(None)))
+    patches = {**state.patches, **split_layers(patch, layer)}
+    return state.replace(patches=patches, previous=load_previous(arrays))  # type: ignore[attr-defined]
 
 
 def _no_patch(state: Any) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.model import Model
-from tpatch_jax.models.patching import attach
+from tpatch_jax.models.patching import attach, by_layer
 from tpatch_jax.requests import EditRequest, join_target
 
 __all__ = ["measure", "predictions"]
@@ -18,7 +19,7 @@ __all__ = ["measure", "predictions"]
 
 def predictions(
     model: Model,
-    patch: Patch | None,
+    patches: LayerPatches | Patch | None,
     rows: Sequence[Sequence[int]],
     positions: Sequence[Sequence[int]],
     progress: Callable[[int], None] | None = None,
@@ -30,7 +31,7 @@ def predictions(
 
     Args:
         model: the model without the patch.
-        patch: the neurons, ``[n, d]``, or ``None`` for none.
+        patches: the neurons, ``{layer: [n, d]}`` or one patch for the last layer; ``None`` for none.
         rows: token ids of each text.
         positions: which positions of each text.
         progress: called with the number of texts done.
@@ -41,16 +42,20 @@ def predictions(
     layer = model.layer(None)
     sites = collect(model, rows, positions, layer, progress)
     before = predicted(model, sites)
-    if patch is None or not patch.key.shape[0]:
+    layers = {} if patches is None else by_layer(model, patches)
+    if not layers:
         return before, before
-    if patch.layer is None or (np.asarray(patch.layer) == layer).all():
-        return before, predicted(model, sites, patch)
-    model = attach(model, patch)
+    if set(layers) == {layer}:
+        return before, predicted(model, sites, layers[layer])
+    model = attach(model, layers)
     return before, predicted(model, collect(model, rows, positions, layer, progress))
 
 
 def measure(
-    model: Model, patch: Patch, requests: Sequence[EditRequest], progress: Callable[[int], None] | None = None
+    model: Model,
+    patches: LayerPatches | Patch,
+    requests: Sequence[EditRequest],
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, float | None]:
     """The share of requests, rephrasings and unrelated prompts that come out as they should, all patches active.
 
@@ -59,7 +64,7 @@ def measure(
 
     Args:
         model: the model without the patch.
-        patch: the neurons, ``[n, d]``.
+        patches: the neurons, ``{layer: [n, d]}`` or one patch for the last layer.
         requests: the requests; those that failed count as well.
         progress: called with the number of texts done.
 
@@ -98,7 +103,7 @@ def measure(
             add("rephrase", text, request.target)
         for text in request.locality:
             add("locality", text, "")
-    before, after = predictions(model, patch, rows, positions, progress)
+    before, after = predictions(model, patches, rows, positions, progress)
     ends = np.cumsum([len(places) for places in positions])
     shares: dict[str, list[float]] = {"edit": [], "rephrase": []}
     next_token: list[bool] = []

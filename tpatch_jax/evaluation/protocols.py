@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tpatch_jax.core.patch import Patch, activations, take
-from tpatch_jax.editors.base import EditInfo, Editor, Routing
+from tpatch_jax.core.layers import LayerPatches
+from tpatch_jax.core.patch import activations, take
+from tpatch_jax.editors.base import EditInfo, Editor, RequestInfo, Routing
 from tpatch_jax.editors.registry import Method
 from tpatch_jax.evaluation import metrics
 from tpatch_jax.evaluation.generated import answers, continuations
@@ -80,7 +81,7 @@ class Edited(NamedTuple):
     state: Any
 
     @property
-    def patch(self) -> Patch | None:
+    def patches(self) -> LayerPatches | None:
         return self.method.patch(self.state)
 
     @property
@@ -93,11 +94,11 @@ class Edited(NamedTuple):
 
 
 def _look(setup: Setup, edited: Edited, base: Base, texts: Sequence[int] | None = None, whole: bool = False) -> Outcome:
-    patch, routing = edited.patch, edited.routing
+    patches, routing = edited.patches, edited.routing
     if routing is not None:
         return routed_scores(base, routing, texts, whole)
-    if patch is not None:
-        return patched_scores(setup.model, base, patch, texts)
+    if patches is not None:
+        return patched_scores(setup.model, base, patches, texts)
     return apply_scores(setup.model, base, partial(edited.editor.apply, edited.state), texts)
 
 
@@ -161,23 +162,25 @@ def _cost(info: EditInfo) -> dict[str, Any]:
     return {**{name: getattr(info, name) for name in names}, "requests": requests}
 
 
-def _heat(setup: Setup, patch: Patch | None, neurons: Sequence[int]) -> list[float] | None:
+def _heat(setup: Setup, patches: LayerPatches | None, neurons: Sequence[int]) -> list[float] | None:
     """How strongly one record's neurons fire on the edit prompts of the first records, the most of any token."""
-    if patch is None or patch.layer is not None:
+    last = setup.model.layer(None)
+    if patches is None or set(patches) != {last}:
         return None
     asked, shown = setup.base.asked, setup.records[:HEAT]
     spans = [[setup.numbers[p] for kind in EDITS for p in record.probes.get(kind, ())] for record in shown]
     places = [np.concatenate([np.arange(asked.starts[t], asked.starts[t + 1]) for t in span]) for span in spans]
     if not neurons:
         return [0.0] * len(places)
-    own = take(patch, list(neurons))
+    own = take(patches[last], list(neurons))
     rows = jnp.asarray(setup.base.query[np.concatenate(places)])
     strength = np.asarray(activations(own, rows, jax.nn.relu)).reshape(len(rows), -1).max(-1)
     return [round(float(part.max()), 4) for part in np.split(strength, np.cumsum([*map(len, places)])[:-1])]
 
 
-def _neurons(info: EditInfo) -> list[int]:
-    return [neuron for request in info.requests for neuron in request.neurons]
+def _last_neurons(setup: Setup, results: Sequence[RequestInfo]) -> list[int]:
+    """The neurons of some requests in the last layer."""
+    return [neuron for result in results for neuron in result.neurons.get(setup.model.layer(None), ())]
 
 
 def _right(setup: Setup, record: Record, outcome: Outcome, kinds: Sequence[str]) -> list[bool]:
@@ -212,7 +215,7 @@ def _rules(record: Record) -> list[str]:
 def _on_text(setup: Setup, edited: Edited) -> dict[str, float]:
     if setup.text is None:
         return {}
-    return text_figures(setup.text, _look(setup, edited, setup.text, whole=True), edited.patch is not None)
+    return text_figures(setup.text, _look(setup, edited, setup.text, whole=True), edited.patches is not None)
 
 
 def _result(metrics_: Mapping[str, float], costs: Sequence[Mapping[str, Any]], each: bool) -> dict[str, Any]:
@@ -254,7 +257,7 @@ def _single(setup: Setup, method: Method, editor: Editor, journal: Journal) -> d
         needs_model = record.questions or setup.generate
         line = _figures(setup, number, outcome, edited.model if needs_model else None, routing=edited.routing)
         line["figures"] |= _on_text(setup, edited)
-        heat = _heat(setup, edited.patch, _neurons(info)) if number < HEAT else None
+        heat = _heat(setup, edited.patches, _last_neurons(setup, info.requests)) if number < HEAT else None
         journal.add({"id": record.id, **line, "cost": _cost(info), **({"activations": heat} if heat else {})})
         setup.tell("single edits", number + 1, count)
     found = metrics.summarise([line["figures"] for line in journal.lines])
@@ -270,7 +273,7 @@ def _batch(setup: Setup, method: Method, editor: Editor, journal: Journal) -> di
         state, info = editor.step(state, requests, setup.key)
         ends = np.cumsum([0, *(len(record.requests) for record in setup.records)])
         parts = [info.requests[start:end] for start, end in pairwise(ends)]
-        neurons = [[neuron for request in part for neuron in request.neurons] for part in parts]
+        neurons = [_last_neurons(setup, part) for part in parts]
         about = {"cost": _cost(info), "neurons": neurons, "ends": ends.tolist()}
         journal.save(method.save(state), about)
     edited = Edited(method, editor, state)
@@ -279,7 +282,7 @@ def _batch(setup: Setup, method: Method, editor: Editor, journal: Journal) -> di
     for number, line in enumerate(lines):
         line["requests"] = statuses[about["ends"][number] : about["ends"][number + 1]]
         if number < HEAT:
-            heat = _heat(setup, edited.patch, about["neurons"][number])
+            heat = _heat(setup, edited.patches, about["neurons"][number])
             line |= {"activations": heat} if heat else {}
     journal.replace(lines)
     found = metrics.summarise([line["figures"] for line in lines])
@@ -323,7 +326,7 @@ def _sequential(setup: Setup, method: Method, editor: Editor, journal: Journal) 
             if rules:
                 line["by_rule"] = {rule.removeprefix(RULE): _right(setup, record, outcome, [rule]) for rule in rules}
             line["cost"] = _cost(info)
-            heat = _heat(setup, edited.patch, _neurons(info)) if number < HEAT else None
+            heat = _heat(setup, edited.patches, _last_neurons(setup, info.requests)) if number < HEAT else None
             line |= {"activations": heat} if heat else {}
             so_far = [one for one, earlier in zip(records, journal.lines, strict=False) if earlier["wrong"]] + [record]
             if len(so_far) % setup.every == 0:

@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tpatch_jax.core import ffn
-from tpatch_jax.core.patch import Patch, contribution, preactivations, sized, take
+from tpatch_jax.core.layers import LayerPatches
+from tpatch_jax.core.patch import Patch, contribution, preactivations, sized
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.editors.base import Routing
 from tpatch_jax.errors import TPatchError
@@ -35,7 +36,7 @@ from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
-from tpatch_jax.models.patching import attach
+from tpatch_jax.models.patching import attach, by_layer
 from tpatch_jax.models.rows import place_in
 from tpatch_jax.requests import join_target
 from tpatch_jax.storage.files import replace_folder
@@ -269,13 +270,15 @@ def _firing(patch: Patch, query: np.ndarray, dtype: Any) -> np.ndarray:
     return found
 
 
-def patched_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int] | None = None) -> Outcome:
-    """What the model says with a patch attached with ReLU.
+def patched_scores(
+    model: Model, base: Base, patches: LayerPatches | Patch, texts: Sequence[int] | None = None
+) -> Outcome:
+    """What the model says with patches attached with ReLU.
 
     Args:
         model: the unedited model.
         base: what it says.
-        patch: ``[n, d]``; each neuron in the layer that it names, or in the last.
+        patches: ``{layer: [n, d]}``, or one patch for the last layer.
         texts: which texts are looked at; all by default. The rest of the outcome is the unedited model's.
 
     Returns:
@@ -283,12 +286,13 @@ def patched_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int] 
     """
     chosen = range(len(base.asked.rows)) if texts is None else texts
     log_p, predicted, fires, here = (array.copy() for array in base.outcome)
-    if not patch.key.shape[0] or not len(chosen):
+    layers = by_layer(model, patches)
+    if not layers or not len(chosen):
         return Outcome(log_p, predicted, fires, here)
     last = model.layer(None)
-    if patch.layer is not None and any(model.layer(int(layer)) != last for layer in np.asarray(patch.layer)):
-        return _deep_scores(model, base, patch, chosen)
-    patch, dtype = sized(patch._replace(layer=None)), _dtype(model)
+    if set(layers) != {last}:
+        return _deep_scores(model, base, layers, chosen)
+    patch, dtype = sized(layers[last]), _dtype(model)
     places = _of(base.asked, chosen)
     fired = places[_firing(patch, base.query[places], dtype)]
     fires[fired] = True
@@ -301,11 +305,11 @@ def patched_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int] 
     return Outcome(log_p, predicted, fires, fires.copy())
 
 
-def _deep_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int]) -> Outcome:
-    """The same for a patch with neurons in earlier layers, where what fires at a token reaches all later ones."""
+def _deep_scores(model: Model, base: Base, patches: LayerPatches, texts: Sequence[int]) -> Outcome:
+    """The same for neurons in earlier layers, where what fires at a token reaches all later ones."""
     asked = base.asked
     log_p, predicted, fires, here = (array.copy() for array in base.outcome)
-    layers, dtype = [model.layer(int(layer)) for layer in np.asarray(patch.layer)], _dtype(model)
+    dtype = _dtype(model)
     touched = []
     for first in range(0, len(texts), TEXTS_AT_ONCE):
         part = texts[first : first + TEXTS_AT_ONCE]
@@ -313,10 +317,9 @@ def _deep_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int]) -
         ends = np.cumsum([0, *map(len, rows)])
         fired = np.zeros(ends[-1], bool)
         # As long as no neuron fired on the unedited trace of any layer, the edited trace is the unedited one.
-        for layer in sorted(set(layers)):
-            neurons = sized(take(patch, [n for n, own in enumerate(layers) if own == layer])._replace(layer=None))
+        for layer, patch in sorted(patches.items()):
             query = collect(model, rows, [range(len(row)) for row in rows], layer).query
-            fired |= _firing(neurons, np.asarray(query, np.float32), dtype)
+            fired |= _firing(sized(patch), np.asarray(query, np.float32), dtype)
         for number, text in enumerate(part):
             own, places = fired[ends[number] : ends[number + 1]], list(asked.positions[text])
             span = slice(asked.starts[text], asked.starts[text + 1])
@@ -325,7 +328,7 @@ def _deep_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int]) -
             if reached.any():
                 touched.append(text)
     if touched:
-        edited = attach(model, patch, relu=True)
+        edited = attach(model, patches, relu=True)
         rows, positions = [asked.rows[text] for text in touched], [asked.positions[text] for text in touched]
         sites = collect(edited, rows, positions, model.layer(None))
         places = _of(asked, touched)

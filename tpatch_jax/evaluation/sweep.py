@@ -67,8 +67,8 @@ def sweep(
         here = change(
             dataclasses.replace(settings, site="subject", layer=str(layer), complete=False), {"token": position}
         )
-        patch, info = edit(model, requests, settings=here, memory=memory, seed=seed)
-        figures = measure(model, patch, requests)
+        patches, info = edit(model, requests, settings=here, memory=memory, seed=seed)
+        figures = measure(model, patches, requests)
         row: dict[str, Any] = {"layer": layer, "position": position}
         row |= {name: figures[name] for name in FIGURES}
         row["score"] = _harmonic([figures[name] for name in ("exact", "rephrase_exact", "locality")])

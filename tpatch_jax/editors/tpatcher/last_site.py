@@ -38,13 +38,13 @@ __all__ = [
     "collect_bare",
     "collect_inner",
     "collect_items",
-    "create_lanes",
+    "create_problems",
+    "find_subject_negatives",
     "forward_seconds",
+    "head_of",
     "last_memory",
     "moment",
-    "resume",
-    "starting",
-    "swaps",
+    "start_values",
 ]
 
 Progress = Callable[[str, int, int], None]
@@ -138,7 +138,7 @@ def forward_seconds(model: Model, items: Sequence[Item], most: int = 64) -> floa
     return (time.perf_counter() - began) / len(rows)
 
 
-def starting(model: Model, known: ModelMemory) -> Array:
+def start_values(model: Model, known: ModelMemory) -> Array:
     """What values are started with: `moment` of the unembedding, or the mean of each label of a classifier."""
     return moment(networks.unembedding(model.config, model.params)) if known.centres is None else known.centres
 
@@ -151,25 +151,25 @@ def moment(table: Array) -> Array:
     return found + 0.01 * jnp.trace(found) / found.shape[0] * jnp.eye(found.shape[0])
 
 
-def resume(model: Model) -> Partial:
+def head_of(model: Model) -> Partial:
     """The rest of the network after the last FFN, with its weights kept out of compiled programs."""
     return Partial(networks.finisher(model.config), networks.final_weights(model.config, model.params))
 
 
 @partial(jax.jit, static_argnames="config")
 def _prepared(
-    config: NetworkConfig, weights: Any, spread: Array, patch: Patch, given: Mapping[str, Array]
+    config: NetworkConfig, weights: Any, value_start: Array, patch: Patch, given: Mapping[str, Array]
 ) -> tuple[Array, Array, Array]:
     """What lanes begin with: the output with other neurons in it, the value's direction, and its scale."""
     beside = given["output"] + contribution(patch, given["query"], ACTIVATIONS[config.activation])
     targets = given["targets"]
     if config.labels:
         # The way from the mean of all labels to that of the target.
-        direction = spread[targets] - jnp.mean(spread, 0)
+        direction = value_start[targets] - jnp.mean(value_start, 0)
     else:
         # M⁻¹·u_token raises a token's logit most against all others.
         rows = networks.unembedding_rows(config, weights, targets)
-        direction = jnp.linalg.solve(spread, rows.astype(jnp.float32).T).T
+        direction = jnp.linalg.solve(value_start, rows.astype(jnp.float32).T).T
     return beside.astype(jnp.float32), direction, _scale(config, weights, given["residual"], given["output"], beside)
 
 
@@ -188,14 +188,14 @@ def _scale(config: NetworkConfig, weights: Any, residual: Array, output: Array, 
     return jnp.minimum(norm(beside), LOUDEST * norm(output))
 
 
-def create_lanes(
+def create_problems(
     model: Model,
     settings: TPatcherSettings,
     sites: Sites,
     targets: TargetTokens,
     negatives: Callable[[np.ndarray], np.ndarray],
     mean: np.ndarray,
-    spread: Array,
+    value_start: Array,
     rows: np.ndarray,
     patch: Patch,
 ) -> FitProblem:
@@ -206,9 +206,9 @@ def create_lanes(
         settings: the editor's options.
         sites: from `collect_items`.
         targets: the target tokens.
-        negatives: from `swaps`.
+        negatives: from `find_subject_negatives`.
         mean: the mean memory query, ``[d]``, which stands for no negative.
-        spread: from `starting`.
+        value_start: from `start_values`.
         rows: the bare rows that want a neuron, ``[lanes]``.
         patch: what is active already.
     """
@@ -235,7 +235,7 @@ def create_lanes(
     weights = networks.final_weights(model.config, model.params)
     weights["layers"] = {model.layer(None): weights["layer"]}
     made = _prepared(
-        model.config, weights, spread, sized(patch, NEURONS), {name: x[index] for name, x in given.items()}
+        model.config, weights, value_start, sized(patch, NEURONS), {name: x[index] for name, x in given.items()}
     )
     beside, direction, scale = (host(array)[: len(rows)] for array in made)
     # On the host, where a new number of lanes compiles nothing.
@@ -291,7 +291,7 @@ def _few_contexts(targets: TargetTokens, most: int) -> np.ndarray:
 def last_memory(
     settings: TPatcherSettings,
     known: ModelMemory,
-    earlier: PreviousEdits,
+    previous: PreviousEdits,
     sites: Sites,
     targets: TargetTokens,
     inner: Any = None,
@@ -306,8 +306,8 @@ def last_memory(
     memory = create_memory(known.query, nuisance, weight=settings.nuisance_weight, shrinkage=settings.shrinkage)
     if known.answers is not None:
         memory = memory._replace(answer=known.answers)
-    query, owner = single_rows(earlier.sites)
-    queries, answers = [query], [earlier.wanted[owner]]
+    query, owner = single_rows(previous.sites)
+    queries, answers = [query], [previous.wanted[owner]]
     if settings.other_edits:
         own, owner = single_rows(sites)
         if sites.query.ndim == 2 and len(owner) > len(targets.bare) + CONTEXT_ROWS:
@@ -342,7 +342,7 @@ def _mates(items: Sequence[Item], requests: Mapping[int, EditRequest], count: in
     return result
 
 
-def swaps(
+def find_subject_negatives(
     model: Model,
     items: Sequence[Item],
     requests: Mapping[int, EditRequest],
