@@ -141,13 +141,13 @@ def check_model(saved: SavedPatches, model: Model) -> None:
     Raises:
         TPatchError: they were made for another configuration or other weights.
     """
-    wanted, found = saved.model.get("fingerprint"), fingerprint(model)
-    if wanted != found:
+    wanted, actual = saved.model.get("fingerprint"), fingerprint(model)
+    if wanted != actual:
         precision = saved.model.get("dtype")
         raise TPatchError(
             f"the patches were made for {saved.model.get('name')!r}{f' in {precision}' if precision else ''} "
             f"(fingerprint {wanted}), and {model.name!r} in {model.dtype} has fingerprint "
-            f"{found}: other weights or another precision; use the model and the dtype that they were made for"
+            f"{actual}: other weights or another precision; use the model and the dtype that they were made for"
         )
 
 

@@ -27,12 +27,12 @@ ANSWER_TOKENS, MOST_FIRINGS = 32, 200
 
 def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
     """The text of each token by itself, with the space that it begins with."""
-    found = []
+    texts = []
     for token in tokens:
         name, text = str(tokenizer.convert_ids_to_tokens(int(token))), tokenizer.decode([int(token)])
         # SentencePiece's kind of tokenizer drops the space of what stands alone.
-        found.append(f" {text}" if name.startswith("\u2581") and not text.startswith(" ") else text or name)
-    return found
+        texts.append(f" {text}" if name.startswith("\u2581") and not text.startswith(" ") else text or name)
+    return texts
 
 
 def _row(model: Model, edited: Model, text: str) -> list[int]:
@@ -75,13 +75,13 @@ def activations_on(model: Model, patches: LayerPatches | Patch, text: str) -> tu
     row = _row(model, edited, text)
     read, written = split_row(model.config, row)
     tokens = list(written or read)
-    found = np.zeros((len(tokens), len(whole.bias)), np.float32)
+    activations = np.zeros((len(tokens), len(whole.bias)), np.float32)
     _, batch = next(iter(batches(model.config, [row])))
     for layer in np.unique(layers).tolist():
         chosen = np.flatnonzero(layers == layer)
         query = np.asarray(edited.trace(batch, layer).query[0, : len(tokens)], np.float32)
-        found[:, chosen] = _activations(whole, chosen, query)
-    return tokens, found
+        activations[:, chosen] = _activations(whole, chosen, query)
+    return tokens, activations
 
 
 def _activations(patch: Patch, chosen: np.ndarray, query: np.ndarray) -> np.ndarray:
@@ -95,10 +95,10 @@ def activations_at(patches: LayerPatches | Patch, traced: Trace) -> np.ndarray:
     Neurons of another layer than the trace's stay at zero; those of one patch are taken to be in its layer.
     """
     (whole, layers), query = arrays_of(patches), np.asarray(traced.query, np.float32)
-    found = np.zeros((*query.shape[:2], len(whole.bias)), np.float32)
+    activations = np.zeros((*query.shape[:2], len(whole.bias)), np.float32)
     here = np.asarray([layer is None or layer == traced.layer for layer in layers], bool)
-    found[..., here] = _activations(whole, np.flatnonzero(here), query)
-    return found
+    activations[..., here] = _activations(whole, np.flatnonzero(here), query)
+    return activations
 
 
 def strip(texts: Sequence[str], activations: np.ndarray, owners: Mapping[int, Owner]) -> Any:
@@ -150,9 +150,10 @@ def tell(activations: np.ndarray) -> str:
 
 def show_tokens(model: Model, patches: LayerPatches | Patch, text: str, owners: Mapping[int, Owner]) -> Shown:
     """What fires where on a text; see `activations_on`."""
-    tokens, found = activations_on(model, patches, text)
+    tokens, activations = activations_on(model, patches, text)
     texts = token_texts(model.tokenizer, tokens)
-    marked = "".join(f"[{one}]" if row.any() else one for one, row in zip(texts, found, strict=True))
-    shown = compose("What fires where", [tell(found)], [firings(texts, found, owners)], [strip(texts, found, owners)])
+    marked = "".join(f"[{one}]" if row.any() else one for one, row in zip(texts, activations, strict=True))
+    rows, strips = [firings(texts, activations, owners)], [strip(texts, activations, owners)]
+    shown = compose("What fires where", [tell(activations)], rows, strips)
     title, rest = shown.text.split("\n", 1)
     return Shown(shown.html, "\n".join([title, f"  {marked}", rest]))

@@ -102,13 +102,13 @@ def collect_inner(
             begin = tuple(prompt[: place + 1])
             if begin not in ends:
                 first.setdefault(begin, (number, place))
-    found = list(first.values())
-    kept = np.sort(np.random.default_rng(0).permutation(len(found))[:most])
+    beginnings = list(first.values())
+    kept = np.sort(np.random.default_rng(0).permutation(len(beginnings))[:most])
     places: list[list[int]] = [[] for _ in items]
     for index in kept:
-        number, place = found[index]
+        number, place = beginnings[index]
         places[number].append(place)
-    targets = [number for number, own in enumerate(places) if own]
+    targets = [number for number, chosen in enumerate(places) if chosen]
     rows = [items[number].rows[0][: places[number][-1] + 1] for number in targets]
     report = (lambda done: progress("reading inside prompts", done, len(rows))) if progress else None
     return collect(model, rows, [places[n] for n in targets], model.layer(None), report, on_disk=True).query
@@ -147,8 +147,8 @@ def start_values(model: Model, known: ModelMemory) -> Array:
 def moment(table: Array) -> Array:
     """``M = UᵀU/V`` of the unembedding ``U [V, d]``, regularised: ``[d, d]``."""
     table = table.astype(jnp.float32)
-    found = table.T @ table / table.shape[0]
-    return found + 0.01 * jnp.trace(found) / found.shape[0] * jnp.eye(found.shape[0])
+    moment = table.T @ table / table.shape[0]
+    return moment + 0.01 * jnp.trace(moment) / moment.shape[0] * jnp.eye(moment.shape[0])
 
 
 def head_of(model: Model) -> Partial:
@@ -301,19 +301,20 @@ def last_memory(
     several = max(map(len, targets.table)) > 1 and settings.contexts > 1
     if settings.fit.recipe == "staged" and several and sites.query.ndim == 2:
         # The edits' own contexts tell more than the general ones, the more of them there are.
-        own, share = _own_scatter(sites.query, targets.table, settings.contexts), min(0.9, len(targets.wanted) / 200)
-        nuisance = blended(own, nuisance, share)
+        scatter = _own_scatter(sites.query, targets.table, settings.contexts)
+        share = min(0.9, len(targets.wanted) / 200)
+        nuisance = blended(scatter, nuisance, share)
     memory = create_memory(known.query, nuisance, weight=settings.nuisance_weight, shrinkage=settings.shrinkage)
     if known.answers is not None:
         memory = memory._replace(answer=known.answers)
     query, owner = single_rows(previous.sites)
     queries, answers = [query], [previous.wanted[owner]]
     if settings.other_edits:
-        own, owner = single_rows(sites)
+        rows, owner = single_rows(sites)
         if sites.query.ndim == 2 and len(owner) > len(targets.bare) + CONTEXT_ROWS:
             owner = _few_contexts(targets, CONTEXT_ROWS)
-            own = chosen_rows(own, owner)
-        queries.append(own)
+            rows = chosen_rows(rows, owner)
+        queries.append(rows)
         answers.append(targets.answers[owner])
     if inner is not None:
         queries.append(inner)
@@ -374,8 +375,8 @@ def find_subject_negatives(
     rows = [model.encode_prompt(swapped[items[at].position][slot]) for at, slot in places]
     if rows:
         report = (lambda done: progress("reading other subjects", done, len(rows))) if progress else None
-        found = collect(model, rows, [[len(row) - 1] for row in rows], model.layer(None), report, on_disk=True)
-        said = found.query if not whole else np.where(real(found)[..., None], found.query, mean)[:, :LEAST_TEXT]
+        seen = collect(model, rows, [[len(row) - 1] for row in rows], model.layer(None), report, on_disk=True)
+        said = seen.query if not whole else np.where(real(seen)[..., None], seen.query, mean)[:, :LEAST_TEXT]
         read[tuple(np.asarray(places).T)] = np.arange(len(places))
 
     def negatives(numbers: np.ndarray) -> np.ndarray:

@@ -183,9 +183,9 @@ def _key_wordings(
         return [alone, *(alone.after(prefix) for prefix in prefixes)][:count], others
     # Other questions count as its own, or it would know its subject in few rephrasings.
     end = request.prompt.index(subject) + len(subject)
-    own = [Wording(request.prompt[:end], end), *neutral_wordings(request, count - 1, asked=True)]
-    own = [wording.after(prefix) for wording, prefix in zip(own, prefixes, strict=False)] + own
-    return own[:count], neutral_wordings(request, AVOIDED) if settings.question_avoidance else []
+    wordings = [Wording(request.prompt[:end], end), *neutral_wordings(request, count - 1, asked=True)]
+    wordings = [wording.after(prefix) for wording, prefix in zip(wordings, prefixes, strict=False)] + wordings
+    return wordings[:count], neutral_wordings(request, AVOIDED) if settings.question_avoidance else []
 
 
 @partial(jax.jit, static_argnames="contrast")
@@ -194,8 +194,8 @@ def _keys(
     contrast: float
 ) -> Recognised:  # fmt: skip
     def key(lane: tuple[Array, ...]) -> Recognised:
-        own, group, low, share, away, weight = lane
-        return whitened_key(own, group, memory, low, share, away, weight, contrast)
+        positive, group, low, share, away, weight = lane
+        return whitened_key(positive, group, memory, low, share, away, weight, contrast)
 
     # One lane at a time: the memory's responses to many keys at once would be the largest array of all.
     return jax.lax.map(key, (query, groups, floor, split, avoid, strength))
@@ -229,20 +229,20 @@ def _values(
     """The values of one chunk of lanes. ``kept`` are prompts of earlier edits of the same subject, which must go on."""
     lanes, most = len(prompts), max((len(rows) for rows in kept), default=0)
     # A lane without that many repeats its own bare prompt, which then counts for nothing.
-    rows = [[*own, *also, *[own[0]] * (most - len(also))] for own, also in zip(prompts, kept, strict=True)]
-    each, count = len(rows[0]), round_up(max(len(row.wanted) for own in rows for row in own), 2)
+    rows = [[*part, *also, *[part[0]] * (most - len(also))] for part, also in zip(prompts, kept, strict=True)]
+    each, count = len(rows[0]), round_up(max(len(row.wanted) for part in rows for row in part), 2)
     wanted, weight = np.zeros((lanes, each, count), np.int32), np.zeros((lanes, each, count), np.float32)
-    for lane, own in enumerate(rows):
-        for number, row in enumerate(own[: len(prompts[lane]) + len(kept[lane])]):
+    for lane, part in enumerate(rows):
+        for number, row in enumerate(part[: len(prompts[lane]) + len(kept[lane])]):
             wanted[lane, number, : len(row.wanted)] = row.wanted
             group = len(prompts[lane]) if number < len(prompts[lane]) else 1
             weight[lane, number, : len(row.wanted)] = 1 / (group * len(row.wanted))
-    forked, places = forked_rows(model, [row for own in rows for row in own], layer, count)
+    forked, places = forked_rows(model, [row for part in rows for row in part], layer, count)
     run = runner(model, layer)
     activity = np.asarray(_activity(model, patch, forked, settings.plateau))
     # A wording that the key does not know can teach the value nothing.
-    heard = activity > HEARD * activity[:, :1]
-    weight *= np.where(np.arange(each) < len(prompts[0]), heard, True)[..., None]
+    recognised = activity > HEARD * activity[:, :1]
+    weight *= np.where(np.arange(each) < len(prompts[0]), recognised, True)[..., None]
     share = weight.sum((1, 2), keepdims=True)
     targets = TargetRows(
         (tuple(forked[:-1]), places), jnp.asarray(activity), jnp.asarray(wanted), jnp.asarray(weight / share)
@@ -250,7 +250,7 @@ def _values(
     scale = jnp.linalg.norm(forked.output[:, 0].astype(jnp.float32), axis=-1).reshape(lanes, each)[:, 0]
     close = None
     if settings.neutral:
-        flat = [row for own in neutral for row in own]
+        flat = [row for part in neutral for row in part]
         beside, places = forked_rows(model, flat, layer, 1)
         before = beside if model is unedited else forked_rows(unedited, flat, layer, 1)[0]
         silent = jnp.zeros((len(flat), patch.key.shape[1]), jnp.float32)

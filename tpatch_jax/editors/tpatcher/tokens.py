@@ -186,7 +186,7 @@ def _edit(
         nothing,
         problems_of,
         wrong,
-        [f"{items[own].rows[0]} {token}" for own, token in zip(tokens.owner, tokens.token, strict=True)],
+        [f"{items[number].rows[0]} {token}" for number, token in zip(tokens.owner, tokens.token, strict=True)],
         tokens,
         memory,
         head,
@@ -279,8 +279,8 @@ def _memory(network: Network, rows: list[list[int]], settings: TPatcherSettings,
     nuisance = None
     if prefixes and tails:
         spans = [[*prefix, *tail] for tail in tails for prefix in [[], *prefixes]]
-        found = collect_queries(network, spans, lambda row: range(len(row) - 3, len(row)), longest)
-        grouped = found.reshape(len(tails), 1 + len(prefixes), 3, -1).swapaxes(1, 2)
+        seen = collect_queries(network, spans, lambda row: range(len(row) - 3, len(row)), longest)
+        grouped = seen.reshape(len(tails), 1 + len(prefixes), 3, -1).swapaxes(1, 2)
         nuisance = nuisance_scatter(grouped.reshape(-1, 1 + len(prefixes), network.hidden_size))
     return create_memory(query, nuisance, weight=settings.nuisance_weight, shrinkage=settings.shrinkage)
 
