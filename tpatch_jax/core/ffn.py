@@ -11,15 +11,16 @@ Kernels are ``[in, out]``. A patch that is attached stands beside them as ``"pat
 ``"relu_patch"`` (ReLU, whose silent neurons contribute exactly nothing).
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from tpatch_jax.core.patch import Patch, concatenate, contribution, product
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.typing import Activation, Params
 
 __all__ = [
     "ACTIVATIONS",
@@ -34,9 +35,7 @@ __all__ = [
     "width",
 ]
 
-Params = dict[str, Any]
-
-ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
@@ -60,12 +59,12 @@ def width(params: Params) -> int:
     return params["down"]["kernel"].shape[0]
 
 
-def _linear(params: Params, x: Array) -> Array:
+def _linear(params: Params, x: Float[Array, "*rows inner"]) -> Float[Array, "*rows outer"]:
     y = product(x, params["kernel"].astype(x.dtype))
     return y + params["bias"].astype(x.dtype) if "bias" in params else y
 
 
-def hidden(params: Params, query: Array, activation: str) -> Array:
+def hidden(params: Params, query: Float[Array, "*rows hidden"], activation: str) -> Float[Array, "*rows width"]:
     """The hidden neurons of a feed-forward network: what ``down`` reads.
 
     ``act(q·K + b_k)`` with two matrices, ``act(q·G + b_g) ∘ (q·U + b_u)`` when gated.
@@ -89,7 +88,7 @@ def hidden(params: Params, query: Array, activation: str) -> Array:
     return act(_linear(params["up"], query))
 
 
-def apply(params: Params, query: Array, activation: str) -> Array:
+def apply(params: Params, query: Float[Array, "*rows hidden"], activation: str) -> Float[Array, "*rows hidden"]:
     """Run a feed-forward network, with whatever patch is attached to it.
 
     ``act(q·K + b_k)·V + b_v`` with two matrices, ``(act(q·G + b_g) ∘ (q·U + b_u))·V + b_v`` when gated; an attached
@@ -169,7 +168,7 @@ def _check(params: Params, patch: Patch) -> None:
         )
 
 
-def _longer(down: Params, value: Array) -> Params:
+def _longer(down: Params, value: Float[Array, "neurons hidden"]) -> Params:
     return {**down, "kernel": jnp.concatenate([down["kernel"], value.astype(down["kernel"].dtype)])}
 
 
@@ -198,7 +197,7 @@ def merge(params: Params, patch: Patch) -> Params:
     _check(params, patch)
     neurons = patch.key.shape[0]
 
-    def widen(entry: Params, columns: Array, bias: Array) -> Params:
+    def widen(entry: Params, columns: Float[Array, "hidden neurons"], bias: Float[Array, "neurons"]) -> Params:
         dtype = entry["kernel"].dtype
         before = entry.get("bias", jnp.zeros(entry["kernel"].shape[1], dtype))
         kernel = jnp.concatenate([entry["kernel"], columns.astype(dtype)], 1)
@@ -214,7 +213,7 @@ def merge(params: Params, patch: Patch) -> Params:
     return merged
 
 
-def merge_without_bias(params: Params, patch: Patch, constant: Array) -> Params:
+def merge_without_bias(params: Params, patch: Patch, constant: Float[Array, "hidden"]) -> Params:
     """Put a patch inside a feed-forward network that has no biases and shall get none: nearly what `merge` does.
 
     With a direction ``u`` on which queries have ``q·u ≈ 1``, ``q·k + b ≈ q·(k + b·u)``; a gated network's ``up``

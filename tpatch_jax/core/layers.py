@@ -5,9 +5,9 @@ and passed into ``jit`` as it is.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from tpatch_jax.core.patch import Patch, concatenate, take
 
@@ -43,7 +43,7 @@ def count_neurons(patches: LayerPatches) -> int:
     return sum(patch.key.shape[0] for patch in patches.values())
 
 
-def flatten_layers(patches: LayerPatches) -> tuple[Patch, np.ndarray]:
+def flatten_layers(patches: LayerPatches) -> tuple[Patch, Int[np.ndarray, "neurons"]]:
     """All neurons as one patch, lower layers first, and the layer of each: what tables and files hold.
 
     Args:
@@ -82,7 +82,7 @@ def flat_positions(patches: LayerPatches, neurons: Neurons) -> list[int]:
     return positions + [first] * sum(len(chosen) for layer, chosen in neurons.items() if layer not in patches)
 
 
-def split_layers(patch: Patch, layer: Any) -> dict[int, Patch]:
+def split_layers(patch: Patch, layer: Int[np.ndarray, "neurons"] | Sequence[int]) -> dict[int, Patch]:
     """The inverse of `flatten_layers`: neurons of one layer stay in their order.
 
     Args:

@@ -7,7 +7,7 @@ What is put together or picked from patches of NumPy arrays stays on the host, w
 nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
+from jaxtyping import Float
 
 from tpatch_jax.core.sizes import in_blocks
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.typing import Activation
 
 __all__ = [
     "Patch",
@@ -57,9 +59,9 @@ class Patch(NamedTuple):
     Source: Huang et al., "Transformer-Patcher: One Mistake Worth One Neuron", ICLR 2023, section 4.1.
     """
 
-    key: Array
-    bias: Array
-    value: Array
+    key: Float[Array, "*batch neurons hidden"]
+    bias: Float[Array, "*batch neurons"]
+    value: Float[Array, "*batch neurons hidden"]
 
 
 def create(hidden_size: int, neurons: int = 0, dtype: jnp.dtype | type = jnp.float32) -> Patch:
@@ -223,7 +225,7 @@ def sharpen(patch: Patch, sharpness: float) -> Patch:
     return patch._replace(key=patch.key * sharpness, bias=patch.bias * sharpness, value=patch.value / sharpness)
 
 
-def preactivations(patch: Patch, query: Array) -> Array:
+def preactivations(patch: Patch, query: Float[Array, "*rows hidden"]) -> Float[Array, "*rows neurons"]:
     """``z = q·k + b`` of every neuron on every query.
 
     Args:
@@ -243,7 +245,9 @@ def preactivations(patch: Patch, query: Array) -> Array:
     return jnp.einsum("...d,nd->...n", query, patch.key.astype(query.dtype)) + patch.bias.astype(query.dtype)
 
 
-def activations(patch: Patch, query: Array, activation: Callable[[Array], Array]) -> Array:
+def activations(
+    patch: Patch, query: Float[Array, "*rows hidden"], activation: Activation
+) -> Float[Array, "*rows neurons"]:
     """``a = act(q·k + b)`` of every neuron on every query.
 
     Args:
@@ -263,7 +267,7 @@ def activations(patch: Patch, query: Array, activation: Callable[[Array], Array]
     return activation(preactivations(patch, query))
 
 
-def product(x: Array, kernel: Array) -> Array:
+def product(x: Float[Array, "*rows inner"], kernel: Float[Array, "inner outer"]) -> Float[Array, "*rows outer"]:
     """``x·K``. Where axis types are explicit and both are split along what is summed over, the sum is not.
 
     Args:
@@ -284,7 +288,9 @@ def product(x: Array, kernel: Array) -> Array:
     return jnp.matmul(x, kernel, out_sharding=PartitionSpec(*outer[:-1], inner[1]))
 
 
-def contribution(patch: Patch, query: Array, activation: Callable[[Array], Array]) -> Array:
+def contribution(
+    patch: Patch, query: Float[Array, "*rows hidden"], activation: Activation
+) -> Float[Array, "*rows hidden"]:
     """What the patch adds to the FFN's output: ``Σ act(q·k + b)·v``.
 
     Args:

@@ -1,7 +1,6 @@
 """Patches in a model: beside its FFNs (`attach`) or inside their parameters (`merge`), and out again."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.layers import LayerPatches, concatenate_layers
@@ -9,6 +8,7 @@ from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.shapes import merged_neurons
+from tpatch_jax.typing import Params
 
 __all__ = ["attach", "by_layer", "detach", "merge", "unmerge"]
 
@@ -34,9 +34,7 @@ def by_layer(model: Model, patches: LayerPatches | Patch) -> dict[int, Patch]:
     return concatenate_layers(named)
 
 
-def _change(
-    model: Model, patches: LayerPatches | Patch, change: Callable[[dict[str, Any], Patch], dict[str, Any]]
-) -> Model:
+def _change(model: Model, patches: LayerPatches | Patch, change: Callable[[Params, Patch], Params]) -> Model:
     layers = dict(model.params["layers"])
     for index, patch in by_layer(model, patches).items():
         layers[index] = {**layers[index], "ffn": change(layers[index]["ffn"], patch)}
