@@ -20,7 +20,7 @@ from tpatch_jax.core.checks import random_key
 from tpatch_jax.core.devices import mesh_of
 from tpatch_jax.core.ffn import ACTIVATIONS
 from tpatch_jax.core.patch import Patch, concatenate, create, preactivations, sized, take
-from tpatch_jax.editors.base import EditInfo, Editor
+from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions
 from tpatch_jax.editors.model_memory import ModelMemory, collect_model_memory
 from tpatch_jax.editors.reading import Item, check_requests, read_item, with_shared_numbers
 from tpatch_jax.editors.rewordings import reworded
@@ -155,7 +155,7 @@ def tpatcher(
         # Few sizes, so that a new number of neurons seldom compiles the network anew.
         return attach(state.model, sized(state.patch)).apply(batch)
 
-    return Editor(init, step, apply)
+    return EditorFunctions(init, step, apply)
 
 
 def site_layer(model: Model, settings: TPatcherSettings) -> int | None:
