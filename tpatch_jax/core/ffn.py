@@ -8,16 +8,19 @@ gated          the same with ``"gate": {"kernel", "bias"?}``
 =============  ==============================================================
 
 Kernels are ``[in, out]``. A patch that is attached stands beside them as ``"patch"`` (the network's own activation) or
-``"relu_patch"`` (ReLU, whose silent neurons contribute exactly nothing).
+``"relu_patch"`` (ReLU, whose silent neurons contribute exactly nothing). Anything else that joins the network stands
+there as its ``"adapter"`` (`tpatch_jax.core.adapters`), which has the last word on the output.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from tpatch_jax.core.adapters import Adapter
 from tpatch_jax.core.patch import Patch, concatenate, contribution, product
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.typing import Activation, Params
@@ -26,6 +29,7 @@ __all__ = [
     "ACTIVATIONS",
     "apply",
     "attach",
+    "attach_adapter",
     "attached",
     "detach",
     "hidden",
@@ -44,6 +48,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
 """The activations that feed-forward networks use, by name."""
 
 _BESIDE = ("patch", "relu_patch")
+_ADAPTER = "adapter"
 
 
 def width(params: Params) -> int:
@@ -89,10 +94,10 @@ def hidden(params: Params, query: Float[Array, "*rows hidden"], activation: str)
 
 
 def apply(params: Params, query: Float[Array, "*rows hidden"], activation: str) -> Float[Array, "*rows hidden"]:
-    """Run a feed-forward network, with whatever patch is attached to it.
+    """Run a feed-forward network, with whatever patch or adapter is attached to it.
 
     ``act(q·K + b_k)·V + b_v`` with two matrices, ``(act(q·G + b_g) ∘ (q·U + b_u))·V + b_v`` when gated; an attached
-    patch adds ``Σ act(q·k + b)·v``.
+    patch adds ``Σ act(q·k + b)·v``, and what an attached adapter makes of this goes on.
 
     Args:
         params: the network's parameters.
@@ -112,7 +117,7 @@ def apply(params: Params, query: Float[Array, "*rows hidden"], activation: str) 
         output = output + contribution(params["patch"], query, ACTIVATIONS[activation])
     if "relu_patch" in params:
         output = output + contribution(params["relu_patch"], query, jax.nn.relu)
-    return output
+    return params[_ADAPTER].contribute(query, output) if _ADAPTER in params else output
 
 
 def attach(params: Params, patch: Patch, *, relu: bool = False) -> Params:
@@ -138,13 +143,31 @@ def attach(params: Params, patch: Patch, *, relu: bool = False) -> Params:
     return {**params, name: concatenate([params[name], patch]) if name in params else patch}
 
 
-def attached(params: Params) -> dict[str, Patch]:
-    """The patches beside a feed-forward network, by the name they stand under (``"patch"``, ``"relu_patch"``)."""
-    return {name: params[name] for name in _BESIDE if name in params}
+def attach_adapter(params: Params, adapter: Adapter) -> Params:
+    """Put an adapter beside a feed-forward network, in the place of one that is already there.
+
+    Args:
+        params: the network's parameters; not changed.
+        adapter: a pytree with ``contribute``.
+
+    Returns:
+        New parameters, sharing every array with the given ones.
+
+    Raises:
+        TPatchError: it is no adapter.
+    """
+    if not isinstance(adapter, Adapter):
+        raise TPatchError(f"a {type(adapter).__name__} is no adapter; give an object with contribute(query, output)")
+    return {**params, _ADAPTER: adapter}
+
+
+def attached(params: Params) -> dict[str, Any]:
+    """What stands beside a feed-forward network, by its name: ``"patch"``, ``"relu_patch"``, ``"adapter"``."""
+    return {name: params[name] for name in (*_BESIDE, _ADAPTER) if name in params}
 
 
 def detach(params: Params) -> Params:
-    """The network without any attached patch, the very arrays it had before.
+    """The network without anything attached to it, the very arrays it had before.
 
     Args:
         params: the network's parameters; not changed.
@@ -155,10 +178,15 @@ def detach(params: Params) -> Params:
         >>> sorted(detach(attach(params, create(4, 1))))
         ['down', 'up']
     """
-    return {name: entry for name, entry in params.items() if name not in _BESIDE}
+    return {name: entry for name, entry in params.items() if name not in (*_BESIDE, _ADAPTER)}
 
 
 def _check(params: Params, patch: Patch) -> None:
+    if not isinstance(patch, Patch):
+        raise TPatchError(
+            f"a {type(patch).__name__} is no patch of neurons and cannot become parameters of the network; keep it "
+            "attached, or take it off with detach first"
+        )
     if patch.key.ndim != 2:
         raise TPatchError(f"a patch of shape {patch.key.shape} is a batch of patches; use patch.join first")
     model_width = params["down"]["kernel"].shape[1]

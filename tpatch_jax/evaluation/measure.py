@@ -1,8 +1,7 @@
-"""What an edit does to its own requests: the answer, the rephrasings, and the prompts that must not change."""
+"""What an edit does to its requests: the answer, the rephrasings, and the prompts that must not change."""
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -26,7 +25,7 @@ def predictions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The most probable next token at chosen positions, without and with a patch.
 
-    A patch in the last layer changes each position on its own, so both come from one pass; a patch further down takes
+    A patch in the last layer changes each position by itself, so both come from one pass; a patch further down takes
     a second one.
 
     Args:
@@ -119,9 +118,9 @@ def measure(
             shares[kind].append(float(np.mean(after[span] == np.asarray(answer))) if answer else 0.0)
     result: dict[str, float | None] = {}
     for kind, prefix in (("edit", ""), ("rephrase", "rephrase_")):
-        found: Any = shares[kind]
-        result[f"{prefix}exact"] = float(np.mean([share == 1.0 for share in found])) if found else None
-        result[f"{prefix}token_accuracy"] = float(np.mean(found)) if found else None
+        each = shares[kind]
+        result[f"{prefix}exact"] = float(np.mean([share == 1.0 for share in each])) if each else None
+        result[f"{prefix}token_accuracy"] = float(np.mean(each)) if each else None
     result["locality"] = float(np.mean(next_token)) if next_token else None
     result["locality_tokens"] = float(np.concatenate(tokens).mean()) if tokens else None
     return result

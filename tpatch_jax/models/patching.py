@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from tpatch_jax.core import ffn
+from tpatch_jax.core.adapters import Adapter
 from tpatch_jax.core.layers import LayerPatches, concatenate_layers
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
@@ -10,7 +11,7 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.models.shapes import merged_neurons
 from tpatch_jax.typing import Params
 
-__all__ = ["attach", "by_layer", "detach", "merge", "unmerge"]
+__all__ = ["attach", "attach_adapters", "by_layer", "detach", "merge", "unmerge"]
 
 
 def by_layer(model: Model, patches: LayerPatches | Patch) -> dict[int, Patch]:
@@ -60,8 +61,28 @@ def attach(model: Model, patches: LayerPatches | Patch, *, relu: bool = False) -
     return _change(model, patches, lambda params, patch: ffn.attach(params, patch, relu=relu))
 
 
+def attach_adapters(model: Model, adapters: Mapping[int, Adapter]) -> Model:
+    """Put adapters beside the feed-forward networks of a model; nothing inside them changes.
+
+    Args:
+        model: the model; not changed.
+        adapters: the adapter of each layer; one that a layer has already makes room for it.
+
+    Returns:
+        A model that shares all arrays with the given one.
+
+    Raises:
+        TPatchError: the model lacks a layer, or one of them is no adapter.
+    """
+    layers = dict(model.params["layers"])
+    for index, adapter in adapters.items():
+        layer = model.layer(index)
+        layers[layer] = {**layers[layer], "ffn": ffn.attach_adapter(layers[layer]["ffn"], adapter)}
+    return model.with_params({**model.params, "layers": layers})
+
+
 def detach(model: Model) -> Model:
-    """The model without any attached patch."""
+    """The model without any attached patch or adapter."""
     layers = {index: {**layer, "ffn": ffn.detach(layer["ffn"])} for index, layer in model.params["layers"].items()}
     return model.with_params({**model.params, "layers": layers})
 

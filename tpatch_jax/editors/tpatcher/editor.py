@@ -18,7 +18,7 @@ from jax import Array
 
 from tpatch_jax.core.checks import random_key
 from tpatch_jax.core.patch import Patch, create, sized
-from tpatch_jax.editors.base import EditInfo, Editor
+from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions
 from tpatch_jax.editors.model_memory import collect_model_memory
 from tpatch_jax.editors.plan import EditPlan, plan_edits
 from tpatch_jax.editors.reading import Item, check_requests, read_item
@@ -97,7 +97,7 @@ def tpatcher(
         # Few sizes, so that a new number of neurons seldom compiles the network anew.
         return attach(state.model, {layer: sized(patch) for layer, patch in state.patches.items()}).apply(batch)
 
-    return Editor(init, step, apply)
+    return EditorFunctions(init, step, apply)
 
 
 def _init(
