@@ -200,7 +200,7 @@ def context_tokens(model: Model, prompt: str, target: str) -> list[int]:
         prompt: the edit's input.
         target: its label, of any number of words.
     """
-    end = model.tokenizer.eos_token_id
+    end = model.end
     return [*model.encode_prompt(prompt), end, *model.encode_target(prompt, join_target(prompt, target)), end]
 
 
