@@ -24,7 +24,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
-from tpatch_jax.storage.settings import change, known_names
+from tpatch_jax.storage.settings import change_each
 
 __all__ = ["METHODS", "Method", "find_method", "is_silent", "method_settings"]
 
@@ -195,37 +195,27 @@ def find_method(name: str) -> Method:
 def method_settings(
     methods: Iterable[str], preset: str = "default", changes: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Each method's settings: its preset with changes, where a change goes to every method that has such a setting.
+    """Each method's settings: its preset, with changes.
 
     Args:
         methods: names from `METHODS`.
         preset: a method without a preset of this name keeps its default.
-        changes: new values by name.
+        changes: new values by name; ``rome.value_steps`` goes to ROME alone, and must where several have such a
+            setting.
 
     Returns:
         Settings by the method's name.
 
     Raises:
-        TPatchError: no method has such a preset or setting, or a value has the wrong type.
+        TPatchError: no method has such a preset or setting, several have the setting, or a value has the wrong type.
 
     Example:
         >>> method_settings(["tpatcher"], changes={"attempts": 1})["tpatcher"].attempts
         1
     """
-    found = [find_method(name) for name in methods]
-    presets = sorted({name for method in found for name in method.presets})
-    if found and preset not in presets:
+    chosen = [find_method(name) for name in methods]
+    presets = sorted({name for method in chosen for name in method.presets})
+    if chosen and preset not in presets:
         raise TPatchError(f"preset {preset!r} does not exist; choose from {', '.join(presets)}")
-    base = {method.name: method.presets.get(preset, method.presets["default"]) for method in found}
-    names = {name: set(known_names(settings)) for name, settings in base.items()}
-    result, known = {}, sorted(set().union(*names.values()))
-    for name in changes or {}:
-        short = name.rpartition(".")[2]
-        if short not in known:
-            near = difflib.get_close_matches(short, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise TPatchError(f"there is no setting {name!r}; {hint}")
-    for method, settings in base.items():
-        own = {name: value for name, value in (changes or {}).items() if name.rpartition(".")[2] in names[method]}
-        result[method] = change(settings, own)
-    return result
+    base = {method.name: method.presets.get(preset, method.presets["default"]) for method in chosen}
+    return change_each(base, changes or {}, METHODS)
