@@ -14,7 +14,7 @@ import pytest
 from conftest import same
 
 from tpatch_jax import EditRequest, TPatchError, edit, load_model
-from tpatch_jax.cli import evaluate as evaluation_commands
+from tpatch_jax.cli.eval import Eval
 from tpatch_jax.cli.main import main
 from tpatch_jax.core.patch import Patch, concatenate, create
 from tpatch_jax.editors.base import EditInfo, Editor, RequestInfo
@@ -521,10 +521,10 @@ def test_every_configuration_is_known() -> None:
     files = sorted(folder.glob("*.yaml"))
     assert files
     for file in files:
-        options, settings = evaluation_commands.settle({}, str(file))
-        assert options.method in METHODS
-        assert options.n
-        assert method_settings([options.method], options.preset, settings)
+        options, changes = Eval("model", output="report", config=str(file)).settle()
+        assert options["method"] in METHODS
+        assert options["n"]
+        assert method_settings([options["method"]], options["preset"], changes)
 
 
 def test_outcomes_of_an_empty_patch_are_the_base(tiny_model: Model) -> None:
