@@ -478,7 +478,7 @@ def test_an_editor_is_three_functions() -> None:
 
 def test_a_setting_is_changed_for_one_method_or_for_all_that_have_it() -> None:
     changed = method_settings(["rome", "memit"], changes={"rome.value_steps": 5, "value_rate": 0.25})
-    assert [changed[name].value.value_steps for name in ("rome", "memit")] == [5, 20]
+    assert [changed[name].value.value_steps for name in ("rome", "memit")] == [5, 25]
     assert [changed[name].value.value_rate for name in ("rome", "memit")] == [0.25, 0.25]
     with pytest.raises(TPatchError, match="a setting of 'memit', which is not among the methods"):
         method_settings(["rome"], changes={"memit.value_steps": 5})

@@ -167,7 +167,7 @@ def method_settings(
         1
         >>> changed = method_settings(["rome", "memit"], changes={"rome.value_steps": 5})
         >>> changed["rome"].value.value_steps, changed["memit"].value.value_steps
-        (5, 20)
+        (5, 25)
     """
     chosen = [find_method(name) for name in methods]
     presets = sorted({name for method in chosen for name in method.presets})
