@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tpatch_jax.bank.creating import create_bank
     from tpatch_jax.bank.editing import (
         add_edits,
+        bank_model,
         bank_patch,
         disable_edits,
         enable_edits,
@@ -79,6 +80,7 @@ __all__ = [
     "Weights",
     "add_edits",
     "attach",
+    "bank_model",
     "bank_patch",
     "concatenate",
     "concatenate_layers",
@@ -116,6 +118,7 @@ _HOMES = {
     "bank.creating": ("create_bank",),
     "bank.editing": (
         "add_edits",
+        "bank_model",
         "bank_patch",
         "disable_edits",
         "enable_edits",

@@ -122,5 +122,6 @@ def assemble(bank: Bank, edits: Iterable[BankEdit], store: Store) -> Held:
             refs.append((line, row))
             owner.append(at)
         parts.append(part)
-        pieces.append(store.pieces[line][edit.id])
+        # Methods that fit nothing beside earlier edits need to know nothing about them.
+        pieces.append(store.pieces[line].get(edit.id, {}))
     return Held(edits, join_neurons(parts, width), tuple(refs), np.asarray(owner, np.int64), tuple(pieces))

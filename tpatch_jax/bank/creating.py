@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from tpatch_jax.bank.commit import write_bank
+from tpatch_jax.bank.engine import TPATCHER, create_engine, settings_of
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.layout import FORMAT
 from tpatch_jax.bank.state import Bank
-from tpatch_jax.editors.tpatcher.editor import site_layer, tpatcher
-from tpatch_jax.editors.tpatcher.settings import PRESETS
+from tpatch_jax.editors.registry import find_method
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import DTYPES, Model, load_model
 from tpatch_jax.storage.files import check_vacant
-from tpatch_jax.storage.settings import change
 
 __all__ = ["check_model", "create_bank", "load_banked_model"]
 
@@ -23,6 +22,7 @@ def create_bank(
     folder: str | Path,
     model: Model,
     *,
+    method: str = TPATCHER,
     preset: str = "default",
     settings: Mapping[str, Any] | None = None,
     memory: str | Path | None = None,
@@ -32,7 +32,9 @@ def create_bank(
     Args:
         folder: must not exist yet, or be empty.
         model: the model whose edits it will hold.
-        preset: the editor's options by name: ``"default"``, ``"paper"`` or ``"paper-fever"``.
+        method: how edits are made: ``"tpatcher"``, ``"grace"``, or another that can say what an edit is made of; see
+            `tpatch_jax.editors.registry`.
+        preset: the method's options by name: of T-Patcher ``"default"``, ``"paper"`` or ``"paper-fever"``.
         settings: changes to them by name; all edits of the bank are fitted with these.
         memory: a text file on which patches stay silent; copied into the bank. By default text is sampled from the
             model; classifiers and encoder-decoders need a file, an input a line.
@@ -49,13 +51,16 @@ def create_bank(
     """
     folder, changes = Path(folder), dict(settings or {})
     check_vacant(folder)
-    if preset not in PRESETS:
-        raise TPatchError(f"preset {preset!r} does not exist; choose from {', '.join(sorted(PRESETS))}")
-    wanted = change(PRESETS[preset], changes)
+    editing = find_method(method)
+    if preset not in editing.presets:
+        raise TPatchError(f"preset {preset!r} does not exist; choose from {', '.join(sorted(editing.presets))}")
+    manifest: dict[str, Any] = {"format": FORMAT, "preset": preset, "settings": changes}
+    if method != TPATCHER:
+        manifest["method"] = method
     # The editor refuses settings that make no sense, which the bank could never be rid of.
-    tpatcher(wanted)
-    site_layer(model, wanted)
-    if memory is None and model.config.architecture != "decoder":
+    create_engine(model, manifest)
+    editing.check(model, settings_of(manifest))
+    if memory is None and method == TPATCHER and model.config.architecture != "decoder":
         raise TPatchError(f"{model.name!r} is no decoder and cannot sample text: give a memory file, an input a line")
     text = None
     if memory is not None:
@@ -74,7 +79,7 @@ def create_bank(
         "layers": model.config.layers,
         "dtype": model.dtype,
     }
-    write_bank(folder, {"format": FORMAT, "model": about, "preset": preset, "settings": changes}, text)
+    write_bank(folder, {**manifest, "model": about}, text)
     return open_bank(folder)
 
 

@@ -7,28 +7,28 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tpatch_jax.bank.adding import AddInfo, add_with
 from tpatch_jax.bank.assembly import Store, assemble
 from tpatch_jax.bank.changing import ChangeInfo, change_with, guard_with
 from tpatch_jax.bank.creating import check_model
-from tpatch_jax.bank.engine import create_engine, patches_of
+from tpatch_jax.bank.engine import TPATCHER, create_engine, method_of
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.layout import MEMORY
 from tpatch_jax.bank.method import Engine
 from tpatch_jax.bank.state import Bank, Guard, active
-from tpatch_jax.core.patch import Patch, sized
+from tpatch_jax.bank.tpatcher_engine import patches_of
+from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation
 from tpatch_jax.models.model import Model
-from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest, as_requests, join_target
 from tpatch_jax.storage.cache import cache_folder
 
 __all__ = [
     "VerifyInfo",
     "add_edits",
+    "bank_model",
     "bank_patch",
     "disable_edits",
     "enable_edits",
@@ -196,15 +196,38 @@ def bank_patch(folder: str | Path, model: Model) -> dict[int, Patch]:
         The patches, ``{layer: [n, d]}``, in each edit after edit.
 
     Raises:
-        TPatchError: the bank is damaged, or the model is not its own.
+        TPatchError: the bank is damaged, the model is not its own, or its edits are no neurons.
 
     Example:
         >>> corrected = tp.merge(model, bank_patch("banks/facts", model))  # doctest: +SKIP
     """
     bank = open_bank(folder)
     check_model(bank, model)
+    if method_of(bank.manifest) != TPATCHER:
+        raise TPatchError(
+            f"edits of method {method_of(bank.manifest)!r} are no neurons that could be merged; get the corrected "
+            "model with tp.bank_model"
+        )
     neurons = assemble(bank, active(bank), Store.new()).neurons
     return jax.tree.map(jnp.asarray, patches_of(neurons, model.layer(None)))
+
+
+def bank_model(folder: str | Path, model: Model) -> Model:
+    """The model with a bank's active edits attached, whatever method they were made with.
+
+    Args:
+        folder: the bank.
+        model: the model that it is for; not changed.
+
+    Raises:
+        TPatchError: the bank is damaged, or the model is not its own.
+
+    Example:
+        >>> bank_model("banks/facts", model).generate("The capital of France is", 1)  # doctest: +SKIP
+        ' Lyon'
+    """
+    bank = open_bank(folder)
+    return _engine(model, 0, None, bank).model(assemble(bank, active(bank), Store.new()))
 
 
 def verify_bank(folder: str | Path, model: Model, *, progress: Progress | None = None) -> VerifyInfo:
@@ -268,7 +291,7 @@ def guard_bank(
     guards = []
     for entry in prompts:
         if isinstance(entry, str):
-            prompt, answer = entry, _answer(model, held.neurons, entry, tokens)
+            prompt, answer = entry, _answer(engine.model(held), entry, tokens)
         else:
             prompt, answer = entry[0], join_target(*entry)
         if reason := engine.problems([EditRequest(prompt, answer)]).get(0):
@@ -281,15 +304,13 @@ def guard_bank(
     return guard_with(Path(folder), guards, lift).guards
 
 
-def _answer(model: Model, neurons: Mapping[str, np.ndarray], prompt: str, tokens: int) -> str:
+def _answer(edited: Model, prompt: str, tokens: int) -> str:
     if not prompt.strip():
         raise TPatchError("a guarded prompt is empty; write the text whose answer must stay")
-    patches = patches_of(neurons, model.layer(None))
-    edited = attach(model, {layer: sized(patch) for layer, patch in patches.items()})
-    if model.config.labels:
+    if edited.config.labels:
         return edited.classify([prompt])[0]
     read = edited.encode_prompt(prompt)
-    said = generation.greedy(model.config, edited.params, [read], tokens, edited.stops)[0]
+    said = generation.greedy(edited.config, edited.params, [read], tokens, edited.stops)[0]
     if not edited.decode(said).strip():
         raise TPatchError(f"the model says nothing that can be read after {prompt!r}; guard another prompt")
     # The answer has to be the same tokens when it is read again behind the prompt.

@@ -8,6 +8,7 @@ import numpy as np
 from tpatch_jax.bank.assembly import Held
 from tpatch_jax.bank.segments import Arrays
 from tpatch_jax.bank.state import Guard
+from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 
 __all__ = ["Engine", "Result", "Stepped"]
@@ -45,6 +46,10 @@ class Stepped(NamedTuple):
 
 class Engine(Protocol):
     """What a bank asks of an editing method."""
+
+    def model(self, held: Held) -> Model:
+        """The model with all held edits active."""
+        ...
 
     def problems(self, requests: Sequence[EditRequest]) -> dict[int, str]:
         """Requests that cannot be worked on, by position, with the reason."""

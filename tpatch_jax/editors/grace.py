@@ -656,6 +656,33 @@ def restore_edits(state: GraceState, arrays: Arrays) -> GraceState:
     return _entered(state, requests, np.array(arrays["keys"]), np.array(arrays["values"]))
 
 
+def edit_rows(state: GraceState) -> dict[str, Arrays]:
+    """What each edit is made of, by its request's id: its query, its value, and the layer; radii follow from the rules.
+
+    Args:
+        state: after some steps.
+    """
+    layer, zero = np.asarray([state.layer], np.int32), np.zeros(1, np.float32)
+    return {
+        str(request.id): {"key": key[None], "bias": zero, "value": value[None], "layer": layer}
+        for request, key, value in zip(state.requests, state.keys, state.values, strict=True)
+    }
+
+
+def with_edit_rows(state: GraceState, requests: Sequence[EditRequest], rows: Sequence[Arrays]) -> GraceState:
+    """The inverse of `edit_rows`, for any choice of the edits; one without rows held before and needs no entry.
+
+    Args:
+        state: fresh, from ``init`` with the same settings and model.
+        requests: the edits, in the order in which they were made.
+        rows: of each.
+    """
+    pairs = [(request, row) for request, row in zip(requests, rows, strict=True) if len(row["key"])]
+    keys = np.concatenate([state.keys[:0], *(row["key"] for _, row in pairs)])
+    values = np.concatenate([state.values[:0], *(row["value"] for _, row in pairs)])
+    return _entered(state, tuple(request for request, _ in pairs), keys, values)
+
+
 register_editor(
     Method(
         name="grace",
@@ -666,5 +693,7 @@ register_editor(
         restore=restore_edits,
         adapters=_adapters,
         check=check_grace,
+        rows=edit_rows,
+        with_rows=with_edit_rows,
     )
 )

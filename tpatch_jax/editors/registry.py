@@ -9,7 +9,7 @@ file that registers it is imported.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +20,7 @@ from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.editors.base import Editor, Routing
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model
+from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage.settings import change_each
 from tpatch_jax.typing import Arrays, Progress
 
@@ -61,6 +62,9 @@ class Method:
             figures depend besides; of most methods empty.
         activation: ``(model, settings) -> name``, what activates its neurons in an evaluation; ``None`` where edits
             are no neurons.
+        rows: ``state -> {request's id: arrays}``, what each edit is made of: rows of ``key [n, d]``, ``bias [n]``,
+            ``value [n, d]``, ``layer [n]``. With ``with_rows`` its edits can be kept in a bank.
+        with_rows: ``(fresh state, requests, arrays of each) -> state``, its inverse, for any choice of the edits.
     """
 
     name: str
@@ -75,6 +79,8 @@ class Method:
     check: Callable[[Model, Any], object] = lambda model, settings: None
     learnt: Callable[[Model, Any], str] = lambda model, settings: ""
     activation: Callable[[Model, Any], str | None] = lambda model, settings: None
+    rows: Callable[[Any], Mapping[str, Arrays]] | None = None
+    with_rows: Callable[[Any, Sequence[EditRequest], Sequence[Arrays]], Any] | None = None
 
 
 _REGISTERED: dict[str, Method] = {}

@@ -13,9 +13,10 @@ import numpy as np
 
 from tpatch_jax.bank.assembly import Store, assemble
 from tpatch_jax.bank.creating import load_banked_model
-from tpatch_jax.bank.engine import create_engine, patches_of
+from tpatch_jax.bank.engine import TPATCHER, create_engine, method_of
 from tpatch_jax.bank.inspection import inspect_bank, open_bank
 from tpatch_jax.bank.state import active, replay
+from tpatch_jax.bank.tpatcher_engine import patches_of
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.running_text import read_windows, text_figures
 from tpatch_jax.evaluation.scoring import base_scores, patched_scores
@@ -48,6 +49,8 @@ def bank_history(
         TPatchError: the bank is damaged, or the text cannot be read.
     """
     bank, lines = open_bank(folder), inspect_bank(Path(folder)).lines
+    if method_of(bank.manifest) != TPATCHER:
+        raise TPatchError(f"{folder} holds edits of {method_of(bank.manifest)!r}; a history needs those of tpatcher")
     store, engine = Store.new(), create_engine(model, bank.manifest, cache=cache_folder())
     base = base_scores(model, read_windows(model, text, tokens), cache=cache_folder())
     points, batches, count = [], [], len(lines)

@@ -20,6 +20,7 @@ class Init:
     bank: BankFolder
     _: KW_ONLY
     model: Annotated[str, arg(help="a name from `tpatch models`, a folder, or a hub id")]
+    method: Annotated[str, arg(metavar="NAME", help="how edits are made: tpatcher or grace")] = "tpatcher"
     preset: Preset = None
     config: Config = None
     changes: Set = ()
@@ -33,16 +34,18 @@ class Init:
         from rich.markup import escape
 
         from tpatch_jax.bank.creating import create_bank
-        from tpatch_jax.editors.tpatcher.settings import PRESETS
+        from tpatch_jax.editors.registry import find_method
         from tpatch_jax.storage.files import check_vacant
         from tpatch_jax.storage.settings import change, combine, split_changes
 
         check_vacant(Path(self.bank))
         preset, values = preset_of(self.preset, self.config)
         values = combine(values, split_changes(self.changes))
-        change(PRESETS[preset], values)
+        presets = find_method(self.method).presets
+        if preset in presets:
+            change(presets[preset], values)
         model = load(self.model, self.dtype, self.quiet or self.json)
-        bank = create_bank(self.bank, model, preset=preset, settings=values, memory=self.memory)
+        bank = create_bank(self.bank, model, method=self.method, preset=preset, settings=values, memory=self.memory)
         if self.json:
             print_json({"bank": self.bank, "model": bank.manifest["model"]})
         else:
