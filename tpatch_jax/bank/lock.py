@@ -49,7 +49,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 def _holder(handle: int) -> str:
     try:
-        found = json.loads(os.pread(handle, 400, 0))
-        return f"process {found['pid']} on {found['host']}"
+        holder = json.loads(os.pread(handle, 400, 0))
+        return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

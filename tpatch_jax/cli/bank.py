@@ -14,6 +14,7 @@ from tpatch_jax.bank.changing import ChangeInfo, check_named, undoes_last
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.state import Bank, BankEdit, find, states
 from tpatch_jax.cli.commands import load, preset_of, requests_of
+from tpatch_jax.core.layers import count_neurons
 from tpatch_jax.display.console import format_count, print_json, progress_bar, result_console, result_table
 from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.errors import TPatchError
@@ -261,14 +262,14 @@ def merge(folder: str, output: str, *, model: str | None, json: bool, quiet: boo
     """``tpatch bank merge``."""
     check_vacant(Path(output))
     loaded = _load(open_bank(folder), model, quiet or json)
-    patch = editing.bank_patch(folder, loaded)
-    merged = merge_patch(loaded, patch) if len(patch.bias) else loaded
+    patches = editing.bank_patch(folder, loaded)
+    merged, neurons = merge_patch(loaded, patches), count_neurons(patches)
     save_model(merged, output)
     added = merged.parameter_count - loaded.parameter_count
     if json:
-        print_json({"output": output, "neurons": len(patch.bias), "parameters_added": added})
+        print_json({"output": output, "neurons": neurons, "parameters_added": added})
     else:
-        _show([f"{format_count(len(patch.bias), 'neuron')} merged ({added:,} parameters) into {escape(output)}"])
+        _show([f"{format_count(neurons, 'neuron')} merged ({added:,} parameters) into {escape(output)}"])
 
 
 def diff(left: str, right: str, *, json: bool) -> None:

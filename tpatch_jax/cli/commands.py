@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from tpatch_jax.bank import patches as store
+from tpatch_jax.core.layers import count_neurons
 from tpatch_jax.display.console import format_count, print_json, progress_bar, result_console, result_table
 from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.editors.tpatcher import editor as tpatcher
@@ -118,13 +119,13 @@ def edit(
     check_vacant(Path(output))
     loaded = load(model, dtype, quiet or json)
     with progress_bar(quiet or json) as report:
-        patch, info = tpatcher.edit(loaded, wanted, settings=settings, memory=memory, seed=seed, progress=report)
+        patches, info = tpatcher.edit(loaded, wanted, settings=settings, memory=memory, seed=seed, progress=report)
         held = any(request.held for request in info.requests)
         if held:  # else the folder would only be in the way of the next attempt
-            store.save_patches(output, loaded, patch, wanted, info)
+            store.save_patches(output, loaded, patches, wanted, info)
         total = sum(1 + len(request.rephrases) + len(request.locality) for request in wanted)
-        figures = measure(loaded, patch, wanted, lambda done: report("measuring", done, total))
-    result = summary(info, figures, patch.key.shape[0])
+        figures = measure(loaded, patches, wanted, lambda done: report("measuring", done, total))
+    result = summary(info, figures, count_neurons(patches))
     if json:
         print_json(result)
     else:
@@ -172,7 +173,7 @@ def generate(
     loaded = load(model, dtype, quiet or json)
     if saved:
         store.check_model(saved, loaded)
-        loaded = patching.attach(loaded, saved.patch)
+        loaded = patching.attach(loaded, saved.patches)
     text = loaded.classify([prompt])[0] if loaded.config.labels else loaded.generate(prompt, max_new_tokens)
     if json:
         print_json({"prompt": prompt, "text": text})
@@ -186,9 +187,9 @@ def inspect(patches: str, *, json: bool) -> None:
     """``tpatch inspect``."""
     saved = store.read_patches(patches)
     if json:
-        print_json({"model": saved.model, "neurons": saved.patch.key.shape[0], "edits": saved.edits})
+        print_json({"model": saved.model, "neurons": count_neurons(saved.patches), "edits": saved.edits})
         return
-    title = f"{patches}: {format_count(saved.patch.key.shape[0], 'neuron')} for {saved.model['name']}"
+    title = f"{patches}: {format_count(count_neurons(saved.patches), 'neuron')} for {saved.model['name']}"
     table = result_table(title, ("id", "prompt", "target", "neurons", "held", "losses"))
     for entry in saved.edits:
         losses = "  ".join(f"{name} {value:.3g}" for name, value in entry["losses"].items())
@@ -206,13 +207,13 @@ def merge(model: str, patches: str, output: str, *, dtype: str | None, json: boo
     saved = store.read_patches(patches)
     loaded = load(model, dtype, quiet or json)
     store.check_model(saved, loaded)
-    merged = patching.merge(loaded, saved.patch)
+    merged = patching.merge(loaded, saved.patches)
     models_.save_model(merged, output)
     added = merged.parameter_count - loaded.parameter_count
     if json:
-        print_json({"output": output, "neurons": saved.patch.key.shape[0], "parameters_added": added})
+        print_json({"output": output, "neurons": count_neurons(saved.patches), "parameters_added": added})
     else:
-        said = f"{format_count(saved.patch.key.shape[0], 'neuron')} merged ({added:,} parameters) into {output}"
+        said = f"{format_count(count_neurons(saved.patches), 'neuron')} merged ({added:,} parameters) into {output}"
         result_console().print(said, markup=False)
 
 
@@ -233,7 +234,7 @@ def export(
     loaded, requests = load(model, dtype, quiet or json), []
     if saved:
         store.check_model(saved, loaded)
-        loaded = patching.merge(loaded, saved.patch)
+        loaded = patching.merge(loaded, saved.patches)
         requests = [EditRequest(edit["prompt"], edit["target"], id=edit["id"]) for edit in saved.edits if edit["held"]]
     with progress_bar(quiet or json) as report:
         info = export_model(loaded, output, approximate=approximate, requests=requests, memory=memory, progress=report)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from tpatch_jax.bank import patches as store
 from tpatch_jax.cli import commands
+from tpatch_jax.core.layers import count_neurons
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.display.console import print_json, progress_bar, result_console
 from tpatch_jax.display.edit import answers
@@ -115,12 +116,12 @@ def run(output: str, *, json: bool = False, quiet: bool = False) -> None:
     with progress_bar(quiet or json) as report:
         before = _say(model, prompts)
         began = time.perf_counter()
-        patch, info = tpatcher.edit(model, FACTS, progress=report)
+        patches, info = tpatcher.edit(model, FACTS, progress=report)
         seconds = time.perf_counter() - began
-        attached, merged = attach(model, patch), merge(model, patch)
+        attached, merged = attach(model, patches), merge(model, patches)
         after = _say(attached, prompts)
-        figures = measure(model, patch, FACTS)
-    store.save_patches(output, model, patch, FACTS, info)
+        figures = measure(model, patches, FACTS)
+    store.save_patches(output, model, patches, FACTS, info)
 
     rows = [model.encode_prompt(text) for text in prompts]
     table = tokens_array(rows, power_of_two(max(map(len, rows)), 8))
@@ -137,14 +138,14 @@ def run(output: str, *, json: bool = False, quiet: bool = False) -> None:
         for number, fact in enumerate(FACTS):
             said = [texts[3 * number + part] for part in range(3) for texts in (before, after)]
             table_rows.append({"prompt": fact.prompt, "target": fact.target, **dict(zip(columns, said, strict=True))})
-        result = commands.summary(info, figures, patch.key.shape[0])
+        result = commands.summary(info, figures, count_neurons(patches))
         result.update({"facts": table_rows, "parameter_share": share, "merged_equals_attached": same})
         result.update({"merged_relative_difference": difference, "output": output, "total_seconds": seconds})
         print_json(result)
         return
     console = result_console()
     shown = Table(
-        title=f"{MODEL}, before and after {patch.key.shape[0]} patch neurons", title_justify="left", show_lines=True
+        title=f"{MODEL}, before and after {count_neurons(patches)} patch neurons", title_justify="left", show_lines=True
     )
     for column in ("prompt", "before", "after"):
         shown.add_column(column)

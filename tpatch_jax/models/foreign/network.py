@@ -206,7 +206,7 @@ class Network:
             A network that shares all arrays with this one.
 
         Raises:
-            TPatchError: the patch has another width, or names another layer.
+            TPatchError: the patch has another width.
         """
         name, patch = "relu_patch" if relu else "patch", self._own(patch)
         joined = concatenate([self.beside[name], patch]) if name in self.beside else patch
@@ -353,7 +353,7 @@ class Network:
         return self._cut(params, whole.shape[:2]).resume(params, context, whole)[rows, position]
 
     def _own(self, patch: Patch) -> Patch:
-        """The patch, checked, without the layer that it may name."""
+        """The patch, checked."""
         if patch.key.ndim != 2:
             raise TPatchError(f"a patch of shape {list(patch.key.shape)} is a batch of patches; use patch.join first")
         if patch.key.shape[1] != self.hidden_size:
@@ -361,9 +361,7 @@ class Network:
                 f"the patch is {patch.key.shape[1]} wide and {self.path!r} {self.hidden_size}: "
                 "it was made for another model"
             )
-        if patch.layer is not None and bool(jnp.any(jnp.asarray(patch.layer) != self.layer)):
-            raise TPatchError(f"the patch names another layer than {self.layer}, where this network is cut")
-        return patch._replace(layer=None)
+        return patch
 
     def _growth(self) -> Growth:
         if isinstance(self.growth, str):
