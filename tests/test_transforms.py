@@ -85,18 +85,26 @@ def test_a_model_has_a_gradient(model, tokens):
     assert float(loss(model, tokens) - lower) == pytest.approx(fall, rel=0.05)
 
 
-def test_patches_are_attached_and_merged_under_transformations(model, tokens):
-    patch = random_patch()
+def test_patches_in_two_layers_are_attached_and_merged_under_transformations(model, tokens):
+    patches = {0: random_patch(), 2: random_patch(3)}
     for put in (attach, merge):
-        expected = put(model, patch).apply(tokens)
-        run = jax.jit(lambda model, patch, put=put: put(model, patch).apply(tokens))
-        assert relative(run(model, patch), expected) < 1e-5
-    batched = jax.tree.map(lambda leaf: jnp.stack([leaf, 0 * leaf]), patch)
-    with_patch, without = jax.vmap(lambda patch: attach(model, patch).apply(tokens))(batched)
-    assert relative(with_patch, attach(model, patch).apply(tokens)) < 1e-5
+        expected = put(model, patches).apply(tokens)
+        assert relative(expected, model.apply(tokens)) > 1e-3
+        run = jax.jit(lambda model, patches, put=put: put(model, patches).apply(tokens))
+        assert relative(run(model, patches), expected) < 1e-5
+    batched = jax.tree.map(lambda leaf: jnp.stack([leaf, 0 * leaf]), patches)
+    with_patches, without = jax.vmap(lambda patches: attach(model, patches).apply(tokens))(batched)
+    assert relative(with_patches, attach(model, patches).apply(tokens)) < 1e-5
     assert relative(without, model.apply(tokens)) < 1e-5
-    slope = jax.grad(lambda patch: attach(model, patch).apply(tokens)[0, 3, 7])(patch)
-    assert all(np.abs(np.asarray(leaf)).max() > 0 for leaf in (slope.key, slope.bias, slope.value))
+    slope = jax.grad(lambda patches: attach(model, patches).apply(tokens)[0, 3, 7])(patches)
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(slope))
+
+    def resumed(model, patches):
+        patched = attach(model, patches)
+        traced = patched.trace(tokens, 1)
+        return patched.resume(traced, traced.output)
+
+    assert relative(jax.jit(resumed)(model, patches), attach(model, patches).apply(tokens)) < 1e-5
 
 
 def test_a_mesh_with_explicit_axes_is_no_hindrance(model, tokens):
