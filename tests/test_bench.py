@@ -1,7 +1,9 @@
 """The benchmark: what it reports, what it refuses, and the counting underneath; on a tiny model."""
 
 import dataclasses
+import importlib.util
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from conftest import make_tiny_model, write_tiny_folder
 from jax.experimental.compilation_cache import compilation_cache
 
 from tpatch_jax.benchmarks import bench as bench_
+from tpatch_jax.benchmarks import gauges
 from tpatch_jax.benchmarks import probe as probe_
 from tpatch_jax.benchmarks.bench import FULL, QUICK, Plan
 from tpatch_jax.benchmarks.edits_to_time import edits_to_time
@@ -60,7 +63,7 @@ def place(tmp_path_factory) -> Iterator[Path]:
     before = {name: getattr(jax.config, name) for name in names}
     with pytest.MonkeyPatch.context() as patching:
         patching.setenv("TPATCH_CACHE", str(folder / "cache"))
-        patching.setattr(command, "QUICK", TINY)
+        patching.setattr(bench_, "QUICK", TINY)
         # One process has all the compiled programs; that a process of its own does the same is tested below.
         patching.setattr(bench_, "probe", probe_._measure)
         yield folder
@@ -195,6 +198,15 @@ def test_an_encoder_is_refused(place, capsys, monkeypatch):
     monkeypatch.setattr(command, "load", lambda *_: encoder)
     assert cli.main(["bench", "bert"]) == 1
     assert "is an encoder; the benchmark needs a decoder" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_system_that_does_not_say_how_much_memory_is_used(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    spec = importlib.util.spec_from_file_location("gauges_elsewhere", gauges.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(TPatchError, match="the memory of a process is not known on this system"):
+        module.peak_bytes()
 
 
 def test_spread_and_time():

@@ -1,5 +1,7 @@
 """The command line, from arguments to exit status, on the tiny model."""
 
+import dataclasses
+import doctest
 import json
 import os
 import subprocess
@@ -13,13 +15,25 @@ import pytest
 from conftest import make_tiny_model, write_tiny_folder
 from jax.experimental.compilation_cache import compilation_cache
 
+from tpatch_jax.bank import engine
 from tpatch_jax.bank import patches as store
 from tpatch_jax.cli import main as cli
+from tpatch_jax.cli import reference
+from tpatch_jax.cli.common import settings_of
+from tpatch_jax.cli.eval import DEFAULTS, Eval
+from tpatch_jax.cli.finetune import Finetune
+from tpatch_jax.cli.serac_train import SeracTrain
 from tpatch_jax.core.patch import create
 from tpatch_jax.editors.base import EditInfo, RequestInfo
+from tpatch_jax.editors.registry import METHODS, method_settings
+from tpatch_jax.editors.serac.training import SeracTraining
 from tpatch_jax.editors.tpatcher.settings import PRESETS
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import load_model
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.storage import settings as settings_
+from tpatch_jax.storage.settings import change, change_each, known_names
+from tpatch_jax.training.finetune import FinetuneSettings
 
 PROMOTION = "standard"  # optax takes steps
 
@@ -222,8 +236,6 @@ def test_models_lists_families_and_names(capsys):
 
 
 def test_settings_come_from_preset_file_and_command_line_in_this_order(tmp_path):
-    from tpatch_jax.cli.commands import settings_of
-
     config = tmp_path / "mine.yaml"
     config.write_text("preset: paper\nlearning_rate: 0.5\nmost_steps: 7\n")
     found = settings_of(None, str(config), ["most_steps=9", "site=last", "learning_rate=1e-3"])
@@ -277,6 +289,183 @@ def test_a_configuration_that_cannot_be(place, tmp_path, capsys, text, words):
     if text is not None:
         path.write_text(text)
     refused(capsys, edit_arguments(place, "--config", str(path), out="never"), *words)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    steps: int = 1
+    rate: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    one: Inner = dataclasses.field(default_factory=Inner)
+    other: Inner = dataclasses.field(default_factory=lambda: Inner(steps=2))
+    rate: float = 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "attributes"),
+    [
+        ("fit.key_steps=32", ("fit", "key_steps")),
+        ("key_steps=32", ("fit", "key_steps")),
+        ("subject.value.steps=32", ("subject", "value", "steps")),
+        ("value.steps=32", ("subject", "value", "steps")),
+        ("weights.hardest=32", ("fit", "weights", "hardest")),
+    ],
+)
+def test_a_setting_by_its_dotted_name_or_its_end(text, attributes):
+    value = change(PRESETS["default"], [text])
+    for name in attributes:
+        value = getattr(value, name)
+    assert value == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("foo.memory", "there is no setting 'foo.memory'; did you mean 'fit.weights.memory'?"),
+        ("fit.memory", "there is no setting 'fit.memory'; did you mean 'fit.weights.memory'?"),
+        ("subject.key_steps", "there is no setting 'subject.key_steps'; did you mean 'fit.key_steps'?"),
+        ("fit.key_step", "there is no setting 'fit.key_step'; did you mean 'fit.key_steps'?"),
+        ("fit.weights", "there is no setting 'fit.weights'"),
+    ],
+)
+def test_the_whole_dotted_name_counts(name, words):
+    with pytest.raises(TPatchError, match=words.replace("?", r"\?")):
+        change(PRESETS["default"], {name: 5})
+
+
+def test_a_name_that_several_settings_have_must_be_longer():
+    with pytest.raises(TPatchError, match=r"several settings are called 'steps'; say which: one\.steps, other\.steps"):
+        change(Outer(), ["steps=7"])
+    assert change(Outer(), ["other.steps=7"]) == Outer(other=Inner(steps=7))
+    # Its whole name is no end of another's.
+    assert change(Outer(), ["rate=0.7"]) == Outer(rate=0.7)
+    assert known_names(Outer()) == ["one.rate", "one.steps", "other.rate", "other.steps", "rate"]
+
+
+def test_the_later_of_two_names_for_one_setting_counts(tmp_path):
+    config = tmp_path / "both.yaml"
+    config.write_text("key_steps: 1\nfit.key_steps: 2\n")
+    assert settings_of(None, str(config), []).fit.key_steps == 2
+    assert settings_of(None, str(config), ["key_steps=3"]).fit.key_steps == 3
+    assert settings_of(None, None, ["key_steps=1", "fit.key_steps=2", "key_steps=3"]).fit.key_steps == 3
+    _, changes = Eval("model", output="report", config=str(config), changes=("key_steps=3",)).settle()
+    assert method_settings(["tpatcher"], changes=changes)["tpatcher"].fit.key_steps == 3
+
+
+def test_a_change_goes_to_one_method():
+    methods = ["tpatcher", "rome", "memit"]
+    default = {name: METHODS[name].presets["default"] for name in methods}
+    for name in ("rome.value_steps", "rome.value.value_steps"):
+        settings = method_settings(methods, changes={name: 30})
+        assert settings["rome"].value.value_steps == 30
+        assert {**settings, "rome": default["rome"]} == default
+    # No other method has it.
+    settings = method_settings(methods, changes={"fit.value_steps": 30})
+    assert settings == {**default, "tpatcher": change(default["tpatcher"], {"fit.value_steps": 30})}
+    names = "tpatcher.fit.value_steps, rome.value.value_steps, memit.value.value_steps"
+    with pytest.raises(TPatchError, match=f"several methods have a setting 'value_steps'; say which: {names}"):
+        method_settings(methods, changes={"value_steps": 30})
+    with pytest.raises(TPatchError, match=r"'ft\.passes' is a setting of ft, which is not used here"):
+        method_settings(methods, changes={"ft.passes": 3})
+    with pytest.raises(TPatchError, match="there is no setting 'passes'"):
+        change_each(default, {"passes": 3})
+    with pytest.raises(TPatchError, match="there is no setting 'value_step'; did you mean 'value_steps'"):
+        method_settings(methods, changes={"rome.value_step": 3})
+
+
+@pytest.mark.parametrize("name", ["rome.value_steps", "rome.value.value_steps", "value.value_steps", "value_steps"])
+def test_a_file_of_eval_may_name_the_method(tmp_path, name):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"method: rome\n{name}: 30\n")
+    options, changes = Eval("model", output="report", config=str(config)).settle()
+    assert method_settings([options["method"]], changes=changes)["rome"].value.value_steps == 30
+
+
+@pytest.mark.parametrize("name", ["rome.value_step", "tpatcher.value.value_steps", "foo.value_steps", "dtype"])
+def test_a_file_of_eval_that_names_nothing(tmp_path, name):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"{name}: 30\n")
+    with pytest.raises(TPatchError, match=f"there is no option or setting '{name}'; "):
+        Eval("model", output="report", config=str(config)).settle()
+
+
+def test_options_come_from_defaults_file_and_command_line_in_this_order(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("method: rome\nn: 5\none_per_subject: true\n")
+    options, _ = Eval("model", output="report", config=str(config), method="tpatcher", every=7).settle()
+    settled = {name: options[name] for name in ("method", "n", "one_per_subject", "every", "protocol", "file")}
+    assert settled == {
+        "method": "tpatcher",
+        "n": 5,
+        "one_per_subject": True,
+        "every": 7,
+        "protocol": "batch",
+        "file": None,
+    }
+    assert set(DEFAULTS) < set(options)
+
+
+def test_old_names_go_on_working(tmp_path, monkeypatch):
+    monkeypatch.setattr(settings_, "RENAMED", {"old_steps": "key_steps", "way.most": "fit.most_steps"})
+    config = tmp_path / "config.yaml"
+    config.write_text("old_steps: 3\nway.most: 7\n")
+    for settings in (
+        settings_of(None, str(config), []),
+        settings_of(None, None, ["fit.old_steps=3", "way.most=7"]),
+        engine.settings_of({"preset": "default", "settings": {"old_steps": 3, "way.most": 7}}),
+        method_settings(["tpatcher", "rome"], changes={"tpatcher.old_steps": 3, "way.most": 7})["tpatcher"],
+    ):
+        assert (settings.fit.key_steps, settings.fit.most_steps) == (3, 7)
+    # What has the old name now is meant first.
+    monkeypatch.setattr(settings_, "RENAMED", {"key_steps": "value_steps"})
+    assert change(PRESETS["default"], ["key_steps=3"]).fit.key_steps == 3
+    with pytest.raises(TPatchError, match="there is no setting 'old_steps'"):
+        change(PRESETS["default"], ["old_steps=3"])
+
+
+def test_names_that_were_changed_lead_to_settings():
+    for new in settings_.RENAMED.values():
+        assert any(settings_.has_setting(method.presets["default"], new) for method in METHODS.values())
+
+
+def test_examples_of_settings_work():
+    for module in (settings_, reference):
+        result = doctest.testmod(module)
+        assert (result.failed, result.attempted > 0) == (0, True)
+
+
+# --- what all commands have in common ---
+
+ALL = {**{f"bank {name}": command for name, command in cli.BANK_COMMANDS.items()}, **cli.COMMANDS}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_command_has_help_json_and_quiet(name):
+    fields = {field.name: field.default for field in dataclasses.fields(ALL[name])}  # type: ignore[arg-type]
+    assert fields["json"] is fields["quiet"] is False
+    assert (ALL[name].__doc__ or "").endswith((".", "`."))
+
+
+@pytest.mark.parametrize(("command", "settings"), [(Finetune, FinetuneSettings), (SeracTrain, SeracTraining)])
+def test_defaults_are_those_of_the_library(command, settings):
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    shared = [field for field in dataclasses.fields(command) if field.name in defaults]
+    assert len(shared) > 5
+    assert {field.name: field.default for field in shared} == {field.name: defaults[field.name] for field in shared}
+
+
+def test_the_page_on_commands_is_what_is_generated(tmp_path):
+    page = Path(__file__).parents[1] / "docs" / "commands.md"
+    command = [sys.executable, "-m", "tpatch_jax.cli.reference", str(tmp_path / "commands.md")]
+    subprocess.run(command, check=True)
+    again = "write it again with `python -m tpatch_jax.cli.reference docs/commands.md`"
+    assert (tmp_path / "commands.md").read_text("utf-8") == page.read_text("utf-8"), again
+    text = page.read_text("utf-8")
+    for name in ALL:
+        assert name == "bank" or f"# tpatch {name}\n" in text
 
 
 # --- bad input, one by one ---
@@ -356,12 +545,12 @@ def test_ctrl_c_stops_with_its_own_status(place, capsys, monkeypatch):
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tpatch_jax.cli.commands.load", stop)
+    monkeypatch.setattr("tpatch_jax.cli.generate.load", stop)
     assert cli.main(["generate", str(place / "tiny"), "--prompt", "a"]) == 130
     assert capsys.readouterr().err == "tpatch: stopped\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["edit", "--help"], ["models", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["edit", "--help"], ["models", "--help"], ["bank", "add", "--help"]])
 def test_help_answers_without_jax(arguments):
     script = (
         "import sys\nfrom tpatch_jax.cli import main as cli\n"

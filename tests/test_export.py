@@ -448,7 +448,7 @@ def test_an_approximate_export_of_an_encoder_decoder_says_which_requests_still_h
 def edited(tmp_path, letters, monkeypatch) -> Path:
     """Two models and patches for each, as ``tpatch edit`` leaves them; one request holds and one does not."""
     monkeypatch.setenv("TPATCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("tpatch_jax.cli.commands.prepare_process", lambda: None)
+    monkeypatch.setattr("tpatch_jax.storage.process.prepare_process", lambda: None)
     for name in ("llama", "gemma"):
         model, patch = tiny_model(name), patch_for((2,), scale=1e-4)
         write_tiny_folder(model, tmp_path / name)

@@ -436,7 +436,7 @@ def test_methods_run_side_by_side(
 ) -> None:
     quick: dict[str, Any] = {"contexts": 1, "swaps": 0, "attempts": 1, "rounds": 1, "site": "last"}
     known = {name: value for name, value in quick.items() if "tpatcher" in methods}
-    settings = method_settings(methods, changes={**known, "value_steps": 2})
+    settings = method_settings(methods, changes={**known, **{f"{method}.value_steps": 2 for method in methods}})
     options: dict[str, Any] = {"methods": methods, "settings": settings, "memory": letters, "cache": False}
     report = evaluate(tiny_model, make_records()[:2], protocol=protocol, output=tmp_path / "report", **options)
     assert [result["method"] for result in report["results"]] == ["unedited", *methods]

@@ -6,7 +6,7 @@ import pytest
 from conftest import make_tiny_model, write_tiny_folder
 
 from tpatch_jax.cli import main as cli
-from tpatch_jax.cli.commands import settings_of
+from tpatch_jax.cli.common import settings_of
 from tpatch_jax.core.patch import create
 from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.editors.tpatcher.settings import PRESETS

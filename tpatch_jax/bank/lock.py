@@ -1,12 +1,13 @@
 """One writer at a time."""
 
-import fcntl
 import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from tpatch_jax.bank.layout import LOCK, check_folder
 from tpatch_jax.errors import TPatchError
@@ -25,31 +26,31 @@ def writing(folder: Path) -> Iterator[None]:
         TPatchError: another process holds it, or the folder cannot be written.
     """
     check_folder(folder)
+    path = folder / LOCK
+    # Read before the attempt, which empties the file in some versions of filelock.
+    holder = _holder(path)
+    lock = FileLock(path, timeout=0, mode=0o644)
     try:
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        lock.acquire()
+    except Timeout:
+        raise TPatchError(
+            f"{folder} is being written by {holder}; wait until it is done, or stop that process"
+        ) from None
     except OSError as error:
         raise TPatchError(f"cannot write {folder}: {error.strerror}; check who owns it") from None
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise TPatchError(
-                f"{folder} is being written by {_holder(handle)}; wait until it is done, or stop that process"
-            ) from None
-        # Who holds it is for messages only: a full disk does not matter here.
-        try:
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-        except OSError:
-            pass
+        # Who holds it is for messages only: a full disk, or a system that keeps the file locked, does not matter here.
+        with suppress(OSError):
+            path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), "utf-8")
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
-def _holder(handle: int) -> str:
+def _holder(path: Path) -> str:
+    """Who wrote their name into the file; one who holds the lock does so at once."""
     try:
-        holder = json.loads(os.pread(handle, 400, 0))
-        return f"process {holder['pid']} on {holder['host']}"
+        note = json.loads(path.read_text("utf-8"))
+        return f"process {note['pid']} on {note['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

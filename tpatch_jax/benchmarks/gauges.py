@@ -1,6 +1,5 @@
 """Time, memory and compilations, measured."""
 
-import resource
 import statistics
 import sys
 import time
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 from jax import monitoring
 
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.storage.process import COMPILED
 
 __all__ = ["compilations", "median_and_spread", "peak_bytes", "seconds_of"]
@@ -49,10 +49,18 @@ def compilations() -> Iterator[list[int]]:
 
 
 def peak_bytes() -> int:
-    """The most memory that was ever in use: of the accelerator if there is one, else of this process."""
+    """The most memory that was ever in use: of the accelerator if there is one, else of this process.
+
+    Raises:
+        TPatchError: there is no accelerator, and the system is not Unix, which alone says this of a process.
+    """
     statistics_ = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if statistics_ and "peak_bytes_in_use" in statistics_:
         return int(statistics_["peak_bytes_in_use"])
+    try:
+        import resource
+    except ImportError:
+        raise TPatchError("the memory of a process is not known on this system; measure on Linux or macOS") from None
     # Kilobytes, but bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -1,49 +1,73 @@
 """``tpatch bench``: runs the benchmark and shows it."""
 
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rich.table import Table
-from rich.text import Text
+from tyro.conf import Positional, arg
 
-from tpatch_jax.benchmarks.bench import FULL, QUICK, bench
-from tpatch_jax.benchmarks.edits_to_time import edits_to_time
-from tpatch_jax.benchmarks.picture import check_picture, draw_bench
-from tpatch_jax.benchmarks.plan import GIB, MEASURED
-from tpatch_jax.benchmarks.plan import plan as on_paper
-from tpatch_jax.cli.commands import load
+from tpatch_jax.cli.common import Dtype, Json, Quiet, load
 from tpatch_jax.display.console import print_json, progress_bar, result_console
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["bench_command", "plan_command"]
+__all__ = ["Bench"]
 
 
-def bench_command(
-    model: str, file: str | None, output: str | None, *, short: bool, dtype: str | None, json: bool, quiet: bool
-) -> None:
-    """Measure, print a table, and draw a picture if ``output`` names one."""
-    if output and not Path(output).absolute().parent.is_dir():
-        raise TPatchError(f"the folder of {output} does not exist; make it first")
-    if output:
-        check_picture(Path(output))
-    plan = QUICK if short else FULL
-    # What would end it at the last is found out first.
-    edits_to_time(max(max(counts) for counts in (*plan.edits.values(), plan.warm, plan.new, [plan.compared])), file)
-    loaded = load(model, dtype, quiet or json)
-    if loaded.config.architecture != "decoder":
-        raise TPatchError(f"{model!r} is an {loaded.config.architecture}; the benchmark needs a decoder")
-    with progress_bar(quiet or json) as report:
-        result = bench(loaded, model, plan, file, dtype, report)
-    # Before the picture, which may not come off.
-    if json:
-        print_json(result)
-    else:
-        _show(result)
-    if output:
-        draw_bench(Path(output), result)
+@dataclass(frozen=True)
+class Bench:
+    """Measure what editing costs: time, memory, generation, compilations, beside the paper's loop."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL", help="a decoder, as `tpatch models` names it")] = (
+        "smollm2-135m"
+    )
+    _: KW_ONLY
+    file: Annotated[str | None, arg(metavar="FILE", help="edits: requests or CounterFact; by default made up")] = None
+    output: Annotated[str | None, arg(aliases=["-o"], metavar="PICTURE", help="also draw it, e.g. bench.png")] = None
+    quick: Annotated[bool, arg(help="fewer edits and repeats: under five minutes on two CPU cores")] = False
+    plan: Annotated[bool, arg(help="measure nothing: what many edits of large models would cost, on paper")] = False
+    dtype: Dtype = None
+    json: Json = False
+    quiet: Quiet = False
+
+    def run(self) -> None:
+        """Measure, print a table, and draw a picture if one is asked for; or show the costs on paper."""
+        if self.plan:
+            _show_plan(self.json)
+        else:
+            self._measure()
+
+    def _measure(self) -> None:
+        from tpatch_jax.benchmarks.bench import FULL, QUICK, bench
+        from tpatch_jax.benchmarks.edits_to_time import edits_to_time
+        from tpatch_jax.benchmarks.picture import check_picture, draw_bench
+
+        picture = Path(self.output) if self.output else None
+        if picture and not picture.absolute().parent.is_dir():
+            raise TPatchError(f"the folder of {self.output} does not exist; make it first")
+        if picture:
+            check_picture(picture)
+        plan = QUICK if self.quick else FULL
+        # A file that is too short would end it at the last, so it is read first.
+        counts = (*plan.edits.values(), plan.warm, plan.new, [plan.compared])
+        edits_to_time(max(map(max, counts)), self.file)
+        model = load(self.model, self.dtype, self.quiet or self.json)
+        if model.config.architecture != "decoder":
+            raise TPatchError(f"{self.model!r} is an {model.config.architecture}; the benchmark needs a decoder")
+        with progress_bar(self.quiet or self.json) as report:
+            result = bench(model, self.model, plan, self.file, self.dtype, report)
+        # Before the picture, which may not come off.
+        if self.json:
+            print_json(result)
+        else:
+            _show(result)
+        if picture:
+            draw_bench(picture, result)
 
 
 def _show(result: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
     console = result_console()
     table = Table(title=Text(f"editing {result['model']} on {result['device']}"), title_justify="left")
     columns = ("site", "edits", "fit", "all", "middle half", "seconds per edit", "peak memory", "exact", "locality")
@@ -84,9 +108,13 @@ def _show(result: dict[str, Any]) -> None:
     )
 
 
-def plan_command(*, json: bool) -> None:
+def _show_plan(json: bool) -> None:
     """Show what many edits of large models would cost."""
-    costs = on_paper()
+    from rich.table import Table
+
+    from tpatch_jax.benchmarks.plan import GIB, MEASURED, plan
+
+    costs = plan()
     if json:
         print_json({"measured": MEASURED._asdict(), "plan": [cost._asdict() for cost in costs]})
         return

@@ -1,27 +1,23 @@
 """``tpatch demo``: eight facts of a real model corrected, with the cost and a proof that merging is exact."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-from rich.markup import escape
-from rich.table import Table
+from tyro.conf import arg
 
-from tpatch_jax.bank import patches as store
-from tpatch_jax.cli import commands
-from tpatch_jax.core.layers import count_neurons
-from tpatch_jax.core.sizes import power_of_two
+from tpatch_jax.cli.common import Json, Quiet, load
+from tpatch_jax.cli.edit import summary
 from tpatch_jax.display.console import print_json, progress_bar, result_console
-from tpatch_jax.display.edit import answers
-from tpatch_jax.editors.tpatcher import editor as tpatcher
-from tpatch_jax.evaluation.measure import measure
-from tpatch_jax.models.model import Model
-from tpatch_jax.models.patching import attach, merge
-from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.requests import EditRequest
-from tpatch_jax.storage.files import check_vacant
 
-__all__ = ["FACTS", "run"]
+if TYPE_CHECKING:
+    from tpatch_jax.editors.base import EditInfo
+    from tpatch_jax.models.model import Model
+
+__all__ = ["FACTS", "Demo"]
 
 MODEL = "smollm2-135m"
 WORDS = 5
@@ -95,76 +91,104 @@ FACTS = (
 """What the demo corrects: facts that the model has wrong, or that have changed."""
 
 
-def _say(model: Model, prompts: list[str]) -> list[str]:
-    return [said.strip().split("\n")[0] for said in answers(model, prompts, WORDS)]
+@dataclass(frozen=True)
+class Demo:
+    """Correct eight facts of a real language model and show what changed."""
+
+    output: Annotated[str, arg(aliases=["-o"], help="where to save the patches")] = "patches/demo"
+    json: Json = False
+    quiet: Quiet = False
+
+    def run(self) -> None:
+        """Correct `FACTS`, show what changed, save the patches, and compare the merged model with the attached one."""
+        from tpatch_jax.bank.patches import save_patches
+        from tpatch_jax.core.layers import count_neurons
+        from tpatch_jax.editors.tpatcher.editor import edit
+        from tpatch_jax.evaluation.measure import measure
+        from tpatch_jax.models.patching import attach, merge
+        from tpatch_jax.storage.files import check_vacant
+
+        check_vacant(Path(self.output))
+        model = load(MODEL, None, self.quiet or self.json)
+        prompts = [text for fact in FACTS for text in (fact.prompt, fact.rephrases[0], fact.locality[0])]
+        with progress_bar(self.quiet or self.json) as report:
+            before = _first_lines(model, prompts)
+            began = time.perf_counter()
+            patches, info = edit(model, FACTS, progress=report)
+            seconds = time.perf_counter() - began
+            attached, merged = attach(model, patches), merge(model, patches)
+            after = _first_lines(attached, prompts)
+            figures = measure(model, patches, FACTS)
+        save_patches(self.output, model, patches, FACTS, info)
+        difference, same = _compare(model, attached, merged, prompts)
+        neurons, share = count_neurons(patches), info.parameters_added / model.parameter_count
+        if self.json:
+            result = summary(info, figures, neurons)
+            result.update({"facts": _facts_json(before, after), "parameter_share": share})
+            result.update({"merged_equals_attached": same, "merged_relative_difference": difference})
+            print_json({**result, "output": self.output, "total_seconds": seconds})
+            return
+        _show_answers(neurons, prompts, before, after)
+        self._show_cost(info, seconds, share)
+        verdict = "the same token everywhere" if same else "DIFFERENT tokens"
+        result_console().print(f"merged against attached: {verdict}, largest relative difference {difference:.1e}")
+
+    def _show_cost(self, info: "EditInfo", seconds: float, share: float) -> None:
+        from rich.markup import escape
+
+        console = result_console()
+        console.print(
+            f"{seconds:.1f} s in all; {info.forward_equivalents:.0f} forward equivalents per edit (fitting alone "
+            f"{info.fit_forward_equivalents:.0f}); {info.parameters_added:,} parameters added, {share:.4%} of the model"
+        )
+        for request in info.failed:
+            console.print(f"[red]failed[/red] {escape(request.id)}: {escape(request.reason)}")
+        console.print(f"patches saved in {self.output}: try  tpatch inspect {self.output}", markup=False)
 
 
-def run(output: str, *, json: bool = False, quiet: bool = False) -> None:
-    """Correct `FACTS`, show what changed, save the patches, and compare the merged model with the attached one.
+def _first_lines(model: "Model", prompts: list[str]) -> list[str]:
+    from tpatch_jax.display.edit import answers
 
-    Args:
-        output: folder for the patches; must not exist yet, or be empty.
-        json: print one JSON object as the last line instead of tables.
-        quiet: show no progress bar.
+    return [answer.strip().split("\n")[0] for answer in answers(model, prompts, WORDS)]
 
-    Raises:
-        TPatchError: the model cannot be fetched, or the folder is taken.
-    """
-    check_vacant(Path(output))
-    model = commands.load(MODEL, None, quiet or json)
-    prompts = [text for fact in FACTS for text in (fact.prompt, fact.rephrases[0], fact.locality[0])]
-    with progress_bar(quiet or json) as report:
-        before = _say(model, prompts)
-        began = time.perf_counter()
-        patches, info = tpatcher.edit(model, FACTS, progress=report)
-        seconds = time.perf_counter() - began
-        attached, merged = attach(model, patches), merge(model, patches)
-        after = _say(attached, prompts)
-        figures = measure(model, patches, FACTS)
-    store.save_patches(output, model, patches, FACTS, info)
+
+def _compare(model: "Model", attached: "Model", merged: "Model", prompts: Sequence[str]) -> tuple[float, bool]:
+    """How far the merged model's logits are from the attached one's, and whether both choose the same tokens."""
+    import numpy as np
+
+    from tpatch_jax.core.sizes import power_of_two
+    from tpatch_jax.models.rows import tokens_array
 
     rows = [model.encode_prompt(text) for text in prompts]
-    table = tokens_array(rows, power_of_two(max(map(len, rows)), 8))
-    beside, inside = np.asarray(attached.apply(table)), np.asarray(merged.apply(table))
     lengths = [len(row) for row in rows]
-    pairs = [(beside[lane, :length], inside[lane, :length]) for lane, length in enumerate(lengths)]
+    table = tokens_array(rows, power_of_two(max(lengths), 8))
+    beside, inside = np.asarray(attached.apply(table)), np.asarray(merged.apply(table))
+    pairs = [(beside[row, :length], inside[row, :length]) for row, length in enumerate(lengths)]
     difference = max(float(np.abs(one - other).max()) for one, other in pairs) / float(np.abs(beside).max())
-    same = all((one.argmax(-1) == other.argmax(-1)).all() for one, other in pairs)
+    return difference, all((one.argmax(-1) == other.argmax(-1)).all() for one, other in pairs)
 
-    share = info.parameters_added / model.parameter_count
-    if json:
-        columns = ("before", "after", "rephrase_before", "rephrase_after", "unrelated_before", "unrelated_after")
-        table_rows = []
-        for number, fact in enumerate(FACTS):
-            said = [texts[3 * number + part] for part in range(3) for texts in (before, after)]
-            table_rows.append({"prompt": fact.prompt, "target": fact.target, **dict(zip(columns, said, strict=True))})
-        result = commands.summary(info, figures, count_neurons(patches))
-        result.update({"facts": table_rows, "parameter_share": share, "merged_equals_attached": same})
-        result.update({"merged_relative_difference": difference, "output": output, "total_seconds": seconds})
-        print_json(result)
-        return
-    console = result_console()
-    shown = Table(
-        title=f"{MODEL}, before and after {count_neurons(patches)} patch neurons", title_justify="left", show_lines=True
-    )
+
+def _facts_json(before: Sequence[str], after: Sequence[str]) -> list[dict[str, Any]]:
+    columns = ("before", "after", "rephrase_before", "rephrase_after", "unrelated_before", "unrelated_after")
+    facts = []
+    for number, fact in enumerate(FACTS):
+        texts = [answers[3 * number + part] for part in range(3) for answers in (before, after)]
+        facts.append({"prompt": fact.prompt, "target": fact.target, **dict(zip(columns, texts, strict=True))})
+    return facts
+
+
+def _show_answers(neurons: int, prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    title = f"{MODEL}, before and after {neurons} patch neurons"
+    table = Table(title=title, title_justify="left", show_lines=True)
     for column in ("prompt", "before", "after"):
-        shown.add_column(column)
+        table.add_column(column)
     for number in range(len(FACTS)):
         for part, style in enumerate(("bold", "", "dim")):
             index = 3 * number + part
-            shown.add_row(*map(escape, (prompts[index], before[index], after[index])), style=style)
-    console.print(shown)
+            table.add_row(*map(escape, (prompts[index], before[index], after[index])), style=style)
+    console = result_console()
+    console.print(table)
     console.print("[bold]edited prompt[/bold], a rephrasing, [dim]an unrelated prompt[/dim]")
-    console.print(_cost(info, seconds, share))
-    for request in info.failed:
-        console.print(f"[red]failed[/red] {escape(request.id)}: {escape(request.reason)}")
-    console.print(f"patches saved in {output}: try  tpatch inspect {output}", markup=False)
-    verdict = "the same token everywhere" if same else "DIFFERENT tokens"
-    console.print(f"merged against attached: {verdict}, largest relative difference {difference:.1e}")
-
-
-def _cost(info: tpatcher.EditInfo, seconds: float, share: float) -> str:
-    return (
-        f"{seconds:.1f} s in all; {info.forward_equivalents:.0f} forward equivalents per edit (fitting alone "
-        f"{info.fit_forward_equivalents:.0f}); {info.parameters_added:,} parameters added, {share:.4%} of the model"
-    )

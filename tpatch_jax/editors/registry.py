@@ -20,7 +20,7 @@ from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.editors.base import Editor, Routing
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model
-from tpatch_jax.storage.settings import change, known_names
+from tpatch_jax.storage.settings import change_each
 from tpatch_jax.typing import Arrays, Progress
 
 __all__ = ["METHODS", "Method", "find_method", "method_settings", "register_editor"]
@@ -146,54 +146,30 @@ def find_method(name: str) -> Method:
 def method_settings(
     methods: Iterable[str], preset: str = "default", changes: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Each method's settings: its preset with changes.
-
-    A change by a method's name and a setting's, ``"grace.epsilon"``, is for that method alone; one by a setting's name
-    goes to every method that has such a setting.
+    """Each method's settings: its preset, with changes.
 
     Args:
         methods: names from `METHODS`.
         preset: a method without a preset of this name keeps its default.
-        changes: new values by name.
+        changes: new values by name; ``rome.value_steps`` goes to ROME alone, and must where several have such a
+            setting.
 
     Returns:
         Settings by the method's name.
 
     Raises:
-        TPatchError: no method has such a preset or setting, or a value has the wrong type.
+        TPatchError: no method has such a preset or setting, several have the setting, or a value has the wrong type.
 
     Example:
         >>> method_settings(["tpatcher"], changes={"attempts": 1})["tpatcher"].attempts
         1
         >>> changed = method_settings(["rome", "memit"], changes={"rome.value_steps": 5})
         >>> changed["rome"].value.value_steps, changed["memit"].value.value_steps
-        (5, 20)
+        (5, 25)
     """
     chosen = [find_method(name) for name in methods]
     presets = sorted({name for method in chosen for name in method.presets})
     if chosen and preset not in presets:
         raise TPatchError(f"preset {preset!r} does not exist; choose from {', '.join(presets)}")
-    settings = {method.name: method.presets.get(preset, method.presets["default"]) for method in chosen}
-    names = {name: set(known_names(one)) for name, one in settings.items()}
-    for name, value in (changes or {}).items():
-        for method in _concerned(name, names):
-            settings[method] = change(settings[method], {name: value})
-    return settings
-
-
-def _concerned(name: str, names: Mapping[str, set[str]]) -> list[str]:
-    """The methods that a change of this name is for, of those whose names of settings are given."""
-    method, dot, rest = name.partition(".")
-    only = {method} if dot and method in METHODS else set(names)
-    if not only <= set(names):
-        raise TPatchError(
-            f"{name!r} is a setting of {method!r}, which is not among the methods; add it, or leave it out"
-        )
-    short = (rest if dot else name).rpartition(".")[2]
-    concerned = [method for method in names if method in only and short in names[method]]
-    if not concerned:
-        known = sorted(set().union(*(names[method] for method in only)))
-        near = difflib.get_close_matches(short, known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        raise TPatchError(f"there is no setting {name!r}; {hint}")
-    return concerned
+    base = {method.name: method.presets.get(preset, method.presets["default"]) for method in chosen}
+    return change_each(base, changes or {}, METHODS)

@@ -16,8 +16,8 @@ def cache_folder() -> Path:
         >>> cache_folder().name  # doctest: +SKIP
         'tpatch_jax'
     """
-    if own := os.environ.get("TPATCH_CACHE"):
-        return Path(own).expanduser()
+    if chosen := os.environ.get("TPATCH_CACHE"):
+        return Path(chosen).expanduser()
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared).expanduser() / "tpatch_jax"
     return Path.home() / ".cache" / "tpatch_jax"

@@ -61,7 +61,7 @@ def check_vacant(folder: Path, *, inside: bool = False) -> None:
     if taken:
         raise TPatchError(f"{folder} already exists; choose another output folder or remove it first")
     here = False
-    with suppress(OSError):  # the current folder may be gone
+    with suppress(OSError):  # the current folder may have been removed
         here = folder.is_dir() and os.path.samefile(folder, os.curdir)
     if not inside and (here or os.path.ismount(folder)):
         what = "the current folder" if here else "where a disk is mounted"

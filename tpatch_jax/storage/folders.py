@@ -28,4 +28,4 @@ def describe_folder(folder: str | Path) -> str:
         >>> describe_folder("nowhere")
         ''
     """
-    return next((f"; {said}" for name, said in KINDS if (Path(folder) / name).is_file()), "")
+    return next((f"; {advice}" for name, advice in KINDS if (Path(folder) / name).is_file()), "")

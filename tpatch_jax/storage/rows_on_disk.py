@@ -15,7 +15,7 @@ class RowsOnDisk:
     """An array ``[rows, d]`` of which only the rows that are asked for are ever in memory.
 
     Rows are read and written like those of a NumPy array, by slices and by arrays of row numbers; what is read is a
-    copy. The file has no name and is gone with the object.
+    copy. The file has no name and is removed with the object.
 
     Args:
         rows: how many.
@@ -58,12 +58,12 @@ class RowsOnDisk:
     def __getitem__(self, rows: Any) -> np.ndarray:
         """Read rows."""
         numbers = self._numbers(rows)
-        flat, found = numbers.reshape(-1), np.empty((numbers.size, self.shape[1]), self.dtype)
+        flat, values = numbers.reshape(-1), np.empty((numbers.size, self.shape[1]), self.dtype)
         for first, last in _runs(flat):
             self._file.seek(int(flat[first]) * self._row_bytes)
             read = self._file.read((last - first) * self._row_bytes)
-            found[first:last] = np.frombuffer(read, self.dtype).reshape(last - first, -1)
-        return found.reshape(*numbers.shape, self.shape[1])
+            values[first:last] = np.frombuffer(read, self.dtype).reshape(last - first, -1)
+        return values.reshape(*numbers.shape, self.shape[1])
 
 
 def chosen_rows(array: np.ndarray | RowsOnDisk, rows: np.ndarray) -> np.ndarray | RowsOnDisk:
@@ -82,10 +82,10 @@ def chosen_rows(array: np.ndarray | RowsOnDisk, rows: np.ndarray) -> np.ndarray 
     """
     if not isinstance(array, RowsOnDisk):
         return array[rows]
-    found = RowsOnDisk(len(rows), array.shape[1], array.dtype)
+    chosen = RowsOnDisk(len(rows), array.shape[1], array.dtype)
     for piece in pieces(len(rows)):
-        found[piece] = array[rows[piece]]
-    return found
+        chosen[piece] = array[rows[piece]]
+    return chosen
 
 
 def _runs(numbers: np.ndarray) -> list[tuple[int, int]]:

@@ -1,9 +1,13 @@
-"""Settings by name: a preset, a YAML file, and ``name=value`` changes on top."""
+"""Settings by name: a preset, a YAML file, and ``name=value`` changes on top.
+
+A setting has a dotted name, the path to it through the nested settings, such as ``fit.weights.memory``. Its last part,
+or its last few, will do where they fit no other setting.
+"""
 
 import contextlib
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,16 @@ import yaml
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["change", "known_names", "read_config", "split_changes"]
+__all__ = ["RENAMED", "change", "change_each", "combine", "has_setting", "known_names", "read_config", "split_changes"]
+
+RENAMED: Mapping[str, str] = {}
+"""What settings are called now, by what they were called before, both bare or dotted.
+
+Old names go on working in YAML files, in the manifests of banks and on the command line. A prefix stays what it is:
+``{"old": "new"}`` makes ``fit.new`` of ``fit.old``. A setting that has the old name now is meant before a renamed one.
+"""
+
+Names = tuple[str, ...]
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -24,17 +37,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
         TPatchError: the file is missing, or is not a YAML mapping.
     """
     try:
-        found = yaml.safe_load(Path(path).read_text("utf-8"))
+        content = yaml.safe_load(Path(path).read_text("utf-8"))
     except FileNotFoundError:
         raise TPatchError(f"{path} does not exist; give a YAML file with 'name: value' lines") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TPatchError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise TPatchError(f"{path} holds {type(found).__name__} instead of 'name: value' lines")
-    return found
+    if not isinstance(content, dict):
+        raise TPatchError(f"{path} holds {type(content).__name__} instead of 'name: value' lines")
+    return content
 
 
-def _paths(settings: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def _paths(settings: Any, prefix: Names = ()) -> Iterator[Names]:
     fields = (
         settings._fields if hasattr(settings, "_fields") else [field.name for field in dataclasses.fields(settings)]
     )
@@ -47,12 +60,23 @@ def _paths(settings: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, .
 
 
 def known_names(settings: Any) -> list[str]:
-    """The names that `change` understands for these settings."""
-    return sorted(path[-1] for path in _paths(settings))
+    """The dotted names of these settings.
+
+    Example:
+        >>> from tpatch_jax.core.objective import Weights
+        >>> known_names(Weights())[:2]
+        ['activation', 'entropy']
+    """
+    return sorted(".".join(path) for path in _paths(settings))
+
+
+def has_setting(settings: Any, name: str) -> bool:
+    """Whether a name, bare or dotted, means one of these settings or several."""
+    return bool(_matches(settings, name))
 
 
 def split_changes(changes: Sequence[str]) -> dict[str, Any]:
-    """``"name=value"`` texts as values by name, each read as YAML.
+    """``"name=value"`` texts as values by name, each read as YAML; of two with one name the later counts.
 
     Raises:
         TPatchError: a text is not of this form.
@@ -61,15 +85,27 @@ def split_changes(changes: Sequence[str]) -> dict[str, Any]:
         >>> split_changes(["memory=5"])
         {'memory': 5}
     """
-    pairs = [text.partition("=") for text in changes]
-    for (name, equals, _), text in zip(pairs, changes, strict=True):
+    values: dict[str, Any] = {}
+    for text in changes:
+        name, equals, value = text.partition("=")
         if not name or not equals:
             raise TPatchError(f"--set {text}: write it as name=value")
-    return {name.strip(): _value(name, value) for name, _, value in pairs}
+        values = combine(values, {name.strip(): _value(name, value)})
+    return values
+
+
+def combine(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes after one another, in this order, which counts where two names mean the same setting.
+
+    Example:
+        >>> combine({"memory": 1, "weights.memory": 2}, {"memory": 3})
+        {'weights.memory': 2, 'memory': 3}
+    """
+    return {**{name: value for name, value in earlier.items() if name not in later}, **later}
 
 
 def change(settings: Any, changes: Mapping[str, Any] | Sequence[str]) -> Any:
-    """Settings with some values replaced, wherever in the nested settings a name lives.
+    """Settings with some values replaced, each by its dotted name or as much of its end as says which one is meant.
 
     Args:
         settings: a (nested) dataclass or named tuple.
@@ -79,27 +115,106 @@ def change(settings: Any, changes: Mapping[str, Any] | Sequence[str]) -> Any:
         New settings of the same type.
 
     Raises:
-        TPatchError: a name does not exist (the nearest one is suggested), or a value has the wrong type.
+        TPatchError: a name does not exist (the nearest one is suggested) or fits several settings (all are named), or
+            a value has the wrong type.
 
     Example:
         >>> from tpatch_jax.core.fit import FitSettings
+        >>> change(FitSettings(), ["weights.memory=5"]).weights.memory
+        5.0
         >>> change(FitSettings(), ["memory=5"]).weights.memory
         5.0
     """
     if not isinstance(changes, Mapping):
         changes = split_changes(changes)
-    paths = {path[-1]: path for path in _paths(settings)}
     for name, value in changes.items():
-        short = str(name).rpartition(".")[2]
-        if short not in paths:
-            near = difflib.get_close_matches(short, paths, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(paths))}"
-            raise TPatchError(f"there is no setting {name!r}{hint}")
-        settings = _replace(settings, paths[short], value)
+        matches = _matches(settings, name)
+        if not matches:
+            raise TPatchError(f"there is no setting {name!r}; {_hint(name, _paths(settings))}")
+        if len(matches) > 1:
+            names = ", ".join(".".join(path) for path in matches)
+            raise TPatchError(f"several settings are called {name!r}; say which: {names}")
+        settings = _replace(settings, matches[0], value)
     return settings
 
 
-def _replace(settings: Any, path: tuple[str, ...], value: Any) -> Any:
+def change_each(settings: Mapping[str, Any], changes: Mapping[str, Any], methods: Iterable[str] = ()) -> dict[str, Any]:
+    """Settings of several methods with some values replaced, each in the one method that has it.
+
+    Args:
+        settings: by the method's name.
+        changes: new values by name, as `change` takes them; with a method's name in front (``rome.value_steps``) for
+            this method alone.
+        methods: names of further methods, which a change cannot be for.
+
+    Returns:
+        New settings by the method's name.
+
+    Raises:
+        TPatchError: no method has such a setting or several have it, the method is not among them, or a value has the
+            wrong type.
+
+    Example:
+        >>> from tpatch_jax.core.fit import FitSettings
+        >>> settings = {"one": FitSettings(), "other": FitSettings()}
+        >>> change_each(settings, {"one.weights.memory": 5})["one"].weights.memory
+        5.0
+    """
+    result = dict(settings)
+    for name, value in changes.items():
+        method, _, rest = str(name).partition(".")
+        if rest and method in settings:
+            result[method] = change(result[method], {rest: value})
+            continue
+        if rest and method in set(methods):
+            raise TPatchError(
+                f"{name!r} is a setting of {method}, which is not used here; leave it out or add {method}"
+            )
+        having = {method: _matches(of, name) for method, of in settings.items() if has_setting(of, name)}
+        if not having:
+            paths = [path for of in settings.values() for path in _paths(of)]
+            raise TPatchError(f"there is no setting {name!r}; {_hint(name, paths)}")
+        if len(having) > 1:
+            names = ", ".join(".".join((method, *path)) for method, paths in having.items() for path in paths)
+            raise TPatchError(f"several methods have a setting {name!r}; say which: {names}")
+        (method,) = having
+        result[method] = change(result[method], {name: value})
+    return result
+
+
+def _matches(settings: Any, name: str) -> list[Names]:
+    """The one setting of this dotted name, else all whose names end with it; the same of a renamed one's new name."""
+    paths = list(_paths(settings))
+    for candidate in (str(name), _renamed(str(name))):
+        parts = tuple(candidate.split("."))
+        if parts in paths:
+            return [parts]
+        if matches := [path for path in paths if path[-len(parts) :] == parts]:
+            return matches
+    return []
+
+
+def _renamed(name: str) -> str:
+    for old, new in RENAMED.items():
+        if name == old or name.endswith(f".{old}"):
+            return name.removesuffix(old) + new
+    return name
+
+
+def _hint(name: str, paths: Iterable[Names]) -> str:
+    """What may have been meant; dotted if the name is."""
+    paths = sorted(set(paths))
+    prefix, _, last = str(name).rpartition(".")
+    near = difflib.get_close_matches(last, [path[-1] for path in paths], 1)
+    if not near:
+        return f"known are {', '.join(sorted({path[-1] for path in paths}))}"
+    if not prefix:
+        return f"did you mean {near[0]!r}?"
+    dotted = sorted({".".join(path) for path in paths if path[-1] == near[0]})
+    return f"did you mean {' or '.join(map(repr, dotted))}?"
+
+
+def _replace(settings: Any, path: Names, value: Any) -> Any:
     name, *rest = path
     old = getattr(settings, name)
     new = _replace(old, tuple(rest), value) if rest else _coerced(name, old, value)

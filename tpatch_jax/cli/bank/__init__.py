@@ -1,0 +1,1 @@
+"""The ``tpatch bank …`` commands, one in each file."""

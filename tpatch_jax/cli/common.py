@@ -1,0 +1,141 @@
+"""What several commands share: parameters of the command line, and what is made of them.
+
+Nothing here imports JAX before a command runs, so that ``--help`` answers at once.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from tpatch_jax.display.console import result_console, result_table
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.requests import EditRequest
+
+if TYPE_CHECKING:
+    from tpatch_jax.editors.tpatcher.settings import TPatcherSettings
+    from tpatch_jax.models.model import Model
+
+__all__ = [
+    "Command",
+    "Config",
+    "Dtype",
+    "Json",
+    "MemoryText",
+    "ModelName",
+    "Patches",
+    "Preset",
+    "Prompt",
+    "Quiet",
+    "RequestsFile",
+    "Set",
+    "Subject",
+    "Target",
+    "Texts",
+    "load",
+    "preset_of",
+    "requests_of",
+    "settings_from",
+    "settings_of",
+    "show_rows",
+]
+
+Texts = UseAppendAction[tuple[str, ...]]
+
+ModelName = Annotated[Positional[str], arg(metavar="MODEL", help="a name from `tpatch models`, a folder, or a hub id")]
+Patches = Annotated[Positional[str], arg(metavar="PATCHES", help="a folder that `tpatch edit` wrote")]
+RequestsFile = Annotated[Positional[str | None], arg(metavar="REQUESTS.jsonl", help="one JSON request a line")]
+Config = Annotated[str | None, arg(metavar="FILE", help="a YAML file of settings, 'name: value' lines")]
+Preset = Annotated[str | None, arg(help="default, paper or paper-fever")]
+Set = Annotated[Texts, arg(name="set", metavar="NAME=VALUE", help="change a setting")]
+MemoryText = Annotated[str | None, arg(help="a text file on which patches stay silent")]
+Dtype = Annotated[str | None, arg(help="float32 or bfloat16; by default the checkpoint's")]
+Json = Annotated[bool, arg(help="print one JSON object as the last line")]
+Quiet = Annotated[bool, arg(help="show no progress bar")]
+
+# Read by `str`: the word None is a text like any other.
+_text = partial(arg, metavar="TEXT", constructor=str, help_behavior_hint="")
+Prompt = Annotated[str | None, _text(help="a single edit: the text that the model continues wrongly")]
+Target = Annotated[str | None, _text(help="a single edit: what it should say instead")]
+Subject = Annotated[str | None, _text(help="a single edit: what the prompt is about")]
+
+
+class Command(Protocol):
+    """A command: a frozen dataclass whose fields are its parameters, and whose docstring is its help.
+
+    All have ``json`` and ``quiet``, those that show no bar as well, so that scripts may give them everywhere.
+    """
+
+    def run(self) -> None:
+        """Do it, and print what came of it."""
+
+
+S = TypeVar("S")
+
+
+def settings_from(kind: type[S], command: Any) -> S:
+    """Settings of the library from those parameters of a command that have the same names; the rest as by default."""
+    names = [field.name for field in dataclasses.fields(kind) if hasattr(command, field.name)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(command, name) for name in names})
+
+
+def load(name: str, dtype: str | None, quiet: bool) -> "Model":
+    """Load the model that a command names."""
+    from tpatch_jax.models.model import load_model
+    from tpatch_jax.storage.process import prepare_process
+
+    prepare_process()
+    return load_model(name, dtype=dtype, quiet=quiet)
+
+
+def settings_of(preset: str | None, config: str | None, changes: Sequence[str]) -> "TPatcherSettings":
+    """Settings from a preset, a YAML file and ``name=value`` changes, in this order."""
+    from tpatch_jax.editors.tpatcher.settings import PRESETS
+    from tpatch_jax.storage.settings import change
+
+    name, values = preset_of(preset, config)
+    return change(change(PRESETS[name], values), changes)
+
+
+def preset_of(preset: str | None, config: str | None) -> tuple[str, dict[str, Any]]:
+    """The name of a preset, and what else a YAML file sets, which may name one, too."""
+    from tpatch_jax.editors.tpatcher.settings import PRESETS
+    from tpatch_jax.storage.settings import read_config
+
+    values = read_config(config) if config else {}
+    name = preset or values.pop("preset", "default")
+    values.pop("preset", None)
+    if not isinstance(name, str) or name not in PRESETS:
+        raise TPatchError(f"preset {name!r} does not exist; choose from {', '.join(sorted(PRESETS))}")
+    return name, values
+
+
+def requests_of(
+    path: str | None, single: tuple[str | None, str | None, str | None], action: str = "edit"
+) -> list[EditRequest]:
+    """Requests from a file, or the one that ``--prompt``, ``--target`` and ``--subject`` make."""
+    from tpatch_jax.storage.request_file import read_requests
+
+    prompt, target, subject = single
+    if path is not None:
+        if any(text is not None for text in single):
+            raise TPatchError("give either a file of requests or --prompt and --target, not both")
+        return read_requests(path)
+    if prompt is None or target is None:
+        given = [name for name, text in zip(("prompt", "target", "subject"), single, strict=True) if text is not None]
+        lacking = [f"--{name}" for name in ("prompt", "target") if name not in given]
+        what = f"--{given[0]} is given without {' and '.join(lacking)}" if given else "no request is given"
+        raise TPatchError(f"nothing to {action}: {what}; give a file of requests, or --prompt and --target")
+    return [EditRequest(prompt, target, subject)]
+
+
+def show_rows(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose first row holds the headings; all columns but the first hold numbers."""
+    from rich.text import Text
+
+    table = result_table(title, rows[0], rows[0][1:])
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    result_console().print(table)

@@ -1,0 +1,229 @@
+"""``tpatch eval``: settles the options, reads the records, evaluates, shows the report."""
+
+import difflib
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args, get_type_hints
+
+from tyro.conf import arg
+
+from tpatch_jax.cli.common import Dtype, Json, MemoryText, ModelName, Preset, Quiet, Set, load, show_rows
+from tpatch_jax.display.console import print_json, progress_bar, result_console
+from tpatch_jax.errors import TPatchError
+
+if TYPE_CHECKING:
+    from tpatch_jax.evaluation.records import Record
+
+__all__ = ["Eval"]
+
+TEXT = "text"
+
+DEFAULTS: Mapping[str, Any] = {
+    "method": "tpatcher",
+    "protocol": "batch",
+    "seed": 0,
+    "preset": "default",
+    "reading": "easyedit",
+    "text_tokens": 16384,
+    "edits_data": "counterfact",
+    "every": 50,
+}
+"""What holds where neither the command line nor a YAML file says anything."""
+
+ONLY_HERE = ("model", "output", "config", "changes", "memory", "dtype", "json", "quiet")
+"""What a YAML file cannot give; all others it may, by their names. ``memory`` is a setting there."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure what editing does, by a named protocol, and write a report."""
+
+    model: ModelName
+    _: KW_ONLY
+    output: Annotated[
+        str, arg(aliases=["-o"], metavar="REPORT", help="folder for the report; an interrupted run resumes")
+    ]
+    data: Annotated[str | None, arg(help="counterfact, zsre, knowedit, requests, mquake, fever or text")] = None
+    file: Annotated[str | None, arg(metavar="FILE", help="the data set's file")] = None
+    method: Annotated[str | None, arg(metavar="NAME[,…]", help="by default tpatcher")] = None
+    protocol: Annotated[str | None, arg(help="single, batch (the default) or sequential")] = None
+    n: Annotated[int | None, arg(aliases=["-n"], metavar="N", help="so many records from the start")] = None
+    config: Annotated[
+        str | None, arg(metavar="FILE", help="a YAML file of options and settings, such as those in configs/")
+    ] = None
+    preset: Preset = None
+    changes: Set = ()
+    seed: Annotated[int | None, arg(help="the same seed gives the same figures")] = None
+    one_per_subject: Annotated[bool, arg(help="keep each subject's first record")] = False
+    reading: Annotated[str | None, arg(help="of zsRE: easyedit (the default) or rome")] = None
+    template: Annotated[str | None, arg(help="where questions go, with {} for the question")] = None
+    text: Annotated[str | None, arg(metavar="FILE", help="a text file: adds perplexity and the certificate")] = None
+    text_tokens: Annotated[int | None, arg(help="at most so many tokens of the text; 16384 by default")] = None
+    edits: Annotated[str | None, arg(metavar="FILE", help="with --data text: what is edited; else nothing is")] = None
+    edits_data: Annotated[str | None, arg(help="the data set of --edits; counterfact by default")] = None
+    generate: Annotated[bool, arg(help="also sample continuations for GE (slow)")] = False
+    every: Annotated[int | None, arg(help="sequential: ask all edits again every so many; 50 by default")] = None
+    train_set: Annotated[str | None, arg(metavar="FILE", help="sequential: only asked, for TrainR")] = None
+    test_set: Annotated[str | None, arg(metavar="FILE", help="sequential: only asked, for TestR")] = None
+    memory: MemoryText = None
+    dtype: Dtype = None
+    json: Json = False
+    quiet: Quiet = False
+
+    def run(self) -> None:
+        """Evaluate the methods, write the report, and show it."""
+        from tpatch_jax.editors.registry import find_method, method_settings
+        from tpatch_jax.evaluation.protocols import PROTOCOLS
+        from tpatch_jax.evaluation.report import table
+        from tpatch_jax.evaluation.runner import evaluate
+
+        options, changes = self.settle()
+        if options["protocol"] not in PROTOCOLS:
+            raise TPatchError(f"there is no protocol {options['protocol']!r}; choose from {', '.join(PROTOCOLS)}")
+        methods = [name.strip() for name in options["method"].split(",") if name.strip()]
+        edited = [find_method(name).name for name in methods if name != "unedited"]
+        settings = method_settings(edited, options["preset"], changes)
+        chosen = _choose_records(options)
+        about = chosen.about if self.dtype is None else {**chosen.about, "dtype": self.dtype}
+        model = load(self.model, self.dtype, self.quiet or self.json)
+        with progress_bar(self.quiet or self.json) as report:
+            result = evaluate(
+                model,
+                chosen.records,
+                methods,
+                options["protocol"],
+                output=self.output,
+                settings=settings,
+                train=chosen.train,
+                held_out=chosen.held_out,
+                text=options["file"] if options["data"] == TEXT else options["text"],
+                text_tokens=options["text_tokens"],
+                memory=self.memory,
+                generate=options["generate"],
+                every=options["every"],
+                seed=options["seed"],
+                about=about,
+                progress=report,
+            )
+        if self.json:
+            print_json(result)
+            return
+        title = f"{self.model}, protocol {options['protocol']}: {result['results'][0]['moment']}"
+        show_rows(title, table([(of_method["method"], of_method) for of_method in result["results"]]))
+        result_console().print(f"report in {self.output}", markup=False)
+
+    def settle(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Options from the defaults, the YAML file and the command line, in this order, and changes of settings.
+
+        Returns:
+            The options by name (all fields but those that only the command line has), and changes for
+            `tpatch_jax.editors.registry.method_settings`.
+
+        Raises:
+            TPatchError: a name in the file is neither an option nor a setting (the nearest is suggested), or a value
+                has a wrong type.
+        """
+        from tpatch_jax.evaluation.records import QUESTION
+        from tpatch_jax.storage.settings import combine, read_config, split_changes
+
+        unset = {field.name: field.default for field in fields(self) if field.name not in ONLY_HERE}
+        given = {name: getattr(self, name) for name in unset if getattr(self, name) != unset[name]}
+        from_file: dict[str, Any] = {}
+        changes: dict[str, Any] = {}
+        for name, value in (read_config(self.config) if self.config else {}).items():
+            if name in unset:
+                kind = _kind(name)
+                if type(value) is not kind:
+                    raise TPatchError(f"{self.config}: {name} is {value!r}; give a value of type {kind.__name__}")
+                from_file[name] = value
+            else:
+                # Options and settings are both known here, so the nearest name is sought among both.
+                _check_name(str(name), list(unset), self.config)
+                changes[name] = value
+        options = {**unset, **DEFAULTS, "template": QUESTION, **from_file, **given}
+        return options, combine(changes, split_changes(self.changes))
+
+
+def _kind(name: str) -> type:
+    """The type of an option that is given."""
+    hint = get_type_hints(Eval)[name]
+    return next((kind for kind in get_args(hint) if kind is not type(None)), hint)
+
+
+def _check_name(name: str, options: Sequence[str], config: str | None) -> None:
+    from tpatch_jax.editors.registry import METHODS
+    from tpatch_jax.storage.settings import has_setting, known_names
+
+    settings = {method: METHODS[method].presets["default"] for method in METHODS}
+    method, _, rest = name.partition(".")
+    if method in settings and rest:
+        if has_setting(settings[method], rest):
+            return
+    elif any(has_setting(of_method, name) for of_method in settings.values()):
+        return
+    last = {dotted.rpartition(".")[2] for of_method in settings.values() for dotted in known_names(of_method)}
+    known = sorted({*options, *last})
+    near = difflib.get_close_matches(name.rpartition(".")[2], known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    raise TPatchError(f"{config}: there is no option or setting {name!r}; {hint}")
+
+
+class _Chosen(NamedTuple):
+    """Records that are edited, that are only asked for TrainR and TestR, and what the report says of them."""
+
+    records: "list[Record]"
+    train: "list[Record]"
+    held_out: "list[Record]"
+    about: dict[str, Any]
+
+
+def _choose_records(options: Mapping[str, Any]) -> _Chosen:
+    from tpatch_jax.evaluation.record import asked_only
+    from tpatch_jax.evaluation.records import DATA, TEMPLATED, read_records
+
+    data, file = options["data"], options["file"]
+    if data is None:
+        raise TPatchError(f"--data is missing; choose one of {', '.join((*DATA, TEXT))}")
+    if file is None:
+        raise TPatchError(f"--file is missing; give the file of {data}")
+    about: dict[str, Any] = {"data": data, "data_sha256": _sha256(file)}
+    if data != TEXT and options["edits"] is not None:
+        raise TPatchError(f"--edits belongs to --data text; the edits of {data} are in --file")
+    if data == TEXT:
+        if options["text"] is not None:
+            raise TPatchError("with --data text the text is --file; leave --text out")
+        if options["edits"] is None:
+            return _Chosen([], [], [], about)
+        data, file = options["edits_data"], options["edits"]
+        about |= {"edits_data": data, "edits_sha256": _sha256(file)}
+    n, subject, reading, template = (options[name] for name in ("n", "one_per_subject", "reading", "template"))
+    about["one_per_subject"] = subject
+    if data in TEMPLATED:
+        about["template"] = template
+    if data == "zsre":
+        about["reading"] = reading
+    chosen = read_records(data, file, n, subject, reading, template)
+    held_out: list[Record] = []
+    if options["protocol"] == "sequential" and n is not None:
+        held_out = read_records(data, file, None, subject, reading, template)[n : 2 * n]
+        # Claims come with their true labels, so those that are not edited are a test set.
+        held_out = asked_only(held_out) if data == "fever" else held_out
+    sets: list[list[Record]] = []
+    for name in ("train_set", "test_set"):
+        path = options[name]
+        if path is not None and options["protocol"] != "sequential":
+            raise TPatchError(
+                f"--{name.replace('_', '-')} makes TrainR or TestR of a stream; use --protocol sequential"
+            )
+        sets.append(asked_only(read_records(data, path, None, False, reading, template)) if path is not None else [])
+        about |= {f"{name}_sha256": _sha256(path)} if path is not None else {}
+    return _Chosen(chosen, sets[0], sets[1] or held_out, about)
+
+
+def _sha256(file: str) -> str | None:
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError:
+        return None  # The reader says what is wrong with it.

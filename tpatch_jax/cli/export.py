@@ -1,0 +1,81 @@
+"""``tpatch export``: the corrected model, as the stock transformers library reads it."""
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from tpatch_jax.cli.common import Json, ModelName, Quiet, load
+from tpatch_jax.display.console import format_count, print_json, progress_bar, result_console
+from tpatch_jax.requests import EditRequest
+
+__all__ = ["Export"]
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the corrected model for the stock transformers library."""
+
+    model: ModelName
+    patches: Annotated[
+        Positional[str | None],
+        arg(metavar="PATCHES", help="a folder that `tpatch edit` wrote; none if MODEL has them merged"),
+    ] = None
+    _: KW_ONLY
+    output: Annotated[str, arg(aliases=["-o"], metavar="OUT", help="folder for the model")]
+    approximate: Annotated[
+        bool, arg(help="where the architecture has no biases, fold them away and measure the error")
+    ] = False
+    memory: Annotated[str | None, arg(help="with --approximate: a text file to fit and measure on")] = None
+    dtype: Annotated[str | None, arg(help="float32 or bfloat16; as given to `tpatch edit`")] = None
+    json: Json = False
+    quiet: Quiet = False
+
+    def run(self) -> None:
+        """Merge the patches, write the model, and say how it differs from the uncorrected one."""
+        from rich.markup import escape
+
+        from tpatch_jax.bank.patches import check_model, read_patches
+        from tpatch_jax.models.checkpoints.export import export_model
+        from tpatch_jax.models.patching import merge
+        from tpatch_jax.storage.files import check_vacant
+
+        check_vacant(Path(self.output))
+        saved = read_patches(self.patches) if self.patches else None
+        model, requests = load(self.model, self.dtype, self.quiet or self.json), []
+        if saved:
+            check_model(saved, model)
+            model = merge(model, saved.patches)
+            requests = [EditRequest(one["prompt"], one["target"], id=one["id"]) for one in saved.edits if one["held"]]
+        with progress_bar(self.quiet or self.json) as report:
+            info = export_model(
+                model,
+                self.output,
+                approximate=self.approximate,
+                requests=requests,
+                memory=self.memory,
+                progress=report,
+            )
+        if self.json:
+            print_json({"output": self.output, **info.to_json()})
+            return
+        console = result_console()
+        console.print(
+            f"{format_count(info.neurons, 'neuron')} in {self.output}, {info.form}: transformers loads it as a "
+            f"{info.model_type}",
+            markup=False,
+        )
+        console.print(
+            f"all layers are {info.ffn_width} wide, by {info.silent_neurons:,} silent neurons; "
+            f"{info.parameters_added:,} parameters ({info.share:.3%}) and {info.bytes_added:,} bytes more than "
+            "uncorrected"
+        )
+        if error := info.error:
+            console.print(
+                f"over {error.tokens:,} tokens of text, logits differ by {error.max_logit_difference:.3g} at most and "
+                f"{error.mean_logit_difference:.3g} on average; {error.same_argmax:.2%} of the most probable next "
+                f"tokens are the same; {len(error.held)} of {len(error.held) + len(error.lost)} requests still hold"
+            )
+            for name in error.lost:
+                console.print(f"[red]lost[/red] {escape(name)}")
