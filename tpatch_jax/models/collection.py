@@ -91,7 +91,7 @@ def batches(config: NetworkConfig, rows: Sequence[Sequence[int]]) -> Iterator[tu
         for size in in_steps(len(numbers), lanes) if len(rows) > 1 else [1]:
             chosen = [numbers.pop() for _ in range(min(size, len(numbers)))]
             # A shorter row takes the place of padding.
-            for others in (own for key, own in by_length.items() if _fits(key, lengths)):
+            for others in (waiting for key, waiting in by_length.items() if _fits(key, lengths)):
                 chosen += [others.pop() for _ in range(min(size - len(chosen), len(others)))]
             # A lane of padding alone would have attention see nothing.
             lonely: Any = ([[0]] if lengths[0] else [[]]) * (size - len(chosen))
@@ -141,7 +141,7 @@ def collect(
         longest = max((row_length(len(row)) for row in rows), default=0)
         shape = (shape[0], max(LEAST_TEXT, longest), config.hidden_size)
     large = on_disk and networks.pointwise(config) and math.prod(shape) * np.dtype(dtype).itemsize > LARGE
-    found = [RowsOnDisk(shape[0], shape[-1], dtype) if large else np.zeros(shape, dtype) for _ in Sites._fields]
+    arrays = [RowsOnDisk(shape[0], shape[-1], dtype) if large else np.zeros(shape, dtype) for _ in Sites._fields]
     done = 0
     for numbers, traced, first in _traced(model, rows, positions, layer, begins):
         lane = np.concatenate([np.full(len(positions[number]), slot) for slot, number in enumerate(numbers)]).astype(
@@ -156,7 +156,7 @@ def collect(
             int,
         )
         target = np.concatenate([np.arange(offsets[number], offsets[number + 1]) for number in numbers]).astype(int)
-        for array, source in zip(found, (traced.query, traced.output, traced.context["residual"]), strict=True):
+        for array, source in zip(arrays, (traced.query, traced.output, traced.context["residual"]), strict=True):
             if networks.pointwise(config):
                 array[target] = host(source)[lane, place]
             else:
@@ -165,7 +165,7 @@ def collect(
         done += len(numbers)
         if progress:
             progress(done)
-    return Sites(*found)
+    return Sites(*arrays)
 
 
 def _traced(
@@ -194,10 +194,10 @@ def _traced(
     begun = networks.begin(config, model.params, tokens_array(padded, row_length(int(lengths.max()))))
     for chosen, batch in batches(config, [rows[number][int(lengths[which[number]]) :] for number in shared.tolist()]):
         assert not isinstance(batch, Pair)
-        own = np.zeros(batch.shape[0], np.int32)
-        own[: len(chosen)] = which[shared[chosen]]
-        first = lengths[own].astype(np.int32)
-        batch, *of = shard_rows((batch, own, first), mesh)
+        begins_with = np.zeros(batch.shape[0], np.int32)
+        begins_with[: len(chosen)] = which[shared[chosen]]
+        first = lengths[begins_with].astype(np.int32)
+        batch, *of = shard_rows((batch, begins_with, first), mesh)
         traced = networks.trace_after(config, model.params, batch, layer, begun, *of)
         yield shared[chosen].tolist(), traced, first[: len(chosen)]
 

@@ -36,10 +36,10 @@ def read_inputs(path: str | Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise TPatchError(f"the memory text {path} cannot be read ({error}); give a UTF-8 text file") from None
     lines = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    found = dict.fromkeys(_input(line, f"{path}, line {number}") for number, line in lines)
-    if not found:
+    inputs = dict.fromkeys(_input(line, f"{path}, line {number}") for number, line in lines)
+    if not inputs:
         raise TPatchError(f"{path} holds no input; give a file with one input a line")
-    return list(found)
+    return list(inputs)
 
 
 def _input(line: str, where: str) -> str:
@@ -77,19 +77,19 @@ def input_contexts(text: str, others: tuple[str, ...], count: int) -> list[str]:
     def without(out: set[int]) -> str:
         return " ".join(word for number, word in enumerate(words) if number not in out)
 
-    found = []
+    shapes = []
     for number in range(count):
-        shape, other = number % 5, others[number // 5 % len(others)] if others else ""
-        if len(words) < 3 or (shape > 2 and not other):
-            found.append(text)
-        elif shape == 0:
-            found.append(without({short[int(rng.integers(len(short)))]}))
-        elif shape == 1:
+        kind, other = number % 5, others[number // 5 % len(others)] if others else ""
+        if len(words) < 3 or (kind > 2 and not other):
+            shapes.append(text)
+        elif kind == 0:
+            shapes.append(without({short[int(rng.integers(len(short)))]}))
+        elif kind == 1:
             several = max(1, len(short) * 2 // 3)
-            found.append(without({short[pick] for pick in rng.permutation(len(short))[:several]}))
-        elif shape == 2:
+            shapes.append(without({short[pick] for pick in rng.permutation(len(short))[:several]}))
+        elif kind == 2:
             middle = int(rng.integers(1, len(words)))
-            found.append(" ".join([*words[middle:], *words[:middle]]))
+            shapes.append(" ".join([*words[middle:], *words[:middle]]))
         else:
-            found.append(f"{other} {text}" if shape == 3 else f"{text} {other}")
-    return found
+            shapes.append(f"{other} {text}" if kind == 3 else f"{text} {other}")
+    return shapes

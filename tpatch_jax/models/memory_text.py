@@ -16,6 +16,7 @@ from tpatch_jax.models.generation import greedy, sample
 from tpatch_jax.models.inputs import read_inputs
 from tpatch_jax.models.model import Model
 from tpatch_jax.storage.files import replace_folder
+from tpatch_jax.typing import Progress
 
 __all__ = [
     "LENGTH",
@@ -36,8 +37,6 @@ INPUTS = 16_384
 """So many inputs are read at most."""
 LANES = 64
 ANSWER_TOKENS = 24
-
-Progress = Callable[[str, int, int], None]
 
 
 def memory_rows(
@@ -80,8 +79,8 @@ def memory_texts(
     """The texts behind the memory, in tokens: the same for every layer, so that sampling them is done once."""
     if folder is not None and folder.exists():
         try:
-            found = load_file(folder / "texts.safetensors")
-            return [part.tolist() for part in np.split(found["tokens"], np.cumsum(found["lengths"])[:-1])]
+            arrays = load_file(folder / "texts.safetensors")
+            return [part.tolist() for part in np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1])]
         except (OSError, ValueError, KeyError, SafetensorError):
             shutil.rmtree(folder, ignore_errors=True)
     if model.config.architecture != "decoder":
@@ -133,8 +132,8 @@ def first_token(model: Model) -> int:
         model: a decoder.
     """
     tokenizer = model.tokenizer
-    found = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.bos_token_id)
-    return found if found is not None and found < model.config.vocabulary else tokenizer.eos_token_id or 0
+    token = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.bos_token_id)
+    return token if token is not None and token < model.config.vocabulary else tokenizer.eos_token_id or 0
 
 
 def _sampled(model: Model, progress: Progress | None) -> list[list[int]]:
@@ -144,8 +143,8 @@ def _sampled(model: Model, progress: Progress | None) -> list[list[int]]:
         if progress:
             progress("sampling memory text", done, TEXTS)
         key, begun = jax.random.fold_in(jax.random.key(0), done), [[first]] * lanes
-        found = sample(model.config, model.params, begun, LENGTH - 1, key, temperature=0.9, stops=model.stops)
-        rows.extend([first, *row] for row in found)
+        texts = sample(model.config, model.params, begun, LENGTH - 1, key, temperature=0.9, stops=model.stops)
+        rows.extend([first, *row] for row in texts)
     if progress:
         progress("sampling memory text", TEXTS, TEXTS)
     return rows
@@ -180,7 +179,7 @@ def _input_rows(
         return rows
     # Neighbours in length share a batch, so that little of it is padding.
     order = np.argsort([len(row) for row in rows], kind="stable")
-    found: list[list[int]] = [[] for _ in rows]
+    answered: list[list[int]] = [[] for _ in rows]
     for first in range(0, len(rows), LANES):
         if progress:
             progress("answering inputs", first, len(rows))
@@ -189,10 +188,10 @@ def _input_rows(
         for number, answer in zip(part, said, strict=True):
             # An answer that was cut off has no end to stay silent on.
             end = [] if len(answer) == ANSWER_TOKENS else [model.end]
-            found[number] = [*rows[number], *answer, *end]
+            answered[number] = [*rows[number], *answer, *end]
     if progress:
         progress("answering inputs", len(rows), len(rows))
-    return found
+    return answered
 
 
 def keep_folder(folder: Path, write: Callable[[Path], object]) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,9 @@ from flax import nnx
 from tpatch_jax.core import ffn
 from tpatch_jax.models.blocks import Block, Norm
 from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.typing import Params
 
 __all__ = ["merged_neurons", "parameter_shapes"]
-
-Params = dict[Any, Any]
 
 
 def parameter_shapes(config: NetworkConfig, merged: Mapping[int, int] | None = None) -> Params:

@@ -7,7 +7,7 @@ model is written as a Llama, which can, if it is one in all but name. A T5's enc
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,11 +32,10 @@ from tpatch_jax.models.shapes import merged_neurons, parameter_shapes
 from tpatch_jax.requests import EditRequest, join_target
 from tpatch_jax.storage.cache import cache_folder
 from tpatch_jax.storage.files import check_vacant, replace_folder
+from tpatch_jax.typing import Params, Progress
 
 __all__ = ["ExportError", "ExportInfo", "constant_direction", "export_model"]
 
-Params = dict[Any, Any]
-Progress = Callable[[str, int, int], None]
 
 MULTIPLE = 8
 """Widths are rounded up to it: matrix units read other widths more slowly, in every layer."""
@@ -206,14 +205,14 @@ def _described(settings: Mapping[str, Any], config: NetworkConfig) -> NetworkCon
 def _exact(model: Model) -> tuple[dict[str, Any], NetworkConfig, str, list[str]]:
     """Settings whose stock network is the given one, their description, how it is called, and why there are none."""
     config, family, width = model.config, family_of(model.settings), _width(model)
-    own = {**model.settings, family.ffn_width: width}
+    settings = {**model.settings, family.ffn_width: width}
     if width == config.ffn_width:
-        return own, _described(own, config), "exact", []
+        return settings, _described(settings, config), "exact", []
     if family.export == "exact":
-        own.update({family.biases: True} if family.biases and not config.ffn_bias else {})
-        return own, _described(own, config), "exact", []
+        settings.update({family.biases: True} if family.biases and not config.ffn_bias else {})
+        return settings, _described(settings, config), "exact", []
     if config.encoder:
-        return own, _described(own, config), "", ["it is an encoder-decoder"]
+        return settings, _described(settings, config), "", ["it is an encoder-decoder"]
     llama = _as_llama(config, model.settings, width)
     target = configure(llama)
     return llama, target, "exact as Llama", _differences(config, target, model.settings)
@@ -265,17 +264,17 @@ _FREE = ("family", "ffn_width", "ffn_bias", "query_bias", "output_bias", "window
 def _differences(config: NetworkConfig, target: NetworkConfig, settings: Mapping[str, Any]) -> list[str]:
     """Why a network is no Llama, in words; biases that are added are zero and make no difference."""
     seen = [window for window in config.windows if 0 < window < config.context]
-    found = [f"its attention sees only {min(seen)} of {config.context} tokens in some layers"] if seen else []
+    reasons = [f"its attention sees only {min(seen)} of {config.context} tokens in some layers"] if seen else []
     names = [field.name for field in dataclasses.fields(config) if field.name not in _FREE]
-    found += [
+    reasons += [
         _WORDS.get(name, f"its {name} differs") for name in names if getattr(config, name) != getattr(target, name)
     ]
     # Our reading of it is for short texts; a stock Llama would change the rule with the text's length.
     if is_longrope(settings):
-        found.append("its rotation is scaled by longrope")
+        reasons.append("its rotation is scaled by longrope")
     if config.hidden_size % config.heads:
-        found.append(f"its width {config.hidden_size} is not a multiple of its {config.heads} heads")
-    return found
+        reasons.append(f"its width {config.hidden_size} is not a multiple of its {config.heads} heads")
+    return reasons
 
 
 def _grown(params: Params, shapes: Params, dtype: Any) -> Params:
@@ -348,12 +347,12 @@ def _approximate(
     return approximated, _error(model, approximated, measured, requests, asked)
 
 
-def constant_direction(query: Array, own: Array | None = None, *, ridge: float = RIDGE) -> Array:
+def constant_direction(query: Array, requested: Array | None = None, *, ridge: float = RIDGE) -> Array:
     """A direction on which all queries are nearly one: ``u = (QᵀQ + λI)⁻¹ Qᵀ1``.
 
     Args:
         query: ``Q`` of unrelated text, ``[rows, d]``.
-        own: queries of the requests, ``[edits, d]``; together they count as much as all others.
+        requested: queries of the requests, ``[edits, d]``; together they count as much as all others.
         ridge: ``λ`` as a share of the mean eigenvalue of ``QᵀQ``.
 
     Returns:
@@ -367,8 +366,8 @@ def constant_direction(query: Array, own: Array | None = None, *, ridge: float =
     # On the host and in float64: one small system, and queries have a few directions that dwarf all others.
     rows = np.asarray(query, np.float64)
     moment, sums = rows.T @ rows / len(rows), rows.mean(0)
-    if own is not None and len(own):
-        rows = np.asarray(own, np.float64)
+    if requested is not None and len(requested):
+        rows = np.asarray(requested, np.float64)
         moment, sums = moment + rows.T @ rows / len(rows), sums + rows.mean(0)
     width = len(sums)
     return jnp.asarray(np.linalg.solve(moment + ridge * np.trace(moment) / width * np.eye(width), sums), jnp.float32)
@@ -401,13 +400,13 @@ def _error(
     largest, total, same = 0.0, 0.0, 0
     chunk = 256
     for first in range(0, hidden.shape[0], chunk):
-        wanted, found = (
+        wanted, given = (
             np.asarray(networks.logits(model.config, model.params, part[first : first + chunk]))
             for part in (hidden, other)
         )
-        difference = np.abs(wanted - found)
+        difference = np.abs(wanted - given)
         largest, total = max(largest, float(difference.max())), total + float(difference.mean(-1).sum())
-        same += int((wanted.argmax(-1) == found.argmax(-1)).sum())
+        same += int((wanted.argmax(-1) == given.argmax(-1)).sum())
     held, lost = [], []
     said, end = np.zeros(0, np.int32), 0
     if asked:

@@ -22,10 +22,10 @@ from tpatch_jax.models.shapes import merged_neurons
 from tpatch_jax.models.sharding import place
 from tpatch_jax.storage.files import replace_folder
 from tpatch_jax.storage.processes import one_process_writes
+from tpatch_jax.typing import Params
 
 __all__ = ["read_folder", "read_settings", "write_folder"]
 
-Params = dict[Any, Any]
 
 NEURONS_KEY = "tpatch_neurons"
 """In ``config.json``: how many neurons were merged into which layers, ``{"29": 12}``."""
@@ -64,8 +64,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise TPatchError(f"{path} cannot be used ({reason}); copy the model's original config.json there") from error
     # What the file leaves open with a null, transformers has filled in.
-    found = completed | {name: entry for name, entry in raw.items() if entry is not None}
-    return found | _generation(folder, found)
+    settings = completed | {name: entry for name, entry in raw.items() if entry is not None}
+    return settings | _generation(folder, settings)
 
 
 def _generation(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,22 +74,22 @@ def _generation(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     It counts more in transformers. Tokens that end a text there do so besides those that ``config.json`` names.
     """
     try:
-        found = json.loads((folder / "generation_config.json").read_text("utf-8"))
+        generation = json.loads((folder / "generation_config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(generation, dict):
         return {}
-    start, changes = found.get(_STARTS_WITH), {}
+    start, changes = generation.get(_STARTS_WITH), {}
     if isinstance(start, int):
         changes[_STARTS_WITH] = start
-    there, more = _numbers(settings.get(_ENDS_WITH)), _numbers(found.get(_ENDS_WITH))
+    there, more = _numbers(settings.get(_ENDS_WITH)), _numbers(generation.get(_ENDS_WITH))
     if not set(more) <= set(there):
         changes[_ENDS_WITH] = list(dict.fromkeys([*there, *more]))
     return changes
 
 
-def _numbers(found: Any) -> list[int]:
-    return [number for number in (found if isinstance(found, list) else [found]) if isinstance(number, int)]
+def _numbers(entry: Any) -> list[int]:
+    return [number for number in (entry if isinstance(entry, list) else [entry]) if isinstance(number, int)]
 
 
 def _shards(folder: Path) -> dict[str, Path]:
@@ -116,16 +116,16 @@ def _shards(folder: Path) -> dict[str, Path]:
             f"{folder} holds no safetensors weights{hint}; put model.safetensors beside config.json, or take a model "
             "of the hub that has them, for pickles are never fetched"
         )
-    found: dict[str, Path] = {}
+    file_of: dict[str, Path] = {}
     for path in files:
         for name in _names(path):
-            if name in found:
+            if name in file_of:
                 raise TPatchError(
-                    f"{folder} holds {name} twice, in {found[name].name} and in {path.name}; leave the model's own "
+                    f"{folder} holds {name} twice, in {file_of[name].name} and in {path.name}; leave the model's own "
                     "files there, or name the one that counts model.safetensors"
                 )
-            found[name] = path
-    return found
+            file_of[name] = path
+    return file_of
 
 
 def _names(path: Path) -> list[str]:
@@ -138,12 +138,12 @@ def _names(path: Path) -> list[str]:
 
 def _available(shards: Mapping[str, Path], wanted: Sequence[str]) -> dict[str, str]:
     """The names under which a checkpoint holds what is wanted; the first BERTs call a norm's parts gamma and beta."""
-    found = {}
+    names = {}
     for name in wanted:
         older = name.removesuffix("weight") + "gamma" if name.endswith("weight") else name.removesuffix("bias") + "beta"
         if name in shards or older in shards:
-            found[name] = name if name in shards else older
-    return found
+            names[name] = name if name in shards else older
+    return names
 
 
 def _alike(shards: Mapping[str, Path], one: str, other: str) -> bool:
@@ -248,15 +248,15 @@ def read_folder(
     for name, stored in sorted(names.items()):
         with safe_open(shards[stored], "np") as file:
             part, expected = file.get_slice(stored), wanted[name].shape
-            found = tuple(part.get_shape())
-            if found != expected:
+            shape = tuple(part.get_shape())
+            if shape != expected:
                 if labels is not None and _in_head(wanted[name].paths[0]):
                     continue
-                problems.append(f"{name} has shape {found}, config.json implies {expected}")
+                problems.append(f"{name} has shape {shape}, config.json implies {expected}")
             elif part.get_dtype() not in _FLOATS:
                 kind = part.get_dtype()
                 problems.append(f"{name} is {kind}: a quantised checkpoint; fetch the unquantised model")
-            sizes[name] = math.prod(found)
+            sizes[name] = math.prod(shape)
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise TPatchError(f"{folder} does not hold the model that its config.json describes: {shown}")

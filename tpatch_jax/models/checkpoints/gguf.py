@@ -12,14 +12,12 @@ import numpy as np
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.gguf_metadata import Metadata, listed, special_ids
 from tpatch_jax.models.checkpoints.gguf_tokenizer import tokenizer_files
+from tpatch_jax.typing import Progress
 
 __all__ = ["CONVERTER_VERSION", "Progress", "convert_gguf"]
 
 # Raise it whenever the written files change: folders that an older converter cached are then rebuilt.
 CONVERTER_VERSION = 1
-
-# stage, done, total (0 where the total is not known)
-Progress = Callable[[str, int, int], None]
 
 _READABLE = "use a file in F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K or IQ1_S to IQ4_XS"
 

@@ -8,10 +8,10 @@ import numpy as np
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.family import Family
 from tpatch_jax.models.shapes import parameter_shapes
+from tpatch_jax.typing import Params
 
 __all__ = ["Stored", "flatten", "insert", "join", "layout", "split"]
 
-Params = dict[Any, Any]
 Shape = tuple[int, ...]
 
 

@@ -16,12 +16,12 @@ POOLING = "classifier_pooling"
 def labels(settings: Settings) -> tuple[str, ...]:
     """What a classifier tells apart, in the order of its logits."""
     names = settings.get("id2label") or {}
-    found = {int(number): str(name) for number, name in names.items()}
-    if sorted(found) != list(range(len(found))) or len(found) < 2:
-        raise TPatchError(f"config.json numbers its labels {sorted(found)}; 'id2label' must count from 0, two or more")
-    if len(set(found.values())) < len(found):
+    labels = {int(number): str(name) for number, name in names.items()}
+    if sorted(labels) != list(range(len(labels))) or len(labels) < 2:
+        raise TPatchError(f"config.json numbers its labels {sorted(labels)}; 'id2label' must count from 0, two or more")
+    if len(set(labels.values())) < len(labels):
         raise TPatchError("config.json gives two labels the same name in 'id2label'; give each its own")
-    return tuple(found[number] for number in sorted(found))
+    return tuple(labels[number] for number in sorted(labels))
 
 
 def _encoder(family: str, settings: Settings, **fields: Any) -> NetworkConfig:

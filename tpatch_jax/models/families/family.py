@@ -118,10 +118,12 @@ def windows(settings: Settings, layers: int) -> tuple[int, ...]:
     kinds = settings.get("layer_types")
     if not window or not kinds:
         return ()
-    found = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-    if len(found) != layers:
-        raise TPatchError(f"config.json has layer_types for {len(found)} layers and {layers} layers; mend one of them")
-    return found if any(found) else ()
+    windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    if len(windows) != layers:
+        raise TPatchError(
+            f"config.json has layer_types for {len(windows)} layers and {layers} layers; mend one of them"
+        )
+    return windows if any(windows) else ()
 
 
 def _rotation(settings: Settings) -> Settings:
@@ -158,8 +160,8 @@ def rope(settings: Settings, head_width: int, kind: str | None = None) -> tuple[
         head_width: width of one head; ``partial_rotary_factor`` says which share of it is rotated.
         kind: which entry to read where ``rope_parameters`` has one for each kind of layer.
     """
-    found = _rotation(settings)
-    rules = dict(found.get(kind, found) if kind else found)
+    rotation = _rotation(settings)
+    rules = dict(rotation.get(kind, rotation) if kind else rotation)
     theta = float(rules.get("rope_theta") or settings.get("rope_theta") or 10_000.0)
     share = rules.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0
     rotated = int(head_width * share)

@@ -55,15 +55,15 @@ def create_network(
     return dataclasses.replace(network, example=jnp.asarray(drawn, tokens.dtype))
 
 
-def widened(own: Mapping[str, Any], patch: Patch, path: str) -> dict[str, Any]:
+def widened(network: Mapping[str, Any], patch: Patch, path: str) -> dict[str, Any]:
     """`ffn.merge`, once it is sure that the matrices that the user named are an FFN of the patch's width."""
-    up, down, width = own["up"]["kernel"], own["down"]["kernel"], patch.key.shape[1]
+    up, down, width = network["up"]["kernel"], network["down"]["kernel"], patch.key.shape[1]
     if up.shape[0] != width or down.shape != up.shape[::-1]:
         raise TPatchError(
             f"up= and down= of {path!r} are {list(up.shape)} and {list(down.shape)}; on queries of width {width} they "
             f"must be [{width}, hidden] and [hidden, {width}]: name the first and the last layer of the FFN"
         )
-    return ffn.merge(dict(own), patch)
+    return ffn.merge(dict(network), patch)
 
 
 def suggestion(call: Callable[[Array], Any], seen: list[tuple[str, bool]], example: Any) -> tuple[bool, str]:

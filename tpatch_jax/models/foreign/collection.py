@@ -43,7 +43,7 @@ def collect_tokens(
     network: Network, rows: list[list[int]], places: Sequence[Sequence[int]], longest: int
 ) -> TokenSites:
     """Trace many rows and keep some positions of each, row after row."""
-    found = []
+    parts = []
     for first, last, table in _batches(rows, longest):
         traced = network.trace(table)
         lane = np.repeat(np.arange(last - first), [len(chosen) for chosen in places[first:last]])
@@ -59,8 +59,8 @@ def collect_tokens(
                 )
             whole = {**traced.context, "query": traced.query, "output": traced.output}
             context = {name: entry[lane] for name, entry in whole.items()} | {"position": jnp.asarray(place)}
-        found.append(jax.tree.map(np.asarray, TokenSites(query, output, context)))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
+        parts.append(jax.tree.map(np.asarray, TokenSites(query, output, context)))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def said(network: Network, rows: list[list[int]], places: Sequence[Sequence[int]], longest: int) -> np.ndarray:
@@ -76,8 +76,8 @@ def collect_queries(
     network: Network, rows: list[list[int]], places: Callable[[list[int]], Sequence[int]], longest: int
 ) -> Array:
     """The FFN's input at the places of every row, row after row: ``[queries, d]``."""
-    found = []
+    queries = []
     for first, last, table in _batches(rows, longest):
         query = np.asarray(network.trace(table).query)
-        found += [query[lane, list(places(rows[first + lane]))] for lane in range(last - first)]
-    return jnp.asarray(np.concatenate(found))
+        queries += [query[lane, list(places(rows[first + lane]))] for lane in range(last - first)]
+    return jnp.asarray(np.concatenate(queries))

@@ -141,9 +141,9 @@ def _inside(equation: JaxprEqn) -> Iterator[JaxprEqn]:
 def _run(steps: Sequence[_Step], values: dict[int, Any]) -> None:
     for step in steps:
         primitive = step.equation.primitive
-        found = primitive.get_bind_params(step.equation.params)
+        bound = primitive.get_bind_params(step.equation.params)
         # Before jax 0.10 the functions inside an equation came apart from its other parameters.
-        functions, params = found if isinstance(found, tuple) else ((), found)
+        functions, params = bound if isinstance(bound, tuple) else ((), bound)
         result = primitive.bind(*functions, *(values[number] for number in step.reads), **params)
         values.update(zip(step.writes, result if primitive.multiple_results else [result], strict=True))
 

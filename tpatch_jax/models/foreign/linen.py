@@ -158,19 +158,19 @@ def _growth(
 
     def entries(params: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
         """The FFN's own sub-dict, by role."""
-        found: Any = params
+        inner: Any = params
         for part in parts:
-            found = found.get(part, {})
+            inner = inner.get(part, {})
         for role, name in names.items():
-            kernel = found.get(name, {}).get("kernel") if isinstance(found.get(name), Mapping) else None
+            kernel = inner.get(name, {}).get("kernel") if isinstance(inner.get(name), Mapping) else None
             if getattr(kernel, "ndim", 0) != 2:
-                there = ", ".join(found) or "nothing"
+                there = ", ".join(inner) or "nothing"
                 raise TPatchError(
                     f"{role}={name!r} is not an nn.Dense in {path!r}, which holds {there}; name it, or attach"
                 )
-        return {role: dict(found[name]) for role, name in names.items()}
+        return {role: dict(inner[name]) for role, name in names.items()}
 
-    own = entries(variables["params"])
+    base = entries(variables["params"])
 
     def given(params: Any) -> Any:
         """Parameters as the user has them: alone, or among all variables."""
@@ -182,7 +182,7 @@ def _growth(
         init = nn.init(call, wider)
         shapes = nn.meta.unbox(jax.eval_shape(lambda: init(jax.random.key(0), tokens)["params"]))
         expected = flatten_dict(unfreeze(shapes))
-        merged = widened(own, patch, path)
+        merged = widened(base, patch, path)
         inside = {(*parts, names[role], name): leaf for role in merged for name, leaf in merged[role].items()}
         have = {**flatten_dict(variables["params"]), **inside}
         result = {place: _fit(place, have.get(place), shape, neurons) for place, shape in expected.items()}
@@ -199,10 +199,10 @@ def _growth(
         params = wider[1]["params"] if whole else wider[1]
         there = entries(params)
         reader = "gate" if "gate" in names else "up"
-        neurons = ffn.width(there) - ffn.width(own)
+        neurons = ffn.width(there) - ffn.width(base)
         if neurons < 0:
             raise TPatchError(f"{path!r} is narrower there than in this network; give what `merge` returned")
-        _, patch = ffn.unmerge(there, neurons, added_bias="bias" not in own[reader])
+        _, patch = ffn.unmerge(there, neurons, added_bias="bias" not in base[reader])
         flat: Any = flatten_dict(params)
         original: Any = flatten_dict(variables["params"])
         before = {place: _first(flat[place], leaf.shape) for place, leaf in original.items()}
@@ -212,7 +212,7 @@ def _growth(
         module, params = wider
         return jax.jit(nn.apply(call, module))(params if whole else {"params": params}, tokens)
 
-    return Growth(grow, shrink, apply, tuple(entry["kernel"].dtype for entry in own.values()))
+    return Growth(grow, shrink, apply, tuple(entry["kernel"].dtype for entry in base.values()))
 
 
 def _first(leaf: Any, shape: tuple[int, ...]) -> Array:

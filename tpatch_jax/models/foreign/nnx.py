@@ -81,15 +81,15 @@ def from_nnx(
 
     def run(params: Any, tokens: Array) -> Array:
         copy = nnx.merge(graph, params)
-        found = _walk(copy, ffn_path)
+        module_at = _walk(copy, ffn_path)
         # The copy alone gets another class; the user's module and its class stay as they are.
-        object.__setattr__(found, "__class__", _captured(type(found), ffn_path))
+        object.__setattr__(module_at, "__class__", _captured(type(module_at), ffn_path))
         return run_module(copy, tokens)
 
-    found = _walk(bare(), ffn_path)
-    if not isinstance(found, nnx.Module) or not ffn_path.strip("./"):
-        kind = "the whole network" if isinstance(found, nnx.Module) else f"a {type(found).__name__}"
-        what = "is not in this network" if found is _NOTHING else f"is {kind}, not one of its modules"
+    module_at = _walk(bare(), ffn_path)
+    if not isinstance(module_at, nnx.Module) or not ffn_path.strip("./"):
+        kind = "the whole network" if isinstance(module_at, nnx.Module) else f"a {type(module_at).__name__}"
+        what = "is not in this network" if module_at is _NOTHING else f"is {kind}, not one of its modules"
         raise TPatchError(f"{ffn_path!r} {what}; {_candidates(bare(), run_module, example)}")
     growth: Growth | str = (
         f"how to merge into {ffn_path!r} is not known; name its nnx.Linear layers, as in "
@@ -133,8 +133,8 @@ def _candidates(module: nnx.Module, call: Call, example: Any) -> str:
     """The paths of modules that keep their input's shape, as a sentence; the user's own kinds of module first."""
     seen: list[tuple[str, bool]] = []
 
-    def listen(path: str, found: nnx.Module) -> None:
-        kind: Any = type(found)
+    def listen(path: str, submodule: nnx.Module) -> None:
+        kind: Any = type(submodule)
         call_kind = kind.__call__
 
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -143,32 +143,32 @@ def _candidates(module: nnx.Module, call: Call, example: Any) -> str:
                 seen.append((path, kind.__module__.startswith("flax.") and kind is not nnx.Sequential))
             return output
 
-        object.__setattr__(found, "__class__", type(kind)(kind.__name__, (kind,), {"__call__": __call__}))
+        object.__setattr__(submodule, "__class__", type(kind)(kind.__name__, (kind,), {"__call__": __call__}))
 
-    for parts, found in list(nnx.iter_modules(module)):
+    for parts, submodule in list(nnx.iter_modules(module)):
         if parts:
-            listen(".".join(map(str, parts)), found)
+            listen(".".join(map(str, parts)), submodule)
     return suggestion(lambda tokens: call(module, tokens), seen, example)[1]
 
 
 def _growth(bare: Callable[[], nnx.Module], call: Call, path: str, names: dict[str, str]) -> Growth:
     def layers(module: nnx.Module) -> dict[str, nnx.Linear]:
-        found = {role: _walk(_walk(module, path), name) for role, name in names.items()}
-        for role, layer in found.items():
+        linears = {role: _walk(_walk(module, path), name) for role, name in names.items()}
+        for role, layer in linears.items():
             if not isinstance(layer, nnx.Linear):
                 kind = "missing" if layer is _NOTHING else f"a {type(layer).__name__}"
                 raise TPatchError(f"{role}={names[role]!r} in {path!r} is {kind}; name an nnx.Linear, or attach")
-        return found
+        return linears
 
-    def entries(found: dict[str, nnx.Linear]) -> dict[str, dict[str, Array]]:
+    def entries(linears: dict[str, nnx.Linear]) -> dict[str, dict[str, Array]]:
         return {
             role: {"kernel": layer.kernel[...]} | ({} if layer.bias is None else {"bias": layer.bias[...]})
-            for role, layer in found.items()
+            for role, layer in linears.items()
         }
 
     readers = ("gate", "up") if "gate" in names else ("up",)
-    own = entries(layers(bare()))
-    biased = {"bias" in own[role] for role in readers}
+    original = entries(layers(bare()))
+    biased = {"bias" in original[role] for role in readers}
     if len(biased) > 1:
         raise TPatchError(f"of {' and '.join(names[role] for role in readers)} in {path!r} only one has a bias; attach")
 
@@ -185,13 +185,13 @@ def _growth(bare: Callable[[], nnx.Module], call: Call, path: str, names: dict[s
         return module
 
     def grow(patch: Patch) -> nnx.Module:
-        return changed(bare(), widened(own, patch, path))
+        return changed(bare(), widened(original, patch, path))
 
     def shrink(wider: Any) -> tuple[nnx.Module, Patch]:
         graph, state = nnx.split(wider)
         copy = nnx.merge(graph, _copy(state))
         params = entries(layers(copy))
-        added = ffn.width(params) - ffn.width(own)
+        added = ffn.width(params) - ffn.width(original)
         if added < 0:
             raise TPatchError(f"{path!r} of that module is narrower than this network's; give what `merge` returned")
         before, patch = ffn.unmerge(params, added, added_bias=biased == {False})
@@ -201,4 +201,4 @@ def _growth(bare: Callable[[], nnx.Module], call: Call, path: str, names: dict[s
         graph, state = nnx.split(wider)
         return jax.jit(lambda state, tokens: call(nnx.merge(graph, state), tokens))(state, tokens)
 
-    return Growth(grow, shrink, apply, tuple(entry["kernel"].dtype for entry in own.values()))
+    return Growth(grow, shrink, apply, tuple(entry["kernel"].dtype for entry in original.values()))
