@@ -423,7 +423,7 @@ def test_what_cannot_be_edited_says_why(tiny_model, letters: Path, method: str) 
     with pytest.raises(TPatchError, match="needs a decoder"):
         editor.init(make_family("bert"), KEY)
     layer = max(state.moments)
-    patched = attach(tiny_model, create(16, 1)._replace(layer=jnp.asarray([layer], jnp.int32)))
+    patched = attach(tiny_model, {layer: create(16, 1)})
     with pytest.raises(TPatchError, match="merge or detach"):
         editor.init(patched, KEY)
 
