@@ -52,22 +52,22 @@ def edit(folder: str, text: str, out: Path, shape: str) -> dict[str, Any]:
     fitting._many_settle = watched  # pyright: ignore[reportAttributeAccessIssue]
     try:
         loaded = tp.load_model(folder, mesh=mesh)
-        patch, info = tp.edit(loaded, REQUESTS, settings=settings(), memory=text, cache=False)
+        patches, info = tp.edit(loaded, REQUESTS, settings=settings(), memory=text, cache=False)
     finally:
         fitting._many_settle = whole
-    tp.save_patches(out / shape / "patches", loaded, patch, REQUESTS, info)
-    tp.save_model(tp.merge(loaded, patch), out / shape / "model")
-    exact = measure(loaded, patch, REQUESTS)["exact"]
+    tp.save_patches(out / shape / "patches", loaded, patches, REQUESTS, info)
+    tp.save_model(tp.merge(loaded, patches), out / shape / "model")
+    exact = measure(loaded, patches, REQUESTS)["exact"]
     return {"seen": seen, "held": [request.held for request in info.requests], "exact": exact}
 
 
-def axes(folder: str, patches: Path) -> dict[str, float]:
+def axes(folder: str, saved: Path) -> dict[str, float]:
     """How far logits with attached patches are from those on one device, by axis types and who placed the weights."""
     one = tp.load_model(folder)
-    patch = tp.load_patches(patches, one)
+    patches = tp.load_patches(saved, one)
     tokens = tokens_array([[number + 5, 6, 7, 8] for number in range(8)], 8)
-    wanted, found = np.asarray(tp.attach(one, patch).apply(tokens)), {}
-    network = ffn.attach(one.params["layers"][2]["ffn"], patch)
+    wanted, found = np.asarray(tp.attach(one, patches).apply(tokens)), {}
+    network = ffn.attach(one.params["layers"][2]["ffn"], patches[2])
     query = one.trace(tokens).query
     out = np.asarray(ffn.apply(network, query, one.config.activation))
     for kind in (AxisType.Auto, AxisType.Explicit):
@@ -81,7 +81,7 @@ def axes(folder: str, patches: Path) -> dict[str, float]:
                 "own": one.with_params(jax.device_put(one.params, everywhere)),
             }
             for name, model in models.items():
-                logits = tp.attach(model, patch).apply(batch)
+                logits = tp.attach(model, patches).apply(batch)
                 assert logits.sharding.mesh.axis_types == mesh.axis_types
                 found[f"{kind.name} {name}"] = float(np.abs(np.asarray(logits) - wanted).max())
             split = jax.device_put(network, everywhere)

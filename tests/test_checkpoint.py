@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_families import tiny_model as tiny_of
 from tiny_families import tiny_settings
 
+from tpatch_jax.core.layers import split_layers
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.editors.reading import read_item
 from tpatch_jax.errors import TPatchError
@@ -97,17 +98,17 @@ def test_a_merged_model_comes_back_with_its_neurons(tmp_path, biased):
     model = make_tiny_model(1, mlp_bias=biased)
     rng = np.random.default_rng(0)
     key, value = (jnp.asarray(rng.normal(size=(3, 16)), jnp.float32) for _ in range(2))
-    patch = Patch(key, jnp.arange(3.0), value, jnp.asarray([0, 2, 2], jnp.int32))
-    merged = merge(model, patch)
+    patches = split_layers(Patch(key, jnp.arange(3.0), value), [0, 2, 2])
+    merged = merge(model, patches)
     folder = write_tiny_folder(merged, tmp_path / "merged")
     settings = json.loads((folder / "config.json").read_text())
     assert settings["tpatch_neurons"] == {"0": 1, "2": 2}
     assert settings["intermediate_size"] == 32
     loaded = load_model(folder)
     assert same(loaded.params, merged.params)
-    back, found = unmerge(loaded)
+    back, taken = unmerge(loaded)
     assert same(back.params, model.params)
-    assert same(found, patch)
+    assert same(taken, patches)
     # and a model that lost them again does not claim them
     save_model(back, tmp_path / "back")
     assert "tpatch_neurons" not in json.loads((tmp_path / "back" / "config.json").read_text())

@@ -274,9 +274,9 @@ def test_a_head_that_reads_the_mean_is_none_of_theirs(name, tmp_path):
 
 
 def test_attached_patches_are_merged(tmp_path):
-    model, patch = make_tiny_model(), patch_for((0, 2))
-    export_model(attach(model, patch), tmp_path / "attached")
-    export_model(merge(model, patch), tmp_path / "merged")
+    model, patches = make_tiny_model(), patch_for((0, 2))
+    export_model(attach(model, patches), tmp_path / "attached")
+    export_model(merge(model, patches), tmp_path / "merged")
     assert same(load_model(tmp_path / "attached").params, load_model(tmp_path / "merged").params)
 
 
@@ -450,14 +450,14 @@ def edited(tmp_path, letters, monkeypatch) -> Path:
     monkeypatch.setenv("TPATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("tpatch_jax.storage.process.prepare_process", lambda: None)
     for name in ("llama", "gemma"):
-        model, patch = tiny_model(name), patch_for((2,), scale=1e-4)
+        model, patches = tiny_model(name), patch_for((2,), scale=1e-4)
         write_tiny_folder(model, tmp_path / name)
-        requests = [printable(merge(model, patch)), EditRequest("in", "")]
+        requests = [printable(merge(model, patches)), EditRequest("in", "")]
         results = (
-            RequestInfo("said", True, "edited", neurons=(0, 1, 2)),
+            RequestInfo("said", True, "edited", neurons={2: (0, 1, 2)}),
             RequestInfo("edit-1", False, "failed", "the target is empty"),
         )
-        store.save_patches(tmp_path / f"{name}-patches", model, patch, requests, EditInfo(results, 0, 0, 0, 0, 0))
+        store.save_patches(tmp_path / f"{name}-patches", model, patches, requests, EditInfo(results, 0, 0, 0, 0, 0))
     return tmp_path
 
 

@@ -69,9 +69,9 @@ def test_an_edit_holds(name, letters, inputs):
 
     assert logits(model).argmax(-1).tolist() != target
     memory = letters if model.config.architecture == "decoder" else inputs
-    patch, info = edit(model, [request], settings=QUICK, memory=memory, cache=False)
+    patches, info = edit(model, [request], settings=QUICK, memory=memory, cache=False)
     assert [(result.held, result.reason) for result in info.requests] == [(True, "")]
-    attached, merged = (logits(put(model, patch)) for put in (attach, merge))
+    attached, merged = (logits(put(model, patches)) for put in (attach, merge))
     assert merged.argmax(-1).tolist() == target
     assert relative(merged, attached) < 1e-5
 

@@ -466,8 +466,9 @@ def test_an_edit_holds_and_leaves_the_rest_alone(either):
     assert float(jnp.abs(patch.key).max()) < 1e6
     assert [request.status for request in info.requests] == ["edited"] * 3
     assert 4 <= len(patch.key) <= 8
-    neurons = [number for request in info.requests for number in request.neurons[either.layer]]
-    assert sorted(neurons) == list(range(len(patch.key)))
+    assert all(set(request.neurons) == {either.layer} for request in info.requests)
+    positions = [position for request in info.requests for position in request.neurons[either.layer]]
+    assert sorted(positions) == list(range(len(patch.key)))
     edited = either.attach(patch)
     assert [greedy(edited, prompt, len(target)) for prompt, target in zip(PROMPTS, TARGETS, strict=True)] == TARGETS
     others = np.random.default_rng(9).integers(VOCABULARY // 2, VOCABULARY, (64, 16))
@@ -519,8 +520,7 @@ def test_failed_edits_are_reported_and_left_out(network, monkeypatch):
     patch, info = tp.edit_tokens(network, PROMPTS, TARGETS, MEMORY, settings=once)
     assert [request.status for request in info.requests] == ["failed", "edited", "edited"]
     assert "target token 1 of 1 still comes out wrong after 1 attempts" in info.requests[0].reason
-    assert not any(info.requests[0].neurons.values())
-    assert patch.key.shape[0] == sum(len(request.neurons[network.layer]) for request in info.requests[1:]) == 3
+    assert patch.key.shape[0] == sum(len(request.neurons.get(network.layer, ())) for request in info.requests) == 3
     edited = network.attach(patch)
     assert [greedy(edited, prompt, len(target)) == target for prompt, target in zip(PROMPTS, TARGETS, strict=True)] == [
         False,
@@ -738,6 +738,13 @@ def test_patches_that_do_not_fit(either):
         either.attach(create(8, 2))
     with pytest.raises(tp.TPatchError, match=r"is a batch of patches; use patch.join"):
         either.attach(Patch(jnp.ones((2, 1, WIDTH)), jnp.ones((2, 1)), jnp.ones((2, 1, WIDTH))))
+    for put in (either.attach, either.merge):
+        with pytest.raises(
+            tp.TPatchError, match=r"a dict is not one Patch; .* of \{layer: patch\} that is patches\[layer\]"
+        ):
+            put({either.layer: create(WIDTH, 2)})
+        with pytest.raises(tp.TPatchError, match=r"a tuple is not one Patch"):
+            put((create(WIDTH, 2), "info"))
     traced = either.trace(TOKENS)
     with pytest.raises(tp.TPatchError, match=r"the output is \[3, 1, 32\]; the trace holds \[3, 11, 32\]"):
         either.resume(traced, traced.output[:, :1])

@@ -7,7 +7,8 @@ import pytest
 from conftest import make_tiny_model, relative, same, tiny_tokenizer, write_tiny_folder
 
 from tpatch_jax.core import ffn
-from tpatch_jax.core.patch import Patch, concatenate, create, take
+from tpatch_jax.core.layers import concatenate_layers, split_layers
+from tpatch_jax.core.patch import Patch, create
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation, networks
 from tpatch_jax.models.model import Model, load_model, save_model
@@ -57,14 +58,18 @@ def lengths_of(model: Model) -> list[int]:
     return [len(model.encode(text)) for text in TEXTS]
 
 
-def random_patch(seed: int, neurons: int, layers: tuple[int, ...] | None = None, width: int = 16) -> Patch:
+def random_patch(seed: int, neurons: int, width: int = 16) -> Patch:
     rng = np.random.default_rng(seed)
 
     def draw(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    named = None if layers is None else jnp.asarray([layers[n % len(layers)] for n in range(neurons)], jnp.int32)
-    return Patch(draw(neurons, width), draw(neurons), 0.3 * draw(neurons, width), named)
+    return Patch(draw(neurons, width), draw(neurons), 0.3 * draw(neurons, width))
+
+
+def random_patches(seed: int, neurons: int, layers: tuple[int, ...]) -> dict[int, Patch]:
+    """So many neurons in all, in turn in one layer and in the next."""
+    return split_layers(random_patch(seed, neurons), [layers[n % len(layers)] for n in range(neurons)])
 
 
 # --- the cut ---
@@ -176,7 +181,7 @@ def test_tying_shares_the_embedding_and_untying_does_not():
 def test_shapes_are_those_of_the_parameters(model):
     described = jax.tree.map(lambda leaf: leaf.shape, parameter_shapes(model.config))
     assert described == jax.tree.map(lambda leaf: leaf.shape, model.params)
-    merged = merge(model, random_patch(0, 3, (1,)))
+    merged = merge(model, random_patches(0, 3, (1,)))
     assert merged_neurons(model.config, merged.params) == {1: 3}
     described = jax.tree.map(lambda leaf: leaf.shape, parameter_shapes(model.config, {1: 3}))
     assert described == jax.tree.map(lambda leaf: leaf.shape, merged.params)
@@ -247,8 +252,8 @@ def test_the_cache_changes_no_token_and_lanes_do_not_mix(rich):
 
 
 def test_generation_runs_patches_where_they_are(rich):
-    patch = random_patch(5, 6, (0, 2))
-    attached, rows = attach(rich, patch), [rich.encode(text) for text in TEXTS]
+    patches = random_patches(5, 6, (0, 2))
+    attached, rows = attach(rich, patches), [rich.encode(text) for text in TEXTS]
     wanted = [slowly(attached, row, 8) for row in rows]
     assert generation.greedy(attached.config, attached.params, rows, 8) == wanted
     assert wanted != [slowly(rich, row, 8) for row in rows]
@@ -313,8 +318,8 @@ def test_sampling_follows_its_key_and_stays_among_the_best(tiny_model):
 
 
 def test_merged_equals_attached_in_every_layer_at_once(rich):
-    patch, tokens = random_patch(1, 6, (2, 0, 1)), tokens_of(rich)
-    attached, merged = attach(rich, patch), merge(rich, patch)
+    patches, tokens = random_patches(1, 6, (2, 0, 1)), tokens_of(rich)
+    attached, merged = attach(rich, patches), merge(rich, patches)
     assert merged_neurons(rich.config, merged.params) == {0: 2, 1: 2, 2: 2}
     for layer in LAYERS:
         assert not ffn.attached(merged.params["layers"][layer]["ffn"])
@@ -324,8 +329,8 @@ def test_merged_equals_attached_in_every_layer_at_once(rich):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_merged_equals_attached_in_one_layer(rich, layer):
-    patch, tokens = random_patch(2, 2, (layer,)), tokens_of(rich)
-    attached, merged = attach(rich, patch), merge(rich, patch)
+    patches, tokens = random_patches(2, 2, (layer,)), tokens_of(rich)
+    attached, merged = attach(rich, patches), merge(rich, patches)
     assert relative(merged.apply(tokens), attached.apply(tokens)) < 1e-5
     assert relative(attached.apply(tokens), rich.apply(tokens)) > 1e-3
     # and it went there and nowhere else
@@ -334,22 +339,37 @@ def test_merged_equals_attached_in_one_layer(rich, layer):
         assert same(whole, jax.tree.leaves(rich.params["layers"][other]["ffn"])) == (other != layer)
 
 
-def test_neurons_without_a_layer_live_in_the_last(rich):
+def test_one_patch_goes_into_the_last_layer(rich):
     patch, tokens = random_patch(2, 3), tokens_of(rich)
-    named = patch._replace(layer=jnp.full(3, 2, jnp.int32))
-    assert same(attach(rich, patch).params, attach(rich, named).params)
-    negative = patch._replace(layer=jnp.full(3, -1, jnp.int32))
-    assert same(merge(rich, negative).params, merge(rich, patch).params)
+    for put in (attach, merge):
+        assert same(put(rich, patch).params, put(rich, {2: patch}).params)
+        assert same(put(rich, patch).params, put(rich, {-1: patch}).params)
+        assert not same(put(rich, patch).params, put(rich, {-2: patch}).params)
     assert relative(attach(rich, patch).apply(tokens), rich.apply(tokens)) > 1e-3
+
+
+def test_two_names_of_one_layer_are_that_layer(rich):
+    first, second = random_patch(2, 3), random_patch(3, 2)
+    both = concatenate_layers([{2: first}, {2: second}])
+    for put in (attach, merge):
+        assert same(put(rich, {2: first, -1: second}).params, put(rich, both).params)
+
+
+def test_layers_without_neurons_are_left_alone(rich):
+    patch = random_patch(2, 3)
+    for put in (attach, merge):
+        assert same(put(rich, {0: create(16), 1: patch}).params, put(rich, {1: patch}).params)
+        assert same(put(rich, {0: create(16)}).params, rich.params)
+        assert same(put(rich, {}).params, rich.params)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_silent_neurons_under_relu_change_no_bit(rich, layer):
-    patch = random_patch(4, 2, (layer,))
+    patch = random_patch(4, 2)
     silent, tokens = patch._replace(bias=patch.bias - 1e3), tokens_of(rich)
-    np.testing.assert_array_equal(attach(rich, silent, relu=True).apply(tokens), rich.apply(tokens))
+    np.testing.assert_array_equal(attach(rich, {layer: silent}, relu=True).apply(tokens), rich.apply(tokens))
     # the same neurons awake do change it
-    assert relative(attach(rich, patch, relu=True).apply(tokens), rich.apply(tokens)) > 1e-3
+    assert relative(attach(rich, {layer: patch}, relu=True).apply(tokens), rich.apply(tokens)) > 1e-3
 
 
 @pytest.mark.parametrize("relu", [False, True])
@@ -360,32 +380,32 @@ def test_empty_and_fresh_patches_change_no_bit(rich, relu, neurons):
     np.testing.assert_array_equal(patched.apply(tokens), rich.apply(tokens))
 
 
-def test_unmerging_gives_back_the_parameters_and_the_patch_bit_for_bit(rich):
-    patch = random_patch(6, 6, (1, 0, 2))
-    merged = merge(rich, patch)
-    back, found = unmerge(merged)
+def test_unmerging_gives_back_the_parameters_and_the_patches_bit_for_bit(rich):
+    patches = random_patches(6, 6, (1, 0, 2))
+    merged = merge(rich, patches)
+    back, taken = unmerge(merged)
     assert same(back.params, rich.params)
-    order = np.argsort(np.asarray(patch.layer), kind="stable")
-    assert same(found, take(patch, order))
-    assert same(merge(back, found).params, merged.params)
+    assert same(taken, patches)
+    assert list(taken) == [0, 1, 2]
+    assert same(merge(back, taken).params, merged.params)
 
 
 def test_merges_stack_and_come_out_one_by_one(rich):
-    first, second = random_patch(7, 2, (1,)), random_patch(8, 3, (1,))
+    first, second = random_patches(7, 2, (1,)), random_patches(8, 3, (1,))
     once = merge(rich, first)
     twice = merge(once, second)
     assert merged_neurons(rich.config, twice.params) == {1: 5}
-    back, found = unmerge(twice, {1: 3})
+    back, taken = unmerge(twice, {1: 3})
     assert same(back.params, once.params)
-    assert same(found, second)
-    both = concatenate([first, second])
+    assert same(taken, second)
+    both = concatenate_layers([first, second])
     assert same(unmerge(twice)[1], both)
     tokens = tokens_of(rich)
     assert relative(twice.apply(tokens), attach(rich, both).apply(tokens)) < 1e-5
 
 
 def test_detaching_gives_back_the_very_arrays(rich):
-    patched = attach(attach(rich, random_patch(1, 2, (0,))), random_patch(2, 2, (2,)), relu=True)
+    patched = attach(attach(rich, random_patches(1, 2, (0,))), random_patches(2, 2, (2,)), relu=True)
     back = detach(patched)
     assert jax.tree.structure(back.params) == jax.tree.structure(rich.params)
     pairs = zip(jax.tree.leaves(back.params), jax.tree.leaves(rich.params), strict=True)
@@ -398,16 +418,19 @@ def test_what_cannot_be_patched_is_an_error(tiny_model, tmp_path):
     with pytest.raises(TPatchError, match="8 wide and the network 16"):
         merge(tiny_model, random_patch(0, 2, width=8))
     with pytest.raises(TPatchError, match="layer 3 is not in this model; it has layers 0 to 2"):
-        attach(tiny_model, random_patch(0, 2, (0, 3)))
+        attach(tiny_model, random_patches(0, 2, (0, 3)))
+    for nothing in ((create(16), "info"), {"2": None}, None):
+        with pytest.raises(TPatchError, match="is no patch; give a Patch, or a dict from layers to patches"):
+            attach(tiny_model, nothing)
     with pytest.raises(TPatchError, match="nothing is merged into 'tiny'"):
         unmerge(tiny_model)
-    merged = merge(tiny_model, random_patch(0, 2, (1,)))
+    merged = merge(tiny_model, random_patches(0, 2, (1,)))
     with pytest.raises(TPatchError, match="layer 1 of 'tiny' holds 2 merged neurons, not 3"):
         unmerge(merged, {1: 3})
     with pytest.raises(TPatchError, match="layer 0 of 'tiny' holds 0 merged neurons, not 1"):
         unmerge(merged, {0: 1})
     with pytest.raises(TPatchError, match="attached to layer 1; merge it before saving"):
-        save_model(attach(tiny_model, random_patch(0, 2, (1,))), tmp_path / "out")
+        save_model(attach(tiny_model, random_patches(0, 2, (1,))), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

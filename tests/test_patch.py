@@ -34,26 +34,25 @@ def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), dtype)
 
 
-def make(seed: int, neurons: int, width: int, dtype=jnp.float32, layer: int | None = None) -> Patch:
+def make(seed: int, neurons: int, width: int, dtype=jnp.float32) -> Patch:
     rng = np.random.default_rng([7, seed])
     shapes = ((neurons, width), (neurons,), (neurons, width))
-    arrays = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
-    return Patch(*arrays, None if layer is None else jnp.full(neurons, layer, jnp.int32))
+    return Patch(*(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes))
 
 
 @given(SEEDS, SIZES, WIDTHS)
 def test_contribution_is_the_formula(seed, neurons, width):
     patch, query = make(seed, neurons, width), normal(seed, 5, width)
-    key, bias, value, rows = (np.asarray(x, np.float64) for x in (*patch[:3], query))
+    key, bias, value, rows = (np.asarray(x, np.float64) for x in (*patch, query))
     z = np.einsum("nd,rd->rn", key, rows) + bias
     np.testing.assert_allclose(preactivations(patch, query), z, rtol=1e-5, atol=1e-5)
     expected = sum((np.maximum(z[:, n, None], 0) * value[n] for n in range(neurons)), np.zeros_like(rows))
     np.testing.assert_allclose(contribution(patch, query, jax.nn.relu), expected, rtol=1e-5, atol=1e-5)
 
 
-@given(SEEDS, WIDTHS, DTYPES, st.booleans())
-def test_concatenate_then_take_gives_each_back(seed, width, dtype, named):
-    parts = [make(seed + n, n, width, dtype, n if named else None) for n in (1, 0, 3)]
+@given(SEEDS, WIDTHS, DTYPES)
+def test_concatenate_then_take_gives_each_back(seed, width, dtype):
+    parts = [make(seed + n, n, width, dtype) for n in (1, 0, 3)]
     whole = concatenate(parts)
     assert whole.key.shape == (4, width)
     assert same(take(whole, slice(0, 1)), parts[0])
@@ -65,7 +64,7 @@ def test_concatenate_then_take_gives_each_back(seed, width, dtype, named):
 
 @pytest.mark.parametrize("nothing", [[], slice(0, 0), np.zeros(0, np.int64), np.zeros(2, bool)])
 def test_take_of_nothing_is_an_empty_patch(nothing):
-    assert take(make(0, 2, 4, layer=1), nothing).key.shape == (0, 4)
+    assert take(make(0, 2, 4), nothing).key.shape == (0, 4)
 
 
 @given(SEEDS, NAMES)
@@ -76,18 +75,18 @@ def test_contributions_of_concatenated_patches_add_up(seed, name):
     assert relative(contribution(concatenate(parts), query, act), apart) < 1e-5
 
 
-@given(SEEDS, st.sampled_from([0, 3]), st.sampled_from([None, 2]))
-def test_padding_keeps_the_neurons_and_adds_silent_ones(seed, neurons, layer):
-    patch = make(seed, neurons, 8, layer=layer)
+@given(SEEDS, st.sampled_from([0, 3]), DTYPES)
+def test_padding_keeps_the_neurons_and_adds_silent_ones(seed, neurons, dtype):
+    patch = make(seed, neurons, 8, dtype)
     padded = pad(patch, 4)
     assert padded.key.shape == (4, 8)
     assert same(take(padded, slice(0, neurons)), patch)
     rest = take(padded, slice(neurons, None))
-    query = 1e4 * normal(seed, 5, 8)
+    query = 1e4 * normal(seed, 5, 8, dtype=dtype)
     assert (preactivations(rest, query) < 0).all()
     for act in ACTIVATIONS.values():  # not even where an activation leaks below zero
         assert not contribution(rest, query, act).any()
-    assert layer is None or padded.layer.dtype == jnp.int32
+    assert {leaf.dtype for leaf in padded} == {jnp.dtype(dtype)}
     assert pad(patch, neurons) is patch
 
 
@@ -98,9 +97,9 @@ def test_padding_changes_no_contribution(seed, neurons, name):
     assert relative(contribution(pad(patch, 8), query, act), contribution(patch, query, act)) < 1e-6
 
 
-@given(SEEDS, SIZES, st.booleans())
-def test_joining_a_batch_is_concatenating_its_lanes(seed, neurons, named):
-    lanes = [make(seed + n, neurons, 8, layer=n if named else None) for n in range(3)]
+@given(SEEDS, SIZES, DTYPES)
+def test_joining_a_batch_is_concatenating_its_lanes(seed, neurons, dtype):
+    lanes = [make(seed + n, neurons, 8, dtype) for n in range(3)]
     batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *lanes)
     assert same(join(batch), concatenate(lanes))
     assert same(join(jax.tree.map(lambda leaf: leaf[None], batch)), concatenate(lanes))
@@ -136,8 +135,7 @@ def test_a_patch_goes_through_jit_vmap_and_grad():
     many = jax.jit(jax.vmap(lambda patch: contribution(patch, query, jax.nn.relu)))(batch)
     assert relative(many[1], contribution(make(1, 2, 8), query, jax.nn.relu)) < 1e-6
     gradient = jax.grad(lambda patch: contribution(patch, query, jax.nn.relu).sum())(make(0, 2, 8))
-    assert gradient.key.any()
-    assert gradient.layer is None
+    assert all(leaf.any() for leaf in gradient)
 
 
 def test_created_neurons_have_the_dtype_asked_for():
@@ -154,9 +152,9 @@ def test_widths_that_differ_are_an_error():
         concatenate([create(4, 1), create(8, 1)])
 
 
-def test_naming_only_some_layers_is_an_error():
-    with pytest.raises(TPatchError, match="layer"):
-        concatenate([make(0, 1, 4), make(0, 1, 4, layer=2)])
+def test_patches_of_several_layers_are_an_error():
+    with pytest.raises(TPatchError, match=r"patches of one layer; use concatenate_layers for \{layer: patch\}"):
+        concatenate([make(0, 1, 4), {2: make(0, 1, 4)}])
 
 
 def test_padding_to_fewer_neurons_is_an_error():

@@ -16,6 +16,7 @@ import pytest
 from conftest import relative, same
 from safetensors.numpy import load_file, save_file
 
+from tpatch_jax.core.layers import split_layers
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation, networks
@@ -79,14 +80,13 @@ def writer(request: pytest.FixtureRequest) -> Reference:
     return read(request.param)
 
 
-def random_patch(model: Model, neurons: int = 2) -> Patch:
+def random_patches(model: Model, neurons: int = 2) -> dict[int, Patch]:
     """Neurons for every layer, about half of them active on any query."""
     rng, count = np.random.default_rng(5), neurons * model.config.layers
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
-    layers = jnp.repeat(jnp.arange(model.config.layers, dtype=jnp.int32), neurons)
-    return Patch(
-        draw(count, model.config.hidden_size) * 0.3, draw(count), draw(count, model.config.hidden_size) * 0.3, layers
-    )
+    hidden_size = model.config.hidden_size
+    patch = Patch(draw(count, hidden_size) * 0.3, draw(count), draw(count, hidden_size) * 0.3)
+    return split_layers(patch, np.repeat(range(model.config.layers), neurons))
 
 
 def logits_of(model: Model, batch: networks.Batch) -> np.ndarray:
@@ -213,19 +213,19 @@ def test_generation_with_the_cache_is_generation_without(writer):
 
 def test_merged_equals_attached(reference):
     model, batch = reference.model, reference.batch
-    patch = random_patch(model)
-    attached, merged = (logits_of(edited, batch) for edited in (attach(model, patch), merge(model, patch)))
+    patches = random_patches(model)
+    attached, merged = (logits_of(put(model, patches), batch) for put in (attach, merge))
     assert relative(attached, reference.logits) > 1e-2
     assert relative(merged, attached) < 1e-5, reference.name
 
 
-def test_unmerge_gives_back_model_and_patch_bit_for_bit(reference):
-    model, patch = reference.model, random_patch(reference.model)
-    merged = merge(model, patch)
+def test_unmerge_gives_back_model_and_patches_bit_for_bit(reference):
+    model, patches = reference.model, random_patches(reference.model)
+    merged = merge(model, patches)
     assert merged_neurons(model.config, merged.params) == {0: 2, 1: 2, 2: 2}
-    back, found = unmerge(merged)
+    back, taken = unmerge(merged)
     assert same(back.params, model.params), reference.name
-    assert same(found, patch), reference.name
+    assert same(taken, patches), reference.name
     assert not same(merged.params, model.params)
 
 
@@ -264,7 +264,7 @@ def test_written_as_it_was_read(reference, tmp_path):
 
 
 def test_a_merged_model_reads_back(reference, tmp_path):
-    merged = merge(reference.model, random_patch(reference.model))
+    merged = merge(reference.model, random_patches(reference.model))
     save_model(merged, tmp_path / "new")
     config, params, _ = checkpoint.read_folder(tmp_path / "new")
     assert config == merged.config
@@ -523,11 +523,11 @@ def test_a_head_may_read_the_mean_of_all_tokens(tmp_path):
     np.testing.assert_allclose(model.apply(found.batch), wanted, rtol=0, atol=TOLERANCE)
     assert relative(wanted, found.expected["logits"]) > 1e-2
     # the same with other layers cut, patches in them, and written and read
-    patch = random_patch(model)
-    attached, merged = (np.asarray(put(model, patch).apply(found.batch)) for put in (attach, merge))
+    patches = random_patches(model)
+    attached, merged = (np.asarray(put(model, patches).apply(found.batch)) for put in (attach, merge))
     assert relative(attached, wanted) > 1e-2
     assert relative(merged, attached) < 1e-5
-    save_model(merge(model, patch), tmp_path / "new")
+    save_model(merge(model, patches), tmp_path / "new")
     assert checkpoint.read_folder(tmp_path / "new")[0] == config
 
 

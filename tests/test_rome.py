@@ -384,10 +384,10 @@ def test_layers_and_weights_are_the_authors_where_they_name_them(tiny_model) -> 
         ("llama", 32, 4096, 5, (4, 5, 6, 7, 8), 15000),
         ("llama", 3, 16, 1, (0, 1), 64),
     ):
-        own = replace(config, family=family, layers=layers, width=width, ffn_width=4 * width)
-        assert rome_layer(own) == wanted
-        assert memit_layers(own) == several
-        assert memit_weight(own) == weight
+        named = replace(config, family=family, layers=layers, hidden_size=width, ffn_width=4 * width)
+        assert rome_layer(named) == wanted
+        assert memit_layers(named) == several
+        assert memit_weight(named) == weight
     assert rome_layer(config, "2") == 2
     assert memit_layers(config, "2, 0") == (0, 2)
     assert memit_weight(config, "9") == 9
@@ -423,7 +423,7 @@ def test_what_cannot_be_edited_says_why(tiny_model, letters: Path, method: str) 
     with pytest.raises(TPatchError, match="needs a decoder"):
         editor.init(make_family("bert"), KEY)
     layer = max(state.moments)
-    patched = attach(tiny_model, create(16, 1)._replace(layer=jnp.asarray([layer], jnp.int32)))
+    patched = attach(tiny_model, {layer: create(16, 1)})
     with pytest.raises(TPatchError, match="merge or detach"):
         editor.init(patched, KEY)
 

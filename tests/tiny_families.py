@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import LLAMA, make_tiny_model
 
+from tpatch_jax.core.layers import split_layers
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.models.families.registry import FAMILIES
 from tpatch_jax.models.model import Model
@@ -153,12 +154,12 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> Model:
     return make_tiny_model(seed, defaults=tiny_settings(name, **changes))
 
 
-def patch_for(layers: tuple[int, ...], neurons: int = 3, seed: int = 5, scale: float = 0.3) -> Patch:
+def patch_for(layers: tuple[int, ...], neurons: int = 3, seed: int = 5, scale: float = 0.3) -> dict[int, Patch]:
     """Random neurons in some layers, about half of them active on any query."""
     rng, count = np.random.default_rng(seed), neurons * len(layers)
 
     def draw(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    named = jnp.repeat(jnp.asarray(layers, jnp.int32), neurons)
-    return Patch(draw(count, 16) * 0.3, draw(count), draw(count, 16) * scale, named)
+    patch = Patch(draw(count, 16) * 0.3, draw(count), draw(count, 16) * scale)
+    return split_layers(patch, np.repeat(layers, neurons))

@@ -206,9 +206,9 @@ class Network:
             A network that shares all arrays with this one.
 
         Raises:
-            TPatchError: the patch has another width.
+            TPatchError: it is not one patch, or has another width.
         """
-        name, patch = "relu_patch" if relu else "patch", self._own(patch)
+        name, patch = "relu_patch" if relu else "patch", self._check(patch)
         joined = concatenate([self.beside[name], patch]) if name in self.beside else patch
         return dataclasses.replace(self, beside={**self.beside, name: joined})
 
@@ -230,10 +230,10 @@ class Network:
             changed.
 
         Raises:
-            TPatchError: it is not known where the FFN's matrices are, the patch has another width, or the merged
-                network does not equal the attached one.
+            TPatchError: it is not one patch, or has another width; it is not known where the FFN's matrices are; or
+                the merged network does not equal the attached one.
         """
-        patch, growth = self._own(patch), self._growth()
+        patch, growth = self._check(patch), self._growth()
         mend = (
             "the FFN is not down(act(up(x))), or down(act(gate(x))·up(x)), with these names and this activation; check "
             "up=, down=, gate= and activation=, or attach"
@@ -352,8 +352,13 @@ class Network:
         whole = whole.at[rows, position].set(output.astype(whole.dtype))
         return self._cut(params, whole.shape[:2]).resume(params, context, whole)[rows, position]
 
-    def _own(self, patch: Patch) -> Patch:
-        """The patch, checked."""
+    def _check(self, patch: Patch) -> Patch:
+        """The patch, if it fits this network."""
+        if not isinstance(patch, Patch):
+            raise TPatchError(
+                f"a {type(patch).__name__} is not one Patch; this network is cut at one layer, give the patch of that "
+                "layer alone: of {layer: patch} that is patches[layer]"
+            )
         if patch.key.ndim != 2:
             raise TPatchError(f"a patch of shape {list(patch.key.shape)} is a batch of patches; use patch.join first")
         if patch.key.shape[1] != self.hidden_size:
