@@ -522,6 +522,14 @@ def test_layers_and_failures_come_back(tiny_model, edited, tmp_path):
         assert load_file(tmp_path / f"failed {number}" / "patches.safetensors")["key"].shape == (0, 16)
 
 
+def test_views_of_other_arrays_are_saved_as_what_they_show(tiny_model, tmp_path):
+    rows = np.arange(32, dtype=np.float32).reshape(2, 16)
+    patch = Patch(np.asfortranarray(rows), rows[:, 3], rows[::-1])
+    info = tp.EditInfo((tp.RequestInfo("cat", True, "edited", neurons={2: (0, 1)}),), 1.0, 1.0, 1.0, 1.0, 66)
+    store.save_patches(tmp_path / "views", tiny_model, {2: patch}, REQUESTS[:1], info)
+    assert bits(tp.load_patches(tmp_path / "views", tiny_model)[2]) == bits(patch)
+
+
 def test_a_folder_that_names_no_layer_is_of_the_last_one(tiny_model, saved):
     """Written by an older version, from an edit in the last layer alone."""
     path = saved / "patches.safetensors"
@@ -536,7 +544,7 @@ def test_a_folder_with_layers_in_any_order_gives_each_neuron_its_layer_and_its_r
     """Written by an older version, edit after edit, each neuron with its layer."""
     order, named = [2, 0, 2, 1, 0], [[0, 1], [2, 3], [4]]
     rows = np.arange(80, dtype=np.float32).reshape(5, 16)
-    whole = Patch(rows, rows[:, 0], -rows)
+    whole = Patch(rows, rows[:, 0].copy(), -rows)
     about = json.loads((saved / "patches.json").read_text())
     edits = [{**edit, "neurons": neurons} for edit, neurons in zip(about["edits"], named, strict=True)]
     (saved / "patches.json").write_text(json.dumps({**about, "edits": edits}))

@@ -87,7 +87,8 @@ def save_patches(
         edits.append(edit)
     about: dict[str, Any] = {"name": model.name, "fingerprint": fingerprint(model), "family": model.config.family}
     about.update({"width": model.config.hidden_size, "layers": model.config.layers, "dtype": model.dtype})
-    arrays = {**{name: np.asarray(array) for name, array in patch._asdict().items()}, "layer": layer}
+    # Safetensors writes what lies in memory, whatever the strides.
+    arrays = {name: np.ascontiguousarray(array) for name, array in {**patch._asdict(), "layer": layer}.items()}
     text = json.dumps({"schema": SCHEMA, "model": about, "edits": edits}, ensure_ascii=False, indent=1)
     with one_process_writes(Path(folder)) as writes:
         if writes:
