@@ -47,10 +47,11 @@ request = tp.EditRequest(
     rephrases=("The capital city of Australia is",),
     locality=("The capital of Austria is",),
 )
-patch, info = tp.edit(model, [request])  # the first edit of a model also samples text, on which patches stay silent
+patches, info = tp.edit(model, [request])  # the first edit of a model also samples text, on which patches stay silent
 outcome = info.requests[0]
 print(outcome.status, outcome.reason)
-print(f"{patch.key.shape[0]} neurons, {info.parameters_added} numbers beside {model.parameter_count:,}")
+neurons = sum(patch.key.shape[0] for patch in patches.values())  # of all layers
+print(f"{neurons} neurons, {info.parameters_added} numbers beside {model.parameter_count:,}")
 
 # %% [markdown]
 # ## Before and after
@@ -58,7 +59,7 @@ print(f"{patch.key.shape[0]} neurons, {info.parameters_added} numbers beside {mo
 # The rephrasing was not trained on; the last prompt must keep its answer.
 
 # %%
-edited = tp.attach(model, patch)
+edited = tp.attach(model, patches)
 for prompt in (PROMPT, *request.rephrases, *request.locality):
     print(f"{prompt:36} before: {model.generate(prompt, 3)!r:20} after: {edited.generate(prompt, 3)!r}")
 
@@ -66,7 +67,7 @@ for prompt in (PROMPT, *request.rephrases, *request.locality):
 # ## Into the weights, and out again
 
 # %%
-corrected = tp.merge(model, patch)
+corrected = tp.merge(model, patches)
 print(corrected.generate(PROMPT, 3))
 original, same = tp.unmerge(corrected)
 pairs = zip(jax.tree.leaves(model.params), jax.tree.leaves(original.params), strict=True)
@@ -76,6 +77,6 @@ print("bit for bit the model that it was:", all((one == other).all() for one, ot
 # ## Keep it
 
 # %%
-tp.save_patches("patches/australia", model, patch, [request], info)
+tp.save_patches("patches/australia", model, patches, [request], info)
 tp.save_model(corrected, "models/corrected")  # a folder that tp.load_model reads
 tp.load_model("models/corrected").generate(PROMPT, 3)

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import tpatch_jax as tp
-from tpatch_jax.core.patch import preactivations
+from tpatch_jax.core.patch import create, preactivations
 from tpatch_jax.models.networks import unembedding
 
 QUICK = "TPATCH_QUICK" in os.environ  # fewer edits
@@ -43,10 +43,12 @@ requests = [tp.EditRequest(prompt, target, subject, id=subject) for subject, (pr
 # In the last layer there is one neuron for each target token that the model gets wrong.
 
 # %%
-patch, info = tp.edit(model, requests, settings=replace(tp.PRESETS["default"], site="last"))
+patches, info = tp.edit(model, requests, settings=replace(tp.PRESETS["default"], site="last"))
+last = model.config.layers - 1
+patch = patches.get(last, create(model.config.hidden_size))
 for request in info.requests:
     margin = "" if request.margin is None else f", margin {request.margin:.2f}"
-    print(f"{request.id:10} {request.status}: {len(request.neurons)} neurons{margin}")
+    print(f"{request.id:10} {request.status}: {len(request.neurons.get(last, ()))} neurons{margin}")
 
 # %% [markdown]
 # ## Keys
@@ -55,8 +57,8 @@ for request in info.requests:
 
 # %%
 unit = patch.key / jnp.linalg.norm(patch.key, axis=1, keepdims=True)
-owner = [request.id for request in info.requests for _ in request.neurons]
-order = jnp.asarray([number for request in info.requests for number in request.neurons])
+owner = [request.id for request in info.requests for _ in request.neurons.get(last, ())]
+order = jnp.asarray([number for request in info.requests for number in request.neurons.get(last, ())])
 figure, axes = plt.subplots(figsize=(4, 3.4))
 shown = axes.imshow(unit[order] @ unit[order].T, vmin=-1, vmax=1, cmap="RdBu_r")
 axes.set(title="cosine of keys", xticks=[], yticks=range(len(owner)), yticklabels=owner)
@@ -87,9 +89,9 @@ axes.set(yticklabels=[r.id for r in requests])
 axes.set_xticklabels(owner, rotation=90)
 plt.show()
 if largest.size:
-    own = largest[[[r.id for r in requests].index(name) for name in owner], range(len(owner))]
-    print("neurons that fire on their own edit:", f"{(own > 0).sum()} of {own.size}")
-    print("neurons that fire on another edit's prompt:", (largest > 0).sum() - (own > 0).sum())
+    diagonal = largest[[[r.id for r in requests].index(name) for name in owner], range(len(owner))]
+    print("neurons that fire on their own edit:", f"{(diagonal > 0).sum()} of {diagonal.size}")
+    print("neurons that fire on another edit's prompt:", (largest > 0).sum() - (diagonal > 0).sum())
 
 # %% [markdown]
 # ## Token by token

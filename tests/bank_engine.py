@@ -2,7 +2,7 @@
 
 Each edit gets one neuron. A request whose target begins with ``weak`` remembers in its bias how many edits there were;
 it no longer comes out when there are two more or fewer, until it is fitted again. Fitting changes the first neuron's
-bias (it gives way). A target ``bad`` cannot be fitted; ``breaker`` breaks a guard on ``guarded``.
+bias, as where a threshold is raised. A target ``bad`` cannot be fitted; ``breaker`` breaks a guard on ``guarded``.
 """
 
 import zlib
@@ -42,61 +42,64 @@ def piece(request: EditRequest) -> dict[str, np.ndarray]:
     tokens = np.frombuffer(f"{request.prompt}{request.target}".encode(), np.uint8).astype(np.int32)
     whole = np.asarray([len(tokens)], np.int32)
     rows = np.stack([vector(request.prompt)])
-    found = {
+    arrays = {
         "tokens": tokens,
         "lengths": whole,
         "starts": whole - 1,
         "subjects": whole * 0 - 1,
         "groups": whole * 0 - 1,
     }
-    found |= {"wanted": whole * 0, "query": rows, "output": rows, "residual": rows, "heard": rows[:0]}
-    return {f"earlier_{name}": array for name, array in found.items()}
+    arrays |= {"wanted": whole * 0, "query": rows, "output": rows, "residual": rows, "heard": rows[:0]}
+    return {f"earlier_{name}": array for name, array in arrays.items()}
 
 
-def step(held: Held, requests: Sequence[EditRequest], guards: Sequence[Guard]) -> Stepped:
-    results = []
-    for request in requests:
-        bias = np.float32(len(held.edits) + len(requests)) if request.target.startswith("weak") else np.float32(0)
-        neurons = {
-            "key": vector(request.prompt)[None],
-            "bias": np.asarray([bias], np.float32),
-            "value": vector(request.target)[None],
-            "layer": np.asarray([-1], np.int32),
-        }
-        good = request.target != "bad"
-        neurons = neurons if good else take_neurons(neurons, [])
-        evidence = {"status": "edited" if good else "failed", "said_before": None}
-        results.append(Result(good, "" if good else "it is bad", evidence, neurons, piece(request) if good else {}))
-    changed = {}
-    if len(held.refs) and any(result.held for result in results):
-        first = next((row for row, n in enumerate(held.owner) if held.edits[n].request.target == "soft"), None)
-        if first is not None:
-            changed[first] = held.neurons["key"][first] * 2, held.neurons["bias"][first] - 1
-    return Stepped(results, changed)
+class StandIn:
+    """The engine itself; see the top of this file."""
+
+    def problems(self, requests: Sequence[EditRequest]) -> dict[int, str]:
+        return {n: "the target is empty" for n, one in enumerate(requests) if not one.target}
+
+    def step(self, held: Held, requests: Sequence[EditRequest], guards: Sequence[Guard]) -> Stepped:
+        results = []
+        for request in requests:
+            bias = np.float32(len(held.edits) + len(requests)) if request.target.startswith("weak") else np.float32(0)
+            neurons = {
+                "key": vector(request.prompt)[None],
+                "bias": np.asarray([bias], np.float32),
+                "value": vector(request.target)[None],
+                "layer": np.asarray([-1], np.int32),
+            }
+            good = request.target != "bad"
+            neurons = neurons if good else take_neurons(neurons, [])
+            evidence = {"status": "edited" if good else "failed", "said_before": None}
+            results.append(Result(good, "" if good else "it is bad", evidence, neurons, piece(request) if good else {}))
+        changed = {}
+        if len(held.refs) and any(result.held for result in results):
+            first = next((row for row, n in enumerate(held.owner) if held.edits[n].request.target == "soft"), None)
+            if first is not None:
+                changed[first] = held.neurons["key"][first] * 2, held.neurons["bias"][first] - 1
+        return Stepped(results, changed)
+
+    def broken(self, held: Held) -> list[str]:
+        return [
+            held.edits[number].id
+            for row, number in enumerate(held.owner.tolist())
+            if held.edits[number].request.target.startswith("weak")
+            and abs(held.neurons["bias"][row] - len(held.edits)) >= 2
+        ]
+
+    def near(self, held: Held, requests: Sequence[EditRequest]) -> list[str]:
+        return [edit.id for edit in held.edits[-2:]]
+
+    def guards_broken(self, held: Held, guards: Sequence[Guard]) -> list[Guard]:
+        there = any(edit.request.target == "breaker" for edit in held.edits)
+        return [guard for guard in guards if guard.prompt == "guarded" and there]
+
+    def verify(self, held: Held) -> list[str]:
+        return self.broken(held)
 
 
-def broken(held: Held) -> list[str]:
-    return [
-        held.edits[number].id
-        for row, number in enumerate(held.owner.tolist())
-        if held.edits[number].request.target.startswith("weak")
-        and abs(held.neurons["bias"][row] - len(held.edits)) >= 2
-    ]
-
-
-def guards_broken(held: Held, guards: Sequence[Guard]) -> list[Guard]:
-    there = any(edit.request.target == "breaker" for edit in held.edits)
-    return [guard for guard in guards if guard.prompt == "guarded" and there]
-
-
-ENGINE = Engine(
-    lambda requests: {n: "the target is empty" for n, one in enumerate(requests) if not one.target},
-    step,
-    broken,
-    lambda held, requests: [edit.id for edit in held.edits[-2:]],
-    guards_broken,
-    broken,
-)
+ENGINE: Engine = StandIn()
 
 
 def fake(bank: Bank) -> Engine:

@@ -81,9 +81,9 @@ def kills(count: int, seed: int, folder: Path) -> dict[str, int]:
     """Kill an adding process again and again, and look at the bank each time."""
     rng = random.Random(seed)
     make_bank(folder)
-    found = {"kills": 0, "committed": 0, "unclean": 0}
+    counts = {"kills": 0, "committed": 0, "unclean": 0}
     command = [sys.executable, __file__, "--child", str(folder)]
-    while found["kills"] < count:
+    while counts["kills"] < count:
         before = open_bank(folder)
         # now and then from the start, so that banks of all sizes are hit
         if len(before.edits) >= len(REQUESTS) - BATCH:
@@ -94,18 +94,18 @@ def kills(count: int, seed: int, folder: Path) -> dict[str, int]:
         done, ended = kill_once(command, rng.uniform(0, 0.15), grown)
         if ended:
             continue
-        found["kills"] += 1
+        counts["kills"] += 1
         after = open_bank(folder)
         problem = lost(before, after, BATCH)
         assert not problem, problem
         assert len(after.edits) - len(before.edits) >= done, "a batch that was said to be done is not there"
-        found["committed"] += len(after.records) - len(before.records)
-        found["unclean"] += any(path.name.startswith(".") for path in folder.rglob("*"))
+        counts["committed"] += len(after.records) - len(before.records)
+        counts["unclean"] += any(path.name.startswith(".") for path in folder.rglob("*"))
     info = add_with(folder, REQUESTS, fake, batch=BATCH, resume=True)
     bank = open_bank(folder)
     assert not info.failed
     assert [edit.request.prompt for edit in bank.edits] == [request.prompt for request in REQUESTS]
-    return found
+    return counts
 
 
 def hurt(path: Path, rng: random.Random) -> str:
@@ -132,12 +132,12 @@ def damages(count: int, seed: int, folder: Path) -> dict[str, int]:
     make_bank(folder)
     add_with(folder, REQUESTS[:60], fake, batch=7)
     whole = contents(folder)
-    found = {"flip": 0, "truncate": 0, "remove": 0, "delete": 0}
+    counts = {"flip": 0, "truncate": 0, "remove": 0, "delete": 0}
     for _ in range(count):
         # by bytes, so that each byte of the bank is as likely as any other
         path = rng.choices(list(whole), [len(content) for content in whole.values()])[0]
         kind = hurt(path, rng)
-        found[kind] += 1
+        counts[kind] += 1
         try:
             open_bank(folder)
         except TPatchError as error:
@@ -150,7 +150,7 @@ def damages(count: int, seed: int, folder: Path) -> dict[str, int]:
         assert (info.lost_edits, info.lost_lines) == ((), 0)
         assert contents(folder) == whole, f"{kind} in {path} was not mended"
         shutil.rmtree(folder / "damaged", ignore_errors=True)
-    return found
+    return counts
 
 
 def command_kills(count: int, seed: int, model: Path, folder: Path) -> dict[str, int]:
@@ -162,8 +162,8 @@ def command_kills(count: int, seed: int, model: Path, folder: Path) -> dict[str,
     tool = [sys.executable, "-m", "tpatch_jax.cli.main", "bank"]
     quick = [text for name in ("key_steps=24", "value_steps=8", "lanes=4") for text in ("--set", name)]
     init = [*tool, "init", str(folder), "--model", str(model), "--memory", str(memory), *quick]
-    found = {"kills": 0, "committed": 0, "unclean": 0}
-    while found["kills"] < count:
+    counts = {"kills": 0, "committed": 0, "unclean": 0}
+    while counts["kills"] < count:
         if not folder.exists() or len(open_bank(folder).edits) >= 50:
             shutil.rmtree(folder, ignore_errors=True)
             subprocess.run(init, check=True, capture_output=True)
@@ -173,14 +173,14 @@ def command_kills(count: int, seed: int, model: Path, folder: Path) -> dict[str,
         _, ended = kill_once(command, rng.uniform(0, 3), grown)
         if ended:
             continue
-        found["kills"] += 1
+        counts["kills"] += 1
         after = open_bank(folder)
         problem = lost(before, after, 1)
         assert not problem, problem
-        found["committed"] += len(after.records) - len(before.records)
-        found["unclean"] += any(path.name.startswith(".") for path in folder.rglob("*"))
-        print(found, flush=True)
-    return found
+        counts["committed"] += len(after.records) - len(before.records)
+        counts["unclean"] += any(path.name.startswith(".") for path in folder.rglob("*"))
+        print(counts, flush=True)
+    return counts
 
 
 def main() -> None:

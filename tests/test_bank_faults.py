@@ -82,12 +82,12 @@ def test_a_crash_at_any_step_leaves_all_of_a_change_or_nothing(folder, tmp_path)
             with contextlib.suppress(Killed):
                 adding(place, "d", "e")
             count = steps()
-        found = ids(open_bank(place))
-        assert found in (["a", "b", "c"], ["a", "b", "c", "d", "e"])
-        outcomes.append(len(found))
+        left = ids(open_bank(place))
+        assert left in (["a", "b", "c"], ["a", "b", "c", "d", "e"])
+        outcomes.append(len(left))
         # the next one sweeps up and goes on
         adding(place, "f")
-        assert ids(open_bank(place)) == [*found, "f"]
+        assert ids(open_bank(place)) == [*left, "f"]
         assert not [path.name for path in place.rglob(".*")]
         assert {path.name for path in (place / SEGMENTS).iterdir()} == {
             record["segment"]["file"] for record in open_bank(place).records
@@ -163,10 +163,10 @@ def test_a_segment_that_does_not_fit_is_taken_away_again(folder, monkeypatch):
         "add_with(Path(sys.argv[1]), [EditRequest(f'p{n}', 'one') for n in range(90)], fake, batch=90)\n"
     )
     root = Path(__file__).parent
-    found = subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-c", code, str(folder), str(root), str(root.parent)], capture_output=True, text=True
     )
-    assert "nothing was changed, free some room and run again" in found.stderr
+    assert "nothing was changed, free some room and run again" in ended.stderr
     assert bank_faults.contents(folder) == whole
 
 
@@ -179,15 +179,15 @@ def test_a_second_writer_is_told_who_the_first_is(folder):
 
 
 def test_twenty_kills(tmp_path):
-    found = bank_faults.kills(20, 0, tmp_path / "bank")
-    assert found["kills"] == 20
-    assert found["committed"] > 20
+    counts = bank_faults.kills(20, 0, tmp_path / "bank")
+    assert counts["kills"] == 20
+    assert counts["committed"] > 20
 
 
 def test_every_damage_is_noticed_and_mended(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda handle: None)
-    found = bank_faults.damages(300, 0, tmp_path / "bank")
-    assert all(found.values())
+    counts = bank_faults.damages(300, 0, tmp_path / "bank")
+    assert all(counts.values())
 
 
 def rewritten(path: Path, change: Callable[[dict], dict]) -> None:

@@ -29,16 +29,16 @@ def test_an_office_holder_changes(model, tmp_path):
 
 
 def test_private_data_becomes_a_refusal(model, tmp_path):
-    found = private_data.run(model, tmp_path / "bank", MEMORY)
-    assert found["failed"] == ()
+    result = private_data.run(model, tmp_path / "bank", MEMORY)
+    assert result["failed"] == ()
     for prompt in private_data.PROMPTS:
-        assert found["after"][prompt].strip() == private_data.REFUSAL != found["before"][prompt].strip()
-    assert [found["after"][prompt] == found["before"][prompt] for prompt in private_data.AROUND] == [True] * 5
-    assert found["verified"] == ((), 2, (), 5)
+        assert result["after"][prompt].strip() == private_data.REFUSAL != result["before"][prompt].strip()
+    assert [result["after"][prompt] == result["before"][prompt] for prompt in private_data.AROUND] == [True] * 5
+    assert result["verified"] == ((), 2, (), 5)
 
 
 def test_terms_are_taught_and_one_is_withdrawn(model, tmp_path):
-    found = domain_terms.run(model, tmp_path / "bank", 6, MEMORY)
-    assert (found["added"], found["taught"].broken, found["taught"].checked) == (6, (), 6)
-    assert (found["left"].broken, found["left"].checked) == ((), 5)
-    assert found["withdrawn"]["meaning"] not in found["withdrawn"]["after"]
+    result = domain_terms.run(model, tmp_path / "bank", 6, MEMORY)
+    assert (result["added"], result["taught"].broken, result["taught"].checked) == (6, (), 6)
+    assert (result["left"].broken, result["left"].checked) == ((), 5)
+    assert result["withdrawn"]["meaning"] not in result["withdrawn"]["after"]

@@ -54,8 +54,8 @@ class Expected:
         }
 
     def now(self, prompt: str) -> str | None:
-        found = [entry.target for entry in self.entries if entry.prompt == prompt and not entry.flag]
-        return found[-1] if found else None
+        answers = [entry.target for entry in self.entries if entry.prompt == prompt and not entry.flag]
+        return answers[-1] if answers else None
 
 
 class Banked(RuleBasedStateMachine):
@@ -126,13 +126,13 @@ class Banked(RuleBasedStateMachine):
         if not hasattr(self, "folder"):
             return
         bank = open_bank(self.folder)
-        found = self.expected.states()
-        assert states(bank) == found
+        wanted = self.expected.states()
+        assert states(bank) == wanted
         held = assemble(bank, active(bank), Store.new())
-        assert [edit.id for edit in held.edits] == [name for name, state in found.items() if state == "active"]
+        assert [edit.id for edit in held.edits] == [name for name, state in wanted.items() if state == "active"]
         assert np.array_equal(held.owner, np.arange(len(held.edits)))
-        for edit, own in zip(held.edits, held.pieces, strict=True):
-            said = own["earlier_tokens"].astype(np.uint8).tobytes().decode()
+        for edit, piece in zip(held.edits, held.pieces, strict=True):
+            said = piece["earlier_tokens"].astype(np.uint8).tobytes().decode()
             assert said == edit.request.prompt + edit.request.target
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from safetensors.numpy import load_file, save_file
 import tpatch_jax as tp
 from tpatch_jax.bank import patches as store
 from tpatch_jax.core.fit import FitSettings
+from tpatch_jax.core.layers import LayerPatches, count_neurons, flat_positions, flatten_layers, take_layers
 from tpatch_jax.core.patch import Patch, concatenate, create, take
 from tpatch_jax.editors import model_memory
 from tpatch_jax.editors.model_memory import collect_model_memory
-from tpatch_jax.editors.tpatcher import editor as tpatcher_module
-from tpatch_jax.editors.tpatcher import last_site, rounds
+from tpatch_jax.editors.tpatcher import last_site, rounds, stages
 from tpatch_jax.editors.tpatcher.editor import tpatcher
 from tpatch_jax.editors.tpatcher.previous import raise_thresholds
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
@@ -85,6 +85,11 @@ def edited(tiny_model, memory):
     return tp.edit(tiny_model, REQUESTS, settings=DEFAULT, memory=memory)
 
 
+def neurons_of(patches: LayerPatches, requests: Iterable[tp.RequestInfo]) -> dict[int, list[int]]:
+    """The neurons of some requests, by layer."""
+    return {layer: [n for request in requests for n in request.neurons.get(layer, ())] for layer in patches}
+
+
 def says(model: tp.Model, request: EditRequest) -> bool:
     """Whether the target comes out of greedy decoding from the prompt alone."""
     target = model.encode(join_target(request.prompt, request.target))
@@ -99,44 +104,46 @@ def test_what_is_given_in_another_form_is_named(tiny_model):
         tp.edit(tiny_model, REQUESTS[0])  # type: ignore[arg-type]
     with pytest.raises(TPatchError, match="'smollm2-135m' is the name of a model; load it first"):
         tp.edit("smollm2-135m", list(REQUESTS))  # type: ignore[arg-type]
+    message = "a tuple is no patch; give a Patch, or a dict from layers to patches, which is the first"
     for put in (merge, attach):
-        with pytest.raises(TPatchError, match="a tuple is no patch; of what `edit` returns the first"):
+        with pytest.raises(TPatchError, match=message):
             put(tiny_model, (create(tiny_model.config.hidden_size), None))  # type: ignore[arg-type]
     with pytest.raises(TPatchError, match="a dict is no prompt; give a text, or a list of texts"):
         tiny_model.generate({"prompt": "the cat"})  # type: ignore[arg-type]
 
 
 def test_the_targets_come_out_with_all_patches_active(tiny_model, edited):
-    patch, info = edited
+    patches, info = edited
     assert [request.status for request in info.requests] == ["edited"] * 3
     assert all(request.held and not request.reason for request in info.requests)
-    for changed in (merge(tiny_model, patch), attach(tiny_model, patch)):
+    for changed in (merge(tiny_model, patches), attach(tiny_model, patches)):
         assert [says(changed, request) for request in REQUESTS] == [True] * 3
     assert [says(tiny_model, request) for request in REQUESTS] == [False] * 3
 
 
 def test_the_report_adds_up(tiny_model, edited):
-    patch, info = edited
-    neurons = [number for request in info.requests for number in request.neurons]
-    assert sorted(neurons) == list(range(patch.key.shape[0]))
+    patches, info = edited
+    assert set(patches) == {layer for request in info.requests for layer in request.neurons}
+    for layer, neurons in neurons_of(patches, info.requests).items():
+        assert sorted(neurons) == list(range(patches[layer].key.shape[0])) != []
     assert [request.id for request in info.requests] == ["cat", "inn", "who"]
-    assert info.parameters_added == patch.key.size + patch.bias.size + patch.value.size
-    assert merge(tiny_model, patch).parameter_count > tiny_model.parameter_count
+    assert info.parameters_added == sum(leaf.size for leaf in jax.tree.leaves(patches))
+    assert merge(tiny_model, patches).parameter_count > tiny_model.parameter_count
     assert 0 < info.fit_seconds < info.seconds
     assert 0 < info.fit_forward_equivalents < info.forward_equivalents
     for request in info.requests:
         targets = len(tiny_model.encode(join_target("x", next(r for r in REQUESTS if r.id == request.id).target)))
-        assert 1 <= len(request.neurons) <= targets  # one neuron a wrong token, and no more
+        assert 1 <= sum(map(len, request.neurons.values())) <= targets  # one neuron a wrong token, and no more
         assert request.steps >= 24
         assert set(request.losses) == {"l_e", "l_a", "l_m1", "l_m2"}
         assert all(np.isfinite(value) for value in request.losses.values())
 
 
 def test_each_request_needs_its_own_neurons(tiny_model, edited):
-    patch, info = edited
-    for number, request in enumerate(info.requests):
-        rest = [index for index in range(patch.key.shape[0]) if index not in request.neurons]
-        changed = attach(tiny_model, take(patch, rest))
+    patches, info = edited
+    for number in range(len(info.requests)):
+        others = [request for other, request in enumerate(info.requests) if other != number]
+        changed = attach(tiny_model, take_layers(patches, neurons_of(patches, others)))
         assert [says(changed, wanted) for wanted in REQUESTS] == [other != number for other in range(3)]
 
 
@@ -146,19 +153,20 @@ def test_the_same_seed_gives_the_same_bits_and_another_also_holds(tiny_model, me
 
 
 def test_the_order_of_requests_does_not_matter_for_what_holds(tiny_model, memory):
-    patch, info = tp.edit(tiny_model, REQUESTS[::-1], settings=DEFAULT, memory=memory)
+    patches, info = tp.edit(tiny_model, REQUESTS[::-1], settings=DEFAULT, memory=memory)
     assert [request.id for request in info.requests] == ["who", "inn", "cat"]
     assert all(request.held for request in info.requests)
-    assert [says(merge(tiny_model, patch), request) for request in REQUESTS] == [True] * 3
+    assert [says(merge(tiny_model, patches), request) for request in REQUESTS] == [True] * 3
 
 
 def test_what_already_holds_gets_no_neuron(tiny_model, memory):
     prompts = [f"{text}{number} " for text in ("the hat", "then") for number in range(40)]
     known = (EditRequest(prompt, tiny_model.generate(prompt, 1), id="held") for prompt in prompts)
     held = next(request for request in known if request.target.strip() and says(tiny_model, request))
-    patch, info = tp.edit(tiny_model, [held], settings=DEFAULT, memory=memory)
-    assert (info.requests[0].status, info.requests[0].held, info.requests[0].neurons) == ("already", True, ())
-    assert patch.key.shape == (0, 16)
+    patches, info = tp.edit(tiny_model, [held], settings=DEFAULT, memory=memory)
+    assert (info.requests[0].status, info.requests[0].held, info.requests[0].neurons) == ("already", True, {})
+    assert patches == {}
+    assert attach(tiny_model, patches).params["layers"] == merge(tiny_model, patches).params["layers"]
     assert info.parameters_added == 0
     assert info.failed == ()
 
@@ -176,18 +184,18 @@ BAD = {
 
 def test_bad_requests_fail_by_name_and_the_rest_is_edited_as_without_them(tiny_model, memory, edited):
     mixed = [*REQUESTS, *(bad for bad, _ in BAD.values())]
-    patch, info = tp.edit(tiny_model, mixed, settings=DEFAULT, memory=memory)
+    patches, info = tp.edit(tiny_model, mixed, settings=DEFAULT, memory=memory)
     assert [request.id for request in info.requests] == [request.id for request in mixed]
     assert [request.id for request in info.failed] == list(BAD)
     for request in info.failed:
         assert BAD[request.id][1] in request.reason
-        assert (request.held, request.neurons, request.steps) == (False, (), 0)
-    assert same(patch, edited[0])
+        assert (request.held, request.neurons, request.steps) == (False, {}, 0)
+    assert same(patches, edited[0])
 
 
 def test_only_bad_requests_leave_the_model_alone(tiny_model, memory):
-    patch, info = tp.edit(tiny_model, [BAD["empty prompt"][0]], settings=DEFAULT, memory=memory)
-    assert patch.key.shape == (0, 16)
+    patches, info = tp.edit(tiny_model, [BAD["empty prompt"][0]], settings=DEFAULT, memory=memory)
+    assert patches == {}
     assert [request.status for request in info.requests] == ["failed"]
 
 
@@ -200,13 +208,14 @@ def test_what_does_not_hold_leaves_no_neuron(tiny_model, memory, edited, monkeyp
         return patch._replace(value=patch.value.at[0].set(spoiled)), info  # the first token of 'cat'
 
     monkeypatch.setattr(rounds, "fit_many", spoil)
-    patch, info = tp.edit(tiny_model, REQUESTS, settings=DEFAULT, memory=memory)
+    patches, info = tp.edit(tiny_model, REQUESTS, settings=DEFAULT, memory=memory)
     assert [request.status for request in info.requests] == ["failed", "edited", "edited"]
-    assert (info.requests[0].neurons, info.requests[0].held) == ((), False)
+    assert (info.requests[0].neurons, info.requests[0].held) == ({}, False)
     assert "target token 1 of 3 still comes out wrong after 1 attempts" in info.requests[0].reason
-    assert patch.key.shape[0] == sum(len(request.neurons) for request in info.requests[1:])
-    assert np.isfinite(np.asarray(patch.value)).all()
-    assert [says(merge(tiny_model, patch), request) for request in REQUESTS] == [False, True, True]
+    for layer, neurons in neurons_of(patches, info.requests[1:]).items():
+        assert sorted(neurons) == list(range(patches[layer].key.shape[0]))
+        assert np.isfinite(np.asarray(patches[layer].value)).all()
+    assert [says(merge(tiny_model, patches), request) for request in REQUESTS] == [False, True, True]
 
 
 def test_no_request_and_an_unknown_preset_are_errors(tiny_model):
@@ -224,22 +233,23 @@ def test_no_request_and_an_unknown_preset_are_errors(tiny_model):
 
 def test_requests_may_be_dictionaries(tiny_model, memory, edited):
     records = [{"id": r.id, "prompt": r.prompt, "target": r.target, "subject": r.subject} for r in REQUESTS]
-    patch, _ = tp.edit(tiny_model, records, settings=DEFAULT, memory=memory)
-    assert same(patch, edited[0])
+    patches, _ = tp.edit(tiny_model, records, settings=DEFAULT, memory=memory)
+    assert same(patches, edited[0])
     with pytest.raises(TPatchError, match="request 1: no 'target'"):
         tp.edit(tiny_model, [records[0], {"prompt": "x"}], settings=DEFAULT, memory=memory)
 
 
 def test_paper_runs_its_own_recipe_and_reports(tiny_model, memory):
-    patch, info = tp.edit(tiny_model, REQUESTS, settings=PAPER, memory=memory)
+    patches, info = tp.edit(tiny_model, REQUESTS, settings=PAPER, memory=memory)
     assert [request.id for request in info.requests] == ["cat", "inn", "who"]
-    changed = merge(tiny_model, patch)
+    changed = merge(tiny_model, patches)
     for request, wanted in zip(info.requests, REQUESTS, strict=True):
         assert request.held == says(changed, wanted)
         assert request.status == ("edited" if request.held else "failed")
         if request.held:
             assert 50 <= request.steps <= 400
-    assert patch.key.shape[0] == sum(len(request.neurons) for request in info.requests)
+    for layer, neurons in neurons_of(patches, info.requests).items():
+        assert sorted(neurons) == list(range(patches[layer].key.shape[0]))
     assert any(request.held for request in info.requests)
 
 
@@ -252,50 +262,53 @@ def test_a_second_step_keeps_what_the_first_did(tiny_model, memory, edited):
     tokens = tokens_array([tiny_model.encode("the cat sat in")], 16)
     np.testing.assert_array_equal(editor.apply(start, tokens), tiny_model.apply(tokens))
     first, _ = editor.step(start, REQUESTS, key)
-    assert start.patch.key.shape == (0, 16)  # the state before is what it was
-    assert [says(attach(tiny_model, first.patch), request) for request in REQUESTS] == [True] * 3
+    assert count_neurons(start.patches) == 0  # the state before is what it was
+    assert [says(attach(tiny_model, first.patches), request) for request in REQUESTS] == [True] * 3
 
     # in several contexts and among other subjects it can't be parted from an earlier edit: refused, nothing changed
-    known = first.background._replace(prefixes=("in a hat.", "so it is."), names=("Hen", "the Inn"))
+    known = first.memory._replace(prefixes=("in a hat.", "so it is."), names=("Hen", "the Inn"))
     later = EditRequest("hence the", "k", subject="hence", id="later")
-    refused, info = editor.step(first._replace(background=known), [later], jax.random.key(1))
+    refused, info = editor.step(first.replace(memory=known), [later], jax.random.key(1))
     assert info.requests[0].status == "failed"
     assert "earlier edit" in info.requests[0].reason
-    assert same(refused.patch, first.patch)
+    assert same(refused.patches, first.patches)
 
     second, info = editor.step(first, [later], jax.random.key(1))
     assert info.requests[0].held
-    kept = first.patch.key.shape[0]
-    assert same(take(second.patch, slice(0, kept)), first.patch)
-    assert list(info.requests[0].neurons) == list(range(kept, second.patch.key.shape[0]))
-    changed = attach(tiny_model, second.patch)
+    assert set(second.patches) == set(first.patches)
+    for layer, patch in first.patches.items():
+        kept = patch.key.shape[0]
+        assert same(take(second.patches[layer], slice(0, kept)), patch)
+        new = range(kept, second.patches[layer].key.shape[0])
+        assert list(info.requests[0].neurons.get(layer, ())) == list(new)
+    changed = attach(tiny_model, second.patches)
     assert [says(changed, request) for request in (*REQUESTS, later)] == [True] * 4
     np.testing.assert_array_equal(editor.apply(second, tokens), changed.apply(tokens))
 
     again, info = editor.step(second, REQUESTS, key)
     assert [request.status for request in info.requests] == ["already"] * 3
-    assert same(again.patch, second.patch)
+    assert same(again.patches, second.patches)
 
 
 def test_a_request_that_fails_leaves_no_trace_in_earlier_neurons(tiny_model, memory):
-    """An earlier neuron gives way to a query that sounds alike, and takes its place again where that was in vain."""
+    """The threshold of an earlier neuron is raised above a query that is alike, and put back where that was in vain."""
     settings = dataclasses.replace(PRESETS["default"], attempts=1, site="last", contexts=2, swaps=0, most_tokens=2)
     settings = dataclasses.replace(settings, fit=dataclasses.replace(settings.fit, split=0.3))
     editor, key = tpatcher(settings, memory=memory), jax.random.key(0)
     first, _ = editor.step(editor.init(tiny_model, key), [EditRequest("the cat sat in", "q")], key)
-    gave_way = []
+    raised = []
 
     def watched(*given):
-        found = raise_thresholds(*given)
-        gave_way.append(not same(found, given[2]))
-        return found
+        patch = raise_thresholds(*given)
+        raised.append(not same(patch, given[2]))
+        return patch
 
     with pytest.MonkeyPatch.context() as patching:
-        patching.setattr(tpatcher_module, "raise_thresholds", watched)
+        patching.setattr(stages, "raise_thresholds", watched)
         second, info = editor.step(first, [EditRequest("the hat sat in", "wxyz")], jax.random.key(1))
     assert info.requests[0].status == "failed"
-    assert gave_way[0]
-    assert same(second.patch, first.patch)
+    assert raised[0]
+    assert same(second.patches, first.patches)
 
 
 def test_a_request_may_come_out_by_the_neurons_of_another(tiny_model, memory):
@@ -309,14 +322,14 @@ def test_a_request_may_come_out_by_the_neurons_of_another(tiny_model, memory):
     requests = [EditRequest(prompt, f"{said} y", id="A"), EditRequest(prompt + said, " y", id="B")]
     settings = quicker("default", attempts=3, site="last", most_tokens=2)
     _, info = tp.edit(tiny_model, requests, settings=settings, memory=memory)
-    assert [(found.status, bool(found.neurons)) for found in info.requests] == [("edited", False), ("edited", True)]
+    assert [(result.status, bool(result.neurons)) for result in info.requests] == [("edited", False), ("edited", True)]
 
 
 def test_what_a_request_says_besides_changes_no_patch(tiny_model, memory):
     plain = EditRequest("in the inn", "h")
     told = dataclasses.replace(plain, rephrases=("in an inn",), locality=("then",), id="told")
     one, other = (tp.edit(tiny_model, [request], settings=PAPER, memory=memory)[0] for request in (plain, told))
-    assert one.key.shape[0]
+    assert count_neurons(one)
     assert same(one, other)
 
 
@@ -328,7 +341,7 @@ def test_a_request_without_a_subject_is_edited_whether_or_not_others_are_complet
     assert info.requests[0].status == "edited"
 
 
-# --- the background ---
+# --- what is known about a model ---
 
 
 def kept(cache: Path, what: str) -> list[Path]:
@@ -336,7 +349,7 @@ def kept(cache: Path, what: str) -> list[Path]:
     return [file.parent for file in (cache / "background").glob(f"*/{what}.safetensors")]
 
 
-def test_the_background_is_written_once_and_recalled(tiny_model, memory, tmp_path, monkeypatch):
+def test_what_is_known_about_a_model_is_written_once_and_recalled(tiny_model, memory, tmp_path, monkeypatch):
     first = collect_model_memory(tiny_model, 2, memory, cache=tmp_path)
     assert first.query.shape[1] == 16
     assert first.query.shape[0] > 128
@@ -348,7 +361,7 @@ def test_the_background_is_written_once_and_recalled(tiny_model, memory, tmp_pat
     assert not calls
     assert bits((first.query, first.nuisance)) == bits((second.query, second.nuisance))
     assert (first.prefixes, first.names) == (second.prefixes, second.names)
-    # another layer, another text, another tokenizer or another model is another background
+    # another layer, another text, another tokenizer or another model has another memory
     collect_model_memory(tiny_model, 1, memory, cache=tmp_path)
     other = tmp_path / "other.txt"
     other.write_text(MEMORY[1:])
@@ -365,7 +378,7 @@ def test_the_background_is_written_once_and_recalled(tiny_model, memory, tmp_pat
 
 @pytest.mark.parametrize("file", ["arrays.safetensors", "background.json"])
 @pytest.mark.parametrize("content", [None, b"", b"{"])
-def test_a_damaged_background_is_made_again(tiny_model, memory, tmp_path, file, content):
+def test_a_damaged_model_memory_is_made_again(tiny_model, memory, tmp_path, file, content):
     first = collect_model_memory(tiny_model, 2, memory, cache=tmp_path)
     (folder,) = kept(tmp_path, "arrays")
     whole = (folder / file).read_bytes()
@@ -388,7 +401,7 @@ def test_damaged_texts_are_made_again(tiny_model, memory, tmp_path, content):
     assert (folder / "texts.safetensors").read_bytes() == whole
 
 
-def test_a_background_that_cannot_be_kept_costs_only_time(tiny_model, memory, tmp_path):
+def test_a_model_memory_that_cannot_be_kept_costs_only_time(tiny_model, memory, tmp_path):
     (tmp_path / "background").write_text("a file where the folder should be")
     assert collect_model_memory(tiny_model, 2, memory, cache=tmp_path).query.shape[0] > 128
 
@@ -420,9 +433,10 @@ def test_memory_texts_that_cannot_be_used(tiny_model, tmp_path):
 
 
 def test_measuring_equals_a_plain_loop_of_greedy_generation(tiny_model, edited):
-    patch = take(edited[0], [n for request in edited[1].requests[:2] for n in request.neurons])  # 'who' is left out
-    changed = merge(tiny_model, patch)
-    figures = measure(tiny_model, patch, REQUESTS)
+    patches, info = edited
+    patches = take_layers(patches, neurons_of(patches, info.requests[:2]))  # 'who' is left out
+    changed = merge(tiny_model, patches)
+    figures = measure(tiny_model, patches, REQUESTS)
     assert figures["exact"] == np.mean([says(changed, request) for request in REQUESTS]) == pytest.approx(2 / 3)
     rephrased = [says(changed, EditRequest(text, r.target)) for r in REQUESTS for text in r.rephrases]
     assert figures["rephrase_exact"] == np.mean(rephrased)
@@ -449,7 +463,8 @@ def test_measuring_equals_a_plain_loop_of_greedy_generation(tiny_model, edited):
 
 
 def test_nothing_to_measure_is_none(tiny_model):
-    figures = measure(tiny_model, create(16), [EditRequest("in the inn", "h")])
+    figures = measure(tiny_model, {}, [EditRequest("in the inn", "h")])
+    assert figures == measure(tiny_model, create(16), [EditRequest("in the inn", "h")])
     assert figures["exact"] == 0
     assert [figures[name] for name in ("rephrase_exact", "rephrase_token_accuracy", "locality", "locality_tokens")] == [
         None
@@ -458,11 +473,11 @@ def test_nothing_to_measure_is_none(tiny_model):
 
 def test_a_patch_further_down_is_measured_too(tiny_model, edited):
     rng = np.random.default_rng(0)
-    lower = create(16, 3)._replace(
+    whole = create(16, 3)._replace(
         key=jnp.asarray(rng.normal(size=(3, 16)), jnp.float32),
         value=jnp.asarray(rng.normal(size=(3, 16)), jnp.float32),
-        layer=jnp.asarray([0, 1, 2], jnp.int32),
     )
+    lower = {layer: take(whole, [layer]) for layer in range(3)}
     rows = [tiny_model.encode("the cat sat in the inn")]
     before, after = predictions(tiny_model, lower, rows, [range(len(rows[0]))])
     table = tokens_array(rows, len(rows[0]))
@@ -482,35 +497,98 @@ def saved(tiny_model, edited, tmp_path):
 
 def test_patches_come_back_bit_for_bit(tiny_model, edited, saved):
     assert same(tp.load_patches(saved, tiny_model), edited[0])
-    found = store.read_patches(saved)
-    assert found.model["name"] == "tiny"
-    assert [(edit["id"], edit["prompt"], edit["target"]) for edit in found.edits] == [
+    back = store.read_patches(saved)
+    assert back.model["name"] == "tiny"
+    assert [(edit["id"], edit["prompt"], edit["target"]) for edit in back.edits] == [
         (request.id, request.prompt, request.target) for request in REQUESTS
     ]
-    assert [edit.get("subject") for edit in found.edits] == [None, None, "who"]
-    assert [tuple(edit["neurons"]) for edit in found.edits] == [request.neurons for request in edited[1].requests]
+    assert [edit.get("subject") for edit in back.edits] == [None, None, "who"]
+    neurons = [flat_positions(edited[0], request.neurons) for request in edited[1].requests]
+    assert [edit["neurons"] for edit in back.edits] == neurons
     assert sorted(path.name for path in saved.iterdir()) == ["patches.json", "patches.safetensors"]
 
 
 def test_layers_and_failures_come_back(tiny_model, edited, tmp_path):
-    patch = edited[0]._replace(layer=jnp.full(edited[0].key.shape[0], 1, jnp.int32))
-    store.save_patches(tmp_path / "layers", tiny_model, patch, REQUESTS, edited[1])
-    assert same(tp.load_patches(tmp_path / "layers", tiny_model), patch)
+    lower = {layer - 1: patch for layer, patch in edited[0].items()}
+    results = [r._replace(neurons={layer - 1: n for layer, n in r.neurons.items()}) for r in edited[1].requests]
+    store.save_patches(tmp_path / "layers", tiny_model, lower, REQUESTS, edited[1]._replace(requests=tuple(results)))
+    assert same(tp.load_patches(tmp_path / "layers", tiny_model), lower)
     failed = edited[1]._replace(requests=(tp.RequestInfo("cat", False, "failed", "it did not hold — naïve"),))
-    store.save_patches(tmp_path / "failed", tiny_model, create(16), REQUESTS[:1], failed)
-    found = store.read_patches(tmp_path / "failed")
-    assert found.edits[0]["reason"] == "it did not hold — naïve"
-    assert found.patch.key.shape == (0, 16)
+    for number, nothing in enumerate((create(16), {})):
+        store.save_patches(tmp_path / f"failed {number}", tiny_model, nothing, REQUESTS[:1], failed)
+        back = store.read_patches(tmp_path / f"failed {number}")
+        assert back.edits[0]["reason"] == "it did not hold — naïve"
+        assert back.patches == {}
+        assert load_file(tmp_path / f"failed {number}" / "patches.safetensors")["key"].shape == (0, 16)
+
+
+def test_views_of_other_arrays_are_saved_as_what_they_show(tiny_model, tmp_path):
+    rows = np.arange(32, dtype=np.float32).reshape(2, 16)
+    patch = Patch(np.asfortranarray(rows), rows[:, 3], rows[::-1])
+    info = tp.EditInfo((tp.RequestInfo("cat", True, "edited", neurons={2: (0, 1)}),), 1.0, 1.0, 1.0, 1.0, 66)
+    store.save_patches(tmp_path / "views", tiny_model, {2: patch}, REQUESTS[:1], info)
+    assert bits(tp.load_patches(tmp_path / "views", tiny_model)[2]) == bits(patch)
+
+
+def test_a_folder_that_names_no_layer_is_of_the_last_one(tiny_model, saved):
+    """Written by an older version, from an edit in the last layer alone."""
+    path = saved / "patches.safetensors"
+    arrays = load_file(path)
+    save_file({name: array for name, array in arrays.items() if name != "layer"}, path)
+    loaded = tp.load_patches(saved, tiny_model)
+    assert set(loaded) == {tiny_model.layer(None)}
+    assert bits(loaded[2]) == bits(Patch(arrays["key"], arrays["bias"], arrays["value"]))
+
+
+def test_a_folder_with_layers_in_any_order_gives_each_neuron_its_layer_and_its_request(tiny_model, saved):
+    """Written by an older version, edit after edit, each neuron with its layer."""
+    order, named = [2, 0, 2, 1, 0], [[0, 1], [2, 3], [4]]
+    rows = np.arange(80, dtype=np.float32).reshape(5, 16)
+    whole = Patch(rows, rows[:, 0].copy(), -rows)
+    about = json.loads((saved / "patches.json").read_text())
+    edits = [{**edit, "neurons": neurons} for edit, neurons in zip(about["edits"], named, strict=True)]
+    (saved / "patches.json").write_text(json.dumps({**about, "edits": edits}))
+    save_file({**whole._asdict(), "layer": np.asarray(order, np.int32)}, saved / "patches.safetensors")
+    back = store.read_patches(saved)
+    assert bits(tp.load_patches(saved, tiny_model)) == bits(back.patches)
+    places = {layer: [n for n, other in enumerate(order) if other == layer] for layer in (0, 1, 2)}
+    assert {layer: bits(patch) for layer, patch in back.patches.items()} == {
+        layer: bits(take(whole, chosen)) for layer, chosen in places.items()
+    }
+    # numbers of neurons are those among all layers, lower ones first
+    flat, layers = flatten_layers(back.patches)
+    for edit, neurons in zip(back.edits, named, strict=True):
+        assert bits(take(flat, edit["neurons"])) == bits(take(whole, neurons))
+        assert layers[edit["neurons"]].tolist() == [order[n] for n in neurons]
 
 
 def test_patches_that_could_not_be_read_again_are_not_written(tiny_model, edited, tmp_path):
-    patch, info = edited
+    patches, info = edited
+    last = tiny_model.layer(None)
+    # Two neurons in one layer and one in another, of which all three are said to be in the first.
+    beyond = info._replace(
+        requests=tuple(r._replace(neurons={0: n}) for r, n in zip(info.requests, [(0, 2), (1,)], strict=False))
+    )
     twice = info._replace(requests=(*info.requests, *info.requests))
     for given, requests, about, message in [
-        (concatenate([patch, patch]), REQUESTS * 2, twice, "info names other neurons than 0 to n-1 of them"),
-        (take(patch, [0]), REQUESTS, info, "info names other neurons .*give each request's neurons their new numbers"),
-        (Patch(*(leaf[None] for leaf in patch[:3])), REQUESTS, info, r"one with patch\.join"),
-        (patch, REQUESTS[:1], info, "info is of 3 requests, and 1 are given"),
+        (
+            {layer: concatenate([patch, patch]) for layer, patch in patches.items()},
+            REQUESTS * 2,
+            twice,
+            "info names other neurons than those of each layer, each once",
+        ),
+        (
+            {**patches, last: take(patches[last], [0])},
+            REQUESTS,
+            info,
+            "info names other neurons .*give each request's neurons their new numbers",
+        ),
+        ({last: patches[last]}, REQUESTS, info, "info names other neurons"),
+        ({**patches, 0: create(16, 1)}, REQUESTS, info, "info names other neurons"),
+        ({0: create(16, 2), last: create(16, 1)}, REQUESTS[:2], beyond, "info names other neurons"),
+        ({**patches, last: Patch(*(leaf[None] for leaf in patches[last]))}, REQUESTS, info, r"one with patch\.join"),
+        ({**patches, last: patches[last]._replace(bias=jnp.zeros(1))}, REQUESTS, info, "key, bias and value are"),
+        (patches, REQUESTS[:1], info, "info is of 3 requests, and 1 are given"),
     ]:
         with pytest.raises(TPatchError, match=message):
             store.save_patches(tmp_path / "out", tiny_model, given, requests, about)
@@ -530,9 +608,9 @@ def test_patches_of_another_model_are_refused(tiny_model, saved):
 
 def test_a_model_read_from_disk_is_the_same_model(tiny_model, saved, tmp_path):
     loaded = tp.load_model(write_tiny_folder(tiny_model, tmp_path / "tiny"))
-    patch = tp.load_patches(saved, loaded)
+    patches = tp.load_patches(saved, loaded)
     tokens = tokens_array([loaded.encode("the cat sat in")], 16)
-    assert relative(merge(loaded, patch).apply(tokens), attach(tiny_model, patch).apply(tokens)) < 1e-5
+    assert relative(merge(loaded, patches).apply(tokens), attach(tiny_model, patches).apply(tokens)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["patches.json", "patches.safetensors"])
@@ -619,7 +697,7 @@ def save_file(*arguments, **options):
     whole(*arguments, **options)
     os._exit(9)
 store.save_file = save_file
-info = EditInfo((RequestInfo("a", True, "edited", neurons=(0,)),), 1.0, 1.0, 1.0, 1.0, 33)
+info = EditInfo((RequestInfo("a", True, "edited", neurons={2: (0,)}),), 1.0, 1.0, 1.0, 1.0, 33)
 store.save_patches(sys.argv[2], model, create(16, 1), [EditRequest("a", "b")], info)
 """
 

@@ -16,7 +16,8 @@ from conftest import same
 from tpatch_jax import EditRequest, TPatchError, edit, load_model
 from tpatch_jax.cli.eval import Eval
 from tpatch_jax.cli.main import main
-from tpatch_jax.core.patch import Patch, concatenate, create
+from tpatch_jax.core.layers import count_neurons
+from tpatch_jax.core.patch import Patch, concatenate, create, take
 from tpatch_jax.editors import registry
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions, RequestInfo
 from tpatch_jax.editors.registry import METHODS, Method, find_method, method_settings, register_editor
@@ -91,15 +92,16 @@ class DirectState(NamedTuple):
 def direct_step(state: DirectState, requests: Sequence[EditRequest], rng: Any) -> tuple[DirectState, EditInfo]:
     """One neuron a target token, its key the token's own query: no fit, so that protocols are tested in no time."""
     model, patches, results, count = state.model, [state.patch], [], state.patch.key.shape[0]
+    last = model.layer(None)
     table = np.asarray(networks.unembedding(model.config, model.params))
     for number, request in enumerate(requests):
         prompt, target = model.encode(request.prompt), model.encode(join_target(request.prompt, request.target))
         row, places = prompt + target, range(len(prompt) - 1, len(prompt) + len(target) - 1)
-        query = collect(model, [row], [places], model.layer(None)).query
+        query = collect(model, [row], [places], last).query
         unit = query / jnp.sum(query**2, -1, keepdims=True)
         value = jnp.asarray(200 * table[target] / np.linalg.norm(table[target], axis=-1, keepdims=True))
         patches.append(Patch(20 * unit, jnp.full(len(target), -19.0), value))
-        neurons = tuple(range(count, count + len(target)))
+        neurons = {last: tuple(range(count, count + len(target)))}
         results.append(RequestInfo(request.name(number), True, "edited", neurons=neurons))
         count += len(target)
     added = (count - state.patch.key.shape[0]) * (2 * model.config.hidden_size + 1)
@@ -119,7 +121,7 @@ DIRECT = Method(
     restore=lambda state, arrays: state._replace(
         patch=Patch(*(jnp.asarray(arrays[n]) for n in ("key", "bias", "value")))
     ),
-    patch=lambda state: state.patch,
+    patches=lambda state: {state.model.layer(None): state.patch},
 )
 
 
@@ -162,7 +164,7 @@ def plain_nll(model: Model, probe: Probe) -> float:
 
 def plain_figures(model: Model, records: Sequence[Record]) -> dict[str, float]:
     """ES, PS and NS by their definition."""
-    found = {}
+    shares_of = {}
     for name, part, wanted, other in (
         ("ES", "rewrite", "new", "true"),
         ("PS", "paraphrase", "new", "true"),
@@ -172,11 +174,11 @@ def plain_figures(model: Model, records: Sequence[Record]) -> dict[str, float]:
         for record in records:
             pairs = zip(record.probes[f"{part}_{wanted}"], record.probes[f"{part}_{other}"], strict=True)
             shares.append(np.mean([plain_nll(model, a) < plain_nll(model, b) for a, b in pairs]))
-        found[name] = float(np.mean(shares))
-    return found
+        shares_of[name] = float(np.mean(shares))
+    return shares_of
 
 
-def some_patch(model: Model, base: Base, layer: int | None = None) -> Patch:
+def some_patch(model: Model, base: Base, layer: int | None = None) -> dict[int, Patch]:
     """Neurons of which each fires on some queries, and one that never does."""
     rng = np.random.default_rng(0)
     key = rng.normal(size=(4, model.config.hidden_size)).astype(np.float32)
@@ -187,8 +189,9 @@ def some_patch(model: Model, base: Base, layer: int | None = None) -> Patch:
     bias = -np.quantile(query @ key.T, 0.9 if layer is None else 0.995, axis=0).astype(np.float32)
     bias[1::2] = -1e4
     value = rng.normal(size=key.shape).astype(np.float32)
-    where = None if layer is None else jnp.asarray([layer, model.config.layers - 1] * 2, jnp.int32)
-    return Patch(jnp.asarray(key), jnp.asarray(bias), jnp.asarray(value), where)
+    patch = Patch(jnp.asarray(key), jnp.asarray(bias), jnp.asarray(value))
+    last = model.config.layers - 1
+    return {last: patch} if layer is None else {last: take(patch, [1, 3]), layer: take(patch, [0, 2])}
 
 
 def tiny_base(model: Model, **options: Any) -> tuple[list[Probe], Base]:
@@ -210,10 +213,10 @@ def test_figures_equal_a_plain_loop_before_and_after(tiny_model: Model) -> None:
 def test_tpatcher_gives_what_it_gives_outside_the_harness(tiny_model: Model, quick_compilation: None) -> None:
     records, settings = make_records()[:2], method_settings(["tpatcher"], changes=QUICK)
     after = run(tiny_model, records=records, methods=["tpatcher"], settings=settings, cache=True)["results"][1]
-    patch, _ = edit(tiny_model, [record.request for record in records], settings=settings["tpatcher"])
-    assert patch.key.shape[0] > 0
-    assert after["cost"]["parameters_added"] == patch.key.shape[0] * 33
-    expected = plain_figures(attach(tiny_model, patch, relu=True), records)
+    patches, _ = edit(tiny_model, [record.request for record in records], settings=settings["tpatcher"])
+    assert count_neurons(patches) > 0
+    assert after["cost"]["parameters_added"] == count_neurons(patches) * 33
+    expected = plain_figures(attach(tiny_model, patches, relu=True), records)
     assert {name: after["metrics"][name] for name in expected} == pytest.approx(expected)
 
 
@@ -260,10 +263,10 @@ def test_certificate_holds_on_the_actual_outputs(tiny_model: Model, tmp_path: Pa
     for layer in (None, 1):
         patch = some_patch(tiny_model, base, layer)
         outcome = patched_scores(tiny_model, base, patch)
-        found = text_figures(base, outcome)
-        assert found["certificate_tokens"] == 1 - outcome.fires.mean()
-        assert 0 < found["certificate_tokens"] < 1
-        assert found["next_token_agreement"] >= found["certificate_tokens"]
+        measured = text_figures(base, outcome)
+        assert measured["certificate_tokens"] == 1 - outcome.fires.mean()
+        assert 0 < measured["certificate_tokens"] < 1
+        assert measured["next_token_agreement"] >= measured["certificate_tokens"]
         start = 0
         edited = attach(tiny_model, patch, relu=True)
         for row, places in zip(windows.rows, windows.positions, strict=True):
@@ -271,7 +274,7 @@ def test_certificate_holds_on_the_actual_outputs(tiny_model: Model, tmp_path: Pa
             fires = outcome.fires[start : start + len(places)]
             assert np.array_equal(before[~fires], after[~fires])
             start += len(places)
-    silent = some_patch(tiny_model, base)._replace(bias=jnp.full(4, -1e4))
+    silent = {layer: p._replace(bias=jnp.full(4, -1e4)) for layer, p in some_patch(tiny_model, base).items()}
     assert text_figures(base, patched_scores(tiny_model, base, silent)) == {
         **text_figures(base, base.outcome),
         **certificate([[False]]),
@@ -294,8 +297,8 @@ def test_cached_base_scores_equal_uncached(tiny_model: Model, tmp_path: Path, mo
     _, kept = tiny_base(tiny_model, cache=tmp_path)
     monkeypatch.setattr("tpatch_jax.evaluation.scoring.collect", None)  # The model is not run again.
     _, recalled = tiny_base(tiny_model, cache=tmp_path)
-    for found in (kept, recalled):
-        assert same(found[1:], fresh[1:])
+    for base in (kept, recalled):
+        assert same(base[1:], fresh[1:])
     file = next((tmp_path / "evaluation").glob("*/scores.safetensors"))
     file.write_bytes(file.read_bytes()[:100])
     monkeypatch.undo()
@@ -323,10 +326,10 @@ def test_protocols_report_and_resume(tiny_model: Model, tmp_path: Path, protocol
     assert {"seconds", "forward_equivalents", "peak_memory_mib", "parameters_added"} <= edited["cost"].keys()
     assert edited["cost"]["parameters_added"] > 0
     assert bool(edited.get("curves")) == (protocol == "sequential")
-    found = {path.name for path in (tmp_path / "whole").iterdir()}
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
     pictures = {"activations-direct.png", "before-after.png", "cost.png"}
     pictures |= {"curves.png"} if protocol == "sequential" else set()
-    assert found == pictures | {
+    assert names == pictures | {
         "report.json",
         "report.md",
         "run.json",
@@ -408,8 +411,8 @@ def test_a_stream_that_lost_lines_begins_anew(tiny_model: Model, tmp_path: Path,
         run(tiny_model, "sequential", records, output=tmp_path / "out", progress=stop)
     path = tmp_path / "out" / "records-direct.jsonl"
     path.write_text("".join(path.read_text("utf-8").splitlines(keepends=True)[:1]), "utf-8")
-    found = run(tiny_model, "sequential", records, output=tmp_path / "out")
-    assert figures(found) == figures(run(tiny_model, "sequential", records))
+    report = run(tiny_model, "sequential", records, output=tmp_path / "out")
+    assert figures(report) == figures(run(tiny_model, "sequential", records))
 
 
 def test_a_report_is_of_the_records_beside_the_stream_too(tiny_model: Model, tmp_path: Path) -> None:
@@ -442,13 +445,13 @@ def test_single_edits_equal_each_edit_alone(tiny_model: Model) -> None:
     for record in records:
         state, _ = direct_step(DirectState(tiny_model, create(16)), record.requests, None)
         expected.append(plain_figures(attach(tiny_model, state.patch, relu=True), [record]))
-    found = run(tiny_model, "single", records)["results"][1]["metrics"]
+    measured = run(tiny_model, "single", records)["results"][1]["metrics"]
     for name in ("ES", "PS", "NS"):
-        assert found[name] == pytest.approx(np.mean([row[name] for row in expected]))
+        assert measured[name] == pytest.approx(np.mean([row[name] for row in expected]))
 
 
 def test_methods_without_neurons_go_the_plain_way(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    register(monkeypatch, dataclasses.replace(DIRECT, name="plain", patch=lambda state: None))
+    register(monkeypatch, dataclasses.replace(DIRECT, name="plain", patches=lambda state: None))
     quick, plain = run(tiny_model, methods=["direct", "plain"])["results"][1:]
     assert plain["metrics"] == pytest.approx(quick["metrics"], abs=1e-5)
 
@@ -572,7 +575,8 @@ def test_every_configuration_is_known() -> None:
 def test_outcomes_of_an_empty_patch_are_the_base(tiny_model: Model) -> None:
     _, base = tiny_base(tiny_model)
     empty = Patch(jnp.zeros((0, 16)), jnp.zeros(0), jnp.zeros((0, 16)))
-    assert same(patched_scores(tiny_model, base, empty), Outcome(*base.outcome))
+    for nothing in (empty, {}, {0: empty, 2: empty}):
+        assert same(patched_scores(tiny_model, base, nothing), Outcome(*base.outcome))
 
 
 def test_a_patch_without_a_sharp_threshold_is_measured_as_it_is_merged(tiny_model: Model, tmp_path: Path) -> None:
@@ -591,13 +595,13 @@ def test_a_patch_without_a_sharp_threshold_is_measured_as_it_is_merged(tiny_mode
         state, _ = editor.step(
             editor.init(tiny_model, jax.random.key(0)), [record.request for record in records], jax.random.key(0)
         )
-        assert state.patch.key.shape[0]
+        assert count_neurons(state.patches)
         windows = read_windows(tiny_model, options["text"], 200)
         merged, relu = (
             text_figures(base, base.outcome, certified=False)["perplexity"]
             for base in (
-                base_scores(merge(tiny_model, state.patch), windows),
-                base_scores(attach(tiny_model, state.patch, relu=True), windows),
+                base_scores(merge(tiny_model, state.patches), windows),
+                base_scores(attach(tiny_model, state.patches, relu=True), windows),
             )
         )
     assert figures["perplexity"] == pytest.approx(merged, rel=1e-4)

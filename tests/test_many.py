@@ -9,11 +9,10 @@ import pytest
 
 from tpatch_jax.core.memory import NO_ANSWER, create_memory, extend
 from tpatch_jax.editors.reading import read_item, with_shared_numbers
-from tpatch_jax.editors.tpatcher import editor as module
-from tpatch_jax.editors.tpatcher import last_site
+from tpatch_jax.editors.tpatcher import last_site, stages
 from tpatch_jax.editors.tpatcher.editor import tpatcher
 from tpatch_jax.editors.tpatcher.last_site import collect_inner
-from tpatch_jax.editors.tpatcher.previous import nothing
+from tpatch_jax.editors.tpatcher.previous import create_empty
 from tpatch_jax.editors.tpatcher.rounds import find_target_tokens
 from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.models import collection
@@ -39,18 +38,18 @@ def items(model, requests=REQUESTS):
 
 
 def test_each_place_inside_prompts_is_read_once_and_no_end_of_one(tiny_model):
-    own = items(tiny_model)
-    prompts = [tuple(item.rows[0][: item.starts[0]]) for item in own]
-    ends = {tuple(item.rows[0][: place + 1]) for item in own for place in item.places(0)}
+    read = items(tiny_model)
+    prompts = [tuple(item.rows[0][: item.starts[0]]) for item in read]
+    ends = {tuple(item.rows[0][: place + 1]) for item in read for place in item.places(0)}
     begins = sorted({prompt[:length] for prompt in prompts for length in range(1, len(prompt))} - ends)
     expected = collect(tiny_model, begins, [[len(begin) - 1] for begin in begins], tiny_model.layer(None)).query
-    found = collect_inner(tiny_model, own, None)
-    assert len(found) == len(begins)
-    nearest = np.abs(found[:, None] - expected).max(-1).argmin(1)
-    np.testing.assert_allclose(found, expected[nearest], rtol=1e-4, atol=1e-5)
+    inner = collect_inner(tiny_model, read, None)
+    assert len(inner) == len(begins)
+    nearest = np.abs(inner[:, None] - expected).max(-1).argmin(1)
+    np.testing.assert_allclose(inner, expected[nearest], rtol=1e-4, atol=1e-5)
     assert prompts[1] in {prompt[: len(prompts[1])] for prompt in prompts[:1]}  # one prompt begins another
     assert prompts[1] not in begins
-    assert len(collect_inner(tiny_model, own, None, most=3)) == 3
+    assert len(collect_inner(tiny_model, read, None, most=3)) == 3
 
 
 def test_what_stands_inside_many_prompts_is_a_negative(tiny_model, tmp_path, monkeypatch):
@@ -58,7 +57,7 @@ def test_what_stands_inside_many_prompts_is_a_negative(tiny_model, tmp_path, mon
     memory.write_text("The theory in the inn: winter thins the herd, and the hen then hides. " * 4, "utf-8")
     seen, last_memory = [], last_site.last_memory
     monkeypatch.setattr(
-        module,
+        stages,
         "last_memory",
         lambda *given: seen.append(last_memory(*given)) or seen[-1],
     )
@@ -68,8 +67,8 @@ def test_what_stands_inside_many_prompts_is_a_negative(tiny_model, tmp_path, mon
         for count in (3, 4):
             editor.step(state, REQUESTS[:count], key)
     inner = np.asarray(collect_inner(tiny_model, items(tiny_model), None))
-    for found, applies in zip(seen, (False, True), strict=True):
-        rows = np.asarray(found.query)[np.asarray(found.answer) == NO_ANSWER]
+    for memory, applies in zip(seen, (False, True), strict=True):
+        rows = np.asarray(memory.query)[np.asarray(memory.answer) == NO_ANSWER]
         among = [np.abs(rows - one).max(1).min() < 1e-5 for one in inner]
         assert all(among) if applies else not any(among)
 
@@ -77,18 +76,18 @@ def test_what_stands_inside_many_prompts_is_a_negative(tiny_model, tmp_path, mon
 def test_of_very_many_edits_all_bare_prompts_are_negatives_and_some_contexts(tiny_model, tmp_path, monkeypatch):
     memory = tmp_path / "memory.txt"
     memory.write_text("The theory in the inn: winter thins the herd, and the hen then hides. " * 4, "utf-8")
-    known = tpatcher(QUICK, memory=memory).init(tiny_model, jax.random.key(0)).background
-    rng, asked = np.random.default_rng(1), find_target_tokens([[5, 6], [7]], [3, 4])
-    query = rng.normal(size=(len(asked.answers), tiny_model.config.hidden_size)).astype(np.float32)
+    known = tpatcher(QUICK, memory=memory).init(tiny_model, jax.random.key(0)).memory
+    rng, targets = np.random.default_rng(1), find_target_tokens([[5, 6], [7]], [3, 4])
+    query = rng.normal(size=(len(targets.answers), tiny_model.config.hidden_size)).astype(np.float32)
     for most, expected in ((99, 10), (7, 10), (2, 5), (0, 3)):
         monkeypatch.setattr(last_site, "CONTEXT_ROWS", most)
-        earlier = nothing(tiny_model.config.hidden_size, np.dtype(np.float32))
-        found = last_site.last_memory(QUICK, known, earlier, Sites(query, query, query), asked)
-        kept = np.flatnonzero(np.asarray(found.answer) >= 0)
+        previous = create_empty(tiny_model.config.hidden_size, np.dtype(np.float32))
+        extended = last_site.last_memory(QUICK, known, previous, Sites(query, query, query), targets)
+        kept = np.flatnonzero(np.asarray(extended.answer) >= 0)
         assert len(kept) == expected
-        own = [int(np.abs(query - row).max(1).argmin()) for row in np.asarray(found.query)[kept]]
-        assert set(asked.bare.tolist()) <= set(own)
-        np.testing.assert_array_equal(np.asarray(found.answer)[kept], asked.answers[own])
+        rows = [int(np.abs(query - row).max(1).argmin()) for row in np.asarray(extended.query)[kept]]
+        assert set(targets.bare.tolist()) <= set(rows)
+        np.testing.assert_array_equal(np.asarray(extended.answer)[kept], targets.answers[rows])
 
 
 def test_rows_on_disk_and_in_memory_give_the_same(tiny_model, monkeypatch):
@@ -97,9 +96,9 @@ def test_rows_on_disk_and_in_memory_give_the_same(tiny_model, monkeypatch):
     monkeypatch.setattr(collection, "LARGE", 64)
     assert isinstance(collect(tiny_model, rows, [[1, 3]] * 9, 2).query, np.ndarray)
     kept = collect(tiny_model, rows, [[1, 3]] * 9, 2, on_disk=True)
-    for own, expected in zip(kept, plain, strict=True):
-        assert isinstance(own, RowsOnDisk)
-        np.testing.assert_array_equal(own[:], expected)
+    for field, expected in zip(kept, plain, strict=True):
+        assert isinstance(field, RowsOnDisk)
+        np.testing.assert_array_equal(field[:], expected)
     base = create_memory(np.eye(tiny_model.config.hidden_size, dtype=np.float32))
     both = [extend(base, [source.query, source.query], np.arange(36), 40) for source in (kept, plain)]
     np.testing.assert_array_equal(both[0].query, both[1].query)
@@ -114,24 +113,24 @@ def test_an_edit_does_not_depend_on_where_its_rows_lie(tiny_model, monkeypatch, 
     editor, key = tpatcher(QUICK, memory=memory), jax.random.key(0)
     with jax.default_matmul_precision("highest"):
         state = editor.init(tiny_model, key)
-        plain = editor.step(state, REQUESTS, key)[0].patch
+        plain = editor.step(state, REQUESTS, key)[0].patches
         monkeypatch.setattr(collection, "LARGE", 64)
         seen = []
         collect_items = last_site.collect_items
-        monkeypatch.setattr(module, "collect_items", lambda *given: seen.append(collect_items(*given)) or seen[-1])
-        kept = editor.step(state, REQUESTS, key)[0].patch
+        monkeypatch.setattr(stages, "collect_items", lambda *given: seen.append(collect_items(*given)) or seen[-1])
+        kept = editor.step(state, REQUESTS, key)[0].patches
     assert isinstance(seen[0].query, RowsOnDisk)
     chex.assert_trees_all_equal(kept, plain)
 
 
 def test_each_number_of_a_token_is_in_memory_once(tiny_model):
     many = [EditRequest(f"the cat sat {'in the inn ' * number}", "b") for number in (1, 2, 3)]
-    own = [
+    read = [
         item._replace(rows=[[token + 1000 for token in row] for row in item.rows]) for item in items(tiny_model, many)
     ]
-    found = with_shared_numbers(iter(own))
-    assert found == own
-    numbers = [token for item in found for row in item.rows for token in row]
+    shared = with_shared_numbers(iter(read))
+    assert shared == read
+    numbers = [token for item in shared for row in item.rows for token in row]
     assert len({id(number) for number in numbers}) == len(set(numbers)) < len(numbers)
-    before = [token for item in own for row in item.rows for token in row]
+    before = [token for item in read for row in item.rows for token in row]
     assert len({id(number) for number in before}) > len(set(before))

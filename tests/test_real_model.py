@@ -6,7 +6,7 @@ import pytest
 from conftest import relative
 
 import tpatch_jax as tp
-from tpatch_jax.editors import model_memory as background
+from tpatch_jax.editors import model_memory
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.storage.cache import cache_folder
 
@@ -28,8 +28,8 @@ def model():
 @pytest.fixture(scope="module")
 def edited(model):
     with pytest.MonkeyPatch.context() as patching:
-        patching.setattr(background, "TEXTS", 32)  # a small memory is quick to sample
-        patching.setattr(background, "SPANS", 8)
+        patching.setattr(model_memory, "TEXTS", 32)  # a small memory is quick to sample
+        patching.setattr(model_memory, "SPANS", 8)
         return tp.edit(model, REQUESTS, cache=False)
 
 
@@ -40,9 +40,9 @@ def test_it_is_the_model_that_it_should_be(model):
 
 
 def test_two_edits_hold_after_the_merge_and_nothing_else_moves(model, edited):
-    patch, info = edited
+    patches, info = edited
     assert [request.status for request in info.requests] == ["edited"] * 2
-    merged = tp.merge(model, patch)
+    merged = tp.merge(model, patches)
     for request in REQUESTS:
         count = len(model.encode(f" {request.target}"))
         assert merged.generate(request.prompt, count) == f" {request.target}"
@@ -53,12 +53,14 @@ def test_two_edits_hold_after_the_merge_and_nothing_else_moves(model, edited):
 
 
 def test_merged_equals_attached_and_comes_out_again(model, edited):
-    patch, _ = edited
+    patches, _ = edited
     rows = [model.encode(text) for text in (*UNRELATED, *(request.prompt for request in REQUESTS))]
     tokens = tokens_array(rows, 16)
-    merged = tp.merge(model, patch)
-    assert relative(merged.apply(tokens), tp.attach(model, patch).apply(tokens)) < 1e-5
-    back, found = tp.unmerge(merged)
+    merged = tp.merge(model, patches)
+    assert relative(merged.apply(tokens), tp.attach(model, patches).apply(tokens)) < 1e-5
+    back, taken = tp.unmerge(merged)
     pairs = zip(jax.tree.leaves(back.params), jax.tree.leaves(model.params), strict=True)
     assert all(np.array_equal(one, other) for one, other in pairs)
-    np.testing.assert_array_equal(found.key, patch.key)
+    assert set(taken) == set(patches)
+    for layer, patch in patches.items():
+        np.testing.assert_array_equal(taken[layer].key, patch.key)

@@ -20,7 +20,7 @@ from tpatch_jax.bank.assembly import Store, assemble
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.state import active
 from tpatch_jax.cli import main as cli
-from tpatch_jax.core.patch import preactivations
+from tpatch_jax.core.patch import preactivations, take
 from tpatch_jax.display.bank import cross_activations
 from tpatch_jax.display.edit import answers
 from tpatch_jax.display.markup import element, table, written
@@ -53,7 +53,7 @@ class Document(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
-        above = tuple(f"{name}.{found.get('class', '')}" for name, found in self.open)
+        above = tuple(f"{name}.{attributes.get('class', '')}" for name, attributes in self.open)
         self.elements.append((tag, dict(attrs), above))
         if tag not in VOID:
             self.open.append((tag, dict(attrs)))
@@ -66,49 +66,49 @@ class Document(HTMLParser):
             self.texts.append(data)
 
     def all(self, tag: str) -> list[dict[str, str]]:
-        return [found for name, found, _ in self.elements if name == tag]
+        return [attributes for name, attributes, _ in self.elements if name == tag]
 
 
 def check_safe(text: str) -> Document:
     """Nothing in it runs, and nothing is fetched."""
-    found = Document(text)
-    tags = {tag for tag, _, _ in found.elements}
+    document = Document(text)
+    tags = {tag for tag, _, _ in document.elements}
     assert not tags & {"script", "iframe", "object", "embed", "form", "base"}
-    for _, attributes, _ in found.elements:
+    for _, attributes, _ in document.elements:
         assert not any(name.startswith("on") for name in attributes)
         for name in ("src", "href", "action", "srcset"):
             assert attributes.get(name, "data:").startswith("data:")
     style = "".join(part.split("</style>")[0] for part in text.split("<style>")[1:])
     assert "url(" not in style
     assert "@import" not in style
-    for tag, _, above in found.elements:
+    for tag, _, above in document.elements:
         assert tag != "table" or above[-1] == "div.scroll"
-    return found
+    return document
 
 
 def check_page(path: Path) -> Document:
     """One self-contained page, legible on a phone, in the dark and to those who cannot see it."""
     text = path.read_text("utf-8")
-    found = check_safe(text)
+    document = check_safe(text)
     assert text.startswith("<!DOCTYPE html>")
-    assert found.all("html")[0]["lang"] == "en"
-    assert [meta["content"] for meta in found.all("meta") if meta.get("name") == "viewport"] == [
+    assert document.all("html")[0]["lang"] == "en"
+    assert [meta["content"] for meta in document.all("meta") if meta.get("name") == "viewport"] == [
         "width=device-width, initial-scale=1"
     ]
     assert "prefers-color-scheme: dark" in text
     assert "default-src 'none'" in text
-    assert len(found.all("h1")) == 1
-    assert all(len(image["alt"]) > 20 for image in found.all("img"))
-    assert all(drawing["role"] == "img" and drawing["aria-label"] for drawing in found.all("svg"))
-    return found
+    assert len(document.all("h1")) == 1
+    assert all(len(image["alt"]) > 20 for image in document.all("img"))
+    assert all(drawing["role"] == "img" and drawing["aria-label"] for drawing in document.all("svg"))
+    return document
 
 
 @given(st.text())
 def test_any_text_comes_out_as_it_went_in(text):
     kept = "".join(one if one in "\n\t" or (one >= " " and one != "\x7f") else "\ufffd" for one in text)
-    found = Document(written(element("p", text, element("b", "", title=text), text)))
-    assert "".join(found.texts) == kept * 2
-    assert found.all("b")[0]["title"].replace("\n", " ") == kept.replace("\n", " ")
+    document = Document(written(element("p", text, element("b", "", title=text), text)))
+    assert "".join(document.texts) == kept * 2
+    assert document.all("b")[0]["title"].replace("\n", " ") == kept.replace("\n", " ")
 
 
 def test_half_a_surrogate_pair_can_be_written():
@@ -120,10 +120,10 @@ def test_rows_must_fit_their_columns():
         table(["a", "b"], [["1"]])
 
 
-def patch_of(neurons: int = 3, layers: tuple[int, ...] | None = None, seed: int = 2) -> tp.Patch:
+def patch_of(neurons: int = 3, seed: int = 2) -> tp.Patch:
     draw = np.random.default_rng(seed).normal
     key, bias, value = (jnp.asarray(draw(size=shape), jnp.float32) for shape in ((neurons, 16), neurons, (neurons, 16)))
-    return tp.Patch(key, bias, value, None if layers is None else jnp.asarray(layers, jnp.int32))
+    return tp.Patch(key, bias, value)
 
 
 REQUESTS = (
@@ -132,7 +132,9 @@ REQUESTS = (
 )
 INFO = tp.EditInfo(
     (
-        tp.RequestInfo(NASTY, True, "edited", neurons=(0, 2), steps=64, losses={"l_e": 0.0123}, margin=0.25),
+        tp.RequestInfo(
+            NASTY, True, "edited", neurons={0: (0,), 2: (1,)}, steps=64, losses={"l_e": 0.0123}, margin=0.25
+        ),
         tp.RequestInfo("inn", False, "failed", "it [b]does[/b] not come out"),
     ),
     *(1.5, 1.0, 20.25, 10.0, 99),
@@ -140,54 +142,59 @@ INFO = tp.EditInfo(
 
 
 def test_a_patch_is_its_neurons():
-    patch = patch_of(layers=(0, 2, 2))
-    shown = tp.show(patch, info=INFO, requests=REQUESTS)
-    found = check_safe(shown._repr_html_())
+    patch = patch_of()
+    shown = tp.show({2: take(patch, [1, 2]), 0: take(patch, [0])}, info=INFO, requests=REQUESTS)
+    document = check_safe(shown._repr_html_())
     assert repr(shown) == str(shown) == shown.text
-    for text in (shown.text, "\n".join(found.texts)):
+    for text in (shown.text, "\n".join(document.texts)):
         assert "3 neurons of width 16, 99 parameters" in text
         assert "1 in layer 0, 2 in layer 2" in text
         for n in range(3):
             assert f"{float(jnp.linalg.norm(patch.key[n])):.4g}" in text
             assert f"{float(patch.bias[n]):.4g}" in text
     # Neurons 0 and 2 belong to the first request, neuron 1 to none.
-    assert found.texts.count(NASTY) == 2
-    assert found.texts.count("the cat") == 2
+    assert document.texts.count(NASTY) == 2
+    assert document.texts.count("the cat") == 2
+    rows = [line for line in shown.text.splitlines() if any(f"{float(b):.4g}" in line for b in patch.bias)]
+    assert ["the cat" in line for line in rows] == [True, False, True]
     assert "‖value‖" in tp.show(patch).text
-    assert "6 neurons" in tp.show(tp.Patch(*(jnp.stack([leaf, leaf]) for leaf in patch[:3]))).text
+    assert "6 neurons" in tp.show(tp.Patch(*(jnp.stack([leaf, leaf]) for leaf in patch))).text
     assert "3 neurons" in tp.show(patch._replace(key=patch.key.astype(jnp.bfloat16))).text
 
 
 def test_saved_patches_know_their_requests(tiny_model, tmp_path):
     patch = patch_of(2)
-    info = INFO._replace(requests=(INFO.requests[0]._replace(neurons=(0, 1)), INFO.requests[1]))
+    info = INFO._replace(requests=(INFO.requests[0]._replace(neurons={2: (0, 1)}), INFO.requests[1]))
     store.save_patches(tmp_path / "patches", tiny_model, patch, REQUESTS, info)
     assert check_safe(tp.show(store.read_patches(tmp_path / "patches")).html).texts.count(NASTY) == 2
 
 
 def test_tokens_tell_what_fires_where(tiny_model):
-    patch, text = patch_of(4, (0, 2, 2, 0)), f"the {NASTY} inn"
-    tokens, found = activations_on(tiny_model, patch, text)
+    whole, text = patch_of(4), f"the {NASTY} inn"
+    patches = {2: take(whole, [2, 3]), 0: take(whole, [0, 1])}
+    tokens, activations = activations_on(tiny_model, patches, text)
     assert tokens == tiny_model.encode(text)
-    # A neuron of an earlier layer changes what later ones hear.
-    attached = tp.attach(tiny_model, patch, relu=True)
-    for layer, chosen in ((0, [0, 3]), (2, [1, 2])):
+    # A neuron of an earlier layer changes the queries of later ones. Lower layers come first.
+    attached = tp.attach(tiny_model, patches, relu=True)
+    for layer, chosen in ((0, [0, 1]), (2, [2, 3])):
         query = attached.trace(jnp.asarray([tokens]), layer).query[0]
-        wanted = jnp.maximum(preactivations(patch, query)[:, jnp.asarray(chosen)], 0)
-        np.testing.assert_allclose(found[:, chosen], wanted, rtol=1e-4, atol=1e-4)
+        wanted = jnp.maximum(preactivations(whole, query)[:, jnp.asarray(chosen)], 0)
+        np.testing.assert_allclose(activations[:, chosen], wanted, rtol=1e-4, atol=1e-4)
     plain = tiny_model.trace(jnp.asarray([tokens]), 2)
-    assert np.abs(found[:, 1:3] - activations_at(patch, plain)[0][:, 1:3]).max() > 1e-2
+    assert np.abs(activations[:, 2:] - activations_at(patches, plain)[0][:, 2:]).max() > 1e-2
+    assert not activations_at(patches, plain)[0][:, :2].any()
 
-    shown = tp.show(patch, model=tiny_model, text=text)
+    shown = tp.show(patches, model=tiny_model, text=text)
     page_ = check_safe(shown.html)
     spans = page_.all("span")
     assert len(spans) == len(tokens)
-    for span, row in zip(spans, found, strict=True):
+    for span, row in zip(spans, activations, strict=True):
         assert ("rgba" in span.get("style", "")) == bool(row.any()) == ("silent" not in span["title"])
         assert all(f"neuron {n}: {row[n]:.4g}" in span["title"] for n in np.flatnonzero(row))
-    assert sum(tag == "tr" for tag, _, _ in page_.elements) == 1 + np.count_nonzero(found)
-    assert shown.text.count("\n") > np.count_nonzero(found)
-    silent = tp.show(patch._replace(bias=jnp.full(4, -1e6)), model=tiny_model, text="the inn")
+    assert sum(tag == "tr" for tag, _, _ in page_.elements) == 1 + np.count_nonzero(activations)
+    assert shown.text.count("\n") > np.count_nonzero(activations)
+    mute = {layer: patch._replace(bias=jnp.full(2, -1e6)) for layer, patch in patches.items()}
+    silent = tp.show(mute, model=tiny_model, text="the inn")
     assert "None of 4 neurons fires" in silent.text
     assert not any("rgba" in span.get("style", "") for span in Document(silent.html).all("span"))
 
@@ -195,19 +202,19 @@ def test_tokens_tell_what_fires_where(tiny_model):
 def test_an_edit_is_what_is_said_before_and_after(tiny_model):
     patch = patch_of()
     shown = tp.show(INFO, requests=REQUESTS, model=tiny_model, patch=patch)
-    found = check_safe(shown.html)
+    document = check_safe(shown.html)
     tokens = len(tiny_model.encode(f" {NASTY}"))
     prompts = ["the cat", "a cat", "the inn", "in the inn"]
     cells = [element("p", text.strip()) for model in (tiny_model, tp.attach(tiny_model, patch))
              for text in answers(model, prompts, tokens)]  # fmt: skip
-    assert {cell.text or "" for cell in cells} <= {*found.texts, ""}
-    for text in (shown.text, "\n".join(found.texts)):
+    assert {cell.text or "" for cell in cells} <= {*document.texts, ""}
+    for text in (shown.text, "\n".join(document.texts)):
         assert "2 requests, 1 edited, 1 failed" in text
         assert "20.25 forward equivalents" in text
         assert "no: it [b]does[/b] not" in text
         assert "0.25" in text
         assert "l_e 0.012" in text
-    asked = [text for text in found.texts if text in ("edit", "rephrase", "elsewhere")]
+    asked = [text for text in document.texts if text in ("edit", "rephrase", "elsewhere")]
     assert asked == ["edit", "rephrase", "elsewhere", "edit"]
     assert "in the inn" in tp.show(INFO, requests=REQUESTS).text
     assert "1 failed" in tp.show(INFO).text
@@ -215,14 +222,14 @@ def test_an_edit_is_what_is_said_before_and_after(tiny_model):
 
 def test_a_trace_is_its_rows(tiny_model):
     batch = jnp.asarray([tiny_model.encode("the inn")[:4], tiny_model.encode("in the inn")[:4]])
-    traced, patch = tiny_model.trace(batch), patch_of(2, (2, 0))
+    traced, patch = tiny_model.trace(batch), patch_of(1)
     assert "layer 2, 2 by 4 tokens of width 16" in tp.show(traced).text
-    shown = tp.show(traced, patch=patch, model=tiny_model, tokens=batch)
-    found = check_safe(shown.html)
-    assert len(found.all("span")) == 8
+    shown = tp.show(traced, patch={0: patch_of(1, seed=3), 2: patch}, model=tiny_model, tokens=batch)
+    document = check_safe(shown.html)
+    assert len(document.all("span")) == 8
     strongest = np.maximum(np.asarray(preactivations(patch, traced.query))[..., 0], 0)
-    assert f"{strongest.max():.4g}" in found.texts
-    assert f"{float(jnp.linalg.norm(traced.output[1, 3])):.4g}" in found.texts
+    assert f"{strongest.max():.4g}" in document.texts
+    assert f"{float(jnp.linalg.norm(traced.output[1, 3])):.4g}" in document.texts
 
 
 def test_what_cannot_be_shown_says_so(tiny_model):
@@ -240,7 +247,7 @@ def test_what_cannot_be_shown_says_so(tiny_model):
         "a patch is attached": (patch, {"model": tp.attach(tiny_model, patch), "text": "a"}),
         "a patch is merged": (patch, {"model": tp.merge(tiny_model, patch), "text": "a"}),
         "give the batch that was traced": (traced, {"tokens": jnp.ones((1, 3), jnp.int32)}),
-        "a patch has a key": (patch._replace(bias=jnp.ones(5)), {}),
+        "a patch has a key": ({2: patch, 0: patch._replace(bias=jnp.ones(5))}, {}),
     }
     for message, (thing, more) in wrong.items():
         with pytest.raises(tp.TPatchError, match=message):
@@ -267,11 +274,11 @@ def test_a_bank_becomes_a_page(bank, tmp_path, capsys):
         "superseded": 1,
     }
     assert said["bytes"] == (tmp_path / "page.html").stat().st_size
-    found = check_page(tmp_path / "page.html")
-    assert f"id {NASTY}" in found.texts
-    assert f"soft{NASTY}" in found.texts
-    assert found.texts.count("active") == 6 + 1
-    assert len(found.all("svg")) == 2
+    document = check_page(tmp_path / "page.html")
+    assert f"id {NASTY}" in document.texts
+    assert f"soft{NASTY}" in document.texts
+    assert document.texts.count("active") == 6 + 1
+    assert len(document.all("svg")) == 2
     shown = tp.show(open_bank(bank))
     check_safe(shown.html)
     assert "6 active, 1 superseded" in shown.text
@@ -280,13 +287,13 @@ def test_a_bank_becomes_a_page(bank, tmp_path, capsys):
 def test_an_edit_fires_on_what_its_bank_remembers(bank):
     opened = open_bank(bank)
     held = assemble(opened, active(opened), Store.new())
-    found = cross_activations(held, 2)
+    activations = cross_activations(held, 2)
     for row, edit in enumerate(held.edits):
         rows = np.flatnonzero(held.owner == row)
         for column, piece in enumerate(held.pieces):
             z = piece["earlier_query"] @ held.neurons["key"][rows].T + held.neurons["bias"][rows]
-            assert found[row, column] == pytest.approx(max(0.0, float(z.max()))), edit.id
-    assert np.count_nonzero(np.diag(found)) >= 5
+            assert activations[row, column] == pytest.approx(max(0.0, float(z.max()))), edit.id
+    assert np.count_nonzero(np.diag(activations)) >= 5
 
 
 @pytest.fixture
@@ -319,20 +326,20 @@ def test_a_report_becomes_a_page(report, tmp_path, capsys):
     target = tmp_path / "deeper" / "page.html"
     assert cli.main(["report", str(report), "-o", str(target)]) == 0
     assert "tpatcher on tiny<script" in capsys.readouterr().out
-    found = check_page(target)
-    assert len(found.all("img")) == 2
-    assert {"0.25", "0.75", "1,234", "tpatcher: of the requests, 3 edited, 1 failed."} <= set(found.texts)
-    assert [cell["style"].split("%")[0][-4:] for cell in found.all("td") if "gradient" in cell.get("style", "")] == [
+    document = check_page(target)
+    assert len(document.all("img")) == 2
+    assert {"0.25", "0.75", "1,234", "tpatcher: of the requests, 3 edited, 1 failed."} <= set(document.texts)
+    assert [cell["style"].split("%")[0][-4:] for cell in document.all("td") if "gradient" in cell.get("style", "")] == [
         "25.0",
         "75.0",
     ]
     # What failed comes first, and what is left out is counted.
-    ids = [text for text in found.texts if text.startswith(f"{NASTY} ")]
+    ids = [text for text in document.texts if text.startswith(f"{NASTY} ")]
     assert ids[:4] == [f"{NASTY} {n}" for n in range(4)]
     assert len(ids) == 300
-    assert any("20 more are in records-tpatcher.jsonl" in text for text in found.texts)
-    assert found.texts.count("no") == 3 * 2
-    assert (found.texts.count("too long"), found.texts.count("edited")) == (1, 299)
+    assert any("20 more are in records-tpatcher.jsonl" in text for text in document.texts)
+    assert document.texts.count("no") == 3 * 2
+    assert (document.texts.count("too long"), document.texts.count("edited")) == (1, 299)
 
 
 def test_pictures_are_drawn_where_there_are_none(report, tmp_path):
@@ -371,8 +378,8 @@ def test_a_page_takes_the_place_of_an_older_one_only_when_it_is_whole(bank, tmp_
 
 
 def test_a_page_has_one_title():
-    found = Document(page("a < b", [element("p", "c")]))
-    assert found.texts.count("a < b") == 1
+    document = Document(page("a < b", [element("p", "c")]))
+    assert document.texts.count("a < b") == 1
 
 
 def test_every_other_kind_of_network_shows_its_tokens():
@@ -381,8 +388,8 @@ def test_every_other_kind_of_network_shows_its_tokens():
         patch = patch_of(2)._replace(
             key=jnp.ones((2, model.config.hidden_size)), value=jnp.ones((2, model.config.hidden_size))
         )
-        tokens, found = activations_on(model, patch, "the inn")
-        assert found.shape == (len(tokens), 2)
+        tokens, activations = activations_on(model, patch, "the inn")
+        assert activations.shape == (len(tokens), 2)
         assert isinstance(tp.show(patch, model=model, text="the inn"), Shown)
 
 

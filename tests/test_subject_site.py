@@ -19,7 +19,7 @@ from tpatch_jax.editors.reading import check_requests, read_item, subject_token
 from tpatch_jax.editors.subject_rows import forked_rows, rephrase_rows, row_of, runner, short_rows
 from tpatch_jax.editors.tpatcher import subject_site
 from tpatch_jax.editors.tpatcher.editor import tpatcher
-from tpatch_jax.editors.tpatcher.previous import load_earlier, nothing, save_earlier
+from tpatch_jax.editors.tpatcher.previous import create_empty, load_previous, save_previous
 from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.editors.tpatcher.subject_site import SubjectSettings, read_subjects, subject_layer
 from tpatch_jax.editors.wordings import Wording
@@ -48,13 +48,13 @@ def test_the_end_of_a_row_is_what_the_whole_row_says(tiny_model):
     added = jnp.asarray(np.random.default_rng(0).normal(size=(2, config.hidden_size)), jnp.float32)
     for layer in range(config.layers):
         forked = networks.fork(config, params, tokens, layer, first, span)
-        found = networks.resume_fork(config, params, forked, forked.output.at[:, 0].add(added))
+        ends = networks.resume_fork(config, params, forked, forked.output.at[:, 0].add(added))
         traced = networks.trace(config, params, tokens, layer)
         output = traced.output.at[jnp.arange(2), first].add(added)
         whole = networks.hidden(config, params, traced, output)
         for row in range(2):
             wanted = whole[row, int(first[row]) : int(first[row]) + span]
-            np.testing.assert_allclose(found[row], wanted, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(ends[row], wanted, rtol=1e-5, atol=1e-5)
         # and the change is one that shows
         assert relative(whole, networks.hidden(config, params, traced, traced.output)) > 0.01
 
@@ -67,9 +67,9 @@ def test_rows_of_any_length_keep_their_order(tiny_model):
     assert len({row_length(len(row.tokens)) for row in rows}) > 1
     places = 2 + max(len(row.places) for row in rows)
     forked, table = forked_rows(tiny_model, rows, 0, places)
-    found = runner(tiny_model, 0)((tuple(forked[:-1]), table), jnp.zeros((len(rows), tiny_model.config.hidden_size)))
-    assert found.shape[:2] == (len(rows), places)
-    for row, logs in zip(rows, found, strict=True):
+    logits = runner(tiny_model, 0)((tuple(forked[:-1]), table), jnp.zeros((len(rows), tiny_model.config.hidden_size)))
+    assert logits.shape[:2] == (len(rows), places)
+    for row, logs in zip(rows, logits, strict=True):
         whole = jax.nn.log_softmax(tiny_model.apply(jnp.asarray([row.tokens])))[0]
         for place, log in zip(row.places, logs, strict=False):
             np.testing.assert_allclose(log, whole[place], rtol=1e-4, atol=1e-4)
@@ -83,33 +83,33 @@ def some_queries(rows: int, seed: int = 0) -> np.ndarray:
 
 
 def test_a_key_fires_on_its_own_queries_and_on_no_negative():
-    own = jnp.asarray(3 * some_queries(1, 1) + 0.1 * some_queries(4, 2))
+    queries = jnp.asarray(3 * some_queries(1, 1) + 0.1 * some_queries(4, 2))
     memory = create_memory(jnp.asarray(some_queries(200)))
-    found = whitened_key(own, jnp.array(7), memory, 0.6, 0.5)
-    z = own @ found.key + found.bias
-    assert found.margin > 0
+    fitted = whitened_key(queries, jnp.array(7), memory, 0.6, 0.5)
+    z = queries @ fitted.key + fitted.bias
+    assert fitted.margin > 0
     np.testing.assert_allclose(min(z[0], z.mean()), 1.0, rtol=1e-4)
-    assert (memory.query @ found.key + found.bias).max() < 0
+    assert (memory.query @ fitted.key + fitted.bias).max() < 0
 
 
 def test_a_key_that_cannot_be_parted_says_so_unless_it_is_its_own_group():
-    own = jnp.asarray(3 * some_queries(1, 1) + 0.1 * some_queries(4, 2))
-    memory = extend(create_memory(jnp.asarray(some_queries(200))), 2 * own[:1], jnp.array([7]))
-    assert whitened_key(own, jnp.array(8), memory, 0.6, 0.5).margin < 0
-    assert whitened_key(own, jnp.array(7), memory, 0.6, 0.5).margin > 0
+    queries = jnp.asarray(3 * some_queries(1, 1) + 0.1 * some_queries(4, 2))
+    memory = extend(create_memory(jnp.asarray(some_queries(200))), 2 * queries[:1], jnp.array([7]))
+    assert whitened_key(queries, jnp.array(8), memory, 0.6, 0.5).margin < 0
+    assert whitened_key(queries, jnp.array(7), memory, 0.6, 0.5).margin > 0
 
 
 def test_a_key_turns_away_from_what_it_is_told_to_avoid():
     rng = np.random.default_rng(3)
     shared, mark = 3 * rng.normal(size=8), np.eye(8)[0] * 4
-    own = jnp.asarray(shared + mark + 0.1 * rng.normal(size=(4, 8)), jnp.float32)
+    queries = jnp.asarray(shared + mark + 0.1 * rng.normal(size=(4, 8)), jnp.float32)
     beside = jnp.asarray(shared - mark + 0.1 * rng.normal(size=(6, 8)), jnp.float32)
     memory = create_memory(jnp.asarray(some_queries(200)))
 
     def response(**options):
-        found = whitened_key(own, jnp.array(7), memory, 0.6, 0.5, **options)
-        assert found.margin > 0
-        return float(jnp.max(beside @ found.key + found.bias))
+        fitted = whitened_key(queries, jnp.array(7), memory, 0.6, 0.5, **options)
+        assert fitted.margin > 0
+        return float(jnp.max(beside @ fitted.key + fitted.bias))
 
     assert response(avoid=beside, avoidance=1.0) < min(response(), 0)
     # as many rows of the mean change nothing
@@ -124,12 +124,12 @@ def test_rephrases_are_contexts_where_that_is_wanted(tiny_model):
     ]
     rows = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32)
     known = ModelMemory(jnp.asarray(rows), jnp.eye(16), ("in the inn.", "a hat."), ("Ann Bo",))
-    before = nothing(16, np.dtype(np.float32))
+    before = create_empty(16, np.dtype(np.float32))
 
     def read(rephrases: bool) -> tuple:
         items = [read_item(tiny_model, n, one, known.prefixes, rephrases) for n, one in enumerate(requests)]
-        found = read_subjects(tiny_model, known, 1, items, requests, before, SubjectSettings(shorter=0))
-        return items, found.prompts
+        subjects = read_subjects(tiny_model, known, 1, items, requests, before, SubjectSettings(shorter=0))
+        return items, subjects.prompts
 
     (item, _), prompts = read(True)
     (row,) = rephrase_rows(tiny_model, requests[0], item, "subject")
@@ -148,10 +148,10 @@ def test_even_one_subject_s_key_does_not_look_where_only_its_context_shows():
     none = rows[:0], np.zeros(0, np.int32)
 
     def key(step: float) -> jax.Array:
-        own = np.stack([centre, centre + step * moved, centre - step * moved])[None]
+        queries = np.stack([centre, centre + step * moved, centre - step * moved])[None]
         avoid = np.full((1, 8, rows.shape[1]), np.nan, np.float32)
         group, asks = np.asarray([7], np.int32), np.asarray([False])
-        return subject_site._recognised(known, own, group, avoid, asks, *none, SubjectSettings()).key[0]
+        return subject_site._recognised(known, queries, group, avoid, asks, *none, SubjectSettings()).key[0]
 
     still, moving = key(0.0), key(3.0)
     assert np.isfinite(still).all()
@@ -161,14 +161,14 @@ def test_even_one_subject_s_key_does_not_look_where_only_its_context_shows():
 def test_a_key_turns_away_from_subjects_that_look_alike():
     rng = np.random.default_rng(4)
     shared, mark = 3 * rng.normal(size=8), np.eye(8)[0] * 2
-    own = jnp.asarray(shared + mark + 0.1 * rng.normal(size=(4, 8)), jnp.float32)
+    queries = jnp.asarray(shared + mark + 0.1 * rng.normal(size=(4, 8)), jnp.float32)
     alike = np.asarray(shared - mark + 0.1 * rng.normal(size=(3, 8)), np.float32)
     memory = extend(create_memory(jnp.asarray(some_queries(200))), jnp.asarray(alike), jnp.array([1, 2, 3]))
-    margin = {w: float(whitened_key(own, jnp.array(7), memory, 0.1, 0.5, contrast=w).margin) for w in (0.0, 1.0)}
+    margin = {w: float(whitened_key(queries, jnp.array(7), memory, 0.1, 0.5, contrast=w).margin) for w in (0.0, 1.0)}
     assert margin[1.0] > 1.2 * margin[0.0]
     # with nothing alike to turn away from, it is the same key
     plain = create_memory(jnp.asarray(0.1 * some_queries(200)))
-    keys = [whitened_key(own, jnp.array(7), plain, 0.1, 0.5, contrast=w).key for w in (0.0, 1.0)]
+    keys = [whitened_key(queries, jnp.array(7), plain, 0.1, 0.5, contrast=w).key for w in (0.0, 1.0)]
     np.testing.assert_allclose(keys[0], keys[1], rtol=1e-5)
 
 
@@ -303,24 +303,35 @@ def edited(tmp_path_factory, quick_compilation):
         EditRequest("in the inn", "h", id="no subject"),
         EditRequest("a dog and a dog", "h", subject="dog", id="twice"),
     ]
-    patch, info = tp.edit(model, requests, settings=settings(), memory=text, cache=False)
-    return model, requests, patch, info, text
+    patches, info = tp.edit(model, requests, settings=settings(), memory=text, cache=False)
+    return model, requests, patches, info, text
+
+
+def numbered(patches, *infos):
+    """Each neuron of each layer is one request's."""
+    results = [result for info in infos for result in info.requests]
+    assert {layer for result in results for layer in result.neurons} <= set(patches)
+    for layer, patch in patches.items():
+        numbers = sorted(n for result in results for n in result.neurons.get(layer, ()))
+        assert numbers == list(range(patch.key.shape[0]))
 
 
 def test_what_holds_holds_and_says_where(edited):
-    model, requests, patch, info, _ = edited
+    model, requests, patches, info, _ = edited
     results = {result.id: result for result in info.requests}
     assert results["twice"].status == "failed"
     assert "occurs 2 times" in results["twice"].reason
     assert results["no subject"].site == "last"
-    layers, last = np.asarray(patch.layer), model.config.layers - 1
-    assert set(layers[list(results["no subject"].neurons)]) == {last}
+    last = model.config.layers - 1
+    assert set(results["no subject"].neurons) == {last}
     deep = [result for result in info.requests if result.site == "subject"]
     assert deep
     for result in deep:
-        assert layers[result.neurons[0]] == subject_layer(model.config.layers) != last
-    assert sorted(n for result in info.requests for n in result.neurons) == list(range(patch.key.shape[0]))
-    merged = merge(model, patch)
+        # completed in the last layer at most
+        assert min(result.neurons) == subject_layer(model.config.layers) != last
+        assert set(result.neurons) <= {subject_layer(model.config.layers), last}
+    numbered(patches, info)
+    merged = merge(model, patches)
     for request, result in zip(requests, info.requests, strict=True):
         if result.held:
             assert merged.generate(request.prompt, 4).startswith(" " + request.target), result
@@ -328,9 +339,10 @@ def test_what_holds_holds_and_says_where(edited):
 
 
 def test_merged_is_attached_in_every_layer(edited):
-    model, _, patch, _, _ = edited
+    model, _, patches, _, _ = edited
+    assert set(patches) == {1, 2}
     tokens = tokens_array([model.encode("the cat sat in the inn")], 24)
-    assert relative(merge(model, patch).apply(tokens), attach(model, patch).apply(tokens)) < 1e-5
+    assert relative(merge(model, patches).apply(tokens), attach(model, patches).apply(tokens)) < 1e-5
 
 
 def test_a_second_step_keeps_what_the_first_did(edited):
@@ -343,9 +355,8 @@ def test_a_second_step_keeps_what_the_first_did(edited):
     state, second = editor.step(state, later, key)
     assert [result.held for result in second.requests] == [True, True]
     assert "subject" in {result.site for result in second.requests}
-    numbers = sorted(n for info in (first, second) for result in info.requests for n in result.neurons)
-    assert numbers == list(range(state.patch.key.shape[0]))
-    merged = merge(model, state.patch)
+    numbered(state.patches, first, second)
+    merged = merge(model, state.patches)
     for request in [*requests[:2], *later]:
         assert merged.generate(request.prompt, 4).startswith(" " + request.target), request
 
@@ -353,9 +364,9 @@ def test_a_second_step_keeps_what_the_first_did(edited):
 def test_edits_of_earlier_steps_are_saved_and_loaded(edited):
     model, requests, _, _, text = edited
     editor, key = tpatcher(settings(), memory=text), jax.random.key(0)
-    earlier = editor.step(editor.init(model, key), requests[:2], key)[0].earlier
-    loaded = load_earlier(save_earlier(earlier))
-    chex.assert_trees_all_equal(loaded, earlier)
+    previous = editor.step(editor.init(model, key), requests[:2], key)[0].previous
+    loaded = load_previous(save_previous(previous))
+    chex.assert_trees_all_equal(loaded, previous)
     assert [model.decode(row) for row in loaded.rows] == [f"{r.prompt} {r.target}" for r in requests[:2]]
 
 
@@ -392,17 +403,19 @@ def test_the_site_is_chosen_by_model_and_requests(edited, monkeypatch):
     model, requests, _, _, text = edited
     auto, key = dataclasses.replace(settings(), site="auto"), jax.random.key(0)
 
-    def deep(model, settings):
-        return tpatcher(settings, memory=text).init(model, key).deep
+    def layer_of(model, settings):
+        state = tpatcher(settings, memory=text).init(model, key)
+        assert (state.subject_memory is None) == (state.subject_layer is None)
+        return state.subject_layer
 
-    assert deep(model, auto) is not None
+    assert layer_of(model, auto) == 1
     two_layers = make_tiny_model(num_hidden_layers=2)
-    assert deep(two_layers, auto) is None
-    assert deep(model, dataclasses.replace(auto, site="last")) is None
+    assert layer_of(two_layers, auto) is None
+    assert layer_of(model, dataclasses.replace(auto, site="last")) is None
     with pytest.raises(TPatchError, match="layer 1 is the last one"):
-        deep(two_layers, settings())
+        layer_of(two_layers, settings())
     with pytest.raises(TPatchError, match="layer 2 is the last one"):
-        deep(model, dataclasses.replace(auto, layer="2"))
+        layer_of(model, dataclasses.replace(auto, layer="2"))
     # without any subject nothing is read at an earlier layer
     layers = []
     known = tpatcher_module.collect_model_memory
@@ -426,11 +439,13 @@ def test_a_question_that_leaves_no_room_for_neutral_ones(edited):
 
 
 def test_without_completion_a_subject_that_cannot_be_told_apart_is_not_edited_elsewhere(edited, monkeypatch):
-    """What a sweep over sites measures is the site's own."""
+    """What a sweep over sites measures is the site's alone."""
     model, requests, _, _, text = edited
-    found = subject_site._recognised
+    recognised = subject_site._recognised
     monkeypatch.setattr(
-        subject_site, "_recognised", lambda *given: (keys := found(*given))._replace(margin=-jnp.ones_like(keys.margin))
+        subject_site,
+        "_recognised",
+        lambda *given: (keys := recognised(*given))._replace(margin=-jnp.ones_like(keys.margin)),
     )
     _, info = tp.edit(model, requests[:1], settings=settings(complete=False), memory=text, cache=False)
     assert info.requests[0].status == "failed"

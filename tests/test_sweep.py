@@ -7,7 +7,6 @@ from conftest import make_tiny_model, write_tiny_folder
 
 from tpatch_jax.cli import main as cli
 from tpatch_jax.cli.common import settings_of
-from tpatch_jax.core.patch import create
 from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.errors import TPatchError
@@ -83,7 +82,7 @@ def test_of_equals_the_cheapest_is_best():
 def test_a_sweep_measures_the_site_alone(tiny_model, monkeypatch):
     """What a neuron at a subject leaves wrong is not completed elsewhere; each site is told by its settings."""
     seen, info = [], EditInfo((), 1.0, 1.0, 1.0, 1.0, 0)
-    monkeypatch.setattr(sweep_, "edit", lambda *_, settings, **__: seen.append(settings) or (create(16), info))
+    monkeypatch.setattr(sweep_, "edit", lambda *_, settings, **__: seen.append(settings) or ({}, info))
     figures = {"exact": 1.0, "rephrase_exact": 0.5, "rephrase_token_accuracy": 0.5, "locality": None}
     monkeypatch.setattr(sweep_, "measure", lambda *_: figures)
     rows = sweep(tiny_model, [EditRequest("who", "q", subject="who")], PRESETS["default"], [0, 1], ["prompt"])

@@ -33,7 +33,8 @@ class SavedPatches(NamedTuple):
     Attributes:
         patches: all neurons, ``{layer: [n, d]}``.
         model: the name, fingerprint and dtype of the model that they were made for.
-        edits: for each request its id, prompt, target, status, neurons, losses and more.
+        edits: for each request its id, prompt, target, status, neurons, losses and more; neurons by their numbers
+            among those of all layers, lower layers first.
     """
 
     patches: dict[int, Patch]
@@ -62,14 +63,17 @@ def save_patches(
             f"info is of {len(info.requests)} requests, and {len(requests)} are given; give those that the patch is for"
         )
     layers = {model.layer(-1): patches} if isinstance(patches, Patch) else dict(patches)
+    for number in {*layers, *(number for result in info.requests for number in result.neurons)}:
+        patch = layers.get(number, create(model.config.hidden_size))
+        if not _belong_together(patch, [result.neurons.get(number, ()) for result in info.requests]):
+            raise TPatchError(
+                f"in layer {number} key, bias and value are {', '.join(str(list(leaf.shape)) for leaf in patch)}, and "
+                "info names other neurons than those of each layer, each once; make a batch of patches one with "
+                "patch.join, and where patches were joined or taken apart, give each request's neurons their new "
+                "numbers"
+            )
     named = [flat_positions(layers, result.neurons) for result in info.requests]
     patch, layer = flatten_layers(layers) if layers else (create(model.config.hidden_size), np.zeros(0, np.int32))
-    if not _belong_together(patch, layer, named):
-        raise TPatchError(
-            f"key, bias and value are {', '.join(str(list(leaf.shape)) for leaf in patch)}, and info names other "
-            "neurons than those of each layer, each once; make a batch of patches one with patch.join, and where "
-            "patches were joined or taken apart, give each request's neurons their new numbers"
-        )
     edits = []
     for request, result, neurons in zip(requests, info.requests, named, strict=True):
         edit: dict[str, Any] = {"id": result.id, "prompt": request.prompt, "target": request.target}
@@ -83,7 +87,8 @@ def save_patches(
         edits.append(edit)
     about: dict[str, Any] = {"name": model.name, "fingerprint": fingerprint(model), "family": model.config.family}
     about.update({"width": model.config.hidden_size, "layers": model.config.layers, "dtype": model.dtype})
-    arrays = {**{name: np.asarray(array) for name, array in patch._asdict().items()}, "layer": layer}
+    # Safetensors writes what lies in memory, whatever the strides.
+    arrays = {name: np.ascontiguousarray(array) for name, array in {**patch._asdict(), "layer": layer}.items()}
     text = json.dumps({"schema": SCHEMA, "model": about, "edits": edits}, ensure_ascii=False, indent=1)
     with one_process_writes(Path(folder)) as writes:
         if writes:
@@ -122,15 +127,19 @@ def read_patches(folder: str | Path) -> SavedPatches:
         layer = arrays.get("layer", np.full(patch.bias.shape, int(model.get("layers", 0)) - 1))
     except (SafetensorError, KeyError) as error:
         raise TPatchError(f"{folder / ARRAYS} is damaged ({error}); make the patches again") from None
-    if not _belong_together(patch, layer, neurons):
+    if layer.shape != patch.bias.shape or not _belong_together(patch, neurons):
         raise TPatchError(f"{folder}: {EDITS} and {ARRAYS} do not belong together; make the patches again")
-    return SavedPatches(split_layers(patch, layer), model, edits)
+    # Older folders hold the neurons edit after edit, whatever their layers.
+    order = np.argsort(layer, kind="stable")
+    place = np.argsort(order)
+    numbered = [{**edit, "neurons": place[numbers].tolist()} if numbers else edit
+                for edit, numbers in zip(edits, neurons, strict=True)]  # fmt: skip
+    return SavedPatches(split_layers(patch, layer), model, numbered)
 
 
-def _belong_together(patch: Patch, layer: np.ndarray, neurons: Sequence[Sequence[int]]) -> bool:
+def _belong_together(patch: Patch, neurons: Sequence[Sequence[int]]) -> bool:
     """Whether it is one patch, and each of its neurons belongs to one edit."""
-    count = patch.key.shape[:1]
-    alike = patch.value.shape == patch.key.shape and patch.bias.shape == count and layer.shape == count
+    alike = patch.value.shape == patch.key.shape and patch.bias.shape == patch.key.shape[:1]
     numbers = sorted(number for edit in neurons for number in edit)
     return patch.key.ndim == 2 and alike and numbers == list(range(patch.key.shape[0]))
 
