@@ -75,15 +75,15 @@ class Forked(NamedTuple):
 
     Attributes:
         fork: all rows, request after request.
-        places: where in each row tokens are asked, ``[requests · rows, places]``, counted from the subject.
+        places: where in each row tokens are wanted, ``[requests · rows, places]``, counted from the subject.
         wanted: the tokens wanted there, ``[requests, rows - 1, places]``.
         weight: of each in its request's loss, ``[requests, rows - 1, places]``; those of a request sum to one.
     """
 
     fork: networks.Fork
-    places: Array
-    wanted: Array
-    weight: Array
+    places: Int[Array, "all_rows places"]
+    wanted: Int[Array, "requests rows places"]
+    weight: Float[Array, "requests rows places"]
 
 
 class OffsetInfo(NamedTuple):
@@ -95,9 +95,9 @@ class OffsetInfo(NamedTuple):
         closeness: divergence from the unedited model at the end, in nats.
     """
 
-    steps: np.ndarray
-    nll: np.ndarray
-    closeness: np.ndarray
+    steps: Int[np.ndarray, " requests"]
+    nll: Float[np.ndarray, " requests"]
+    closeness: Float[np.ndarray, " requests"]
 
 
 def value_rows(model: Model, request: EditRequest, item: Item) -> list[PromptRow]:
@@ -121,19 +121,19 @@ def fork_requests(model: Model, rows: Sequence[Sequence[PromptRow]], layer: int)
         rows: from `value_rows`, of each request.
         layer: the layer.
     """
-    count = round_up(max(len(row.wanted) for own in rows for row in own), 2)
+    count = round_up(max(len(row.wanted) for each in rows for row in each), 2)
     shape = (len(rows), len(rows[0]) - 1, count)
     wanted, weight = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    for lane, own in enumerate(rows):
-        for number, row in enumerate(own[:-1]):
+    for lane, each in enumerate(rows):
+        for number, row in enumerate(each[:-1]):
             wanted[lane, number, : len(row.wanted)] = row.wanted
-            weight[lane, number, : len(row.wanted)] = 1 / ((len(own) - 1) * len(row.wanted))
-    fork, places = forked_rows(model, [row for own in rows for row in own], layer, count)
+            weight[lane, number, : len(row.wanted)] = 1 / ((len(each) - 1) * len(row.wanted))
+    fork, places = forked_rows(model, [row for each in rows for row in each], layer, count)
     return Forked(fork, places, jnp.asarray(wanted), jnp.asarray(weight))
 
 
 def _runner(model: Model, layer: int, stream: bool) -> Callable[[tuple[tuple, Array], Array], Array]:
-    """From rows and what is added at their subjects, ``[rows, d]``, to log-probabilities at the asked places."""
+    """From rows and what is added at their subjects, ``[rows, d]``, to log-probabilities at their places."""
     config, params = model.config, model.params
 
     def run(rows: tuple[tuple, Array], added: Array) -> Array:
@@ -148,7 +148,7 @@ def _runner(model: Model, layer: int, stream: bool) -> Callable[[tuple[tuple, Ar
     return run
 
 
-def _length(x: Array) -> Array:
+def _length(x: Float[Array, "*rows d"]) -> Float[Array, "*rows"]:
     """``‖x‖`` along the last axis, of which the gradient at zero is zero, as in torch."""
     square = jnp.sum(jnp.square(x), -1)
     there = square > 0
