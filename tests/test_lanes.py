@@ -10,7 +10,7 @@ from tpatch_jax.core.lanes import minimise_lanes, take_lanes
 PROMOTION = "standard"  # optax takes steps
 
 GOALS = np.asarray([[0.1, 0.0], [2.0, 1.0], [0.4, -0.3], [1.0, 1.0], [9.0, 0.0]], np.float32)
-STEPS = 30
+STEPS = 60
 
 
 def minimise(goals, seen=None):

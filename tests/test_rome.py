@@ -384,10 +384,10 @@ def test_layers_and_weights_are_the_authors_where_they_name_them(tiny_model) -> 
         ("llama", 32, 4096, 5, (4, 5, 6, 7, 8), 15000),
         ("llama", 3, 16, 1, (0, 1), 64),
     ):
-        own = replace(config, family=family, layers=layers, width=width, ffn_width=4 * width)
-        assert rome_layer(own) == wanted
-        assert memit_layers(own) == several
-        assert memit_weight(own) == weight
+        known = replace(config, family=family, layers=layers, hidden_size=width, ffn_width=4 * width)
+        assert rome_layer(known) == wanted
+        assert memit_layers(known) == several
+        assert memit_weight(known) == weight
     assert rome_layer(config, "2") == 2
     assert memit_layers(config, "2, 0") == (0, 2)
     assert memit_weight(config, "9") == 9
