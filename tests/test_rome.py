@@ -28,7 +28,7 @@ from tpatch_jax.editors.rome.hidden_moment import hidden_moment, moment_rows, sa
 from tpatch_jax.editors.rome.memit import MemitSettings, memit, memit_layers, memit_weight
 from tpatch_jax.editors.rome.rank_one import damped, distribute_update, rank_one
 from tpatch_jax.editors.rome.rome import R_ROME_PRESETS, ROME_PRESETS, RomeSettings, find_update, rome, rome_layer
-from tpatch_jax.editors.rome.state import KernelState, Tried, edited, report, restore, save, says
+from tpatch_jax.editors.rome.state import Attempt, RomeState, edited, report, restore, save, says
 from tpatch_jax.editors.rome.subject_value import OffsetInfo, ValueSettings, fork_requests, train_offsets, value_rows
 from tpatch_jax.evaluation.runner import evaluate
 from tpatch_jax.models.model import Model
@@ -62,7 +62,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 class Begun(NamedTuple):
     editor: Editor
-    fresh: KernelState
+    fresh: RomeState
 
 
 @pytest.fixture(scope="module")
@@ -242,9 +242,9 @@ def test_requests_never_couple(tiny_model: Model) -> None:
     together, info = train_offsets(tiny_model, fork_requests(tiny_model, rows, 1), scale, settings, stream=True)
     assert together.any(-1).all()
     forked = fork_requests(tiny_model, rows[1:], 1)
-    alone, own = train_offsets(tiny_model, forked, scale[1:], settings, stream=True)
+    alone, alone_info = train_offsets(tiny_model, forked, scale[1:], settings, stream=True)
     assert relative(together[1], alone[0]) < 1e-4
-    assert own.steps[0] == info.steps[1]
+    assert alone_info.steps[0] == info.steps[1]
 
 
 def test_an_offset_is_clamped_and_stops_when_it_is_enough(tiny_model: Model) -> None:
@@ -320,9 +320,9 @@ def test_rome_and_r_rome_differ_only_in_the_key_they_divide_by(tiny_model: Model
     for averaged in (False, True):
         settings = replace(of_rome.fresh.settings, averaged_key=averaged)
         after, _ = of_rome.editor.step(of_rome.fresh._replace(settings=settings), REQUESTS[:1], KEY)
-        outcomes.append(np.asarray(after.kernels[1]) - np.asarray(network["down"]["kernel"]))
+        outcomes.append(np.asarray(after.down_projections[1]) - np.asarray(network["down"]["kernel"]))
         at = update.key if averaged else update.bare
-        assert relative(np.asarray(at) @ np.asarray(after.kernels[1]), update.value) < 1e-3
+        assert relative(np.asarray(at) @ np.asarray(after.down_projections[1]), update.value) < 1e-3
     left, right = (np.linalg.svd(change)[0][:, 0] for change in outcomes)
     assert abs(left @ right) == pytest.approx(1, abs=1e-4)
     assert relative(*outcomes) > 1e-3
@@ -334,12 +334,12 @@ def test_edits_stack(tiny_model: Model, of_rome: Begun) -> None:
     together, info = editor.step(fresh, REQUESTS[:2], KEY)
     state, _ = editor.step(fresh, REQUESTS[:1], KEY)
     state, _ = editor.step(state, REQUESTS[1:2], KEY)
-    assert same(together.kernels, state.kernels)
+    assert same(together.down_projections, state.down_projections)
     item = read_item(tiny_model, 1, REQUESTS[1], (), False)
     assert info.requests[1].held == says(edited(state), [item])[0]
     # The first edit counts: the second one alone is another one.
     alone, _ = editor.step(fresh, REQUESTS[1:2], KEY)
-    assert relative(alone.kernels[1], together.kernels[1]) > 1e-3
+    assert relative(alone.down_projections[1], together.down_projections[1]) > 1e-3
 
 
 @pytest.mark.parametrize("method", ["rome", "memit"])
@@ -350,7 +350,7 @@ def test_what_does_not_hold_is_kept_or_not(of_rome: Begun, of_memit: Begun, meth
         settings = replace(fresh.settings, value=weak, keep_failed=keep)
         state, info = editor.step(fresh._replace(settings=settings), REQUESTS[:2], KEY)
         assert [(request.held, request.status) for request in info.requests] == [(False, "failed")] * 2
-        assert bool(state.kernels) == keep
+        assert bool(state.down_projections) == keep
         fate = "the update was kept" if keep else "nothing was kept"
         assert all(fate in request.reason for request in info.requests)
 
@@ -360,14 +360,14 @@ def test_memit_edits_several_at_once(tiny_model: Model, of_memit: Begun) -> None
     assert len(fresh.contexts) == 2
     state, info = editor.step(fresh, REQUESTS, KEY)
     assert [request.status for request in info.requests] == ["edited"] * 3
-    assert sorted(state.kernels) == [0, 1]
+    assert sorted(state.down_projections) == [0, 1]
     model = edited(state)
     assert [model.generate(request.prompt, 1).strip() for request in REQUESTS] == ["the", "t", "the"]
     batch = tokens_array([tiny_model.encode("He met Eve in")], 16)
     assert same(editor.apply(restore(fresh, save(state)), batch), model.apply(batch))
     # In another order it is the same.
     turned, _ = editor.step(fresh, REQUESTS[::-1], KEY)
-    assert all(relative(turned.kernels[layer], state.kernels[layer]) < 1e-3 for layer in (0, 1))
+    assert all(relative(turned.down_projections[layer], state.down_projections[layer]) < 1e-3 for layer in (0, 1))
     # One that cannot be done does not hinder the others.
     hopeless = [*REQUESTS[:2], EditRequest("Nobody", "x")]
     state, info = editor.step(fresh, hopeless, KEY)
@@ -384,10 +384,10 @@ def test_layers_and_weights_are_the_authors_where_they_name_them(tiny_model) -> 
         ("llama", 32, 4096, 5, (4, 5, 6, 7, 8), 15000),
         ("llama", 3, 16, 1, (0, 1), 64),
     ):
-        named = replace(config, family=family, layers=layers, hidden_size=width, ffn_width=4 * width)
-        assert rome_layer(named) == wanted
-        assert memit_layers(named) == several
-        assert memit_weight(named) == weight
+        known = replace(config, family=family, layers=layers, hidden_size=width, ffn_width=4 * width)
+        assert rome_layer(known) == wanted
+        assert memit_layers(known) == several
+        assert memit_weight(known) == weight
     assert rome_layer(config, "2") == 2
     assert memit_layers(config, "2, 0") == (0, 2)
     assert memit_weight(config, "9") == 9
@@ -419,7 +419,7 @@ def test_what_cannot_be_edited_says_why(tiny_model, letters: Path, method: str) 
         reasons, ("has none", "not in the prompt", "2 times", "target is empty", "64"), strict=True
     ):
         assert part in reason
-    assert not after.kernels
+    assert not after.down_projections
     with pytest.raises(TPatchError, match="needs a decoder"):
         editor.init(make_family("bert"), KEY)
     layer = max(state.moments)
@@ -449,7 +449,7 @@ def test_methods_run_side_by_side(
 def test_what_was_kept_is_said() -> None:
     fit = OffsetInfo(*np.ones((3, 1)))
     reason = "the target does not come out after the update; nothing was kept"
-    tried = {0: Tried(fit, 0), 1: Tried(fit, 0, reason), 2: Tried(fit, 0)}
+    tried = {0: Attempt(fit, 0), 1: Attempt(fit, 0, reason), 2: Attempt(fit, 0)}
     held = {0: False, 1: False, 2: True}
     undone, lost, good = report("abc", {}, tried, held, False, (1.0, 1.0, 1.0)).requests
     assert "a later edit of this step undid it, and the update was kept" in undone.reason

@@ -24,7 +24,7 @@ from tpatch_jax.editors.rome.hidden_moment import hidden_moment  # noqa: E402
 from tpatch_jax.editors.rome.memit import MemitSettings, memit  # noqa: E402
 from tpatch_jax.editors.rome.rank_one import damped, rank_one  # noqa: E402
 from tpatch_jax.editors.rome.rome import find_update  # noqa: E402
-from tpatch_jax.editors.rome.state import KernelState, edited  # noqa: E402
+from tpatch_jax.editors.rome.state import RomeState, edited  # noqa: E402
 from tpatch_jax.editors.rome.subject_value import ValueSettings  # noqa: E402
 from tpatch_jax.models.model import Model, load_model  # noqa: E402
 
@@ -223,9 +223,9 @@ def test_memit_agrees(twins: Twins) -> None:
         for layer, weight in zip(layers, kept, strict=True):
             blocks[layer].mlp.c_proj.weight.copy_(weight)
     editor = memit(settings)
-    state, info = editor.step(KernelState(twins.ours, {}, known, CONTEXTS, settings), REQUESTS, jax.random.key(0))
+    state, info = editor.step(RomeState(twins.ours, {}, known, CONTEXTS, settings), REQUESTS, jax.random.key(0))
     assert all(request.steps > 3 for request in info.requests)
     for layer, before, after in zip(layers, kept, changed, strict=True):
-        assert relative(np.asarray(state.kernels[layer]) - before.numpy(), after - before) < 5e-3
+        assert relative(np.asarray(state.down_projections[layer]) - before.numpy(), after - before) < 5e-3
     np.testing.assert_allclose(editor.apply(state, jnp.asarray(batch)), logits, rtol=0, atol=2e-3)
     assert relative(edited(state).apply(jnp.asarray(batch)), twins.ours.apply(jnp.asarray(batch))) > 1e-3

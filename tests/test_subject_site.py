@@ -13,7 +13,7 @@ import tpatch_jax as tp
 import tpatch_jax.editors.tpatcher.editor as tpatcher_module
 from tpatch_jax.core.memory import create_memory, extend
 from tpatch_jax.core.recipes.whitened import whitened_key
-from tpatch_jax.core.values import TargetRows, ThroughSettings, kept_close, train_values
+from tpatch_jax.core.values import TargetRows, ValueTrainingSettings, kept_close, train_values
 from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import check_requests, read_item, subject_token
 from tpatch_jax.editors.subject_rows import forked_rows, rephrase_rows, row_of, runner, short_rows
@@ -195,7 +195,7 @@ def run(rows, added):
 
 def test_values_say_their_targets_within_their_limit():
     targets, neutral, scale = lanes(5)
-    settings = ThroughSettings(steps=60, longest=8.0, enough=0.05)
+    settings = ValueTrainingSettings(steps=60, longest=8.0, enough=0.05)
     values, info = train_values(targets, neutral, run, scale, settings)
     assert (info.loss < 0.05).all()
     assert (info.steps > 0).all()
@@ -206,7 +206,7 @@ def test_values_say_their_targets_within_their_limit():
 
 def test_lanes_do_not_couple():
     targets, neutral, scale = lanes(5)
-    settings = ThroughSettings(steps=30, longest=8.0, enough=0.2)
+    settings = ValueTrainingSettings(steps=30, longest=8.0, enough=0.2)
     together, info = train_values(targets, neutral, run, scale, settings)
     assert len(set(info.steps.tolist())) > 1  # they stop at different times, so lanes were dropped on the way
     for lane in range(5):
@@ -286,7 +286,7 @@ def settings(**changes):
     preset = PRESETS["default"]
     fit = dataclasses.replace(preset.fit, key_steps=16, rounds=1, negatives=32, lanes=16)
     subject = SubjectSettings(
-        value=ThroughSettings(steps=40, longest=16.0, rate=0.2), key_floor=0.5, shorter=0, neutral=1
+        value=ValueTrainingSettings(steps=40, longest=16.0, rate=0.2), key_floor=0.5, shorter=0, neutral=1
     )
     return dataclasses.replace(preset, site="subject", fit=fit, subject=subject, **changes)
 

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax import Array
 
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.typing import RngKey
 
 __all__ = ["check_positive", "check_range", "random_key"]
 
 
-def random_key(seed: int) -> Array:
+def random_key(seed: int) -> RngKey:
     """The typed random key of a seed.
 
     Raises:

@@ -58,11 +58,11 @@ def automatically(run: Callable[[Any, Any], Array], params: Any, batch: Any) -> 
 
     types = dict.fromkeys(context.axis_names, AxisType.Auto)
     with jax.sharding.use_abstract_mesh(context.update_axis_types(types)):
-        found = run(*jax.tree.map(put, (params, batch)))
+        result = run(*jax.tree.map(put, (params, batch)))
     explicit = [mesh for mesh in meshes if mesh.explicit_axes]
-    if explicit and not isinstance(found, Tracer) and isinstance(found.sharding, NamedSharding):
-        return jax.device_put(found, NamedSharding(explicit[0], found.sharding.spec))
-    return found
+    if explicit and not isinstance(result, Tracer) and isinstance(result.sharding, NamedSharding):
+        return jax.device_put(result, NamedSharding(explicit[0], result.sharding.spec))
+    return result
 
 
 def mesh_of(params: Any) -> Mesh | None:

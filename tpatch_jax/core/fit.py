@@ -10,15 +10,14 @@ that many fitted together equal each fitted alone. Two recipes share the objecti
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh
+from jaxtyping import Array, Int, Key
 
 from tpatch_jax.core.devices import divided, host, parts, shard_rows
 from tpatch_jax.core.memory import Memory
@@ -27,6 +26,7 @@ from tpatch_jax.core.problem import FitInfo, FitProblem, FitSettings, Head
 from tpatch_jax.core.recipes import joint, staged
 from tpatch_jax.core.sizes import few_or_most, power_of_two, round_up
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.typing import Activation, CountProgress, RngKey
 
 __all__ = ["FitInfo", "FitProblem", "FitSettings", "fit", "fit_many"]
 
@@ -35,9 +35,9 @@ def fit(
     lane: FitProblem,
     memory: Memory,
     head: Head,
-    rng: Array,
+    rng: RngKey,
     settings: FitSettings,
-    activation: Callable[[Array], Array],
+    activation: Activation,
 ) -> tuple[Patch, FitInfo]:
     """Fit one patch: a pure function, to be jitted and vmapped by its caller.
 
@@ -63,7 +63,7 @@ def fit(
         >>> query, nothing = jnp.ones((1, 4)), jnp.zeros((0, 4))
         >>> lane = FitProblem(query, 0 * query, nothing, None, jnp.array(3), unembedding[:, 3], jnp.array(1.0))
         >>> head = lambda context, output: output @ unembedding
-        >>> run = jax.jit(lambda lane, memory, key: fit(lane, memory, head, key, FitSettings(), jax.nn.relu))
+        >>> run = jax.jit(lambda lane, memory, rng: fit(lane, memory, head, rng, FitSettings(), jax.nn.relu))
         >>> patch, info = run(lane, create_memory(rows), jax.random.key(2))
         >>> bool(info.held)
         True
@@ -96,7 +96,7 @@ def _many_end_staged(settled, lanes, head, settings, activation):
     return jax.vmap(lambda state, lane: staged.end(state, lane, head, settings, activation))(settled, lanes)
 
 
-def _replaced(old: Array, rows: np.ndarray, new: Array) -> np.ndarray:
+def _replaced(old: Array, rows: Int[np.ndarray, " some"], new: Array) -> np.ndarray:
     """Some rows of an array replaced by the first ones of another, on the host."""
     result = np.array(host(old))
     result[rows] = host(new)[: rows.size]
@@ -109,7 +109,7 @@ def _staged_bucket(
     head: Head,
     count: int,
     settings: FitSettings,
-    activation: Callable[[Array], Array],
+    activation: Activation,
     mesh: Mesh | None,
     retry: bool,
 ) -> tuple[Patch, FitInfo]:
@@ -129,8 +129,8 @@ def _staged_bucket(
 
 
 @partial(jax.jit, static_argnames="settings")
-def _many_begin(lanes, keys, settings):
-    return jax.vmap(lambda lane, key: joint.begin(lane, settings, key))(lanes, keys)
+def _many_begin(lanes, rngs, settings):
+    return jax.vmap(lambda lane, rng: joint.begin(lane, settings, rng))(lanes, rngs)
 
 
 @partial(jax.jit, static_argnames=("settings", "activation"))
@@ -152,8 +152,8 @@ def _padded(tree: Any, size: int) -> Any:
             return leaf
         index = np.r_[:count, np.zeros(size - count, int)]
         # On the host, where a new number of lanes compiles nothing; random keys stay what they are.
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return leaf[index] if is_key else np.asarray(leaf)[index]
+        is_rng = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return leaf[index] if is_rng else np.asarray(leaf)[index]
 
     return jax.tree.map(widen, tree)
 
@@ -180,10 +180,10 @@ def fit_many(
     lanes: FitProblem,
     memory: Memory,
     head: Head,
-    rngs: Array,
+    rngs: Key[Array, " rngs"],
     settings: FitSettings,
-    activation: Callable[[Array], Array],
-    progress: Callable[[int], None] | None = None,
+    activation: Activation,
+    progress: CountProgress | None = None,
     mesh: Mesh | None = None,
     *,
     size: int | None = None,
@@ -220,13 +220,14 @@ def fit_many(
         >>> import numpy as np
         >>> from jax.tree_util import Partial
         >>> from tpatch_jax.core.memory import create_memory
-        >>> rows, head = jax.random.normal(jax.random.key(0), (64, 4)), jax.random.normal(jax.random.key(1), (4, 10))
+        >>> rows = jax.random.normal(jax.random.key(0), (64, 4))
+        >>> unembedding = jax.random.normal(jax.random.key(1), (4, 10))
         >>> query, nothing = jnp.ones((1, 4)), jnp.zeros((0, 4))
-        >>> lane = FitProblem(query, 0 * query, nothing, None, jnp.array(3), head[:, 3], jnp.array(1.0))
+        >>> lane = FitProblem(query, 0 * query, nothing, None, jnp.array(3), unembedding[:, 3], jnp.array(1.0))
         >>> lanes = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), lane)
-        >>> head = Partial(lambda head, context, output: output @ head, head)
-        >>> keys = jax.random.split(jax.random.key(2), 3)
-        >>> patches, info = fit_many(lanes, create_memory(rows), head, keys, FitSettings(), jax.nn.relu)
+        >>> head = Partial(lambda unembedding, context, output: output @ unembedding, unembedding)
+        >>> rngs = jax.random.split(jax.random.key(2), 3)
+        >>> patches, info = fit_many(lanes, create_memory(rows), head, rngs, FitSettings(), jax.nn.relu)
         >>> patches.key.shape
         (3, 1, 4)
     """
@@ -242,8 +243,8 @@ def fit_many(
             patch, info = _staged_bucket(part, memory, head, count, settings, activation, mesh, retry)
         else:
             part = _padded(part, power_of_two(count, most=settings.lanes))
-            part_keys = _padded(rngs[first : first + count], part.target.shape[0])
-            patch, info = _joint_bucket(part, memory, head, part_keys, count, settings, activation)
+            part_rngs = _padded(rngs[first : first + count], part.target.shape[0])
+            patch, info = _joint_bucket(part, memory, head, part_rngs, count, settings, activation)
         patches.append(jax.tree.map(lambda leaf, count=count: host(leaf)[:count], patch))
         infos.append(jax.tree.map(lambda leaf, count=count: host(leaf)[:count], info))
         if progress:
@@ -257,13 +258,13 @@ def _joint_bucket(
     lanes: FitProblem,
     memory: Memory,
     head: Head,
-    keys: Array,
+    rngs: Key[Array, " lanes"],
     count: int,
     settings: FitSettings,
-    activation: Callable[[Array], Array],
+    activation: Activation,
 ) -> tuple[Patch, FitInfo]:
     """The joint recipe for one bucket, which shrinks as lanes finish."""
-    states = _many_begin(lanes, keys, settings)
+    states = _many_begin(lanes, rngs, settings)
     finished: dict[int, joint.JointState] = {}
     going = [(lane, lane) for lane in range(count)]  # where in the bucket, which lane
     part = lanes

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.core.sizes import pieces
 
@@ -41,13 +41,13 @@ class Memory(NamedTuple):
         whitener: ``[d, d]``, ``A`` with ``A·Aᵀ = C⁻¹`` for the regularised covariance ``C``; `whitening` makes it.
     """
 
-    query: Array
-    answer: Array
-    mean: Array
-    whitener: Array
+    query: Float[Array, "rows d"]
+    answer: Int[Array, " rows"]
+    mean: Float[Array, " d"]
+    whitener: Float[Array, "d d"]
 
 
-def second_moments(query: Array) -> tuple[Array, Array]:
+def second_moments(query: Float[Array, "rows d"]) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
     """Mean and covariance of queries.
 
     Args:
@@ -67,7 +67,7 @@ def second_moments(query: Array) -> tuple[Array, Array]:
     return mean, centred.T @ centred / query.shape[0]
 
 
-def nuisance_scatter(groups: Array) -> Array:
+def nuisance_scatter(groups: Float[Array, "groups contexts d"]) -> Float[Array, "d d"]:
     """How one and the same query varies with what stands before it: the mean covariance within groups.
 
     Directions along which a query moves when only its context changes say nothing about the mistake, so a key should
@@ -88,26 +88,30 @@ def nuisance_scatter(groups: Array) -> Array:
     return centred.T @ centred / centred.shape[0]
 
 
-def blended(own: Array, general: Array, share: float) -> Array:
-    """A mixture of two scatters, each taken at a trace of one: ``share·own/tr + (1-share)·general/tr``; zeros stay so.
+def blended(special: Float[Array, "d d"], general: Float[Array, "d d"], share: float) -> Float[Array, "d d"]:
+    """A mixture of two scatters, each taken at a trace of one: ``s·A/tr A + (1-s)·B/tr B``; zeros stay so.
 
     Args:
-        own: ``[d, d]``.
-        general: ``[d, d]``.
-        share: of ``own``, 0 to 1.
+        special: ``A``, ``[d, d]``.
+        general: ``B``, ``[d, d]``.
+        share: ``s``, 0 to 1.
 
     Example:
         >>> float(blended(4 * jnp.eye(2), jnp.eye(2), 0.5)[0, 0])
         0.5
     """
-    least = jnp.finfo(own.dtype).tiny
-    own, general = (scatter / jnp.maximum(jnp.trace(scatter), least) for scatter in (own, general))
-    return share * own + (1 - share) * general
+    least = jnp.finfo(special.dtype).tiny
+    special, general = (scatter / jnp.maximum(jnp.trace(scatter), least) for scatter in (special, general))
+    return share * special + (1 - share) * general
 
 
 def whitening(
-    covariance: Array, nuisance: Array | None = None, *, weight: float = 0.8, shrinkage: float = 0.1
-) -> Array:
+    covariance: Float[Array, "d d"],
+    nuisance: Float[Array, "d d"] | None = None,
+    *,
+    weight: float = 0.8,
+    shrinkage: float = 0.1,
+) -> Float[Array, "d d"]:
     """``A`` with ``A·Aᵀ = C⁻¹``, so that ``(q - μ)·A`` has no preferred direction.
 
     ``C = (1-w)·Σ/tr Σ + w·N/tr N``, shrunk by a share of its mean eigenvalue and scaled to a mean eigenvalue of one.
@@ -125,21 +129,25 @@ def whitening(
         >>> whitening(jnp.eye(4)).shape
         (4, 4)
     """
-    width = covariance.shape[0]
+    hidden_size = covariance.shape[0]
 
     def normalised(matrix: Array) -> Array:
-        return matrix / jnp.maximum(jnp.trace(matrix) / width, jnp.finfo(matrix.dtype).tiny)
+        return matrix / jnp.maximum(jnp.trace(matrix) / hidden_size, jnp.finfo(matrix.dtype).tiny)
 
     mixed = normalised(covariance)
     if nuisance is not None:
         mixed = (1 - weight) * mixed + weight * normalised(nuisance)
-    mixed = normalised(mixed + shrinkage * jnp.eye(width, dtype=mixed.dtype))
+    mixed = normalised(mixed + shrinkage * jnp.eye(hidden_size, dtype=mixed.dtype))
     inverse = jnp.linalg.inv(mixed)
     return jnp.linalg.cholesky((inverse + inverse.T) / 2)
 
 
 def create_memory(
-    query: Array, nuisance: Array | None = None, *, weight: float = 0.8, shrinkage: float = 0.1
+    query: Float[Array, "rows d"],
+    nuisance: Float[Array, "d d"] | None = None,
+    *,
+    weight: float = 0.8,
+    shrinkage: float = 0.1,
 ) -> Memory:
     """A memory of unrelated queries with its statistics.
 
@@ -161,7 +169,9 @@ def create_memory(
     return Memory(query.astype(jnp.float32), jnp.full(query.shape[0], NO_ANSWER, jnp.int32), mean, whitener)
 
 
-def extend(memory: Memory, query: Any, answer: Array | np.ndarray | None = None, size: int | None = None) -> Memory:
+def extend(
+    memory: Memory, query: Any, answer: Int[Array | np.ndarray, " rows"] | None = None, size: int | None = None
+) -> Memory:
     """The memory with more rows; mean and whitener stay those of unrelated text.
 
     Args:
@@ -179,18 +189,18 @@ def extend(memory: Memory, query: Any, answer: Array | np.ndarray | None = None,
     count, rows = sum(part.shape[0] for part in parts), memory.query.shape[0]
     missing = max(0, (size or 0) - count)
     # In front of the others: what is held out of a memory is taken from its end. On the host: it compiles nothing.
-    found = _aligned((missing + count + rows, memory.query.shape[1]))
+    extended = _aligned((missing + count + rows, memory.query.shape[1]))
     filled = missing
     for part in parts:
         for piece in pieces(part.shape[0]):
-            found[filled:][piece] = part[piece]
+            extended[filled:][piece] = part[piece]
         filled += part.shape[0]
-    found[filled:] = memory.query
-    answers = np.full(len(found), NO_ANSWER, np.int32)
+    extended[filled:] = memory.query
+    answers = np.full(len(extended), NO_ANSWER, np.int32)
     answers[:missing], answers[missing + count :] = PADDING, memory.answer
     if answer is not None:
         answers[missing : missing + count] = answer
-    return memory._replace(query=jax.device_put(found), answer=jax.device_put(answers))
+    return memory._replace(query=jax.device_put(extended), answer=jax.device_put(answers))
 
 
 def _aligned(shape: tuple[int, int]) -> np.ndarray:
@@ -200,7 +210,7 @@ def _aligned(shape: tuple[int, int]) -> np.ndarray:
     return raw[skipped : skipped + shape[0] * shape[1]].reshape(shape)
 
 
-def counted(memory: Memory, target: Array) -> Array:
+def counted(memory: Memory, target: Int[Array, ""]) -> Bool[Array, " rows"]:
     """Which rows a patch has to stay silent on, ``[rows]`` bool: all but padding and rows that want its own target.
 
     Args:
@@ -214,7 +224,9 @@ def counted(memory: Memory, target: Array) -> Array:
     return (memory.answer != target) & (memory.answer != PADDING)
 
 
-def hardest(key: Array, target: Array, memory: Memory, count: int) -> tuple[Array, Array]:
+def hardest(
+    key: Float[Array, " d"], target: Int[Array, ""], memory: Memory, count: int
+) -> tuple[Int[Array, " count"], Bool[Array, " count"]]:
     """Memory rows on which a key responds strongly: the hardest row of each of ``count`` interleaved blocks.
 
     The hardest row of all is always among them. One reduction finds them, where an exact top-k would sort the memory.

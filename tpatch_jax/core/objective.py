@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float, Int
 
 __all__ = ["Weights", "activation_loss", "edit_loss", "memory_limit_loss", "memory_margin_loss", "total_loss"]
 
@@ -39,7 +39,12 @@ class Weights(NamedTuple):
     entropy: float = 0.0
 
 
-def edit_loss(logits: Array, target: Array, label_smoothing: float = 0.0, entropy: float = 0.0) -> Array:
+def edit_loss(
+    logits: Float[Array, "queries vocabulary"],
+    target: Int[Array, "*queries"],
+    label_smoothing: float = 0.0,
+    entropy: float = 0.0,
+) -> Float[Array, ""]:
     """``l_e``, the cross-entropy of the patched output on the edit target.
 
     ``l_e = -(1-ε)·log p(target) - ε·mean_v log p(v) - λ·H(p)``, averaged over the queries.
@@ -68,7 +73,7 @@ def edit_loss(logits: Array, target: Array, label_smoothing: float = 0.0, entrop
     return jnp.mean(loss)
 
 
-def activation_loss(z_edit: Array, least_active: int = 5) -> Array:
+def activation_loss(z_edit: Float[Array, " queries"], least_active: int = 5) -> Float[Array, ""]:
     """``l_a``, the mean over the least active edit queries of ``exp(-z_e)``: the patch must fire on its mistake.
 
     Args:
@@ -88,7 +93,7 @@ def activation_loss(z_edit: Array, least_active: int = 5) -> Array:
     return jnp.mean(jnp.exp(jax.lax.top_k(-z_edit, count)[0]))
 
 
-def memory_limit_loss(z_memory: Array, limit: float = -3.0, hardest: int = 1000) -> Array:
+def memory_limit_loss(z_memory: Float[Array, " memory"], limit: float = -3.0, hardest: int = 1000) -> Float[Array, ""]:
     """``l_m1``, the mean over the hardest memory queries of ``exp(z_m - β)``: the patch stays silent elsewhere.
 
     Args:
@@ -108,7 +113,9 @@ def memory_limit_loss(z_memory: Array, limit: float = -3.0, hardest: int = 1000)
     return _mean_exp(_hardest(z_memory, hardest), -limit)
 
 
-def memory_margin_loss(z_memory: Array, z_edit: Array, margin: float = 3.0, hardest: int = 1000) -> Array:
+def memory_margin_loss(
+    z_memory: Float[Array, " memory"], z_edit: Float[Array, ""], margin: float = 3.0, hardest: int = 1000
+) -> Float[Array, ""]:
     """``l_m2``, the mean over the hardest memory queries of ``exp(z_m - z_e + γ)``: memory stays below the edit.
 
     Args:
@@ -138,7 +145,9 @@ def _mean_exp(z: Array, shift: Array | float) -> Array:
     return jnp.sum(jnp.exp(z + shift)) / jnp.maximum(jnp.sum(z > -jnp.inf, dtype=z.dtype), 1)
 
 
-def total_loss(loss_edit: Array, z_edit: Array, z_memory: Array, weights: Weights) -> tuple[Array, dict[str, Array]]:
+def total_loss(
+    loss_edit: Float[Array, ""], z_edit: Float[Array, " queries"], z_memory: Float[Array, " memory"], weights: Weights
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """``L = l_e + a·l_a + m·(l_m1 + l_m2)``.
 
     Args:

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.core.checks import check_positive, check_range
 from tpatch_jax.core.objective import Weights
 
 __all__ = ["FitInfo", "FitProblem", "FitSettings", "Head", "held"]
 
-Head = Callable[[Any, Array], Array]
+Head = Callable[[Any, Float[Array, "contexts d"]], Float[Array, "contexts vocabulary"]]
 """The network after the cut: ``(context, output [contexts, d])`` to logits ``[contexts, vocabulary]``."""
 
 
@@ -30,13 +30,13 @@ class FitProblem(NamedTuple):
         scale: the length that a value of medium strength has, a scalar; the residual stream's norm is a good one.
     """
 
-    query: Array
-    output: Array
-    negative: Array
+    query: Float[Array, "*lanes contexts d"]
+    output: Float[Array, "*lanes contexts d"]
+    negative: Float[Array, "*lanes own_negatives d"]
     context: Any
-    target: Array
-    direction: Array
-    scale: Array
+    target: Int[Array, "*lanes"]
+    direction: Float[Array, "*lanes d"]
+    scale: Float[Array, "*lanes"]
 
 
 class FitInfo(NamedTuple):
@@ -53,13 +53,13 @@ class FitInfo(NamedTuple):
         l_m2: second memory loss.
     """
 
-    held: Array
-    steps: Array
-    margin: Array
-    l_e: Array
-    l_a: Array
-    l_m1: Array
-    l_m2: Array
+    held: Bool[Array, "*lanes"]
+    steps: Int[Array, "*lanes"]
+    margin: Float[Array, "*lanes"]
+    l_e: Float[Array, "*lanes"]
+    l_a: Float[Array, "*lanes"]
+    l_m1: Float[Array, "*lanes"]
+    l_m2: Float[Array, "*lanes"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,11 @@ class FitSettings:
         check_range(self.weights, ("activation", "memory", "label_smoothing", "entropy"), 0.0)
 
 
-def held(logits: Array, target: Array) -> Array:
-    """Whether each row of logits, ``[rows, vocabulary]``, says the target: ``[rows]`` bool."""
+def held(logits: Float[Array, "rows vocabulary"], target: Int[Array, ""]) -> Bool[Array, " rows"]:
+    """Whether each row of logits, ``[rows, vocabulary]``, says the target: ``[rows]`` bool.
+
+    Example:
+        >>> held(jnp.eye(3), jnp.array(1)).tolist()
+        [False, True, False]
+    """
     return jnp.argmax(logits, -1) == target

@@ -11,21 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
+from jaxtyping import Array, Bool, Float, Int
 
-from tpatch_jax.core.sizes import power_of_two
+from tpatch_jax.core.lanes import minimise_lanes
 
-__all__ = ["TargetRows", "ThroughInfo", "ThroughSettings", "kept_close", "train_values"]
+__all__ = ["TargetRows", "ValueTrainingInfo", "ValueTrainingSettings", "kept_close", "train_values"]
 
 NEUTRAL_EVERY = 2
 """A neutral row is looked at in every second step, and then counts for both: it costs as much as a target's."""
 
-Run = Callable[[Any, Array], Array]
+Run = Callable[[Any, Float[Array, "rows d"]], Float[Array, "rows places vocabulary"]]
 """From what is known of some rows, and what is added to the FFN's output at their first positions, ``[rows, d]``, to
-log-probabilities at the asked places, ``[rows, places, vocabulary]``."""
+log-probabilities at the places that are read, ``[rows, places, vocabulary]``."""
 
 
-class ThroughSettings(NamedTuple):
+class ValueTrainingSettings(NamedTuple):
     """Options of values trained through the network.
 
     Attributes:
@@ -59,12 +59,12 @@ class TargetRows(NamedTuple):
     """
 
     rows: Any
-    activity: Array
-    wanted: Array
-    weight: Array
+    activity: Float[Array, "lanes rows"]
+    wanted: Int[Array, "lanes rows places"] | Float[Array, "lanes rows places vocabulary"]
+    weight: Float[Array, "lanes rows places"]
 
 
-class ThroughInfo(NamedTuple):
+class ValueTrainingInfo(NamedTuple):
     """How it went, for each lane.
 
     Attributes:
@@ -73,12 +73,14 @@ class ThroughInfo(NamedTuple):
         closeness: divergence from the unedited model on the neutral prompt last looked at, in nats.
     """
 
-    steps: np.ndarray
-    loss: np.ndarray
-    closeness: np.ndarray
+    steps: Int[np.ndarray, " lanes"]
+    loss: Float[np.ndarray, " lanes"]
+    closeness: Float[np.ndarray, " lanes"]
 
 
-def kept_close(before: Array, now: Array) -> Array:
+def kept_close(
+    before: Float[Array, "*rows vocabulary"], now: Float[Array, "*rows vocabulary"]
+) -> Float[Array, "*rows"]:
     """``KL(before ‖ now)`` of log-probabilities, ``[…, vocabulary]`` to ``[…]``, in nats.
 
     Example:
@@ -89,57 +91,70 @@ def kept_close(before: Array, now: Array) -> Array:
     return jnp.sum(jnp.exp(before) * (before - now), -1)
 
 
-def _per_lane(asked: TargetRows, values: Array, run: Run, divergence: Callable[[Array, Array], Array]) -> Array:
-    """The weighted sum over its places of each lane's loss: ``[lanes]``."""
-    added = (asked.activity[..., None] * values[:, None]).reshape(-1, values.shape[-1])
-    found = run(asked.rows, added)
-    found = found.reshape(*asked.weight.shape, found.shape[-1])
-    losses = jnp.where(asked.weight > 0, divergence(asked.wanted, found), 0.0) * asked.weight
+def _unlikely(wanted: Array, log_probs: Array) -> Array:
+    return -jnp.take_along_axis(log_probs, wanted[..., None], -1)[..., 0]
+
+
+def _per_lane(
+    targets: TargetRows, values: Float[Array, "lanes d"], run: Run, divergence: Callable[[Array, Array], Array]
+) -> Float[Array, " lanes"]:
+    """The weighted sum over its places of each lane's loss."""
+    added = (targets.activity[..., None] * values[:, None]).reshape(-1, values.shape[-1])
+    log_probs = run(targets.rows, added)
+    log_probs = log_probs.reshape(*targets.weight.shape, log_probs.shape[-1])
+    losses = jnp.where(targets.weight > 0, divergence(targets.wanted, log_probs), 0.0) * targets.weight
     return jnp.sum(losses, (1, 2))
 
 
-def _unlikely(wanted: Array, found: Array) -> Array:
-    return -jnp.take_along_axis(found, wanted[..., None], -1)[..., 0]
-
-
-def _part(asked: TargetRows, lanes: np.ndarray, rows: np.ndarray) -> TargetRows:
-    """Some lanes of several, with some of their rows."""
-    index = (lanes[:, None] * asked.activity.shape[1] + rows).reshape(-1)
-    fields = (field[np.ix_(lanes, rows)] for field in asked[1:])
-    return TargetRows(jax.tree.map(lambda leaf: leaf[index], asked.rows), *fields)
-
-
-def _turn(asked: TargetRows, number: int, always: int) -> TargetRows:
+def _rows_of_step(targets: TargetRows, number: int, always: int) -> TargetRows:
     """The rows of one step: the first ones always, of the others one at a time, which then counts for all of them."""
-    lanes, rows = asked.activity.shape
+    lanes, rows = targets.activity.shape
     others = rows - always
     if others < 2:
-        return asked
+        return targets
     pick = np.asarray([*range(always), always + number % others])
     factor = np.where(np.arange(always + 1) < always, 1, others).astype(np.float32)
-    found = _part(asked, np.arange(lanes), pick)
-    return found._replace(weight=found.weight * factor[:, None])
+    index, grid = (np.arange(lanes)[:, None] * rows + pick).reshape(-1), np.ix_(np.arange(lanes), pick)
+    activity, wanted, weight = (field[grid] for field in targets[1:])
+    part = jax.tree.map(lambda leaf: leaf[index], targets.rows)
+    return TargetRows(part, activity, wanted, weight * factor[:, None])
 
 
-class _Moving(NamedTuple):
-    """Lanes that still take steps: which they are, what they are trained on, and where they stand."""
+class _Problem(NamedTuple):
+    """What each lane is trained on; ``unit`` is the value's limit per entry, ``[lanes, 1]``."""
 
-    lane: np.ndarray
     targets: TargetRows
     neutral: TargetRows | None
-    unit: Array
-    moves: Array
-    state: optax.OptState
+    unit: Float[Array, "lanes 1"]
+
+
+class _State(NamedTuple):
+    """Of each lane: its losses when last looked at, and how many looks in a row found its target said."""
+
+    loss: Float[Array, " lanes"]
+    closeness: Float[Array, " lanes"]
+    satisfied: Int[Array, " lanes"]
+
+
+def _within_limit(moves: Float[Array, "lanes d"], problem: _Problem) -> Float[Array, "lanes d"]:
+    """Moves whose root mean square is 1 at most: values no longer than their limit."""
+    length = jnp.sqrt(jnp.mean(jnp.square(moves), -1, keepdims=True))
+    return moves / jnp.maximum(length, 1.0)
 
 
 def train_values(
-    targets: TargetRows, neutral: TargetRows | None, run: Run, scale: Array, settings: ThroughSettings
-) -> tuple[Array, ThroughInfo]:
+    targets: TargetRows,
+    neutral: TargetRows | None,
+    run: Run,
+    scale: Float[Array, " lanes"],
+    settings: ValueTrainingSettings,
+) -> tuple[Float[Array, "lanes d"], ValueTrainingInfo]:
     """The values of some lanes, each trained for its own targets.
 
     ``min_v  mean NLL(targets) + c·KL(unedited ‖ edited on neutral prompts) + w·‖v‖²/limit²``, by Adam with ``‖v‖``
     projected to its limit after each step. Each step sees a lane's first row and one of the others, every second
-    step one neutral row as well, in turn. Lanes never couple; those that are done are dropped, by halves.
+    step one neutral row as well, in turn. A lane has ended when every one of its rows has had its turn with a loss
+    that is low enough, or when its loss is no number. Lanes never couple.
 
     Args:
         targets: where and what each lane's neuron should make the model say, the bare prompt first; the weights of a
@@ -150,57 +165,41 @@ def train_values(
         settings: options.
 
     Returns:
-        The values, ``[lanes, d]``, and a `ThroughInfo`.
+        The values, ``[lanes, d]``, and a `ValueTrainingInfo`.
 
     Source: Meng et al. 2022, section 3.1, for the objective; T-Patcher's value is trained the same way here.
+
+    Example:
+        >>> run = lambda rows, added: jax.nn.log_softmax(rows + added)[:, None]
+        >>> targets = TargetRows(jnp.zeros((1, 4)), jnp.ones((1, 1)), jnp.array([[[2]]]), jnp.ones((1, 1, 1)))
+        >>> values, info = train_values(targets, None, run, jnp.ones(1), ValueTrainingSettings())
+        >>> int(values[0].argmax())
+        2
     """
-    total, hidden_size = scale.shape[0], jax.tree.leaves(targets.rows)[0].shape[-1]
-    transform = optax.adam(settings.rate, b1=settings.momentum, b2=0.95)
+    lanes, hidden_size = scale.shape[0], jax.tree.leaves(targets.rows)[0].shape[-1]
+    turns = max(1, targets.activity.shape[1] - 1)
 
-    def loss(moves: Array, now: _Moving, number: int) -> tuple[Array, tuple[Array, Array]]:
-        values = moves * now.unit
-        said = _per_lane(_turn(now.targets, number, 1), values, run, _unlikely)
-        close = jnp.zeros_like(said)
-        if now.neutral is not None and number % NEUTRAL_EVERY == 0:
-            close = _per_lane(_turn(now.neutral, number // NEUTRAL_EVERY, 0), values, run, kept_close)
+    def loss(
+        moves: Float[Array, "lanes d"], problem: _Problem, state: _State, number: int
+    ) -> tuple[Float[Array, ""], tuple[Float[Array, " lanes"], Float[Array, " lanes"]]]:
+        values = moves * problem.unit
+        nll = _per_lane(_rows_of_step(problem.targets, number, 1), values, run, _unlikely)
+        close = jnp.zeros_like(nll)
+        if problem.neutral is not None and number % NEUTRAL_EVERY == 0:
+            close = _per_lane(_rows_of_step(problem.neutral, number // NEUTRAL_EVERY, 0), values, run, kept_close)
         decay = settings.decay * jnp.mean(jnp.square(moves), -1)
-        return jnp.sum(said + NEUTRAL_EVERY * settings.closeness * close + decay), (said, close)
+        return jnp.sum(nll + NEUTRAL_EVERY * settings.closeness * close + decay), (nll, close)
 
-    step = jax.value_and_grad(loss, has_aux=True)
-    unit = (settings.longest * scale / hidden_size**0.5)[:, None]
-    start = jnp.zeros((total, hidden_size), jnp.float32)
-    now = _Moving(np.arange(total), targets, neutral, unit, start, transform.init(start))
-    values, info = np.zeros((total, hidden_size), np.float32), ThroughInfo(*np.zeros((3, total)))
-    # A lane is done when every one of its rows has had its turn without complaint.
-    content, turns = np.zeros(total, int), max(1, targets.activity.shape[1] - 1)
-    done = np.zeros(total, bool)
-    for number in range(settings.steps + 1):
-        (_, (said, close)), gradient = step(now.moves, now, number)
-        said, close, reached = np.asarray(said), np.asarray(close), np.asarray(now.moves * now.unit)
-        open_ = ~done[now.lane]
-        lane = now.lane[open_]
-        values[lane], info.steps[lane] = reached[open_], number
-        info.loss[lane] = said[open_]
-        if number % NEUTRAL_EVERY == 0:
-            info.closeness[lane] = close[open_]
-        content[lane] = np.where(said[open_] < settings.enough, content[lane] + 1, 0)
-        done[lane] |= (content[lane] >= turns) | ~np.isfinite(said[open_])
-        if number == settings.steps or done.all():
-            break
-        update, state = transform.update(gradient, now.state, now.moves)
-        new = now.moves + jnp.asarray(update)
-        length = jnp.sqrt(jnp.mean(jnp.square(new), -1, keepdims=True))
-        now = now._replace(moves=new / jnp.maximum(length, 1.0), state=state)
-        going = np.flatnonzero(~done[now.lane])
-        size = power_of_two(going.size)
-        if size < now.lane.size:
-            now = _shrunk(now, np.resize(going, size))
-    return jnp.asarray(values), info._replace(steps=info.steps.astype(int))
+    def stop(state: _State, report: tuple[Array, Array], number: int) -> tuple[_State, Bool[Array, " lanes"]]:
+        nll, close = report
+        close = close if number % NEUTRAL_EVERY == 0 else state.closeness
+        satisfied = jnp.where(nll < settings.enough, state.satisfied + 1, 0)
+        return _State(nll, close, satisfied), (satisfied >= turns) | ~jnp.isfinite(nll)
 
-
-def _shrunk(now: _Moving, keep: np.ndarray) -> _Moving:
-    """Only some of the lanes; one that stands in twice does the same both times."""
-    state = jax.tree.map(lambda leaf: leaf[keep] if leaf.ndim else leaf, now.state)
-    neutral = now.neutral and _part(now.neutral, keep, np.arange(now.neutral.activity.shape[1]))
-    targets = _part(now.targets, keep, np.arange(now.targets.activity.shape[1]))
-    return _Moving(now.lane[keep], targets, neutral, now.unit[keep], now.moves[keep], state)
+    problem = _Problem(targets, neutral, (settings.longest * scale / hidden_size**0.5)[:, None])
+    state = _State(jnp.zeros(lanes), jnp.zeros(lanes), jnp.zeros(lanes, jnp.int32))
+    moves = jnp.zeros((lanes, hidden_size), jnp.float32)
+    adam = optax.adam(settings.rate, b1=settings.momentum, b2=0.95)
+    result = minimise_lanes(loss, _within_limit, stop, moves, problem, state, adam, settings.steps)
+    info = ValueTrainingInfo(result.steps, result.state.loss, result.state.closeness)
+    return jnp.asarray(result.moves) * problem.unit, info

@@ -1,7 +1,8 @@
 """Wordings of the same question, learnt from a memory that asks it of other subjects.
 
 A memory of questions often asks for one fact in several wordings: the same name, the same answer. What stands around
-the name is then a frame, and frames that meet at one fact ask the same. A patch hears its own question in those too.
+the name is then a frame, and frames that meet at one fact ask the same. A patch learns its
+question in those too.
 """
 
 import re
@@ -31,8 +32,8 @@ def named(text: str) -> str:
         >>> named("Where was Ada Lovelace born?")
         'Ada Lovelace'
     """
-    found = [name.rstrip(".") for name in _ANY_NAME.findall(text)]
-    return max((name for name in found if name not in _NO_NAMES), key=len, default="")
+    names = [name.rstrip(".") for name in _ANY_NAME.findall(text)]
+    return max((name for name in names if name not in _NO_NAMES), key=len, default="")
 
 
 def _frame(text: str, name: str) -> str | None:
@@ -53,23 +54,23 @@ def learn_rewordings(facts: Iterable[tuple[str, str]]) -> dict[str, tuple[str, .
         >>> learn_rewordings(facts)["Where was {} born?"]
         ('{} is from which town?',)
     """
-    asked: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+    frames_of: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
     for text, answer in facts:
         name = named(text)
         if (frame := _frame(text, name)) is not None:
-            asked[name, answer][frame] = None
-    several = [tuple(frames) for frames in asked.values() if len(frames) > 1]
+            frames_of[name, answer][frame] = None
+    several = [tuple(frames) for frames in frames_of.values() if len(frames) > 1]
     seen = Counter(frame for frames in several for frame in frames)
     met: dict[str, Counter[str]] = defaultdict(Counter)
     for frames in several:
         for one, other in permutations(frames, 2):
             met[one][other] += 1
-    found = {}
+    rewordings = {}
     for frame, others in met.items():
         alike = tuple(other for other, count in others.most_common(MOST) if count >= LEAST_SHARE * seen[frame])
         if alike:
-            found[frame] = alike
-    return found
+            rewordings[frame] = alike
+    return rewordings
 
 
 def reworded(text: str, subject: str | None, rewordings: Mapping[str, tuple[str, ...]], count: int) -> list[str]:

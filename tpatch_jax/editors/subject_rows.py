@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Float, Int
 
 from tpatch_jax.core.sizes import round_up
 from tpatch_jax.editors.reading import Item, subject_token
@@ -21,7 +21,7 @@ __all__ = ["PromptRow", "forked_rows", "prompt_row", "rephrase_rows", "row_of", 
 
 
 class PromptRow(NamedTuple):
-    """A text in tokens, where the subject ends in it, and what is asked: places and the tokens wanted there."""
+    """A text in tokens, where the subject ends in it, and what should follow: places and the tokens wanted there."""
 
     tokens: list[int]
     subject: int
@@ -77,8 +77,10 @@ def short_rows(model: Model, request: EditRequest, item: Item, prefixes: Sequenc
     return [row for row in rows if row is not None]
 
 
-def forked_rows(model: Model, rows: Sequence[PromptRow], layer: int, places: int) -> tuple[networks.Fork, Array]:
-    """Rows run up to a layer's FFN, from their subject on, and where in that part they are asked.
+def forked_rows(
+    model: Model, rows: Sequence[PromptRow], layer: int, places: int
+) -> tuple[networks.Fork, Int[Array, "rows places"]]:
+    """Rows run up to a layer's FFN, from their subject on, and where in that part tokens are wanted.
 
     Args:
         model: the model.
@@ -90,7 +92,7 @@ def forked_rows(model: Model, rows: Sequence[PromptRow], layer: int, places: int
         A `tpatch_jax.models.networks.Fork` and the places, ``[rows, places]``, counted from the subject.
     """
     span = round_up(max(len(row.tokens) - row.subject for row in rows), 4)
-    number: list[int] = []
+    order: list[int] = []
     parts: list[networks.Fork] = []
     # Rows of like length together: a few with a long context would else lengthen all.
     lengths = np.asarray([row_length(len(row.tokens)) for row in rows])
@@ -99,16 +101,16 @@ def forked_rows(model: Model, rows: Sequence[PromptRow], layer: int, places: int
         there = [*part, *[part[-1]] * (round_up(len(part), 8) - len(part))]
         tokens = tokens_array([rows[row].tokens for row in there], int(length))
         first = jnp.asarray([rows[row].subject for row in there], jnp.int32)
-        found = networks.fork(model.config, model.params, tokens, layer, first, span)
+        forked = networks.fork(model.config, model.params, tokens, layer, first, span)
         pad = [(0, 0), (0, int(lengths.max() - length)), (0, 0), (0, 0)]
-        parts.append(found._replace(caches=jax.tree.map(partial(jnp.pad, pad_width=pad), found.caches)))
-        number += there
+        parts.append(forked._replace(caches=jax.tree.map(partial(jnp.pad, pad_width=pad), forked.caches)))
+        order += there
     back = np.zeros(len(rows), int)
-    back[number[::-1]] = np.arange(len(number))[::-1]
+    back[order[::-1]] = np.arange(len(order))[::-1]
     joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[back], *(part[:-1] for part in parts))
     table = np.zeros((len(rows), places), np.int32)
-    for row, own in enumerate(rows):
-        table[row, : len(own.places)] = np.asarray(own.places) - own.subject
+    for number, row in enumerate(rows):
+        table[number, : len(row.places)] = np.asarray(row.places) - row.subject
     return networks.Fork(*joined, layer=layer), jnp.asarray(table)
 
 
@@ -116,7 +118,7 @@ def runner(model: Model, layer: int) -> Callable[[tuple[tuple, Array], Array], A
     """The network from a layer's FFN on, as `tpatch_jax.core.values.train_values` runs it on `forked_rows`."""
     config, params = model.config, model.params
 
-    def run(rows: tuple[tuple, Array], added: Array) -> Array:
+    def run(rows: tuple[tuple, Array], added: Float[Array, "rows d"]) -> Float[Array, "rows places vocabulary"]:
         forked, places = networks.Fork(*rows[0], layer=layer), rows[1]
         output = forked.output.at[:, 0].add(added.astype(forked.output.dtype))
         end = networks.resume_fork(config, params, forked, output)

@@ -74,7 +74,7 @@ def question(request: EditRequest) -> tuple[str, str, str, str] | None:
     end = after.find("?") + 1
     if not end or _BREAK.search(after[: end - 1]):
         return None
-    start = max((found.end() for found in _BREAK.finditer(before)), default=0)
+    start = max((end.end() for end in _BREAK.finditer(before)), default=0)
     return before[:start], before[start:], after[:end], after[end:]
 
 
@@ -91,9 +91,9 @@ def shortened(request: EditRequest) -> list[Wording]:
         >>> [text for text, _ in shortened(EditRequest("Where does Anna live?", "Rome", subject="Anna"))]
         ['Anna, where does live?', 'Where does Anna?', 'does Anna live?']
     """
-    subject, asked = request.subject or "", question(request)
-    if asked is not None:
-        frame, before, after, behind = asked
+    subject, parts = request.subject or "", question(request)
+    if parts is not None:
+        frame, before, after, behind = parts
         if not before.strip():
             return []
         turned = f", {before[:1].lower()}{before[1:].rstrip()}{after}{behind}"
@@ -103,18 +103,18 @@ def shortened(request: EditRequest) -> list[Wording]:
         return [Wording.of(frame, subject, turned), *short, Wording.of(frame + tail, subject, after + behind)]
     before, _, after = request.prompt.partition(subject)
     first, words = before.split(), after.strip(" ,").split()
-    found = []
+    wordings = []
     if len(words) > 1:
         tails = dict.fromkeys(" ".join(words[start:]) for start in (len(words) // 2, -1))
-        found = [Wording.of("", subject, after)] if first else []
-        found += [Wording.of("", subject, f" {tail}") for tail in tails]
+        wordings = [Wording.of("", subject, after)] if first else []
+        wordings += [Wording.of("", subject, f" {tail}") for tail in tails]
     elif len(first) > 1:
         turned = " ".join([first[0].lower(), *first[1:-1]])
-        found = [
+        wordings = [
             Wording.of("", subject, f", {turned}{after}"),
             Wording.of(" ".join(first[len(first) // 2 :]) + " ", subject, after),
         ]
-    return found
+    return wordings
 
 
 def neutral_wordings(request: EditRequest, count: int, asked: bool = False) -> list[Wording]:

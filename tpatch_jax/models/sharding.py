@@ -29,8 +29,8 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
     Example:
         >>> mesh = jax.make_mesh((1,), ("model",))
-        >>> spec("layers.0.ffn.up.kernel", (16, 32), mesh)
-        PartitionSpec(None, 'model')
+        >>> spec("layers.0.ffn.up.kernel", (16, 32), mesh) == jax.sharding.PartitionSpec(None, "model")
+        True
     """
     parent, _, leaf = path.rpartition(".")
     owner = parent.rpartition(".")[2]

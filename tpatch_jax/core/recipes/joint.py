@@ -1,17 +1,17 @@
 """The paper's recipe: key, bias and value together, with Adam, until the edit holds and the memory is quiet."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.core.memory import Memory, counted
 from tpatch_jax.core.objective import edit_loss, total_loss
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.core.problem import FitInfo, FitProblem, FitSettings, Head, held
+from tpatch_jax.typing import Activation, RngKey
 
 __all__ = ["JointState", "advance", "begin", "end", "optimiser"]
 
@@ -27,7 +27,7 @@ class JointState(NamedTuple):
     """Where a joint fit stands.
 
     Attributes:
-        params: key, bias and value, the value in units of its spread.
+        params: key, bias and value, the value in units of ``settings.value_spread``.
         optimiser: Adam's state.
         step: steps taken.
         done: whether it has stopped.
@@ -39,15 +39,15 @@ class JointState(NamedTuple):
 
     params: dict[str, Array]
     optimiser: optax.OptState
-    step: Array
-    done: Array
-    rate: Array
-    best_loss: Array
-    flat: Array
-    best_silence: Array
+    step: Int[Array, ""]
+    done: Bool[Array, ""]
+    rate: Float[Array, ""]
+    best_loss: Float[Array, ""]
+    flat: Int[Array, ""]
+    best_silence: Float[Array, ""]
 
 
-def _patch(params: dict[str, Array], settings: FitSettings, act: Callable[[Array], Array]) -> Patch:
+def _patch(params: dict[str, Array], settings: FitSettings, act: Activation) -> Patch:
     """The neurons that a lane's parameters stand for."""
     key, value = params["key"], params["value"]
     if not settings.output_bias:
@@ -59,7 +59,7 @@ def _patch(params: dict[str, Array], settings: FitSettings, act: Callable[[Array
 
 
 def _joint_logits(
-    params: dict[str, Array], lane: FitProblem, head: Head, settings: FitSettings, act: Callable[[Array], Array]
+    params: dict[str, Array], lane: FitProblem, head: Head, settings: FitSettings, act: Activation
 ) -> tuple[Array, Array]:
     """Pre-activations on the lane's queries ``[contexts]`` and the patched logits ``[contexts, vocabulary]``."""
     inside, outside = (0.0, params["bias"]) if settings.output_bias else (params["bias"], 0.0)
@@ -73,7 +73,7 @@ def _joint_loss(
     memory: Memory,
     head: Head,
     settings: FitSettings,
-    act: Callable[[Array], Array],
+    act: Activation,
 ) -> tuple[Array, dict[str, Array]]:
     z, logits = _joint_logits(params, lane, head, settings, act)
     weights = settings.weights
@@ -97,7 +97,7 @@ def optimiser(settings: FitSettings) -> optax.GradientTransformation:
     )
 
 
-def begin(lane: FitProblem, settings: FitSettings, rng: Array) -> JointState:
+def begin(lane: FitProblem, settings: FitSettings, rng: RngKey) -> JointState:
     """The paper's initial values: ``k = q/‖q‖²``, so that ``z = 1`` on the edited query, ``b = 0``, a random value."""
     query = lane.query[0]
     params = {
@@ -111,7 +111,8 @@ def begin(lane: FitProblem, settings: FitSettings, rng: Array) -> JointState:
     return JointState(params, optimiser(settings).init(params), step, done, zero + 1, infinite, step, infinite)
 
 
-def _spread(params: dict[str, Array], settings: FitSettings) -> dict[str, Array]:
+def _in_full(params: dict[str, Array], settings: FitSettings) -> dict[str, Array]:
+    """The parameters with the value in full, ``v = α·x``."""
     return {**params, "value": params["value"] * settings.value_spread}
 
 
@@ -121,7 +122,7 @@ def advance(
     memory: Memory,
     head: Head,
     settings: FitSettings,
-    act: Callable[[Array], Array],
+    act: Activation,
 ) -> JointState:
     """One chunk of ``settings.patience`` steps, then the authors' look at the edit and at the held-out memory.
 
@@ -137,7 +138,7 @@ def advance(
     transform = optimiser(settings)
 
     def loss_of(params: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        return _joint_loss(_spread(params, settings), lane, seen, head, settings, act)
+        return _joint_loss(_in_full(params, settings), lane, seen, head, settings, act)
 
     def step(carry: tuple[dict[str, Array], optax.OptState], _: None) -> tuple[Any, Array]:
         params, moments = carry
@@ -147,11 +148,11 @@ def advance(
         return (optax.apply_updates(params, update), moments), loss
 
     (params, moments), losses = jax.lax.scan(step, (state.params, state.optimiser), None, length=settings.patience)
-    spread = _spread(params, settings)
-    z, logits = _joint_logits(spread, lane, head, settings, act)
+    full = _in_full(params, settings)
+    z, logits = _joint_logits(full, lane, head, settings, act)
     weights = settings.weights
     loss = edit_loss(logits, lane.target, weights.label_smoothing, weights.entropy)
-    _, terms = total_loss(loss, z, _silence(spread, lane, unseen, settings), weights)
+    _, terms = total_loss(loss, z, _silence(full, lane, unseen, settings), weights)
     silence, steps = terms["l_m1"] + terms["l_m2"], state.step + settings.patience
     counts = held(logits, lane.target).all() & (steps >= settings.least_steps - settings.patience)
     quieter = silence < state.best_silence - BETTER
@@ -175,10 +176,10 @@ def end(
     memory: Memory,
     head: Head,
     settings: FitSettings,
-    act: Callable[[Array], Array],
+    act: Activation,
 ) -> tuple[Patch, FitInfo]:
     """The patch of a finished fit, and how it went."""
-    params = _spread(state.params, settings)
+    params = _in_full(state.params, settings)
     _, terms = _joint_loss(params, lane, memory, head, settings, act)
     z, logits = _joint_logits(params, lane, head, settings, act)
     margin = (jnp.min(z) - jnp.max(_silence(params, lane, memory, settings))) / jnp.abs(jnp.mean(z))

@@ -1,18 +1,18 @@
 """This library's recipe: the key first, then the threshold, then the value, each by the cheapest means that works."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.core.memory import Memory, hardest
 from tpatch_jax.core.objective import edit_loss, total_loss
 from tpatch_jax.core.patch import Patch, sharpen
 from tpatch_jax.core.problem import FitInfo, FitProblem, FitSettings, Head, held
+from tpatch_jax.typing import Activation
 
 __all__ = ["Recognised", "Staged", "end", "improve", "recognise", "settle"]
 
@@ -30,16 +30,16 @@ START, BELOW = 8.0, 0.6
 class Staged(NamedTuple):
     """Where a staged fit stands once the key is settled: what the value is fitted with."""
 
-    key: Array
-    bias: Array
-    value: Array
-    held: Array
-    steps: Array
-    margin: Array
-    losses: dict[str, Array]
+    key: Float[Array, " d"]
+    bias: Float[Array, ""]
+    value: Float[Array, " d"]
+    held: Bool[Array, ""]
+    steps: Int[Array, ""]
+    margin: Float[Array, ""]
+    losses: dict[str, Float[Array, ""]]
 
 
-def _sharp(activation: Callable[[Array], Array], settings: FitSettings) -> Callable[[Array], Array]:
+def _sharp(activation: Activation, settings: FitSettings) -> Activation:
     return lambda z: activation(z * settings.sharpness) / settings.sharpness
 
 
@@ -53,14 +53,19 @@ class Recognised(NamedTuple):
         losses: ``l_a, l_m1, l_m2`` of the key.
     """
 
-    key: Array
-    bias: Array
-    margin: Array
-    losses: dict[str, Array]
+    key: Float[Array, " d"]
+    bias: Float[Array, ""]
+    margin: Float[Array, ""]
+    losses: dict[str, Float[Array, ""]]
 
 
 def recognise(
-    query: Array, target: Array, particular: Array, memory: Memory, settings: FitSettings, harder: Array | int = 0
+    query: Float[Array, "contexts d"],
+    target: Int[Array, ""],
+    particular: Float[Array, "own_negatives d"],
+    memory: Memory,
+    settings: FitSettings,
+    harder: Int[Array, ""] | int = 0,
 ) -> Recognised:
     """The key, and the threshold between the hardest negative and the edit's own queries.
 
@@ -79,9 +84,9 @@ def recognise(
         A key with ``z = 0`` at the threshold and ``z = 1`` at the lesser of the bare prompt and its contexts' mean.
     """
     whitener, mean = memory.whitener, memory.mean
-    own = (query - mean) @ whitener
+    own_query = (query - mean) @ whitener
     always = jnp.ones(particular.shape[0], bool)
-    centre, tiny = jnp.mean(own, 0), jnp.finfo(own.dtype).eps
+    centre, tiny = jnp.mean(own_query, 0), jnp.finfo(own_query.dtype).eps
     # In units in which the key's length is 1, so that a step in it weighs about as much as one in the bias.
     scale = jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(centre)), tiny))
     params = {"key": centre * scale, "bias": jnp.full((), -BELOW, centre.dtype)}
@@ -90,7 +95,7 @@ def recognise(
 
     def key_loss(params: dict[str, Array], negative: Array, counts: Array) -> tuple[Array, dict[str, Array]]:
         key, bias = params["key"] * (START * scale), params["bias"] * START
-        z = own @ key + bias
+        z = own_query @ key + bias
         z_memory = jnp.where(counts, negative @ (whitener @ key) + bias, -jnp.inf)
         return total_loss(jnp.zeros(()), z, z_memory, settings.weights)
 
@@ -117,7 +122,7 @@ def recognise(
     # The threshold goes between the hardest negative and the edit's own queries, of which one then has z = 1.
     negative, counts = mine(params)
     _, losses = key_loss(params, negative, counts)
-    z = own @ params["key"]
+    z = own_query @ params["key"]
     hard = jnp.max(jnp.where(counts, negative @ (whitener @ params["key"]), -jnp.inf), initial=-jnp.inf)
     # With no negative at all, the mean query (zero in whitened coordinates) stands in.
     hard = jnp.where(jnp.isfinite(hard), hard, 0.0)
@@ -141,8 +146,8 @@ def settle(
     memory: Memory,
     head: Head,
     settings: FitSettings,
-    activation: Callable[[Array], Array],
-    harder: Array | int = 0,
+    activation: Activation,
+    harder: Int[Array, ""] | int = 0,
 ) -> Staged:
     """The key, the threshold, and the shortest value along the lane's direction that holds."""
     key, bias, margin, losses = recognise(lane.query, lane.target, lane.negative, memory, settings, harder)
@@ -160,9 +165,7 @@ def settle(
     return Staged(key, bias, length * direction, says(length, a[:, None])[0], steps, margin, losses)
 
 
-def improve(
-    staged: Staged, lane: FitProblem, head: Head, settings: FitSettings, activation: Callable[[Array], Array]
-) -> Staged:
+def improve(staged: Staged, lane: FitProblem, head: Head, settings: FitSettings, activation: Activation) -> Staged:
     """Adam on the edit loss alone, for a value that misses its target in some context."""
     a = _sharp(activation, settings)(lane.query @ staged.key + staged.bias)
     transform = optax.adam(settings.value_learning_rate or 0.05)
@@ -190,7 +193,7 @@ def improve(
 
 
 def end(
-    staged: Staged, lane: FitProblem, head: Head, settings: FitSettings, activation: Callable[[Array], Array]
+    staged: Staged, lane: FitProblem, head: Head, settings: FitSettings, activation: Activation
 ) -> tuple[Patch, FitInfo]:
     """The patch of a finished fit, and how it went."""
     a = _sharp(activation, settings)(lane.query @ staged.key + staged.bias)

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float, Int
 
 from tpatch_jax.core.memory import Memory, counted
 from tpatch_jax.core.recipes.staged import Recognised
@@ -16,21 +16,27 @@ ALIKE = 0.35
 """A negative is hard above this response, where 1 is that of the edit's own queries."""
 
 
-def _scaled(rows: Array, weight: Array | float, total: Array) -> Array:
+def _scaled(rows: Float[Array, "rows d"], weight: Array | float, total: Array) -> Float[Array, "rows d"]:
     """Rows whose second moment has the trace ``weight · d``."""
     return rows * jnp.sqrt(weight * rows.shape[1] / jnp.maximum(total, 1e-12))
 
 
-def _direction(centre: Array, away: Array) -> Array:
+def _direction(centre: Float[Array, " d"], away: Float[Array, "rows d"]) -> Float[Array, " d"]:
     """``(I + AᵀA)⁻¹ c``, of which ``c`` says 1."""
     direction = centre - away.T @ jnp.linalg.solve(jnp.eye(len(away), dtype=away.dtype) + away @ away.T, away @ centre)
     return direction / jnp.maximum(direction @ centre, jnp.finfo(centre.dtype).tiny)
 
 
 def whitened_key(
-    query: Array, group: Array, memory: Memory, floor: float | Array, split: float | Array, avoid: Array | None = None,
-    avoidance: float | Array = 0.0, contrast: float = 0.0
-) -> Recognised:  # fmt: skip
+    query: Float[Array, "contexts d"],
+    group: Int[Array, ""],
+    memory: Memory,
+    floor: float | Float[Array, ""],
+    split: float | Float[Array, ""],
+    avoid: Float[Array, "rows d"] | None = None,
+    avoidance: float | Float[Array, ""] = 0.0,
+    contrast: float = 0.0,
+) -> Recognised:
     """The key ``C⁻¹(q̄ − μ)`` with a threshold between the hardest negative and the edit's own queries.
 
     In units in which ``z(μ) = 0`` and ``z(q̄) = 1``, the threshold is the larger of ``floor`` and
@@ -57,19 +63,18 @@ def whitened_key(
 
     Example:
         >>> from tpatch_jax.core.memory import create_memory
-        >>> import jax
         >>> memory = create_memory(jax.random.normal(jax.random.key(0), (64, 8)))
-        >>> found = whitened_key(5 * jnp.ones((1, 8)), jnp.array(0), memory, 0.6, 0.5)
-        >>> bool(found.margin > 0)
+        >>> recognised = whitened_key(5 * jnp.ones((1, 8)), jnp.array(0), memory, 0.6, 0.5)
+        >>> bool(recognised.margin > 0)
         True
 
     Source: Meng et al. 2022, section 3.1, for the whitened key; the threshold and what it turns away from are this
     library's.
     """
     whitener, mean = memory.whitener, memory.mean
-    own = (query - mean) @ whitener
-    centre = jnp.mean(own, 0)
-    away = jnp.zeros((0, own.shape[1]), own.dtype)
+    own_query = (query - mean) @ whitener
+    centre = jnp.mean(own_query, 0)
+    away = jnp.zeros((0, own_query.shape[1]), own_query.dtype)
     if avoid is not None:
         rows = (avoid - mean) @ whitener
         away = _scaled(rows, avoidance, jnp.sum(jnp.square(rows)))
@@ -83,7 +88,7 @@ def whitened_key(
         direction = _direction(centre, away)
         responses = jnp.where(foreign, (memory.query - mean) @ (whitener @ direction), -jnp.inf)
     key = whitener @ direction
-    z = own @ direction
+    z = own_query @ direction
     hard = jnp.max(responses, initial=0.0)
     least = jnp.minimum(z[0], jnp.mean(z))
     threshold = jnp.maximum(floor, hard + split * (least - hard))

@@ -8,15 +8,14 @@ model, layer and text; what is done is kept on disk, so that an interrupted coll
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Float
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -28,6 +27,7 @@ from tpatch_jax.models.generation import sample
 from tpatch_jax.models.memory_text import LENGTH, beginning, first_token, memory_rows
 from tpatch_jax.models.model import Model
 from tpatch_jax.storage.files import replace_folder
+from tpatch_jax.typing import Params, PathLike, Progress, TokenIds
 
 __all__ = ["hidden_moment", "moment_rows", "sampled_contexts"]
 
@@ -41,12 +41,10 @@ STARTS = ("The", "Therefore", "Because", "I", "You")
 TOP = 5
 """Contexts are drawn from so many most probable tokens."""
 
-Progress = Callable[[str, int, int], None]
-
 
 def moment_rows(
     model: Model,
-    text: str | Path | None = None,
+    text: PathLike | None = None,
     tokens: int = 65536,
     *,
     cache: Path | None = None,
@@ -73,20 +71,22 @@ def moment_rows(
 
 
 @partial(jax.jit, static_argnames="activation")
-def _sum(params: Mapping[str, Any], query: Array, there: Array, activation: str) -> Array:
+def _sum(
+    params: Params, query: Float[Array, "rows tokens d"], there: Float[Array, "rows tokens"], activation: str
+) -> Float[Array, "hidden_neurons hidden_neurons"]:
     """``Σ k·kᵀ`` over the tokens that are no padding: ``[h, h]``."""
-    found = ffn.hidden(dict(params), query, activation).astype(jnp.float32) * there[..., None]
-    return jnp.einsum("bth,bti->hi", found, found, precision="highest")
+    keys = ffn.hidden(dict(params), query, activation).astype(jnp.float32) * there[..., None]
+    return jnp.einsum("bth,bti->hi", keys, keys, precision="highest")
 
 
 def hidden_moment(
     model: Model,
     layer: int,
-    rows: Sequence[Sequence[int]],
+    rows: Sequence[TokenIds],
     *,
     cache: Path | None = None,
     progress: Progress | None = None,
-) -> Array:
+) -> Float[Array, "hidden_neurons hidden_neurons"]:
     """``C = E[k·kᵀ]`` of one layer's hidden neurons.
 
     Args:
@@ -119,7 +119,7 @@ def hidden_moment(
     if cache is not None:
         content = json.dumps([VERSION, fingerprint(model), layer, [list(map(int, row)) for row in rows]])
         folder = cache / "moments" / hashlib.sha256(content.encode()).hexdigest()[:24]
-    done, found = _recall(folder, width)
+    done, moment = _recall(folder, width)
     while done < len(rows):
         if progress:
             progress(f"collecting statistics of layer {layer}", done, len(rows))
@@ -129,33 +129,33 @@ def hidden_moment(
             there = np.zeros(query.shape[:2], np.float32)
             for lane, number in enumerate(numbers):
                 there[lane, : len(part[number])] = 1
-            found = found + _sum(ffn.detach(params), query, jnp.asarray(there), model.config.activation)
+            moment = moment + _sum(ffn.detach(params), query, jnp.asarray(there), model.config.activation)
         done += len(part)
-        _keep(folder, done, found)
-    return found / total
+        _keep(folder, done, moment)
+    return moment / total
 
 
 def _recall(folder: Path | None, width: int) -> tuple[int, Array]:
     """How many texts were done in an earlier run, and their sum; what is damaged is done again."""
     for path in sorted(folder.glob("[0-9]*"), reverse=True) if folder is not None else ():
         try:
-            found = load_file(path / "sum.safetensors")["sum"]
-            if found.shape == (width, width):
-                return int(path.name), jnp.asarray(found)
+            moment = load_file(path / "sum.safetensors")["sum"]
+            if moment.shape == (width, width):
+                return int(path.name), jnp.asarray(moment)
         except (OSError, ValueError, KeyError, SafetensorError):
             pass
         shutil.rmtree(path, ignore_errors=True)
     return 0, jnp.zeros((width, width), jnp.float32)
 
 
-def _keep(folder: Path | None, done: int, found: Array) -> None:
+def _keep(folder: Path | None, done: int, moment: Array) -> None:
     if folder is None:
         return
     older = list(folder.glob("[0-9]*"))
     try:
         # Names of one length, so that the last one in order is the latest.
         with replace_folder(folder / f"{done:09d}") as temporary:
-            save_file({"sum": np.asarray(found)}, temporary / "sum.safetensors")
+            save_file({"sum": np.asarray(moment)}, temporary / "sum.safetensors")
     except TPatchError:
         # Another process was faster, or the disk is full: that costs time, not correctness.
         return
@@ -179,11 +179,11 @@ def sampled_contexts(model: Model, counts: Sequence[tuple[int, int]]) -> tuple[s
     texts = []
     for number, (length, count) in enumerate(counts):
         begun = [STARTS[n % len(STARTS)] for n in range(count)]
-        key = jax.random.fold_in(jax.random.key(0), number)
+        rng = jax.random.fold_in(jax.random.key(0), number)
         # After what parts the texts it was trained on a model writes as in running text.
         prompts = [[first_token(model), *model.encode(start)] for start in begun]
-        found = sample(model.config, model.params, prompts, length, key, top_k=TOP, stops=model.stops)
-        for start, more in zip(begun, found, strict=True):
+        continuations = sample(model.config, model.params, prompts, length, rng, top_k=TOP, stops=model.stops)
+        for start, more in zip(begun, continuations, strict=True):
             # The start is a part of the length.
             row = [*model.encode(start), *more][:length]
             texts.append(" ".join(model.decode(row).split()) + ".")

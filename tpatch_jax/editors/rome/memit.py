@@ -1,14 +1,14 @@
-"""MEMIT as an editor: many requests at once, each spread over several feed-forward layers."""
+"""MEMIT as an editor: many requests at once, each shared out over several feed-forward layers."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Float
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.checks import check_range
@@ -19,8 +19,8 @@ from tpatch_jax.editors.rome.hidden_moment import hidden_moment, moment_rows, sa
 from tpatch_jax.editors.rome.rank_one import damped, distribute_update
 from tpatch_jax.editors.rome.rome import rome_layer
 from tpatch_jax.editors.rome.state import (
-    KernelState,
-    Tried,
+    Attempt,
+    RomeState,
     check_model,
     check_moment,
     edited,
@@ -38,10 +38,9 @@ from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
 from tpatch_jax.requests import EditRequest, as_requests
+from tpatch_jax.typing import PathLike, Progress, RngKey
 
 __all__ = ["MEMIT_PRESETS", "MemitSettings", "check_memit", "memit", "memit_layers", "memit_weight"]
-
-Progress = Callable[[str, int, int], None]
 
 CONTEXTS = ((10, 5),)
 """Contexts besides the bare prompt: for each length in tokens how many."""
@@ -114,9 +113,9 @@ def memit_layers(config: NetworkConfig, wanted: str = "auto") -> tuple[int, ...]
     Source: Meng et al. 2023 for GPT-2 XL, GPT-J and GPT-NeoX; Llama-2-7B as toolkits have it.
     """
     if wanted == "auto":
-        found = _KNOWN.get((config.family, config.layers, config.hidden_size))
+        known = _KNOWN.get((config.family, config.layers, config.hidden_size))
         last = rome_layer(config)
-        return found[0] if found else tuple(range(max(0, last + 1 - HEIGHT), last + 1))
+        return known[0] if known else tuple(range(max(0, last + 1 - HEIGHT), last + 1))
     parts = [part.strip() for part in wanted.split(",")]
     for part in parts:
         if not part.isdigit() or int(part) >= config.layers:
@@ -138,8 +137,8 @@ def memit_weight(config: NetworkConfig, wanted: str = "auto") -> int:
         TPatchError: it is neither.
     """
     if wanted == "auto":
-        found = _KNOWN.get((config.family, config.layers, config.hidden_size))
-        return found[1] if found else config.ffn_width
+        known = _KNOWN.get((config.family, config.layers, config.hidden_size))
+        return known[1] if known else config.ffn_width
     if not wanted.isdigit() or not int(wanted):
         raise TPatchError(f"moment_weight {wanted!r} is no weight; use moment_weight=auto or a positive whole number")
     return int(wanted)
@@ -173,7 +172,7 @@ def check_memit(model: Model, settings: MemitSettings) -> tuple[tuple[int, ...],
 def memit(
     settings: MemitSettings = MEMIT_PRESETS["default"],
     *,
-    memory: str | Path | None = None,
+    memory: PathLike | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Editor:
@@ -183,7 +182,7 @@ def memit(
     which the model says the target; then in one layer after the other, lowest first, an equal share of what is still
     missing there, for all requests at once: see `distribute_update`. Keys are the mean of the
     bare prompt's and of the mean of five sampled contexts'. Nothing can be taken out again but by going back to an
-    earlier state, which holds the kernels from before.
+    earlier state, which holds the down projections from before.
 
     Where it differs from the authors' code: ``C`` is of fewer tokens, and of text that the model itself says unless
     ``memory`` names a file, with a small ridge; it is solved in float32; a subject that ends in a bracket or quotation
@@ -198,7 +197,7 @@ def memit(
         progress: called with what is being done, how much is done, and how much there is.
 
     Returns:
-        The `Editor`; its state is a `tpatch_jax.editors.rome.state.KernelState`.
+        The `Editor`; its state is a `tpatch_jax.editors.rome.state.RomeState`.
 
     Raises:
         TPatchError: on ``init``, where the model is no decoder, its feed-forward networks do not write into the stream
@@ -212,7 +211,7 @@ def memit(
         >>> state, info = editor.step(state, requests, jax.random.key(0))  # doctest: +SKIP
     """
 
-    def init(model: Model, key: Array) -> KernelState:
+    def init(model: Model, rng: RngKey) -> RomeState:
         layers, weight = check_memit(model, settings)
         value = settings.value if settings.value.clamp else settings.value._replace(clamp=0.75)
         rows = moment_rows(model, memory, settings.moment_tokens, cache=cache, progress=progress)
@@ -220,13 +219,13 @@ def memit(
             layer: damped(hidden_moment(model, layer, rows, cache=cache, progress=progress), settings.ridge)
             for layer in layers
         }
-        own = replace(settings, layers=",".join(map(str, layers)), moment_weight=str(weight), value=value)
-        return KernelState(model, {}, moments, sampled_contexts(model, CONTEXTS), own)
+        settled = replace(settings, layers=",".join(map(str, layers)), moment_weight=str(weight), value=value)
+        return RomeState(model, {}, moments, sampled_contexts(model, CONTEXTS), settled)
 
-    def step(state: KernelState, requests: Sequence[EditRequest], key: Array) -> tuple[KernelState, EditInfo]:
+    def step(state: RomeState, requests: Sequence[EditRequest], rng: RngKey) -> tuple[RomeState, EditInfo]:
         return _step(state, as_requests(requests), progress)
 
-    def apply(state: KernelState, batch: Batch) -> Array:
+    def apply(state: RomeState, batch: Batch) -> Float[Array, "..."]:
         return edited(state).apply(batch)
 
     return EditorFunctions(init, step, apply)
@@ -238,7 +237,7 @@ class _Aim(NamedTuple):
     item: Item
     rows: list[PromptRow]
     goal: np.ndarray
-    tried: Tried
+    attempt: Attempt
 
 
 def _cut(rows: Sequence[PromptRow]) -> tuple[list[list[int]], list[list[int]]]:
@@ -246,33 +245,33 @@ def _cut(rows: Sequence[PromptRow]) -> tuple[list[list[int]], list[list[int]]]:
     return [row.tokens[: row.subject + 1] for row in rows], [[row.subject] for row in rows]
 
 
-def _streams(model: Model, rows: Sequence[PromptRow], layer: int) -> np.ndarray:
+def _streams(model: Model, rows: Sequence[PromptRow], layer: int) -> Float[np.ndarray, "rows d"]:
     """The residual stream after a layer's block at the subject of each row, ``[rows, d]``."""
     tokens, places = _cut(rows)
     result = np.zeros((len(rows), model.config.hidden_size), np.float32)
     for numbers, batch in batches(model.config, tokens):
-        found = networks.residuals(model.config, model.params, batch)[layer]
+        stream = networks.residuals(model.config, model.params, batch)[layer]
         for lane, number in enumerate(numbers):
-            result[number] = np.asarray(found[lane, places[number][0]], np.float32)
+            result[number] = np.asarray(stream[lane, places[number][0]], np.float32)
     return result
 
 
-def _keys(model: Model, rows: Sequence[Sequence[PromptRow]], layer: int) -> Array:
+def _keys(model: Model, rows: Sequence[Sequence[PromptRow]], layer: int) -> Float[Array, "requests hidden_neurons"]:
     """The mean of each bare prompt's key and of the mean of its other contexts', ``[requests, h]``."""
-    query = collect(model, *_cut([row for own in rows for row in own]), layer).query
+    query = collect(model, *_cut([row for each in rows for row in each]), layer).query
     network = model.params["layers"][layer]["ffn"]
-    found = ffn.hidden(network, jnp.asarray(query), model.config.activation).astype(jnp.float32)
-    found = found.reshape(len(rows), -1, found.shape[-1])
-    return (found[:, 0] + jnp.mean(found[:, 1:], 1)) / 2 if found.shape[1] > 1 else found[:, 0]
+    keys = ffn.hidden(network, jnp.asarray(query), model.config.activation).astype(jnp.float32)
+    keys = keys.reshape(len(rows), -1, keys.shape[-1])
+    return (keys[:, 0] + jnp.mean(keys[:, 1:], 1)) / 2 if keys.shape[1] > 1 else keys[:, 0]
 
 
 def _aims(
-    state: KernelState, items: Sequence[Item], requests: Sequence[EditRequest], progress: Progress | None
+    state: RomeState, items: Sequence[Item], requests: Sequence[EditRequest], progress: Progress | None
 ) -> list[_Aim]:
     model, settings = edited(state), state.settings
     last = max(state.moments)
     rows = [value_rows(model, requests[item.position], item) for item in items]
-    before = _streams(model, [own[0] for own in rows], last)
+    before = _streams(model, [each[0] for each in rows], last)
     # Of similar lengths together, so that little is padding.
     order = sorted(range(len(items)), key=lambda n: (len(items[n].target), max(len(row.tokens) for row in rows[n])))
     aims: dict[int, _Aim] = {}
@@ -289,11 +288,11 @@ def _aims(
             finite = np.isfinite(offsets[lane]).all()
             reason = "" if finite else "the value is not finite; nothing was kept; try a smaller value_rate"
             goal = before[number] + offsets[lane]
-            aims[number] = _Aim(items[number], rows[number][:-1], goal, Tried(info, lane, reason))
+            aims[number] = _Aim(items[number], rows[number][:-1], goal, Attempt(info, lane, reason))
     return [aims[number] for number in range(len(items))]
 
 
-def _written(state: KernelState, aims: Sequence[_Aim], progress: Progress | None) -> KernelState:
+def _written(state: RomeState, aims: Sequence[_Aim], progress: Progress | None) -> RomeState:
     """Every layer in turn takes its share of what is still missing after the last one."""
     layers, weight = sorted(state.moments), float(state.settings.moment_weight)
     for number, layer in enumerate(layers):
@@ -309,19 +308,19 @@ def _written(state: KernelState, aims: Sequence[_Aim], progress: Progress | None
 
 
 def _step(
-    state: KernelState, requests: list[EditRequest], progress: Progress | None
-) -> tuple[KernelState, EditInfo]:  # fmt: skip
+    state: RomeState, requests: list[EditRequest], progress: Progress | None
+) -> tuple[RomeState, EditInfo]:  # fmt: skip
     settings, names = state.settings, [request.name(position) for position, request in enumerate(requests)]
     items, problems = read_requests(state, requests, "MEMIT")
     unit = forward_seconds(state.model, items)
     began = time.perf_counter()
     aims = _aims(state, items, requests, progress)
     fit_seconds = time.perf_counter() - began
-    tried = {aim.item.position: aim.tried for aim in aims}
-    going = [aim for aim in aims if not aim.tried.reason]
+    attempts = {aim.item.position: aim.attempt for aim in aims}
+    going = [aim for aim in aims if not aim.attempt.reason]
     while True:
         after = _written(state, going, progress) if going else state
-        finite = all(bool(jnp.isfinite(kernel).all()) for kernel in after.kernels.values())
+        finite = all(bool(jnp.isfinite(kernel).all()) for kernel in after.down_projections.values())
         held = dict(zip((item.position for item in items), says(edited(after), items), strict=True))
         # A batch's updates cannot be told apart: those that do not hold go, and the others are written anew.
         lost = {
@@ -332,7 +331,7 @@ def _step(
         why = "the target does not come out after the update" if finite else "the update is not finite"
         for position in lost:
             reason = f"{why}; nothing was kept; try other layers or another moment_weight"
-            tried[position] = tried[position]._replace(reason=reason)
+            attempts[position] = attempts[position]._replace(reason=reason)
         going = [aim for aim in going if aim.item.position not in lost]
     times = (time.perf_counter() - began, fit_seconds, unit)
-    return after, report(names, problems, tried, held, settings.keep_failed, times)
+    return after, report(names, problems, attempts, held, settings.keep_failed, times)

@@ -4,22 +4,21 @@ The algebra of ROME and MEMIT over bare parameter dicts: the keys are inputs of 
 uncentred second moment over general text, says which inputs are common and so have to stay as they are.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 from tpatch_jax.core.ffn import width
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.typing import Params
 
 __all__ = ["damped", "distribute_update", "rank_one"]
 
-Params = dict[str, Any]
-
 
 @jax.jit
-def damped(moment: Array, ridge: float | Array) -> Array:
+def damped(
+    moment: Float[Array, "hidden_neurons hidden_neurons"], ridge: float | Float[Array, ""]
+) -> Float[Array, "hidden_neurons hidden_neurons"]:
     """``C + r·mean(diag C)·I``: a second moment of few texts that can be inverted.
 
     Args:
@@ -61,7 +60,14 @@ def _with_kernel(params: Params, added: Array) -> Params:
     return {**params, "down": {**params["down"], "kernel": changed}}
 
 
-def rank_one(params: Params, key: Array, value: Array, moment: Array, *, at: Array | None = None) -> Params:
+def rank_one(
+    params: Params,
+    key: Float[Array, " hidden_neurons"],
+    value: Float[Array, " d"],
+    moment: Float[Array, "hidden_neurons hidden_neurons"],
+    *,
+    at: Float[Array, " hidden_neurons"] | None = None,
+) -> Params:
     """A feed-forward network that says a value to a key: ROME's update.
 
     ``W + u·rᵀ`` with ``u = C⁻¹k* / ‖C⁻¹k*‖`` and ``r = (v* - W(k)) / (k·u)``, where ``W(k)`` is the down projection of
@@ -105,7 +111,13 @@ def _rank_one(down: Params, key: Array, value: Array, moment: Array, at: Array) 
         return jnp.outer(direction, (value - said) / (at @ direction))
 
 
-def distribute_update(params: Params, keys: Array, residuals: Array, moment: Array, weight: float | Array) -> Params:
+def distribute_update(
+    params: Params,
+    keys: Float[Array, "edits hidden_neurons"],
+    residuals: Float[Array, "edits d"],
+    moment: Float[Array, "hidden_neurons hidden_neurons"],
+    weight: float | Float[Array, ""],
+) -> Params:
     """A feed-forward network whose output for many keys moves by as many residuals: MEMIT's update of one layer.
 
     ``W + (λC + KᵀK)⁻¹·KᵀR`` for rows ``K`` and ``R``: the least squares solution that a larger ``λ`` keeps closer to
@@ -129,7 +141,7 @@ def distribute_update(params: Params, keys: Array, residuals: Array, moment: Arr
     Example:
         >>> params = {"up": {"kernel": jnp.ones((2, 3))}, "down": {"kernel": jnp.zeros((3, 2))}}
         >>> after = distribute_update(params, jnp.eye(3)[:1], jnp.array([[2.0, 4.0]]), jnp.eye(3), 1.0)
-        >>> after["down"]["kernel"].tolist()
+        >>> after["down"]["kernel"].round(3).tolist()
         [[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]]
     """
     _check(params, keys, residuals, moment)

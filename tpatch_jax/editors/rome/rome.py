@@ -1,13 +1,13 @@
 """ROME and R-ROME as editors: a rank-one update of one feed-forward layer for each request, one after the other."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jaxtyping import Array, Float
 
 from tpatch_jax.core import ffn
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions
@@ -15,8 +15,8 @@ from tpatch_jax.editors.reading import Item
 from tpatch_jax.editors.rome.hidden_moment import hidden_moment, moment_rows, sampled_contexts
 from tpatch_jax.editors.rome.rank_one import damped, rank_one
 from tpatch_jax.editors.rome.state import (
-    KernelState,
-    Tried,
+    Attempt,
+    RomeState,
     check_model,
     check_moment,
     edited,
@@ -38,6 +38,7 @@ from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
 from tpatch_jax.requests import EditRequest, as_requests
+from tpatch_jax.typing import PathLike, Progress, RngKey
 
 __all__ = [
     "ROME_PRESETS",
@@ -49,8 +50,6 @@ __all__ = [
     "rome",
     "rome_layer",
 ]
-
-Progress = Callable[[str, int, int], None]
 
 CONTEXTS = ((5, 10), (10, 10))
 """Contexts besides the bare prompt: for each length in tokens how many."""
@@ -124,8 +123,8 @@ def rome_layer(config: NetworkConfig, wanted: str = "auto") -> int:
     Source: Meng et al. 2022 for GPT-2 and GPT-J; Llama-2-7B as toolkits have it.
     """
     if wanted == "auto":
-        found = _KNOWN.get((config.family, config.layers, config.hidden_size))
-        return found[0] if found else round(config.layers / 3)
+        known = _KNOWN.get((config.family, config.layers, config.hidden_size))
+        return known[0] if known else round(config.layers / 3)
     if not wanted.isdigit() or int(wanted) >= config.layers:
         raise TPatchError(f"layer {wanted!r} does not exist; use layer=auto or 0 to {config.layers - 1}")
     return int(wanted)
@@ -162,7 +161,7 @@ def _clamp(config: NetworkConfig, clamp: float) -> float:
 def rome(
     settings: RomeSettings = ROME_PRESETS["default"],
     *,
-    memory: str | Path | None = None,
+    memory: PathLike | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Editor:
@@ -172,7 +171,7 @@ def rome(
     and ``v*``, the FFN's output with which the model says the target, trained through the rest of the network; then
     ``W + u·rᵀ``, see `tpatch_jax.editors.rome.rank_one.rank_one`. The requests of a step are edited one after the
     other, each in the model that those before it left. Nothing can be taken out again but by going back to an earlier
-    state, which holds the kernel from before.
+    state, which holds the down projection from before.
 
     What ``memory`` names matters: with ``C = I`` neighbours of a subject are disturbed most, with ``C`` of text that
     the model says by itself less, with ``C`` of encyclopedic text, as the authors have it, least.
@@ -189,7 +188,7 @@ def rome(
         progress: called with what is being done, how much is done, and how much there is.
 
     Returns:
-        The `Editor`; its state is a `tpatch_jax.editors.rome.state.KernelState`.
+        The `Editor`; its state is a `tpatch_jax.editors.rome.state.RomeState`.
 
     Raises:
         TPatchError: on ``init``, where the model is no decoder, has no such layer, or a patch is attached to it.
@@ -202,19 +201,19 @@ def rome(
         >>> state, info = editor.step(state, requests, jax.random.key(0))  # doctest: +SKIP
     """
 
-    def init(model: Model, key: Array) -> KernelState:
+    def init(model: Model, rng: RngKey) -> RomeState:
         layer = check_rome(model, settings)
         value = settings.value._replace(clamp=_clamp(model.config, settings.value.clamp))
         rows = moment_rows(model, memory, settings.moment_tokens, cache=cache, progress=progress)
         moment = hidden_moment(model, layer, rows, cache=cache, progress=progress)
         contexts = sampled_contexts(model, CONTEXTS)
-        own = replace(settings, layer=str(layer), value=value)
-        return KernelState(model, {}, {layer: damped(moment, settings.ridge)}, contexts, own)
+        settled = replace(settings, layer=str(layer), value=value)
+        return RomeState(model, {}, {layer: damped(moment, settings.ridge)}, contexts, settled)
 
-    def step(state: KernelState, requests: Sequence[EditRequest], key: Array) -> tuple[KernelState, EditInfo]:
+    def step(state: RomeState, requests: Sequence[EditRequest], rng: RngKey) -> tuple[RomeState, EditInfo]:
         return _step(state, as_requests(requests), progress)
 
-    def apply(state: KernelState, batch: Batch) -> Array:
+    def apply(state: RomeState, batch: Batch) -> Float[Array, "..."]:
         return edited(state).apply(batch)
 
     return EditorFunctions(init, step, apply)
@@ -230,9 +229,9 @@ class Update(NamedTuple):
         info: how ``v*`` was trained, of one request.
     """
 
-    key: Array
-    bare: Array
-    value: Array
+    key: Float[Array, " hidden_neurons"]
+    bare: Float[Array, " hidden_neurons"]
+    value: Float[Array, " d"]
     info: OffsetInfo
 
 
@@ -254,13 +253,13 @@ def find_update(model: Model, layer: int, request: EditRequest, item: Item, sett
     return Update(jnp.mean(keys, 0), keys[0], output + jnp.asarray(offset[0]), info)
 
 
-def _step(state: KernelState, requests: list[EditRequest], progress: Progress | None) -> tuple[KernelState, EditInfo]:
+def _step(state: RomeState, requests: list[EditRequest], progress: Progress | None) -> tuple[RomeState, EditInfo]:
     settings, names = state.settings, [request.name(position) for position, request in enumerate(requests)]
     layer, method = int(settings.layer), _name(settings)
     items, problems = read_requests(state, requests, method)
     unit = forward_seconds(state.model, items)
     began, fit_seconds = time.perf_counter(), 0.0
-    tried: dict[int, Tried] = {}
+    attempts: dict[int, Attempt] = {}
     for number, item in enumerate(items):
         if progress:
             progress(f"editing with {method}", number, len(items))
@@ -271,13 +270,13 @@ def _step(state: KernelState, requests: list[EditRequest], progress: Progress | 
         network = model.params["layers"][layer]["ffn"]
         after = state.with_network(layer, rank_one(network, update.key, update.value, state.moments[layer], at=at))
         reason = ""
-        if not bool(jnp.isfinite(after.kernels[layer]).all()):
+        if not bool(jnp.isfinite(after.down_projections[layer]).all()):
             # Nobody keeps a network of NaN.
             reason = "the update is not finite; nothing was kept; try another layer or a smaller value_rate"
         elif not settings.keep_failed and not says(edited(after), [item])[0]:
             reason = "the target does not come out after the update; nothing was kept; try another layer"
         state = state if reason else after
-        tried[item.position] = Tried(update.info, 0, reason)
+        attempts[item.position] = Attempt(update.info, 0, reason)
     held = dict(zip((item.position for item in items), says(edited(state), items), strict=True))
     times = (time.perf_counter() - began, fit_seconds, unit)
-    return state, report(names, problems, tried, held, settings.keep_failed, times)
+    return state, report(names, problems, attempts, held, settings.keep_failed, times)

@@ -1,6 +1,6 @@
 """Edits that change the down projections of some layers: what ROME and MEMIT share.
 
-Such an edit is no thing of its own: it cannot be taken out again but by keeping the kernels from before.
+Such an edit cannot be taken out again but by keeping the down projections from before.
 """
 
 import math
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Float
 
 from tpatch_jax.core import ffn
 from tpatch_jax.editors.base import EditInfo, RequestInfo
@@ -20,10 +20,11 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import predicted
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.typing import Arrays, Params
 
 __all__ = [
-    "KernelState",
-    "Tried",
+    "Attempt",
+    "RomeState",
     "check_model",
     "check_moment",
     "edited",
@@ -35,59 +36,59 @@ __all__ = [
 ]
 
 
-class KernelState(NamedTuple):
+class RomeState(NamedTuple):
     """What an edited model is made of.
 
     Attributes:
         model: the unedited model.
-        kernels: the down projections that edits changed, by layer, ``[h, d]``.
+        down_projections: the kernels of the down projections that edits changed, by layer, ``[h, d]``.
         moments: ``C`` of the unedited model at each layer that is edited, ``[h, h]``.
         contexts: texts to put before a prompt.
         settings: the editor's options, as they are meant for this model.
     """
 
     model: Model
-    kernels: Mapping[int, Array]
-    moments: Mapping[int, Array]
+    down_projections: Mapping[int, Float[Array, "hidden_neurons d"]]
+    moments: Mapping[int, Float[Array, "hidden_neurons hidden_neurons"]]
     contexts: tuple[str, ...]
     settings: Any
 
-    def with_network(self, layer: int, params: Mapping[str, Any]) -> "KernelState":
-        """The same with another down projection in one layer."""
-        return self._replace(kernels={**self.kernels, layer: params["down"]["kernel"]})
+    def with_network(self, layer: int, params: Params) -> "RomeState":
+        """The same with the down projection of another feed-forward network in one layer."""
+        return self._replace(down_projections={**self.down_projections, layer: params["down"]["kernel"]})
 
 
-class Tried(NamedTuple):
-    """How one request went: its offset's fit, and why it could not be kept, if so."""
+class Attempt(NamedTuple):
+    """How one request went: its offset's fit, its place there, and why it could not be kept, if so."""
 
     info: OffsetInfo
     lane: int
     reason: str = ""
 
 
-def edited(state: KernelState) -> Model:
-    """The model with the edits so far: it shares all arrays but the changed kernels with the unedited one."""
-    if not state.kernels:
+def edited(state: RomeState) -> Model:
+    """The model with the edits so far: it shares all arrays but the changed down projections with the unedited one."""
+    if not state.down_projections:
         return state.model
     layers = dict(state.model.params["layers"])
-    for layer, kernel in state.kernels.items():
+    for layer, kernel in state.down_projections.items():
         network = layers[layer]["ffn"]
         layers[layer] = {**layers[layer], "ffn": {**network, "down": {**network["down"], "kernel": kernel}}}
     return state.model.with_params({**state.model.params, "layers": layers})
 
 
-def save(state: KernelState) -> dict[str, np.ndarray]:
-    """The changed kernels as arrays, float32."""
-    return {f"kernel-{layer}": np.asarray(kernel, np.float32) for layer, kernel in state.kernels.items()}
+def save(state: RomeState) -> Arrays:
+    """The changed down projections as arrays, float32."""
+    return {f"kernel-{layer}": np.asarray(kernel, np.float32) for layer, kernel in state.down_projections.items()}
 
 
-def restore(state: KernelState, arrays: Mapping[str, np.ndarray]) -> KernelState:
-    """A fresh state with the kernels that `save` gave."""
-    kernels = {}
+def restore(state: RomeState, arrays: Mapping[str, np.ndarray]) -> RomeState:
+    """A fresh state with the down projections that `save` gave."""
+    down_projections = {}
     for name, array in arrays.items():
         layer = int(name.rpartition("-")[2])
-        kernels[layer] = jnp.asarray(array, state.model.params["layers"][layer]["ffn"]["down"]["kernel"].dtype)
-    return state._replace(kernels=kernels)
+        down_projections[layer] = jnp.asarray(array, state.model.params["layers"][layer]["ffn"]["down"]["kernel"].dtype)
+    return state._replace(down_projections=down_projections)
 
 
 def check_model(model: Model, method: str, layers: Sequence[int]) -> None:
@@ -117,9 +118,7 @@ def check_moment(moment_tokens: int, ridge: float) -> None:
         raise TPatchError(f"ridge is {ridge}; give 0 or a positive number")
 
 
-def read_requests(
-    state: KernelState, requests: Sequence[EditRequest], method: str
-) -> tuple[list[Item], dict[int, str]]:
+def read_requests(state: RomeState, requests: Sequence[EditRequest], method: str) -> tuple[list[Item], dict[int, str]]:
     """Requests in tokens, in all contexts.
 
     Args:
@@ -150,15 +149,15 @@ def says(model: Model, items: Sequence[Item]) -> list[bool]:
     """Whether the model says each request's target after its bare prompt."""
     if not items:
         return []
-    found = predicted(model, collect_bare(model, items))
+    tokens = predicted(model, collect_bare(model, items))
     ends = np.cumsum([len(item.target) for item in items])[:-1]
-    return [part.tolist() == item.target for part, item in zip(np.split(found, ends), items, strict=True)]
+    return [part.tolist() == item.target for part, item in zip(np.split(tokens, ends), items, strict=True)]
 
 
 def report(
     names: Sequence[str],
     problems: Mapping[int, str],
-    tried: Mapping[int, Tried],
+    attempts: Mapping[int, Attempt],
     held: Mapping[int, bool],
     keep_failed: bool,
     times: tuple[float, float, float],
@@ -168,7 +167,7 @@ def report(
     Args:
         names: of the requests.
         problems: the reason of each that was not worked on, by position.
-        tried: how the others went.
+        attempts: how the others went.
         held: whether the model says their targets after the whole step.
         keep_failed: whether an update stays whose target does not come out.
         times: seconds of the whole edit, of the fitting, and of one forward pass over one request.
@@ -182,7 +181,7 @@ def report(
         if position in problems:
             results.append(RequestInfo(name, False, "failed", problems[position], site="subject"))
             continue
-        (info, lane, reason), right = tried[position], held[position]
+        (info, lane, reason), right = attempts[position], held[position]
         if not right and not reason:
             reason = f"the target does not come out after the edits; {fate}"
         losses = {"nll": float(info.nll[lane]), "kl": float(info.closeness[lane])}

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
+from jaxtyping import Array, Bool, Float, Int
 
-from tpatch_jax.core.sizes import power_of_two, round_up
+from tpatch_jax.core.lanes import minimise_lanes
+from tpatch_jax.core.sizes import round_up
 from tpatch_jax.editors.reading import Item, subject_token
 from tpatch_jax.editors.subject_rows import PromptRow, forked_rows, prompt_row
 from tpatch_jax.errors import TPatchError
@@ -74,15 +75,15 @@ class Forked(NamedTuple):
 
     Attributes:
         fork: all rows, request after request.
-        places: where in each row tokens are asked, ``[requests · rows, places]``, counted from the subject.
+        places: where in each row tokens are wanted, ``[requests · rows, places]``, counted from the subject.
         wanted: the tokens wanted there, ``[requests, rows - 1, places]``.
         weight: of each in its request's loss, ``[requests, rows - 1, places]``; those of a request sum to one.
     """
 
     fork: networks.Fork
-    places: Array
-    wanted: Array
-    weight: Array
+    places: Int[Array, "all_rows places"]
+    wanted: Int[Array, "requests rows places"]
+    weight: Float[Array, "requests rows places"]
 
 
 class OffsetInfo(NamedTuple):
@@ -94,9 +95,9 @@ class OffsetInfo(NamedTuple):
         closeness: divergence from the unedited model at the end, in nats.
     """
 
-    steps: np.ndarray
-    nll: np.ndarray
-    closeness: np.ndarray
+    steps: Int[np.ndarray, " requests"]
+    nll: Float[np.ndarray, " requests"]
+    closeness: Float[np.ndarray, " requests"]
 
 
 def value_rows(model: Model, request: EditRequest, item: Item) -> list[PromptRow]:
@@ -120,19 +121,19 @@ def fork_requests(model: Model, rows: Sequence[Sequence[PromptRow]], layer: int)
         rows: from `value_rows`, of each request.
         layer: the layer.
     """
-    count = round_up(max(len(row.wanted) for own in rows for row in own), 2)
+    count = round_up(max(len(row.wanted) for each in rows for row in each), 2)
     shape = (len(rows), len(rows[0]) - 1, count)
     wanted, weight = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    for lane, own in enumerate(rows):
-        for number, row in enumerate(own[:-1]):
+    for lane, each in enumerate(rows):
+        for number, row in enumerate(each[:-1]):
             wanted[lane, number, : len(row.wanted)] = row.wanted
-            weight[lane, number, : len(row.wanted)] = 1 / ((len(own) - 1) * len(row.wanted))
-    fork, places = forked_rows(model, [row for own in rows for row in own], layer, count)
+            weight[lane, number, : len(row.wanted)] = 1 / ((len(each) - 1) * len(row.wanted))
+    fork, places = forked_rows(model, [row for each in rows for row in each], layer, count)
     return Forked(fork, places, jnp.asarray(wanted), jnp.asarray(weight))
 
 
 def _runner(model: Model, layer: int, stream: bool) -> Callable[[tuple[tuple, Array], Array], Array]:
-    """From rows and what is added at their subjects, ``[rows, d]``, to log-probabilities at the asked places."""
+    """From rows and what is added at their subjects, ``[rows, d]``, to log-probabilities at their places."""
     config, params = model.config, model.params
 
     def run(rows: tuple[tuple, Array], added: Array) -> Array:
@@ -147,44 +148,49 @@ def _runner(model: Model, layer: int, stream: bool) -> Callable[[tuple[tuple, Ar
     return run
 
 
-def _length(x: Array) -> Array:
+def _length(x: Float[Array, "*rows d"]) -> Float[Array, "*rows"]:
     """``‖x‖`` along the last axis, of which the gradient at zero is zero, as in torch."""
     square = jnp.sum(jnp.square(x), -1)
     there = square > 0
     return jnp.where(there, jnp.sqrt(jnp.where(there, square, 1)), 0)
 
 
-class _Moving(NamedTuple):
-    """Requests whose offsets still move: which they are, their rows, and where they stand."""
+class _Problem(NamedTuple):
+    """What each request's offset is trained on: its rows, the tokens wanted there, their weights, and ``‖v₀‖``."""
 
-    lane: np.ndarray
     rows: Any
-    wanted: Array
-    weight: Array
-    scale: Array
-    before: Array | None
-    offsets: Array
-    state: optax.OptState
+    wanted: Int[Array, "requests rows places"]
+    weight: Float[Array, "requests rows places"]
+    scale: Float[Array, " requests"]
 
-    def only(self, keep: np.ndarray) -> "_Moving":
-        """Some of them; one that stands in twice does the same both times."""
-        each = self.wanted.shape[1] + 1
-        index = (keep[:, None] * each + np.arange(each)).reshape(-1)
-        rows = jax.tree.map(lambda leaf: leaf[index], self.rows)
-        state = jax.tree.map(lambda leaf: leaf[keep] if leaf.ndim else leaf, self.state)
-        before = None if self.before is None else self.before[keep]
-        found = self._replace(lane=self.lane[keep], rows=rows, wanted=self.wanted[keep], weight=self.weight[keep])
-        return found._replace(scale=self.scale[keep], before=before, offsets=self.offsets[keep], state=state)
+
+class _State(NamedTuple):
+    """Of each request: its losses when last looked at, and what the model says without an offset where its subject
+    stands alone, as log-probabilities.
+    """
+
+    nll: Float[Array, " requests"]
+    closeness: Float[Array, " requests"]
+    reference: Float[Array, "requests vocabulary"]
+
+
+class _Report(NamedTuple):
+    """What one look at the loss gives, for each request."""
+
+    whole: Float[Array, " requests"]
+    nll: Float[Array, " requests"]
+    closeness: Float[Array, " requests"]
+    alone: Float[Array, "requests vocabulary"]
 
 
 def train_offsets(
-    model: Model, forked: Forked, scale: Array, settings: ValueSettings, *, stream: bool = False
-) -> tuple[np.ndarray, OffsetInfo]:
+    model: Model, forked: Forked, scale: Float[Array, " requests"], settings: ValueSettings, *, stream: bool = False
+) -> tuple[Float[np.ndarray, "requests d"], OffsetInfo]:
     """What to add to a layer's output at each subject for the model to say the targets.
 
     ``min_δ  mean NLL(target) + c·KL(now ‖ before) + w·‖δ‖/‖v₀‖²`` by Adam from zero, with ``‖δ‖ ≤ clamp·‖v₀‖`` after
     each step. It ends where the loss is low enough, after ``value_steps`` where the target's NLL is, and else after
-    ``value_extra_steps`` more. Requests never couple; those that are done stand still, and are dropped by halves.
+    ``value_extra_steps`` more. Requests never couple.
 
     Args:
         model: the model, with the edits so far.
@@ -198,50 +204,38 @@ def train_offsets(
 
     Source: Meng et al. 2022, equation 4 and the authors' published code for the penalty; Meng et al. 2023.
     """
-    run, transform = _runner(model, forked.fork.layer, stream), optax.adam(settings.value_rate)
-    lanes, hidden_size = scale.shape[0], forked.fork.output.shape[-1]
+    run = _runner(model, forked.fork.layer, stream)
+    requests, hidden_size = scale.shape[0], forked.fork.output.shape[-1]
 
-    def loss(offsets: Array, now: _Moving) -> tuple[Array, tuple[Array, Array, Array, Array]]:
-        each = now.wanted.shape[1] + 1
-        found = run(now.rows, jnp.repeat(offsets, each, axis=0))
-        found = found.reshape(offsets.shape[0], each, *found.shape[1:])
-        said = -jnp.take_along_axis(found[:, :-1], now.wanted[..., None], -1)[..., 0]
-        said = jnp.sum(said * now.weight, (1, 2))
-        alone = found[:, -1, 0]
+    def loss(
+        offsets: Float[Array, "requests d"], problem: _Problem, state: _State, number: int
+    ) -> tuple[Float[Array, ""], _Report]:
+        each = problem.wanted.shape[1] + 1
+        log_probs = run(problem.rows, jnp.repeat(offsets, each, axis=0))
+        log_probs = log_probs.reshape(offsets.shape[0], each, *log_probs.shape[1:])
+        nll = -jnp.take_along_axis(log_probs[:, :-1], problem.wanted[..., None], -1)[..., 0]
+        nll = jnp.sum(nll * problem.weight, (1, 2))
+        alone = log_probs[:, -1, 0]
         # At the start both are the same, where the divergence and its gradient are zero.
-        close = jnp.zeros_like(said) if now.before is None else jnp.sum(jnp.exp(alone) * (alone - now.before), -1)
-        decay = settings.value_decay * _length(offsets) / jnp.square(now.scale)
-        whole = said + settings.value_closeness * close + decay
-        return jnp.sum(whole), (whole, said, close, alone)
+        close = jnp.sum(jnp.exp(alone) * (alone - state.reference), -1) if number else jnp.zeros_like(nll)
+        decay = settings.value_decay * _length(offsets) / jnp.square(problem.scale)
+        whole = nll + settings.value_closeness * close + decay
+        return jnp.sum(whole), _Report(whole, nll, close, alone)
 
-    step = jax.value_and_grad(loss, has_aux=True)
-    start = jnp.zeros((lanes, hidden_size), jnp.float32)
-    rows = (tuple(forked.fork[:-1]), forked.places)
-    state = transform.init(start)
-    now = _Moving(np.arange(lanes), rows, forked.wanted, forked.weight, scale, None, start, state)
-    result, info = np.zeros((lanes, hidden_size), np.float32), OffsetInfo(*np.zeros((3, lanes)))
-    done = np.zeros(lanes, bool)
-    last = settings.value_steps + settings.value_extra_steps - 1
-    for number in range(last + 1):
-        (_, (whole, said, close, alone)), gradient = step(now.offsets, now)
-        now = now if now.before is not None else now._replace(before=alone)
-        open_ = ~done[now.lane]
-        lane = now.lane[open_]
-        result[lane], info.steps[lane] = np.asarray(now.offsets)[open_], number
-        info.nll[lane], info.closeness[lane] = np.asarray(said)[open_], np.asarray(close)[open_]
-        reached = np.asarray(whole)[open_]
-        done[lane] |= (reached < settings.value_enough) | ~np.isfinite(reached)
+    def project(offsets: Float[Array, "requests d"], problem: _Problem) -> Float[Array, "requests d"]:
+        longest = settings.clamp * problem.scale
+        return offsets * jnp.minimum(1.0, longest / jnp.maximum(_length(offsets), longest))[:, None]
+
+    def stop(state: _State, report: _Report, number: int) -> tuple[_State, Bool[Array, " requests"]]:
+        reference = state.reference if number else report.alone
+        ended = (report.whole < settings.value_enough) | ~jnp.isfinite(report.whole)
         if number >= settings.value_steps - 1:
-            done[lane] |= np.asarray(said)[open_] < settings.value_enough
-        if done.all() or number == last:
-            break
-        update, state = transform.update(gradient, now.state, now.offsets)
-        new = now.offsets + jnp.asarray(update)
-        longest = settings.clamp * now.scale
-        new = new * jnp.minimum(1.0, longest / jnp.maximum(_length(new), longest))[:, None]
-        now = now._replace(offsets=new, state=state)
-        going = np.flatnonzero(~done[now.lane])
-        size = power_of_two(going.size)
-        if size < now.lane.size:
-            now = now.only(np.resize(going, size))
-    return result, info._replace(steps=info.steps.astype(int))
+            ended |= report.nll < settings.value_enough
+        return _State(report.nll, report.closeness, reference), ended
+
+    problem = _Problem((tuple(forked.fork[:-1]), forked.places), forked.wanted, forked.weight, scale)
+    zero, unknown = jnp.zeros(requests), jnp.zeros((requests, model.config.vocabulary))
+    start, adam = jnp.zeros((requests, hidden_size), jnp.float32), optax.adam(settings.value_rate)
+    steps = settings.value_steps + settings.value_extra_steps - 1
+    result = minimise_lanes(loss, project, stop, start, problem, _State(zero, zero, unknown), adam, steps)
+    return result.moves, OffsetInfo(result.steps, result.state.nll, result.state.closeness)

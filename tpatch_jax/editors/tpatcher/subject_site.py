@@ -23,7 +23,7 @@ from tpatch_jax.core.patch import Patch, concatenate, create, sharpen, sized, ta
 from tpatch_jax.core.recipes.staged import Recognised
 from tpatch_jax.core.recipes.whitened import whitened_key
 from tpatch_jax.core.sizes import power_of_two, round_up
-from tpatch_jax.core.values import TargetRows, ThroughInfo, ThroughSettings, train_values
+from tpatch_jax.core.values import TargetRows, ValueTrainingInfo, ValueTrainingSettings, train_values
 from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import Item
 from tpatch_jax.editors.subject_rows import (
@@ -98,7 +98,7 @@ class SubjectSettings:
     """
 
     token: str = "subject"
-    value: ThroughSettings = field(default_factory=ThroughSettings)
+    value: ValueTrainingSettings = field(default_factory=ValueTrainingSettings)
     key_contexts: int = 6
     value_contexts: int = 4
     shorter: int = 3
@@ -225,7 +225,7 @@ def _activity(model: Model, patch: Patch, forked: networks.Fork, plateau: float)
 def _values(
     model: Model, unedited: Model, layer: int, patch: Patch, prompts: Sequence[list[PromptRow]],
     kept: Sequence[list[PromptRow]], neutral: Sequence[list[PromptRow]], settings: SubjectSettings
-) -> tuple[Array, ThroughInfo]:  # fmt: skip
+) -> tuple[Array, ValueTrainingInfo]:  # fmt: skip
     """The values of one chunk of lanes. ``kept`` are prompts of earlier edits of the same subject, which must go on."""
     lanes, most = len(prompts), max((len(rows) for rows in kept), default=0)
     # A lane without that many repeats its own bare prompt, which then counts for nothing.
