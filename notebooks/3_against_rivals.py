@@ -13,11 +13,11 @@
 #
 # T-Patcher, ROME, SERAC and fine-tuning on the same few requests, by the protocol `batch`: all edits are made, then
 # everything is asked. Eight facts, those of `tpatch demo`, show how the evaluation works and not which method is best;
-# the README has larger runs. Seconds include compilation and what a method must know of a model beforehand, here on two
-# busy CPU cores.
+# `docs/rivals.md` has larger runs. Seconds include compilation and what a method must know of a model beforehand, here
+# on two busy CPU cores.
 #
-# SERAC needs two networks of its own, trained once per model by `tpatch serac-train` (the README says on what). Where
-# `TPATCH_SERAC` names their folder, SERAC is in the table.
+# SERAC needs two networks of its own, trained once per model by `tpatch serac-train` (`docs/rivals.md` says on what).
+# Where `TPATCH_SERAC` names their folder, SERAC is in the table.
 
 # %%
 import json

@@ -102,8 +102,8 @@ def test_what_is_given_in_another_form_is_named(tiny_model):
     for put in (merge, attach):
         with pytest.raises(TPatchError, match="a tuple is no patch; of what `edit` returns the first"):
             put(tiny_model, (create(tiny_model.config.hidden_size), None))  # type: ignore[arg-type]
-    with pytest.raises(TPatchError, match="a list is no prompt; give one text at a time"):
-        tiny_model.generate(["the cat"])  # type: ignore[arg-type]
+    with pytest.raises(TPatchError, match="a dict is no prompt; give a text, or a list of texts"):
+        tiny_model.generate({"prompt": "the cat"})  # type: ignore[arg-type]
 
 
 def test_the_targets_come_out_with_all_patches_active(tiny_model, edited):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tpatch_jax.bank.patches import load_patches, save_patches
     from tpatch_jax.bank.state import Bank
     from tpatch_jax.core.fit import FitInfo, FitProblem, FitSettings, fit, fit_many
+    from tpatch_jax.core.layers import concatenate_layers
     from tpatch_jax.core.memory import Memory, create_memory
     from tpatch_jax.core.objective import Weights
     from tpatch_jax.core.patch import Patch, concatenate
@@ -80,6 +81,7 @@ __all__ = [
     "attach",
     "bank_patch",
     "concatenate",
+    "concatenate_layers",
     "create_bank",
     "create_memory",
     "detach",
@@ -131,6 +133,7 @@ _HOMES = {
     "models.checkpoints.export": ("ExportError", "ExportInfo", "export_model"),
     "training.finetune": ("FinetuneInfo", "FinetuneSettings", "finetune"),
     "core.fit": ("FitInfo", "FitSettings", "FitProblem", "fit", "fit_many"),
+    "core.layers": ("concatenate_layers",),
     "core.memory": ("Memory", "create_memory"),
     "models.networks": ("Trace",),
     "models.foreign.network": ("Network",),

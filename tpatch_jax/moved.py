@@ -14,7 +14,6 @@ from types import ModuleType
 __all__ = ["MOVED", "install"]
 
 MOVED = {
-    "tpatch_jax.editors.registry": "tpatch_jax.editors.base",
     "tpatch_jax.ffn": "tpatch_jax.core.ffn",
     "tpatch_jax.fitting": "tpatch_jax.core.fit",
     "tpatch_jax.memory": "tpatch_jax.core.memory",

@@ -67,8 +67,8 @@ def _same(request: EditRequest) -> tuple[str, str]:
 def _waiting(bank: Bank, requests: Sequence[EditRequest], resume: bool) -> list[tuple[str, EditRequest]]:
     """The requests that are not in the bank yet, with the names that they will have there."""
     taken = {edit.id for edit in bank.edits}
-    found = states(bank)
-    done = Counter(_same(edit.request) for edit in bank.edits if found[edit.id] not in ("removed", "lost"))
+    state_of = states(bank)
+    done = Counter(_same(edit.request) for edit in bank.edits if state_of[edit.id] not in ("removed", "lost"))
     waiting, number = [], len(bank.edits)
     for request in requests:
         if resume and done[_same(request)]:
@@ -78,9 +78,9 @@ def _waiting(bank: Bank, requests: Sequence[EditRequest], resume: bool) -> list[
         if name is None:
             while (name := f"edit-{(number := number + 1)}") in taken:
                 pass
-        elif found.get(name) in ("removed", "lost"):
+        elif state_of.get(name) in ("removed", "lost"):
             raise TPatchError(
-                f"{bank.folder} had an edit {name!r}, which is {found[name]}, and keeps its name; give the request "
+                f"{bank.folder} had an edit {name!r}, which is {state_of[name]}, and keeps its name; give the request "
                 "another id"
             )
         elif name in taken:

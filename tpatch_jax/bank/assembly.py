@@ -33,10 +33,10 @@ class Held(NamedTuple):
 
     def without(self, ids: Iterable[str]) -> "Held":
         """The same without some edits."""
-        gone = set(ids)
-        if not gone:
+        removed = set(ids)
+        if not removed:
             return self
-        keep = [number for number, edit in enumerate(self.edits) if edit.id not in gone]
+        keep = [number for number, edit in enumerate(self.edits) if edit.id not in removed]
         place = {number: at for at, number in enumerate(keep)}
         rows = [row for row, number in enumerate(self.owner) if int(number) in place]
         return Held(
@@ -104,8 +104,8 @@ def assemble(bank: Bank, edits: Iterable[BankEdit], store: Store) -> Held:
     changed: dict[Ref, tuple[int, int]] = {}
     for number in sorted(alive):
         if "segment" in bank.records[number - 1]:
-            found = _load(bank, store, number).get("changed")
-            for row, ref in enumerate([] if found is None else found.tolist()):
+            changes = _load(bank, store, number).get("changed")
+            for row, ref in enumerate([] if changes is None else changes.tolist()):
                 changed[ref[0], ref[1]] = number, row
     parts, refs, owner, pieces = [], [], [], []
     for at, edit in enumerate(edits):

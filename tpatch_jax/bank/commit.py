@@ -59,15 +59,15 @@ def write_head(folder: Path, lines: int) -> None:
 
 def _stamp() -> dict[str, Any]:
     """When, who, and with what."""
-    found = {}
+    versions = {}
     for name in ("tpatch-jax", "jax"):
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
+            versions[name] = version(name)
     try:
         who = getpass.getuser()
     except (OSError, KeyError):
         who = "unknown"
-    return {"time": datetime.now(UTC).isoformat(timespec="seconds"), "who": who, "versions": found}
+    return {"time": datetime.now(UTC).isoformat(timespec="seconds"), "who": who, "versions": versions}
 
 
 def commit(bank: Bank, record: Mapping[str, Any], arrays: Arrays | None = None) -> Bank:

@@ -103,10 +103,10 @@ def check_model(bank: Bank, model: Model) -> None:
     Raises:
         TPatchError: it was made for another configuration, other weights or another precision.
     """
-    wanted, found = bank.manifest["model"], fingerprint(model)
-    if wanted["fingerprint"] != found:
+    wanted, actual = bank.manifest["model"], fingerprint(model)
+    if wanted["fingerprint"] != actual:
         raise TPatchError(
             f"{bank.folder} is for {wanted['name']!r} in {wanted['dtype']} (fingerprint {wanted['fingerprint']}), and "
-            f"{model.name!r} has fingerprint {found}: another configuration, other weights or another precision; "
+            f"{model.name!r} has fingerprint {actual}: another configuration, other weights or another precision; "
             "use the model that the bank was made for, or make a bank for this one"
         )

@@ -155,14 +155,13 @@ def fit_superseding(
     failed: tuple[Failure, ...] = ()
     while edits:
         wanted = {prompt_key(edit.request.prompt): edit.id for edit in edits}
-        gone = {edit.id: wanted[key] for edit in base.edits if (key := prompt_key(edit.request.prompt)) in wanted}
-        known = [name for name in broken if name not in gone]
-        draft = fit_new(
-            base.without(gone), edits, engine, guards=guards, broken=known, guards_broken=guards_broken, force=force
-        )
+        superseded = {edit.id: wanted[key] for edit in base.edits if (key := prompt_key(edit.request.prompt)) in wanted}
+        known = [name for name in broken if name not in superseded]
+        left = base.without(superseded)
+        draft = fit_new(left, edits, engine, guards=guards, broken=known, guards_broken=guards_broken, force=force)
         failed = (*failed, *draft.failed)
         lost = {failure.edit.id for failure in draft.failed}
-        if not lost & set(gone.values()):
+        if not lost & set(superseded.values()):
             return draft._replace(failed=failed)
         edits = [edit for edit in edits if edit.id not in lost]
     return Draft(base, {}, failed, tuple(broken), tuple(guards_broken))
@@ -199,12 +198,12 @@ def _guarded(guard: Guard) -> str:
 
 def _explained(draft: Draft, engine: Engine, guards: Sequence[Guard], lost: set[Guard]) -> tuple[Failure, ...]:
     """Which failures are the guards' doing: what would hold without them and change a guarded answer."""
-    found = []
+    explained = []
     for failure in draft.failed[:EXPLAINED]:
         tried, _ = _fit(draft._replace(failed=()), [failure.edit], engine, ())
         spoilt = [] if tried.failed else [g for g in engine.guards_broken(tried.held, guards) if g not in lost]
-        found.append(failure._replace(reason=_guarded(spoilt[0])) if spoilt else failure)
-    return (*found, *draft.failed[EXPLAINED:])
+        explained.append(failure._replace(reason=_guarded(spoilt[0])) if spoilt else failure)
+    return (*explained, *draft.failed[EXPLAINED:])
 
 
 def _with_neighbours(draft: Draft, engine: Engine, guards: Sequence[Guard]) -> Draft:

@@ -13,7 +13,7 @@ from tpatch_jax.bank.adding import AddInfo, add_with
 from tpatch_jax.bank.assembly import Store, assemble
 from tpatch_jax.bank.changing import ChangeInfo, change_with, guard_with
 from tpatch_jax.bank.creating import check_model
-from tpatch_jax.bank.engine import create_engine, patch_of
+from tpatch_jax.bank.engine import create_engine, patches_of
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.layout import MEMORY
 from tpatch_jax.bank.method import Engine
@@ -185,7 +185,7 @@ def remove_edits(
     return _change(folder, "remove", ids, model, progress)
 
 
-def bank_patch(folder: str | Path, model: Model) -> Patch:
+def bank_patch(folder: str | Path, model: Model) -> dict[int, Patch]:
     """The neurons of a bank's active edits: what `tpatch_jax.merge` or `tpatch_jax.attach` puts into the model.
 
     Args:
@@ -193,7 +193,7 @@ def bank_patch(folder: str | Path, model: Model) -> Patch:
         model: the model that it is for.
 
     Returns:
-        The patch, ``[n, d]``, edit after edit.
+        The patches, ``{layer: [n, d]}``, in each edit after edit.
 
     Raises:
         TPatchError: the bank is damaged, or the model is not its own.
@@ -203,7 +203,8 @@ def bank_patch(folder: str | Path, model: Model) -> Patch:
     """
     bank = open_bank(folder)
     check_model(bank, model)
-    return jax.tree.map(jnp.asarray, patch_of(assemble(bank, active(bank), Store.new()).neurons))
+    neurons = assemble(bank, active(bank), Store.new()).neurons
+    return jax.tree.map(jnp.asarray, patches_of(neurons, model.layer(None)))
 
 
 def verify_bank(folder: str | Path, model: Model, *, progress: Progress | None = None) -> VerifyInfo:
@@ -283,8 +284,8 @@ def guard_bank(
 def _answer(model: Model, neurons: Mapping[str, np.ndarray], prompt: str, tokens: int) -> str:
     if not prompt.strip():
         raise TPatchError("a guarded prompt is empty; write the text whose answer must stay")
-    patch = patch_of(neurons)
-    edited = attach(model, sized(patch)) if len(patch.bias) else model
+    patches = patches_of(neurons, model.layer(None))
+    edited = attach(model, {layer: sized(patch) for layer, patch in patches.items()})
     if model.config.labels:
         return edited.classify([prompt])[0]
     read = edited.encode_prompt(prompt)

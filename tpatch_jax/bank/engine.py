@@ -1,8 +1,7 @@
 """T-Patcher behind a bank: fits requests beside what is active, and finds what does not hold."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache as remembered
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,43 +9,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpatch_jax.bank.assembly import Held, take_neurons
+from tpatch_jax.bank.assembly import Held
 from tpatch_jax.bank.method import Engine, Result, Stepped
 from tpatch_jax.bank.pieces import join_pieces, split_pieces
 from tpatch_jax.bank.segments import Arrays
 from tpatch_jax.bank.state import Guard, Ref
 from tpatch_jax.core.checks import random_key
-from tpatch_jax.core.patch import Patch, sized
+from tpatch_jax.core.layers import split_layers
+from tpatch_jax.core.patch import Patch, create
+from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.editors.reading import Item, check_requests, read_item
-from tpatch_jax.editors.tpatcher.editor import TPatcherState, site_layer, tpatcher
+from tpatch_jax.editors.tpatcher.draft import with_subject_neurons
+from tpatch_jax.editors.tpatcher.editor import site_layer, tpatcher
 from tpatch_jax.editors.tpatcher.last_site import collect_bare
 from tpatch_jax.editors.tpatcher.previous import (
     NO_SUBJECT,
     PreviousEdits,
-    broken,
-    fires,
-    load_earlier,
-    nothing,
-    refreshed,
+    create_empty,
+    find_broken,
+    find_firing,
+    load_previous,
+    refresh_sites,
     remember,
-    save_earlier,
+    save_previous,
 )
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
+from tpatch_jax.editors.tpatcher.state import EditState
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.model import Model
-from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage.settings import change
 
-__all__ = ["create_engine", "patch_of", "settings_of"]
+__all__ = ["TPatcherEngine", "create_engine", "patches_of", "settings_of"]
 
 Progress = Callable[[str, int, int], None]
 NEAR = 8
 """So many of the nearest earlier edits are fitted again beside a request that does not hold."""
-
-
-def _tell(progress: Progress, what: str, total: int, done: int) -> None:
-    progress(what, done, total)
 
 
 def settings_of(manifest: Mapping[str, Any]) -> TPatcherSettings:
@@ -54,12 +52,19 @@ def settings_of(manifest: Mapping[str, Any]) -> TPatcherSettings:
     return change(PRESETS[manifest["preset"]], manifest["settings"])
 
 
-def patch_of(neurons: Mapping[str, np.ndarray]) -> Patch:
-    """Neurons as a patch on the host; ``layer`` -1 means that they do not name it."""
-    layer = neurons["layer"]
-    named = layer if len(layer) and layer[0] >= 0 else None
-    arrays: Any = (neurons["key"], neurons["bias"], neurons["value"], named)
-    return Patch(*arrays)
+def patches_of(neurons: Mapping[str, np.ndarray], last: int) -> dict[int, Patch]:
+    """Neurons by layer, on the host.
+
+    Args:
+        neurons: as a bank holds them; ``layer`` -1 is the last one.
+        last: the number of the model's last layer.
+    """
+    arrays: Any = (neurons["key"], neurons["bias"], neurons["value"])
+    return split_layers(Patch(*arrays), _layers_of(neurons, last))
+
+
+def _layers_of(neurons: Mapping[str, np.ndarray], last: int) -> np.ndarray:
+    return np.where(neurons["layer"] < 0, last, neurons["layer"])
 
 
 def create_engine(
@@ -71,7 +76,7 @@ def create_engine(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Engine:
-    """T-Patcher for one model and the settings of one bank.
+    """The editing method of one bank, for one model.
 
     Args:
         model: the model.
@@ -81,92 +86,111 @@ def create_engine(
         seed: the same seed gives the same patches.
         progress: called with what is being done, how much is done, and how much there is.
     """
-    settings, key = settings_of(manifest), random_key(seed)
-    editor = tpatcher(settings, memory=memory, cache=cache, progress=progress)
-    known: dict[str, tuple[frozenset[Ref], Arrays]] = {}
-    last, layer, hidden_size = model.layer(None), site_layer(model, settings), model.config.hidden_size
-    dtype = jax.tree.leaves(model.params)[0].dtype
+    return TPatcherEngine(model, settings_of(manifest), memory, cache, seed, progress)
 
-    @remembered
-    def fresh() -> TPatcherState:
-        return editor.init(model, key)
 
-    def split(held: Held) -> tuple[np.ndarray, np.ndarray]:
-        layers = held.neurons["layer"]
-        deep = (layers >= 0) & (layers != last)
-        return np.flatnonzero(deep), np.flatnonzero(~deep)
+class TPatcherEngine:
+    """T-Patcher for one model and the settings of one bank; what it was told of edits it keeps, to read less anew."""
 
-    def parts(held: Held) -> tuple[Model, Patch, Patch]:
-        """The model with the neurons at subjects, those neurons, and those in the last layer."""
-        rows = split(held)
-        deep, late = (patch_of(take_neurons(held.neurons, chosen)) for chosen in rows)
-        return (attach(model, sized(deep)) if len(rows[0]) else model), deep, late._replace(layer=None)
+    def __init__(
+        self,
+        model: Model,
+        settings: TPatcherSettings,
+        memory: Path | None = None,
+        cache: Path | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ):
+        self.model, self.progress, self.rng = model, progress, random_key(seed)
+        self.editor = tpatcher(settings, memory=memory, cache=cache, progress=progress)
+        self.last, self.subject_layer = model.layer(None), site_layer(model, settings)
+        self.dtype = jax.tree.leaves(model.params)[0].dtype
+        self._pieces: dict[str, tuple[frozenset[Ref], Arrays]] = {}
 
-    def pieces(held: Held) -> list[Arrays]:
+    @cached_property
+    def _unedited(self) -> EditState:
+        """What the editor knows of the model without any edit."""
+        return self.editor.init(self.model, self.rng)
+
+    # --- what is held, as the editor sees it ---
+
+    def _patches(self, held: Held) -> dict[int, Patch]:
+        layers = {self.last} if self.subject_layer is None else {self.last, self.subject_layer}
+        hidden_size = self.model.config.hidden_size
+        empty = {layer: jax.tree.map(np.asarray, create(hidden_size)) for layer in layers}
+        return empty | patches_of(held.neurons, self.last)
+
+    def _look(self, held: Held) -> tuple[Model, Patch]:
+        """The model with the neurons at subjects, and those in the last layer."""
+        patches = self._patches(held)
+        layer = self.subject_layer
+        model = self.model if layer is None else with_subject_neurons(self.model, layer, patches[layer])
+        return model, patches[self.last]
+
+    def _previous(self, pieces: Sequence[Arrays]) -> PreviousEdits:
+        if not pieces:
+            return create_empty(self.model.config.hidden_size, self.dtype)
+        arrays = join_pieces(pieces)
+        return load_previous({n: a.astype(self.dtype) if a.dtype.kind == "f" else a for n, a in arrays.items()})
+
+    def _held_pieces(self, held: Held) -> list[Arrays]:
         """What is known about each edit, read anew where other neurons at subjects fire than before."""
-        rows, _ = split(held)
-        if not held.edits or layer is None:
+        if not held.edits or self.subject_layer is None:
             return list(held.pieces)
-        deeper, deep, _ = parts(held)
-        earlier = earlier_of(held.pieces)
-        touched = fires(earlier, deep) if len(rows) else np.zeros((len(held.edits), 0), bool)
-        marks = [frozenset(held.refs[rows[n]] for n in np.flatnonzero(own)) for own in touched]
-        stale = np.asarray([known.get(e.id, (None,))[0] != mark for e, mark in zip(held.edits, marks, strict=True)])
+        model, _ = self._look(held)
+        previous = self._previous(held.pieces)
+        rows = np.flatnonzero(_layers_of(held.neurons, self.last) == self.subject_layer)
+        firing = find_firing(previous, self._patches(held)[self.subject_layer])
+        marks = [frozenset(held.refs[rows[n]] for n in np.flatnonzero(fires)) for fires in firing]
+        known = [self._pieces.get(edit.id, (None,))[0] for edit in held.edits]
+        stale = np.asarray([before != mark for before, mark in zip(known, marks, strict=True)])
         if stale.any():
-            fresh_pieces = pieces_of(refreshed(deeper, earlier, stale[:, None]))
+            fresh = _pieces_of(refresh_sites(model, previous, stale[:, None]))
             for number in np.flatnonzero(stale):
-                known[held.edits[number].id] = marks[number], fresh_pieces[number]
-        return [known[edit.id][1] for edit in held.edits]
+                self._pieces[held.edits[number].id] = marks[number], fresh[number]
+        return [self._pieces[edit.id][1] for edit in held.edits]
 
-    def earlier_of(found: Sequence[Arrays]) -> PreviousEdits:
-        if not found:
-            return nothing(hidden_size, dtype)
-        floats = {name: a.astype(dtype) if a.dtype.kind == "f" else a for name, a in join_pieces(found).items()}
-        return load_earlier(floats)
-
-    def pieces_of(earlier: PreviousEdits) -> list[Arrays]:
-        """In float32, which holds every number of the network's own type and can be read anywhere."""
-        arrays = save_earlier(earlier)
-        return split_pieces({n: a if a.dtype.kind in "iu" else a.astype(np.float32) for n, a in arrays.items()})
-
-    def items_of(requests: Sequence[EditRequest]) -> list[Item]:
-        return [read_item(model, number, request, (), False) for number, request in enumerate(requests)]
-
-    def guard_pieces(guards: Sequence[Guard], deeper: Model) -> list[Arrays]:
+    def _guard_pieces(self, guards: Sequence[Guard], model: Model) -> list[Arrays]:
         if not guards:
             return []
         items = []
         for number, guard in enumerate(guards):
             # An answer is what comes next to the letter, which need not begin with a space.
-            prompt, answer = model.encode_prompt(guard.prompt), model.encode_target(guard.prompt, guard.answer)
+            prompt = self.model.encode_prompt(guard.prompt)
+            answer = self.model.encode_target(guard.prompt, guard.answer)
             items.append(Item(number, answer, [prompt + answer], [len(prompt)], [guard.prompt]))
-        heard = None
-        if layer is not None:
-            heard = collect(model, [i.rows[0] for i in items], [range(len(i.rows[0])) for i in items], layer).query
-        none = [(NO_SUBJECT, NO_SUBJECT)] * len(items)
-        found = remember(nothing(hidden_size, dtype), items, none, collect_bare(deeper, items), heard)
-        return pieces_of(found)
+        queries = None
+        if self.subject_layer is not None:
+            rows = [item.rows[0] for item in items]
+            queries = collect(self.model, rows, [range(len(row)) for row in rows], self.subject_layer).query
+        empty = create_empty(self.model.config.hidden_size, self.dtype)
+        places = [(NO_SUBJECT, NO_SUBJECT)] * len(items)
+        return _pieces_of(remember(empty, items, places, collect_bare(model, items), queries))
 
-    def problems(requests: Sequence[EditRequest]) -> dict[int, str]:
-        return check_requests(model, requests, layer is not None)
+    def _items(self, requests: Sequence[EditRequest]) -> list[Item]:
+        return [read_item(self.model, number, request, (), False) for number, request in enumerate(requests)]
 
-    def step(held: Held, requests: Sequence[EditRequest], guards: Sequence[Guard]) -> Stepped:
+    # --- what a bank asks ---
+
+    def problems(self, requests: Sequence[EditRequest]) -> dict[int, str]:
+        """See `tpatch_jax.bank.method.Engine`."""
+        return check_requests(self.model, requests, self.subject_layer is not None)
+
+    def step(self, held: Held, requests: Sequence[EditRequest], guards: Sequence[Guard]) -> Stepped:
+        """See `tpatch_jax.bank.method.Engine`."""
         with jax.default_matmul_precision("highest"):
-            deeper, _, late = parts(held)
-            state = fresh()
-            patch = patch_of(held.neurons)
-            if state.patch.layer is not None and patch.layer is None:
-                patch = patch._replace(layer=held.neurons["layer"])
-            earlier = earlier_of([*pieces(held), *guard_pieces(guards, deeper)])
-            state = state._replace(patch=jax.tree.map(jnp.asarray, patch), earlier=earlier)
-            after, info = editor.step(state, requests, key)
-            said = said_before(deeper, late, requests, [result.held for result in info.requests])
-        new = jax.tree.map(np.asarray, after.patch)
-        old = len(held.refs)
-        layers = np.full(len(new.bias), -1, np.int32) if new.layer is None else new.layer.astype(np.int32)
-        neurons = {"key": new.key, "bias": new.bias, "value": new.value, "layer": layers}
+            model, late = self._look(held)
+            previous = self._previous([*self._held_pieces(held), *self._guard_pieces(guards, model)])
+            patches = jax.tree.map(jnp.asarray, self._patches(held))
+            state = self._unedited.replace(patches=patches, previous=previous)  # type: ignore[attr-defined]
+            after, info = self.editor.step(state, requests, self.rng)
+            said = self._said_before(model, late, requests, [result.held for result in info.requests])
+        return Stepped(self._results(after, info, said), self._moved(held, after))
+
+    def _results(self, after: EditState, info: EditInfo, said: Sequence[str | None]) -> list[Result]:
+        """What became of each request, with its neurons and what later fits need to know of it."""
         count = sum(result.held for result in info.requests)
-        tail = iter(pieces_of(after.earlier)[len(after.earlier.lengths) - count :])
+        pieces = iter(_pieces_of(after.previous)[len(after.previous.lengths) - count :])
         results = []
         for result, before in zip(info.requests, said, strict=True):
             evidence = {
@@ -177,65 +201,99 @@ def create_engine(
                 "margin": result.margin,
                 "losses": dict(result.losses),
             }
-            own = take_neurons(neurons, result.neurons)
-            results.append(Result(result.held, result.reason, evidence, own, next(tail) if result.held else {}))
-        moved = (new.key[:old] != held.neurons["key"]).any(1) | (new.bias[:old] != held.neurons["bias"])
-        return Stepped(results, {int(row): (new.key[row], new.bias[row]) for row in np.flatnonzero(moved)})
+            parts = [self._table(after, layer, chosen) for layer, chosen in sorted(result.neurons.items())]
+            neurons = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else None
+            neurons = self._table(after, self.last, ()) if neurons is None else neurons
+            results.append(Result(result.held, result.reason, evidence, neurons, next(pieces) if result.held else {}))
+        return results
 
-    def said_before(
-        deeper: Model, late: Patch, requests: Sequence[EditRequest], chosen: Sequence[bool]
+    def _table(self, state: EditState, layer: int, chosen: Sequence[int]) -> Arrays:
+        """Some neurons of one layer as a bank holds them."""
+        rows = np.asarray(chosen, np.int64)
+        # Where only the last layer is edited, neurons do not name it.
+        number = -1 if self.subject_layer is None else layer
+        arrays = {name: np.asarray(array)[rows] for name, array in state.patches[layer]._asdict().items()}
+        return {**arrays, "layer": np.full(len(rows), number, np.int32)}
+
+    def _moved(self, held: Held, after: EditState) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Held neurons whose threshold was raised: from the row to its new key and bias."""
+        layers, moved = _layers_of(held.neurons, self.last), {}
+        for layer, patch in after.patches.items():
+            rows = np.flatnonzero(layers == layer)
+            key, bias = np.asarray(patch.key)[: len(rows)], np.asarray(patch.bias)[: len(rows)]
+            differ = (key != held.neurons["key"][rows]).any(1) | (bias != held.neurons["bias"][rows])
+            moved |= {int(rows[n]): (key[n], bias[n]) for n in np.flatnonzero(differ)}
+        return dict(sorted(moved.items()))
+
+    def _said_before(
+        self, model: Model, late: Patch, requests: Sequence[EditRequest], chosen: Sequence[bool]
     ) -> list[str | None]:
         """What the model said in the place of each target, for those chosen."""
-        items = items_of([request for request, wanted in zip(requests, chosen, strict=True) if wanted])
+        items = self._items([request for request, wanted in zip(requests, chosen, strict=True) if wanted])
         if not items:
             return [None] * len(requests)
-        found = predicted(deeper, collect_bare(deeper, items), late)
+        tokens = predicted(model, collect_bare(model, items), late)
         ends = np.cumsum([len(item.target) for item in items])[:-1]
-        if model.config.labels:
-            texts = [model.config.labels[int(number)] for number in found]
+        if self.model.config.labels:
+            texts = [self.model.config.labels[int(number)] for number in tokens]
         else:
-            texts = [model.decode(part) for part in np.split(found, ends)]
+            texts = [self.model.decode(part) for part in np.split(tokens, ends)]
         rest = iter(texts)
         return [next(rest) if wanted else None for wanted in chosen]
 
-    def owners(earlier: PreviousEdits, rows: np.ndarray) -> list[int]:
-        return sorted(set(np.repeat(np.arange(len(earlier.lengths)), earlier.lengths - earlier.starts)[rows].tolist()))
-
-    def lost(held: Held) -> list[str]:
+    def broken(self, held: Held) -> list[str]:
+        """See `tpatch_jax.bank.method.Engine`."""
         if not held.edits:
             return []
         with jax.default_matmul_precision("highest"):
-            deeper, _, late = parts(held)
-            earlier = earlier_of(pieces(held))
-            return [held.edits[number].id for number in owners(earlier, broken(deeper, earlier, late))]
+            model, late = self._look(held)
+            previous = self._previous(self._held_pieces(held))
+            return [held.edits[number].id for number in _owners(previous, find_broken(model, previous, late))]
 
-    def near(held: Held, requests: Sequence[EditRequest]) -> list[str]:
-        deeper, _, _ = parts(held)
-        earlier, own = earlier_of(pieces(held)), collect_bare(deeper, items_of(requests)).query
-        own, other = (one.reshape(len(one), -1, hidden_size).mean(1) for one in (own, earlier.sites.query))
-        own, other = (one / np.maximum(np.linalg.norm(one, axis=-1, keepdims=True), 1e-9) for one in (own, other))
-        nearest = np.argsort(-(own.astype(np.float32) @ other.astype(np.float32).T), axis=1)[:, :NEAR]
-        return [held.edits[number].id for number in owners(earlier, np.unique(nearest))]
+    def near(self, held: Held, requests: Sequence[EditRequest]) -> list[str]:
+        """See `tpatch_jax.bank.method.Engine`."""
+        model, _ = self._look(held)
+        previous, new = self._previous(self._held_pieces(held)), collect_bare(model, self._items(requests)).query
+        width = self.model.config.hidden_size
+        new, old = (rows.reshape(len(rows), -1, width).mean(1) for rows in (new, previous.sites.query))
+        new, old = (rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-9) for rows in (new, old))
+        nearest = np.argsort(-(new.astype(np.float32) @ old.astype(np.float32).T), axis=1)[:, :NEAR]
+        return [held.edits[number].id for number in _owners(previous, np.unique(nearest))]
 
-    def guards_broken(held: Held, guards: Sequence[Guard]) -> list[Guard]:
+    def guards_broken(self, held: Held, guards: Sequence[Guard]) -> list[Guard]:
+        """See `tpatch_jax.bank.method.Engine`."""
         if not guards:
             return []
         with jax.default_matmul_precision("highest"):
-            deeper, _, late = parts(held)
-            earlier = earlier_of(guard_pieces(guards, deeper))
-            return [guards[number] for number in owners(earlier, broken(deeper, earlier, late))]
+            model, late = self._look(held)
+            previous = self._previous(self._guard_pieces(guards, model))
+            return [guards[number] for number in _owners(previous, find_broken(model, previous, late))]
 
-    def verify(held: Held) -> list[str]:
+    def verify(self, held: Held) -> list[str]:
+        """See `tpatch_jax.bank.method.Engine`."""
         if not held.edits:
             return []
         with jax.default_matmul_precision("highest"):
-            deeper, _, late = parts(held)
-            items = items_of([edit.request for edit in held.edits])
-            total = len(items)
-            tell = None if progress is None else partial(_tell, progress, "verifying", total)
-            sites = collect(deeper, [i.rows[0] for i in items], [i.places(0) for i in items], last, tell)
-            wrong = predicted(deeper, sites, late) != np.asarray([token for i in items for token in i.target], np.int32)
-            owner = np.repeat(np.arange(total), [len(item.target) for item in items])
+            model, late = self._look(held)
+            items = self._items([edit.request for edit in held.edits])
+            tell = None if self.progress is None else partial(_tell, self.progress, "verifying", len(items))
+            rows, places = [item.rows[0] for item in items], [item.places(0) for item in items]
+            tokens = predicted(model, collect(model, rows, places, self.last, tell), late)
+            wrong = tokens != np.asarray([token for item in items for token in item.target], np.int32)
+            owner = np.repeat(np.arange(len(items)), [len(item.target) for item in items])
             return [held.edits[number].id for number in sorted(set(owner[wrong].tolist()))]
 
-    return Engine(problems, step, lost, near, guards_broken, verify)
+
+def _tell(progress: Progress, what: str, total: int, done: int) -> None:
+    progress(what, done, total)
+
+
+def _pieces_of(previous: PreviousEdits) -> list[Arrays]:
+    """In float32, which holds every number of the network's own type and can be read anywhere."""
+    arrays = save_previous(previous)
+    return split_pieces({n: a if a.dtype.kind in "iu" else a.astype(np.float32) for n, a in arrays.items()})
+
+
+def _owners(previous: PreviousEdits, rows: np.ndarray) -> list[int]:
+    """The edits that some target tokens belong to."""
+    return sorted(set(np.repeat(np.arange(len(previous.lengths)), previous.lengths - previous.starts)[rows].tolist()))

@@ -80,14 +80,14 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], list[Damage]]:
         TPatchError: neither can be read, or a newer version wrote it.
     """
     damages: list[Damage] = []
-    found = [_sealed(folder / place / MANIFEST, damages) for place in ("", COPY)]
-    manifest = found[0] or found[1]
+    copies = [_sealed(folder / place / MANIFEST, damages) for place in ("", COPY)]
+    manifest = copies[0] or copies[1]
     if manifest is None:
         raise TPatchError(
             f"{folder / MANIFEST} and its copy are both missing or damaged; bring the bank back from where you keep "
             "another (`tpatch bank pull`)"
         )
-    if all(found) and found[0] != found[1]:
+    if all(copies) and copies[0] != copies[1]:
         damages.append(Damage(folder / COPY / MANIFEST, "belongs to another bank"))
     if manifest["format"] > FORMAT:
         raise TPatchError(
@@ -98,8 +98,8 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], list[Damage]]:
 
 
 def _head(folder: Path, damages: list[Damage]) -> int:
-    found = _sealed(folder / HEAD, damages)
-    return 0 if found is None else int(found["lines"])
+    head = _sealed(folder / HEAD, damages)
+    return 0 if head is None else int(head["lines"])
 
 
 def _merged(chains: list[bytes], start: str) -> tuple[Line, ...]:
@@ -196,12 +196,12 @@ def open_bank(folder: str | Path) -> Bank:
         (BankEdit(id='lyon', ...),)
     """
     folder = Path(folder)
-    found = inspect_bank(folder)
-    if found.damages:
-        first = found.damages[0]
-        more = f" (and {len(found.damages) - 1} more)" if len(found.damages) > 1 else ""
+    inspection = inspect_bank(folder)
+    if inspection.damages:
+        first = inspection.damages[0]
+        more = f" (and {len(inspection.damages) - 1} more)" if len(inspection.damages) > 1 else ""
         raise TPatchError(f"{first.path} {first.reason}{more}; {mend(folder)}")
     try:
-        return replay(folder, found.manifest, [(line.record, line.check) for line in found.lines])
+        return replay(folder, inspection.manifest, [(line.record, line.check) for line in inspection.lines])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise TPatchError(f"{folder / JOURNAL} cannot be understood ({error!r}); upgrade tpatch-jax") from None

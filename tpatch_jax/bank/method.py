@@ -1,7 +1,7 @@
 """What a bank asks of an editing method: functions over edits and NumPy arrays."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,28 +36,36 @@ class Stepped(NamedTuple):
 
     Attributes:
         results: one for each request.
-        changed: earlier neurons that gave way: from the row to its new key and bias.
+        changed: held neurons whose threshold was raised: from the row to its new key and bias.
     """
 
     results: list[Result]
     changed: dict[int, tuple[np.ndarray, np.ndarray]]
 
 
-class Engine(NamedTuple):
-    """What a bank asks of an editing method.
+class Engine(Protocol):
+    """What a bank asks of an editing method."""
 
-    Attributes:
-        problems: requests that cannot be worked on, by position, with the reason.
-        step: ``(held, requests, guards)``: fit requests beside what is held, silent on the guarded prompts.
-        broken: ids of held edits that do not come out, from what is known about them.
-        near: ids of the held edits that are nearest to some requests in query space.
-        guards_broken: guarded prompts whose answers do not come out.
-        verify: ids of held edits that do not come out when their prompts are read anew.
-    """
+    def problems(self, requests: Sequence[EditRequest]) -> dict[int, str]:
+        """Requests that cannot be worked on, by position, with the reason."""
+        ...
 
-    problems: Callable[[Sequence[EditRequest]], dict[int, str]]
-    step: Callable[[Held, Sequence[EditRequest], Sequence[Guard]], Stepped]
-    broken: Callable[[Held], list[str]]
-    near: Callable[[Held, Sequence[EditRequest]], list[str]]
-    guards_broken: Callable[[Held, Sequence[Guard]], list[Guard]]
-    verify: Callable[[Held], list[str]]
+    def step(self, held: Held, requests: Sequence[EditRequest], guards: Sequence[Guard]) -> Stepped:
+        """Fit requests beside what is held, silent on the guarded prompts."""
+        ...
+
+    def broken(self, held: Held) -> list[str]:
+        """Ids of held edits that do not come out, from what is known about them."""
+        ...
+
+    def near(self, held: Held, requests: Sequence[EditRequest]) -> list[str]:
+        """Ids of the held edits that are nearest to some requests in query space."""
+        ...
+
+    def guards_broken(self, held: Held, guards: Sequence[Guard]) -> list[Guard]:
+        """Guarded prompts whose answers do not come out."""
+        ...
+
+    def verify(self, held: Held) -> list[str]:
+        """Ids of held edits that do not come out when their prompts are read anew."""
+        ...

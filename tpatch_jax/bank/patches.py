@@ -10,7 +10,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from tpatch_jax.core.patch import Patch
+from tpatch_jax.core.layers import LayerPatches, flat_positions, flatten_layers, split_layers
+from tpatch_jax.core.patch import Patch, create
 from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint
@@ -30,25 +31,25 @@ class SavedPatches(NamedTuple):
     """A folder of patches.
 
     Attributes:
-        patch: all neurons, ``[n, d]``.
+        patches: all neurons, ``{layer: [n, d]}``.
         model: the name, fingerprint and dtype of the model that they were made for.
         edits: for each request its id, prompt, target, status, neurons, losses and more.
     """
 
-    patch: Patch
+    patches: dict[int, Patch]
     model: dict[str, Any]
     edits: list[dict[str, Any]]
 
 
 def save_patches(
-    folder: str | Path, model: Model, patch: Patch, requests: Sequence[EditRequest], info: EditInfo
+    folder: str | Path, model: Model, patches: LayerPatches | Patch, requests: Sequence[EditRequest], info: EditInfo
 ) -> None:
     """Write patches, whole or not at all; of several processes, which all call this, the first one writes.
 
     Args:
         folder: must not exist yet, or be empty.
         model: the model that they were made for.
-        patch: the neurons, ``[n, d]``.
+        patches: the neurons, ``{layer: [n, d]}``, or one patch for the last layer.
         requests: what was asked for.
         info: what became of it.
 
@@ -60,26 +61,29 @@ def save_patches(
         raise TPatchError(
             f"info is of {len(info.requests)} requests, and {len(requests)} are given; give those that the patch is for"
         )
-    if not _belong_together(patch, [result.neurons for result in info.requests]):
+    layers = {model.layer(-1): patches} if isinstance(patches, Patch) else dict(patches)
+    named = [flat_positions(layers, result.neurons) for result in info.requests]
+    patch, layer = flatten_layers(layers) if layers else (create(model.config.hidden_size), np.zeros(0, np.int32))
+    if not _belong_together(patch, layer, named):
         raise TPatchError(
-            f"key, bias and value are {', '.join(str(list(leaf.shape)) for leaf in patch[:3])}, and info names other "
-            "neurons than 0 to n-1 of them, each once; make a batch of patches one with patch.join, and where patches "
-            "were joined or taken apart, give each request's neurons their new numbers"
+            f"key, bias and value are {', '.join(str(list(leaf.shape)) for leaf in patch)}, and info names other "
+            "neurons than those of each layer, each once; make a batch of patches one with patch.join, and where "
+            "patches were joined or taken apart, give each request's neurons their new numbers"
         )
     edits = []
-    for request, result in zip(requests, info.requests, strict=True):
+    for request, result, neurons in zip(requests, info.requests, named, strict=True):
         edit: dict[str, Any] = {"id": result.id, "prompt": request.prompt, "target": request.target}
         if request.subject is not None:
             edit["subject"] = request.subject
         edit.update({"status": result.status, "held": result.held, "site": result.site})
         if result.reason:
             edit["reason"] = result.reason
-        edit.update({"neurons": list(result.neurons), "steps": result.steps, "losses": dict(result.losses)})
+        edit.update({"neurons": neurons, "steps": result.steps, "losses": dict(result.losses)})
         edit["margin"] = result.margin
         edits.append(edit)
     about: dict[str, Any] = {"name": model.name, "fingerprint": fingerprint(model), "family": model.config.family}
     about.update({"width": model.config.hidden_size, "layers": model.config.layers, "dtype": model.dtype})
-    arrays = {name: np.asarray(value) for name, value in patch._asdict().items() if value is not None}
+    arrays = {**{name: np.asarray(array) for name, array in patch._asdict().items()}, "layer": layer}
     text = json.dumps({"schema": SCHEMA, "model": about, "edits": edits}, ensure_ascii=False, indent=1)
     with one_process_writes(Path(folder)) as writes:
         if writes:
@@ -113,23 +117,22 @@ def read_patches(folder: str | Path) -> SavedPatches:
         raise TPatchError(f"{folder} was written by a newer version (schema {schema}); upgrade tpatch-jax")
     try:
         arrays = load_file(folder / ARRAYS)
-        layer = arrays.get("layer")
-        patch = Patch(*(jnp.asarray(arrays[name]) for name in ("key", "bias", "value")))
-        patch = patch._replace(layer=None if layer is None else jnp.asarray(layer))
+        patch = Patch(*(jnp.asarray(arrays[name]) for name in Patch._fields))
+        # Of neurons in the last layer alone the layer was not always told.
+        layer = arrays.get("layer", np.full(patch.bias.shape, int(model.get("layers", 0)) - 1))
     except (SafetensorError, KeyError) as error:
         raise TPatchError(f"{folder / ARRAYS} is damaged ({error}); make the patches again") from None
-    if not _belong_together(patch, neurons):
+    if not _belong_together(patch, layer, neurons):
         raise TPatchError(f"{folder}: {EDITS} and {ARRAYS} do not belong together; make the patches again")
-    return SavedPatches(patch, model, edits)
+    return SavedPatches(split_layers(patch, layer), model, edits)
 
 
-def _belong_together(patch: Patch, neurons: Sequence[Sequence[int]]) -> bool:
+def _belong_together(patch: Patch, layer: np.ndarray, neurons: Sequence[Sequence[int]]) -> bool:
     """Whether it is one patch, and each of its neurons belongs to one edit."""
     count = patch.key.shape[:1]
-    alike = patch.value.shape == patch.key.shape and patch.bias.shape == count
-    placed = patch.layer is None or patch.layer.shape == count
-    named = sorted(number for edit in neurons for number in edit)
-    return patch.key.ndim == 2 and alike and placed and named == list(range(patch.key.shape[0]))
+    alike = patch.value.shape == patch.key.shape and patch.bias.shape == count and layer.shape == count
+    numbers = sorted(number for edit in neurons for number in edit)
+    return patch.key.ndim == 2 and alike and numbers == list(range(patch.key.shape[0]))
 
 
 def check_model(saved: SavedPatches, model: Model) -> None:
@@ -138,18 +141,18 @@ def check_model(saved: SavedPatches, model: Model) -> None:
     Raises:
         TPatchError: they were made for another configuration or other weights.
     """
-    wanted, found = saved.model.get("fingerprint"), fingerprint(model)
-    if wanted != found:
+    wanted, actual = saved.model.get("fingerprint"), fingerprint(model)
+    if wanted != actual:
         precision = saved.model.get("dtype")
         raise TPatchError(
             f"the patches were made for {saved.model.get('name')!r}{f' in {precision}' if precision else ''} "
             f"(fingerprint {wanted}), and {model.name!r} in {model.dtype} has fingerprint "
-            f"{found}: other weights or another precision; use the model and the dtype that they were made for"
+            f"{actual}: other weights or another precision; use the model and the dtype that they were made for"
         )
 
 
-def load_patches(folder: str | Path, model: Model) -> Patch:
-    """The neurons of a folder of patches, checked against the model.
+def load_patches(folder: str | Path, model: Model) -> dict[int, Patch]:
+    """The neurons of a folder of patches, ``{layer: [n, d]}``, checked against the model.
 
     Args:
         folder: what `save_patches` wrote.
@@ -160,4 +163,4 @@ def load_patches(folder: str | Path, model: Model) -> Patch:
     """
     saved = read_patches(folder)
     check_model(saved, model)
-    return saved.patch
+    return saved.patches

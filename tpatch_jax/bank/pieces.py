@@ -27,14 +27,14 @@ def split_pieces(arrays: Arrays) -> list[Arrays]:
     targets = lengths - arrays[f"{PREFIX}starts"]
     ends = {EDIT: np.arange(len(lengths) + 1)}
     ends |= {TOKEN: np.cumsum([0, *lengths]), TARGET: np.cumsum([0, *targets])}
-    found: list[Arrays] = [{} for _ in lengths]
+    pieces: list[Arrays] = [{} for _ in lengths]
     for names, bounds in ends.items():
         for name in names:
             array = arrays[PREFIX + name]
-            for number, piece in enumerate(found):
+            for number, piece in enumerate(pieces):
                 # queries of the subject site are there only if it is used
                 piece[PREFIX + name] = array[bounds[number] : bounds[number + 1]] if len(array) else array
-    return found
+    return pieces
 
 
 def join_pieces(pieces: Sequence[Arrays]) -> Arrays:

@@ -73,31 +73,31 @@ def repair_bank(folder: str | Path) -> RepairInfo:
 
 
 def _repair(folder: Path) -> RepairInfo:
-    found = inspect_bank(folder)
-    damaged = {damage.path for damage in found.damages}
+    inspection = inspect_bank(folder)
+    damaged = {damage.path for damage in inspection.damages}
     for path in damaged:
         _aside(folder, path)
     for place in (folder / SEGMENTS, folder / COPY / SEGMENTS):
         place.mkdir(parents=True, exist_ok=True)
-    names = (MANIFEST, *((MEMORY,) if found.manifest.get("memory") else ()))
+    names = (MANIFEST, *((MEMORY,) if inspection.manifest.get("memory") else ()))
     for name in names:
         _restore((folder / name, folder / COPY / name), damaged)
-    whole = b"".join(line.content for line in found.lines)
+    whole = b"".join(line.content for line in inspection.lines)
     for path in (folder / JOURNAL, folder / COPY / JOURNAL):
         if read_bytes(path) != whole:
             put(path, whole)
-    if folder / HEAD in damaged or found.least != len(found.lines):
-        write_head(folder, len(found.lines))
-    lost, gone = [], set[Path]()
-    for line in found.lines:
+    if folder / HEAD in damaged or inspection.least != len(inspection.lines):
+        write_head(folder, len(inspection.lines))
+    lost, removed = [], set[Path]()
+    for line in inspection.lines:
         if segment := line.record.get("segment"):
             paths = segment_paths(folder, segment)
             if all(path in damaged for path in paths):
                 lost.append(line.record["n"])
-                gone.update(paths)
+                removed.update(paths)
             else:
                 _restore(paths, damaged)
-    bank = replay(folder, found.manifest, [(line.record, line.check) for line in found.lines])
+    bank = replay(folder, inspection.manifest, [(line.record, line.check) for line in inspection.lines])
     before = states(bank)
     lost_edits: tuple[str, ...] = ()
     if lost:
@@ -108,8 +108,8 @@ def _repair(folder: Path) -> RepairInfo:
     again = [edit.request for edit in bank.edits if edit.id in lost_edits and before[edit.id] == "active"]
     requests = _write_requests(folder, again)
     sweep(bank)
-    mended = tuple(sorted(str(path) for path in damaged - gone if path.exists() and path.name))
-    return RepairInfo(mended, max(0, found.least - len(found.lines)), lost_edits, requests)
+    mended = tuple(sorted(str(path) for path in damaged - removed if path.exists() and path.name))
+    return RepairInfo(mended, max(0, inspection.least - len(inspection.lines)), lost_edits, requests)
 
 
 def _restore(paths: tuple[Path, Path], damaged: set[Path]) -> None:

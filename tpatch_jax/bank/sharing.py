@@ -64,13 +64,13 @@ def diff_banks(left: str | Path, right: str | Path) -> BankDifference:
     active: list[dict[str, tuple[str, str]]] = []
     known: list[dict[tuple[str, str], str]] = []
     for bank in banks:
-        found = states(bank)
+        state_of = states(bank)
         active.append({})
         known.append({})
         for edit in bank.edits:
             key = prompt_key(edit.request.prompt)
-            known[-1][key, edit.request.target.strip()] = found[edit.id]
-            if found[edit.id] == "active":
+            known[-1][key, edit.request.target.strip()] = state_of[edit.id]
+            if state_of[edit.id] == "active":
                 active[-1][key] = edit.request.prompt, edit.request.target
     one, other = active
     both = [

@@ -97,8 +97,8 @@ def step(bank: Bank, record: Mapping[str, Any], check: str) -> Bank:
         edits = [replace(edit, **change) if edit.id in named else edit for edit in edits]
     elif kind == "guard":
         fresh = [Guard(entry["prompt"], entry["answer"]) for entry in record["guards"]]
-        gone = {guard.prompt for guard in fresh} | set(record.get("lifted", ()))
-        guards = (*(guard for guard in guards if guard.prompt not in gone), *fresh)
+        lifted = {guard.prompt for guard in fresh} | set(record.get("lifted", ()))
+        guards = (*(guard for guard in guards if guard.prompt not in lifted), *fresh)
     elif kind == "repair":
         lost = lost | set(record["lost"])
     else:
@@ -149,27 +149,27 @@ def live(bank: Bank) -> frozenset[int]:
 
 def states(bank: Bank) -> dict[str, str]:
     """Of each edit whether it is active, disabled, superseded, removed or lost."""
-    alive, found, latest = live(bank), {}, {}
+    alive, state_of, latest = live(bank), {}, {}
     for edit in reversed(bank.edits):
         key = prompt_key(edit.request.prompt)
         if edit.removed:
-            found[edit.id] = "removed"
+            state_of[edit.id] = "removed"
         elif not any(line in alive for line, _ in edit.fits):
-            found[edit.id] = "lost"
+            state_of[edit.id] = "lost"
         elif edit.disabled:
-            found[edit.id] = "disabled"
+            state_of[edit.id] = "disabled"
         elif key in latest:
-            found[edit.id] = "superseded"
+            state_of[edit.id] = "superseded"
         else:
-            found[edit.id] = "active"
+            state_of[edit.id] = "active"
             latest[key] = edit.id
-    return {edit.id: found[edit.id] for edit in bank.edits}
+    return {edit.id: state_of[edit.id] for edit in bank.edits}
 
 
 def active(bank: Bank) -> list[BankEdit]:
     """The edits that the model shall follow, in order."""
-    found = states(bank)
-    return [edit for edit in bank.edits if found[edit.id] == "active"]
+    state_of = states(bank)
+    return [edit for edit in bank.edits if state_of[edit.id] == "active"]
 
 
 def find(bank: Bank, ids: Sequence[str]) -> list[BankEdit]:

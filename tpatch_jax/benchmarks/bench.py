@@ -126,7 +126,7 @@ def bench(
 
     def each(figure: Callable[[int, dict[str, Any]], Any]) -> dict[str, dict[str, Any]]:
         return {
-            site: {str(count): figure(count, found) for count, found in by_count.items()}
+            site: {str(count): figure(count, measured) for count, measured in by_count.items()}
             for site, by_count in probes.items()
         }
 
@@ -135,13 +135,15 @@ def bench(
     return {
         "model": name,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "forward_equivalents_per_edit": each(lambda _, found: statistics.median(found["forward_equivalents"])),
-        "fit_forward_equivalents_per_edit": each(lambda _, found: statistics.median(found["fit_forward_equivalents"])),
-        "spread": each(lambda _, found: median_and_spread(found["forward_equivalents"])),
-        "seconds_per_edit": each(lambda count, found: statistics.median(found["seconds"]) / count),
-        "exact": each(lambda _, found: found["exact"]),
-        "locality_tokens": each(lambda _, found: found["locality_tokens"]),
-        "peak_memory": each(lambda _, found: found["peak"]),
+        "forward_equivalents_per_edit": each(lambda _, measured: statistics.median(measured["forward_equivalents"])),
+        "fit_forward_equivalents_per_edit": each(
+            lambda _, measured: statistics.median(measured["fit_forward_equivalents"])
+        ),
+        "spread": each(lambda _, measured: median_and_spread(measured["forward_equivalents"])),
+        "seconds_per_edit": each(lambda count, measured: statistics.median(measured["seconds"]) / count),
+        "exact": each(lambda _, measured: measured["exact"]),
+        "locality_tokens": each(lambda _, measured: measured["locality_tokens"]),
+        "peak_memory": each(lambda _, measured: measured["peak"]),
         "peak_memory_ratio": (last[most]["peak"] - last[most]["patch"]) / last[16]["peak"],
         "speedup_over_paper_loop": {form: paper[form] for form in ("single", "batch")},
         "paper_loop": {name: value for name, value in paper.items() if name not in ("single", "batch")},

@@ -53,19 +53,19 @@ def edits_to_time(count: int, file: str | Path | None = None) -> list[EditReques
     """
     if file is None:
         # No person twice before all have been named.
-        found = [_made_up(number) for number in range(min(count, len(_FIRST) * len(_LAST) * len(_RELATIONS)))]
+        edits = [_made_up(number) for number in range(min(count, len(_FIRST) * len(_LAST) * len(_RELATIONS)))]
     else:
-        found = _without_repetition(
+        edits = _without_repetition(
             read_requests(file)
             if Path(file).suffix == ".jsonl"
             else [request for record in read_records("counterfact", file) for request in record.requests]
         )[:count]
-    if len(found) < count:
+    if len(edits) < count:
         raise TPatchError(
-            f"{file or 'the built-in list'} has {len(found)} different prompts, and {count} edits were asked for; ask "
+            f"{file or 'the built-in list'} has {len(edits)} different prompts, and {count} edits were asked for; ask "
             "for fewer"
         )
-    return found
+    return edits
 
 
 def _made_up(number: int) -> EditRequest:

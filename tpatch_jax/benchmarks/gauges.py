@@ -81,13 +81,13 @@ def seconds_of(runs: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any,
     """
     for run in runs.values():
         jax.block_until_ready(run())
-    found: dict[Any, list[float]] = {name: [] for name in runs}
+    seconds: dict[Any, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             began = time.perf_counter()
             jax.block_until_ready(run())
-            found[name].append(time.perf_counter() - began)
-    return found
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
 
 
 def median_and_spread(values: Sequence[float]) -> dict[str, float]:

@@ -49,9 +49,9 @@ def generation_overhead(
             patch = _neurons(model, count)
             runs["attached", count] = run(attach(model, patch))
             runs["merged", count] = run(merge(model, patch))
-    found = seconds_of(runs, repeats)
+    seconds = seconds_of(runs, repeats)
 
     def ratios(name: tuple[str, int]) -> dict[str, float]:
-        return median_and_spread([took / plain for took, plain in zip(found[name], found["plain"], strict=True)])
+        return median_and_spread([took / plain for took, plain in zip(seconds[name], seconds["plain"], strict=True)])
 
     return {form: {count: ratios((form, count)) for count in counts} for form in ("attached", "merged")}

@@ -66,7 +66,7 @@ def paper_step_seconds(model: Model, known: ModelMemory, requests: Sequence[Edit
         For each request the mean over its steps.
     """
     memory = jnp.resize(known.query, (ROWS, known.query.shape[1]))
-    transform, found = _transform(), []
+    transform, seconds = _transform(), []
     for request in requests:
         target = model.encode_target(request.prompt, join_target(request.prompt, request.target))
         start = model.encode_prompt(request.prompt)
@@ -84,5 +84,5 @@ def paper_step_seconds(model: Model, known: ModelMemory, requests: Sequence[Edit
         for _ in range(steps):
             patch, optimiser, loss = step(patch, optimiser, tokens, place, wanted, memory)
         jax.block_until_ready(loss)
-        found.append((time.perf_counter() - began) / steps)
-    return found
+        seconds.append((time.perf_counter() - began) / steps)
+    return seconds

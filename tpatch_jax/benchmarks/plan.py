@@ -56,7 +56,7 @@ class Measured(NamedTuple):
         neurons: neurons an edit.
         rows: query rows an edit, in all its contexts.
         searches: how often a lane looks for its hard negatives.
-        own: query rows of unrelated text, and inside the prompts.
+        queries: query rows of unrelated text, and inside the prompts.
         share: of a device's peak speed that a forward pass reaches. This one is assumed, not measured.
     """
 
@@ -65,7 +65,7 @@ class Measured(NamedTuple):
     neurons: float = 1.06
     rows: float = 4.3
     searches: int = 5
-    own: int = 48_000
+    queries: int = 48_000
     share: float = 0.3
 
 
@@ -121,12 +121,12 @@ def cost(network: Network, machine: Machine, edits: int, measured: Measured = ME
             of unrelated text.
 
     Example:
-        >>> found = cost(NETWORKS[0], MACHINES[0], 10_000)
-        >>> found.fits, round(found.weights / 2**30)
+        >>> estimate = cost(NETWORKS[0], MACHINES[0], 10_000)
+        >>> estimate.fits, round(estimate.weights / 2**30)
         (True, 6)
     """
     width, neurons = network.width, edits * measured.neurons
-    rows = edits * measured.rows + measured.own
+    rows = edits * measured.rows + measured.queries
     passes = edits * measured.forwards * measured.tokens * 2 * network.parameters
     search = neurons * measured.searches * rows * 2 * width
     seconds = (passes + search) / (machine.data * machine.model * machine.speed * measured.share)

@@ -79,14 +79,14 @@ def _measure(model: str, site: str, count: int, repeats: int, file: str | None, 
                 after, info = editor.step(state, requests, key)
                 infos.append(info)
         peak = peak_bytes()
-        quality = measure(loaded, after.patch, requests)
+        quality = measure(loaded, after.patches, requests)
     return {
         "seconds": [info.seconds for info in infos],
         "fit_seconds": [info.fit_seconds for info in infos],
         "forward_equivalents": [info.forward_equivalents for info in infos],
         "fit_forward_equivalents": [info.fit_forward_equivalents for info in infos],
         "peak": peak,
-        "patch": sum(np.asarray(leaf).nbytes for leaf in after.patch if leaf is not None),
+        "patch": sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(after.patches)),
         "compilations": compiled[0],
         "exact": quality["exact"],
         "locality_tokens": quality["locality_tokens"],

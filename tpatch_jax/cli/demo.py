@@ -102,6 +102,7 @@ class Demo:
     def run(self) -> None:
         """Correct `FACTS`, show what changed, save the patches, and compare the merged model with the attached one."""
         from tpatch_jax.bank.patches import save_patches
+        from tpatch_jax.core.layers import count_neurons
         from tpatch_jax.editors.tpatcher.editor import edit
         from tpatch_jax.evaluation.measure import measure
         from tpatch_jax.models.patching import attach, merge
@@ -113,14 +114,14 @@ class Demo:
         with progress_bar(self.quiet or self.json) as report:
             before = _first_lines(model, prompts)
             began = time.perf_counter()
-            patch, info = edit(model, FACTS, progress=report)
+            patches, info = edit(model, FACTS, progress=report)
             seconds = time.perf_counter() - began
-            attached, merged = attach(model, patch), merge(model, patch)
+            attached, merged = attach(model, patches), merge(model, patches)
             after = _first_lines(attached, prompts)
-            figures = measure(model, patch, FACTS)
-        save_patches(self.output, model, patch, FACTS, info)
+            figures = measure(model, patches, FACTS)
+        save_patches(self.output, model, patches, FACTS, info)
         difference, same = _compare(model, attached, merged, prompts)
-        neurons, share = patch.key.shape[0], info.parameters_added / model.parameter_count
+        neurons, share = count_neurons(patches), info.parameters_added / model.parameter_count
         if self.json:
             result = summary(info, figures, neurons)
             result.update({"facts": _facts_json(before, after), "parameter_share": share})

@@ -59,6 +59,7 @@ class Edit:
     def run(self) -> None:
         """Edit, save, measure, and show the figures."""
         from tpatch_jax.bank.patches import save_patches
+        from tpatch_jax.core.layers import count_neurons
         from tpatch_jax.editors.tpatcher.editor import edit
         from tpatch_jax.evaluation.measure import measure
         from tpatch_jax.storage.files import check_vacant
@@ -69,13 +70,15 @@ class Edit:
         check_vacant(Path(self.output))
         model = load(self.model, self.dtype, self.quiet or self.json)
         with progress_bar(self.quiet or self.json) as report:
-            patch, info = edit(model, requests, settings=settings, memory=self.memory, seed=self.seed, progress=report)
+            patches, info = edit(
+                model, requests, settings=settings, memory=self.memory, seed=self.seed, progress=report
+            )
             held = any(request.held for request in info.requests)
             if held:  # else the folder would only be in the way of the next attempt
-                save_patches(self.output, model, patch, requests, info)
+                save_patches(self.output, model, patches, requests, info)
             total = sum(1 + len(request.rephrases) + len(request.locality) for request in requests)
-            figures = measure(model, patch, requests, lambda done: report("measuring", done, total))
-        result = summary(info, figures, patch.key.shape[0])
+            figures = measure(model, patches, requests, lambda done: report("measuring", done, total))
+        result = summary(info, figures, count_neurons(patches))
         if self.json:
             print_json(result)
         else:

@@ -46,7 +46,7 @@ class Export:
         model, requests = load(self.model, self.dtype, self.quiet or self.json), []
         if saved:
             check_model(saved, model)
-            model = merge(model, saved.patch)
+            model = merge(model, saved.patches)
             requests = [EditRequest(one["prompt"], one["target"], id=one["id"]) for one in saved.edits if one["held"]]
         with progress_bar(self.quiet or self.json) as report:
             info = export_model(

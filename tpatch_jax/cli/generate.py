@@ -37,7 +37,7 @@ class Generate:
         model = load(self.model, self.dtype, self.quiet or self.json)
         if saved:
             check_model(saved, model)
-            model = attach(model, saved.patch)
+            model = attach(model, saved.patches)
         if model.config.labels:
             text = model.classify([self.prompt])[0]
         else:

@@ -21,12 +21,14 @@ class Inspect:
         from rich.text import Text
 
         from tpatch_jax.bank.patches import read_patches
+        from tpatch_jax.core.layers import count_neurons
 
         saved = read_patches(self.patches)
+        neurons = count_neurons(saved.patches)
         if self.json:
-            print_json({"model": saved.model, "neurons": saved.patch.key.shape[0], "edits": saved.edits})
+            print_json({"model": saved.model, "neurons": neurons, "edits": saved.edits})
             return
-        title = f"{self.patches}: {format_count(saved.patch.key.shape[0], 'neuron')} for {saved.model['name']}"
+        title = f"{self.patches}: {format_count(neurons, 'neuron')} for {saved.model['name']}"
         table = result_table(title, ("id", "prompt", "target", "neurons", "held", "losses"))
         for entry in saved.edits:
             losses = "  ".join(f"{name} {value:.3g}" for name, value in entry["losses"].items())

@@ -26,6 +26,7 @@ class Merge:
     def run(self) -> None:
         """Merge, write, and say what was added."""
         from tpatch_jax.bank.patches import check_model, read_patches
+        from tpatch_jax.core.layers import count_neurons
         from tpatch_jax.models.model import save_model
         from tpatch_jax.models.patching import merge
         from tpatch_jax.storage.files import check_vacant
@@ -34,9 +35,9 @@ class Merge:
         saved = read_patches(self.patches)
         model = load(self.model, self.dtype, self.quiet or self.json)
         check_model(saved, model)
-        merged = merge(model, saved.patch)
+        merged = merge(model, saved.patches)
         save_model(merged, self.output)
-        neurons, added = saved.patch.key.shape[0], merged.parameter_count - model.parameter_count
+        neurons, added = count_neurons(saved.patches), merged.parameter_count - model.parameter_count
         if self.json:
             print_json({"output": self.output, "neurons": neurons, "parameters_added": added})
         else:

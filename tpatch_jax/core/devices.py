@@ -42,11 +42,12 @@ def automatically(run: Callable[[Any, Any], Array], params: Any, batch: Any) -> 
         batch: arrays, perhaps on a mesh with explicit axes, on which the result is put again.
     """
     leaves = [leaf for leaf in jax.tree.leaves((batch, params)) if isinstance(leaf, Array)]
+    # Inside somebody's `jit`, `vmap` or `grad` types cannot be changed any more, and what is traced has no sharding.
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
+        return run(params, batch)
     meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
     context = jax.sharding.get_abstract_mesh()
-    # Inside somebody's `jit` types cannot be changed any more.
-    traced = any(isinstance(leaf, Tracer) for leaf in leaves)
-    if traced or not any(mesh.explicit_axes for mesh in (*meshes, context)):
+    if not any(mesh.explicit_axes for mesh in (*meshes, context)):
         return run(params, batch)
 
     def put(leaf: Any) -> Any:
@@ -59,7 +60,7 @@ def automatically(run: Callable[[Any, Any], Array], params: Any, batch: Any) -> 
     with jax.sharding.use_abstract_mesh(context.update_axis_types(types)):
         found = run(*jax.tree.map(put, (params, batch)))
     explicit = [mesh for mesh in meshes if mesh.explicit_axes]
-    if explicit and isinstance(found.sharding, NamedSharding):
+    if explicit and not isinstance(found, Tracer) and isinstance(found.sharding, NamedSharding):
         return jax.device_put(found, NamedSharding(explicit[0], found.sharding.spec))
     return found
 
@@ -75,7 +76,7 @@ def mesh_of(params: Any) -> Mesh | None:
         None
     """
     for leaf in jax.tree.leaves(params):
-        sharding = getattr(leaf, "sharding", None)
+        sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
             mesh = sharding.mesh
             return automatic(mesh) if mesh.shape.get(DATA_AXIS, 1) > 1 else None

@@ -8,23 +8,28 @@ gated          the same with ``"gate": {"kernel", "bias"?}``
 =============  ==============================================================
 
 Kernels are ``[in, out]``. A patch that is attached stands beside them as ``"patch"`` (the network's own activation) or
-``"relu_patch"`` (ReLU, whose silent neurons contribute exactly nothing).
+``"relu_patch"`` (ReLU, whose silent neurons contribute exactly nothing). Anything else that joins the network stands
+there as its ``"adapter"`` (`tpatch_jax.core.adapters`), which has the last word on the output.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
+from tpatch_jax.core.adapters import Adapter
 from tpatch_jax.core.patch import Patch, concatenate, contribution, product
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.typing import Activation, Params
 
 __all__ = [
     "ACTIVATIONS",
     "apply",
     "attach",
+    "attach_adapter",
     "attached",
     "detach",
     "hidden",
@@ -34,9 +39,7 @@ __all__ = [
     "width",
 ]
 
-Params = dict[str, Any]
-
-ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
@@ -45,6 +48,7 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 """The activations that feed-forward networks use, by name."""
 
 _BESIDE = ("patch", "relu_patch")
+_ADAPTER = "adapter"
 
 
 def width(params: Params) -> int:
@@ -60,12 +64,12 @@ def width(params: Params) -> int:
     return params["down"]["kernel"].shape[0]
 
 
-def _linear(params: Params, x: Array) -> Array:
+def _linear(params: Params, x: Float[Array, "*rows inner"]) -> Float[Array, "*rows outer"]:
     y = product(x, params["kernel"].astype(x.dtype))
     return y + params["bias"].astype(x.dtype) if "bias" in params else y
 
 
-def hidden(params: Params, query: Array, activation: str) -> Array:
+def hidden(params: Params, query: Float[Array, "*rows hidden"], activation: str) -> Float[Array, "*rows width"]:
     """The hidden neurons of a feed-forward network: what ``down`` reads.
 
     ``act(q·K + b_k)`` with two matrices, ``act(q·G + b_g) ∘ (q·U + b_u)`` when gated.
@@ -89,11 +93,11 @@ def hidden(params: Params, query: Array, activation: str) -> Array:
     return act(_linear(params["up"], query))
 
 
-def apply(params: Params, query: Array, activation: str) -> Array:
-    """Run a feed-forward network, with whatever patch is attached to it.
+def apply(params: Params, query: Float[Array, "*rows hidden"], activation: str) -> Float[Array, "*rows hidden"]:
+    """Run a feed-forward network, with whatever patch or adapter is attached to it.
 
     ``act(q·K + b_k)·V + b_v`` with two matrices, ``(act(q·G + b_g) ∘ (q·U + b_u))·V + b_v`` when gated; an attached
-    patch adds ``Σ act(q·k + b)·v``.
+    patch adds ``Σ act(q·k + b)·v``, and what an attached adapter makes of this goes on.
 
     Args:
         params: the network's parameters.
@@ -113,7 +117,7 @@ def apply(params: Params, query: Array, activation: str) -> Array:
         output = output + contribution(params["patch"], query, ACTIVATIONS[activation])
     if "relu_patch" in params:
         output = output + contribution(params["relu_patch"], query, jax.nn.relu)
-    return output
+    return params[_ADAPTER].contribute(query, output) if _ADAPTER in params else output
 
 
 def attach(params: Params, patch: Patch, *, relu: bool = False) -> Params:
@@ -136,17 +140,34 @@ def attach(params: Params, patch: Patch, *, relu: bool = False) -> Params:
     """
     _check(params, patch)
     name = _BESIDE[relu]
-    patch = patch._replace(layer=None)
     return {**params, name: concatenate([params[name], patch]) if name in params else patch}
 
 
-def attached(params: Params) -> dict[str, Patch]:
-    """The patches beside a feed-forward network, by the name they stand under (``"patch"``, ``"relu_patch"``)."""
-    return {name: params[name] for name in _BESIDE if name in params}
+def attach_adapter(params: Params, adapter: Adapter) -> Params:
+    """Put an adapter beside a feed-forward network, in the place of one that is already there.
+
+    Args:
+        params: the network's parameters; not changed.
+        adapter: a pytree with ``contribute``.
+
+    Returns:
+        New parameters, sharing every array with the given ones.
+
+    Raises:
+        TPatchError: it is no adapter.
+    """
+    if not isinstance(adapter, Adapter):
+        raise TPatchError(f"a {type(adapter).__name__} is no adapter; give an object with contribute(query, output)")
+    return {**params, _ADAPTER: adapter}
+
+
+def attached(params: Params) -> dict[str, Any]:
+    """What stands beside a feed-forward network, by its name: ``"patch"``, ``"relu_patch"``, ``"adapter"``."""
+    return {name: params[name] for name in (*_BESIDE, _ADAPTER) if name in params}
 
 
 def detach(params: Params) -> Params:
-    """The network without any attached patch, the very arrays it had before.
+    """The network without anything attached to it, the very arrays it had before.
 
     Args:
         params: the network's parameters; not changed.
@@ -157,10 +178,15 @@ def detach(params: Params) -> Params:
         >>> sorted(detach(attach(params, create(4, 1))))
         ['down', 'up']
     """
-    return {name: entry for name, entry in params.items() if name not in _BESIDE}
+    return {name: entry for name, entry in params.items() if name not in (*_BESIDE, _ADAPTER)}
 
 
 def _check(params: Params, patch: Patch) -> None:
+    if not isinstance(patch, Patch):
+        raise TPatchError(
+            f"a {type(patch).__name__} is no patch of neurons and cannot become parameters of the network; keep it "
+            "attached, or take it off with detach first"
+        )
     if patch.key.ndim != 2:
         raise TPatchError(f"a patch of shape {patch.key.shape} is a batch of patches; use patch.join first")
     model_width = params["down"]["kernel"].shape[1]
@@ -170,7 +196,7 @@ def _check(params: Params, patch: Patch) -> None:
         )
 
 
-def _longer(down: Params, value: Array) -> Params:
+def _longer(down: Params, value: Float[Array, "neurons hidden"]) -> Params:
     return {**down, "kernel": jnp.concatenate([down["kernel"], value.astype(down["kernel"].dtype)])}
 
 
@@ -199,7 +225,7 @@ def merge(params: Params, patch: Patch) -> Params:
     _check(params, patch)
     neurons = patch.key.shape[0]
 
-    def widen(entry: Params, columns: Array, bias: Array) -> Params:
+    def widen(entry: Params, columns: Float[Array, "hidden neurons"], bias: Float[Array, "neurons"]) -> Params:
         dtype = entry["kernel"].dtype
         before = entry.get("bias", jnp.zeros(entry["kernel"].shape[1], dtype))
         kernel = jnp.concatenate([entry["kernel"], columns.astype(dtype)], 1)
@@ -215,7 +241,7 @@ def merge(params: Params, patch: Patch) -> Params:
     return merged
 
 
-def merge_without_bias(params: Params, patch: Patch, constant: Array) -> Params:
+def merge_without_bias(params: Params, patch: Patch, constant: Float[Array, "hidden"]) -> Params:
     """Put a patch inside a feed-forward network that has no biases and shall get none: nearly what `merge` does.
 
     With a direction ``u`` on which queries have ``q·u ≈ 1``, ``q·k + b ≈ q·(k + b·u)``; a gated network's ``up``

@@ -7,7 +7,7 @@ What is put together or picked from patches of NumPy arrays stays on the host, w
 nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
+from jaxtyping import Float
 
 from tpatch_jax.core.sizes import in_blocks
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.typing import Activation
 
 __all__ = [
     "Patch",
@@ -40,13 +42,13 @@ SILENT_BIAS = -1.0
 class Patch(NamedTuple):
     """Neurons that correct a model: a pure pytree, ready for ``jit``, ``vmap`` and ``grad``.
 
-    A batch of patches has the same fields with a leading axis.
+    A batch of patches has the same fields with a leading axis. Patches of several layers are a plain dict from a
+    layer's number to its patch; see `tpatch_jax.core.layers`.
 
     Attributes:
         key: ``[n, d]``, what each neuron recognises.
         bias: ``[n]``, its threshold, added to ``query · key``.
         value: ``[n, d]``, what it adds to the FFN's output, per unit of activation.
-        layer: ``[n]`` int, the layer that each neuron lives in; ``None`` means the model's last.
 
     Example:
         >>> import jax.numpy as jnp
@@ -57,10 +59,9 @@ class Patch(NamedTuple):
     Source: Huang et al., "Transformer-Patcher: One Mistake Worth One Neuron", ICLR 2023, section 4.1.
     """
 
-    key: Array
-    bias: Array
-    value: Array
-    layer: Array | None = None
+    key: Float[Array, "*batch neurons hidden"]
+    bias: Float[Array, "*batch neurons"]
+    value: Float[Array, "*batch neurons hidden"]
 
 
 def create(hidden_size: int, neurons: int = 0, dtype: jnp.dtype | type = jnp.float32) -> Patch:
@@ -83,20 +84,20 @@ def create(hidden_size: int, neurons: int = 0, dtype: jnp.dtype | type = jnp.flo
 
 
 def _on_host(*patches: Patch) -> bool:
-    return all(isinstance(leaf, np.ndarray) for patch in patches for leaf in patch if leaf is not None)
+    return all(isinstance(leaf, np.ndarray) for patch in patches for leaf in patch)
 
 
 def concatenate(patches: Sequence[Patch]) -> Patch:
     """All neurons of several patches, in order, as one patch.
 
     Args:
-        patches: at least one patch, each ``[n_i, d]``, all naming their layers or none.
+        patches: at least one patch, each ``[n_i, d]``, of one layer.
 
     Returns:
         One patch of ``Σ n_i`` neurons.
 
     Raises:
-        TPatchError: nothing was given, the widths differ, or only some patches name their layers.
+        TPatchError: nothing was given, or the widths differ.
 
     Example:
         >>> concatenate([create(4, 1), create(4, 2)]).key.shape
@@ -104,19 +105,16 @@ def concatenate(patches: Sequence[Patch]) -> Patch:
     """
     if not patches:
         raise TPatchError("concatenate was given no patch; use create(hidden_size) for an empty one")
+    if not all(isinstance(patch, Patch) for patch in patches):
+        raise TPatchError("concatenate takes patches of one layer; use concatenate_layers for {layer: patch}")
     widths = {patch.key.shape[-1] for patch in patches}
     if len(widths) > 1:
         raise TPatchError(f"patches of different widths {sorted(widths)} belong to different models; keep them apart")
-    layers = [patch.layer for patch in patches]
-    named = [layer for layer in layers if layer is not None]
-    if named and len(named) < len(layers):
-        raise TPatchError("some patches name their layer and some do not; give each one a `layer` first")
     together: Any = np.concatenate if _on_host(*patches) else jnp.concatenate
     return Patch(
         together([patch.key for patch in patches]),
         together([patch.bias for patch in patches]),
         together([patch.value for patch in patches]),
-        together(named) if named else None,
     )
 
 
@@ -139,8 +137,7 @@ def take(patch: Patch, index: Array | np.ndarray | slice | Sequence[int]) -> Pat
         chosen = np.asarray(index) if _on_host(patch) else jnp.asarray(index)
         # An empty list has no integer type of its own.
         chosen = chosen if chosen.size else chosen.astype(np.int32)
-    layer = None if patch.layer is None else patch.layer[chosen]
-    return Patch(patch.key[chosen], patch.bias[chosen], patch.value[chosen], layer)
+    return Patch(patch.key[chosen], patch.bias[chosen], patch.value[chosen])
 
 
 def pad(patch: Patch, neurons: int) -> Patch:
@@ -169,9 +166,7 @@ def pad(patch: Patch, neurons: int) -> Patch:
         return patch
     at: Any = np if _on_host(patch) else jnp
     zeros = at.zeros((missing, patch.key.shape[1]), patch.key.dtype)
-    last = 0 if patch.layer is None or not patch.layer.size else patch.layer[-1]
-    layer = None if patch.layer is None else at.full(missing, last, patch.layer.dtype)
-    return concatenate([patch, Patch(zeros, at.full(missing, SILENT_BIAS, patch.bias.dtype), zeros, layer)])
+    return concatenate([patch, Patch(zeros, at.full(missing, SILENT_BIAS, patch.bias.dtype), zeros)])
 
 
 def sized(patch: Patch, least: int = 8) -> Patch:
@@ -207,10 +202,7 @@ def join(patch: Patch) -> Patch:
         (10, 4)
     """
     hidden_size = patch.key.shape[-1]
-    layer = None if patch.layer is None else patch.layer.reshape(-1)
-    return Patch(
-        patch.key.reshape(-1, hidden_size), patch.bias.reshape(-1), patch.value.reshape(-1, hidden_size), layer
-    )
+    return Patch(patch.key.reshape(-1, hidden_size), patch.bias.reshape(-1), patch.value.reshape(-1, hidden_size))
 
 
 def sharpen(patch: Patch, sharpness: float) -> Patch:
@@ -233,7 +225,7 @@ def sharpen(patch: Patch, sharpness: float) -> Patch:
     return patch._replace(key=patch.key * sharpness, bias=patch.bias * sharpness, value=patch.value / sharpness)
 
 
-def preactivations(patch: Patch, query: Array) -> Array:
+def preactivations(patch: Patch, query: Float[Array, "*rows hidden"]) -> Float[Array, "*rows neurons"]:
     """``z = q·k + b`` of every neuron on every query.
 
     Args:
@@ -253,7 +245,9 @@ def preactivations(patch: Patch, query: Array) -> Array:
     return jnp.einsum("...d,nd->...n", query, patch.key.astype(query.dtype)) + patch.bias.astype(query.dtype)
 
 
-def activations(patch: Patch, query: Array, activation: Callable[[Array], Array]) -> Array:
+def activations(
+    patch: Patch, query: Float[Array, "*rows hidden"], activation: Activation
+) -> Float[Array, "*rows neurons"]:
     """``a = act(q·k + b)`` of every neuron on every query.
 
     Args:
@@ -273,7 +267,7 @@ def activations(patch: Patch, query: Array, activation: Callable[[Array], Array]
     return activation(preactivations(patch, query))
 
 
-def product(x: Array, kernel: Array) -> Array:
+def product(x: Float[Array, "*rows inner"], kernel: Float[Array, "inner outer"]) -> Float[Array, "*rows outer"]:
     """``x·K``. Where axis types are explicit and both are split along what is summed over, the sum is not.
 
     Args:
@@ -294,7 +288,9 @@ def product(x: Array, kernel: Array) -> Array:
     return jnp.matmul(x, kernel, out_sharding=PartitionSpec(*outer[:-1], inner[1]))
 
 
-def contribution(patch: Patch, query: Array, activation: Callable[[Array], Array]) -> Array:
+def contribution(
+    patch: Patch, query: Float[Array, "*rows hidden"], activation: Activation
+) -> Float[Array, "*rows hidden"]:
     """What the patch adds to the FFN's output: ``Σ act(q·k + b)·v``.
 
     Args:

@@ -52,15 +52,15 @@ def cross_activations(held: Held, layers: int) -> np.ndarray:
         ``[edits, edits]``: neurons of the row's edit, queries of the column's.
     """
     count, width = len(held.edits), held.neurons["key"].shape[1]
-    layer, found = held.neurons["layer"], np.zeros((count, count))
+    layer, responses = held.neurons["layer"], np.zeros((count, count))
     deep = (layer >= 0) & (layer != layers - 1)
     for column, piece in enumerate(held.pieces):
         for name, chosen in (("earlier_query", np.flatnonzero(~deep)), ("earlier_heard", np.flatnonzero(deep))):
             queries = piece[name].reshape(-1, width).astype(np.float32)
             if len(queries) and len(chosen):
                 z = queries @ held.neurons["key"][chosen].T + held.neurons["bias"][chosen]
-                np.maximum.at(found[:, column], held.owner[chosen], z.max(0))
-    return found
+                np.maximum.at(responses[:, column], held.owner[chosen], z.max(0))
+    return responses
 
 
 def _pictures(bank: Bank) -> list[Element]:
@@ -77,12 +77,14 @@ def _pictures(bank: Bank) -> list[Element]:
     if len(edits) >= FEW:
         held = assemble(bank, edits[-MOST_CELLS:], Store.new())
         values = cross_activations(held, bank.manifest["model"]["layers"])
-        own = int(np.sum(np.diag(values) > 0))
+        firing = int(np.sum(np.diag(values) > 0))
         other = int(np.sum((values > 0) & ~np.eye(len(values), dtype=bool)))
         title = "Strongest activation of each edit's neurons on each edit"
         title += f", the latest {len(values)}" * (len(edits) > len(values))
         idle = len(values) - len(set(held.owner.tolist()))
-        described = f"{own} of {len(values)} edits fire on their own queries" + f", {idle} need no neuron" * bool(idle)
+        described = f"{firing} of {len(values)} edits fire on their own queries" + f", {idle} need no neuron" * bool(
+            idle
+        )
         described += f"; {other} times one fires on another's"
         drawn.append(heat(title, values, described, ("neurons of edit", "queries of edit")))
         drawn[-1].append(element("figcaption", f"{described}. {_norms(held)}"))
@@ -102,10 +104,10 @@ def _losses(losses: Mapping[str, float]) -> str:
 
 
 def _edits(bank: Bank) -> list[Child]:
-    found = states(bank)
+    state_of = states(bank)
     rows = []
     for edit in reversed(bank.edits[-MOST_EDITS:]):
-        evidence, state = edit.evidence, found[edit.id]
+        evidence, state = edit.evidence, state_of[edit.id]
         said = evidence.get("said_before")
         rows.append(
             [

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.display.console import format_count
 from tpatch_jax.display.markup import number, shorten
@@ -28,7 +29,7 @@ def answers(model: Model, prompts: Sequence[str], tokens: int) -> list[str]:
     return [model.continuation(read, new) for read, new in zip(rows, said, strict=True)]
 
 
-def _said(model: Model, patch: Patch, requests: Sequence[EditRequest]) -> Rows:
+def _said(model: Model, patches: LayerPatches | Patch, requests: Sequence[EditRequest]) -> Rows:
     kinds: list[tuple[int, str, str, str]] = []
     for position, request in enumerate(requests):
         kinds.append((position, "edit", request.prompt, request.target))
@@ -37,7 +38,7 @@ def _said(model: Model, patch: Patch, requests: Sequence[EditRequest]) -> Rows:
     prompts = [prompt for _, _, prompt, _ in kinds]
     lengths = [len(model.encode_target(r.prompt, join_target(r.prompt, r.target))) for r in requests]
     tokens = max([LEAST_TOKENS, *lengths])
-    before, after = answers(model, prompts, tokens), answers(attach(model, patch), prompts, tokens)
+    before, after = answers(model, prompts, tokens), answers(attach(model, patches), prompts, tokens)
     rows = []
     for (position, kind, prompt, target), old, new in zip(kinds, before, after, strict=True):
         good = new == old if kind == "elsewhere" else new.strip().startswith(target.strip())
@@ -47,14 +48,16 @@ def _said(model: Model, patch: Patch, requests: Sequence[EditRequest]) -> Rows:
     return Rows(columns, rows, judged=("as wanted",))
 
 
-def show_edit(info: EditInfo, requests: Sequence[EditRequest], model: Model | None, patch: Patch | None) -> Shown:
+def show_edit(
+    info: EditInfo, requests: Sequence[EditRequest], model: Model | None, patches: LayerPatches | Patch | None
+) -> Shown:
     """What an edit did.
 
     Args:
         info: what it returned.
         requests: what was asked for, in the same order; may be missing.
         model: the model before the edit; with it, the patch and the requests, both models are asked.
-        patch: what it returned.
+        patches: what it returned.
 
     Raises:
         TPatchError: the requests are others.
@@ -70,14 +73,14 @@ def show_edit(info: EditInfo, requests: Sequence[EditRequest], model: Model | No
         f"{info.seconds:.1f} s, {number(info.forward_equivalents)} forward equivalents per request (fitting "
         f"{number(info.fit_forward_equivalents)}), {info.parameters_added:,} parameters"
     ]
-    tables = [_said(model, patch, requests)] if requests and model is not None and patch is not None else []
+    tables = [_said(model, patches, requests)] if requests and model is not None and patches is not None else []
     # What the first table says already, the second need not.
     texts_too = requests and not tables
     rows = []
     for position, result in enumerate(info.requests):
         held = "yes" if result.held else f"no: {result.reason}"
         texts = [shorten(requests[position].prompt, 160), requests[position].target] if texts_too else []
-        where = [result.site if result.neurons else "", str(len(result.neurons)), str(result.steps)]
+        where = [result.site if result.neurons else "", str(sum(map(len, result.neurons.values()))), str(result.steps)]
         losses = ", ".join(f"{name} {value:.2g}" for name, value in result.losses.items())
         rows.append([result.id, *texts, held, number(result.margin), *where, losses])
     columns = ["request", *(["prompt", "target"] if texts_too else []), "held", "margin", "site", "neurons", "steps"]

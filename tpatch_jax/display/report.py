@@ -39,7 +39,7 @@ def read_lines(folder: Path, report: Mapping[str, Any]) -> dict[str, list[dict[s
     Raises:
         TPatchError: a file of them is damaged.
     """
-    found = {}
+    lines_of = {}
     for result in report["results"]:
         path = folder / f"records-{Path(result['method']).name}.jsonl"
         try:
@@ -50,8 +50,8 @@ def read_lines(folder: Path, report: Mapping[str, Any]) -> dict[str, list[dict[s
             lines = []
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TPatchError(f"{path} is damaged ({error!r}); evaluate again") from None
-        found[result["method"]] = lines
-    return found
+        lines_of[result["method"]] = lines
+    return lines_of
 
 
 def _figures(report: Mapping[str, Any]) -> Element:
@@ -100,9 +100,9 @@ def _records(report: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str
     before = {line["id"]: line.get("figures", {}) for line in lines.get("unedited", ())}
     parts: list[Child] = []
     for result in report["results"]:
-        found = lines[result["method"]] if result["method"] != "unedited" else ()
+        measured = lines[result["method"]] if result["method"] != "unedited" else ()
         # What failed is what one looks for.
-        ordered = sorted(found, key=lambda line: line.get("figures", {}).get("exact", 1))[:MOST_RECORDS]
+        ordered = sorted(measured, key=lambda line: line.get("figures", {}).get("exact", 1))[:MOST_RECORDS]
         names = [name for name in ("exact", "generalization", "locality", "ES", "PS", "NS")
                  if any(name in line.get("figures", {}) for line in ordered)]  # fmt: skip
         rows = []
@@ -115,10 +115,10 @@ def _records(report: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str
             was = before.get(line["id"], {}).get("exact")
             rows.append([line["id"], reasons, _mark(was), *(_mark(shares.get(name)) for name in names)])
         if rows:
-            left = f"; {len(found) - len(rows):,} more are in records-{result['method']}.jsonl"
+            left = f"; {len(measured) - len(rows):,} more are in records-{result['method']}.jsonl"
             parts += [
                 element("h2", f"Records: {result['method']}"),
-                element("p", "What failed first" + left * (len(found) > len(rows)) + "."),
+                element("p", "What failed first" + left * (len(measured) > len(rows)) + "."),
                 table(["id", "what became of it", "exact before", *names], rows, numbers=names),
             ]
     return parts

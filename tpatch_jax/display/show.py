@@ -1,12 +1,13 @@
 """`show`: something to look at, whatever it is given."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax import Array
 
 from tpatch_jax.bank.patches import SavedPatches
 from tpatch_jax.bank.state import Bank
+from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.display.bank import bank_summary, bank_title, bank_view
 from tpatch_jax.display.edit import show_edit
@@ -25,11 +26,11 @@ __all__ = ["show"]
 
 
 def show(
-    thing: Patch | SavedPatches | EditInfo | Trace | Bank,
+    thing: Patch | LayerPatches | SavedPatches | EditInfo | Trace | Bank,
     *,
     model: Model | None = None,
     text: str | None = None,
-    patch: Patch | None = None,
+    patch: Patch | LayerPatches | None = None,
     requests: Sequence[EditRequest] = (),
     info: EditInfo | None = None,
     tokens: Array | Sequence[Sequence[int]] | None = None,
@@ -50,8 +51,8 @@ def show(
     ====================================  =====================================================================
 
     Args:
-        thing: a `Patch` ``[n, d]`` (or a batch of them), what `read_patches` returns, an `EditInfo`,
-            a `Trace` or a `Bank`.
+        thing: a `Patch` ``[n, d]`` (or a batch of them), a dict from layers to patches, what
+            `read_patches` returns, an `EditInfo`, a `Trace` or a `Bank`.
         model: the model without the patch.
         text: what it reads.
         patch: with an `EditInfo`, what the same edit returned; with a `Trace`, neurons ``[n, d]``.
@@ -77,12 +78,12 @@ def show(
     """
     given: dict[str, Any] = {"model": model, "text": text, "patch": patch, "info": info, "tokens": tokens}
     given["requests"] = requests or None
-    if isinstance(thing, Patch | SavedPatches):
+    if isinstance(thing, Patch | SavedPatches | Mapping):
         _only(given, "a patch", ("model", "text", "info", "requests"))
-        neurons, edits = (thing, ()) if isinstance(thing, Patch) else (thing.patch, thing.edits)
+        neurons, edits = (thing.patches, thing.edits) if isinstance(thing, SavedPatches) else (thing, ())
         if requests and info is None:
             raise TPatchError("which neuron belongs to which request stands in `info`, which `tp.edit` returned too")
-        owners = owners_of(info, requests, edits)
+        owners = owners_of(_layers(neurons, info), info, requests, edits)
         if (model is None) != (text is None):
             raise TPatchError("what fires where is shown for a model and a text; give both `model=` and `text=`")
         return (
@@ -95,7 +96,8 @@ def show(
         return show_edit(thing, requests, model, patch)
     if isinstance(thing, Trace):
         _only(given, "a trace", ("model", "patch", "tokens", "info", "requests"))
-        return show_trace(thing, patch=patch, model=model, tokens=tokens, owners=owners_of(info, requests))
+        owners = owners_of(_layers(patch, info), info, requests)
+        return show_trace(thing, patch=patch, model=model, tokens=tokens, owners=owners)
     if isinstance(thing, Bank):
         _only(given, "a bank", ())
         title, about = bank_title(thing), ", ".join(f"{value} {name}" for name, value in bank_summary(thing).items())
@@ -104,6 +106,14 @@ def show(
         f"{type(thing).__name__} cannot be shown; give a patch, the info of an edit, a trace, or a bank that "
         "`tp.open_bank` read"
     )
+
+
+def _layers(patches: Patch | LayerPatches | None, info: EditInfo | None) -> LayerPatches:
+    """The neurons by layer; those of one patch are where ``info`` says."""
+    if not isinstance(patches, Patch):
+        return patches or {}
+    named = {layer for result in info.requests for layer in result.neurons} if info is not None else set()
+    return {named.pop() if len(named) == 1 else -1: patches}
 
 
 def _only(given: dict[str, Any], what: str, names: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from tpatch_jax.core import ffn
+from tpatch_jax.core.layers import LayerPatches, split_layers
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.display.markup import element, number
 from tpatch_jax.display.patch import Owner, arrays_of
@@ -26,12 +27,12 @@ ANSWER_TOKENS, MOST_FIRINGS = 32, 200
 
 def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
     """The text of each token by itself, with the space that it begins with."""
-    found = []
+    texts = []
     for token in tokens:
         name, text = str(tokenizer.convert_ids_to_tokens(int(token))), tokenizer.decode([int(token)])
         # SentencePiece's kind of tokenizer drops the space of what stands alone.
-        found.append(f" {text}" if name.startswith("\u2581") and not text.startswith(" ") else text or name)
-    return found
+        texts.append(f" {text}" if name.startswith("\u2581") and not text.startswith(" ") else text or name)
+    return texts
 
 
 def _row(model: Model, edited: Model, text: str) -> list[int]:
@@ -46,14 +47,14 @@ def _row(model: Model, edited: Model, text: str) -> list[int]:
     return row
 
 
-def activations_on(model: Model, patch: Patch, text: str) -> tuple[list[int], np.ndarray]:
+def activations_on(model: Model, patches: LayerPatches | Patch, text: str) -> tuple[list[int], np.ndarray]:
     """The activation of every neuron on every token, with all of the patch attached.
 
     ``max(0, q·k + b)``; a neuron in an earlier layer changes the queries that later ones see.
 
     Args:
         model: the model without the patch.
-        patch: ``n`` neurons.
+        patches: ``{layer: [n, d]}``, or one patch for the last layer.
         text: what a decoder or a classifier reads; what an encoder-decoder is asked, whose tokens are those of its
             greedy answer.
 
@@ -67,20 +68,20 @@ def activations_on(model: Model, patch: Patch, text: str) -> tuple[list[int], np
         raise TPatchError("a patch is attached to this model; give the one without, `tp.detach(model)`")
     if merged_neurons(model.config, model.params):
         raise TPatchError("a patch is merged into this model; give the one without, which `tp.unmerge` returns")
-    whole = arrays_of(patch)
-    edited = attach(model, whole, relu=True)
+    whole, places = arrays_of(patches)
+    last = model.layer(None)
+    layers = np.asarray([last if layer is None else model.layer(layer) for layer in places], int)
+    edited = attach(model, split_layers(whole, layers), relu=True)
     row = _row(model, edited, text)
     read, written = split_row(model.config, row)
     tokens = list(written or read)
-    last = model.layer(None)
-    layers = np.full(len(whole.bias), last) if whole.layer is None else np.asarray(whole.layer)
-    found = np.zeros((len(tokens), len(whole.bias)), np.float32)
+    activations = np.zeros((len(tokens), len(whole.bias)), np.float32)
     _, batch = next(iter(batches(model.config, [row])))
     for layer in np.unique(layers).tolist():
         chosen = np.flatnonzero(layers == layer)
         query = np.asarray(edited.trace(batch, layer).query[0, : len(tokens)], np.float32)
-        found[:, chosen] = _activations(whole, chosen, query)
-    return tokens, found
+        activations[:, chosen] = _activations(whole, chosen, query)
+    return tokens, activations
 
 
 def _activations(patch: Patch, chosen: np.ndarray, query: np.ndarray) -> np.ndarray:
@@ -88,16 +89,16 @@ def _activations(patch: Patch, chosen: np.ndarray, query: np.ndarray) -> np.ndar
     return np.maximum(query @ key.T + bias, 0)
 
 
-def activations_at(patch: Patch, traced: Trace) -> np.ndarray:
+def activations_at(patches: LayerPatches | Patch, traced: Trace) -> np.ndarray:
     """The activation ``max(0, q·k + b)`` of a patch's neurons on a trace, ``[batch, tokens, n]``.
 
-    Neurons that name another layer than the trace's stay at zero; those that name none are taken to be in its layer.
+    Neurons of another layer than the trace's stay at zero; those of one patch are taken to be in its layer.
     """
-    whole, query = arrays_of(patch), np.asarray(traced.query, np.float32)
-    found = np.zeros((*query.shape[:2], len(whole.bias)), np.float32)
-    here = np.ones(len(whole.bias), bool) if whole.layer is None else np.asarray(whole.layer) == traced.layer
-    found[..., here] = _activations(whole, np.flatnonzero(here), query)
-    return found
+    (whole, layers), query = arrays_of(patches), np.asarray(traced.query, np.float32)
+    activations = np.zeros((*query.shape[:2], len(whole.bias)), np.float32)
+    here = np.asarray([layer is None or layer == traced.layer for layer in layers], bool)
+    activations[..., here] = _activations(whole, np.flatnonzero(here), query)
+    return activations
 
 
 def strip(texts: Sequence[str], activations: np.ndarray, owners: Mapping[int, Owner]) -> Any:
@@ -147,11 +148,12 @@ def tell(activations: np.ndarray) -> str:
     return f"{told}; activations are max(0, q·k + b).{shown}"
 
 
-def show_tokens(model: Model, patch: Patch, text: str, owners: Mapping[int, Owner]) -> Shown:
+def show_tokens(model: Model, patches: LayerPatches | Patch, text: str, owners: Mapping[int, Owner]) -> Shown:
     """What fires where on a text; see `activations_on`."""
-    tokens, found = activations_on(model, patch, text)
+    tokens, activations = activations_on(model, patches, text)
     texts = token_texts(model.tokenizer, tokens)
-    marked = "".join(f"[{one}]" if row.any() else one for one, row in zip(texts, found, strict=True))
-    shown = compose("What fires where", [tell(found)], [firings(texts, found, owners)], [strip(texts, found, owners)])
+    marked = "".join(f"[{one}]" if row.any() else one for one, row in zip(texts, activations, strict=True))
+    rows, strips = [firings(texts, activations, owners)], [strip(texts, activations, owners)]
+    shown = compose("What fires where", [tell(activations)], rows, strips)
     title, rest = shown.text.split("\n", 1)
     return Shown(shown.html, "\n".join([title, f"  {marked}", rest]))

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.display.markup import number
 from tpatch_jax.display.patch import Owner
@@ -33,7 +34,7 @@ def _texts(tokens: Any, model: Model | None, shape: tuple[int, int]) -> list[lis
 
 
 def show_trace(
-    traced: Trace, *, patch: Patch | None, model: Model | None, tokens: Any, owners: Mapping[int, Owner]
+    traced: Trace, *, patch: LayerPatches | Patch | None, model: Model | None, tokens: Any, owners: Mapping[int, Owner]
 ) -> Shown:
     """A trace, row by row.
 
@@ -52,22 +53,22 @@ def show_trace(
     texts = _texts(tokens, model, (lanes, length))
     columns = ["text", "token", "", "‖query‖", "‖output‖", "‖residual‖"]
     norms = [np.linalg.norm(array, axis=-1) for array in arrays]
-    found = None if patch is None else activations_at(patch, traced)
+    activations = None if patch is None else activations_at(patch, traced)
     rows = []
     for lane, position in list(np.ndindex(lanes, length))[:MOST_ROWS]:
         row = [str(lane), str(position), texts[lane][position] if texts else ""]
         row += [number(float(norm[lane, position])) for norm in norms]
-        if found is not None:
-            row.append(number(float(found[lane, position].max(initial=0.0))))
+        if activations is not None:
+            row.append(number(float(activations[lane, position].max(initial=0.0))))
         rows.append(row)
-    columns += ["strongest activation"] * (found is not None)
+    columns += ["strongest activation"] * (activations is not None)
     if not texts:
         columns, rows = columns[:2] + columns[3:], [row[:2] + row[3:] for row in rows]
     title = f"Trace: layer {traced.layer}, {lanes} by {length} tokens of width {width}"
     notes = [f"The first {MOST_ROWS} rows are shown."] * (lanes * length > MOST_ROWS)
     strips = []
-    if found is not None:
-        notes.append(tell(found.reshape(-1, found.shape[-1])))
-        strips = [strip(texts[lane], found[lane], owners) for lane in range(min(lanes, 20))] if texts else []
+    if activations is not None:
+        notes.append(tell(activations.reshape(-1, activations.shape[-1])))
+        strips = [strip(texts[lane], activations[lane], owners) for lane in range(min(lanes, 20))] if texts else []
     numbers = [name for name in columns if name]
     return compose(title, notes, [Rows(columns, rows, numbers)], strips)

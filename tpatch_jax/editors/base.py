@@ -1,16 +1,18 @@
-"""The interface that every editing method shares: two pure-looking functions and what they pass between them."""
+"""The interface that every editing method shares: three functions, and what they pass between them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jax import Array
 
+from tpatch_jax.core.layers import Neurons
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
 from tpatch_jax.requests import EditRequest
 
-__all__ = ["EditInfo", "Editor", "RequestInfo", "Routing"]
+__all__ = ["EditInfo", "Editor", "EditorFunctions", "RequestInfo", "Routing"]
 
 
 class RequestInfo(NamedTuple):
@@ -21,7 +23,7 @@ class RequestInfo(NamedTuple):
         held: whether the edited model says the target after the prompt.
         status: ``"edited"``, ``"already"`` (it held before; nothing was added) or ``"failed"``.
         reason: why it failed, whether something was kept all the same, and how to mend it; else empty.
-        neurons: positions of its neurons in the patch.
+        neurons: positions of its neurons, by layer, in the patch of that layer.
         steps: optimiser steps, the most of any of its neurons.
         losses: the terms of the objective, means over its neurons.
         margin: the least margin of its neurons; see `tpatch_jax.core.fit.FitInfo`.
@@ -32,7 +34,7 @@ class RequestInfo(NamedTuple):
     held: bool
     status: str
     reason: str = ""
-    neurons: tuple[int, ...] = ()
+    neurons: Neurons = MappingProxyType({})
     steps: int = 0
     losses: Mapping[str, float] = MappingProxyType({})
     margin: float | None = None
@@ -64,14 +66,71 @@ class EditInfo(NamedTuple):
         return tuple(request for request in self.requests if request.status == "failed")
 
 
-class Editor(NamedTuple):
-    """An editing method.
+@runtime_checkable
+class Editor(Protocol):
+    """An editing method: three functions, and a state that goes from one to the next.
+
+    Whatever has these three is an editor, a module or an object alike; ``Editor(init, step, apply)`` makes one of three
+    functions (see `EditorFunctions`). A state is a value: ``step`` returns a new one, and going back to an earlier one
+    undoes what came after it. Sequential editing is a loop over ``step``; batch editing is one ``step``.
+
+    Example:
+        >>> editor = Editor(
+        ...     init=lambda model, rng: model,
+        ...     step=lambda state, requests, rng: (state, EditInfo((), 0.0, 0.0, 0.0, 0.0, 0)),
+        ...     apply=lambda state, batch: state.apply(batch),
+        ... )
+        >>> isinstance(editor, Editor)
+        True
+    """
+
+    def init(self, model: Model, rng: Array, /) -> Any:
+        """A state without edits.
+
+        Args:
+            model: the model to edit; never changed.
+            rng: a typed random key.
+
+        Raises:
+            TPatchError: the method cannot edit this model.
+        """
+        ...
+
+    def step(self, state: Any, requests: Sequence[EditRequest], rng: Array, /) -> tuple[Any, EditInfo]:
+        """The state with some more requests edited, and what became of each.
+
+        A request that does not hold is reported and is no error. Of T-Patcher it leaves no trace in the state; of the
+        others it does, unless their ``keep_failed`` is off.
+
+        Args:
+            state: from ``init`` or an earlier step; not changed.
+            requests: what to correct.
+            rng: a typed random key; the same one gives the same edits.
+        """
+        ...
+
+    def apply(self, state: Any, batch: Batch, /) -> Array:
+        """Logits of the edited model, as `tpatch_jax.models.networks.apply` has them.
+
+        Args:
+            state: the edits so far.
+            batch: what to run the model on.
+        """
+        ...
+
+    def __new__(cls, *functions: Any, **named: Any) -> Any:
+        """An editor of three functions; a class that inherits from the protocol is made as any other."""
+        return EditorFunctions(*functions, **named) if cls is Editor else super().__new__(cls)
+
+
+@dataclass(frozen=True)
+class EditorFunctions:
+    """The simple way to make an `Editor`: three functions, which are called as it says there.
 
     Attributes:
-        init: ``(model, key) -> state``.
-        step: ``(state, requests, key) -> (state, info)``; of T-Patcher, requests that do not hold leave no trace in the
-            state; of the others they do, unless ``keep_failed`` is off.
-        apply: ``(state, batch) -> logits``, as `tpatch_jax.models.networks.apply` has them.
+        init: ``(model, rng) -> state``.
+        step: ``(state, requests, rng) -> (state, info)``.
+        apply: ``(state, batch) -> logits``.
     """
 
     init: Callable[[Model, Array], Any]

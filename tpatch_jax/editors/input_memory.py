@@ -74,8 +74,8 @@ def collect_inputs(
     if model.config.encoder:
         said = [
             row[place + 1] if place + 1 < len(row) else ASK
-            for row, own in zip(rows, places, strict=True)
-            for place in own
+            for row, decided in zip(rows, places, strict=True)
+            for place in decided
         ]
         answers = jnp.asarray(np.asarray(said, np.int32)[kept])
     rewordings = learn_rewordings(facts)

@@ -86,8 +86,8 @@ def collect_model_memory(
     """
     mark = text_mark(model, text) if cache is not None else ""
     folder = memory_folder(cache, f"{mark} {layer}")
-    if folder is not None and (found := _load(folder)):
-        return found
+    if folder is not None and (known := _load(folder)):
+        return known
     rows = memory_texts(model, text, memory_folder(cache, mark), progress)
     if model.config.architecture == "decoder" or text is None:
         result = _collect(model, layer, rows, progress)
@@ -127,9 +127,9 @@ def _collect(model: Model, layer: int, rows: list[list[int]], progress: Progress
 
 def _save(folder: Path, result: ModelMemory) -> None:
     def write(temporary: Path) -> None:
-        found = {"query": result.query, "nuisance": result.nuisance, "centres": result.centres}
-        found["answers"] = result.answers
-        arrays = {name: np.asarray(array) for name, array in found.items() if array is not None}
+        fields = {"query": result.query, "nuisance": result.nuisance, "centres": result.centres}
+        fields["answers"] = result.answers
+        arrays = {name: np.asarray(array) for name, array in fields.items() if array is not None}
         save_file(arrays, temporary / "arrays.safetensors")
         texts = {"prefixes": result.prefixes, "names": result.names, "rewordings": dict(result.rewordings)}
         (temporary / "background.json").write_text(json.dumps(texts, ensure_ascii=False, indent=1), "utf-8")

@@ -145,8 +145,8 @@ def _subject(request: EditRequest) -> str | None:
     """The request's subject, or the last name in its prompt: good enough for choosing negatives."""
     if request.subject:
         return request.subject
-    found = _NAME.findall(request.prompt)
-    return found[-1] if found else None
+    names = _NAME.findall(request.prompt)
+    return names[-1] if names else None
 
 
 def swapped_prompts(

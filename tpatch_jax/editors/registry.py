@@ -1,178 +1,129 @@
-"""Editing methods by name, and what an evaluation needs to know about each besides its `Editor`."""
+"""Editing methods by name: what an evaluation needs to know about each besides its `Editor`.
+
+A method's file registers it, so that adding one touches no other file::
+
+    register_editor(Method(name="mine", presets={"default": MySettings()}, build=…, model=…, save=…, restore=…))
+
+Those of this package are imported when `METHODS` is first looked into; ``tpatch eval --method mine`` works once the
+file that registers it is imported.
+"""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from tpatch_jax.core.patch import Patch, sized
+from tpatch_jax.core.adapters import Adapter
+from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.editors.base import Editor, Routing
-from tpatch_jax.editors.fine_tuning.editor import check_fine_tuning, fine_tuning, restore_trained, save_trained
-from tpatch_jax.editors.fine_tuning.settings import FINE_TUNING_PRESETS, FineTuningSettings
-from tpatch_jax.editors.rome.memit import MEMIT_PRESETS, check_memit, memit
-from tpatch_jax.editors.rome.rome import R_ROME_PRESETS, ROME_PRESETS, check_rome, rome
-from tpatch_jax.editors.rome.state import edited, restore, save
-from tpatch_jax.editors.serac.editor import SERAC_PRESETS, SeracSettings, restore_memory, routing, save_memory, serac
-from tpatch_jax.editors.serac.networks import read_networks
-from tpatch_jax.editors.tpatcher.editor import TPatcherState, site_layer, tpatcher
-from tpatch_jax.editors.tpatcher.previous import load_earlier, save_earlier
-from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
-from tpatch_jax.models.patching import attach
 from tpatch_jax.storage.settings import change_each
+from tpatch_jax.typing import Arrays, Progress
 
-__all__ = ["METHODS", "Method", "find_method", "is_silent", "method_settings"]
+__all__ = ["METHODS", "Method", "find_method", "method_settings", "register_editor"]
 
-Progress = Callable[[str, int, int], None]
-Arrays = dict[str, np.ndarray]
+_MODULES = (
+    "tpatcher.method",
+    "fine_tuning.editor",
+    "rome.method",
+    "serac.editor",
+    "grace",
+)
+"""The modules of this package that register methods, in the order in which they are listed."""
 
 
-class Method(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Method:
     """An editing method as `tpatch eval` uses it.
+
+    How an evaluation looks at an edited model depends on what an edit is: neurons (``patches``), adapters, another
+    model (``routing``), and where none of these is given whatever `Editor.apply` says.
 
     Attributes:
         name: what ``--method`` calls it.
-        presets: its settings by name; ``default`` is among them.
+        presets: its settings by name, each a dataclass; ``default`` is among them.
         build: ``(settings, memory text file or None, cache folder or None, progress or None) -> Editor``.
-        patch: ``state -> Patch``, where edits are neurons that add nothing below their threshold: then only what they
-            fire on is run again. ``state -> None`` otherwise: then everything is run again through `Editor.apply`.
         model: ``state -> Model``, the edited model for free generation, or the base model of a ``routing``; ``None``
             where it is no plain model.
         save: ``state -> arrays``, what a run that is interrupted needs besides `Editor.init`.
         restore: ``(fresh state, arrays) -> state``, its inverse.
+        patches: ``state -> {layer: Patch}``, where edits are neurons that add nothing below their threshold: then only
+            what they fire on is run again. ``None`` of a state whose neurons have no such threshold.
+        adapters: ``state -> {layer: Adapter}``, where edits join feed-forward networks in another way: then only texts
+            on which one acts are run again.
         routing: ``state -> Routing``, where another model answers what is in the scope of an edit: then only that is
             run, through the other model.
         check: ``(model, settings)``, raises where the method cannot work on a model, before anything is measured.
-        learnt: ``(model, settings) -> text``, what tells networks of the method's own apart, on whose contents figures
-            depend besides; of most methods empty.
+        learnt: ``(model, settings) -> text``, what tells apart networks that the method brings along, on whose contents
+            figures depend besides; of most methods empty.
+        activation: ``(model, settings) -> name``, what activates its neurons in an evaluation; ``None`` where edits
+            are no neurons.
     """
 
     name: str
     presets: Mapping[str, Any]
     build: Callable[[Any, str | Path | None, Path | None, Progress | None], Editor]
-    patch: Callable[[Any], Patch | None]
     model: Callable[[Any], Model] | None
     save: Callable[[Any], Arrays]
     restore: Callable[[Any, Arrays], Any]
+    patches: Callable[[Any], LayerPatches | None] = lambda state: None
+    adapters: Callable[[Any], Mapping[int, Adapter]] | None = None
     routing: Callable[[Any], Routing] | None = None
     check: Callable[[Model, Any], object] = lambda model, settings: None
     learnt: Callable[[Model, Any], str] = lambda model, settings: ""
+    activation: Callable[[Model, Any], str | None] = lambda model, settings: None
 
 
-SHARP = 64.0
-"""From this sharpness on a neuron below its threshold is as good as silent, whatever activates it."""
+_REGISTERED: dict[str, Method] = {}
 
 
-def is_silent(model: Model, settings: TPatcherSettings) -> bool:
-    """Whether a patch is silent below its threshold, so that measuring it with ReLU measures what is merged, too."""
-    sharp = settings.fit.recipe == "staged" and settings.fit.sharpness >= SHARP
-    return sharp or model.config.activation == "relu"
+def register_editor(method: Method) -> Method:
+    """Make a method known by its name, to `find_method`, `tpatch_jax.evaluation.runner.evaluate` and ``tpatch eval``.
+
+    Args:
+        method: the method; registering the same one again changes nothing.
+
+    Returns:
+        The method.
+
+    Raises:
+        TPatchError: another method has this name, or it has no preset ``"default"``.
+
+    Example:
+        >>> register_editor(find_method("tpatcher")).name
+        'tpatcher'
+    """
+    if _REGISTERED.get(method.name, method) is not method:
+        raise TPatchError(f"a method {method.name!r} is registered already; give this one another name")
+    if "default" not in method.presets:
+        raise TPatchError(f"the method {method.name!r} has no preset 'default'; add one to its presets")
+    _REGISTERED[method.name] = method
+    return method
 
 
-def _tpatcher_patch(state: TPatcherState) -> Patch | None:
-    return state.patch if is_silent(state.model, state.settings) else None
+class _Methods(Mapping[str, Method]):
+    """What is registered, the methods of this package included; they are imported when this is first looked into."""
+
+    def _all(self) -> dict[str, Method]:
+        for module in _MODULES:
+            import_module(f"tpatch_jax.editors.{module}")
+        return _REGISTERED
+
+    def __getitem__(self, name: str) -> Method:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
 
 
-def _tpatcher_model(state: TPatcherState) -> Model:
-    # Few sizes, so that a new number of neurons seldom compiles the network anew.
-    return attach(state.model, sized(state.patch), relu=is_silent(state.model, state.settings))
-
-
-def _save_tpatcher(state: TPatcherState) -> Arrays:
-    arrays = {name: np.asarray(value) for name, value in state.patch._asdict().items() if value is not None}
-    return {**arrays, **save_earlier(state.earlier)}
-
-
-def _restore_tpatcher(state: TPatcherState, arrays: Arrays) -> TPatcherState:
-    patch = Patch(**{name: jnp.asarray(arrays[name]) for name in Patch._fields if name in arrays})
-    return state._replace(patch=patch, earlier=load_earlier(arrays))
-
-
-def _no_patch(state: Any) -> None:
-    return None
-
-
-def _fine_tuning(name: str, presets: Mapping[str, FineTuningSettings]) -> Method:
-    return Method(
-        name,
-        presets,
-        lambda settings, memory, cache, progress: fine_tuning(settings, memory=memory, cache=cache, progress=progress),
-        _no_patch,
-        lambda state: state.edited,
-        save_trained,
-        restore_trained,
-        check=check_fine_tuning,
-    )
-
-
-def _serac_networks(model: Model, settings: SeracSettings) -> str:
-    found = read_networks(settings.serac, model)
-    return f"{fingerprint(found.scope)} {fingerprint(found.counterfactual)}"
-
-
-# Variants of fine-tuning are methods of their own as well, so that one report shows them side by side.
-_VARIANTS = {f"ft-{name}": {"default": FINE_TUNING_PRESETS[name]} for name in ("kl", "all", "all-kl", "limit")}
-
-METHODS: Mapping[str, Method] = {
-    "tpatcher": Method(
-        "tpatcher",
-        PRESETS,
-        lambda settings, memory, cache, progress: tpatcher(settings, memory=memory, cache=cache, progress=progress),
-        _tpatcher_patch,
-        _tpatcher_model,
-        _save_tpatcher,
-        _restore_tpatcher,
-        check=site_layer,
-    ),
-    **{name: _fine_tuning(name, presets) for name, presets in {"ft": FINE_TUNING_PRESETS, **_VARIANTS}.items()},
-    "rome": Method(
-        "rome",
-        ROME_PRESETS,
-        lambda settings, memory, cache, progress: rome(settings, memory=memory, cache=cache, progress=progress),
-        _no_patch,
-        edited,
-        save,
-        restore,
-        check=check_rome,
-    ),
-    "r-rome": Method(
-        "r-rome",
-        R_ROME_PRESETS,
-        lambda settings, memory, cache, progress: rome(settings, memory=memory, cache=cache, progress=progress),
-        _no_patch,
-        edited,
-        save,
-        restore,
-        check=check_rome,
-    ),
-    "memit": Method(
-        "memit",
-        MEMIT_PRESETS,
-        lambda settings, memory, cache, progress: memit(settings, memory=memory, cache=cache, progress=progress),
-        _no_patch,
-        edited,
-        save,
-        restore,
-        check=check_memit,
-    ),
-    "serac": Method(
-        "serac",
-        SERAC_PRESETS,
-        lambda settings, memory, cache, progress: serac(settings, progress=progress),
-        _no_patch,
-        lambda state: state.model,
-        save_memory,
-        restore_memory,
-        routing,
-        learnt=_serac_networks,
-    ),
-}
-"""The methods by name."""
+METHODS: Mapping[str, Method] = _Methods()
+"""The methods by name, those that others registered among them."""
 
 
 def find_method(name: str) -> Method:
@@ -195,13 +146,15 @@ def find_method(name: str) -> Method:
 def method_settings(
     methods: Iterable[str], preset: str = "default", changes: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Each method's settings: its preset, with changes.
+    """Each method's settings: its preset with changes.
+
+    A change by a method's name and a setting's, ``"grace.epsilon"``, is for that method alone; one by a setting's name
+    is for the one method that has such a setting.
 
     Args:
         methods: names from `METHODS`.
         preset: a method without a preset of this name keeps its default.
-        changes: new values by name; ``rome.value_steps`` goes to ROME alone, and must where several have such a
-            setting.
+        changes: new values by name.
 
     Returns:
         Settings by the method's name.
@@ -212,10 +165,13 @@ def method_settings(
     Example:
         >>> method_settings(["tpatcher"], changes={"attempts": 1})["tpatcher"].attempts
         1
+        >>> changed = method_settings(["rome", "memit"], changes={"rome.value_steps": 5})
+        >>> changed["rome"].value.value_steps, changed["memit"].value.value_steps
+        (5, 20)
     """
     chosen = [find_method(name) for name in methods]
     presets = sorted({name for method in chosen for name in method.presets})
     if chosen and preset not in presets:
         raise TPatchError(f"preset {preset!r} does not exist; choose from {', '.join(presets)}")
-    base = {method.name: method.presets.get(preset, method.presets["default"]) for method in chosen}
-    return change_each(base, changes or {}, METHODS)
+    settings = {method.name: method.presets.get(preset, method.presets["default"]) for method in chosen}
+    return change_each(settings, changes or {}, METHODS)

@@ -13,7 +13,7 @@ import numpy as np
 
 from tpatch_jax.bank.assembly import Store, assemble
 from tpatch_jax.bank.creating import load_banked_model
-from tpatch_jax.bank.engine import create_engine, patch_of
+from tpatch_jax.bank.engine import create_engine, patches_of
 from tpatch_jax.bank.inspection import inspect_bank, open_bank
 from tpatch_jax.bank.state import active, replay
 from tpatch_jax.errors import TPatchError
@@ -60,7 +60,7 @@ def bank_history(
         if number % every and number != count:
             continue
         held = assemble(then, edits, store)
-        figures = text_figures(base, patched_scores(model, base, patch_of(held.neurons)))
+        figures = text_figures(base, patched_scores(model, base, patches_of(held.neurons, model.layer(None))))
         er = 1 - len(engine.verify(held)) / len(edits) if edits else None
         points.append({"line": number, "active": len(edits), "er": er, **figures})
         sys.stderr.write(f"{json.dumps(points[-1])}\n")

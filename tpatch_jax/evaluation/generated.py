@@ -28,21 +28,21 @@ def _writers(
     rows = [
         prompt if context is None else [*context, *prompt] for context, prompt in zip(contexts, prompts, strict=True)
     ]
-    own = [number for number, context in enumerate(contexts) if context is None]
-    if own:
-        yield model, own, [rows[number] for number in own]
+    unrouted = [number for number, context in enumerate(contexts) if context is None]
+    if unrouted:
+        yield model, unrouted, [rows[number] for number in unrouted]
     other = [number for number in range(len(prompts)) if contexts[number] is not None]
     if routing is not None and other:
         yield routing.model, other, [rows[number] for number in other]
 
 
-def continuations(model: Model, record: Record, key: Array, routing: Routing | None = None) -> list[str]:
+def continuations(model: Model, record: Record, rng: Array, routing: Routing | None = None) -> list[str]:
     """A record's openings continued for GE: top-k 5 samples of at most 100 tokens, or until the model ends the text.
 
     Args:
         model: the model, edited or not.
         record: its ``generation`` openings.
-        key: a typed random key.
+        rng: a typed random key.
         routing: which openings another model continues.
 
     Returns:
@@ -53,8 +53,8 @@ def continuations(model: Model, record: Record, key: Array, routing: Routing | N
         return []
     count, texts = max(1, TEXT_TOKENS - min(map(len, prompts))), [""] * len(prompts)
     for writer, numbers, rows in _writers(model, routing, prompts):
-        found = sample(writer.config, writer.params, rows, count, key, top_k=TOP_K, stops=writer.stops)
-        for number, row in zip(numbers, found, strict=True):
+        sampled = sample(writer.config, writer.params, rows, count, rng, top_k=TOP_K, stops=writer.stops)
+        for number, row in zip(numbers, sampled, strict=True):
             texts[number] = model.decode((prompts[number] + row)[:TEXT_TOKENS])
     return texts
 
@@ -78,8 +78,8 @@ def answers(model: Model, records: Sequence[Record], routing: Routing | None = N
         for first in range(0, len(order), LANES):
             part = order[first : first + LANES]
             with jax.default_matmul_precision("highest"):
-                found = greedy(writer.config, writer.params, [rows[n] for n in part], ANSWER_TOKENS, writer.stops)
-            for number, row in zip(part, found, strict=True):
+                written = greedy(writer.config, writer.params, [rows[n] for n in part], ANSWER_TOKENS, writer.stops)
+            for number, row in zip(part, written, strict=True):
                 texts[numbers[number]] = model.decode(row)
     ends = np.cumsum([0, *(len(record.questions) for record in records)])
     return [texts[start:end] for start, end in pairwise(ends)]

@@ -1,16 +1,16 @@
-"""What an edit does to its own requests: the answer, the rephrasings, and the prompts that must not change."""
+"""What an edit does to its requests: the answer, the rephrasings, and the prompts that must not change."""
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
+from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.model import Model
-from tpatch_jax.models.patching import attach
+from tpatch_jax.models.patching import attach, by_layer
 from tpatch_jax.requests import EditRequest, join_target
 
 __all__ = ["measure", "predictions"]
@@ -18,19 +18,19 @@ __all__ = ["measure", "predictions"]
 
 def predictions(
     model: Model,
-    patch: Patch | None,
+    patches: LayerPatches | Patch | None,
     rows: Sequence[Sequence[int]],
     positions: Sequence[Sequence[int]],
     progress: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The most probable next token at chosen positions, without and with a patch.
 
-    A patch in the last layer changes each position on its own, so both come from one pass; a patch further down takes
+    A patch in the last layer changes each position by itself, so both come from one pass; a patch further down takes
     a second one.
 
     Args:
         model: the model without the patch.
-        patch: the neurons, ``[n, d]``, or ``None`` for none.
+        patches: the neurons, ``{layer: [n, d]}`` or one patch for the last layer; ``None`` for none.
         rows: token ids of each text.
         positions: which positions of each text.
         progress: called with the number of texts done.
@@ -41,16 +41,20 @@ def predictions(
     layer = model.layer(None)
     sites = collect(model, rows, positions, layer, progress)
     before = predicted(model, sites)
-    if patch is None or not patch.key.shape[0]:
+    layers = {} if patches is None else by_layer(model, patches)
+    if not layers:
         return before, before
-    if patch.layer is None or (np.asarray(patch.layer) == layer).all():
-        return before, predicted(model, sites, patch)
-    model = attach(model, patch)
+    if set(layers) == {layer}:
+        return before, predicted(model, sites, layers[layer])
+    model = attach(model, layers)
     return before, predicted(model, collect(model, rows, positions, layer, progress))
 
 
 def measure(
-    model: Model, patch: Patch, requests: Sequence[EditRequest], progress: Callable[[int], None] | None = None
+    model: Model,
+    patches: LayerPatches | Patch,
+    requests: Sequence[EditRequest],
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, float | None]:
     """The share of requests, rephrasings and unrelated prompts that come out as they should, all patches active.
 
@@ -59,7 +63,7 @@ def measure(
 
     Args:
         model: the model without the patch.
-        patch: the neurons, ``[n, d]``.
+        patches: the neurons, ``{layer: [n, d]}`` or one patch for the last layer.
         requests: the requests; those that failed count as well.
         progress: called with the number of texts done.
 
@@ -98,7 +102,7 @@ def measure(
             add("rephrase", text, request.target)
         for text in request.locality:
             add("locality", text, "")
-    before, after = predictions(model, patch, rows, positions, progress)
+    before, after = predictions(model, patches, rows, positions, progress)
     ends = np.cumsum([len(places) for places in positions])
     shares: dict[str, list[float]] = {"edit": [], "rephrase": []}
     next_token: list[bool] = []
@@ -114,9 +118,9 @@ def measure(
             shares[kind].append(float(np.mean(after[span] == np.asarray(answer))) if answer else 0.0)
     result: dict[str, float | None] = {}
     for kind, prefix in (("edit", ""), ("rephrase", "rephrase_")):
-        found: Any = shares[kind]
-        result[f"{prefix}exact"] = float(np.mean([share == 1.0 for share in found])) if found else None
-        result[f"{prefix}token_accuracy"] = float(np.mean(found)) if found else None
+        each = shares[kind]
+        result[f"{prefix}exact"] = float(np.mean([share == 1.0 for share in each])) if each else None
+        result[f"{prefix}token_accuracy"] = float(np.mean(each)) if each else None
     result["locality"] = float(np.mean(next_token)) if next_token else None
     result["locality_tokens"] = float(np.concatenate(tokens).mean()) if tokens else None
     return result

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tpatch_jax.core.patch import Patch, activations, take
-from tpatch_jax.editors.base import EditInfo, Editor, Routing
+from tpatch_jax.core.adapters import Adapter
+from tpatch_jax.core.layers import LayerPatches
+from tpatch_jax.core.patch import activations, take
+from tpatch_jax.editors.base import EditInfo, Editor, RequestInfo, Routing
 from tpatch_jax.editors.registry import Method
 from tpatch_jax.evaluation import metrics
 from tpatch_jax.evaluation.generated import answers, continuations
@@ -25,7 +27,16 @@ from tpatch_jax.evaluation.journal import Journal
 from tpatch_jax.evaluation.metrics import Score
 from tpatch_jax.evaluation.records import Probe, Record
 from tpatch_jax.evaluation.running_text import text_figures
-from tpatch_jax.evaluation.scoring import Base, Outcome, apply_scores, patched_scores, routed_scores, score
+from tpatch_jax.evaluation.scoring import (
+    Base,
+    Outcome,
+    acts_forward,
+    adapted_scores,
+    apply_scores,
+    patched_scores,
+    routed_scores,
+    score,
+)
 from tpatch_jax.models.model import Model
 
 __all__ = ["MOMENTS", "PROTOCOLS", "Setup", "unedited"]
@@ -49,11 +60,11 @@ class Setup(NamedTuple):
         model: the unedited model.
         records: what is edited and asked.
         train: records that are only asked; whether their answers are right makes TrainR.
-        held_out: records that are never edited; their locality questions, or their own answers, make TestR.
+        held_out: records that are never edited; their locality questions, or the answers to themselves, make TestR.
         base: the unedited model's answers to all probes.
         numbers: the number of each probe among the texts of ``base``.
         text: the unedited model on running text, if there is any.
-        key: a typed random key.
+        rng: a typed random key.
         generate: whether GE is measured.
         every: after so many edits of a stream all edits so far are asked again.
         tell: called with what is being done, how much is done, and how much there is.
@@ -66,7 +77,7 @@ class Setup(NamedTuple):
     base: Base
     numbers: Mapping[Probe, int]
     text: Base | None
-    key: Array
+    rng: Array
     generate: bool
     every: int
     tell: Callable[[str, int, int], None]
@@ -80,36 +91,46 @@ class Edited(NamedTuple):
     state: Any
 
     @property
-    def patch(self) -> Patch | None:
-        return self.method.patch(self.state)
+    def patches(self) -> LayerPatches | None:
+        return self.method.patches(self.state)
 
     @property
     def model(self) -> Model | None:
         return self.method.model(self.state) if self.method.model is not None else None
 
     @property
+    def adapters(self) -> Mapping[int, Adapter] | None:
+        return self.method.adapters(self.state) if self.method.adapters is not None else None
+
+    @property
     def routing(self) -> Routing | None:
         return self.method.routing(self.state) if self.method.routing is not None else None
 
+    def is_certified(self, model: Model) -> bool:
+        """Whether it is known on which tokens an edit acts, and everything else stays as it was, bit for bit."""
+        return self.patches is not None or (self.method.adapters is not None and acts_forward(model))
+
 
 def _look(setup: Setup, edited: Edited, base: Base, texts: Sequence[int] | None = None, whole: bool = False) -> Outcome:
-    patch, routing = edited.patch, edited.routing
+    patches, adapters, routing = edited.patches, edited.adapters, edited.routing
     if routing is not None:
         return routed_scores(base, routing, texts, whole)
-    if patch is not None:
-        return patched_scores(setup.model, base, patch, texts)
+    if patches is not None:
+        return patched_scores(setup.model, base, patches, texts)
+    if adapters is not None and acts_forward(setup.model):
+        return adapted_scores(setup.model, base, adapters, texts)
     return apply_scores(setup.model, base, partial(edited.editor.apply, edited.state), texts)
 
 
 def _texts(setup: Setup, records: Sequence[Record], kinds: Sequence[str] | None = None) -> list[int]:
-    found = [
+    numbers = [
         setup.numbers[probe]
         for record in records
         for kind, probes in record.probes.items()
         if kinds is None or kind in kinds
         for probe in probes
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(numbers))
 
 
 def _scores(setup: Setup, record: Record, outcome: Outcome) -> dict[str, list[Score]]:
@@ -130,9 +151,9 @@ def _figures(
     before, after = _scores(setup, record, setup.base.outcome), _scores(setup, record, outcome)
     texts = []
     if setup.generate and model is not None:
-        texts = continuations(model, record, jax.random.fold_in(setup.key, number), routing)
+        texts = continuations(model, record, jax.random.fold_in(setup.rng, number), routing)
     figures = metrics.record_figures(before, after, texts)
-    nll = {kind: [found.nll for found in scores] for kind, scores in after.items()}
+    nll = {kind: [one.nll for one in scores] for kind, scores in after.items()}
     line: dict[str, Any] = {
         "figures": figures,
         "nll": {kind: float(np.mean(values)) for kind, values in nll.items() if values and not np.isnan(values).any()},
@@ -161,29 +182,31 @@ def _cost(info: EditInfo) -> dict[str, Any]:
     return {**{name: getattr(info, name) for name in names}, "requests": requests}
 
 
-def _heat(setup: Setup, patch: Patch | None, neurons: Sequence[int]) -> list[float] | None:
+def _heat(setup: Setup, patches: LayerPatches | None, neurons: Sequence[int]) -> list[float] | None:
     """How strongly one record's neurons fire on the edit prompts of the first records, the most of any token."""
-    if patch is None or patch.layer is not None:
+    last = setup.model.layer(None)
+    if patches is None or set(patches) != {last}:
         return None
     asked, shown = setup.base.asked, setup.records[:HEAT]
     spans = [[setup.numbers[p] for kind in EDITS for p in record.probes.get(kind, ())] for record in shown]
     places = [np.concatenate([np.arange(asked.starts[t], asked.starts[t + 1]) for t in span]) for span in spans]
     if not neurons:
         return [0.0] * len(places)
-    own = take(patch, list(neurons))
+    fitted = take(patches[last], list(neurons))
     rows = jnp.asarray(setup.base.query[np.concatenate(places)])
-    strength = np.asarray(activations(own, rows, jax.nn.relu)).reshape(len(rows), -1).max(-1)
+    strength = np.asarray(activations(fitted, rows, jax.nn.relu)).reshape(len(rows), -1).max(-1)
     return [round(float(part.max()), 4) for part in np.split(strength, np.cumsum([*map(len, places)])[:-1])]
 
 
-def _neurons(info: EditInfo) -> list[int]:
-    return [neuron for request in info.requests for neuron in request.neurons]
+def _last_neurons(setup: Setup, results: Sequence[RequestInfo]) -> list[int]:
+    """The neurons of some requests in the last layer."""
+    return [neuron for result in results for neuron in result.neurons.get(setup.model.layer(None), ())]
 
 
 def _right(setup: Setup, record: Record, outcome: Outcome, kinds: Sequence[str]) -> list[bool]:
     """Whether each probe of some kinds comes out whole: free-running exact match."""
-    found = [p for kind in kinds for p in record.probes.get(kind, ())]
-    return [bool(np.all(score(setup.base.asked, outcome, setup.numbers[probe]).right)) for probe in found]
+    probes = [probe for kind in kinds for probe in record.probes.get(kind, ())]
+    return [bool(np.all(score(setup.base.asked, outcome, setup.numbers[probe]).right)) for probe in probes]
 
 
 def _right_tokens(setup: Setup, records: Sequence[Record], outcome: Outcome) -> np.ndarray:
@@ -192,8 +215,8 @@ def _right_tokens(setup: Setup, records: Sequence[Record], outcome: Outcome) -> 
     if texts:
         return np.asarray([score(setup.base.asked, outcome, text).right.all() for text in texts])
     texts = _texts(setup, records, ELSEWHERE)
-    found = [score(setup.base.asked, outcome, text).right for text in texts]
-    return np.concatenate(found) if found else np.zeros(0, bool)
+    right = [score(setup.base.asked, outcome, text).right for text in texts]
+    return np.concatenate(right) if right else np.zeros(0, bool)
 
 
 def _same_tokens(setup: Setup, outcome: Outcome) -> float | None:
@@ -212,7 +235,7 @@ def _rules(record: Record) -> list[str]:
 def _on_text(setup: Setup, edited: Edited) -> dict[str, float]:
     if setup.text is None:
         return {}
-    return text_figures(setup.text, _look(setup, edited, setup.text, whole=True), edited.patch is not None)
+    return text_figures(setup.text, _look(setup, edited, setup.text, whole=True), edited.is_certified(setup.model))
 
 
 def _result(metrics_: Mapping[str, float], costs: Sequence[Mapping[str, Any]], each: bool) -> dict[str, Any]:
@@ -237,40 +260,40 @@ def unedited(setup: Setup, journal: Journal) -> dict[str, Any]:
         line = _figures(setup, number, setup.base.outcome, setup.model, replies[number])
         journal.add({"id": setup.records[number].id, **line})
         setup.tell("unedited", number + 1, len(setup.records))
-    found = metrics.summarise([line["figures"] for line in journal.lines])
+    figures = metrics.summarise([line["figures"] for line in journal.lines])
     text = text_figures(setup.text, setup.text.outcome) if setup.text is not None else {}
-    return _result({**found, **text}, [], False)
+    return _result({**figures, **text}, [], False)
 
 
 def _single(setup: Setup, method: Method, editor: Editor, journal: Journal) -> dict[str, Any]:
     count = len(setup.records)
-    fresh = editor.init(setup.model, setup.key) if len(journal.lines) < count else None
+    fresh = editor.init(setup.model, setup.rng) if len(journal.lines) < count else None
     for number in range(len(journal.lines), count):
         record = setup.records[number]
         # The same key for each: what this record gives does not depend on which records stand before it.
-        state, info = editor.step(fresh, record.requests, setup.key)
+        state, info = editor.step(fresh, record.requests, setup.rng)
         edited = Edited(method, editor, state)
         outcome = _look(setup, edited, setup.base, _texts(setup, [record]))
         needs_model = record.questions or setup.generate
         line = _figures(setup, number, outcome, edited.model if needs_model else None, routing=edited.routing)
         line["figures"] |= _on_text(setup, edited)
-        heat = _heat(setup, edited.patch, _neurons(info)) if number < HEAT else None
+        heat = _heat(setup, edited.patches, _last_neurons(setup, info.requests)) if number < HEAT else None
         journal.add({"id": record.id, **line, "cost": _cost(info), **({"activations": heat} if heat else {})})
         setup.tell("single edits", number + 1, count)
-    found = metrics.summarise([line["figures"] for line in journal.lines])
-    return _result(found, [line["cost"] for line in journal.lines], True)
+    figures = metrics.summarise([line["figures"] for line in journal.lines])
+    return _result(figures, [line["cost"] for line in journal.lines], True)
 
 
 def _batch(setup: Setup, method: Method, editor: Editor, journal: Journal) -> dict[str, Any]:
-    state, saved = editor.init(setup.model, setup.key), journal.load()
+    state, saved = editor.init(setup.model, setup.rng), journal.load()
     if saved is not None:
         state, about = method.restore(state, saved[0]), saved[1]
     else:
         requests = [request for record in setup.records for request in record.requests]
-        state, info = editor.step(state, requests, setup.key)
+        state, info = editor.step(state, requests, setup.rng)
         ends = np.cumsum([0, *(len(record.requests) for record in setup.records)])
         parts = [info.requests[start:end] for start, end in pairwise(ends)]
-        neurons = [[neuron for request in part for neuron in request.neurons] for part in parts]
+        neurons = [_last_neurons(setup, part) for part in parts]
         about = {"cost": _cost(info), "neurons": neurons, "ends": ends.tolist()}
         journal.save(method.save(state), about)
     edited = Edited(method, editor, state)
@@ -279,11 +302,11 @@ def _batch(setup: Setup, method: Method, editor: Editor, journal: Journal) -> di
     for number, line in enumerate(lines):
         line["requests"] = statuses[about["ends"][number] : about["ends"][number + 1]]
         if number < HEAT:
-            heat = _heat(setup, edited.patch, about["neurons"][number])
+            heat = _heat(setup, edited.patches, about["neurons"][number])
             line |= {"activations": heat} if heat else {}
     journal.replace(lines)
-    found = metrics.summarise([line["figures"] for line in lines])
-    return _result({**found, **_on_text(setup, edited)}, [about["cost"]], False)
+    figures = metrics.summarise([line["figures"] for line in lines])
+    return _result({**figures, **_on_text(setup, edited)}, [about["cost"]], False)
 
 
 def _after_all(setup: Setup, edited: Edited) -> Lines:
@@ -299,7 +322,7 @@ def _after_all(setup: Setup, edited: Edited) -> Lines:
 
 
 def _sequential(setup: Setup, method: Method, editor: Editor, journal: Journal) -> dict[str, Any]:
-    state, saved, records = editor.init(setup.model, setup.key), journal.load(), setup.records
+    state, saved, records = editor.init(setup.model, setup.rng), journal.load(), setup.records
     done = saved[1]["done"] if saved is not None else 0
     if saved is not None and done <= len(journal.lines):
         state = method.restore(state, saved[0])
@@ -311,19 +334,19 @@ def _sequential(setup: Setup, method: Method, editor: Editor, journal: Journal) 
     for number in range(len(journal.lines), len(records)):
         record, edited = records[number], Edited(method, editor, state)
         rules = _rules(record)
-        own = _texts(setup, [record], (*EDITS, *REPHRASED, *rules))
-        outcome = _look(setup, edited, setup.base, own)
+        asked = _texts(setup, [record], (*EDITS, *REPHRASED, *rules))
+        outcome = _look(setup, edited, setup.base, asked)
         line: dict[str, Any] = {"id": record.id, "wrong": not all(_right(setup, record, outcome, EDITS))}
         if line["wrong"]:
-            state, info = editor.step(state, record.requests, jax.random.fold_in(setup.key, number))
+            state, info = editor.step(state, record.requests, jax.random.fold_in(setup.rng, number))
             edited = Edited(method, editor, state)
-            outcome = _look(setup, edited, setup.base, own)
+            outcome = _look(setup, edited, setup.base, asked)
             line["right_after"] = all(_right(setup, record, outcome, EDITS))
             line["rephrased"] = _right(setup, record, outcome, (*REPHRASED, *rules))
             if rules:
                 line["by_rule"] = {rule.removeprefix(RULE): _right(setup, record, outcome, [rule]) for rule in rules}
             line["cost"] = _cost(info)
-            heat = _heat(setup, edited.patch, _neurons(info)) if number < HEAT else None
+            heat = _heat(setup, edited.patches, _last_neurons(setup, info.requests)) if number < HEAT else None
             line |= {"activations": heat} if heat else {}
             so_far = [one for one, earlier in zip(records, journal.lines, strict=False) if earlier["wrong"]] + [record]
             if len(so_far) % setup.every == 0:
@@ -358,12 +381,12 @@ def _stream_result(setup: Setup, edited: Edited, journal: Journal) -> dict[str, 
     after, rephrased = [line["right_after"] for line in edits], [line["rephrased"] for line in edits]
     figures = metrics.sequential_figures(after, rephrased, last["retained"], train, test)
     by_rule = [line["by_rule"] for line in edits if "by_rule" in line]
-    for rule in dict.fromkeys(name for found in by_rule for name in found):
-        figures[f"GR_{rule}"] = float(np.mean([np.mean(found[rule]) for found in by_rule if rule in found]))
+    for rule in dict.fromkeys(name for each in by_rule for name in each):
+        figures[f"GR_{rule}"] = float(np.mean([np.mean(each[rule]) for each in by_rule if rule in each]))
     final = _after_all(setup, edited)
     journal.replace([{**line, **measured} for line, measured in zip(stream, final, strict=True)])
-    found = {**figures, **metrics.summarise([line["figures"] for line in final]), **_on_text(setup, edited)}
-    result = _result(found, [line["cost"] for line in edits], False)
+    figures = {**figures, **metrics.summarise([line["figures"] for line in final]), **_on_text(setup, edited)}
+    result = _result(figures, [line["cost"] for line in edits], False)
     checks = [line["check"] for line in edits if "check" in line]
     if edits and "check" not in edits[-1]:
         checks.append(last)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +14,7 @@ import jax
 from jax import Array
 
 from tpatch_jax.core.checks import random_key
-from tpatch_jax.editors.registry import find_method, is_silent, method_settings
+from tpatch_jax.editors.registry import Method, find_method, method_settings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.journal import Journal, finish_report, open_report
 from tpatch_jax.evaluation.protocols import ACCURACY, ELSEWHERE, MOMENTS, PROTOCOLS, Setup, unedited
@@ -25,10 +25,9 @@ from tpatch_jax.evaluation.scoring import ScoredPrompts, ask, base_scores
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.storage.cache import cache_folder
+from tpatch_jax.typing import Progress
 
 __all__ = ["evaluate"]
-
-Progress = Callable[[str, int, int], None]
 
 
 def evaluate(
@@ -102,7 +101,7 @@ def evaluate(
     editors = {method.name: method.build(used[method.name], memory, place, progress) for method in chosen}
     for method in chosen:
         method.check(model, used[method.name])
-    learnt = {method.name: found for method in chosen if (found := method.learnt(model, used[method.name]))}
+    learnt = {method.name: told for method in chosen if (told := method.learnt(model, used[method.name]))}
     prepared = _ask(model, records, train, held_out, text, text_tokens, seed)
     extra = dict(about or {})
     data_sha256 = extra.pop("data_sha256", None) or _content(records)
@@ -114,7 +113,7 @@ def evaluate(
         "protocol": protocol,
         "n": len(records),
         "settings": {method.name: asdict(used[method.name]) for method in chosen},
-        "activation": _activation(model, {method.name: used[method.name] for method in chosen}),
+        "activation": _activation(model, chosen, used),
         "text": None if text is None else {"sha256": _file(text), "tokens": text_tokens, "window": WINDOW},
         "memory": None if memory is None else _file(memory),
         "generate": generate,
@@ -125,7 +124,7 @@ def evaluate(
     folder = None if output is None else Path(output)
     if folder is not None:
         beside = {"train": train, "held_out": held_out}
-        contents: dict[str, Any] = {f"{name}_sha256": _content(found) for name, found in beside.items() if found}
+        contents: dict[str, Any] = {f"{name}_sha256": _content(others) for name, others in beside.items() if others}
         contents |= {"learnt": learnt} if learnt else {}
         contents |= {"records_sha256": _content(records), "data_sha256": data_sha256}
         whole = open_report(folder, {**config, **contents})
@@ -170,7 +169,7 @@ class _Prepared(NamedTuple):
     probes: list[Probe]
     tokens: ScoredPrompts
     windows: ScoredPrompts | None
-    key: Array
+    rng: Array
 
 
 def _ask(
@@ -184,7 +183,7 @@ def _ask(
 ) -> _Prepared:
     asked = [probe for record in records for probes in record.probes.values() for probe in probes]
     others = [record.probes.get(kind, ()) for record in (*train, *held_out) for kind in (*ELSEWHERE, *ACCURACY)]
-    asked += [probe for found in others for probe in found]
+    asked += [probe for probes in others for probe in probes]
     probes = list(dict.fromkeys(asked))
     windows = None if text is None else read_windows(model, text, text_tokens)
     return _Prepared(probes, ask(model, probes), windows, random_key(seed))
@@ -202,7 +201,7 @@ def _prepare(
     tell: Progress,
 ) -> Setup:
     """The unedited model's answers to everything that will be asked."""
-    probes, tokens, windows, key = prepared
+    probes, tokens, windows, rng = prepared
     place = cache_folder() if cache else None
     base = base_scores(model, tokens, cache=place, tell=lambda done: tell("reading probes", done, len(probes)))
     running = None
@@ -210,14 +209,13 @@ def _prepare(
         count = len(windows.rows)
         running = base_scores(model, windows, cache=place, tell=lambda done: tell("reading the text", done, count))
     index = {probe: number for number, probe in enumerate(probes)}
-    return Setup(model, records, train, held_out, base, index, running, key, generate, every, tell)
+    return Setup(model, records, train, held_out, base, index, running, rng, generate, every, tell)
 
 
-def _activation(model: Model, used: Mapping[str, Any]) -> str | None:
-    """What patches are activated with, if there are any."""
-    if "tpatcher" not in used:
-        return None
-    return "relu" if is_silent(model, used["tpatcher"]) else model.config.activation
+def _activation(model: Model, methods: Sequence[Method], used: Mapping[str, Any]) -> str | None:
+    """What neurons are activated with, if a method adds any."""
+    names = (method.activation(model, used[method.name]) for method in methods)
+    return next((name for name in names if name is not None), None)
 
 
 def _content(records: Sequence[Record]) -> str:

@@ -1,16 +1,17 @@
 """What a model, edited or not, makes of many probes, without running it more often than needed.
 
 The unedited model reads every probe once; what its last layer leaves at the scored positions is kept (also on disk, by
-content). A patch in that layer changes each position on its own: its neurons are tried on the kept queries, and only
+content). A patch in that layer changes each position by itself: its neurons are tried on the kept queries, and only
 positions on which one fires get new logits. A patch in an earlier layer has only the texts run again on which a
 neuron fires. Both hold because such patches are evaluated with ReLU, so that a silent neuron adds exactly nothing (a
 patch that is merged, or attached with SiLU or GELU, leaks a hair below its threshold). Patches without a sharp
-threshold, as the joint recipe makes them, are evaluated as they are merged: see `apply_scores`.
+threshold, as the joint recipe makes them, are evaluated as they are merged: see `apply_scores`. An adapter is silent
+where it gives its network's output back, so that texts on which it never acts are not run again either.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,27 +24,32 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tpatch_jax.core import ffn
-from tpatch_jax.core.patch import Patch, contribution, preactivations, sized, take
+from tpatch_jax.core.adapters import Adapter
+from tpatch_jax.core.layers import LayerPatches
+from tpatch_jax.core.patch import Patch, contribution, preactivations, sized
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.editors.base import Routing
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.metrics import Score
 from tpatch_jax.evaluation.records import Probe
 from tpatch_jax.models import networks
-from tpatch_jax.models.collection import batches, collect, pad_rows
+from tpatch_jax.models.collection import Sites, batches, collect, pad_rows
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
-from tpatch_jax.models.patching import attach
+from tpatch_jax.models.patching import attach, attach_adapters, by_layer
 from tpatch_jax.models.rows import place_in
 from tpatch_jax.requests import join_target
 from tpatch_jax.storage.files import replace_folder
+from tpatch_jax.typing import CountProgress
 
 __all__ = [
     "Base",
     "Outcome",
     "ScoredPrompts",
+    "acts_forward",
+    "adapted_scores",
     "apply_scores",
     "ask",
     "base_scores",
@@ -57,8 +63,6 @@ LOGIT_ROWS = 256
 QUERY_ROWS = 4096
 TEXTS_AT_ONCE = 256
 MOST_CACHED = 1 << 30
-
-Tell = Callable[[int], None]
 
 
 class ScoredPrompts(NamedTuple):
@@ -173,6 +177,11 @@ def _fires(patch: Patch, query: Array) -> Array:
 
 
 @jax.jit
+def _changes(adapter: Adapter, query: Array, output: Array) -> Array:
+    return jnp.any(adapter.contribute(query, output) != output, -1)
+
+
+@jax.jit
 def _corrected(patch: Patch, query: Array, output: Array) -> Array:
     return output + contribution(patch, query, jax.nn.relu)
 
@@ -207,12 +216,14 @@ def _read_all(
     log_p, predicted = np.zeros(len(wanted), np.float32), np.zeros(len(wanted), np.int32)
     for span, missing in _chunks(len(wanted), LOGIT_ROWS):
         arrays = (_padded(array[span], missing, dtype) for array in (residual, output))
-        found = _read(model.config, weights, *arrays, _padded(np.maximum(wanted[span], 0), missing))
-        log_p[span], predicted[span] = (np.asarray(array)[: span.stop - span.start] for array in found)
+        read = _read(model.config, weights, *arrays, _padded(np.maximum(wanted[span], 0), missing))
+        log_p[span], predicted[span] = (np.asarray(array)[: span.stop - span.start] for array in read)
     return np.where(wanted < 0, np.float32(np.nan), log_p), predicted
 
 
-def base_scores(model: Model, asked: ScoredPrompts, *, cache: Path | None = None, tell: Tell | None = None) -> Base:
+def base_scores(
+    model: Model, asked: ScoredPrompts, *, cache: Path | None = None, tell: CountProgress | None = None
+) -> Base:
     """What the unedited model says: computed once, then recalled by content.
 
     Args:
@@ -231,9 +242,9 @@ def base_scores(model: Model, asked: ScoredPrompts, *, cache: Path | None = None
         spans = [[place.start, place.stop] for place in asked.positions]
         content = json.dumps([VERSION, fingerprint(model), asked.rows, spans, asked.wanted.tolist()])
         folder = cache / "evaluation" / hashlib.sha256(content.encode()).hexdigest()[:24]
-        found = _recall(folder, asked)
-        if found is not None:
-            return found
+        recalled = _recall(folder, asked)
+        if recalled is not None:
+            return recalled
     sites = collect(model, asked.rows, asked.positions, model.layer(None), tell)
     query, output, residual = (np.asarray(array, np.float32) for array in sites)
     log_p, predicted = _read_all(model, residual, output, asked.wanted)
@@ -249,9 +260,9 @@ def base_scores(model: Model, asked: ScoredPrompts, *, cache: Path | None = None
 
 def _recall(folder: Path, asked: ScoredPrompts) -> Base | None:
     try:
-        found = load_file(folder / "scores.safetensors")
-        outcome = Outcome(found["log_p"], found["predicted"], *np.zeros((2, len(asked.wanted)), bool))
-        return Base(asked, outcome, found["query"], found["output"], found["residual"])
+        arrays = load_file(folder / "scores.safetensors")
+        outcome = Outcome(arrays["log_p"], arrays["predicted"], *np.zeros((2, len(asked.wanted)), bool))
+        return Base(asked, outcome, arrays["query"], arrays["output"], arrays["residual"])
     except (OSError, SafetensorError, KeyError):
         return None
 
@@ -263,19 +274,21 @@ def _of(asked: ScoredPrompts, texts: Sequence[int]) -> np.ndarray:
 
 
 def _firing(patch: Patch, query: np.ndarray, dtype: Any) -> np.ndarray:
-    found = np.zeros(len(query), bool)
+    fired = np.zeros(len(query), bool)
     for span, missing in _chunks(len(query), QUERY_ROWS):
-        found[span] = np.asarray(_fires(patch, _padded(query[span], missing, dtype)))[: span.stop - span.start]
-    return found
+        fired[span] = np.asarray(_fires(patch, _padded(query[span], missing, dtype)))[: span.stop - span.start]
+    return fired
 
 
-def patched_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int] | None = None) -> Outcome:
-    """What the model says with a patch attached with ReLU.
+def patched_scores(
+    model: Model, base: Base, patches: LayerPatches | Patch, texts: Sequence[int] | None = None
+) -> Outcome:
+    """What the model says with patches attached with ReLU.
 
     Args:
         model: the unedited model.
         base: what it says.
-        patch: ``[n, d]``; each neuron in the layer that it names, or in the last.
+        patches: ``{layer: [n, d]}``, or one patch for the last layer.
         texts: which texts are looked at; all by default. The rest of the outcome is the unedited model's.
 
     Returns:
@@ -283,49 +296,98 @@ def patched_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int] 
     """
     chosen = range(len(base.asked.rows)) if texts is None else texts
     log_p, predicted, fires, here = (array.copy() for array in base.outcome)
-    if not patch.key.shape[0] or not len(chosen):
+    layers = by_layer(model, patches)
+    if not layers or not len(chosen):
         return Outcome(log_p, predicted, fires, here)
     last = model.layer(None)
-    if patch.layer is not None and any(model.layer(int(layer)) != last for layer in np.asarray(patch.layer)):
-        return _deep_scores(model, base, patch, chosen)
-    patch, dtype = sized(patch._replace(layer=None)), _dtype(model)
+    if set(layers) != {last}:
+        return _deep_scores(model, base, layers, chosen)
+    patch, dtype = sized(layers[last]), _dtype(model)
     places = _of(base.asked, chosen)
     fired = places[_firing(patch, base.query[places], dtype)]
     fires[fired] = True
     output = np.zeros((len(fired), *base.output.shape[1:]), np.float32)
     for span, missing in _chunks(len(fired), QUERY_ROWS):
         arrays = (_padded(array[fired[span]], missing, dtype) for array in (base.query, base.output))
-        found = np.asarray(_corrected(patch, *arrays), np.float32)
-        output[span] = found[: span.stop - span.start]
+        corrected = np.asarray(_corrected(patch, *arrays), np.float32)
+        output[span] = corrected[: span.stop - span.start]
     log_p[fired], predicted[fired] = _read_all(model, base.residual[fired], output, base.asked.wanted[fired])
     return Outcome(log_p, predicted, fires, fires.copy())
 
 
-def _deep_scores(model: Model, base: Base, patch: Patch, texts: Sequence[int]) -> Outcome:
-    """The same for a patch with neurons in earlier layers, where what fires at a token reaches all later ones."""
+def _deep_scores(model: Model, base: Base, patches: LayerPatches, texts: Sequence[int]) -> Outcome:
+    """The same for neurons in earlier layers, where what fires at a token reaches all later ones."""
+    dtype = _dtype(model)
+
+    def acts(layer: int, sites: Sites) -> np.ndarray:
+        return _firing(sized(patches[layer]), np.asarray(sites.query, np.float32), dtype)
+
+    return _reached_scores(attach(model, patches, relu=True), model, base, sorted(patches), acts, texts)
+
+
+def acts_forward(model: Model) -> bool:
+    """Whether what acts at a token reaches later ones alone, so that `adapted_scores` can tell which."""
+    return model.config.architecture == "decoder"
+
+
+def adapted_scores(
+    model: Model, base: Base, adapters: Mapping[int, Adapter], texts: Sequence[int] | None = None
+) -> Outcome:
+    """What a decoder says with adapters attached: an adapter acts where it changes its network's output.
+
+    Args:
+        model: the unedited model; see `acts_forward`.
+        base: what it says.
+        adapters: the adapter of each layer.
+        texts: which texts are looked at; all by default. The rest of the outcome is the unedited model's.
+
+    Returns:
+        The `Outcome`, before the first token at which one acts bit for bit the unedited model's.
+    """
+    dtype = _dtype(model)
+
+    def acts(layer: int, sites: Sites) -> np.ndarray:
+        changed = np.zeros(len(sites.query), bool)
+        for span, missing in _chunks(len(changed), QUERY_ROWS):
+            arrays = (_padded(np.asarray(array[span]), missing, dtype) for array in (sites.query, sites.output))
+            changed[span] = np.asarray(_changes(adapters[layer], *arrays))[: span.stop - span.start]
+        return changed
+
+    chosen = range(len(base.asked.rows)) if texts is None else texts
+    return _reached_scores(attach_adapters(model, adapters), model, base, sorted(adapters), acts, chosen)
+
+
+def _reached_scores(
+    edited: Model,
+    model: Model,
+    base: Base,
+    layers: Sequence[int],
+    acts: Callable[[int, Sites], np.ndarray],
+    texts: Sequence[int],
+) -> Outcome:
+    """What an edited decoder says, of which only texts are run on which something acts in one of some layers.
+
+    ``acts(layer, sites)`` says of each token of the unedited model's trace whether something acts there, ``[tokens]``.
+    """
     asked = base.asked
     log_p, predicted, fires, here = (array.copy() for array in base.outcome)
-    layers, dtype = [model.layer(int(layer)) for layer in np.asarray(patch.layer)], _dtype(model)
     touched = []
     for first in range(0, len(texts), TEXTS_AT_ONCE):
         part = texts[first : first + TEXTS_AT_ONCE]
         rows = [asked.rows[text] for text in part]
         ends = np.cumsum([0, *map(len, rows)])
         fired = np.zeros(ends[-1], bool)
-        # As long as no neuron fired on the unedited trace of any layer, the edited trace is the unedited one.
-        for layer in sorted(set(layers)):
-            neurons = sized(take(patch, [n for n, own in enumerate(layers) if own == layer])._replace(layer=None))
-            query = collect(model, rows, [range(len(row)) for row in rows], layer).query
-            fired |= _firing(neurons, np.asarray(query, np.float32), dtype)
+        # As long as nothing acted on the unedited trace of any layer, the edited trace is the unedited one.
+        for layer in layers:
+            fired |= acts(layer, collect(model, rows, [range(len(row)) for row in rows], layer))
         for number, text in enumerate(part):
-            own, places = fired[ends[number] : ends[number + 1]], list(asked.positions[text])
+            at_tokens, places = fired[ends[number] : ends[number + 1]], list(asked.positions[text])
             span = slice(asked.starts[text], asked.starts[text + 1])
-            reached = np.logical_or.accumulate(own)[places]
-            here[span], fires[span] = own[places], reached
+            reached = np.logical_or.accumulate(at_tokens)[places]
+            here[span], fires[span] = at_tokens[places], reached
             if reached.any():
                 touched.append(text)
     if touched:
-        edited = attach(model, patch, relu=True)
         rows, positions = [asked.rows[text] for text in touched], [asked.positions[text] for text in touched]
         sites = collect(edited, rows, positions, model.layer(None))
         places = _of(asked, touched)
@@ -361,9 +423,9 @@ def apply_scores(
         logits = logits[:, None] if config.labels else logits
         for span, missing in _chunks(len(places), LOGIT_ROWS):
             arrays = (lane[span], place[span], np.maximum(asked.wanted[places[span]], 0))
-            found = _pick(logits, *(_padded(array.astype(np.int32), missing) for array in arrays))
+            picks = _pick(logits, *(_padded(array.astype(np.int32), missing) for array in arrays))
             log_p[places[span]], predicted[places[span]] = (
-                np.asarray(array)[: span.stop - span.start] for array in found
+                np.asarray(array)[: span.stop - span.start] for array in picks
             )
         fires[places] = True
     return Outcome(np.where(asked.wanted < 0, np.float32(np.nan), log_p), predicted, fires, fires.copy())

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage.files import write_text
 from tpatch_jax.storage.settings import change
+from tpatch_jax.typing import Progress
 
 __all__ = ["best", "sweep", "write_sweep"]
 
 FIGURES = ("exact", "rephrase_exact", "rephrase_token_accuracy", "locality")
-
-Progress = Callable[[str, int, int], None]
 
 
 def sweep(
@@ -36,7 +35,7 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Edit the same requests together at each layer and position, and measure each.
 
-    What a neuron there leaves wrong is not completed in the last layer, so that the figures are the site's own.
+    What a neuron there leaves wrong is not completed in the last layer, so that the figures are the site's alone.
 
     Args:
         model: the model; not changed.
@@ -61,21 +60,21 @@ def sweep(
     for number, request in enumerate(requests):
         if not request.subject:
             raise TPatchError(f"{request.name(number)} has no subject; a sweep needs requests with subjects")
-    found = []
+    rows = []
     places = [(layer, position) for position in positions for layer in layers]
     for number, (layer, position) in enumerate(places):
         here = change(
             dataclasses.replace(settings, site="subject", layer=str(layer), complete=False), {"token": position}
         )
-        patch, info = edit(model, requests, settings=here, memory=memory, seed=seed)
-        figures = measure(model, patch, requests)
+        patches, info = edit(model, requests, settings=here, memory=memory, seed=seed)
+        figures = measure(model, patches, requests)
         row: dict[str, Any] = {"layer": layer, "position": position}
         row |= {name: figures[name] for name in FIGURES}
         row["score"] = _harmonic([figures[name] for name in ("exact", "rephrase_exact", "locality")])
-        found.append({**row, "forward_equivalents": info.forward_equivalents})
+        rows.append({**row, "forward_equivalents": info.forward_equivalents})
         if progress:
             progress(f"layer {layer}, {position}", number + 1, len(places))
-    return found
+    return rows
 
 
 def _harmonic(shares: Sequence[float | None]) -> float:
@@ -94,7 +93,7 @@ def best(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_sweep(folder: Path, model: Model, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> list[str]:
-    """Write what a sweep found: ``sweep.json``, settings for ``--config`` and, with matplotlib, a picture.
+    """Write what a sweep measured: ``sweep.json``, settings for ``--config`` and, with matplotlib, a picture.
 
     Args:
         folder: where to.

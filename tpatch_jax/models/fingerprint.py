@@ -12,11 +12,10 @@ from jax import Array
 
 from tpatch_jax.core import ffn
 from tpatch_jax.models.model import Model
+from tpatch_jax.models.tokenizer import describe_tokenizer
 
 __all__ = ["fingerprint", "tokenizer_fingerprint"]
 
-
-_OF_CALLS = ("truncation", "padding")
 _FIRST_NAMES = {"hidden_size": "width"}
 """What fields of the description were called when fingerprints were first taken, which stay what they are."""
 
@@ -71,9 +70,5 @@ def tokenizer_fingerprint(model: Model) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    fast = getattr(model.tokenizer, "backend_tokenizer", None)
-    told: Any = sorted(model.tokenizer.get_vocab().items())
-    if fast is not None:
-        # How texts are cut and padded is set anew at every call.
-        told = {name: entry for name, entry in json.loads(fast.to_str()).items() if name not in _OF_CALLS}
+    told = describe_tokenizer(model.tokenizer)
     return hashlib.sha256(json.dumps([told, model.start], sort_keys=True).encode()).hexdigest()[:32]

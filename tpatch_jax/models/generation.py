@@ -2,40 +2,45 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Float, Int
 
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.rows import ASK, split_row, tokens_array
+from tpatch_jax.typing import Params, RngKey, TokenIds
 
 __all__ = ["greedy", "sample"]
 
-Params = dict[Any, Any]
-
 
 @partial(jax.jit, static_argnames=("config", "top_k"))
-def _choose(config: NetworkConfig, params: Params, hidden: Array, key: Array, temperature: Array, top_k: int) -> Array:
+def _choose(
+    config: NetworkConfig,
+    params: Params,
+    hidden: Float[Array, "lanes hidden"],
+    rng: RngKey,
+    temperature: Float[Array, ""],
+    top_k: int,
+) -> Int[Array, "lanes"]:
     scores = networks.logits(config, params, hidden)
     if not top_k:
         return jnp.argmax(scores, -1)
     scores, ids = jax.lax.top_k(scores, top_k)
-    return jnp.take_along_axis(ids, jax.random.categorical(key, scores / temperature)[..., None], -1)[..., 0]
+    return jnp.take_along_axis(ids, jax.random.categorical(rng, scores / temperature)[..., None], -1)[..., 0]
 
 
 def _run(
     config: NetworkConfig,
     params: Params,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[TokenIds],
     count: int,
-    stops: Sequence[int],
-    key: Array,
+    stops: TokenIds,
+    rng: RngKey,
     temperature: float,
     top_k: int,
 ) -> list[list[int]]:
@@ -54,13 +59,14 @@ def _run(
         return []
     if min(lengths) == 0:
         raise TPatchError(f"prompt {lengths.index(0)} is empty; give at least one token to continue")
-    room = config.context - max(lengths)
-    if room < 1:
+    if max(lengths) >= config.context:
         raise TPatchError(
             f"prompt {lengths.index(max(lengths))} has {max(lengths)} tokens, the model reads {config.context}; "
             "shorten it"
         )
-    count = min(count, room)
+    # Each prompt is continued up to the end of the context, however long the others are.
+    rooms = [config.context - length for length in lengths]
+    count = min(count, max(rooms))
     if count < 1:
         return [[] for _ in prompts]
     lanes, width = power_of_two(len(prompts)), power_of_two(max(lengths), 8)
@@ -81,13 +87,15 @@ def _run(
     results: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
     for step in range(count):
-        chosen = _choose(config, tail, hidden, jax.random.fold_in(key, step), temperature_array, top_k)
+        chosen = _choose(config, tail, hidden, jax.random.fold_in(rng, step), temperature_array, top_k)
         ids = np.asarray(chosen)
         for lane in sorted(going):
             if int(ids[lane]) in stops:
                 going.discard(lane)
             else:
                 results[lane].append(int(ids[lane]))
+                if len(results[lane]) == rooms[lane]:
+                    going.discard(lane)
         if not going or step + 1 == count:
             break
         hidden, cache = networks.decode(
@@ -98,7 +106,7 @@ def _run(
 
 
 def greedy(
-    config: NetworkConfig, params: Params, prompts: Sequence[Sequence[int]], count: int, stops: Sequence[int] = ()
+    config: NetworkConfig, params: Params, prompts: Sequence[TokenIds], count: int, stops: TokenIds = ()
 ) -> list[list[int]]:
     """The most probable next token, again and again, for several prompts at once.
 
@@ -106,7 +114,7 @@ def greedy(
         config: the network's description.
         params: its parameters.
         prompts: token ids of each prompt, as `Model.encode_prompt` gives them.
-        count: at most so many new tokens.
+        count: at most so many new tokens, and no more than the context has room for.
         stops: tokens that end a lane; they are not returned.
 
     Returns:
@@ -121,13 +129,13 @@ def greedy(
 def sample(
     config: NetworkConfig,
     params: Params,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[TokenIds],
     count: int,
     key: Array,
     *,
     temperature: float = 1.0,
     top_k: int = 50,
-    stops: Sequence[int] = (),
+    stops: TokenIds = (),
 ) -> list[list[int]]:
     """Sampled continuations of several prompts at once; arguments as `greedy`, and a typed random key.
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Float
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.devices import automatically
@@ -19,20 +19,48 @@ from tpatch_jax.models.checkpoints import folder as checkpoint
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.registry import configure
 from tpatch_jax.models.networks import Batch, Trace
+from tpatch_jax.models.pytrees import same_arrays
 from tpatch_jax.models.rows import ASK
+from tpatch_jax.models.tokenizer import Tokenizer, read_tokenizer, same_tokenizer
+from tpatch_jax.typing import Params, PathLike, TokenIds
 
 __all__ = ["DTYPES", "Model", "load_model", "read_tokenizer", "save_model"]
-
-Params = dict[Any, Any]
-
 
 DTYPES = ("float32", "bfloat16")
 """The precisions in which a model is loaded on demand."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class _Facts:
+    """What of a model is no array, as one value that compares and hashes, as what is static in a pytree must."""
+
+    config: NetworkConfig
+    tokenizer: Tokenizer
+    name: str
+    folder: Path | None
+    settings: Mapping[str, Any]
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, _Facts):
+            return NotImplemented
+        plain = (self.name, self.folder, self.config, self.settings)
+        same = plain == (other.name, other.folder, other.config, other.settings)
+        return same and same_tokenizer(self.tokenizer, other.tokenizer)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.config))
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True, eq=False)
 class Model:
     """A model that can be edited. Immutable: `attach` and `merge` return another one that shares its arrays.
+
+    A pytree: its parameters are the leaves and all else is static, so that a model goes through ``jit``, ``vmap`` and
+    ``grad`` as an argument as well. Two models are equal if they say the same of themselves and their parameters are
+    the same, bit for bit.
 
     Texts become rows of token ids, each a prompt and its answer, of which a position says the next token. A decoder
     reads both, one after the other. An encoder-decoder's encoder reads the prompt up to `ASK`, its decoder what
@@ -49,10 +77,30 @@ class Model:
 
     config: NetworkConfig
     params: Params = field(repr=False)
-    tokenizer: Any = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
     name: str = "model"
     folder: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Params]], _Facts]:
+        """The parameters, and what is static; for `jax.tree`."""
+        facts = _Facts(self.config, self.tokenizer, self.name, self.folder, self.settings)
+        return ((jax.tree_util.GetAttrKey("params"), self.params),), facts
+
+    @classmethod
+    def tree_unflatten(cls, facts: _Facts, children: tuple[Params]) -> "Model":
+        """The inverse of `tree_flatten_with_keys`."""
+        return cls(facts.config, children[0], facts.tokenizer, facts.name, facts.folder, facts.settings)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both say the same of themselves and have the same parameters, bit for bit."""
+        if self is other:
+            return True
+        return same_arrays(self, other) if isinstance(other, Model) else NotImplemented
+
+    def __hash__(self) -> int:
+        """Of the name and the description alone, so that no parameter is read."""
+        return hash((self.name, self.config))
 
     def with_params(self, params: Params) -> "Model":
         """The same model with other parameters."""
@@ -62,12 +110,19 @@ class Model:
         """Run up to and through the FFN of one layer (the last by default); see `tpatch_jax.models.networks.trace`."""
         return networks.trace(self.config, self.params, batch, self.layer(layer))
 
-    def resume(self, traced: Trace, output: Array) -> Array:
+    def resume(
+        self, traced: Trace, output: Float[Array, "batch tokens hidden"]
+    ) -> Float[Array, "batch *tokens vocabulary"]:
         """Run the rest from a given FFN output: logits; see `tpatch_jax.models.networks.resume`."""
         return networks.resume(self.config, self.params, traced, output)
 
-    def apply(self, batch: Batch) -> Array:
-        """The whole network: a batch to logits, float32; see `tpatch_jax.models.networks.apply`."""
+    def apply(self, batch: Batch) -> Float[Array, "batch *tokens vocabulary"]:
+        """The whole network: a batch to logits, float32; see `tpatch_jax.models.networks.apply`.
+
+        Example:
+            >>> loss = lambda model, batch: -jax.nn.log_softmax(model.apply(batch))[0, -1, 7]
+            >>> gradient = jax.jit(jax.grad(loss))(model, batch)  # doctest: +SKIP
+        """
         return automatically(partial(networks.apply, self.config), self.params, batch)
 
     def layer(self, layer: int | None) -> int:
@@ -127,7 +182,7 @@ class Model:
             raise TPatchError(f"the classifier has no label {name.strip()!r}; it has {', '.join(self.config.labels)}")
         return self.config.labels.index(name.strip())
 
-    def excess(self, prompt: Sequence[int], answer: Sequence[int]) -> str:
+    def excess(self, prompt: TokenIds, answer: TokenIds) -> str:
         """What is too long for the model, and how to mend it; empty if prompt and answer fit."""
         context, inner = self.config.context, self.config.encoder
         if self.config.architecture == "decoder":
@@ -166,11 +221,11 @@ class Model:
                 return tuple(whole[:first])
         return ()
 
-    def decode(self, tokens: Any) -> str:
+    def decode(self, tokens: TokenIds | Array | np.ndarray) -> str:
         """The text of token ids."""
         return self.tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=True)
 
-    def continuation(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    def continuation(self, prompt: TokenIds, tokens: TokenIds) -> str:
         """The text that new tokens add behind a prompt's; the space between them is in it, if there is one.
 
         Alone, tokens of SentencePiece's kind lose the space before their first word.
@@ -185,26 +240,33 @@ class Model:
                 return whole[len(before) :]
         return self.decode(tokens)
 
-    def generate(self, prompt: str, max_new_tokens: int = 16) -> str:
-        """Greedy continuation of a prompt, up to the end-of-text token.
+    @overload
+    def generate(self, prompt: str, max_new_tokens: int = 16) -> str: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def generate(self, prompt: Sequence[str], max_new_tokens: int = 16) -> list[str]: ...
+
+    def generate(self, prompt: str | Sequence[str], max_new_tokens: int = 16) -> str | list[str]:
+        """Greedy continuation of a prompt, or of several at once, up to the end-of-text token.
 
         Args:
-            prompt: the text to continue, as it is: no chat template is applied.
-            max_new_tokens: at most so many tokens are added.
+            prompt: the text to continue, as it is: no chat template is applied. A list of texts is run as one batch, in
+                which each gets what it gets alone.
+            max_new_tokens: at most so many tokens are added to each.
 
         Returns:
-            What the model adds, without the prompt.
+            What the model adds, without the prompt: a text for a text, a list for a list.
 
         Raises:
-            TPatchError: the prompt is empty, or longer than the context, or the model is a classifier.
+            TPatchError: a prompt is no text, empty, or longer than the context, or the model is a classifier.
         """
-        if not isinstance(prompt, str):
-            raise TPatchError(f"a {type(prompt).__name__} is no prompt; give one text at a time")
         if self.config.labels:
             raise TPatchError(f"{self.name!r} is a classifier, which writes no text; ask it with `classify`")
-        read = self.encode_prompt(prompt)
-        (said,) = generation.greedy(self.config, self.params, [read], max_new_tokens, self.stops)
-        return self.continuation(read, said)
+        texts = _texts(prompt)
+        rows = [self.encode_prompt(text) for text in texts]
+        said = generation.greedy(self.config, self.params, rows, max_new_tokens, self.stops)
+        answers = [self.continuation(row, tokens) for row, tokens in zip(rows, said, strict=True)]
+        return answers[0] if isinstance(prompt, str) else answers
 
     def classify(self, texts: Sequence[str]) -> list[str]:
         """The most probable label of each text.
@@ -238,14 +300,14 @@ class Model:
         Raises:
             TPatchError: neither the tokenizer nor the model's settings name one.
         """
-        found = self.tokenizer.eos_token_id
-        if found is None:
-            found = next(iter(self.stops), None)
-        if found is None:
+        token = self.tokenizer.eos_token_id
+        if token is None:
+            token = next(iter(self.stops), None)
+        if token is None:
             raise TPatchError(
                 f"{self.name!r} names no token that ends a text; give its tokenizer_config.json an eos_token"
             )
-        return found
+        return token
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -266,8 +328,20 @@ class Model:
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
+def _texts(prompt: str | Sequence[str]) -> list[str]:
+    """A prompt or several as a list, checked."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise TPatchError(f"a {type(prompt).__name__} is no prompt; give a text, or a list of texts")
+    for number, text in enumerate(prompt):
+        if not isinstance(text, str):
+            raise TPatchError(f"prompt {number} is a {type(text).__name__}; give a list of texts")
+    return list(prompt)
+
+
 def load_model(
-    model: str | Path, *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None, quiet: bool = True
+    model: PathLike, *, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None, quiet: bool = True
 ) -> Model:
     """Load a model to edit.
 
@@ -295,48 +369,13 @@ def load_model(
         raise TPatchError(f"dtype {dtype!r} is not supported; use 'float32' or 'bfloat16'")
     folder = resolve_model(str(model), quiet=quiet)
     # Before the weights, which take longer.
-    tokenizer = read_tokenizer(folder, configure(checkpoint.read_settings(folder)))
-    config, params, settings = checkpoint.read_folder(folder, dtype, mesh)
+    settings = checkpoint.read_settings(folder)
+    tokenizer = read_tokenizer(folder, configure(settings))
+    config, params, settings = checkpoint.read_folder(folder, dtype, mesh, settings=settings)
     return Model(config, params, tokenizer, str(model), folder, settings)
 
 
-def read_tokenizer(folder: Path, config: NetworkConfig) -> Any:
-    """The tokenizer in a model's folder.
-
-    Args:
-        folder: where it is.
-        config: the network that it belongs to.
-
-    Raises:
-        TPatchError: there is none, it is damaged, or it has more tokens than the network.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # The tokenizers package knows no kinds of errors, and a damaged file has many.
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise TPatchError(
-            f"{folder} has no tokenizer that can be read ({reason}); copy the model's own tokenizer.json there, or, if "
-            "another version of the tokenizers package wrote it, upgrade transformers and tokenizers"
-        ) from error
-    # Tokens that were added may lie beyond: Gemma 3 has one for images, which its models of text know nothing of.
-    if tokenizer.vocab_size > config.vocabulary:
-        raise TPatchError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and the model {config.vocabulary}: "
-            "it belongs to another model; copy the right one there"
-        )
-    for kind in ("bos", "eos", "cls", "sep"):
-        if (getattr(tokenizer, f"{kind}_token_id") or 0) >= config.vocabulary:
-            raise TPatchError(
-                f"the {kind}_token of the tokenizer in {folder} is none of the model's {config.vocabulary} tokens: it "
-                "belongs to another model; copy the right one there"
-            )
-    return tokenizer
-
-
-def save_model(model: Model, folder: str | Path) -> None:
+def save_model(model: Model, folder: PathLike) -> None:
     """Write a model, merged patches included, as a Hugging Face style folder, whole or not at all.
 
     Args:

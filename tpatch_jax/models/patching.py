@@ -1,106 +1,136 @@
 """Patches in a model: beside its FFNs (`attach`) or inside their parameters (`merge`), and out again."""
 
-from collections.abc import Mapping
-from typing import Any
-
-import jax.numpy as jnp
-import numpy as np
+from collections.abc import Callable, Mapping
 
 from tpatch_jax.core import ffn
-from tpatch_jax.core.patch import Patch, concatenate, take
+from tpatch_jax.core.adapters import Adapter
+from tpatch_jax.core.layers import LayerPatches, concatenate_layers
+from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.shapes import merged_neurons
+from tpatch_jax.typing import Params
 
-__all__ = ["attach", "detach", "merge", "unmerge"]
-
-
-def _by_layer(model: Model, patch: Patch) -> dict[int, Patch]:
-    """A patch split by the layers that its neurons name, the last layer when they name none."""
-    if patch.layer is None:
-        return {model.layer(None): patch}
-    layers = np.asarray(patch.layer)
-    found = {model.layer(int(layer)): take(patch, np.flatnonzero(layers == layer)) for layer in np.unique(layers)}
-    return {layer: part._replace(layer=None) for layer, part in found.items()}
+__all__ = ["attach", "attach_adapters", "by_layer", "detach", "merge", "unmerge"]
 
 
-def _change(model: Model, patch: Patch, change: Any) -> Model:
-    if not isinstance(patch, Patch):
-        raise TPatchError(f"a {type(patch).__name__} is no patch; of what `edit` returns the first is the patch")
+def by_layer(model: Model, patches: LayerPatches | Patch) -> dict[int, Patch]:
+    """Patches by the layers of a model, ``0 … layers - 1``; a layer without neurons is left out.
+
+    Args:
+        model: the model.
+        patches: ``{layer: [n, d]}``, where negative layers count from the end; or one patch for the last layer.
+
+    Raises:
+        TPatchError: it is no patch, or the model lacks a layer.
+    """
+    if isinstance(patches, Patch):
+        patches = {-1: patches}
+    if not isinstance(patches, Mapping) or not all(isinstance(patch, Patch) for patch in patches.values()):
+        raise TPatchError(
+            f"a {type(patches).__name__} is no patch; give a Patch, or a dict from layers to patches, which is the "
+            "first of what `edit` returns"
+        )
+    named = ({model.layer(layer): patch} for layer, patch in patches.items() if patch.key.shape[0])
+    return concatenate_layers(named)
+
+
+def _change(model: Model, patches: LayerPatches | Patch, change: Callable[[Params, Patch], Params]) -> Model:
     layers = dict(model.params["layers"])
-    for index, part in _by_layer(model, patch).items():
-        layers[index] = {**layers[index], "ffn": change(layers[index]["ffn"], part)}
+    for index, patch in by_layer(model, patches).items():
+        layers[index] = {**layers[index], "ffn": change(layers[index]["ffn"], patch)}
     return model.with_params({**model.params, "layers": layers})
 
 
-def attach(model: Model, patch: Patch, *, relu: bool = False) -> Model:
-    """Put a patch beside the feed-forward networks of a model; nothing inside them changes.
+def attach(model: Model, patches: LayerPatches | Patch, *, relu: bool = False) -> Model:
+    """Put patches beside the feed-forward networks of a model; nothing inside them changes.
+
+    ``FFN'(q) = FFN(q) + Σ act(q·k + b)·v``. A pure function: it may be called under ``jit``, ``vmap`` and ``grad``.
 
     Args:
         model: the model; not changed.
-        patch: its neurons, ``[n, d]``; each goes to the layer that it names, or to the last.
+        patches: ``{layer: [n, d]}``, or one patch for the last layer.
         relu: activate them with ReLU, so that a silent neuron contributes exactly nothing.
 
     Returns:
         A model that shares all arrays with the given one.
 
     Raises:
-        TPatchError: the patch has another width, or names a layer that the model lacks.
+        TPatchError: a patch has another width, or the model lacks its layer.
     """
-    return _change(model, patch, lambda params, part: ffn.attach(params, part, relu=relu))
+    return _change(model, patches, lambda params, patch: ffn.attach(params, patch, relu=relu))
+
+
+def attach_adapters(model: Model, adapters: Mapping[int, Adapter]) -> Model:
+    """Put adapters beside the feed-forward networks of a model; nothing inside them changes.
+
+    Args:
+        model: the model; not changed.
+        adapters: the adapter of each layer; one that a layer has already makes room for it.
+
+    Returns:
+        A model that shares all arrays with the given one.
+
+    Raises:
+        TPatchError: the model lacks a layer, or one of them is no adapter.
+    """
+    layers = dict(model.params["layers"])
+    for index, adapter in adapters.items():
+        layer = model.layer(index)
+        layers[layer] = {**layers[layer], "ffn": ffn.attach_adapter(layers[layer]["ffn"], adapter)}
+    return model.with_params({**model.params, "layers": layers})
 
 
 def detach(model: Model) -> Model:
-    """The model without any attached patch."""
+    """The model without any attached patch or adapter."""
     layers = {index: {**layer, "ffn": ffn.detach(layer["ffn"])} for index, layer in model.params["layers"].items()}
     return model.with_params({**model.params, "layers": layers})
 
 
-def merge(model: Model, patch: Patch) -> Model:
-    """Put a patch inside the parameters of a model: its FFN gets ``n`` neurons wider.
+def merge(model: Model, patches: LayerPatches | Patch) -> Model:
+    """Put patches inside the parameters of a model: an FFN gets ``n`` neurons wider.
 
     Args:
         model: the model; not changed.
-        patch: its neurons, ``[n, d]``; each goes to the layer that it names, or to the last.
+        patches: ``{layer: [n, d]}``, or one patch for the last layer.
 
     Returns:
         A plain model without anything attached for these neurons.
 
     Raises:
-        TPatchError: the patch has another width, or names a layer that the model lacks.
+        TPatchError: a patch has another width, or the model lacks its layer.
 
     Source: Huang et al. 2023, section 4.1; `tpatch_jax.core.ffn.merge` has the formulas for each kind of network.
     """
-    return _change(model, patch, ffn.merge)
+    return _change(model, patches, ffn.merge)
 
 
-def unmerge(model: Model, neurons: Mapping[int, int] | None = None) -> tuple[Model, Patch]:
+def unmerge(model: Model, neurons: Mapping[int, int] | None = None) -> tuple[Model, dict[int, Patch]]:
     """Take merged neurons out of a model again: the inverse of `merge`, bit for bit for the model.
 
-    The patch comes back in the model's precision.
+    The patches come back in the model's precision.
 
     Args:
         model: a model with merged neurons; not changed.
         neurons: how many to take out of which layers; by default all that were merged.
 
     Returns:
-        The model before the merge, and the patch, whose neurons name their layers.
+        The model before the merge, and the patches, ``{layer: [n, d]}``.
 
     Raises:
         TPatchError: nothing was merged, or not that many neurons.
     """
     merged = merged_neurons(model.config, model.params)
-    neurons = merged if neurons is None else {model.layer(index): count for index, count in neurons.items()}
-    if not neurons:
+    counts = merged if neurons is None else {model.layer(index): count for index, count in neurons.items()}
+    if not counts:
         raise TPatchError(f"nothing is merged into {model.name!r}; unmerge takes out what `merge` put in")
-    layers, patches = dict(model.params["layers"]), []
-    for index, count in sorted(neurons.items()):
+    layers, patches = dict(model.params["layers"]), {}
+    for index, count in sorted(counts.items()):
         if count > merged.get(index, 0):
             raise TPatchError(
                 f"layer {index} of {model.name!r} holds {merged.get(index, 0)} merged neurons, not {count}"
             )
         added = not model.config.ffn_bias and count == merged.get(index)
-        network, patch = ffn.unmerge(layers[index]["ffn"], count, added_bias=added)
+        network, patches[index] = ffn.unmerge(layers[index]["ffn"], count, added_bias=added)
         layers[index] = {**layers[index], "ffn": network}
-        patches.append(patch._replace(layer=jnp.full(count, index, jnp.int32)))
-    return model.with_params({**model.params, "layers": layers}), concatenate(patches)
+    return model.with_params({**model.params, "layers": layers}), patches

@@ -29,15 +29,15 @@ class MergeBank:
 
         from tpatch_jax.bank.editing import bank_patch
         from tpatch_jax.bank.inspection import open_bank
+        from tpatch_jax.core.layers import count_neurons
         from tpatch_jax.models.model import save_model
         from tpatch_jax.models.patching import merge
         from tpatch_jax.storage.files import check_vacant
 
         check_vacant(Path(self.output))
         model = load_banked(open_bank(self.bank), self.model, self.quiet or self.json)
-        patch = bank_patch(self.bank, model)
-        neurons = len(patch.bias)
-        merged = merge(model, patch) if neurons else model
+        patches = bank_patch(self.bank, model)
+        merged, neurons = merge(model, patches), count_neurons(patches)
         save_model(merged, self.output)
         added = merged.parameter_count - model.parameter_count
         if self.json:

@@ -1,12 +1,12 @@
 """Fine-tuning as an editor: the rival that every editing method is measured against.
 
-Some of the network's own parameters are trained on the requests of a step until all of them hold. Nothing is added, so
+Some of the network's parameters are trained on the requests of a step until all of them hold. Nothing is added, so
 nothing can be taken out again: the only way back is to keep the arrays from before.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,21 +16,20 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax.core import ffn
-from tpatch_jax.editors.base import EditInfo, Editor, RequestInfo
+from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions, RequestInfo
 from tpatch_jax.editors.fine_tuning.examples import Group, Pool, draw, grouped, read_pool
 from tpatch_jax.editors.fine_tuning.settings import FINE_TUNING_PRESETS, FineTuningSettings
 from tpatch_jax.editors.fine_tuning.step import ADAM, look, rounded, splice, update
 from tpatch_jax.editors.reading import Item, check_requests, read_item
+from tpatch_jax.editors.registry import Method, register_editor
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
 from tpatch_jax.requests import EditRequest, as_requests
+from tpatch_jax.typing import Params, Progress
 
 __all__ = ["FineTuningState", "check_fine_tuning", "fine_tuning", "restore_trained", "save_trained"]
-
-Params = dict[Any, Any]
-Progress = Callable[[str, int, int], None]
 
 
 class FineTuningState(NamedTuple):
@@ -39,7 +38,7 @@ class FineTuningState(NamedTuple):
     Attributes:
         model: the unedited model.
         edited: the model with what was trained.
-        trained: a part of its parameters, float32 whatever the model's own type.
+        trained: a part of its parameters, float32 whatever the model's type.
         pool: the memory, if KL counts.
     """
 
@@ -56,7 +55,7 @@ def fine_tuning(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Editor:
-    """The editor that trains the network's own parameters.
+    """The editor that trains the network's parameters.
 
     Minimises ``mean over requests of mean over target tokens of −log p(token) + kl·KL(before || now)`` with Adam, which
     begins anew at each step, until every request of the step comes out or ``passes`` are over. Steps stack: each goes
@@ -84,18 +83,18 @@ def fine_tuning(
         ' Lyon'
     """
 
-    def init(model: Model, key: Array) -> FineTuningState:
+    def init(model: Model, rng: Array) -> FineTuningState:
         trained = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), check_fine_tuning(model, settings))
         pool = read_pool(model, memory, cache, progress) if settings.kl else None
         return FineTuningState(model, model, trained, pool)
 
-    def step(state: FineTuningState, requests: Sequence[EditRequest], key: Array) -> tuple[FineTuningState, EditInfo]:
-        return _step(state, as_requests(requests), key, settings, progress)
+    def step(state: FineTuningState, requests: Sequence[EditRequest], rng: Array) -> tuple[FineTuningState, EditInfo]:
+        return _step(state, as_requests(requests), rng, settings, progress)
 
     def apply(state: FineTuningState, batch: Batch) -> Array:
         return state.edited.apply(batch)
 
-    return Editor(init, step, apply)
+    return EditorFunctions(init, step, apply)
 
 
 def check_fine_tuning(model: Model, settings: FineTuningSettings) -> Params:
@@ -156,9 +155,9 @@ def _look(
             np.asarray(array)[: len(group.owner)] for array in look(model.config, trained, frozen, group.lesson)
         )
         for number in np.unique(group.owner):
-            own = group.owner == number
-            loss[number], wrong[number] = each[own].mean(), not right[own].all()
-            first[number] = int(np.argmin(right[own]))
+            rows = group.owner == number
+            loss[number], wrong[number] = each[rows].mean(), not right[rows].all()
+            first[number] = int(np.argmin(right[rows]))
     return loss, ~wrong, first
 
 
@@ -178,14 +177,15 @@ class _Trained(NamedTuple):
 
 
 def _train(
-    state: FineTuningState, items: Sequence[Item], key: Array, settings: FineTuningSettings, progress: Progress | None
+    state: FineTuningState, items: Sequence[Item], rng: Array, settings: FineTuningSettings, progress: Progress | None
 ) -> _Trained:
     """Train on the requests until all hold, and to the loss that is asked for."""
     model, pool, whole_network = state.model, state.pool, settings.scope not in ("last", str(state.model.layer(None)))
     frozen = _frozen(model, whole_network)
     groups = grouped(model, items, settings.batch_size, whole_network)
-    began, rng = time.perf_counter(), np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
-    # A step gives its arrays up, and those of the state are not its own.
+    began = time.perf_counter()
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(rng)).ravel().tolist())
+    # A step gives its arrays up, and those of the state are still needed.
     trained = jax.tree.map(jnp.copy, state.trained)
     moments, updates, kls = ADAM.init(trained), 0, []
     loss, held, first = _look(model, trained, frozen, groups, len(items))
@@ -198,8 +198,8 @@ def _train(
         if progress:
             progress("fine-tuning", done, settings.passes)
         kls = []
-        for number in rng.permutation(len(groups)):
-            calm = None if pool is None else draw(model, pool, settings.kl_tokens, rng, whole_network)
+        for number in generator.permutation(len(groups)):
+            calm = None if pool is None else draw(model, pool, settings.kl_tokens, generator, whole_network)
             trained, moments, losses = update(
                 model.config, trained, moments, frozen, groups[number].lesson, calm, *options
             )
@@ -218,7 +218,7 @@ def _train(
 def _step(
     state: FineTuningState,
     requests: list[EditRequest],
-    key: Array,
+    rng: Array,
     settings: FineTuningSettings,
     progress: Progress | None,
 ) -> tuple[FineTuningState, EditInfo]:
@@ -233,15 +233,15 @@ def _step(
     results = {position: RequestInfo(names[position], False, "failed", why) for position, why in problems.items()}
     fit_seconds = 0.0
     if items:
-        found = _train(state, items, key, settings, progress)
-        fit_seconds = found.seconds
-        sound = bool(np.isfinite(found.loss).all())
-        kept = sound and (settings.keep_failed or bool(found.held.all()))
-        if kept and found.updates:
-            edited = model.with_params(splice(model.params, rounded(model.params, found.trained)))
-            state = state._replace(trained=found.trained, edited=edited)
+        trained = _train(state, items, rng, settings, progress)
+        fit_seconds = trained.seconds
+        sound = bool(np.isfinite(trained.loss).all())
+        kept = sound and (settings.keep_failed or bool(trained.held.all()))
+        if kept and trained.updates:
+            edited = model.with_params(splice(model.params, rounded(model.params, trained.trained)))
+            state = state._replace(trained=trained.trained, edited=edited)
         for number, item in enumerate(items):
-            results[item.position] = _info(names[item.position], item, number, found, sound, kept, settings)
+            results[item.position] = _info(names[item.position], item, number, trained, sound, kept, settings)
     seconds = time.perf_counter() - began
     unit = forward_seconds(model, items)
     scale = 1 / (len(names) * unit) if unit else 0.0
@@ -250,26 +250,26 @@ def _step(
 
 
 def _info(
-    name: str, item: Item, number: int, found: _Trained, sound: bool, kept: bool, settings: FineTuningSettings
+    name: str, item: Item, number: int, trained: _Trained, sound: bool, kept: bool, settings: FineTuningSettings
 ) -> RequestInfo:
-    held = bool(found.held[number]) if kept else bool(found.before[number])
-    losses = {"l_e": float(found.loss[number])} | ({} if found.kl is None else {"kl": found.kl})
+    held = bool(trained.held[number]) if kept else bool(trained.before[number])
+    losses = {"l_e": float(trained.loss[number])} | ({} if trained.kl is None else {"kl": trained.kl})
     if held:
-        status = "already" if found.before[number] else "edited"
-        return RequestInfo(name, True, status, steps=found.updates, losses=losses)
-    after = f"after {found.updates} updates"
+        status = "already" if trained.before[number] else "edited"
+        return RequestInfo(name, True, status, steps=trained.updates, losses=losses)
+    after = f"after {trained.updates} updates"
     if not sound:
         reason = (
             f"the loss is not finite {after}, and nothing was kept; lower adam_rate, which is {settings.adam_rate:g}"
         )
-    elif found.held[number]:
+    elif trained.held[number]:
         reason = "another request of this step does not hold, and nothing was kept; edit them one by one"
     else:
-        token = f"target token {found.first[number] + 1} of {len(item.target)} still comes out wrong {after}"
+        token = f"target token {trained.first[number] + 1} of {len(item.target)} still comes out wrong {after}"
         fate = "the change was kept all the same" if kept else "nothing was kept"
         bound = " or max_change" if settings.max_change else ""
         reason = f"{token}, and {fate}; raise passes or adam_rate{bound}"
-    return RequestInfo(name, False, "failed", reason, steps=found.updates, losses=losses)
+    return RequestInfo(name, False, "failed", reason, steps=trained.updates, losses=losses)
 
 
 # --- resuming ---
@@ -284,8 +284,8 @@ def save_trained(state: FineTuningState) -> dict[str, np.ndarray]:
     Returns:
         Arrays by names such as ``"layers/29/ffn/down/kernel"``.
     """
-    found = jax.tree_util.tree_leaves_with_path(state.trained)
-    return {_name(path): np.asarray(leaf) for path, leaf in found}
+    leaves = jax.tree_util.tree_leaves_with_path(state.trained)
+    return {_name(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def restore_trained(state: FineTuningState, arrays: Mapping[str, np.ndarray]) -> FineTuningState:
@@ -312,3 +312,28 @@ def restore_trained(state: FineTuningState, arrays: Mapping[str, np.ndarray]) ->
 
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+# --- among the methods ---
+
+
+def _register(name: str, presets: Mapping[str, FineTuningSettings]) -> None:
+    register_editor(
+        Method(
+            name=name,
+            presets=presets,
+            build=lambda settings, memory, cache, progress: fine_tuning(
+                settings, memory=memory, cache=cache, progress=progress
+            ),
+            model=lambda state: state.edited,
+            save=save_trained,
+            restore=restore_trained,
+            check=check_fine_tuning,
+        )
+    )
+
+
+_register("ft", FINE_TUNING_PRESETS)
+# Variants of fine-tuning are methods as well, so that one report shows them side by side.
+for _variant in ("kl", "all", "all-kl", "limit"):
+    _register(f"ft-{_variant}", {"default": FINE_TUNING_PRESETS[_variant]})

@@ -1,6 +1,6 @@
 """What fine-tuning is shown: the requests in groups that share an update, and texts on which nothing shall change."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,9 @@ from tpatch_jax.models.memory_text import memory_rows
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Pair
 from tpatch_jax.models.rows import ASK, place_in, row_length, split_row, tokens_array
+from tpatch_jax.typing import Progress
 
 __all__ = ["Group", "Pool", "draw", "grouped", "read_pool"]
-
-Progress = Callable[[str, int, int], None]
 
 LEAST_ROWS = 8
 LOGIT_ROWS = 256
@@ -102,12 +101,12 @@ def _said_at(model: Model, row: Sequence[int]) -> range:
     return range(start, max(start + 1, len(row) - 1))
 
 
-def draw(model: Model, pool: Pool, tokens: int, rng: np.random.Generator, whole_network: bool) -> Calm:
+def draw(model: Model, pool: Pool, tokens: int, generator: np.random.Generator, whole_network: bool) -> Calm:
     """Some positions of a few texts of the memory, always as many rows."""
     longest, widest = max(map(len, pool.rows)), min(PLACES, max(map(len, pool.places)))
     count = min(len(pool.rows), max(1, tokens // row_length(longest)))
-    texts = rng.permutation(len(pool.rows))[:count]
-    picks = [np.sort(rng.permutation(len(pool.places[text]))[:widest]) for text in texts]
+    texts = generator.permutation(len(pool.rows))[:count]
+    picks = [np.sort(generator.permutation(len(pool.places[text]))[:widest]) for text in texts]
     numbers = np.concatenate([pool.starts[text] + pick for text, pick in zip(texts, picks, strict=True)])
     total = power_of_two(count * widest, LEAST_ROWS)
     # Where texts are short, what is missing is filled up and does not count.

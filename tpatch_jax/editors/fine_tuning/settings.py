@@ -68,7 +68,7 @@ FINE_TUNING_PRESETS: Mapping[str, FineTuningSettings] = {
 }
 """Named settings: the last feed-forward network or all layers, with and without KL, and with a bound on each parameter.
 
-Rates, bound and the weight of KL were found on a few CounterFact records with SmolLM2-135M; none came out in its last
+Rates, bound and the weight of KL were chosen on a few CounterFact records with SmolLM2-135M; none came out in its last
 feed-forward network with a bound of 2e-4 or 5e-4, which published settings have.
 
 Source: Huang et al. 2023 (last or all layers, with and without KL); Meng et al. 2022 (one layer, the bound).

@@ -1,6 +1,6 @@
 """One step of fine-tuning on arrays alone: the loss, its gradient for what is trained, Adam, the bound.
 
-The parameters that are trained are a part of the network's own nested dict, such as ``{"layers": {29: {"ffn": …}}}``.
+The parameters that are trained are a part of the network's nested dict, such as ``{"layers": {29: {"ffn": …}}}``.
 Where they are the last feed-forward network's, everything before it is the same at every step: then a step sees
 a `Cut`, else a `Whole`.
 """
@@ -17,10 +17,9 @@ from tpatch_jax.core import ffn
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.networks import Batch
+from tpatch_jax.typing import Params
 
 __all__ = ["ADAM", "Calm", "Cut", "Lesson", "Whole", "beginning", "look", "rounded", "splice", "update"]
-
-Params = dict[Any, Any]
 
 ADAM = optax.scale_by_adam()
 """The optimiser; each step of editing begins it anew."""
@@ -111,7 +110,7 @@ def beginning(params: Params, part: Params) -> Params:
 
 
 def rounded(params: Params, trained: Params) -> Params:
-    """Trained parameters, float32, as the model holds them: in the type of its own."""
+    """Trained parameters, float32, as the model holds them: in its type."""
     return jax.tree.map(lambda new, old: new.astype(old.dtype), trained, beginning(params, trained))
 
 

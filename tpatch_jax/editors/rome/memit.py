@@ -13,7 +13,7 @@ from jax import Array
 from tpatch_jax.core import ffn
 from tpatch_jax.core.checks import check_range
 from tpatch_jax.core.sizes import power_of_two
-from tpatch_jax.editors.base import EditInfo, Editor
+from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions
 from tpatch_jax.editors.reading import Item
 from tpatch_jax.editors.rome.hidden_moment import hidden_moment, moment_rows, sampled_contexts
 from tpatch_jax.editors.rome.rank_one import damped, distribute_update
@@ -229,7 +229,7 @@ def memit(
     def apply(state: KernelState, batch: Batch) -> Array:
         return edited(state).apply(batch)
 
-    return Editor(init, step, apply)
+    return EditorFunctions(init, step, apply)
 
 
 class _Aim(NamedTuple):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tpatch_jax.core import ffn
-from tpatch_jax.editors.base import EditInfo, Editor
+from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions
 from tpatch_jax.editors.reading import Item
 from tpatch_jax.editors.rome.hidden_moment import hidden_moment, moment_rows, sampled_contexts
 from tpatch_jax.editors.rome.rank_one import damped, rank_one
@@ -217,7 +217,7 @@ def rome(
     def apply(state: KernelState, batch: Batch) -> Array:
         return edited(state).apply(batch)
 
-    return Editor(init, step, apply)
+    return EditorFunctions(init, step, apply)
 
 
 class Update(NamedTuple):

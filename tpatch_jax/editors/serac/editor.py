@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,16 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tpatch_jax.editors.base import EditInfo, Editor, RequestInfo, Routing
+from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions, RequestInfo, Routing
 from tpatch_jax.editors.reading import check_requests, read_item
+from tpatch_jax.editors.registry import Method, register_editor
 from tpatch_jax.editors.serac.networks import SeracNetworks, context_tokens, edit_text, embeddings, read_networks
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import collect, predicted
+from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
 from tpatch_jax.models.rows import row_length
 from tpatch_jax.requests import EditRequest, as_requests, join_target
+from tpatch_jax.typing import Progress
 
 __all__ = [
     "SERAC_PRESETS",
@@ -33,8 +36,6 @@ __all__ = [
     "says",
     "serac",
 ]
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def serac(settings: SeracSettings = SERAC_PRESETS["default"], *, progress: Progr
         >>> state, info = editor.step(state, requests, jax.random.key(0))  # doctest: +SKIP
     """
 
-    def init(model: Model, key: Array) -> SeracState:
+    def init(model: Model, rng: Array) -> SeracState:
         if model.config.architecture != "decoder":
             raise TPatchError(
                 f"SERAC needs a decoder, and {model.name!r} is an {model.config.architecture}; use method tpatcher"
@@ -126,10 +127,10 @@ def serac(settings: SeracSettings = SERAC_PRESETS["default"], *, progress: Progr
             model, networks, (), np.zeros((0, networks.scope.config.hidden_size), np.float32), settings, {}
         )
 
-    def step(state: SeracState, requests: Sequence[EditRequest], key: Array) -> tuple[SeracState, EditInfo]:
+    def step(state: SeracState, requests: Sequence[EditRequest], rng: Array) -> tuple[SeracState, EditInfo]:
         return _step(state, as_requests(requests), progress)
 
-    return Editor(init, step, _apply)
+    return EditorFunctions(init, step, _apply)
 
 
 # --- which edit, if any ---
@@ -230,13 +231,13 @@ def says(state: SeracState, requests: Sequence[EditRequest], picks: Sequence[int
         requests: what is asked.
         picks: for each the position of an edit in the memory, or ``None`` where the base model answers.
     """
-    small, found = state.networks.counterfactual, np.zeros(len(requests), bool)
+    small, held = state.networks.counterfactual, np.zeros(len(requests), bool)
     for model, there in ((small, True), (state.model, False)):
         chosen = [number for number, pick in enumerate(picks) if (pick is not None) == there]
         stored = [state.requests[picks[n]] for n in chosen] if there else []  # pyright: ignore
         contexts = [context_tokens(small, one.prompt, one.target) for one in stored] if there else [[]] * len(chosen)
-        found[chosen] = _answered(model, contexts, [requests[number] for number in chosen])
-    return found.tolist()
+        held[chosen] = _answered(model, contexts, [requests[number] for number in chosen])
+    return held.tolist()
 
 
 def _apply(state: SeracState, batch: Batch) -> Array:
@@ -286,9 +287,9 @@ def _step(state: SeracState, requests: list[EditRequest], progress: Progress | N
     for slot, (number, right, pick) in enumerate(zip(good, held, picks, strict=True)):
         reason = ""
         if not right and pick is None:
-            reason = "the prompt is not found to be in the scope of its own edit; lower scope_threshold"
+            reason = "the prompt counts as out of its edit's scope; lower scope_threshold"
         elif not right and pick != first + slot:
-            reason = f"the edit {state.requests[pick or 0].id!r} is found to be nearer to the prompt; take it out"
+            reason = f"the edit {state.requests[pick or 0].id!r} is nearer to the prompt; take it out"
         elif not right:
             reason = "the counterfactual model does not say the target; train it longer, or with more layers"
         status = "failed" if reason else "edited"
@@ -302,7 +303,7 @@ def _step(state: SeracState, requests: list[EditRequest], progress: Progress | N
 
 
 def _named(request: EditRequest, name: str, taken: set[str | None]) -> EditRequest:
-    """The request under a name of its own, by which it can be forgotten, without what only measures."""
+    """The request under a name that no other has, by which it can be forgotten, without what only measures."""
     chosen, number = name, 2
     while chosen in taken:
         chosen, number = f"{name} ({number})", number + 1
@@ -333,3 +334,25 @@ def restore_memory(state: SeracState, arrays: Mapping[str, np.ndarray]) -> Serac
     fields = json.loads(arrays["requests"].tobytes())
     requests = tuple(EditRequest(prompt, target, subject, id=name) for prompt, target, subject, name in fields)
     return state._replace(requests=requests, embeddings=np.array(arrays["embeddings"]))
+
+
+# --- among the methods ---
+
+
+def _learnt(model: Model, settings: SeracSettings) -> str:
+    networks = read_networks(settings.serac, model)
+    return f"{fingerprint(networks.scope)} {fingerprint(networks.counterfactual)}"
+
+
+register_editor(
+    Method(
+        name="serac",
+        presets=SERAC_PRESETS,
+        build=lambda settings, memory, cache, progress: serac(settings, progress=progress),
+        model=lambda state: state.model,
+        save=save_memory,
+        restore=restore_memory,
+        routing=routing,
+        learnt=_learnt,
+    )
+)

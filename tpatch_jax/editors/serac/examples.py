@@ -70,20 +70,20 @@ def swapped(requests: Sequence[EditRequest], number: int, rng: np.random.Generat
         rng: draws the other request.
 
     Returns:
-        The question, or an empty text if none was found.
+        The question, or an empty text if there is none.
 
     Example:
         >>> requests = [EditRequest("Ada speaks", "Thai", "Ada"), EditRequest("Bob lives in", "Rome", "Bob")]
         >>> swapped(requests, 0, np.random.default_rng(0))
         'Ada lives in'
     """
-    own = requests[number]
-    if not own.subject:
+    request = requests[number]
+    if not request.subject:
         return ""
     for other in (requests[pick] for pick in rng.integers(len(requests), size=8)):
         frame = _frame(other)
-        if other.subject and "{}" in frame and frame != _frame(own) and other.target != own.target:
-            return frame.replace("{}", own.subject)
+        if other.subject and "{}" in frame and frame != _frame(request) and other.target != request.target:
+            return frame.replace("{}", request.subject)
     return ""
 
 
@@ -109,7 +109,7 @@ def scope_lessons(
 ) -> Iterator[ScopeLesson]:
     """Batches for the scope classifier.
 
-    The inputs beside each edit are its own prompt and a rephrasing, which are in its scope, one of its locality
+    The inputs beside each edit are its prompt and a rephrasing, which are in its scope, one of its locality
     prompts, and another question about its subject, which are not. For every other edit of the batch all of them are
     out of scope, but for those about a subject that they name.
 
@@ -133,12 +133,12 @@ def scope_lessons(
             [swapped(requests, int(pick), rng) for pick in chosen],
         ]
         relation = np.full((len(kinds) * size, size), -1, np.float32)
-        for row, (text, own) in enumerate((text, own) for texts in kinds for own, text in enumerate(texts)):
+        for row, (text, of) in enumerate((text, of) for texts in kinds for of, text in enumerate(texts)):
             for column, edit in enumerate(edits):
                 about = bool(edit.subject) and edit.subject in text
-                if column != own and (about or edit.prompt == edits[own].prompt):
+                if column != of and (about or edit.prompt == edits[of].prompt):
                     relation[row, column] = 0
-            relation[row, own] = 1 if row < 2 * size else -1
+            relation[row, of] = 1 if row < 2 * size else -1
             if not text:
                 relation[row] = 0
         texts = [edit_text(edit.prompt, edit.target) for edit in edits] + [text for kind in kinds for text in kind]
@@ -171,7 +171,7 @@ def counterfactual_lessons(
 ) -> Iterator[CounterfactualLesson]:
     """Batches for the counterfactual model: the answer is the label and the token that ends a text.
 
-    A quarter of the labels are the requests' own targets, a quarter those of others, and half are names of subjects,
+    A quarter of the labels are the requests' targets, a quarter those of others, and half are names of subjects,
     so that texts of any length are read off the edit and not learnt by heart.
 
     Args:

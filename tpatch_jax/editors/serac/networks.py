@@ -139,10 +139,10 @@ def embeddings(encoder: Model, texts: Sequence[str]) -> np.ndarray:
     Returns:
         ``[texts, d]`` float32.
     """
-    found = np.zeros((len(texts), encoder.config.hidden_size), np.float32)
+    embedded = np.zeros((len(texts), encoder.config.hidden_size), np.float32)
     for numbers, batch in batches(encoder.config, [encoder_row(encoder, text) for text in texts]):
-        found[numbers] = np.asarray(_embed(encoder.config, encoder.params, batch))[: len(numbers)]
-    return found
+        embedded[numbers] = np.asarray(_embed(encoder.config, encoder.params, batch))[: len(numbers)]
+    return embedded
 
 
 # --- the counterfactual model ---
@@ -158,7 +158,7 @@ def shallow(model: Model, layers: int) -> Model:
         layers: how many.
 
     Returns:
-        A model of its own that shares its arrays with the given one.
+        A separate model that shares its arrays with the given one.
 
     Raises:
         TPatchError: the model is no decoder or has fewer layers.
@@ -200,7 +200,7 @@ def context_tokens(model: Model, prompt: str, target: str) -> list[int]:
         prompt: the edit's input.
         target: its label, of any number of words.
     """
-    end = model.tokenizer.eos_token_id
+    end = model.end
     return [*model.encode_prompt(prompt), end, *model.encode_target(prompt, join_target(prompt, target)), end]
 
 
@@ -212,20 +212,20 @@ def _vocabulary(model: Model) -> str:
     return hashlib.sha256(json.dumps(sorted(model.tokenizer.get_vocab().items())).encode()).hexdigest()[:32]
 
 
-def write_networks(folder: Path, found: SeracNetworks, record: dict[str, Any]) -> None:
+def write_networks(folder: Path, networks: SeracNetworks, record: dict[str, Any]) -> None:
     """Write both networks as Hugging Face style folders, and how they were made, whole or not at all.
 
     Args:
         folder: must not exist yet, or be empty.
-        found: the networks.
+        networks: the networks.
         record: how they were made.
 
     Raises:
         TPatchError: the folder is taken, or the disk is full.
     """
-    about = {"schema": SCHEMA, "vocabulary": _vocabulary(found.counterfactual), **record}
+    about = {"schema": SCHEMA, "vocabulary": _vocabulary(networks.counterfactual), **record}
     with replace_folder(folder) as temporary:
-        for model, name in ((found.scope, SCOPE), (found.counterfactual, COUNTERFACTUAL)):
+        for model, name in ((networks.scope, SCOPE), (networks.counterfactual, COUNTERFACTUAL)):
             save_model(model, temporary / name)
             if model.folder is None:
                 model.tokenizer.save_pretrained(temporary / name)

@@ -89,9 +89,9 @@ class SeracInfo:
         held_out: how many they were measured on.
         scope_losses: of the scope classifier, the mean of each epoch's steps.
         counterfactual_losses: the same of the counterfactual model.
-        in_scope: of the held-out rephrasings the share that is found to be in the scope of its own edit, all held-out
+        in_scope: of the held-out rephrasings the share that counts as in the scope of its edit, all held-out
             edits stored.
-        out_of_scope: of the held-out locality prompts the share that is found to be in no scope.
+        out_of_scope: of the held-out locality prompts the share that counts as in no scope.
         exact: of the held-out requests the share whose whole label the counterfactual model says, given the edit.
         parameters: of both networks, without those that are the base model's.
         seconds: the time of training, earlier runs included.
@@ -131,8 +131,8 @@ def scope_loss(config: NetworkConfig) -> Callable[..., Array]:
     """
 
     def loss_of(params: Params, tokens: Array, relation: Array) -> Array:
-        found = embed(config, params, tokens)
-        edits, inputs = found[: relation.shape[1]], found[relation.shape[1] :]
+        embedded = embed(config, params, tokens)
+        edits, inputs = embedded[: relation.shape[1]], embedded[relation.shape[1] :]
         far = 2 * RADIUS**2 - 2 * inputs @ edits.T
         inside, outside = (relation > 0).astype(far.dtype), relation < 0
         positive = jnp.sum(far * inside) / jnp.maximum(jnp.sum(inside), 1)
@@ -233,34 +233,34 @@ def train_serac(
     partial = output.with_name(f"{output.name}.partial")
 
     def options(epochs: int, rate: float) -> tuple[FinetuneSettings, dict[str, Any]]:
-        own = FinetuneSettings(epochs=epochs, batch_size=size, learning_rate=rate, seed=settings.seed)
-        return own, {**record, "settings": {**dataclasses.asdict(settings), **dataclasses.asdict(own)}}
+        chosen = FinetuneSettings(epochs=epochs, batch_size=size, learning_rate=rate, seed=settings.seed)
+        return chosen, {**record, "settings": {**dataclasses.asdict(settings), **dataclasses.asdict(chosen)}}
 
     count = -(-len(taught) // size)
-    own, about = options(settings.scope_epochs, settings.scope_rate)
+    chosen, about = options(settings.scope_epochs, settings.scope_rate)
     scoped = learn(
         scope.params, scope_loss(scope.config), count,
         lambda epoch, first: scope_lessons(scope, taught, size, settings.seed, epoch, first),
-        own, partial / "scope", about, progress, "scope classifier",
+        chosen, partial / "scope", about, progress, "scope classifier",
     )  # fmt: skip
     trained = {name: small.params[name] for name in ("layers", "norm") if name in small.params}
     frozen = {name: entry for name, entry in small.params.items() if name not in trained}
-    own, about = options(settings.counterfactual_epochs, settings.counterfactual_rate)
+    chosen, about = options(settings.counterfactual_epochs, settings.counterfactual_rate)
     copied = learn(
         trained, counterfactual_loss(small.config), count,
         lambda epoch, first: counterfactual_lessons(small, taught, frozen, size, settings.seed, epoch, first),
-        own, partial / "counterfactual", about, progress, "counterfactual model",
+        chosen, partial / "counterfactual", about, progress, "counterfactual model",
     )  # fmt: skip
     small = small.with_params({**frozen, **copied.params})
     shared = sum(leaf.size for name in ("embed", "head") for leaf in jax.tree.leaves(frozen.get(name, {})))
-    found = SeracNetworks(scope.with_params(scoped.params), small, shared)
+    learnt = SeracNetworks(scope.with_params(scoped.params), small, shared)
     info = SeracInfo(
         output, len(taught), len(held_out), _means(scoped.losses, settings.scope_epochs),
-        _means(copied.losses, settings.counterfactual_epochs), *_measure(model, found, held_out),
-        found.parameter_count, scoped.seconds + copied.seconds,
+        _means(copied.losses, settings.counterfactual_epochs), *_measure(model, learnt, held_out),
+        learnt.parameter_count, scoped.seconds + copied.seconds,
     )  # fmt: skip
     result = {name: entry for name, entry in info.to_json().items() if name != "output"}
-    write_networks(output, found, {**record, "base": model.name, "settings": dataclasses.asdict(settings), **result})
+    write_networks(output, learnt, {**record, "base": model.name, "settings": dataclasses.asdict(settings), **result})
     shutil.rmtree(partial, ignore_errors=True)
     return info
 
@@ -277,13 +277,13 @@ def _content(model: Model) -> str:
 
 
 def _measure(
-    model: Model, found: SeracNetworks, requests: Sequence[EditRequest]
+    model: Model, networks: SeracNetworks, requests: Sequence[EditRequest]
 ) -> tuple[float | None, float | None, float | None]:
     """``in_scope``, ``out_of_scope`` and ``exact`` of `SeracInfo`, all requests stored together."""
     if not requests:
         return None, None, None
-    stored = embeddings(found.scope, [edit_text(request.prompt, request.target) for request in requests])
-    state = SeracState(model, found, tuple(requests), stored, SeracSettings(), {})
+    stored = embeddings(networks.scope, [edit_text(request.prompt, request.target) for request in requests])
+    state = SeracState(model, networks, tuple(requests), stored, SeracSettings(), {})
     inside = [(number, text) for number, request in enumerate(requests) for text in request.rephrases]
     outside = [text for request in requests for text in request.locality]
     chosen = route(state, [text for _, text in inside])

@@ -38,13 +38,13 @@ __all__ = [
     "collect_bare",
     "collect_inner",
     "collect_items",
-    "create_lanes",
+    "create_problems",
+    "find_subject_negatives",
     "forward_seconds",
+    "head_of",
     "last_memory",
     "moment",
-    "resume",
-    "starting",
-    "swaps",
+    "start_values",
 ]
 
 Progress = Callable[[str, int, int], None]
@@ -102,13 +102,13 @@ def collect_inner(
             begin = tuple(prompt[: place + 1])
             if begin not in ends:
                 first.setdefault(begin, (number, place))
-    found = list(first.values())
-    kept = np.sort(np.random.default_rng(0).permutation(len(found))[:most])
+    beginnings = list(first.values())
+    kept = np.sort(np.random.default_rng(0).permutation(len(beginnings))[:most])
     places: list[list[int]] = [[] for _ in items]
     for index in kept:
-        number, place = found[index]
+        number, place = beginnings[index]
         places[number].append(place)
-    targets = [number for number, own in enumerate(places) if own]
+    targets = [number for number, chosen in enumerate(places) if chosen]
     rows = [items[number].rows[0][: places[number][-1] + 1] for number in targets]
     report = (lambda done: progress("reading inside prompts", done, len(rows))) if progress else None
     return collect(model, rows, [places[n] for n in targets], model.layer(None), report, on_disk=True).query
@@ -138,7 +138,7 @@ def forward_seconds(model: Model, items: Sequence[Item], most: int = 64) -> floa
     return (time.perf_counter() - began) / len(rows)
 
 
-def starting(model: Model, known: ModelMemory) -> Array:
+def start_values(model: Model, known: ModelMemory) -> Array:
     """What values are started with: `moment` of the unembedding, or the mean of each label of a classifier."""
     return moment(networks.unembedding(model.config, model.params)) if known.centres is None else known.centres
 
@@ -147,29 +147,29 @@ def starting(model: Model, known: ModelMemory) -> Array:
 def moment(table: Array) -> Array:
     """``M = UᵀU/V`` of the unembedding ``U [V, d]``, regularised: ``[d, d]``."""
     table = table.astype(jnp.float32)
-    found = table.T @ table / table.shape[0]
-    return found + 0.01 * jnp.trace(found) / found.shape[0] * jnp.eye(found.shape[0])
+    moment = table.T @ table / table.shape[0]
+    return moment + 0.01 * jnp.trace(moment) / moment.shape[0] * jnp.eye(moment.shape[0])
 
 
-def resume(model: Model) -> Partial:
+def head_of(model: Model) -> Partial:
     """The rest of the network after the last FFN, with its weights kept out of compiled programs."""
     return Partial(networks.finisher(model.config), networks.final_weights(model.config, model.params))
 
 
 @partial(jax.jit, static_argnames="config")
 def _prepared(
-    config: NetworkConfig, weights: Any, spread: Array, patch: Patch, given: Mapping[str, Array]
+    config: NetworkConfig, weights: Any, value_start: Array, patch: Patch, given: Mapping[str, Array]
 ) -> tuple[Array, Array, Array]:
     """What lanes begin with: the output with other neurons in it, the value's direction, and its scale."""
     beside = given["output"] + contribution(patch, given["query"], ACTIVATIONS[config.activation])
     targets = given["targets"]
     if config.labels:
         # The way from the mean of all labels to that of the target.
-        direction = spread[targets] - jnp.mean(spread, 0)
+        direction = value_start[targets] - jnp.mean(value_start, 0)
     else:
         # M⁻¹·u_token raises a token's logit most against all others.
         rows = networks.unembedding_rows(config, weights, targets)
-        direction = jnp.linalg.solve(spread, rows.astype(jnp.float32).T).T
+        direction = jnp.linalg.solve(value_start, rows.astype(jnp.float32).T).T
     return beside.astype(jnp.float32), direction, _scale(config, weights, given["residual"], given["output"], beside)
 
 
@@ -188,14 +188,14 @@ def _scale(config: NetworkConfig, weights: Any, residual: Array, output: Array, 
     return jnp.minimum(norm(beside), LOUDEST * norm(output))
 
 
-def create_lanes(
+def create_problems(
     model: Model,
     settings: TPatcherSettings,
     sites: Sites,
     targets: TargetTokens,
     negatives: Callable[[np.ndarray], np.ndarray],
     mean: np.ndarray,
-    spread: Array,
+    value_start: Array,
     rows: np.ndarray,
     patch: Patch,
 ) -> FitProblem:
@@ -206,9 +206,9 @@ def create_lanes(
         settings: the editor's options.
         sites: from `collect_items`.
         targets: the target tokens.
-        negatives: from `swaps`.
+        negatives: from `find_subject_negatives`.
         mean: the mean memory query, ``[d]``, which stands for no negative.
-        spread: from `starting`.
+        value_start: from `start_values`.
         rows: the bare rows that want a neuron, ``[lanes]``.
         patch: what is active already.
     """
@@ -235,7 +235,7 @@ def create_lanes(
     weights = networks.final_weights(model.config, model.params)
     weights["layers"] = {model.layer(None): weights["layer"]}
     made = _prepared(
-        model.config, weights, spread, sized(patch, NEURONS), {name: x[index] for name, x in given.items()}
+        model.config, weights, value_start, sized(patch, NEURONS), {name: x[index] for name, x in given.items()}
     )
     beside, direction, scale = (host(array)[: len(rows)] for array in made)
     # On the host, where a new number of lanes compiles nothing.
@@ -291,7 +291,7 @@ def _few_contexts(targets: TargetTokens, most: int) -> np.ndarray:
 def last_memory(
     settings: TPatcherSettings,
     known: ModelMemory,
-    earlier: PreviousEdits,
+    previous: PreviousEdits,
     sites: Sites,
     targets: TargetTokens,
     inner: Any = None,
@@ -301,19 +301,20 @@ def last_memory(
     several = max(map(len, targets.table)) > 1 and settings.contexts > 1
     if settings.fit.recipe == "staged" and several and sites.query.ndim == 2:
         # The edits' own contexts tell more than the general ones, the more of them there are.
-        own, share = _own_scatter(sites.query, targets.table, settings.contexts), min(0.9, len(targets.wanted) / 200)
-        nuisance = blended(own, nuisance, share)
+        scatter = _own_scatter(sites.query, targets.table, settings.contexts)
+        share = min(0.9, len(targets.wanted) / 200)
+        nuisance = blended(scatter, nuisance, share)
     memory = create_memory(known.query, nuisance, weight=settings.nuisance_weight, shrinkage=settings.shrinkage)
     if known.answers is not None:
         memory = memory._replace(answer=known.answers)
-    query, owner = single_rows(earlier.sites)
-    queries, answers = [query], [earlier.wanted[owner]]
+    query, owner = single_rows(previous.sites)
+    queries, answers = [query], [previous.wanted[owner]]
     if settings.other_edits:
-        own, owner = single_rows(sites)
+        rows, owner = single_rows(sites)
         if sites.query.ndim == 2 and len(owner) > len(targets.bare) + CONTEXT_ROWS:
             owner = _few_contexts(targets, CONTEXT_ROWS)
-            own = chosen_rows(own, owner)
-        queries.append(own)
+            rows = chosen_rows(rows, owner)
+        queries.append(rows)
         answers.append(targets.answers[owner])
     if inner is not None:
         queries.append(inner)
@@ -342,7 +343,7 @@ def _mates(items: Sequence[Item], requests: Mapping[int, EditRequest], count: in
     return result
 
 
-def swaps(
+def find_subject_negatives(
     model: Model,
     items: Sequence[Item],
     requests: Mapping[int, EditRequest],
@@ -374,8 +375,8 @@ def swaps(
     rows = [model.encode_prompt(swapped[items[at].position][slot]) for at, slot in places]
     if rows:
         report = (lambda done: progress("reading other subjects", done, len(rows))) if progress else None
-        found = collect(model, rows, [[len(row) - 1] for row in rows], model.layer(None), report, on_disk=True)
-        said = found.query if not whole else np.where(real(found)[..., None], found.query, mean)[:, :LEAST_TEXT]
+        seen = collect(model, rows, [[len(row) - 1] for row in rows], model.layer(None), report, on_disk=True)
+        said = seen.query if not whole else np.where(real(seen)[..., None], seen.query, mean)[:, :LEAST_TEXT]
         read[tuple(np.asarray(places).T)] = np.arange(len(places))
 
     def negatives(numbers: np.ndarray) -> np.ndarray:

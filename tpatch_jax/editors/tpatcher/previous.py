@@ -1,6 +1,6 @@
 """The edits of earlier steps: what later ones stay silent on and must not break."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,14 +16,14 @@ from tpatch_jax.models.model import Model
 __all__ = [
     "NO_SUBJECT",
     "PreviousEdits",
-    "broken",
-    "fires",
-    "load_earlier",
-    "nothing",
+    "create_empty",
+    "find_broken",
+    "find_firing",
+    "load_previous",
     "raise_thresholds",
-    "refreshed",
+    "refresh_sites",
     "remember",
-    "save_earlier",
+    "save_previous",
 ]
 
 NO_SUBJECT = -1
@@ -40,7 +40,7 @@ class PreviousEdits(NamedTuple):
         groups: a number for each subject, -1 without one, ``[edits]``.
         wanted: the target tokens, ``[target tokens]``.
         sites: what the cut in the last layer gives at them, ``[target tokens, d]``.
-        heard: queries of the subject site at every token, ``[all tokens, d]``; ``[0, d]`` where it is not used.
+        subject_query: queries of the subject site at every token, ``[all tokens, d]``; ``[0, d]`` where it is not used.
     """
 
     tokens: np.ndarray
@@ -50,7 +50,7 @@ class PreviousEdits(NamedTuple):
     groups: np.ndarray
     wanted: np.ndarray
     sites: Sites
-    heard: np.ndarray
+    subject_query: np.ndarray
 
     @property
     def rows(self) -> list[list[int]]:
@@ -60,7 +60,7 @@ class PreviousEdits(NamedTuple):
         )
 
 
-def nothing(hidden_size: int, dtype: np.dtype) -> PreviousEdits:
+def create_empty(hidden_size: int, dtype: np.dtype) -> PreviousEdits:
     """No edit at all.
 
     Args:
@@ -72,20 +72,20 @@ def nothing(hidden_size: int, dtype: np.dtype) -> PreviousEdits:
 
 
 def remember(
-    earlier: PreviousEdits,
+    previous: PreviousEdits,
     items: Sequence[Item],
     subjects: Sequence[tuple[int, int]],
     sites: Sites,
-    heard: np.ndarray | None,
+    subject_query: np.ndarray | None,
 ) -> PreviousEdits:
     """The edits so far and some more.
 
     Args:
-        earlier: the edits so far.
+        previous: the edits so far.
         items: the new ones.
         subjects: of each the token at which its subject ends and its group, or -1 twice.
         sites: what the cut gives at their target tokens.
-        heard: queries of the subject site at each of their tokens, if that is used.
+        subject_query: queries of the subject site at each of their tokens, if that is used.
     """
     token, group = np.asarray(subjects, np.int32).reshape(-1, 2).T
     new = PreviousEdits(
@@ -96,44 +96,44 @@ def remember(
         group,
         np.asarray([one for item in items for one in item.target], np.int32),
         sites,
-        earlier.heard[:0] if heard is None else heard,
+        previous.subject_query[:0] if subject_query is None else subject_query,
     )
     flat = {
         name: np.concatenate([old, more])
-        for name, old, more in zip(PreviousEdits._fields, earlier, new, strict=True)
+        for name, old, more in zip(PreviousEdits._fields, previous, new, strict=True)
         if name != "sites"
     }
-    return PreviousEdits(**flat, sites=joined(earlier.sites, new.sites))
+    return PreviousEdits(**flat, sites=joined(previous.sites, new.sites))
 
 
-def broken(model: Model, earlier: PreviousEdits, patch: Patch) -> np.ndarray:
-    """The rows of ``earlier.sites`` whose wanted token does not come out with a patch in the last layer."""
-    return wrong_rows(model, earlier.sites, earlier.wanted, patch)
+def find_broken(model: Model, previous: PreviousEdits, patch: Patch) -> np.ndarray:
+    """The rows of ``previous.sites`` whose wanted token does not come out with a patch in the last layer."""
+    return wrong_rows(model, previous.sites, previous.wanted, patch)
 
 
-def fires(earlier: PreviousEdits, deep: Patch) -> np.ndarray:
+def find_firing(previous: PreviousEdits, patch: Patch) -> np.ndarray:
     """On which edits each neuron of a patch at the subject site fires, ``[edits, n]`` bool."""
-    z = _responses(deep, earlier.heard)
-    owner = np.repeat(np.arange(len(earlier.lengths)), earlier.lengths)
-    result = np.zeros((len(earlier.lengths), deep.key.shape[0]), bool)
+    z = _responses(patch, previous.subject_query)
+    owner = np.repeat(np.arange(len(previous.lengths)), previous.lengths)
+    result = np.zeros((len(previous.lengths), patch.key.shape[0]), bool)
     np.logical_or.at(result, owner, z > 0)
     return result
 
 
-def refreshed(model: Model, earlier: PreviousEdits, touched: np.ndarray) -> PreviousEdits:
+def refresh_sites(model: Model, previous: PreviousEdits, touched: np.ndarray) -> PreviousEdits:
     """What the last layer sees of edits that any neuron touches, ``touched [edits, n]`` bool, from a changed model."""
     touched = np.asarray(touched.any(1))
     if not touched.any():
-        return earlier
-    rows, counts = earlier.rows, earlier.lengths - earlier.starts
+        return previous
+    rows, counts = previous.rows, previous.lengths - previous.starts
     chosen = np.flatnonzero(touched)
-    places = [range(earlier.starts[n] - 1, earlier.lengths[n] - 1) for n in chosen]
-    found = collect(model, [rows[n] for n in chosen], places, model.layer(None))
+    places = [range(previous.starts[n] - 1, previous.lengths[n] - 1) for n in chosen]
+    seen = collect(model, [rows[n] for n in chosen], places, model.layer(None))
     here = np.repeat(touched, counts)
-    sites = Sites(*(np.array(old) for old in earlier.sites))
-    for old, new in zip(sites, found, strict=True):
+    sites = Sites(*(np.array(old) for old in previous.sites))
+    for old, new in zip(sites, seen, strict=True):
         old[here] = new
-    return earlier._replace(sites=sites)
+    return previous._replace(sites=sites)
 
 
 @jax.jit
@@ -145,10 +145,10 @@ def _responses(patch: Patch, query: np.ndarray) -> np.ndarray:
     """``q·k + b``, ``[rows, n]``, padded to few sizes."""
     count, neurons = query.shape[0], patch.key.shape[0]
     padded = np.pad(query, ((0, power_of_two(count, 64) - count), (0, 0)))
-    return np.asarray(_preactivations(sized(patch._replace(layer=None), 64), padded), np.float32)[:count, :neurons]
+    return np.asarray(_preactivations(sized(patch, 64), padded), np.float32)[:count, :neurons]
 
 
-def raise_thresholds(model: Model, earlier: PreviousEdits, patch: Patch, query: np.ndarray) -> Patch:
+def raise_thresholds(model: Model, previous: PreviousEdits, patch: Patch, query: np.ndarray) -> Patch:
     """Earlier neurons with their thresholds raised above queries on which they fire though something else is wanted.
 
     ``k' = k·u/(u-t), b' = (b-t)·u/(u-t)``, where ``u`` is the neuron's strongest response to the edits it serves, which
@@ -157,39 +157,47 @@ def raise_thresholds(model: Model, earlier: PreviousEdits, patch: Patch, query: 
 
     Args:
         model: the model.
-        earlier: the edits that the neurons serve.
+        previous: the edits that the neurons serve.
         patch: the neurons of earlier steps in the last layer, ``[n, d]``, on the host.
         query: where something else is wanted, ``[rows, d]``.
     """
-    if not len(earlier.wanted) or not len(query) or not patch.key.shape[0]:
+    if not len(previous.wanted) or not len(query) or not patch.key.shape[0]:
         return patch
     if query.ndim == 3:
-        # Whole texts: some of their tokens may well sound alike.
+        # Whole texts: some of their tokens may well be alike.
         return patch
-    own, strayed = _responses(patch, earlier.sites.query).max(0), _responses(patch, query).max(0)
-    threshold = strayed + 0.1 * (own - strayed)
-    raised = (strayed > 0) & (threshold < 0.9 * own)
+    strongest, strayed = _responses(patch, previous.sites.query).max(0), _responses(patch, query).max(0)
+    threshold = strayed + 0.1 * (strongest - strayed)
+    raised = (strayed > 0) & (threshold < 0.9 * strongest)
     if not raised.any():
         return patch
 
     def higher(which: np.ndarray) -> Patch:
-        by = np.where(which, own / np.where(which, own - threshold, 1.0), 1.0).astype(patch.key.dtype)
+        by = np.where(which, strongest / np.where(which, strongest - threshold, 1.0), 1.0).astype(patch.key.dtype)
         bias = (patch.bias - np.where(which, threshold, 0.0).astype(patch.bias.dtype)) * by
         return patch._replace(key=patch.key * by[:, None], bias=bias)
 
-    lost = np.setdiff1d(broken(model, earlier, higher(raised)), broken(model, earlier, patch))
+    lost = np.setdiff1d(find_broken(model, previous, higher(raised)), find_broken(model, previous, patch))
     if len(lost):
-        raised &= ~(_responses(patch, earlier.sites.query[lost]) > 0).any(0)
+        raised &= ~(_responses(patch, previous.sites.query[lost]) > 0).any(0)
     return higher(raised)
 
 
-def save_earlier(earlier: PreviousEdits) -> dict[str, np.ndarray]:
-    """As named arrays."""
-    flat = {name: value for name, value in earlier._asdict().items() if name != "sites"}
-    return {f"earlier_{name}": np.asarray(value) for name, value in {**flat, **earlier.sites._asdict()}.items()}
+_FILE_NAMES = {"subject_query": "heard"}
+"""What fields are called in banks and journals, where their name differs."""
 
 
-def load_earlier(arrays: dict[str, np.ndarray]) -> PreviousEdits:
-    """The inverse of `save_earlier`."""
-    flat = {name: arrays[f"earlier_{name}"] for name in PreviousEdits._fields if name != "sites"}
-    return PreviousEdits(**flat, sites=Sites(*(arrays[f"earlier_{name}"] for name in Sites._fields)))
+def _file_name(field: str) -> str:
+    return f"earlier_{_FILE_NAMES.get(field, field)}"
+
+
+def save_previous(previous: PreviousEdits) -> dict[str, np.ndarray]:
+    """As named arrays, for files."""
+    fields = {name: value for name, value in previous._asdict().items() if name != "sites"}
+    return {_file_name(name): np.asarray(value) for name, value in {**fields, **previous.sites._asdict()}.items()}
+
+
+def load_previous(arrays: Mapping[str, np.ndarray]) -> PreviousEdits:
+    """The inverse of `save_previous`."""
+    fields = {name: arrays[_file_name(name)] for name in PreviousEdits._fields if name != "sites"}
+    return PreviousEdits(**fields, sites=Sites(*(arrays[_file_name(name)] for name in Sites._fields)))

@@ -6,7 +6,7 @@ Arrays and callables only, so that networks of this library and foreign ones are
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -20,9 +20,20 @@ from tpatch_jax.core.patch import Patch, concatenate, join, take
 from tpatch_jax.core.problem import Head
 from tpatch_jax.editors.base import EditInfo, RequestInfo
 
-__all__ = ["Fitted", "Note", "TargetTokens", "find_target_tokens", "finished", "fit_rounds", "numbered", "report"]
+__all__ = [
+    "Checks",
+    "Fitted",
+    "Note",
+    "TargetTokens",
+    "drop_failures",
+    "find_target_tokens",
+    "fit_rounds",
+    "number_neurons",
+    "report",
+]
 
 Progress = Callable[[str, int, int], None]
+D = TypeVar("D")
 
 
 class TargetTokens(NamedTuple):
@@ -98,15 +109,15 @@ def find_target_tokens(targets: Sequence[Sequence[int]], contexts: Sequence[int]
 
 
 @jax.jit
-def _folded(key: Array, folds: Array) -> Array:
-    return jax.vmap(lambda fold: jax.random.fold_in(key, fold))(folds)
+def _fold(rng: Array, folds: Array) -> Array:
+    return jax.vmap(lambda fold: jax.random.fold_in(rng, fold))(folds)
 
 
-def _keys(key: Array, names: Sequence[str], size: int) -> Array:
+def _fold_names(rng: Array, names: Sequence[str], size: int) -> Array:
     """A random key for each name, and some more: a result depends on what is targets for, not on its neighbours."""
     folds = np.zeros(size, np.uint32)
     folds[: len(names)] = [zlib.crc32(name.encode()) for name in names]
-    return _folded(key, folds)
+    return _fold(rng, folds)
 
 
 def _note(info: FitInfo, lane: int) -> Note:
@@ -116,13 +127,13 @@ def _note(info: FitInfo, lane: int) -> Note:
 
 def fit_rounds(
     patch: Patch,
-    lanes: Callable[[np.ndarray, Patch], FitProblem],
+    create_problems: Callable[[np.ndarray, Patch], FitProblem],
     wrong: Callable[[Patch], np.ndarray],
     names: Sequence[str],
     targets: TargetTokens,
     memory: Memory,
     head: Head,
-    key: Array,
+    rng: Array,
     settings: FitSettings,
     *,
     attempts: int,
@@ -137,13 +148,13 @@ def fit_rounds(
 
     Args:
         patch: neurons that are there already, ``[n, d]``.
-        lanes: ``(bare rows, patch)`` to what to fit on.
+        create_problems: ``(bare rows, patch)`` to what to fit on.
         wrong: the bare rows whose token does not come out with a patch.
         names: of each bare row, for its random numbers.
         targets: the target tokens.
         memory: shared by all lanes.
         head: as for `fit_many`.
-        key: a typed random key.
+        rng: a typed random key.
         settings: options of a fit.
         attempts: how many rounds at most.
         most_tokens: only so many tokens of a request get a neuron.
@@ -168,14 +179,14 @@ def fit_rounds(
         for first in range(0, len(now), at_once):
             # Part by part, so that not all that is fitted on is in memory at once.
             part = now[first : first + at_once]
-            keys = _keys(key, [f"{names[row]} {attempt}" for row in part], at_once)
-            given = lanes(part, patch), memory, head, keys, settings, activation
+            rngs = _fold_names(rng, [f"{names[row]} {attempt}" for row in part], at_once)
+            given = create_problems(part, patch), memory, head, rngs, settings, activation
             done = fit_many(*given, mesh=mesh, size=size, retry=attempt > 0)
-            found, info = jax.tree.map(np.asarray, done)
-            keep = np.flatnonzero(np.isfinite(found.value).all((1, 2)) & np.isfinite(found.key).all((1, 2)))
-            pieces.append(join(take(found, keep)))
-            kept.append(np.repeat(part[keep], found.key.shape[1]))
-            notes += [_note(info, int(lane)) for lane in keep for _ in range(found.key.shape[1])]
+            new, info = jax.tree.map(np.asarray, done)
+            keep = np.flatnonzero(np.isfinite(new.value).all((1, 2)) & np.isfinite(new.key).all((1, 2)))
+            pieces.append(join(take(new, keep)))
+            kept.append(np.repeat(part[keep], new.key.shape[1]))
+            notes += [_note(info, int(lane)) for lane in keep for _ in range(new.key.shape[1])]
             if progress:
                 progress(said, min(first + at_once, len(now)), len(now))
         seconds += time.perf_counter() - began
@@ -186,24 +197,33 @@ def fit_rounds(
     return Fitted(patch, rows, notes, missing, seconds)
 
 
-def finished(
-    fitted: Fitted,
-    targets: TargetTokens,
-    wrong: Callable[[Patch], np.ndarray],
-    harmed: Callable[[Patch, np.ndarray], set[int]] = lambda patch, rows: set(),
-    gone: Callable[[set[int]], None] = lambda requests: None,
-) -> tuple[np.ndarray, dict[int, str]]:
+class Checks(NamedTuple):
+    """How a draft is looked at while neurons are taken out; ``D`` is whatever stands around them, a value.
+
+    Attributes:
+        wrong: ``(D, patch)`` to the bare rows whose token does not come out.
+        harmful: ``(D, patch, rows of its new neurons)`` to the requests whose neurons break something else.
+        without: ``(D, requests)`` to the same without what belongs to some requests.
+    """
+
+    wrong: Callable[[Any, Patch], np.ndarray]
+    harmful: Callable[[Any, Patch, np.ndarray], set[int]] = lambda draft, patch, rows: set()
+    without: Callable[[Any, set[int]], Any] = lambda draft, requests: draft
+
+
+def drop_failures(
+    fitted: Fitted, targets: TargetTokens, checks: Checks, draft: D
+) -> tuple[np.ndarray, dict[int, str], D]:
     """What does not hold is taken out; that may free or trip others, so look until it is stable.
 
     Args:
         fitted: where the rounds ended.
         targets: the target tokens.
-        wrong: as for `fit_rounds`.
-        harmed: ``(patch, rows of its new neurons)`` to the requests whose neurons break something else.
-        gone: called with the requests that are taken out.
+        checks: how to look.
+        draft: what stands around the neurons.
 
     Returns:
-        Which of the new neurons stay, and for each request that is taken out the reason.
+        Which of the new neurons stay, for each request that is taken out the reason, and what stands around them then.
     """
     first = fitted.patch.key.shape[0] - len(fitted.row)
     older = take(fitted.patch, np.arange(first))
@@ -212,30 +232,44 @@ def finished(
     for number in dropped:
         token = min(int(targets.token[row]) for row in fitted.missing if targets.owner[row] == number)
         reasons[number] = f"target token {token + 1} of {targets.table[number].shape[1]} still comes out wrong"
-    gone(dropped)
+    draft = checks.without(draft, dropped)
     # Where nothing is taken out the rounds have looked already, and all comes out.
     looked = not dropped
     while True:
-        alive = np.asarray([n for n, row in enumerate(fitted.row) if targets.owner[row] not in dropped], np.int64)
-        all_alive = len(alive) == len(fitted.row)
-        final = fitted.patch if all_alive else concatenate([older, take(fitted.patch, first + alive)])
-        broken = {} if looked else dict.fromkeys(targets.owner[wrong(final)].tolist(), "another edit breaks it")
+        kept = np.asarray([n for n, row in enumerate(fitted.row) if targets.owner[row] not in dropped], np.int64)
+        final = fitted.patch if len(kept) == len(fitted.row) else concatenate([older, take(fitted.patch, first + kept)])
+        wrong = np.zeros(0, np.int64) if looked else checks.wrong(draft, final)
         looked = False
-        broken |= dict.fromkeys(harmed(final, fitted.row[alive]), "it would break an earlier edit")
+        broken = dict.fromkeys(targets.owner[wrong].tolist(), "another edit breaks it")
+        broken |= dict.fromkeys(checks.harmful(draft, final, fitted.row[kept]), "it would break an earlier edit")
         broken = {number: reason for number, reason in broken.items() if number not in dropped}
         if not broken:
-            return alive, reasons
+            return kept, reasons, draft
         dropped |= set(broken)
         reasons |= broken
-        gone(set(broken))
+        draft = checks.without(draft, set(broken))
 
 
-def numbered(made: Sequence[tuple[int, Note]], first: int) -> tuple[dict[int, list[int]], dict[int, list[Note]]]:
-    """The neurons of each request, counted from ``first``, and how their fits went: what `report` is told."""
-    neurons: dict[int, list[int]] = {}
+def number_neurons(
+    made: Sequence[tuple[int, int, Note]], first: Mapping[int, int]
+) -> tuple[dict[int, dict[int, list[int]]], dict[int, list[Note]]]:
+    """The neurons of each request, by layer, and how their fits went: what `report` is told.
+
+    Args:
+        made: of each new neuron the request's position, its layer and how its fit went, in the order of its patch.
+        first: how many neurons each layer had before.
+
+    Example:
+        >>> note = Note("last", 3, 0.5, {})
+        >>> number_neurons([(0, 5, note), (1, 5, note)], {5: 2})[0]
+        {0: {5: [2]}, 1: {5: [3]}}
+    """
+    counts = dict(first)
+    neurons: dict[int, dict[int, list[int]]] = {}
     notes: dict[int, list[Note]] = {}
-    for number, (position, note) in enumerate(made, first):
-        neurons.setdefault(position, []).append(number)
+    for position, layer, note in made:
+        neurons.setdefault(position, {}).setdefault(layer, []).append(counts.get(layer, 0))
+        counts[layer] = counts.get(layer, 0) + 1
         notes.setdefault(position, []).append(note)
     return neurons, notes
 
@@ -244,7 +278,7 @@ def report(
     names: Sequence[str],
     problems: Mapping[int, str],
     already: set[int],
-    neurons: Mapping[int, list[int]],
+    neurons: Mapping[int, Mapping[int, Sequence[int]]],
     notes: Mapping[int, list[Note]],
     hidden_size: int,
     times: tuple[float, float, float],
@@ -255,7 +289,7 @@ def report(
         names: of the requests.
         problems: the reason of each that failed, by position.
         already: those that held before.
-        neurons: of each request that was edited, by position.
+        neurons: of each request that was edited, by position, its neurons by layer.
         notes: how their fits went.
         hidden_size: ``d``.
         times: seconds of the whole edit, of the fitting, and of one forward pass over one request.
@@ -276,7 +310,7 @@ def report(
                 name,
                 True,
                 "edited",
-                neurons=tuple(neurons[position]),
+                neurons={layer: tuple(chosen) for layer, chosen in neurons[position].items()},
                 steps=max(fit.steps for fit in fits),
                 losses={term: float(np.mean([fit.losses[term] for fit in fits])) for term in fits[0].losses},
                 margin=min(fit.margin for fit in fits),
@@ -285,5 +319,5 @@ def report(
             results.append(result)
     seconds, fit_seconds, unit = times
     scale = 1 / (max(1, len(names)) * unit) if unit else 0.0
-    added = sum(map(len, neurons.values())) * (2 * hidden_size + 1)
+    added = sum(len(chosen) for layers in neurons.values() for chosen in layers.values()) * (2 * hidden_size + 1)
     return EditInfo(tuple(results), seconds, fit_seconds, seconds * scale, fit_seconds * scale, added)

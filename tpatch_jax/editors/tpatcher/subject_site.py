@@ -183,9 +183,9 @@ def _key_wordings(
         return [alone, *(alone.after(prefix) for prefix in prefixes)][:count], others
     # Other questions count as its own, or it would know its subject in few rephrasings.
     end = request.prompt.index(subject) + len(subject)
-    own = [Wording(request.prompt[:end], end), *neutral_wordings(request, count - 1, asked=True)]
-    own = [wording.after(prefix) for wording, prefix in zip(own, prefixes, strict=False)] + own
-    return own[:count], neutral_wordings(request, AVOIDED) if settings.question_avoidance else []
+    wordings = [Wording(request.prompt[:end], end), *neutral_wordings(request, count - 1, asked=True)]
+    wordings = [wording.after(prefix) for wording, prefix in zip(wordings, prefixes, strict=False)] + wordings
+    return wordings[:count], neutral_wordings(request, AVOIDED) if settings.question_avoidance else []
 
 
 @partial(jax.jit, static_argnames="contrast")
@@ -194,8 +194,8 @@ def _keys(
     contrast: float
 ) -> Recognised:  # fmt: skip
     def key(lane: tuple[Array, ...]) -> Recognised:
-        own, group, low, share, away, weight = lane
-        return whitened_key(own, group, memory, low, share, away, weight, contrast)
+        positive, group, low, share, away, weight = lane
+        return whitened_key(positive, group, memory, low, share, away, weight, contrast)
 
     # One lane at a time: the memory's responses to many keys at once would be the largest array of all.
     return jax.lax.map(key, (query, groups, floor, split, avoid, strength))
@@ -229,20 +229,20 @@ def _values(
     """The values of one chunk of lanes. ``kept`` are prompts of earlier edits of the same subject, which must go on."""
     lanes, most = len(prompts), max((len(rows) for rows in kept), default=0)
     # A lane without that many repeats its own bare prompt, which then counts for nothing.
-    rows = [[*own, *also, *[own[0]] * (most - len(also))] for own, also in zip(prompts, kept, strict=True)]
-    each, count = len(rows[0]), round_up(max(len(row.wanted) for own in rows for row in own), 2)
+    rows = [[*part, *also, *[part[0]] * (most - len(also))] for part, also in zip(prompts, kept, strict=True)]
+    each, count = len(rows[0]), round_up(max(len(row.wanted) for part in rows for row in part), 2)
     wanted, weight = np.zeros((lanes, each, count), np.int32), np.zeros((lanes, each, count), np.float32)
-    for lane, own in enumerate(rows):
-        for number, row in enumerate(own[: len(prompts[lane]) + len(kept[lane])]):
+    for lane, part in enumerate(rows):
+        for number, row in enumerate(part[: len(prompts[lane]) + len(kept[lane])]):
             wanted[lane, number, : len(row.wanted)] = row.wanted
             group = len(prompts[lane]) if number < len(prompts[lane]) else 1
             weight[lane, number, : len(row.wanted)] = 1 / (group * len(row.wanted))
-    forked, places = forked_rows(model, [row for own in rows for row in own], layer, count)
+    forked, places = forked_rows(model, [row for part in rows for row in part], layer, count)
     run = runner(model, layer)
     activity = np.asarray(_activity(model, patch, forked, settings.plateau))
     # A wording that the key does not know can teach the value nothing.
-    heard = activity > HEARD * activity[:, :1]
-    weight *= np.where(np.arange(each) < len(prompts[0]), heard, True)[..., None]
+    recognised = activity > HEARD * activity[:, :1]
+    weight *= np.where(np.arange(each) < len(prompts[0]), recognised, True)[..., None]
     share = weight.sum((1, 2), keepdims=True)
     targets = TargetRows(
         (tuple(forked[:-1]), places), jnp.asarray(activity), jnp.asarray(wanted), jnp.asarray(weight / share)
@@ -250,7 +250,7 @@ def _values(
     scale = jnp.linalg.norm(forked.output[:, 0].astype(jnp.float32), axis=-1).reshape(lanes, each)[:, 0]
     close = None
     if settings.neutral:
-        flat = [row for own in neutral for row in own]
+        flat = [row for part in neutral for row in part]
         beside, places = forked_rows(model, flat, layer, 1)
         before = beside if model is unedited else forked_rows(unedited, flat, layer, 1)[0]
         silent = jnp.zeros((len(flat), patch.key.shape[1]), jnp.float32)
@@ -276,7 +276,7 @@ class Subjects(NamedTuple):
         neutral: of each lane prompts after which little should change.
         groups: a number for each item's subject, -1 without one.
         queries: of each item the query at every token of its bare prompt and target, ``[tokens, d]``.
-        found: the lanes' keys.
+        keys: the lanes' keys.
         positions: of each item the request's place in the list of requests.
     """
 
@@ -288,28 +288,101 @@ class Subjects(NamedTuple):
     neutral: dict[int, list[PromptRow]]
     groups: np.ndarray
     queries: list[np.ndarray]
-    found: Recognised | None
+    keys: Recognised | None
     positions: list[int]
 
     def place(self, number: int) -> tuple[int, int]:
         """Where an item's subject ends in its bare prompt, and its group; -1 without a subject."""
         return (self.prompts[number][0].subject if number in self.prompts else -1), int(self.groups[number])
 
-    def heard(self, numbers: Sequence[int]) -> np.ndarray:
+    def queries_of(self, numbers: Sequence[int]) -> np.ndarray:
         """The queries of some items, one after the other, ``[tokens, d]``."""
         return np.concatenate([self.queries[number] for number in numbers]) if len(numbers) else self.queries[0][:0]
 
 
 class FittedSubjects(NamedTuple):
-    """Neurons at subjects, ``[n, d]``, which name their layer, and what became of the requests they belong to."""
+    """Neurons at subjects, ``[n, d]``, and what became of the requests they belong to."""
 
     patch: Patch
     neurons: list[SubjectNeuron]
 
 
+class _Rows(NamedTuple):
+    """What is read of each lane, in tokens.
+
+    Attributes:
+        prompts: through which its value is trained, the bare one first; shorter wordings come last.
+        contexts: where else its key sees the subject.
+        avoid: where its key should not know it; none, or as many for each lane.
+        neutral: after which little should change.
+    """
+
+    prompts: dict[int, list[PromptRow]]
+    contexts: dict[int, list[PromptRow]]
+    avoid: dict[int, list[PromptRow]]
+    neutral: dict[int, list[PromptRow]]
+
+
+def _value_prompts(
+    model: Model, items: Sequence[Item], requests: Sequence[EditRequest], lanes: Sequence[int],
+    settings: SubjectSettings
+) -> dict[int, list[PromptRow]]:  # fmt: skip
+    """Each lane's prompt in a few contexts, and its rephrasings if they are trained on; equally many for each."""
+    prompts = {
+        number: [
+            prompt_row(model, requests[items[number].position], items[number], context, settings.token)
+            for context in range(min(settings.value_contexts, len(items[number].texts) - items[number].rephrases))
+        ]
+        for number in lanes
+    }
+    rephrased = {n: rephrase_rows(model, requests[items[n].position], items[n], settings.token) for n in lanes}
+    # Where a lane has fewer, they come again.
+    most = max(map(len, rephrased.values()), default=0)
+    return {number: [*rows, *islice(cycle(rephrased[number] or rows[:1]), most)] for number, rows in prompts.items()}
+
+
+def _shorter_prompts(
+    model: Model, item: Item, request: EditRequest, last: list[PromptRow], known: ModelMemory, settings: SubjectSettings
+) -> list[PromptRow]:
+    """A prompt in fewer words; where there are fewer ways to say it, the prompt in its last context stands in."""
+    if settings.token != "subject":
+        return []
+    shorter = short_rows(model, request, item, known.prefixes[-settings.shorter :])
+    return [*shorter, *(last * settings.shorter)][: settings.shorter]
+
+
+def _read_rows(
+    model: Model, known: ModelMemory, items: Sequence[Item], requests: Sequence[EditRequest], lanes: Sequence[int],
+    settings: SubjectSettings
+) -> _Rows:  # fmt: skip
+    """Everything that keys and values of some requests are fitted on, in tokens."""
+    prompts = _value_prompts(model, items, requests, lanes, settings)
+    contexts, avoid, neutral, shorter = {}, {}, {}, {}
+    subjects = [requests[item.position].subject for item in items]
+    names = list(dict.fromkeys([*known.names, *(subject for subject in subjects if subject)]))
+    in_context = {n: items[n].texts for n in lanes}
+    for number in lanes:
+        request = requests[items[number].position]
+        count = min(settings.value_contexts, len(in_context[number]) - items[number].rephrases)
+        last = prompts[number][count - 1 : count]
+        shorter[number] = _shorter_prompts(model, items[number], request, last, known, settings)
+        same, others = _key_wordings(request, known.prefixes[settings.value_contexts :], names, settings)
+        contexts[number] = [*prompts[number][1:], *rows_of(model, same)]
+        rows = rows_of(model, others)
+        avoid[number] = [*islice(cycle(rows), AVOIDED)] if rows else []
+        rows = rows_of(model, neutral_wordings(request, settings.neutral, question(request) is not None))
+        # Where all are too long the prompt stands in, read at one place like them.
+        rows = rows or [row._replace(places=row.places[:1], wanted=[]) for row in prompts[number][:1]]
+        neutral[number] = [*islice(cycle(rows), settings.neutral)]
+    most = max(map(len, contexts.values()), default=0)
+    contexts = {number: [*islice(cycle(rows or prompts[number][:1]), most)] for number, rows in contexts.items()}
+    prompts = {number: rows + shorter[number] for number, rows in prompts.items()}
+    return _Rows(prompts, contexts, avoid, neutral)
+
+
 def read_subjects(
     model: Model, known: ModelMemory, layer: int, items: Sequence[Item], requests: Sequence[EditRequest],
-    earlier: PreviousEdits, settings: SubjectSettings, progress: Progress | None = None
+    previous: PreviousEdits, settings: SubjectSettings, progress: Progress | None = None
 ) -> Subjects:  # fmt: skip
     """What the layer sees of each subject in a few contexts, and a key that recognises it.
 
@@ -319,7 +392,7 @@ def read_subjects(
         layer: the layer.
         items: the requests in tokens.
         requests: all requests, by ``Item.position``.
-        earlier: the edits of earlier steps, on which the keys stay silent unless they are of the same subject.
+        previous: the edits of earlier steps, on which the keys stay silent unless they are of the same subject.
         settings: options.
         progress: called with what is being done, how much is done, and how much there is.
     """
@@ -328,96 +401,64 @@ def read_subjects(
     named = [s if s is None or settings.token == "subject" else items[n].texts[0] for n, s in enumerate(subjects)]
     groups = np.asarray([NO_SUBJECT if name is None else group_of(name) for name in named], np.int32)
     lanes = [number for number, subject in enumerate(subjects) if subject is not None]
-    prompts = {
-        number: [
-            prompt_row(model, requests[items[number].position], items[number], context, settings.token)
-            for context in range(min(settings.value_contexts, len(items[number].texts) - items[number].rephrases))
-        ]
-        for number in lanes
-    }
-    also = {n: rephrase_rows(model, requests[items[n].position], items[n], settings.token) for n in lanes}
-    short = {}
-    for number in lanes if settings.token == "subject" else ():
-        item = items[number]
-        # Where there are fewer ways to say it shorter, the prompt in its contexts stands in.
-        found = short_rows(model, requests[item.position], item, known.prefixes[-settings.shorter :])
-        short[number] = [*found, *(prompts[number][-1:] * settings.shorter)][: settings.shorter]
-    # Lanes see equally many: where one has fewer, they come again.
-    most = max(map(len, also.values()), default=0)
-    for number, rows in prompts.items():
-        rows += islice(cycle(also[number] or rows[:1]), most)
-    more, neutral, avoid = {}, {}, {}
-    pool = list(dict.fromkeys([*known.names, *(subject for subject in subjects if subject)]))
-    for number in lanes:
-        request = requests[items[number].position]
-        asked = question(request) is not None
-        own, others = _key_wordings(request, known.prefixes[settings.value_contexts :], pool, settings)
-        more[number] = [*prompts[number][1:], *rows_of(model, own)]
-        found = rows_of(model, others)
-        avoid[number] = [*islice(cycle(found), AVOIDED)] if found else []
-        found = rows_of(model, neutral_wordings(request, settings.neutral, asked))
-        # Where all are too long the prompt stands in, asked at one place like them.
-        found = found or [row._replace(places=row.places[:1], wanted=[]) for row in prompts[number][:1]]
-        neutral[number] = [*islice(cycle(found), settings.neutral)]
-
-    most = max(map(len, more.values()), default=0)
-    more = {number: [*islice(cycle(rows or prompts[number][:1]), most)] for number, rows in more.items()}
+    rows = _read_rows(model, known, items, requests, lanes, settings)
+    positions = [item.position for item in items]
 
     # Nothing after the subject reaches its query.
     whole = [item.rows[0] for item in items]
-    cut = [row.tokens[: row.subject + 1] for number in lanes for row in more[number]]
-    beside = [row.tokens[: row.subject + 1] for number in lanes for row in avoid[number]]
-    rows = [*whole, *cut, *beside]
-    places = [*(range(len(row)) for row in whole), *([len(row) - 1] for row in [*cut, *beside])]
-    report = (lambda done: progress("reading subjects", done, len(rows))) if progress else None
-    seen = collect(model, rows, places, layer, report).query
-    queries = np.split(seen[: sum(map(len, whole))], np.cumsum([len(row) for row in whole])[:-1])
-    found = None
-    if lanes:
-        upto = np.cumsum([sum(map(len, whole)), len(cut), len(beside)])
-        contexts = seen[upto[0] : upto[1]].reshape(len(lanes), -1, seen.shape[1])
-        bare = np.stack([queries[number][prompts[number][0].subject] for number in lanes])
-        own = np.concatenate([bare[:, None], contexts], 1).astype(np.float32)
-        # Of the prompts every token up to the subject is a negative of the others.
-        ends = [
-            prompts[number][0].subject + 1 if number in prompts else items[number].starts[0]
-            for number in range(len(items))
-        ]
-        part = np.concatenate([query[:end] for query, end in zip(queries, ends, strict=True)])
-        heard, owner = _heard_before(earlier)
-        negative = np.concatenate([heard, part, contexts.reshape(-1, seen.shape[1])])
-        answer = np.concatenate([owner, np.repeat(groups, ends), np.repeat(groups[lanes], contexts.shape[1])])
-        turned = np.full((len(lanes), AVOIDED, seen.shape[1]), np.nan, np.float32)
-        turning = np.flatnonzero([bool(avoid[number]) for number in lanes])
-        turned[turning] = seen[upto[1] :].reshape(len(turning), AVOIDED, seen.shape[1])
-        asks = np.asarray([question(requests[items[number].position]) is not None for number in lanes])
-        found = _recognised(known, own, groups[lanes], turned, asks, negative, answer, settings)
-    prompts = {number: rows + short.get(number, []) for number, rows in prompts.items()}
-    return Subjects(
-        model, layer, settings, lanes, prompts, neutral, groups, queries, found, [item.position for item in items]
+    cut, beside = (
+        [row.tokens[: row.subject + 1] for number in lanes for row in part[number]]
+        for part in (rows.contexts, rows.avoid)
     )
+    tokens = [*whole, *cut, *beside]
+    places = [*(range(len(row)) for row in whole), *([len(row) - 1] for row in [*cut, *beside])]
+    report = (lambda done: progress("reading subjects", done, len(tokens))) if progress else None
+    seen = collect(model, tokens, places, layer, report).query
+    upto = np.cumsum([sum(map(len, whole)), len(cut), len(beside)])
+    queries = np.split(seen[: upto[0]], np.cumsum([len(row) for row in whole])[:-1])
+    if not lanes:
+        return Subjects(model, layer, settings, lanes, rows.prompts, rows.neutral, groups, queries, None, positions)
+
+    contexts = seen[upto[0] : upto[1]].reshape(len(lanes), -1, seen.shape[1])
+    bare = np.stack([queries[number][rows.prompts[number][0].subject] for number in lanes])
+    positive = np.concatenate([bare[:, None], contexts], 1).astype(np.float32)
+    # Of the prompts every token up to the subject is a negative of the others.
+    ends = [
+        rows.prompts[number][0].subject + 1 if number in rows.prompts else item.starts[0]
+        for number, item in enumerate(items)
+    ]
+    part = np.concatenate([query[:end] for query, end in zip(queries, ends, strict=True)])
+    before, owner = _previous_queries(previous)
+    negative = np.concatenate([before, part, contexts.reshape(-1, seen.shape[1])])
+    answer = np.concatenate([owner, np.repeat(groups, ends), np.repeat(groups[lanes], contexts.shape[1])])
+    avoid = np.full((len(lanes), AVOIDED, seen.shape[1]), np.nan, np.float32)
+    avoiding = np.flatnonzero([bool(rows.avoid[number]) for number in lanes])
+    avoid[avoiding] = seen[upto[1] :].reshape(len(avoiding), AVOIDED, seen.shape[1])
+    asks = np.asarray([question(requests[items[number].position]) is not None for number in lanes])
+    keys = _recognised(known, positive, groups[lanes], avoid, asks, negative, answer, settings)
+    return Subjects(model, layer, settings, lanes, rows.prompts, rows.neutral, groups, queries, keys, positions)
 
 
-def _heard_before(earlier: PreviousEdits) -> tuple[np.ndarray, np.ndarray]:
+def _previous_queries(previous: PreviousEdits) -> tuple[np.ndarray, np.ndarray]:
     """Queries of earlier edits up to the end of their subjects, and the groups they belong to."""
-    ends = np.where(earlier.subjects >= 0, earlier.subjects + 1, earlier.starts)
-    firsts = np.cumsum(earlier.lengths) - earlier.lengths
+    ends = np.where(previous.subjects >= 0, previous.subjects + 1, previous.starts)
+    firsts = np.cumsum(previous.lengths) - previous.lengths
     index = [np.arange(first, first + end) for first, end in zip(firsts, ends, strict=True)]
-    return earlier.heard[np.concatenate([np.zeros(0, int), *index])], np.repeat(earlier.groups, ends)
+    return previous.subject_query[np.concatenate([np.zeros(0, int), *index])], np.repeat(previous.groups, ends)
 
 
 def _recognised(
-    known: ModelMemory, own: np.ndarray, groups: np.ndarray, avoid: np.ndarray, asks: np.ndarray,
+    known: ModelMemory, positive: np.ndarray, groups: np.ndarray, avoid: np.ndarray, asks: np.ndarray,
     negative: np.ndarray, answer: np.ndarray, settings: SubjectSettings
 ) -> Recognised:  # fmt: skip
     """The keys of some subjects, silent on ``negative [rows, d]`` but for rows of their own group.
 
     ``avoid [lanes, rows, d]`` is not a number for lanes that avoid nothing; ``asks [lanes]`` says which ask a question.
     """
-    lanes = len(own)
+    lanes = len(positive)
     # The subjects' own contexts tell more than the general ones, the more of them there are; even those of one
     # subject tell how its token differs between the start of a text and the middle.
-    nuisance = blended(nuisance_scatter(jnp.asarray(own)), known.nuisance, min(0.9, lanes / 30))
+    nuisance = blended(nuisance_scatter(jnp.asarray(positive)), known.nuisance, min(0.9, lanes / 30))
     memory = create_memory(known.query, nuisance, weight=settings.key_nuisance)
     floor = np.where(asks, settings.question_floor, settings.key_floor).astype(np.float32)
     split = np.where(asks, settings.question_split, settings.key_split).astype(np.float32)
@@ -426,13 +467,13 @@ def _recognised(
     memory = extend(memory, negative, answer, power_of_two(len(negative), 64))
     # Lanes come in few numbers; one that stands in twice is dropped again.
     index = np.minimum(np.arange(power_of_two(lanes)), lanes - 1)
-    lanewise = (part[index] for part in (own, groups, floor, split, avoid, strength))
-    found = _keys(*lanewise, memory, contrast=settings.key_contrast)
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[:lanes], found)
+    lanewise = (part[index] for part in (positive, groups, floor, split, avoid, strength))
+    keys = _keys(*lanewise, memory, contrast=settings.key_contrast)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:lanes], keys)
 
 
 def fit_subjects(
-    read: Subjects, before: Patch, wrong: Sequence[bool], earlier: PreviousEdits, progress: Progress | None = None
+    read: Subjects, before: Patch, wrong: Sequence[bool], previous: PreviousEdits, progress: Progress | None = None
 ) -> FittedSubjects:
     """A pair of neurons for each request, at its subject; a single one without a plateau.
 
@@ -443,68 +484,77 @@ def fit_subjects(
         read: the subjects.
         before: the neurons that earlier steps put into this layer, ``[n, d]``.
         wrong: which items want a neuron.
-        earlier: the edits of earlier steps; those of the same subject must go on.
+        previous: the edits of earlier steps; those of the same subject must go on.
         progress: called with what is being done, how much is done, and how much there is.
 
     Returns:
         The new neurons. A request whose queries cannot be parted from others' gets none.
     """
-    model, layer, settings, prompts, groups = read.model, read.layer, read.settings, read.prompts, read.groups
-    hidden_size = model.config.hidden_size
-    result = jax.tree.map(np.asarray, create(hidden_size)._replace(layer=jnp.zeros(0, jnp.int32)))
-    if read.found is None:
-        return FittedSubjects(result, [])
-    found, slot = read.found, {number: slot for slot, number in enumerate(read.lanes)}
-    going = [number for number in read.lanes if wrong[number] and found.margin[slot[number]] > 0]
+    model, settings, prompts, groups = read.model, read.settings, read.prompts, read.groups
+    fitted = FittedSubjects(jax.tree.map(np.asarray, create(model.config.hidden_size)), [])
+    if read.keys is None:
+        return fitted
+    slot = {number: slot for slot, number in enumerate(read.lanes)}
+    going = [number for number in read.lanes if wrong[number] and read.keys.margin[slot[number]] > 0]
     turn = {number: sum(groups[other] == groups[number] for other in going if other < number) for number in going}
-    neurons: list[SubjectNeuron] = []
-    each = 2 if settings.plateau else 1
     for round_ in range(max(turn.values(), default=-1) + 1):
         now = [number for number in going if turn[number] == round_]
         # Of similar lengths together, so that little is padding.
         now.sort(key=lambda number: (len(prompts[number][0].wanted), max(len(row.tokens) for row in prompts[number])))
-        there = concatenate([before, result]) if before.key.shape[0] else result
-        present = attach(model, sized(there)) if there.key.shape[0] else model
+        there = concatenate([before, fitted.patch]) if before.key.shape[0] else fitted.patch
+        present = attach(model, {read.layer: sized(there)}) if there.key.shape[0] else model
         for first in range(0, len(now), settings.value_lanes):
             chunk = now[first : first + settings.value_lanes]
-            # Lanes come in few numbers too; one that stands in twice is dropped again.
-            lanes = [*chunk, *[chunk[-1]] * (power_of_two(len(chunk)) - len(chunk))]
-            pick = [slot[number] for number in lanes]
-            silent = Patch(found.key[pick], found.bias[pick], jnp.zeros_like(found.key[pick]))
-            kept = [
-                [
+            kept = {
+                number: [
                     *(prompts[n][0] for n in read.lanes if groups[n] == groups[number] and turn.get(n, -1) < round_),
-                    *_earlier_rows(earlier, groups[number]),
+                    *_previous_rows(previous, groups[number]),
                 ]
-                for number in lanes
-            ]
-            value, info = _values(
-                present, model, layer, silent, [prompts[n] for n in lanes], kept, [read.neutral[n] for n in lanes],
-                settings,
-            )  # fmt: skip
-            for number, lane in enumerate(chunk):
-                key_losses = {name: float(loss[slot[lane]]) for name, loss in found.losses.items()}
-                losses = {"l_e": float(info.loss[number]), **key_losses}
-                steps, margin = int(info.steps[number]), float(found.margin[slot[lane]])
-                first = result.key.shape[0] + number * each
-                neurons += [SubjectNeuron(read.positions[lane], first + n, steps, margin, losses) for n in range(each)]
-            new = _levelled(silent._replace(value=value), settings.plateau)
-            new = take(jax.tree.map(np.asarray, sharpen(new, SHARPNESS)), np.arange(len(chunk) * each))
-            result = concatenate([result, new._replace(layer=np.full(len(chunk) * each, layer, np.int32))])
+                for number in chunk
+            }
+            new = _fit_chunk(read, present, chunk, kept, slot)
+            first_neuron = fitted.patch.key.shape[0]
+            neurons = [neuron._replace(neuron=first_neuron + neuron.neuron) for neuron in new.neurons]
+            fitted = FittedSubjects(concatenate([fitted.patch, new.patch]), [*fitted.neurons, *neurons])
             if progress:
-                progress("training values", len(neurons) // each, len(going))
-    return FittedSubjects(result, neurons)
+                progress("training values", len(fitted.neurons) // (2 if settings.plateau else 1), len(going))
+    return fitted
 
 
-def _earlier_rows(earlier: PreviousEdits, group: int) -> list[PromptRow]:
+def _fit_chunk(
+    read: Subjects, present: Model, chunk: Sequence[int], kept: Mapping[int, list[PromptRow]], slot: Mapping[int, int]
+) -> FittedSubjects:
+    """The neurons of a few requests, whose values are trained together, counted from 0."""
+    keys, settings = read.keys, read.settings
+    assert keys is not None
+    # Lanes come in few numbers too; one that stands in twice is dropped again.
+    lanes = [*chunk, *[chunk[-1]] * (power_of_two(len(chunk)) - len(chunk))]
+    pick = [slot[number] for number in lanes]
+    silent = Patch(keys.key[pick], keys.bias[pick], jnp.zeros_like(keys.key[pick]))
+    value, info = _values(
+        present, read.model, read.layer, silent, [read.prompts[n] for n in lanes], [kept[n] for n in lanes],
+        [read.neutral[n] for n in lanes], settings,
+    )  # fmt: skip
+    each = 2 if settings.plateau else 1
+    neurons = []
+    for number, lane in enumerate(chunk):
+        key_losses = {name: float(loss[slot[lane]]) for name, loss in keys.losses.items()}
+        losses = {"l_e": float(info.loss[number]), **key_losses}
+        steps, margin, position = int(info.steps[number]), float(keys.margin[slot[lane]]), read.positions[lane]
+        neurons += [SubjectNeuron(position, number * each + n, steps, margin, losses) for n in range(each)]
+    new = sharpen(_levelled(silent._replace(value=value), settings.plateau), SHARPNESS)
+    return FittedSubjects(take(jax.tree.map(np.asarray, new), np.arange(len(chunk) * each)), neurons)
+
+
+def _previous_rows(previous: PreviousEdits, group: int) -> list[PromptRow]:
     """The bare prompts of earlier edits of one subject."""
-    found, rows = np.flatnonzero(earlier.groups == group), earlier.rows
+    rows = previous.rows
     return [
         PromptRow(
             rows[n],
-            int(earlier.subjects[n]),
-            list(range(earlier.starts[n] - 1, earlier.lengths[n] - 1)),
-            rows[n][earlier.starts[n] :],
+            int(previous.subjects[n]),
+            list(range(previous.starts[n] - 1, previous.lengths[n] - 1)),
+            rows[n][previous.starts[n] :],
         )
-        for n in found
+        for n in np.flatnonzero(previous.groups == group)
     ]

@@ -13,10 +13,10 @@ from tpatch_jax.core.patch import Patch
 from tpatch_jax.models.foreign.collection import TokenSites
 from tpatch_jax.models.foreign.network import Network, added
 
-__all__ = ["create_lanes", "output_moment"]
+__all__ = ["create_problems", "output_moment"]
 
 
-def create_lanes(
+def create_problems(
     network: Network,
     sites: TokenSites,
     chosen: np.ndarray,

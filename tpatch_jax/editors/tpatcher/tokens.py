@@ -22,9 +22,16 @@ from tpatch_jax.core.patch import Patch, create, take
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.editors.model_memory import PREFIX_LENGTHS, SPANS
-from tpatch_jax.editors.tpatcher.rounds import Note, find_target_tokens, finished, fit_rounds, numbered, report
+from tpatch_jax.editors.tpatcher.rounds import (
+    Checks,
+    drop_failures,
+    find_target_tokens,
+    fit_rounds,
+    number_neurons,
+    report,
+)
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
-from tpatch_jax.editors.tpatcher.token_problems import create_lanes, output_moment
+from tpatch_jax.editors.tpatcher.token_problems import create_problems, output_moment
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.foreign.collection import TokenSites, collect_queries, collect_tokens, said
 from tpatch_jax.models.foreign.network import Network
@@ -148,12 +155,9 @@ def _edit(
     items = _items(prompts, targets, memory_rows, network.vocabulary, settings, problems)
     names = [f"edit-{position}" for position in range(len(prompts))]
 
-    def told(neurons: dict[int, list[int]], notes: dict[int, list[Note]], already: set[int], fit: float, unit: float):
-        times = time.perf_counter() - began, fit, unit
-        return report(names, problems, already, neurons, notes, network.hidden_size, times)
-
     if not items:
-        return create(network.hidden_size), told({}, {}, set(), 0.0, 0.0)
+        times = time.perf_counter() - began, 0.0, 0.0
+        return create(network.hidden_size), report(names, problems, set(), {}, {}, network.hidden_size, times)
     # No row is longer than one that the user gave: the network's own limit is not known.
     longest = max(len(row) for row in [*memory_rows, *(item.rows[0] for item in items)])
     bare_rows, bare_places = [item.rows[0] for item in items], [_places(item.rows[0], item.target) for item in items]
@@ -164,15 +168,15 @@ def _edit(
     memory = _memory(network, memory_rows, settings, longest)
     if settings.other_edits:
         memory = extend(memory, sites.query, tokens.answers, power_of_two(len(tokens.answers), 64))
-    finish, key = network.finisher(), random_key(seed)
-    moment = output_moment(finish, _references(network, memory_rows, longest))
+    head, rng = network.finisher(), random_key(seed)
+    moment = output_moment(head, _references(network, memory_rows, longest))
 
     def wrong(patch: Patch) -> np.ndarray:
         return np.flatnonzero(said(network.attach(patch), bare_rows, bare_places, longest) != tokens.wanted)
 
-    def lanes(rows: np.ndarray, patch: Patch) -> FitProblem:
+    def problems_of(rows: np.ndarray, patch: Patch) -> FitProblem:
         chosen = np.stack([tokens.table[tokens.owner[row]][:, tokens.token[row]] for row in rows])
-        return create_lanes(network, sites, chosen, jnp.asarray(tokens.wanted[rows]), patch, finish, moment)
+        return create_problems(network, sites, chosen, jnp.asarray(tokens.wanted[rows]), patch, head, moment)
 
     nothing = create(network.hidden_size)
     missing = wrong(nothing)
@@ -180,13 +184,13 @@ def _edit(
     already = set(range(len(items))) - set(tokens.owner[missing].tolist())
     fitted = fit_rounds(
         nothing,
-        lanes,
+        problems_of,
         wrong,
-        [f"{items[own].rows[0]} {token}" for own, token in zip(tokens.owner, tokens.token, strict=True)],
+        [f"{items[number].rows[0]} {token}" for number, token in zip(tokens.owner, tokens.token, strict=True)],
         tokens,
         memory,
-        finish,
-        key,
+        head,
+        rng,
         settings.fit,
         attempts=settings.attempts,
         most_tokens=settings.most_tokens,
@@ -194,15 +198,21 @@ def _edit(
         left=np.zeros(0, np.int64),
         activation=network.activation,
     )
-    alive, reasons = finished(fitted, tokens, wrong)
-    for number, reason in reasons.items():
+    checks = Checks(lambda _, patch: wrong(patch))
+    kept, failures, _ = drop_failures(fitted, tokens, checks, None)
+    for number, reason in failures.items():
         mend = "try more attempts, more memory, or a later layer"
         problems[items[number].position] = f"{reason} after {settings.attempts} attempts; {mend}"
-    made = [(items[tokens.owner[fitted.row[lane]]].position, fitted.notes[lane]) for lane in alive]
-    neurons, notes = numbered(made, 0)
+    owner = tokens.owner[fitted.row[kept]]
+    made = [
+        (items[number].position, network.layer, fitted.notes[neuron])
+        for number, neuron in zip(owner, kept, strict=True)
+    ]
+    neurons, notes = number_neurons(made, {})
     before = {items[number].position for number in already}
-    patch = jax.tree.map(jnp.asarray, take(fitted.patch, alive))
-    return patch, told(neurons, notes, before, fitted.seconds, unit)
+    patch = jax.tree.map(jnp.asarray, take(fitted.patch, kept))
+    times = time.perf_counter() - began, fitted.seconds, unit
+    return patch, report(names, problems, before, neurons, notes, network.hidden_size, times)
 
 
 def _items(
@@ -269,8 +279,8 @@ def _memory(network: Network, rows: list[list[int]], settings: TPatcherSettings,
     nuisance = None
     if prefixes and tails:
         spans = [[*prefix, *tail] for tail in tails for prefix in [[], *prefixes]]
-        found = collect_queries(network, spans, lambda row: range(len(row) - 3, len(row)), longest)
-        grouped = found.reshape(len(tails), 1 + len(prefixes), 3, -1).swapaxes(1, 2)
+        seen = collect_queries(network, spans, lambda row: range(len(row) - 3, len(row)), longest)
+        grouped = seen.reshape(len(tails), 1 + len(prefixes), 3, -1).swapaxes(1, 2)
         nuisance = nuisance_scatter(grouped.reshape(-1, 1 + len(prefixes), network.hidden_size))
     return create_memory(query, nuisance, weight=settings.nuisance_weight, shrinkage=settings.shrinkage)
 

@@ -17,7 +17,6 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax.core import ffn
-from tpatch_jax.core.patch import take
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.checkpoints import folder as checkpoint
@@ -330,22 +329,20 @@ def _approximate(
     model: Model, requests: Sequence[EditRequest], memory: str | Path | None, cache: bool, progress: Progress | None
 ) -> tuple[Model, ExportError]:
     """The model with its merged patches as weights alone, and how far off it is."""
-    base, patch = unmerge(model)
+    base, patches = unmerge(model)
     rows = memory_rows(base, memory, cache=cache_folder() if cache else None, progress=progress)
     measured = rows[::HELD_OUT]
     fitted = [row for number, row in enumerate(rows) if number % HELD_OUT] or rows
     asked = [_asked(model, request) for request in requests]
     layers = dict(base.params["layers"])
-    numbers = np.asarray(patch.layer)
-    for done, layer in enumerate(sorted(set(numbers.tolist()))):
+    for done, (layer, patch) in enumerate(patches.items()):
         if progress:
-            progress("folding biases", done, len(set(numbers.tolist())))
+            progress("folding biases", done, len(patches))
         query = collect(model, fitted, [range(_start(model, row, 1), len(row)) for row in fitted], layer).query
         own = collect(model, [row for row, _ in asked], [places for _, places in asked], layer).query
-        part = take(patch, np.flatnonzero(numbers == layer))
         layers[layer] = {
             **layers[layer],
-            "ffn": ffn.merge_without_bias(layers[layer]["ffn"], part, constant_direction(query, own)),
+            "ffn": ffn.merge_without_bias(layers[layer]["ffn"], patch, constant_direction(query, own)),
         }
     approximated = base.with_params({**base.params, "layers": layers})
     return approximated, _error(model, approximated, measured, requests, asked)

@@ -170,6 +170,7 @@ def read_folder(
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     labels: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[NetworkConfig, Params, dict[str, Any]]:
     """Read a model, tensor by tensor, so that memory never holds it twice.
 
@@ -179,6 +180,7 @@ def read_folder(
         mesh: devices to which the parameters go directly; see `tpatch_jax.models.sharding`.
         labels: make a classifier with these labels of an encoder: what its head has of that is read, the rest is left
             out, and other heads are passed over.
+        settings: what `read_settings` gave, if it was asked before; ``config.json`` is then not read again.
 
     Returns:
         The decoder's description, its parameters, and the settings of ``config.json``.
@@ -186,7 +188,7 @@ def read_folder(
     Raises:
         TPatchError: weights are missing, damaged, of a wrong shape, or left over; all such tensors are named together.
     """
-    settings = read_settings(folder)
+    settings = dict(read_settings(folder) if settings is None else settings)
     if quantised := settings.get("quantization_config"):
         kind = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else "unknown"
         raise TPatchError(

@@ -37,7 +37,17 @@ def create_network(
     if tokens.shape[1] < 2:
         raise TPatchError("the example has rows of one token; give rows of at least two")
     numbers = re.findall(r"\d+", path)
-    network = Network(run, params, path, int(numbers[-1]) if numbers else 0, activation, tokens, growth=growth)
+    # What is tried on the example is tried with these parameters, whatever is traced or trained later.
+    network = Network(
+        run,
+        params,
+        path,
+        int(numbers[-1]) if numbers else 0,
+        activation,
+        tokens,
+        growth=growth,
+        _memo={"params": params},
+    )
     if given:
         network.cut(tokens.shape)
         return network

@@ -13,19 +13,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax.tree_util import Partial
+from jax.tree_util import GetAttrKey, Partial
+from jaxtyping import Array, Float, Int
 
 from tpatch_jax.core.patch import Patch, concatenate, contribution, sized
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.foreign.cut import Cut, cut
 from tpatch_jax.models.networks import Trace
+from tpatch_jax.models.pytrees import same_arrays
+from tpatch_jax.typing import Activation
 
 __all__ = ["Activation", "Growth", "Network", "added", "token_table"]
-
-Activation = Callable[[Array], Array]
-"""An activation function, elementwise."""
 
 
 class Growth(NamedTuple):
@@ -45,8 +44,38 @@ class Growth(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class _Facts:
+    """What of a network is not trained, as one value that compares and hashes, as what is static in a pytree must."""
+
+    run: Callable[[Any, Array], Array]
+    path: str
+    layer: int
+    activation: Activation
+    example: Array
+    growth: Growth | str
+    memo: dict[Any, Any]
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, _Facts):
+            return NotImplemented
+        plain = (self.run, self.path, self.layer, self.activation, self.growth)
+        same = plain == (other.run, other.path, other.layer, other.activation, other.growth)
+        return same and same_arrays(self.example, other.example)
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.layer))
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True, eq=False)
 class Network:
     """Somebody's network, cut at one feed-forward network. Immutable: `attach` returns another one.
+
+    A pytree: its parameters and attached patches are the leaves and all else is static, so that a network goes through
+    ``jit``, ``vmap`` and ``grad`` as an argument as well. Networks are equal if they were cut from one module at one
+    place and their arrays are the same, bit for bit.
 
     Attributes:
         run: the network as a pure function, ``(params, tokens [batch, tokens]) -> logits``, its FFN captured.
@@ -64,10 +93,31 @@ class Network:
     path: str
     layer: int
     activation: Activation
-    example: Array = field(repr=False)
+    example: Int[Array, "batch tokens"] = field(repr=False)
     beside: Mapping[str, Patch] = field(default_factory=dict, repr=False)
     growth: Growth | str = field(default="", repr=False)
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], _Facts]:
+        """Parameters and patches, and what is static; for `jax.tree`."""
+        facts = _Facts(self.run, self.path, self.layer, self.activation, self.example, self.growth, self._memo)
+        return ((GetAttrKey("params"), self.params), (GetAttrKey("beside"), dict(self.beside))), facts
+
+    @classmethod
+    def tree_unflatten(cls, facts: _Facts, children: tuple[Any, Mapping[str, Patch]]) -> "Network":
+        """The inverse of `tree_flatten_with_keys`."""
+        place = (facts.path, facts.layer, facts.activation, facts.example)
+        return cls(facts.run, children[0], *place, children[1], facts.growth, facts.memo)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are cut from one module at one place, and have the same arrays, bit for bit."""
+        if self is other:
+            return True
+        return same_arrays(self, other) if isinstance(other, Network) else NotImplemented
+
+    def __hash__(self) -> int:
+        """Of the place of the cut alone, so that no array is read."""
+        return hash((self.path, self.layer))
 
     @property
     def hidden_size(self) -> int:
@@ -81,14 +131,18 @@ class Network:
 
     def cut(self, shape: tuple[int, ...]) -> Cut:
         """The network in two halves, for tokens of one shape; made once."""
-        # Matmul precision is written into the equations when they are made.
-        place = (shape, jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
+        return self._cut(self.params, shape)
+
+    def _cut(self, params: Any, shape: tuple[int, ...]) -> Cut:
+        kinds = tuple((np.shape(leaf), jax.dtypes.result_type(leaf)) for leaf in jax.tree.leaves(params))
+        # Matmul precision is written into the equations when they are made, and so are the parameters' types.
+        place = (shape, jax.config.jax_default_matmul_precision, kinds)  # type: ignore[attr-defined]
         if place not in self._memo:
             tokens = jax.ShapeDtypeStruct(shape, self.example.dtype)
-            self._memo[place] = cut(self.run, self.params, tokens, self.path)
+            self._memo[place] = cut(self.run, params, tokens, self.path)
         return self._memo[place]
 
-    def trace(self, tokens: Any) -> Trace:
+    def trace(self, tokens: Int[Array, "batch tokens"] | np.ndarray) -> Trace:
         """Run everything up to the FFN, and that FFN with whatever patch is attached: one jitted pass.
 
         Args:
@@ -104,13 +158,15 @@ class Network:
         query, output, context = self.cut(tokens.shape).jit_trace(self.params, tokens)
         return Trace(query, self.beside_output(query, output), context, self.layer)
 
-    def beside_output(self, query: Array, output: Array) -> Array:
+    def beside_output(
+        self, query: Float[Array, "... hidden"], output: Float[Array, "... hidden"]
+    ) -> Float[Array, "... hidden"]:
         """An FFN output with what the attached patches add to it, ``[..., d]``."""
         for name, patch in self.beside.items():
             output = added(patch, query, output, jax.nn.relu if name == "relu_patch" else self.activation)
         return output
 
-    def resume(self, traced: Trace, output: Array) -> Array:
+    def resume(self, traced: Trace, output: Float[Array, "batch tokens hidden"]) -> Array:
         """Run everything after the cut from a given FFN output, and nothing that comes before it.
 
         Args:
@@ -127,7 +183,7 @@ class Network:
             raise TPatchError(f"the output is {list(output.shape)}; the trace holds {list(traced.output.shape)}")
         return self.cut(traced.query.shape[:2]).jit_resume(self.params, traced.context, output)
 
-    def apply(self, tokens: Any) -> Array:
+    def apply(self, tokens: Int[Array, "batch tokens"] | np.ndarray) -> Array:
         """The whole network with whatever patch is attached: ``resume(t, t.output)`` of its trace.
 
         Args:
@@ -150,7 +206,7 @@ class Network:
             A network that shares all arrays with this one.
 
         Raises:
-            TPatchError: the patch has another width, or names another layer.
+            TPatchError: the patch has another width.
         """
         name, patch = "relu_patch" if relu else "patch", self._own(patch)
         joined = concatenate([self.beside[name], patch]) if name in self.beside else patch
@@ -216,7 +272,9 @@ class Network:
         """
         return self._growth().shrink(wider)
 
-    def gather(self, traced: Trace, lane: Any, position: Any) -> Trace:
+    def gather(
+        self, traced: Trace, lane: Int[Array, "rows"] | np.ndarray, position: Int[Array, "rows"] | np.ndarray
+    ) -> Trace:
         """Keep only some positions of a trace, as a batch of one-token rows, ready for `resume`.
 
         Args:
@@ -242,10 +300,12 @@ class Network:
         """Whether everything after the cut acts on each position alone, whatever its place.
 
         Tried once, on the example: positions in another order, each as a row of its own, must give the logits that they
-        give in their rows.
+        give in their rows. Where the parameters are traced they are those that the network was made with.
         """
         if "pointwise" not in self._memo:
-            self._memo["pointwise"] = self._acts_pointwise()
+            with jax.ensure_compile_time_eval():
+                first = dataclasses.replace(self, params=self._memo.get("params", self.params), beside={})
+                self._memo["pointwise"] = first._acts_pointwise()
         return self._memo["pointwise"]
 
     def _acts_pointwise(self) -> bool:
@@ -285,15 +345,15 @@ class Network:
         return Partial(self._memo["finish"], self.params)
 
     def _finish_rows(self, params: Any, context: dict[str, Array], output: Array) -> Array:
-        return self.cut((output.shape[0], 1)).resume(params, context, output[:, None])[:, 0]
+        return self._cut(params, (output.shape[0], 1)).resume(params, context, output[:, None])[:, 0]
 
     def _finish_whole(self, params: Any, context: dict[str, Array], output: Array) -> Array:
         rows, position, whole = jnp.arange(output.shape[0]), context["position"], context["output"]
         whole = whole.at[rows, position].set(output.astype(whole.dtype))
-        return self.cut(whole.shape[:2]).resume(params, context, whole)[rows, position]
+        return self._cut(params, whole.shape[:2]).resume(params, context, whole)[rows, position]
 
     def _own(self, patch: Patch) -> Patch:
-        """The patch, checked, without the layer that it may name."""
+        """The patch, checked."""
         if patch.key.ndim != 2:
             raise TPatchError(f"a patch of shape {list(patch.key.shape)} is a batch of patches; use patch.join first")
         if patch.key.shape[1] != self.hidden_size:
@@ -301,9 +361,7 @@ class Network:
                 f"the patch is {patch.key.shape[1]} wide and {self.path!r} {self.hidden_size}: "
                 "it was made for another model"
             )
-        if patch.layer is not None and bool(jnp.any(jnp.asarray(patch.layer) != self.layer)):
-            raise TPatchError(f"the patch names another layer than {self.layer}, where this network is cut")
-        return patch._replace(layer=None)
+        return patch
 
     def _growth(self) -> Growth:
         if isinstance(self.growth, str):
@@ -331,17 +389,17 @@ def _added(patch: Patch, query: Array, output: Array, activation: Activation) ->
 
 
 def token_table(tokens: Any, dtype: Any = None) -> Array:
-    """Token ids as an array, checked; in a type of their own if one is given."""
+    """Token ids as an array, checked; of a given type if there is one."""
     array = jnp.asarray(tokens)
     if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.integer):
         raise TPatchError(f"tokens are {array.dtype}{list(array.shape)}; give token ids as [batch, tokens] integers")
     return array if dtype is None else array.astype(dtype)
 
 
-def _compared(found: Array, expected: Array, size: Callable[[Array], Array]) -> tuple[float, float]:
+def _compared(logits: Array, expected: Array, size: Callable[[Array], Array]) -> tuple[float, float]:
     """How far logits are apart, and how large they are; infinite ones, as of a masked vocabulary, must be the same."""
-    found, expected = found.astype(jnp.float32), expected.astype(jnp.float32)
-    apart = jnp.where(found == expected, 0, found - expected)
+    logits, expected = logits.astype(jnp.float32), expected.astype(jnp.float32)
+    apart = jnp.where(logits == expected, 0, logits - expected)
     return float(size(apart)), float(size(jnp.where(jnp.isfinite(expected), expected, 0)))
 
 

@@ -1,0 +1,247 @@
+"""A stack of blocks: its compiled programs, what they read of a batch, and all of them in a row."""
+
+from functools import lru_cache, partial
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tpatch_jax.core import ffn
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.blocks import HIDDEN, Around, Block, Cache, Norm, relative_bias
+from tpatch_jax.models.config import LayerKind, NetworkConfig
+from tpatch_jax.typing import Params
+
+__all__ = [
+    "Batch",
+    "Pair",
+    "attention_bias",
+    "embed_batch",
+    "embed_tokens",
+    "encode",
+    "enter_block",
+    "leave_block",
+    "normalise",
+    "padding_bias",
+    "read_states",
+    "residuals",
+    "run_block",
+    "without_ffn",
+]
+
+
+class Pair(NamedTuple):
+    """The batch of an encoder-decoder.
+
+    Attributes:
+        source: what the encoder reads, ``[batch, source]`` int, padded on the right with negative numbers.
+        target: what the decoder reads, ``[batch, tokens]`` int, padded on the right with anything.
+    """
+
+    source: Int[Array, "batch source"]
+    target: Int[Array, "batch tokens"]
+
+
+Batch: TypeAlias = Int[Array, "batch tokens"] | Pair
+"""What a network is run on; see `tpatch_jax.models.networks`."""
+
+
+@lru_cache(maxsize=64)
+def _block_graph(config: NetworkConfig, kind: LayerKind) -> nnx.GraphDef:
+    """The structure of a block without its weights, made once per kind of layer."""
+    return nnx.split(nnx.eval_shape(lambda: Block(config, kind, rngs=nnx.Rngs(0))))[0]
+
+
+@lru_cache(maxsize=64)
+def _norm_graph(config: NetworkConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: Norm.of(config)))[0]
+
+
+def _block(config: NetworkConfig, kind: LayerKind, params: Params) -> Block:
+    return nnx.merge(_block_graph(config, kind), {name: params[name] for name in params if name != "ffn"})
+
+
+@partial(jax.jit, static_argnames=("config", "kind"))
+def enter_block(
+    config: NetworkConfig,
+    kind: LayerKind,
+    params: Params,
+    x: Float[Array, "batch tokens hidden"],
+    positions: Int[Array, "batch tokens"],
+    cache: Cache | None,
+    around: Around,
+) -> tuple[
+    Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"]
+]:
+    """From the residual stream to the stream beside a block's FFN, that FFN's input, and its output."""
+    residual, query, _ = _block(config, kind, params).enter(x, positions, cache, around)
+    return residual, query, ffn.apply(params["ffn"], query, config.activation)
+
+
+@partial(jax.jit, static_argnames=("config", "kind"))
+def leave_block(
+    config: NetworkConfig,
+    kind: LayerKind,
+    params: Params,
+    residual: Float[Array, "*batch hidden"],
+    output: Float[Array, "*batch hidden"],
+) -> Float[Array, "*batch hidden"]:
+    """From the stream beside a block's FFN and that FFN's output to the residual stream."""
+    return _block(config, kind, params).leave(residual, output)
+
+
+@partial(jax.jit, static_argnames=("config", "kind"))
+def run_block(
+    config: NetworkConfig,
+    kind: LayerKind,
+    params: Params,
+    x: Float[Array, "batch tokens hidden"],
+    positions: Int[Array, "batch tokens"],
+    cache: Cache | None,
+    around: Around,
+) -> tuple[Float[Array, "batch tokens hidden"], Cache | None]:
+    """A whole block: the residual stream after it, and the grown cache."""
+    block = _block(config, kind, params)
+    residual, query, cache = block.enter(x, positions, cache, around)
+    return block.leave(residual, ffn.apply(params["ffn"], query, config.activation)), cache
+
+
+@partial(jax.jit, static_argnames="config")
+def read_states(
+    config: NetworkConfig,
+    params: Params,
+    states: Float[Array, "batch source hidden"],
+    bias: Float[Array, "batch 1 1 source"],
+) -> tuple[
+    Float[Array, "batch source heads width"], Float[Array, "batch source heads width"], Float[Array, "batch 1 1 source"]
+]:
+    """What a block's cross-attention reads of an encoder's states, as a `Cache` keeps it."""
+    return _block(config, config.kind(0), params).cross.read(states, bias)
+
+
+def embed_tokens(
+    config: NetworkConfig, params: Params, tokens: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
+) -> Float[Array, "batch tokens hidden"]:
+    """The residual stream before the first block."""
+    tables = ("embed", "positions", "token_types", "norm_embed")
+    return _embedded(config, {name: params[name] for name in tables if name in params}, tokens, positions)
+
+
+@partial(jax.jit, static_argnames="config")
+def _embedded(config: NetworkConfig, params: Params, tokens: Array, positions: Array) -> Array:
+    tokens = tokens if config.causal else jnp.maximum(tokens, 0)
+    # What stands for padding may be no token at all; `take` alone would make it NaN, which attention carries to others.
+    x = jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="clip")
+    if config.embed_scale != 1:
+        x = x * jnp.asarray(config.embed_scale, x.dtype)
+    if config.positions:
+        # Padding stands past the last position; the clipped row is never looked at.
+        table = params["positions"]["embedding"]
+        x = x + jnp.take(table, positions + config.position_offset, axis=0, mode="clip")
+    if config.token_types:
+        x = x + params["token_types"]["embedding"][0]
+    return normalise(config, params["norm_embed"], x) if config.embed_norm else x
+
+
+def normalise(config: NetworkConfig, params: Params, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+    """A norm of the network's kind."""
+    return nnx.merge(_norm_graph(config), params)(x)
+
+
+@jax.jit
+def padding_bias(tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch 1 1 tokens"]:
+    """`HIDDEN` at padding, as attention to these tokens adds it."""
+    return jnp.where(tokens < 0, jnp.float32(HIDDEN), jnp.float32(0))[:, None, None]
+
+
+@partial(jax.jit, static_argnames=("config", "seen"))
+def _relative(config: NetworkConfig, params: Params, positions: Array, seen: int) -> Array:
+    return relative_bias(config, params["embedding"], positions, seen)
+
+
+def attention_bias(
+    config: NetworkConfig,
+    params: Params,
+    tokens: Int[Array, "batch tokens"],
+    positions: Int[Array, "rows tokens"],
+    seen: int,
+) -> Float[Array, "rows heads tokens seen"] | None:
+    """What self-attention adds to its scores, if anything; one row of positions may serve all rows of tokens."""
+    bias = None if config.causal else padding_bias(tokens)
+    if config.relative_buckets:
+        relative = _relative(config, params["relative"], positions, seen)
+        return relative if bias is None else relative + bias
+    return bias
+
+
+def embed_batch(
+    config: NetworkConfig, params: Params, batch: Batch
+) -> tuple[Int[Array, "batch tokens"], Float[Array, "batch tokens hidden"], Int[Array, "batch tokens"], Around]:
+    """The tokens that the stack reads, their embeddings and positions, and what all blocks read besides.
+
+    Of an encoder-decoder these are the decoder's.
+
+    Raises:
+        TPatchError: the batch is not of the kind that the network reads.
+    """
+    if isinstance(batch, Pair) != (config.encoder is not None):
+        wanted = "a Pair of source and target" if config.encoder else "one array of token ids"
+        raise TPatchError(f"this {config.architecture} is run on {wanted}; give it that")
+    if isinstance(batch, Pair):
+        tokens = batch.target
+        around = Around(None, encode(config, params, batch.source), padding_bias(batch.source))
+    else:
+        tokens, around = batch, Around()
+    if getattr(tokens, "ndim", 0) != 2:
+        kind = f"an array of shape {list(tokens.shape)}" if hasattr(tokens, "shape") else f"a {type(tokens).__name__}"
+        raise TPatchError(f"the tokens are {kind}; give an array of token ids, [batch, tokens]")
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    # All rows have the same positions here, so one row of relative positions serves them all.
+    around = around._replace(bias=attention_bias(config, params, tokens, positions[:1], tokens.shape[1]))
+    return tokens, embed_tokens(config, params, tokens, positions), positions, around
+
+
+def encode(
+    config: NetworkConfig, params: Params, source: Int[Array, "batch source"]
+) -> Float[Array, "batch source hidden"]:
+    """What the encoder of an encoder-decoder makes of its source.
+
+    Args:
+        config: the network's description.
+        params: the network's parameters.
+        source: ``[batch, source]`` int, padded on the right with negative numbers.
+
+    Returns:
+        Its states, ``[batch, source, d]``.
+
+    Raises:
+        TPatchError: the network has no encoder beside its decoder.
+    """
+    inner = config.encoder
+    if inner is None:
+        raise TPatchError(f"this {config.architecture} has no encoder beside its decoder; only an encoder-decoder has")
+    weights = {"embed": params["embed"], **params["encoder"]}
+    x = residuals(inner, weights, source)[-1]
+    return x if inner.post_norm else _final_norm(inner, weights["norm"], x)
+
+
+@partial(jax.jit, static_argnames="config")
+def _final_norm(config: NetworkConfig, params: Params, x: Array) -> Array:
+    return normalise(config, params, x)
+
+
+def without_ffn(layer: Params) -> Params:
+    """A layer's parameters but for its FFN's, so that a wider FFN has nothing compiled again that does not read it."""
+    return {name: entry for name, entry in layer.items() if name != "ffn"}
+
+
+def residuals(config: NetworkConfig, params: Params, batch: Batch) -> list[Float[Array, "batch tokens hidden"]]:
+    """The residual stream after every block, before the final norm."""
+    _, x, positions, around = embed_batch(config, params, batch)
+    streams = []
+    for index in range(config.layers):
+        x, _ = run_block(config, config.kind(index), params["layers"][index], x, positions, None, around)
+        streams.append(x)
+    return streams
