@@ -197,7 +197,7 @@ def test_inspect_lists_every_edit(patches, capsys):
 
 def test_texts_are_shown_whole_and_as_they_are(tmp_path, tiny_model, capsys):
     name, prompt = "a:on:b [bold]" + "x" * 200, "the cat :smile: sat [/x]"
-    info = EditInfo((RequestInfo(name, True, "edited", neurons=(0,)),), 0, 0, 0, 0, 0)
+    info = EditInfo((RequestInfo(name, True, "edited", neurons={2: (0,)}),), 0, 0, 0, 0, 0)
     folder = tmp_path / "p[bold]"
     store.save_patches(folder, tiny_model, create(16, 1), [EditRequest(prompt, "b", id=name)], info)
     assert cli.main(["inspect", str(folder)]) == 0

@@ -17,8 +17,9 @@ from tpatch_jax import EditRequest, TPatchError, edit, load_model
 from tpatch_jax.cli.eval import Eval
 from tpatch_jax.cli.main import main
 from tpatch_jax.core.patch import Patch, concatenate, create
-from tpatch_jax.editors.base import EditInfo, Editor, RequestInfo
-from tpatch_jax.editors.registry import METHODS, Method, method_settings
+from tpatch_jax.editors import registry
+from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions, RequestInfo
+from tpatch_jax.editors.registry import METHODS, Method, find_method, method_settings, register_editor
 from tpatch_jax.editors.tpatcher.settings import TPatcherSettings
 from tpatch_jax.evaluation import pictures
 from tpatch_jax.evaluation.journal import Journal
@@ -87,7 +88,7 @@ class DirectState(NamedTuple):
     patch: Patch
 
 
-def direct_step(state: DirectState, requests: Sequence[EditRequest], key: Any) -> tuple[DirectState, EditInfo]:
+def direct_step(state: DirectState, requests: Sequence[EditRequest], rng: Any) -> tuple[DirectState, EditInfo]:
     """One neuron a target token, its key the token's own query: no fit, so that protocols are tested in no time."""
     model, patches, results, count = state.model, [state.patch], [], state.patch.key.shape[0]
     table = np.asarray(networks.unembedding(model.config, model.params))
@@ -106,24 +107,31 @@ def direct_step(state: DirectState, requests: Sequence[EditRequest], key: Any) -
 
 
 DIRECT = Method(
-    "direct",
-    {"default": TPatcherSettings()},
-    lambda settings, memory, cache, progress: Editor(
-        lambda model, key: DirectState(model, create(model.config.hidden_size)),
+    name="direct",
+    presets={"default": TPatcherSettings()},
+    build=lambda settings, memory, cache, progress: EditorFunctions(
+        lambda model, rng: DirectState(model, create(model.config.hidden_size)),
         direct_step,
         lambda state, tokens: attach(state.model, state.patch, relu=True).apply(tokens),
     ),
-    lambda state: state.patch,
-    lambda state: attach(state.model, state.patch, relu=True),
-    lambda state: {name: np.asarray(getattr(state.patch, name)) for name in ("key", "bias", "value")},
-    lambda state, arrays: state._replace(patch=Patch(*(jnp.asarray(arrays[n]) for n in ("key", "bias", "value")))),
+    model=lambda state: attach(state.model, state.patch, relu=True),
+    save=lambda state: {name: np.asarray(getattr(state.patch, name)) for name in ("key", "bias", "value")},
+    restore=lambda state, arrays: state._replace(
+        patch=Patch(*(jnp.asarray(arrays[n]) for n in ("key", "bias", "value")))
+    ),
+    patch=lambda state: state.patch,
 )
+
+
+def register(monkeypatch: pytest.MonkeyPatch, method: Method) -> None:
+    """Make a method known until the test ends, in the place of one of the same name."""
+    monkeypatch.setitem(registry._REGISTERED, method.name, method)
 
 
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TPATCH_CACHE", str(tmp_path_factory.getbasetemp() / "tpatch"))
-    monkeypatch.setitem(METHODS, "direct", DIRECT)  # type: ignore[arg-type]
+    register(monkeypatch, DIRECT)
 
 
 def run(model: Model, protocol: str = "batch", records: Sequence[Record] | None = None, **options: Any) -> Any:
@@ -367,10 +375,11 @@ def test_a_stream_goes_on_from_its_last_saved_edits(
     steps = []
 
     def build(*arguments: Any) -> Editor:
-        step = lambda state, asked, key: steps.append(asked) or direct_step(state, asked, key)  # noqa: E731
-        return DIRECT.build(*arguments)._replace(step=step)
+        step = lambda state, asked, rng: steps.append(asked) or direct_step(state, asked, rng)  # noqa: E731
+        direct = DIRECT.build(*arguments)
+        return EditorFunctions(direct.init, step, direct.apply)
 
-    monkeypatch.setitem(METHODS, "direct", DIRECT._replace(build=build))  # type: ignore[arg-type]
+    register(monkeypatch, dataclasses.replace(DIRECT, build=build))
     assert figures(run(tiny_model, "sequential", records, output=tmp_path / "out")) == figures(whole)
     assert len(steps) <= 3  # Records 3 to 5; the first two were saved.
 
@@ -439,9 +448,42 @@ def test_single_edits_equal_each_edit_alone(tiny_model: Model) -> None:
 
 
 def test_methods_without_neurons_go_the_plain_way(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, "plain", DIRECT._replace(name="plain", patch=lambda state: None))  # type: ignore[arg-type]
+    register(monkeypatch, dataclasses.replace(DIRECT, name="plain", patch=lambda state: None))
     quick, plain = run(tiny_model, methods=["direct", "plain"])["results"][1:]
     assert plain["metrics"] == pytest.approx(quick["metrics"], abs=1e-5)
+
+
+def test_a_method_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(registry._REGISTERED, "direct")
+    with pytest.raises(TPatchError, match="did you mean"):
+        find_method("tpacher")
+    monkeypatch.setitem(registry._REGISTERED, "direct", DIRECT)
+    assert register_editor(DIRECT) is DIRECT
+    assert find_method("direct") is DIRECT
+    with pytest.raises(TPatchError, match="'direct' is registered already"):
+        register_editor(dataclasses.replace(DIRECT))
+    with pytest.raises(TPatchError, match="has no preset 'default'"):
+        register_editor(dataclasses.replace(DIRECT, name="other", presets={}))
+    assert "other" not in METHODS
+
+
+def test_an_editor_is_three_functions() -> None:
+    functions = (lambda model, rng: 0, lambda state, requests, rng: (state, None), lambda state, batch: state)
+    made: Any = Editor(*functions)  # pyright: ignore[reportAbstractUsage]
+    assert isinstance(made, EditorFunctions)
+    assert isinstance(made, Editor)
+    assert (made.init, made.step, made.apply) == functions
+    assert not isinstance(object(), Editor)
+
+
+def test_a_setting_is_changed_for_one_method_or_for_all_that_have_it() -> None:
+    changed = method_settings(["rome", "memit"], changes={"rome.value_steps": 5, "value_rate": 0.25})
+    assert [changed[name].value.value_steps for name in ("rome", "memit")] == [5, 25]
+    assert [changed[name].value.value_rate for name in ("rome", "memit")] == [0.25, 0.25]
+    with pytest.raises(TPatchError, match="a setting of 'memit', which is not among the methods"):
+        method_settings(["rome"], changes={"memit.value_steps": 5})
+    with pytest.raises(TPatchError, match=r"no setting 'rome\.together'"):
+        method_settings(["rome", "memit"], changes={"rome.together": 5})
 
 
 def test_free_generation_and_questions(tiny_model: Model) -> None:

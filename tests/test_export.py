@@ -454,7 +454,7 @@ def edited(tmp_path, letters, monkeypatch) -> Path:
         write_tiny_folder(model, tmp_path / name)
         requests = [printable(merge(model, patch)), EditRequest("in", "")]
         results = (
-            RequestInfo("said", True, "edited", neurons=(0, 1, 2)),
+            RequestInfo("said", True, "edited", neurons={2: (0, 1, 2)}),
             RequestInfo("edit-1", False, "failed", "the target is empty"),
         )
         store.save_patches(tmp_path / f"{name}-patches", model, patch, requests, EditInfo(results, 0, 0, 0, 0, 0))

@@ -24,11 +24,10 @@ class Inspect:
         from tpatch_jax.core.layers import count_neurons
 
         saved = read_patches(self.patches)
-        neurons = count_neurons(saved.patches)
         if self.json:
-            print_json({"model": saved.model, "neurons": neurons, "edits": saved.edits})
+            print_json({"model": saved.model, "neurons": count_neurons(saved.patches), "edits": saved.edits})
             return
-        title = f"{self.patches}: {format_count(neurons, 'neuron')} for {saved.model['name']}"
+        title = f"{self.patches}: {format_count(count_neurons(saved.patches), 'neuron')} for {saved.model['name']}"
         table = result_table(title, ("id", "prompt", "target", "neurons", "held", "losses"))
         for entry in saved.edits:
             losses = "  ".join(f"{name} {value:.3g}" for name, value in entry["losses"].items())

@@ -105,7 +105,7 @@ class GraceSettings:
     """
 
     layer: str = "auto"
-    epsilon: float = 0.2
+    epsilon: float = 0.1
     edit_steps: int = 100
     edit_rate: float = 0.5
     nll_enough: float = 0.05

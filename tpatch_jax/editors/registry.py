@@ -146,15 +146,13 @@ def find_method(name: str) -> Method:
 def method_settings(
     methods: Iterable[str], preset: str = "default", changes: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Each method's settings: its preset with changes.
-
-    A change by a method's name and a setting's, ``"grace.epsilon"``, is for that method alone; one by a setting's name
-    is for the one method that has such a setting.
+    """Each method's settings: its preset, with changes.
 
     Args:
         methods: names from `METHODS`.
         preset: a method without a preset of this name keeps its default.
-        changes: new values by name.
+        changes: new values by name; ``rome.value_steps`` goes to ROME alone, and must where several have such a
+            setting.
 
     Returns:
         Settings by the method's name.
@@ -167,11 +165,11 @@ def method_settings(
         1
         >>> changed = method_settings(["rome", "memit"], changes={"rome.value_steps": 5})
         >>> changed["rome"].value.value_steps, changed["memit"].value.value_steps
-        (5, 20)
+        (5, 25)
     """
     chosen = [find_method(name) for name in methods]
     presets = sorted({name for method in chosen for name in method.presets})
     if chosen and preset not in presets:
         raise TPatchError(f"preset {preset!r} does not exist; choose from {', '.join(presets)}")
-    settings = {method.name: method.presets.get(preset, method.presets["default"]) for method in chosen}
-    return change_each(settings, changes or {}, METHODS)
+    base = {method.name: method.presets.get(preset, method.presets["default"]) for method in chosen}
+    return change_each(base, changes or {}, METHODS)

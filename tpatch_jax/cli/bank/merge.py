@@ -37,7 +37,7 @@ class MergeBank:
         check_vacant(Path(self.output))
         model = load_banked(open_bank(self.bank), self.model, self.quiet or self.json)
         patches = bank_patch(self.bank, model)
-        merged, neurons = merge(model, patches), count_neurons(patches)
+        neurons, merged = count_neurons(patches), merge(model, patches)
         save_model(merged, self.output)
         added = merged.parameter_count - model.parameter_count
         if self.json:
