@@ -2,6 +2,11 @@
 
 import dataclasses
 import gc
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,20 @@ from transformers import PreTrainedTokenizerFast
 from tpatch_jax.models.families.registry import configure, family_of
 from tpatch_jax.models.model import Model, save_model
 from tpatch_jax.models.shapes import parameter_shapes
+
+# Workers share the cores: with a pool of threads in each torch is many times slower, most threads waiting for a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+PLAIN_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+"""The tests compile thousands of small programs and run each a few times. XLA's older emitters compile them in two
+thirds of the time. (`test_devices` compiles in the usual way, in processes of their own.)"""
+
+if "XLA_FLAGS" not in os.environ:
+    # XLA ends a process that names a flag it does not know, so a process of its own tries; workers inherit the answer.
+    trial = {**os.environ, "XLA_FLAGS": PLAIN_EMITTERS, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", "import jax.numpy; jax.numpy.zeros(2)"]
+    known = subprocess.run(command, env=trial, capture_output=True, check=False).returncode == 0
+    os.environ["XLA_FLAGS"] = PLAIN_EMITTERS if known else ""
 
 hypothesis_settings.register_profile("ci", deadline=None, derandomize=True, max_examples=20, database=None)
 hypothesis_settings.load_profile("ci")
@@ -43,6 +62,21 @@ LLAMA = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache() -> Iterator[None]:
+    """A process compiles a program once, though modules let go of theirs and networks are traced again and again.
+
+    Each worker has a folder of its own: JAX does not write a program in one piece, so that another process could read
+    half of it. A program that is read is the one that was compiled, bit for bit.
+    """
+    folder = tempfile.mkdtemp(prefix="compiled-")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,6 +159,16 @@ def quick_compilation() -> Iterator[None]:
     """Where nearly all the time is compilation, small networks do without most optimisations."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(autouse=True)
+def optimised_real_models(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Real models take longer to run than to compile, so their programs are optimised in every module."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    if request.node.get_closest_marker("real_model"):
+        jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 

@@ -38,6 +38,7 @@ from tpatch_jax.models.patching import attach, merge
 from tpatch_jax.requests import join_target
 
 PROMOTION = "standard"
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 QUICK = {"contexts": 1, "swaps": 0, "attempts": 1, "rounds": 1}
 # Of few lengths, so that the plain loops compile little.
@@ -210,7 +211,7 @@ def test_figures_equal_a_plain_loop_before_and_after(tiny_model: Model) -> None:
     assert after["metrics"] != before["metrics"]
 
 
-def test_tpatcher_gives_what_it_gives_outside_the_harness(tiny_model: Model, quick_compilation: None) -> None:
+def test_tpatcher_gives_what_it_gives_outside_the_harness(tiny_model: Model) -> None:
     records, settings = make_records()[:2], method_settings(["tpatcher"], changes=QUICK)
     after = run(tiny_model, records=records, methods=["tpatcher"], settings=settings, cache=True)["results"][1]
     patches, _ = edit(tiny_model, [record.request for record in records], settings=settings["tpatcher"])

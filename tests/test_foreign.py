@@ -21,6 +21,7 @@ from tpatch_jax.editors.tpatcher import rounds
 from tpatch_jax.models.foreign.network import Network
 
 PROMOTION = "standard"
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 VOCABULARY, WIDTH, LENGTH = 60, 32, 24
 
 

@@ -29,6 +29,7 @@ import make_references  # noqa: E402
 
 # what torch and transformers warn about is not ours to mend
 pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch.*"),
