@@ -357,7 +357,7 @@ def test_subjects_in_an_earlier_layer_several_batches_and_undo(memory, tmp_path,
     # in half the precision, for which segments have to keep enough
     model = model.with_params(jax.tree.map(lambda leaf: leaf.astype("bfloat16"), model.params))
     quick = {"key_steps": 16, "rounds": 1, "negatives": 32, "lanes": 16, "steps": 40, "longest": 16.0, "rate": 0.2}
-    quick |= {"key_floor": 0.5, "shorter": 0, "neutral": 1, "site": "subject", "contexts": 2, "swaps": 1}
+    quick |= {"key_floor": 0.5, "shorter": 0, "neutral": 1, "site": "subject", "contexts": 2, "other_subjects": 1}
     tp.create_bank(folder, model, settings=quick, memory=memory)
     wanted = [EditRequest("the fox sat in", "ab", "fox"), EditRequest("a wolf hit the", "q", "wolf")]
     assert tp.add_edits(folder, model, wanted).failed == ()
@@ -378,7 +378,14 @@ def test_a_bank_of_a_classifier_that_reads_all_tokens(inputs, tmp_path, monkeypa
     labels = model.config.labels
     said = [labels.index(label) for label in model.classify(prompts)]
     wanted = [EditRequest(one, labels[(n + 1) % len(labels)]) for one, n in zip(prompts, said, strict=True)]
-    settings = {"input_contexts": 2, "swaps": 1, "attempts": 2, "input_key_steps": 8, "value_steps": 8, "lanes": 4}
+    settings = {
+        "input_contexts": 2,
+        "other_subjects": 1,
+        "attempts": 2,
+        "input_key_steps": 8,
+        "value_steps": 8,
+        "lanes": 4,
+    }
     tp.create_bank(folder, model, settings=settings, memory=inputs)
     assert tp.add_edits(folder, model, wanted).added == ("edit-1", "edit-2")
     # what later fits need is read back

@@ -259,7 +259,7 @@ def test_settings_come_from_preset_file_and_command_line_in_this_order(tmp_path)
         (["recipe=other"], ["recipe 'other' does not exist"]),
         (["site=first"], ["site 'first' does not exist", "site=last"]),
         (["contexts=0"], ["contexts is 0; give 1 or more"]),
-        (["swaps=-1"], ["swaps is -1; give 0 or more"]),
+        (["other_subjects=-1"], ["other_subjects is -1; give 0 or more"]),
         (["lanes=3"], ["lanes is 3; give a power of two"]),
         (["shorter=4"], ["shorter is 4; give 0 to 3"]),
     ],

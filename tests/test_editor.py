@@ -293,7 +293,9 @@ def test_a_second_step_keeps_what_the_first_did(tiny_model, memory, edited):
 
 def test_a_request_that_fails_leaves_no_trace_in_earlier_neurons(tiny_model, memory):
     """The threshold of an earlier neuron is raised above a query that is alike, and put back where that was in vain."""
-    settings = dataclasses.replace(PRESETS["default"], attempts=1, site="last", contexts=2, swaps=0, most_tokens=2)
+    settings = dataclasses.replace(
+        PRESETS["default"], attempts=1, site="last", contexts=2, other_subjects=0, most_tokens=2
+    )
     settings = dataclasses.replace(settings, fit=dataclasses.replace(settings.fit, split=0.3))
     editor, key = tpatcher(settings, memory=memory), jax.random.key(0)
     first, _ = editor.step(editor.init(tiny_model, key), [EditRequest("the cat sat in", "q")], key)

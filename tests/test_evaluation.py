@@ -40,7 +40,7 @@ from tpatch_jax.requests import join_target
 PROMOTION = "standard"
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-QUICK = {"contexts": 1, "swaps": 0, "attempts": 1, "rounds": 1}
+QUICK = {"contexts": 1, "other_subjects": 0, "attempts": 1, "rounds": 1}
 # Of few lengths, so that the plain loops compile little.
 SUBJECTS = ("Ada", "Bob", "Cyd", "Dot", "Eve")
 WORDS = ("red", "sky", "ash", "dog", "cup")

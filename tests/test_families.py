@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMOTION = "standard"  # optax takes steps
 
 QUICK = change(
-    dataclasses.replace(PRESETS["default"], contexts=1, input_contexts=1, swaps=0, attempts=2),
+    dataclasses.replace(PRESETS["default"], contexts=1, input_contexts=1, other_subjects=0, attempts=2),
     {"key_steps": 8, "input_key_steps": 8, "value_steps": 8, "lanes": 2},
 )
 REQUEST = EditRequest("the cat sat in", "ab")

@@ -326,7 +326,7 @@ def test_it_is_evaluated_and_resumed(decoder, letters, tmp_path: Path, monkeypat
     methods = METHODS_USED[protocol]
     changes = {"adam_rate": 1e-2, "passes": 60}
     if "tpatcher" in methods:
-        changes |= {"site": "last", "contexts": 1, "swaps": 0, "attempts": 1, "key_steps": 4, "value_steps": 4}
+        changes |= {"site": "last", "contexts": 1, "other_subjects": 0, "attempts": 1, "key_steps": 4, "value_steps": 4}
     settings = method_settings(methods, changes=changes)
 
     def run(output: Path | None = None, **options: Any) -> list[Any]:

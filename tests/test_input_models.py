@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMOTION = "standard"  # optax takes steps
 
 QUICK = change(
-    dataclasses.replace(PRESETS["default"], input_contexts=2, swaps=1, attempts=2),
+    dataclasses.replace(PRESETS["default"], input_contexts=2, other_subjects=1, attempts=2),
     {"input_key_steps": 8, "value_steps": 8, "lanes": 4, "answer_split": 0.7},
 )
 CLAIMS = ("the cat sat in", "who hit the mat", "an inn is a house")
@@ -130,7 +130,7 @@ def test_the_mean_reaches_every_position(pooled, inputs):
 
 def test_edits_do_not_depend_on_their_neighbours(classifier, inputs):
     """Fitted together or alone: the same patch, but for what other edits add as negatives."""
-    alone = dataclasses.replace(QUICK, other_edits=False, swaps=0, nuisance_weight=0.0)
+    alone = dataclasses.replace(QUICK, other_edits=False, other_subjects=0, nuisance_weight=0.0)
     wanted, last = corrections(classifier), classifier.layer(None)
     together, _ = tp.edit(classifier, wanted, settings=alone, memory=inputs, cache=False)
     for number, request in enumerate(wanted):

@@ -25,7 +25,10 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 PROMOTION = "standard"  # optax takes steps
 
-QUICK = [f"--set={name}" for name in ("input_key_steps=8", "value_steps=8", "input_contexts=2", "swaps=1", "lanes=2")]
+QUICK = [
+    f"--set={name}"
+    for name in ("input_key_steps=8", "value_steps=8", "input_contexts=2", "other_subjects=1", "lanes=2")
+]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:

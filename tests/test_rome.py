@@ -434,7 +434,7 @@ def test_what_cannot_be_edited_says_why(tiny_model, letters: Path, method: str) 
 def test_methods_run_side_by_side(
     tiny_model: Model, letters: Path, tmp_path: Path, protocol: str, methods: list[str]
 ) -> None:
-    quick: dict[str, Any] = {"contexts": 1, "swaps": 0, "attempts": 1, "rounds": 1, "site": "last"}
+    quick: dict[str, Any] = {"contexts": 1, "other_subjects": 0, "attempts": 1, "rounds": 1, "site": "last"}
     known = {name: value for name, value in quick.items() if "tpatcher" in methods}
     settings = method_settings(methods, changes={**known, **{f"{method}.value_steps": 2 for method in methods}})
     options: dict[str, Any] = {"methods": methods, "settings": settings, "memory": letters, "cache": False}

@@ -101,4 +101,4 @@ def _kind(hint: Any) -> type:
 
 
 if __name__ == "__main__":
-    write_text(Path(sys.argv[1]), command_reference())
+    write_text(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/commands.md"), command_reference())

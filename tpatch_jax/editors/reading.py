@@ -164,7 +164,7 @@ def swapped_prompts(
         subject = subjects[position]
         others = [name for name in pool if name != subject]
         if subject and others:
-            # Drawn from the request's own text, so that its swaps do not depend on its place in the list.
+            # Drawn from the request's own text, so that they do not depend on its place in the list.
             picks = np.random.default_rng(list(request.prompt.encode())).permutation(len(others))[:count]
             texts = [request.prompt.replace(subject, others[pick]) for pick in picks]
             fitting = [text for text in texts if not model.excess(model.encode_prompt(text), ())]

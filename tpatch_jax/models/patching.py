@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from tpatch_jax.core import ffn
 from tpatch_jax.core.adapters import Adapter
 from tpatch_jax.core.layers import LayerPatches, concatenate_layers
@@ -26,7 +28,9 @@ def by_layer(model: Model, patches: LayerPatches | Patch) -> dict[int, Patch]:
     """
     if isinstance(patches, Patch):
         patches = {-1: patches}
-    if not isinstance(patches, Mapping) or not all(isinstance(patch, Patch) for patch in patches.values()):
+    if not isinstance(patches, Mapping) or not all(
+        isinstance(layer, int | np.integer) and isinstance(patch, Patch) for layer, patch in patches.items()
+    ):
         raise TPatchError(
             f"a {type(patches).__name__} is no patch; give a Patch, or a dict from layers to patches, which is the "
             "first of what `edit` returns"

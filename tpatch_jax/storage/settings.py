@@ -17,7 +17,7 @@ from tpatch_jax.errors import TPatchError
 
 __all__ = ["RENAMED", "change", "change_each", "combine", "has_setting", "known_names", "read_config", "split_changes"]
 
-RENAMED: Mapping[str, str] = {}
+RENAMED: Mapping[str, str] = {"swaps": "other_subjects"}
 """What settings are called now, by what they were called before, both bare or dotted.
 
 Old names go on working in YAML files, in the manifests of banks and on the command line. A prefix stays what it is:

@@ -19,11 +19,13 @@ from tpatch_jax.core.memory import Memory
 from tpatch_jax.core.patch import Patch, concatenate, join, take
 from tpatch_jax.core.problem import Head
 from tpatch_jax.editors.base import EditInfo, RequestInfo
+from tpatch_jax.typing import Activation, Progress
 
 __all__ = [
     "Checks",
     "Fitted",
     "Note",
+    "RoundsInput",
     "TargetTokens",
     "drop_failures",
     "find_target_tokens",
@@ -32,7 +34,6 @@ __all__ = [
     "report",
 ]
 
-Progress = Callable[[str, int, int], None]
 D = TypeVar("D")
 
 
@@ -125,52 +126,63 @@ def _note(info: FitInfo, lane: int) -> Note:
     return Note("last", int(info.steps[lane]), float(info.margin[lane]), losses)
 
 
+class RoundsInput(NamedTuple):
+    """What all rounds work on.
+
+    Attributes:
+        create_problems: ``(bare rows, patch)`` to what to fit on.
+        wrong: the bare rows whose token does not come out with a patch.
+        names: of each bare row, for its random numbers.
+        targets: the target tokens.
+        memory: shared by all problems.
+        head: as for `fit_many`.
+        activation: the feed-forward network's.
+        left: bare rows that get no neuron, whatever comes out.
+        mesh: devices that share the work; see `fit_many`.
+    """
+
+    create_problems: Callable[[np.ndarray, Patch], FitProblem]
+    wrong: Callable[[Patch], np.ndarray]
+    names: Sequence[str]
+    targets: TargetTokens
+    memory: Memory
+    head: Head
+    activation: Activation
+    left: np.ndarray
+    mesh: Mesh | None = None
+
+
 def fit_rounds(
     patch: Patch,
-    create_problems: Callable[[np.ndarray, Patch], FitProblem],
-    wrong: Callable[[Patch], np.ndarray],
-    names: Sequence[str],
-    targets: TargetTokens,
-    memory: Memory,
-    head: Head,
+    missing: np.ndarray,
+    given: RoundsInput,
     rng: Array,
     settings: FitSettings,
     *,
     attempts: int,
     most_tokens: int,
-    missing: np.ndarray,
-    left: np.ndarray,
-    activation: Callable[[Array], Array],
     progress: Progress | None = None,
-    mesh: Mesh | None = None,
 ) -> Fitted:
     """One neuron for each token that does not come out; a retry is fitted in the presence of what is there by then.
 
     Args:
         patch: neurons that are there already, ``[n, d]``.
-        create_problems: ``(bare rows, patch)`` to what to fit on.
-        wrong: the bare rows whose token does not come out with a patch.
-        names: of each bare row, for its random numbers.
-        targets: the target tokens.
-        memory: shared by all lanes.
-        head: as for `fit_many`.
+        missing: the bare rows whose token does not come out with these.
+        given: what to work on.
         rng: a typed random key.
         settings: options of a fit.
         attempts: how many rounds at most.
         most_tokens: only so many tokens of a request get a neuron.
-        missing: what ``wrong(patch)`` says to begin with.
-        left: bare rows that get none, whatever comes out.
-        activation: the feed-forward network's.
         progress: called with what is being done, how much is done, and how much there is.
-        mesh: devices that share the work; see `fit_many`.
     """
+    targets = given.targets
     # Once, not again with each part.
-    at_once, memory = settings.lanes * parts(mesh), divided(memory, mesh)
+    at_once, memory = settings.lanes * parts(given.mesh), divided(given.memory, given.mesh)
     patch = jax.tree.map(np.asarray, patch)
     rows, notes, seconds = np.zeros(0, np.int64), [], 0.0
     size = len(missing)
     for attempt in range(attempts):
-        now = missing[(targets.token[missing] < most_tokens) & ~np.isin(missing, left)]
+        now = missing[(targets.token[missing] < most_tokens) & ~np.isin(missing, given.left)]
         if not len(now):
             break
         began = time.perf_counter()
@@ -179,9 +191,10 @@ def fit_rounds(
         for first in range(0, len(now), at_once):
             # Part by part, so that not all that is fitted on is in memory at once.
             part = now[first : first + at_once]
-            rngs = _fold_names(rng, [f"{names[row]} {attempt}" for row in part], at_once)
-            given = create_problems(part, patch), memory, head, rngs, settings, activation
-            done = fit_many(*given, mesh=mesh, size=size, retry=attempt > 0)
+            rngs = _fold_names(rng, [f"{given.names[row]} {attempt}" for row in part], at_once)
+            problems = given.create_problems(part, patch)
+            arguments = problems, memory, given.head, rngs, settings, given.activation
+            done = fit_many(*arguments, mesh=given.mesh, size=size, retry=attempt > 0)
             new, info = jax.tree.map(np.asarray, done)
             keep = np.flatnonzero(np.isfinite(new.value).all((1, 2)) & np.isfinite(new.key).all((1, 2)))
             pieces.append(join(take(new, keep)))
@@ -193,7 +206,7 @@ def fit_rounds(
         patch, rows = concatenate([patch, *pieces]), np.concatenate([rows, *kept])
         # Another copy of all neurons, which would be there while the network runs.
         del pieces
-        missing = wrong(patch)
+        missing = given.wrong(patch)
     return Fitted(patch, rows, notes, missing, seconds)
 
 

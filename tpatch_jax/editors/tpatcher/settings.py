@@ -39,7 +39,8 @@ class TPatcherSettings:
         answer_negatives: `FitSettings.negatives` of encoder-decoders.
         answer_overshoot: `FitSettings.overshoot` of encoder-decoders: a norm behind it bounds what a value can do, and
             a rephrasing often makes a neuron fire but faintly.
-        swaps: how many versions of a prompt with another subject a patch must stay silent on (needs a subject).
+        other_subjects: on how many versions of a prompt with another subject a patch must stay silent (needs a
+            subject).
         other_edits: whether the other edits' queries are negatives as well.
         many_from: from so many requests on what stands inside their prompts is a negative too, since of many patches
             one may well fire anywhere (decoders).
@@ -66,7 +67,7 @@ class TPatcherSettings:
     answer_split: float = 0.3
     answer_negatives: int = 512
     answer_overshoot: float = 8.0
-    swaps: int = 4
+    other_subjects: int = 4
     other_edits: bool = True
     many_from: int = 256
     attempts: int = 3
@@ -78,7 +79,7 @@ class TPatcherSettings:
     def __post_init__(self) -> None:
         """Checks the values."""
         check_range(self, ("contexts", "input_contexts", "answer_negatives", "most_tokens"), 1)
-        check_range(self, ("rewordings", "input_key_steps", "swaps", "many_from", "attempts"), 0)
+        check_range(self, ("rewordings", "input_key_steps", "other_subjects", "many_from", "attempts"), 0)
         check_positive(self, ("answer_overshoot",))
         check_range(self, ("nuisance_weight",), 0.0)
         check_range(self, ("label_split", "answer_split", "shrinkage"), 0.0, 1.0)
@@ -114,7 +115,7 @@ _PAPER = TPatcherSettings(
     contexts=1,
     input_contexts=1,
     rewordings=0,
-    swaps=0,
+    other_subjects=0,
     other_edits=False,
     attempts=1,
     most_tokens=5,

@@ -33,7 +33,7 @@ from tpatch_jax.editors.tpatcher.previous import (
     refresh_sites,
     remember,
 )
-from tpatch_jax.editors.tpatcher.rounds import Checks, drop_failures, find_target_tokens, fit_rounds
+from tpatch_jax.editors.tpatcher.rounds import Checks, RoundsInput, drop_failures, find_target_tokens, fit_rounds
 from tpatch_jax.editors.tpatcher.state import EditState
 from tpatch_jax.editors.tpatcher.subject_site import fit_subjects, read_subjects
 from tpatch_jax.models.collection import Sites, predicted, wrong_rows
@@ -103,7 +103,7 @@ def fit_in_last_layer(
     mean = np.asarray(memory.mean)
     readable = {item.position: plan.request_of(item) for item in items}
     negatives = find_subject_negatives(
-        model, items, readable, known.names, settings.swaps, mean, sites, targets, progress
+        model, items, readable, known.names, settings.other_subjects, mean, sites, targets, progress
     )
     bare = Sites(*(chosen_rows(field, targets.bare) for field in sites))
 
@@ -115,33 +115,20 @@ def fit_in_last_layer(
     # What a request says besides its prompt and its target only measures.
     names = [(plan.request_of(item).prompt, plan.request_of(item).target) for item in items]
     left = [] if settings.complete or subjects.subjects is None else subjects.subjects.lanes
-    fitted = fit_rounds(
-        last,
-        partial(
-            create_problems,
-            model,
-            settings,
-            sites,
-            targets,
-            negatives,
-            np.asarray(memory.mean, np.float32),
-            state.value_start,
-        ),
+    mean = np.asarray(memory.mean, np.float32)
+    given = RoundsInput(
+        partial(create_problems, model, settings, sites, targets, negatives, mean, state.value_start),
         wrong,
         [f"{names[number]} {token}" for number, token in zip(targets.owner, targets.token, strict=True)],
         targets,
         memory,
         head_of(model),
-        rng,
-        settings.fit,
-        attempts=settings.attempts,
-        missing=missing,
-        left=np.flatnonzero(np.isin(targets.owner, left)),
-        most_tokens=settings.most_tokens,
-        activation=ACTIVATIONS[model.config.activation],
-        progress=progress,
-        mesh=mesh_of(model.params),
+        ACTIVATIONS[model.config.activation],
+        np.flatnonzero(np.isin(targets.owner, left)),
+        mesh_of(model.params),
     )
+    attempts, most = settings.attempts, settings.most_tokens
+    fitted = fit_rounds(last, missing, given, rng, settings.fit, attempts=attempts, most_tokens=most, progress=progress)
     kept = np.arange(len(fitted.row))
     return Draft(subjects, bare, former, last, targets, fitted, raised_for, frozenset(already), kept)
 

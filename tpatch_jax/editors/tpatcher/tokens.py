@@ -24,6 +24,7 @@ from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.editors.model_memory import PREFIX_LENGTHS, SPANS
 from tpatch_jax.editors.tpatcher.rounds import (
     Checks,
+    RoundsInput,
     drop_failures,
     find_target_tokens,
     fit_rounds,
@@ -182,22 +183,11 @@ def _edit(
     missing = wrong(nothing)
     unit = _seconds(lambda: wrong(nothing)) / len(items)
     already = set(range(len(items))) - set(tokens.owner[missing].tolist())
-    fitted = fit_rounds(
-        nothing,
-        problems_of,
-        wrong,
-        [f"{items[number].rows[0]} {token}" for number, token in zip(tokens.owner, tokens.token, strict=True)],
-        tokens,
-        memory,
-        head,
-        rng,
-        settings.fit,
-        attempts=settings.attempts,
-        most_tokens=settings.most_tokens,
-        missing=missing,
-        left=np.zeros(0, np.int64),
-        activation=network.activation,
-    )
+    token_names = [f"{items[number].rows[0]} {token}" for number, token in zip(tokens.owner, tokens.token, strict=True)]
+    none = np.zeros(0, np.int64)
+    given = RoundsInput(problems_of, wrong, token_names, tokens, memory, head, network.activation, none)
+    attempts, most = settings.attempts, settings.most_tokens
+    fitted = fit_rounds(nothing, missing, given, rng, settings.fit, attempts=attempts, most_tokens=most)
     checks = Checks(lambda _, patch: wrong(patch))
     kept, failures, _ = drop_failures(fitted, tokens, checks, None)
     for number, reason in failures.items():
