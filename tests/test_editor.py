@@ -572,6 +572,9 @@ def test_patches_that_could_not_be_read_again_are_not_written(tiny_model, edited
     beyond = info._replace(
         requests=tuple(r._replace(neurons={0: n}) for r, n in zip(info.requests, [(0, 2), (1,)], strict=False))
     )
+    lower = info._replace(
+        requests=tuple(r._replace(neurons={layer: (0,)}) for r, layer in zip(info.requests, (0, last), strict=False))
+    )
     twice = info._replace(requests=(*info.requests, *info.requests))
     for given, requests, about, message in [
         (
@@ -586,7 +589,7 @@ def test_patches_that_could_not_be_read_again_are_not_written(tiny_model, edited
             info,
             "info names other neurons .*give each request's neurons their new numbers",
         ),
-        ({last: patches[last]}, REQUESTS, info, "info names other neurons"),
+        ({last: create(16, 1)}, REQUESTS[:2], lower, "in layer 0 .* info names other neurons"),
         ({**patches, 0: create(16, 1)}, REQUESTS, info, "info names other neurons"),
         ({0: create(16, 2), last: create(16, 1)}, REQUESTS[:2], beyond, "info names other neurons"),
         ({**patches, last: Patch(*(leaf[None] for leaf in patches[last]))}, REQUESTS, info, r"one with patch\.join"),
