@@ -480,13 +480,17 @@ def test_an_editor_is_three_functions() -> None:
     assert not isinstance(object(), Editor)
 
 
-def test_a_setting_is_changed_for_one_method_or_for_all_that_have_it() -> None:
-    changed = method_settings(["rome", "memit"], changes={"rome.value_steps": 5, "value_rate": 0.25})
+def test_a_setting_is_changed_for_the_method_that_is_named() -> None:
+    changed = method_settings(["rome", "memit"], changes={"rome.value_steps": 5, "together": 3})
     assert [changed[name].value.value_steps for name in ("rome", "memit")] == [5, 25]
-    assert [changed[name].value.value_rate for name in ("rome", "memit")] == [0.25, 0.25]
-    with pytest.raises(TPatchError, match="a setting of 'memit', which is not among the methods"):
+    assert changed["memit"].together == 3
+    with pytest.raises(
+        TPatchError, match=r"several methods have a setting 'value_rate'; say which: rome\.value\.value_rate"
+    ):
+        method_settings(["rome", "memit"], changes={"value_rate": 0.25})
+    with pytest.raises(TPatchError, match="a setting of memit, which is not used here; leave it out or add memit"):
         method_settings(["rome"], changes={"memit.value_steps": 5})
-    with pytest.raises(TPatchError, match=r"no setting 'rome\.together'"):
+    with pytest.raises(TPatchError, match="no setting 'together'; known are averaged_key"):
         method_settings(["rome", "memit"], changes={"rome.together": 5})
 
 

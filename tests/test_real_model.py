@@ -7,6 +7,7 @@ from conftest import relative
 
 import tpatch_jax as tp
 from tpatch_jax.editors import model_memory
+from tpatch_jax.models import memory_text
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.storage.cache import cache_folder
 
@@ -28,7 +29,7 @@ def model():
 @pytest.fixture(scope="module")
 def edited(model):
     with pytest.MonkeyPatch.context() as patching:
-        patching.setattr(model_memory, "TEXTS", 32)  # a small memory is quick to sample
+        patching.setattr(memory_text, "TEXTS", 32)  # a small memory is quick to sample
         patching.setattr(model_memory, "SPANS", 8)
         return tp.edit(model, REQUESTS, cache=False)
 

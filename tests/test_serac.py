@@ -212,14 +212,14 @@ def test_what_cannot_be_stored_or_does_not_hold_is_said(model, fresh):
     assert info.parameters_added == state.embeddings.size + state.networks.parameter_count
     strict = fresh._replace(settings=SeracSettings("", 1.0))
     _, info = editor.step(strict, wanted(1), KEY)
-    assert "not found to be in the scope of its own edit; lower scope_threshold" in info.requests[0].reason
+    assert "the prompt counts as out of its edit's scope; lower scope_threshold" in info.requests[0].reason
     crowded = placed(fresh, {wanted(1)[0].prompt: NEAR}, [NEAR])
     crowded = crowded._replace(
         requests=(EditRequest("other", "z", id="mine"),), embeddings=np.zeros((1, 16), np.float32)
     )
     crowded = crowded._replace(seen={wanted(1)[0].prompt: np.zeros(16, np.float32)})
     _, info = editor.step(crowded, wanted(1), KEY)
-    assert "the edit 'mine' is found to be nearer to the prompt; take it out" in info.requests[0].reason
+    assert "the edit 'mine' is nearer to the prompt; take it out" in info.requests[0].reason
 
 
 # --- the networks ---

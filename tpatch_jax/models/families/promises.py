@@ -24,7 +24,7 @@ class Promise(NamedTuple):
 PROMISES = (
     Promise("parity", "2e-4", "tests/test_reference.py::test_the_logits_agree"),
     Promise("merge = attach", "1e-5", "tests/test_reference.py::test_merged_equals_attached"),
-    Promise("unmerge", "bit for bit", "tests/test_reference.py::test_unmerge_gives_back_model_and_patch_bit_for_bit"),
+    Promise("unmerge", "bit for bit", "tests/test_reference.py::test_unmerge_gives_back_model_and_patches_bit_for_bit"),
     Promise("export", "", "tests/test_export.py::test_stock_transformers_says_the_same"),
     Promise("bfloat16", "5%", "tests/test_reference.py::test_bfloat16_stays_near"),
     Promise("edit", "holds", "tests/test_families.py::test_an_edit_holds"),
