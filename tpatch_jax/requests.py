@@ -114,12 +114,12 @@ def contradictions(requests: Sequence[EditRequest]) -> dict[int, int]:
         {1: 0}
     """
     first: dict[str, int] = {}
-    found = {}
+    contradicting = {}
     for position, request in enumerate(requests):
         earlier = first.setdefault(request.prompt.strip(), position)
         if requests[earlier].target.strip() != request.target.strip():
-            found[position] = earlier
-    return found
+            contradicting[position] = earlier
+    return contradicting
 
 
 def as_requests(requests: Iterable[EditRequest | dict[str, Any]]) -> list[EditRequest]:

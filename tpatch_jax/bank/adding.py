@@ -14,10 +14,9 @@ from tpatch_jax.bank.method import Engine
 from tpatch_jax.bank.state import Bank, BankEdit, Guard, active, prompt_key, states
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.typing import Progress
 
 __all__ = ["AddInfo", "add_with"]
-
-Progress = Callable[[str, int, int], None]
 
 
 class AddInfo(NamedTuple):

@@ -1,6 +1,6 @@
 """A bank and its model: adding, taking out, verifying, guarding, and the patch that it amounts to."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from tpatch_jax.models import generation
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest, as_requests, join_target
 from tpatch_jax.storage.cache import cache_folder
+from tpatch_jax.typing import Progress
 
 __all__ = [
     "VerifyInfo",
@@ -36,8 +37,6 @@ __all__ = [
     "remove_edits",
     "verify_bank",
 ]
-
-Progress = Callable[[str, int, int], None]
 
 
 class VerifyInfo(NamedTuple):

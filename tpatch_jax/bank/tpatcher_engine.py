@@ -1,6 +1,6 @@
 """T-Patcher behind a bank: fits requests beside what is active, and finds what does not hold."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,10 @@ from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.typing import Progress
 
 __all__ = ["TPatcherEngine", "patches_of"]
 
-Progress = Callable[[str, int, int], None]
 NEAR = 8
 """So many of the nearest earlier edits are fitted again beside a request that does not hold."""
 

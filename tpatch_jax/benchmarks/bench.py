@@ -20,10 +20,9 @@ from tpatch_jax.editors.tpatcher.editor import tpatcher
 from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.models.model import Model
 from tpatch_jax.storage.cache import cache_folder
+from tpatch_jax.typing import Progress
 
 __all__ = ["FULL", "QUICK", "Plan", "bench"]
-
-Progress = Callable[[str, int, int], None]
 
 
 class Plan(NamedTuple):

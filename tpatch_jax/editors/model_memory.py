@@ -7,7 +7,7 @@ cached.
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -24,14 +24,13 @@ from tpatch_jax.models.collection import collect
 from tpatch_jax.models.inputs import read_inputs
 from tpatch_jax.models.memory_text import keep_folder, memory_folder, memory_texts, text_mark
 from tpatch_jax.models.model import Model
+from tpatch_jax.typing import Progress
 
 __all__ = ["ModelMemory", "collect_model_memory"]
 
 PREFIX_LENGTHS = (5, 10, 5, 10, 8, 6, 10)
 SPANS = 96
 SPAN_CONTEXTS = 6
-
-Progress = Callable[[str, int, int], None]
 
 
 class ModelMemory(NamedTuple):

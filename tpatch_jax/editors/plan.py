@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from tpatch_jax.editors.reading import Item, with_shared_numbers
+from tpatch_jax.editors.reading import Item
 from tpatch_jax.requests import EditRequest
 
 __all__ = ["EditPlan", "plan_edits"]
@@ -35,17 +35,15 @@ class EditPlan(NamedTuple):
 def plan_edits(
     requests: Sequence[EditRequest],
     check: Callable[[Sequence[EditRequest]], dict[int, str]],
-    read: Callable[[int, EditRequest], Item],
+    read: Callable[[Iterable[tuple[int, EditRequest]]], Iterable[Item]],
 ) -> EditPlan:
-    """The requests that can be worked on, read one after the other.
+    """The requests that can be worked on, as inputs of a model.
 
     Args:
         requests: what the user wants.
         check: requests that cannot be worked on, by position, with the reason.
-        read: ``(position, request)`` to the request as inputs.
+        read: pairs of position and request, one after the other, to each request as inputs.
     """
     problems = check(requests)
-    readable: Iterable[Item] = (
-        read(position, request) for position, request in enumerate(requests) if position not in problems
-    )
-    return EditPlan(tuple(requests), tuple(with_shared_numbers(readable)), problems)
+    pairs = ((position, request) for position, request in enumerate(requests) if position not in problems)
+    return EditPlan(tuple(requests), tuple(read(pairs)), problems)

@@ -15,7 +15,7 @@ __all__ = ["Item", "check_requests", "read_item", "subject_token", "swapped_prom
 
 
 class Item(NamedTuple):
-    """One request in tokens: for each context the prompt's length and the whole row.
+    """One request as a model reads it: for each context the whole input, and where in it the target begins.
 
     Attributes:
         position: its place in the list of requests.

@@ -90,11 +90,11 @@ def main() -> int:
         if not Path(options.output).absolute().parent.is_dir():
             raise TPatchError(f"the folder of {options.output} does not exist; make it first")
         model = load_banked_model(open_bank(options.bank))
-        found = bank_history(options.bank, model, options.text, every=options.every, tokens=options.text_tokens)
+        history = bank_history(options.bank, model, options.text, every=options.every, tokens=options.text_tokens)
     except TPatchError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    write_text(Path(options.output), json.dumps(found, indent=1) + "\n")
+    write_text(Path(options.output), json.dumps(history, indent=1) + "\n")
     return 0
 
 

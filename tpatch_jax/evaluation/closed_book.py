@@ -221,12 +221,12 @@ def _facts(path: str | Path) -> list[dict[str, Any]]:
 def _by_relation(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
     """The answer of every subject and relation; where a set contradicts itself the first answer stands."""
     known = {statement: name for name, relation in RELATIONS.items() for statement in relation.statements}
-    found: dict[tuple[str, str], str] = {}
+    truths: dict[tuple[str, str], str] = {}
     for row in rows:
         name = known.get(row["prompt"].replace(row["subject"], "{}"))
         if name is not None:
-            found.setdefault((row["subject"], name), row["ground_truth"].strip())
-    return found
+            truths.setdefault((row["subject"], name), row["ground_truth"].strip())
+    return truths
 
 
 def _first(answer: Any) -> str:

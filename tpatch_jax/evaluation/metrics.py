@@ -305,7 +305,7 @@ def summarise(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
     for figures in records:
         for name, value in figures.items():
             values.setdefault(name, []).append(value)
-    summary = {name: _mean(found) for name, found in values.items()}
+    summary = {name: _mean(figures) for name, figures in values.items()}
     if {"ES", "PS", "NS"} <= summary.keys():
         summary["S"] = harmonic_mean([summary["ES"], summary["PS"], summary["NS"]])
     return summary

@@ -141,8 +141,8 @@ def _probabilities(lines: Lines, kinds: Sequence[str]) -> list[float]:
 
 
 def _before_after(lines: Mapping[str, Lines]) -> Any:
-    found = {title: {m: _probabilities(records, kinds) for m, records in lines.items()} for title, kinds in KINDS}
-    panels = {title: methods for title, methods in found.items() if any(methods.values())} or found
+    panels_of = {title: {m: _probabilities(records, kinds) for m, records in lines.items()} for title, kinds in KINDS}
+    panels = {title: methods for title, methods in panels_of.items() if any(methods.values())} or panels_of
     figure = _figure(max(4.5, 3 * len(panels)), 3.4)
     for axes, (title, methods) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for method, values in methods.items():

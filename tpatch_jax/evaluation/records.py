@@ -87,16 +87,16 @@ def read_records(
             raise TPatchError(
                 f"{path}, record {number}: the id {record.id!r} is that of record {seen[record.id]}; give each its own"
             )
-    found = f"{path} holds {len(records)} records"
+    holds = f"{path} holds {len(records)} records"
     if one_per_subject:
         records = _one_per_subject(records)
-        found += f", {len(records)} with one per subject"
+        holds += f", {len(records)} with one per subject"
     if n is None:
         return records
     if n < 1:
         raise TPatchError(f"{n} records were asked for; ask for 1 or more")
     if n > len(records):
-        raise TPatchError(f"{found}, but {n} were asked for; ask for {len(records)} or fewer")
+        raise TPatchError(f"{holds}, but {n} were asked for; ask for {len(records)} or fewer")
     return records[:n]
 
 

@@ -77,9 +77,9 @@ def _replaced(pairs: tuple[tuple[str, str], ...]) -> Callable[[str], str]:
 
     def rule(claim: str) -> str:
         for old, new in pairs:
-            found, count = re.subn(rf"(?<![\w'-]){re.escape(old)}(?![\w'-])", new, claim, count=1)
+            replaced, count = re.subn(rf"(?<![\w'-]){re.escape(old)}(?![\w'-])", new, claim, count=1)
             if count:
-                return found
+                return replaced
         return claim
 
     return rule
@@ -120,9 +120,9 @@ def rephrasings(claim: str) -> dict[str, tuple[str, ...]]:
         >>> rephrasings("It is not a film.")["equivalent"]
         ('It is not a movie.',)
     """
-    found = {}
+    changed = {}
     for name, ways in RULES.items():
         said = tuple(dict.fromkeys(text for way in ways if (text := way(claim)) != claim))
         if said:
-            found[name] = said
-    return found
+            changed[name] = said
+    return changed

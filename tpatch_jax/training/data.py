@@ -147,17 +147,17 @@ def _example(record: Any, fields: tuple[str, str], where: str) -> Example:
 
 
 def choose_labels(
-    examples: Sequence[Example], wanted: Sequence[str] | None = None, own: Sequence[str] = ()
+    examples: Sequence[Example], wanted: Sequence[str] | None = None, known: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """What a classifier shall tell apart.
 
     Args:
         examples: their targets are names of labels.
         wanted: these labels in this order.
-        own: the labels that the model has; they stay if they name all that occur, for its head knows them.
+        known: the labels that the model has; they stay if they name all that occur, for its head knows them.
 
     Returns:
-        The labels: those wanted, or the model's own, or all that occur, sorted.
+        The labels: those wanted, or the model's, or all that occur, sorted.
 
     Raises:
         TPatchError: fewer than two labels, or one is wanted twice or never occurs.
@@ -166,16 +166,16 @@ def choose_labels(
         >>> choose_labels([Example("It rains.", "wet"), Example("The sun shines.", "dry")])
         ('dry', 'wet')
     """
-    found = sorted({example.target.strip() for example in examples})
-    shown = ", ".join(found[:8]) + (", …" if len(found) > 8 else "")
+    targets = sorted({example.target.strip() for example in examples})
+    shown = ", ".join(targets[:8]) + (", …" if len(targets) > 8 else "")
     if wanted is None:
-        labels = tuple(own) if set(found) <= set(own) else tuple(found)
+        labels = tuple(known) if set(targets) <= set(known) else tuple(targets)
     else:
         labels = tuple(label.strip() for label in wanted)
         for label in labels:
             if labels.count(label) > 1:
                 raise TPatchError(f"the label {label!r} is wanted twice; name each once")
-            if label not in found:
+            if label not in targets:
                 raise TPatchError(f"no example has the label {label!r}; those of the data are {shown}")
     if len(labels) < 2:
         raise TPatchError(f"a classifier tells two labels or more apart; those of the data are {shown}")
@@ -216,14 +216,14 @@ def buckets(rows: Sequence[TrainingRow], size: int) -> list[Bucket]:
     by_length: dict[tuple[int, int], list[int]] = {}
     for number, row in enumerate(rows):
         by_length.setdefault(_lengths(row), []).append(number)
-    found, numbers, lengths = [], [], (0, 0)
+    buckets, numbers, lengths = [], [], (0, 0)
     for read, written in sorted(by_length):
         numbers += by_length[read, written]
         lengths = max(lengths[0], read), max(lengths[1], written)
         if len(numbers) >= size:
-            found.append(Bucket(np.asarray(numbers), *lengths))
+            buckets.append(Bucket(np.asarray(numbers), *lengths))
             numbers, lengths = [], (0, 0)
-    return found + ([Bucket(np.asarray(numbers), *lengths)] if numbers else [])
+    return buckets + ([Bucket(np.asarray(numbers), *lengths)] if numbers else [])
 
 
 def plan(rows: Sequence[TrainingRow], size: int, shuffle: np.random.Generator | None = None) -> list[Bucket]:

@@ -23,10 +23,10 @@ from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.storage.files import write_text
 from tpatch_jax.training.data import Lesson, TrainingRow, lessons, plan
+from tpatch_jax.typing import Params
 
 __all__ = ["RECORD", "FinetuneSettings", "Report", "Run", "accuracy", "learn", "logits", "train"]
 
-Params = dict[Any, Any]
 Report = Callable[[str, int, int], None]
 Loss = Callable[..., Array]
 """From what is trained and the parts of a lesson to a number; compiled once for each object."""
@@ -168,14 +168,14 @@ def _claim(folder: Path, record: dict[str, Any]) -> None:
             raise TPatchError(f"cannot write {folder}: {error.strerror}; choose another output folder") from error
         return
     try:
-        found = json.loads((folder / RECORD).read_text("utf-8"))
+        saved = json.loads((folder / RECORD).read_text("utf-8"))
     except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
+        saved = None
+    if not isinstance(saved, dict):
         raise TPatchError(f"{folder} is in the way and holds no unfinished training; remove it")
     # How often work is saved changes nothing in it.
     passed_over = {"settings": None, "checkpoint_steps": None}
-    before, now = ({**entry, **entry.get("settings", {}), **passed_over} for entry in (found, record))
+    before, now = ({**entry, **entry.get("settings", {}), **passed_over} for entry in (saved, record))
     if other := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
         raise TPatchError(
             f"{folder} holds an unfinished training with other {', '.join(other)}; "
@@ -263,12 +263,12 @@ def learn(
         resumed = manager.latest_step() or 0
         if resumed:
             try:
-                found = manager.restore(resumed, args=ocp.args.StandardRestore(work(0.0)))
+                restored = manager.restore(resumed, args=ocp.args.StandardRestore(work(0.0)))
             # orbax has errors of many kinds for a file that is cut short
             except Exception as error:
                 raise TPatchError(f"{folder} is damaged ({error}); remove it and start again") from error
-            params, state, losses = found["params"], found["state"], np.array(found["losses"])
-            before = float(found["seconds"])
+            params, state, losses = restored["params"], restored["state"], np.array(restored["losses"])
+            before = float(restored["seconds"])
         began = saved = time.monotonic()
         for epoch in range(resumed // per_epoch, settings.epochs):
             first = max(0, resumed - epoch * per_epoch)

@@ -15,10 +15,10 @@ from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.registry import configure, family_of
 from tpatch_jax.models.model import Model, read_tokenizer
 from tpatch_jax.models.shapes import merged_neurons, parameter_shapes
+from tpatch_jax.typing import Params
 
 __all__ = ["complete", "named_labels", "read_start", "train_tokenizer"]
 
-Params = dict[Any, Any]
 
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 """A folder with one of these files has a tokenizer."""

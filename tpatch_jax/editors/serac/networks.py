@@ -23,6 +23,7 @@ from tpatch_jax.models.families.registry import configure
 from tpatch_jax.models.model import Model, load_model, read_tokenizer, save_model
 from tpatch_jax.requests import join_target
 from tpatch_jax.storage.files import replace_folder, write_text
+from tpatch_jax.typing import Params
 
 __all__ = [
     "RADIUS",
@@ -38,7 +39,6 @@ __all__ = [
     "write_networks",
 ]
 
-Params = dict[Any, Any]
 
 SCHEMA = 1
 SETTINGS, SCOPE, COUNTERFACTUAL = "serac.json", "scope", "counterfactual"

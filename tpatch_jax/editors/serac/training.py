@@ -38,11 +38,10 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage.files import check_vacant
 from tpatch_jax.training.loop import FinetuneSettings, learn
+from tpatch_jax.typing import Params, Progress
 
 __all__ = ["SeracInfo", "SeracTraining", "counterfactual_loss", "scope_loss", "train_serac"]
 
-Params = dict[Any, Any]
-Progress = Callable[[str, int, int], None]
 
 HELD_OUT = 200
 

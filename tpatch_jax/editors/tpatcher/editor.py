@@ -9,7 +9,7 @@ each of them.
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tpatch_jax.core.patch import Patch, create, sized
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions
 from tpatch_jax.editors.model_memory import collect_model_memory
 from tpatch_jax.editors.plan import EditPlan, plan_edits
-from tpatch_jax.editors.reading import Item, check_requests, read_item
+from tpatch_jax.editors.reading import Item, check_requests, read_item, with_shared_numbers
 from tpatch_jax.editors.rewordings import reworded
 from tpatch_jax.editors.tpatcher.draft import Draft
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds, start_values
@@ -38,10 +38,9 @@ from tpatch_jax.models.networks import Batch
 from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest, as_requests
 from tpatch_jax.storage.cache import cache_folder
+from tpatch_jax.typing import Progress
 
 __all__ = ["check_settings", "edit", "site_layer", "tpatcher"]
-
-Progress = Callable[[str, int, int], None]
 
 
 def check_settings(settings: TPatcherSettings) -> None:
@@ -145,7 +144,11 @@ def _plan(state: EditState, requests: Sequence[EditRequest]) -> EditPlan:
         return read_item(state.model, position, request, prefixes, settings.train_on_rephrases, wordings)
 
     at_subjects = state.subject_layer is not None
-    return plan_edits(requests, lambda given: check_requests(state.model, given, at_subjects), read)
+    return plan_edits(
+        requests,
+        lambda given: check_requests(state.model, given, at_subjects),
+        lambda pairs: with_shared_numbers(read(position, request) for position, request in pairs),
+    )
 
 
 def _step(

@@ -33,6 +33,7 @@ from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage.rows_on_disk import RowsOnDisk, chosen_rows
+from tpatch_jax.typing import Progress
 
 __all__ = [
     "collect_bare",
@@ -47,7 +48,6 @@ __all__ = [
     "start_values",
 ]
 
-Progress = Callable[[str, int, int], None]
 
 LEAST_ROWS, BLOCK = 1024, 4096
 """Edits' queries take so many rows of a memory at least, few beside the others, so that fits of few edits are one

@@ -38,10 +38,9 @@ from tpatch_jax.editors.tpatcher.state import EditState
 from tpatch_jax.editors.tpatcher.subject_site import fit_subjects, read_subjects
 from tpatch_jax.models.collection import Sites, predicted, wrong_rows
 from tpatch_jax.storage.rows_on_disk import chosen_rows
+from tpatch_jax.typing import Progress
 
 __all__ = ["commit_draft", "fit_at_subjects", "fit_in_last_layer", "verify_draft"]
-
-Progress = Callable[[str, int, int], None]
 
 
 def fit_at_subjects(state: EditState, plan: EditPlan, progress: Progress | None) -> SubjectDraft:

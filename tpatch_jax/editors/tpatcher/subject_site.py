@@ -5,7 +5,7 @@ differently, which one in the last layer does not.
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, islice
@@ -42,6 +42,7 @@ from tpatch_jax.models.collection import collect
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.typing import Progress
 
 __all__ = [
     "POSITIONS",
@@ -64,8 +65,6 @@ HEARD = 0.1
 
 SHARPNESS = 256.0
 """``s`` of ``act(s·z)/s``, folded into the patch."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

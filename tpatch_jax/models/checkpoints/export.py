@@ -338,10 +338,10 @@ def _approximate(
         if progress:
             progress("folding biases", done, len(patches))
         query = collect(model, fitted, [range(_start(model, row, 1), len(row)) for row in fitted], layer).query
-        own = collect(model, [row for row, _ in asked], [places for _, places in asked], layer).query
+        queries = collect(model, [row for row, _ in asked], [places for _, places in asked], layer).query
         layers[layer] = {
             **layers[layer],
-            "ffn": ffn.merge_without_bias(layers[layer]["ffn"], patch, constant_direction(query, own)),
+            "ffn": ffn.merge_without_bias(layers[layer]["ffn"], patch, constant_direction(query, queries)),
         }
     approximated = base.with_params({**base.params, "layers": layers})
     return approximated, _error(model, approximated, measured, requests, asked)
