@@ -17,19 +17,25 @@ from tpatch_jax.bank.assembly import Held, empty_neurons, take_neurons
 from tpatch_jax.bank.method import Result, Stepped
 from tpatch_jax.bank.state import Guard
 from tpatch_jax.core.checks import random_key
+from tpatch_jax.editors.base import Editor
 from tpatch_jax.editors.reading import Item, check_requests, read_item
 from tpatch_jax.editors.registry import Method
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
-from tpatch_jax.typing import Progress
+from tpatch_jax.typing import Progress, RngKey
 
 __all__ = ["EditorEngine"]
 
 
 class EditorEngine:
     """One method, for one model and the settings of one bank."""
+
+    base: Model
+    method: Method
+    rng: RngKey
+    editor: Editor
 
     def __init__(
         self,

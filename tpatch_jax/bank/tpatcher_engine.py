@@ -17,7 +17,7 @@ from tpatch_jax.bank.state import Guard, Ref
 from tpatch_jax.core.checks import random_key
 from tpatch_jax.core.layers import split_layers
 from tpatch_jax.core.patch import Patch, create, sized
-from tpatch_jax.editors.base import EditInfo
+from tpatch_jax.editors.base import EditInfo, Editor
 from tpatch_jax.editors.reading import Item, check_requests, read_item
 from tpatch_jax.editors.tpatcher.draft import with_subject_neurons
 from tpatch_jax.editors.tpatcher.editor import site_layer, tpatcher
@@ -39,7 +39,7 @@ from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest
-from tpatch_jax.typing import Progress
+from tpatch_jax.typing import Progress, RngKey
 
 __all__ = ["TPatcherEngine", "patches_of"]
 
@@ -64,6 +64,14 @@ def _layers_of(neurons: Mapping[str, np.ndarray], last: int) -> np.ndarray:
 
 class TPatcherEngine:
     """T-Patcher for one model and the settings of one bank; what it was told of edits it keeps, to read less anew."""
+
+    base: Model
+    progress: Progress | None
+    rng: RngKey
+    editor: Editor
+    last: int
+    subject_layer: int | None
+    dtype: Any
 
     def __init__(
         self,

@@ -17,7 +17,8 @@ from tpatch_jax.storage.files import write_text
 
 __all__ = ["command_reference"]
 
-ARGUMENT, POSITIONAL = type(tyro.conf.arg()), tyro.conf.Positional[str].__metadata__[0]  # type: ignore[attr-defined]
+ARGUMENT: type = type(tyro.conf.arg())
+POSITIONAL: Any = tyro.conf.Positional[str].__metadata__[0]  # type: ignore[attr-defined]
 
 HEAD = f"""# Commands
 
