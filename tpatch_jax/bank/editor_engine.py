@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from tpatch_jax.bank.assembly import Held, empty_neurons, take_neurons
+from tpatch_jax.bank.guards import read_guards
 from tpatch_jax.bank.method import Result, Stepped
 from tpatch_jax.bank.state import Guard
 from tpatch_jax.core.checks import random_key
@@ -124,10 +125,7 @@ class EditorEngine:
 
     def guards_broken(self, held: Held, guards: Sequence[Guard]) -> list[Guard]:
         """See `tpatch_jax.bank.method.Engine`."""
-        items = []
-        for number, guard in enumerate(guards):
-            prompt, answer = self.base.encode_prompt(guard.prompt), self.base.encode_target(guard.prompt, guard.answer)
-            items.append(Item(number, answer, [prompt + answer], [len(prompt)], [guard.prompt]))
+        items = read_guards(self.base, guards)
         with jax.default_matmul_precision("highest"):
             return [guards[number] for number in self._wrong(self.model(held), items)]
 

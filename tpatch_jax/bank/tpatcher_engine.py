@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpatch_jax.bank.assembly import Held
+from tpatch_jax.bank.guards import read_guards
 from tpatch_jax.bank.method import Result, Stepped
 from tpatch_jax.bank.pieces import join_pieces, split_pieces
 from tpatch_jax.bank.segments import Arrays
@@ -134,12 +135,7 @@ class TPatcherEngine:
     def _guard_pieces(self, guards: Sequence[Guard], model: Model) -> list[Arrays]:
         if not guards:
             return []
-        items = []
-        for number, guard in enumerate(guards):
-            # An answer is what comes next to the letter, which need not begin with a space.
-            prompt = self.base.encode_prompt(guard.prompt)
-            answer = self.base.encode_target(guard.prompt, guard.answer)
-            items.append(Item(number, answer, [prompt + answer], [len(prompt)], [guard.prompt]))
+        items = read_guards(self.base, guards)
         queries = None
         if self.subject_layer is not None:
             rows = [item.rows[0] for item in items]
