@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 from conftest import bits, make_tiny_model, relative, same, write_tiny_folder
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 import tpatch_jax as tp
 from tpatch_jax.bank import patches as store
@@ -23,6 +26,7 @@ from tpatch_jax.core.layers import LayerPatches, count_neurons, flat_positions, 
 from tpatch_jax.core.patch import Patch, concatenate, create, take
 from tpatch_jax.editors import model_memory
 from tpatch_jax.editors.model_memory import collect_model_memory
+from tpatch_jax.editors.repeats import find_repeats
 from tpatch_jax.editors.tpatcher import last_site, rounds, stages
 from tpatch_jax.editors.tpatcher.editor import tpatcher
 from tpatch_jax.editors.tpatcher.previous import raise_thresholds
@@ -158,6 +162,45 @@ def test_the_order_of_requests_does_not_matter_for_what_holds(tiny_model, memory
     assert [request.id for request in info.requests] == ["who", "inn", "cat"]
     assert all(request.held for request in info.requests)
     assert [says(merge(tiny_model, patches), request) for request in REQUESTS] == [True] * 3
+
+
+def test_exact_repeats_are_one_edit_reported_for_each(tiny_model, memory, tmp_path):
+    cat, inn = REQUESTS[:2]
+    again = [dataclasses.replace(cat, id=None, subject=None, rephrases=()), dataclasses.replace(cat, target=" ab")]
+    requests = [cat, inn, *again]
+    patches, info = tp.edit(tiny_model, requests, settings=DEFAULT, memory=memory, cache=False)
+    once, alone = tp.edit(tiny_model, [cat, inn], settings=DEFAULT, memory=memory, cache=False)
+    assert same(patches, once)
+    assert [result.id for result in info.requests] == ["cat", "inn", "edit-2", "cat"]
+    assert info.requests[0].neurons == info.requests[2].neurons == info.requests[3].neurons
+    assert all(result.held and result.status == "edited" for result in info.requests)
+    assert info.parameters_added == alone.parameters_added
+    assert [result.continuation for result in info.requests] == [" ab", " h", " ab", " ab"]
+    tp.save_patches(tmp_path / "patches", tiny_model, patches, requests, info)
+    assert same(tp.load_patches(tmp_path / "patches", tiny_model), patches)
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """One of Llama 2's kind: a space before every text that stands alone, and a token for a space at the end."""
+    pieces = ["<s>", "\u2581", *"isLyon", "\n", "(", "on", "yon", "Lyon", "\u2581Lyon", "is", "\u2581is"]
+    merges = [("o", "n"), ("y", "on"), ("L", "yon"), ("\u2581", "Lyon"), ("i", "s"), ("\u2581", "is")]
+    backend = Tokenizer(BPE({piece: number for number, piece in enumerate(pieces)}, merges))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+
+
+@pytest.mark.parametrize(("prompt", "target", "text"), [("is", " Lyon", "is Lyon"), ("is ", "Lyon", "is Lyon")])
+def test_a_prompt_that_ends_in_a_space_gets_no_second_one(tiny_model, prompt, target, text):
+    model = dataclasses.replace(tiny_model, tokenizer=sentencepiece_tokenizer())
+    tokens = [*model.encode(prompt), *model.encode_target(prompt, target)]
+    assert tokens[: len(model.encode(prompt))] == model.encode(prompt)
+    assert model.tokenizer.decode(tokens, skip_special_tokens=False) == text
+
+
+def test_the_one_that_names_a_subject_serves_its_repeats(tiny_model):
+    bare, named = EditRequest("who hit the", "q"), EditRequest("who hit the", "q", subject="who")
+    assert find_repeats(tiny_model, [bare, named, bare, EditRequest("who hit the", "a")]) == {0: 1, 2: 1}
 
 
 def test_what_already_holds_gets_no_neuron(tiny_model, memory):

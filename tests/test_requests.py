@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.requests import EditRequest, as_requests, contradictions, join_target
+from tpatch_jax.requests import EditRequest, as_requests, contradictions, join_target, parse_request
 from tpatch_jax.storage.request_file import read_requests
 
 GOOD = b'{"prompt": "The capital of France is", "target": "Lyon"}'
@@ -130,10 +130,63 @@ def test_contradictions_name_the_first_request_with_another_target():
         ("is", " Lyon", " Lyon"),
         ("is\n", "Lyon", "Lyon"),
         ("", "Lyon", "Lyon"),
+        # behind what opens something
+        ("It costs $", "20", "20"),
+        ("It costs US$", "20", "20"),
+        ("It costs €", "20", "20"),
+        ("Its name (", "Lyon)", "Lyon)"),
+        ('The sign says "', "Stop", "Stop"),
+        ("The sign says \u201c", "Stop", "Stop"),
+        ("On dit \u00ab", "non", "non"),
+        ("The vice-", "president", "president"),
+        ("C'est l'", "ami", "ami"),
+        ("C\u2019est dell\u2019", "amico", "amico"),
+        ("Follow us on @", "tpatch", "tpatch"),
+        ("x =", "3", " 3"),
+        ("x=", "3", "3"),
+        # and behind what only looks like it
+        ('He said "Stop"', "and left", " and left"),
+        ("The dogs'", "owner is", " owner is"),
+        ("It is in C#", "code", " code"),
+        ("Lyon -", "a city", " a city"),
+        ("The price in 5 $:", "high", " high"),
+        # what is written without spaces
+        ("法国的首都是", "里昂", "里昂"),
+        ("法国的首都是", "Lyon", "Lyon"),
+        ("首都\uff1a", "里昂", "里昂"),
+        ("フランスの首都は", "リヨン", "リヨン"),
+        ("เมืองหลวงคือ", "ลียง", "ลียง"),
+        ("In Chinese it is", "里昂", " 里昂"),
+        ("프랑스의 수도는", "리옹", " 리옹"),
+        ("Столица Франции", "Лион", " Лион"),
+        # before what ends something
+        ("He left", ", she stayed", ", she stayed"),
+        ("The king", "'s brother", "'s brother"),
+        ("It grew by 5", "%", "%"),
+        ("It grew by", "5%", " 5%"),
+        ("It is made with", ".NET", " .NET"),
+        ("It is over", ".", "."),
+        ("The answer is", "(b)", " (b)"),
+        ("It is", "-5", " -5"),
     ],
 )
-def test_join_target_puts_one_space_between(prompt: str, target: str, joined: str):
+def test_join_target_puts_a_space_where_one_belongs(prompt: str, target: str, joined: str):
     assert join_target(prompt, target) == joined
+    assert EditRequest(prompt, target).continuation == joined
+
+
+@pytest.mark.parametrize(("prompt", "target"), [("It costs $", "20"), ("is", "Lyon"), ("法国的首都是", "里昂")])
+def test_a_request_says_how_it_is_joined(prompt: str, target: str):
+    assert EditRequest(prompt, target, join="space").continuation == f" {target}"
+    assert EditRequest(prompt, target, join="none").continuation == target
+    # white space that is there already stays
+    assert EditRequest(f"{prompt} ", target, join="space").continuation == target
+
+
+def test_join_is_read_and_checked():
+    assert parse_request({"prompt": "a", "target": "b", "join": "none"}, "line 1").continuation == "b"
+    with pytest.raises(TPatchError, match="line 1: 'join' is 'tab'; write 'space' or 'none', or leave it out"):
+        parse_request({"prompt": "a", "target": "b", "join": "tab"}, "line 1")
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

@@ -338,6 +338,24 @@ def test_what_holds_holds_and_says_where(edited):
     assert sum(result.held for result in info.requests) == 4
 
 
+def test_several_facts_about_one_subject_are_measured_by_the_unedited_model(edited):
+    model, *_, text = edited
+    endings = ("sat in", "ran to", "hit the", "hid in", "saw the")
+    requests = [EditRequest(f"the fox {end}", target, "fox") for end, target in zip(endings, "qzjxk", strict=True)]
+    options = settings()
+    patches, _ = tp.edit(model, requests, settings=options, memory=text, cache=False)
+    layer = subject_layer(model.config.layers)
+    keys, lengths = np.asarray(patches[layer].key), np.linalg.norm(np.asarray(patches[layer].value), axis=1)
+    # One recognition for all of them, and no value longer than the first one might be.
+    np.testing.assert_allclose(keys, np.broadcast_to(keys[0], keys.shape), rtol=1e-5, atol=1e-5)
+    tokens = tokens_array([model.encode("the fox")], 8)
+    place = subject_token(model, "the fox", len("the fox"))
+    output = np.linalg.norm(np.asarray(model.trace(tokens, layer).output)[0, place])
+    assert len(lengths) == 10
+    limit = options.subject.value.longest * output / (options.subject.plateau * subject_site.SHARPNESS)
+    assert lengths.max() <= 1.001 * limit
+
+
 def test_merged_is_attached_in_every_layer(edited):
     model, _, patches, _, _ = edited
     assert set(patches) == {1, 2}

@@ -18,15 +18,18 @@ class EditRequest:
 
     Attributes:
         prompt: the text that the model continues wrongly.
-        target: what it should say instead.
+        target: what it should say instead; `continuation` is the same as it follows the prompt.
         subject: what the prompt is about, as it stands in the prompt; not every method needs it.
         rephrases: other wordings of the prompt, for measuring.
         locality: prompts whose continuation must not change, for measuring.
         id: names the request in reports; made from its position when absent.
+        join: what stands between prompt and target: ``"space"``, ``"none"``, or as `join_target` chooses.
 
     Example:
-        >>> EditRequest("The capital of France is", "Lyon").target
-        'Lyon'
+        >>> EditRequest("The capital of France is", "Lyon").continuation
+        ' Lyon'
+        >>> EditRequest("It costs $", "20").continuation
+        '20'
     """
 
     prompt: str
@@ -35,23 +38,68 @@ class EditRequest:
     rephrases: tuple[str, ...] = ()
     locality: tuple[str, ...] = ()
     id: str | None = None
+    join: str | None = None
+
+    @property
+    def continuation(self) -> str:
+        """The target as it continues the prompt."""
+        return join_target(self.prompt, self.target, self.join)
 
     def name(self, position: int) -> str:
         """The request's id, or one made from its position in the list."""
         return self.id if self.id is not None else f"edit-{position}"
 
 
-def join_target(prompt: str, target: str) -> str:
-    """The target as it continues the prompt: with a leading space, unless there is white space already.
+JOINS = ("space", "none")
+
+_UNSPACED = re.compile(
+    # Han, kana, bopomofo, Thai, Lao, Burmese, Khmer, Tibetan, and the punctuation that is written with them.
+    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u30ff\u3100-\u312f\u31a0-\u31ff\u3400-\u9fff"
+    "\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U0001b000-\U0001b16f\U00020000-\U0003ffff]$"
+)
+_OPENING = re.compile(
+    # Brackets and signs that open what follows, some of them only where no word ends in them (``C#``); a quotation mark
+    # after a space, a bracket or nothing; a word's hyphen; an elided article of French or Italian.
+    r"[(\[{\u00ab\u201c\u2018\u201e\u201a\u00bf\u00a1/_\\$\u20ac\u00a3\u00a5\u20b9\u20bd\u20a9]$"
+    r"|(?:^|[\s(\[{])[\"'`#@~]+$|\w[-\u2010\u2011=]$"
+    r"|\b(?:[cdjlmnst]|qu|jusqu|lorsqu|puisqu|quoiqu|un|(?:de|ne|da|su|a)ll)['\u2019]$",
+    re.IGNORECASE,
+)
+_CLOSING = re.compile(
+    # Punctuation that ends something, an ending of English after an apostrophe, and what goes with a number.
+    r"[,;:!?)\]}\u00bb\u201d\u2026]|\.(?:$|[\s.])|['\u2019](?:s|re|ve|ll|d|m|t)\b",
+    re.IGNORECASE,
+)
+_OF_NUMBERS = re.compile(r"[%\u2030\u00b0\u2032\u2033]")
+
+
+def join_target(prompt: str, target: str, join: str | None = None) -> str:
+    """The target as it continues the prompt: behind a space, unless there is white space already or none belongs there.
+
+    None belongs behind what opens something (a bracket, a quotation mark, ``$``, a word's hyphen, ``l'``) or is written
+    without spaces (Chinese, Japanese, Thai …), and before what ends something (``,``, ``'s``, ``%`` of a number).
+
+    Args:
+        prompt: what stands before.
+        target: what comes.
+        join: ``"space"`` or ``"none"`` to decide it; white space that is there already stays.
 
     Example:
         >>> join_target("The capital of France is", "Lyon")
         ' Lyon'
+        >>> join_target("It costs $", "20"), join_target("Its price in $", "twenty", "space")
+        ('20', ' twenty')
     """
-    return target if not prompt or prompt[-1].isspace() or target[:1].isspace() else f" {target}"
+    if join == "none" or not prompt or prompt[-1].isspace() or target[:1].isspace():
+        return target
+    if join is None:
+        number = prompt[-1].isdigit() and _OF_NUMBERS.match(target)
+        if number or _UNSPACED.search(prompt) or _OPENING.search(prompt) or _CLOSING.match(target):
+            return target
+    return f" {target}"
 
 
-_FIELDS = ("id", "prompt", "target", "subject", "rephrases", "locality")
+_FIELDS = ("id", "prompt", "target", "subject", "rephrases", "locality", "join")
 
 
 def parse_request(record: Any, where: str) -> EditRequest:
@@ -84,6 +132,8 @@ def parse_request(record: Any, where: str) -> EditRequest:
         entry = [] if record.get(name) is None else record[name]
         if not isinstance(entry, list) or not all(isinstance(text, str) and text.strip() for text in entry):
             raise TPatchError(f"{where}: {name!r} must be a list of non-empty strings")
+    if record.get("join") not in (None, *JOINS):
+        raise TPatchError(f"{where}: 'join' is {record['join']!r}; write 'space' or 'none', or leave it out")
     identity = record.get("id")
     if identity is not None and (isinstance(identity, bool) or not isinstance(identity, str | int)):
         raise TPatchError(f"{where}: 'id' is {type(identity).__name__}; write it as a string")
@@ -97,6 +147,7 @@ def parse_request(record: Any, where: str) -> EditRequest:
         tuple(record.get("rephrases") or ()),
         tuple(record.get("locality") or ()),
         None if identity is None else str(identity),
+        record.get("join"),
     )
 
 

@@ -56,6 +56,8 @@ def _asked(request: EditRequest) -> dict[str, Any]:
     for name in ("rephrases", "locality"):
         if texts := getattr(request, name):
             entry[name] = list(texts)
+    if request.join is not None:
+        entry["join"] = request.join
     return entry
 
 

@@ -18,6 +18,7 @@ from tpatch_jax.bank.layout import MEMORY
 from tpatch_jax.bank.method import Engine
 from tpatch_jax.bank.state import Bank, Guard, active
 from tpatch_jax.bank.tpatcher_engine import patches_of
+from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation
@@ -61,6 +62,7 @@ def _engine(model: Model, seed: int, progress: Progress | None, bank: Bank) -> E
     return create_engine(model, bank.manifest, memory=memory, cache=cache_folder(), seed=seed, progress=progress)
 
 
+@automatically
 def add_edits(
     folder: str | Path,
     model: Model,
@@ -112,6 +114,7 @@ def _change(
     return change_with(Path(folder), kind, [ids] if isinstance(ids, str) else ids, engine)
 
 
+@automatically
 def disable_edits(
     folder: str | Path, ids: Sequence[str], model: Model | None = None, *, progress: Progress | None = None
 ) -> ChangeInfo:
@@ -136,6 +139,7 @@ def disable_edits(
     return _change(folder, "disable", ids, model, progress)
 
 
+@automatically
 def enable_edits(
     folder: str | Path, ids: Sequence[str], model: Model | None = None, *, progress: Progress | None = None
 ) -> ChangeInfo:
@@ -159,6 +163,7 @@ def enable_edits(
     return _change(folder, "enable", ids, model, progress)
 
 
+@automatically
 def remove_edits(
     folder: str | Path, ids: Sequence[str], model: Model | None = None, *, progress: Progress | None = None
 ) -> ChangeInfo:
@@ -184,6 +189,7 @@ def remove_edits(
     return _change(folder, "remove", ids, model, progress)
 
 
+@automatically
 def bank_patch(folder: str | Path, model: Model) -> dict[int, Patch]:
     """The neurons of a bank's active edits: what `tpatch_jax.merge` or `tpatch_jax.attach` puts into the model.
 
@@ -211,6 +217,7 @@ def bank_patch(folder: str | Path, model: Model) -> dict[int, Patch]:
     return jax.tree.map(jnp.asarray, patches_of(neurons, model.layer(None)))
 
 
+@automatically
 def bank_model(folder: str | Path, model: Model) -> Model:
     """The model with a bank's active edits attached, whatever method they were made with.
 
@@ -229,6 +236,7 @@ def bank_model(folder: str | Path, model: Model) -> Model:
     return _engine(model, 0, None, bank).model(assemble(bank, active(bank), Store.new()))
 
 
+@automatically
 def verify_bank(folder: str | Path, model: Model, *, progress: Progress | None = None) -> VerifyInfo:
     """Read every active edit's prompt again and see whether its target comes out of greedy decoding.
 
@@ -253,6 +261,7 @@ def verify_bank(folder: str | Path, model: Model, *, progress: Progress | None =
     )
 
 
+@automatically
 def guard_bank(
     folder: str | Path,
     model: Model | None,

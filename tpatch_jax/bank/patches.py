@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.layers import LayerPatches, flat_positions, flatten_layers, split_layers
 from tpatch_jax.core.patch import Patch, create
 from tpatch_jax.editors.base import EditInfo
@@ -42,6 +43,7 @@ class SavedPatches(NamedTuple):
     edits: list[dict[str, Any]]
 
 
+@automatically
 def save_patches(
     folder: str | Path, model: Model, patches: LayerPatches | Patch, requests: Sequence[EditRequest], info: EditInfo
 ) -> None:
@@ -80,6 +82,8 @@ def save_patches(
         if request.subject is not None:
             edit["subject"] = request.subject
         edit.update({"status": result.status, "held": result.held, "site": result.site})
+        if result.continuation:
+            edit["continuation"] = result.continuation
         if result.reason:
             edit["reason"] = result.reason
         edit.update({"neurons": neurons, "steps": result.steps, "losses": dict(result.losses)})
@@ -138,9 +142,9 @@ def read_patches(folder: str | Path) -> SavedPatches:
 
 
 def _belong_together(patch: Patch, neurons: Sequence[Sequence[int]]) -> bool:
-    """Whether it is one patch, and each of its neurons belongs to one edit."""
+    """Whether it is one patch, and each of its neurons belongs to one edit, or to all requests that one edit serves."""
     alike = patch.value.shape == patch.key.shape and patch.bias.shape == patch.key.shape[:1]
-    numbers = sorted(number for edit in neurons for number in edit)
+    numbers = sorted(number for edit in set(map(tuple, neurons)) for number in edit)
     return patch.key.ndim == 2 and alike and numbers == list(range(patch.key.shape[0]))
 
 
@@ -160,6 +164,7 @@ def check_model(saved: SavedPatches, model: Model) -> None:
         )
 
 
+@automatically
 def load_patches(folder: str | Path, model: Model) -> dict[int, Patch]:
     """The neurons of a folder of patches, ``{layer: [n, d]}``, checked against the model.
 

@@ -123,6 +123,7 @@ def _request(entry: Mapping[str, Any]) -> EditRequest:
         tuple(entry.get("rephrases", ())),
         tuple(entry.get("locality", ())),
         entry["id"],
+        entry.get("join"),
     )
 
 

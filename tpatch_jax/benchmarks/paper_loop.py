@@ -20,7 +20,7 @@ from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.rows import tokens_array
-from tpatch_jax.requests import EditRequest, join_target
+from tpatch_jax.requests import EditRequest
 
 __all__ = ["COPIES", "ROWS", "paper_step_seconds"]
 
@@ -68,7 +68,7 @@ def paper_step_seconds(model: Model, known: ModelMemory, requests: Sequence[Edit
     memory = jnp.resize(known.query, (ROWS, known.query.shape[1]))
     transform, seconds = _transform(), []
     for request in requests:
-        target = model.encode_target(request.prompt, join_target(request.prompt, request.target))
+        target = model.encode_target(request.prompt, request.continuation)
         start = model.encode_prompt(request.prompt)
         row = [*start, *target]
         tokens = tokens_array([row] * COPIES, len(row))

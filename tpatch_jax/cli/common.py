@@ -6,7 +6,7 @@ Nothing here imports JAX before a command runs, so that ``--help`` answers at on
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -22,6 +22,7 @@ __all__ = [
     "Command",
     "Config",
     "Dtype",
+    "Join",
     "Json",
     "MemoryText",
     "ModelName",
@@ -60,6 +61,10 @@ _text = partial(arg, metavar="TEXT", constructor=str, help_behavior_hint="")
 Prompt = Annotated[str | None, _text(help="a single edit: the text that the model continues wrongly")]
 Target = Annotated[str | None, _text(help="a single edit: what it should say instead")]
 Subject = Annotated[str | None, _text(help="a single edit: what the prompt is about")]
+Join = Annotated[
+    Literal["space", "none"] | None,
+    arg(metavar="{space,none}", help="a single edit: what joins the two; by default as their last and first sign are"),
+]
 
 
 class Command(Protocol):
@@ -113,14 +118,17 @@ def preset_of(preset: str | None, config: str | None) -> tuple[str, dict[str, An
 
 
 def requests_of(
-    path: str | None, single: tuple[str | None, str | None, str | None], action: str = "edit"
+    path: str | None,
+    single: tuple[str | None, str | None, str | None],
+    action: str = "edit",
+    join: str | None = None,
 ) -> list[EditRequest]:
     """Requests from a file, or the one that ``--prompt``, ``--target`` and ``--subject`` make."""
     from tpatch_jax.storage.request_file import read_requests
 
     prompt, target, subject = single
     if path is not None:
-        if any(text is not None for text in single):
+        if any(text is not None for text in (*single, join)):
             raise TPatchError("give either a file of requests or --prompt and --target, not both")
         return read_requests(path)
     if prompt is None or target is None:
@@ -128,7 +136,7 @@ def requests_of(
         lacking = [f"--{name}" for name in ("prompt", "target") if name not in given]
         what = f"--{given[0]} is given without {' and '.join(lacking)}" if given else "no request is given"
         raise TPatchError(f"nothing to {action}: {what}; give a file of requests, or --prompt and --target")
-    return [EditRequest(prompt, target, subject)]
+    return [EditRequest(prompt, target, subject, join=join)]
 
 
 def show_rows(title: str, rows: Sequence[Sequence[str]]) -> None:

@@ -11,6 +11,7 @@ from tyro.conf import arg
 from tpatch_jax.cli.common import (
     Config,
     Dtype,
+    Join,
     Json,
     MemoryText,
     ModelName,
@@ -46,6 +47,7 @@ class Edit:
     prompt: Prompt = None
     target: Target = None
     subject: Subject = None
+    join: Join = None
     config: Config = None
     preset: Preset = None
     changes: Set = ()
@@ -64,7 +66,7 @@ class Edit:
         from tpatch_jax.evaluation.measure import measure
         from tpatch_jax.storage.files import check_vacant
 
-        requests = requests_of(self.requests, (self.prompt, self.target, self.subject))
+        requests = requests_of(self.requests, (self.prompt, self.target, self.subject), join=self.join)
         rephrases = ["train_on_rephrases=true"] if self.train_on_rephrases else []
         settings = settings_of(self.preset, self.config, [*self.changes, *rephrases])
         check_vacant(Path(self.output))

@@ -1,7 +1,8 @@
 """Work that is split over several devices: rows over the axis ``"data"`` of a mesh."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -24,6 +25,9 @@ __all__ = [
     "shard_rows",
 ]
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
 DATA_AXIS = "data"
 """The mesh axis over which lanes, texts and memory rows are split."""
 
@@ -33,36 +37,54 @@ def automatic(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
-def automatically(run: Callable[[Any, Any], Array], params: Any, batch: Any) -> Array:
-    """Run a whole network on a batch, whatever the caller's axis types: inside they are automatic.
+def automatically(run: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A function that runs with automatic axes, whatever types the caller's mesh and arrays have.
+
+    Arrays on a mesh with explicit axes are put on the same devices with automatic ones; arrays that come out are put on
+    the caller's mesh again, models and states stay as they are. Inside somebody's ``jit``, ``vmap`` or ``grad`` types
+    cannot be changed any more, and it runs as it is.
 
     Args:
-        run: ``(params, batch)`` to one array.
-        params: arrays, perhaps on a mesh with explicit axes.
-        batch: arrays, perhaps on a mesh with explicit axes, on which the result is put again.
+        run: any function of arrays, and of what holds arrays.
+
+    Example:
+        >>> automatically(lambda x: x + 1)(jax.numpy.zeros(1)).tolist()
+        [1.0]
     """
-    leaves = [leaf for leaf in jax.tree.leaves((batch, params)) if isinstance(leaf, Array)]
-    # Inside somebody's `jit`, `vmap` or `grad` types cannot be changed any more, and what is traced has no sharding.
-    if any(isinstance(leaf, Tracer) for leaf in leaves):
-        return run(params, batch)
-    meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
-    context = jax.sharding.get_abstract_mesh()
-    if not any(mesh.explicit_axes for mesh in (*meshes, context)):
-        return run(params, batch)
 
-    def put(leaf: Any) -> Any:
-        sharding = leaf.sharding if isinstance(leaf, Array) else None
-        if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
-            return leaf
-        return jax.device_put(leaf, NamedSharding(automatic(sharding.mesh), sharding.spec))
+    @wraps(run)
+    def inside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        context = jax.sharding.get_abstract_mesh()
+        leaves = [leaf for leaf in jax.tree.leaves((args, kwargs)) if isinstance(leaf, Array)]
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
+            return run(*args, **kwargs)
+        meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
+        if not any(mesh.explicit_axes for mesh in (*meshes, context)):
+            return run(*args, **kwargs)
+        types = dict.fromkeys(context.axis_names, AxisType.Auto)
+        with jax.sharding.use_abstract_mesh(context.update_axis_types(types)):
+            given, named = jax.tree.map(partial(_put, kind=automatic), (args, kwargs))
+            result = run(*given, **named)  # pyright: ignore[reportCallIssue]
+        explicit = next((mesh for mesh in meshes if isinstance(mesh, Mesh) and mesh.explicit_axes), None)
+        return jax.tree.map(partial(_put, kind=lambda mesh: _explicit(mesh, explicit)), result)
 
-    types = dict.fromkeys(context.axis_names, AxisType.Auto)
-    with jax.sharding.use_abstract_mesh(context.update_axis_types(types)):
-        result = run(*jax.tree.map(put, (params, batch)))
-    explicit = [mesh for mesh in meshes if mesh.explicit_axes]
-    if explicit and not isinstance(result, Tracer) and isinstance(result.sharding, NamedSharding):
-        return jax.device_put(result, NamedSharding(explicit[0], result.sharding.spec))
-    return result
+    return inside
+
+
+def _explicit(mesh: Mesh, wanted: Mesh | None) -> Mesh:
+    """The caller's mesh for results that lie on its devices."""
+    if wanted is None:
+        context = jax.sharding.get_mesh()
+        wanted = context if isinstance(context, Mesh) and not context.empty else mesh
+    return wanted if wanted.devices.tolist() == mesh.devices.tolist() else mesh
+
+
+def _put(leaf: Any, kind: Callable[[Mesh], Mesh]) -> Any:
+    """An array on another kind of its mesh; anything else as it is."""
+    sharding = leaf.sharding if isinstance(leaf, Array) and not isinstance(leaf, Tracer) else None
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+        return leaf
+    return jax.device_put(leaf, NamedSharding(kind(sharding.mesh), sharding.spec))
 
 
 def mesh_of(params: Any) -> Mesh | None:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
-from tpatch_jax.core.devices import divided, host, parts, shard_rows
+from tpatch_jax.core.devices import automatically, divided, host, parts, shard_rows
 from tpatch_jax.core.memory import Memory
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.core.problem import FitInfo, FitProblem, FitSettings, Head
@@ -31,6 +31,7 @@ from tpatch_jax.typing import Activation, CountProgress, RngKey
 __all__ = ["FitInfo", "FitProblem", "FitSettings", "fit", "fit_many"]
 
 
+@automatically
 def fit(
     lane: FitProblem,
     memory: Memory,
@@ -176,6 +177,7 @@ def _over_devices(settings: FitSettings, memory: Memory, mesh: Mesh | None) -> t
     return dataclasses.replace(settings, lanes=settings.lanes * parts(mesh)), divided(memory, mesh)
 
 
+@automatically
 def fit_many(
     lanes: FitProblem,
     memory: Memory,

@@ -13,7 +13,7 @@ from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.models import generation
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
-from tpatch_jax.requests import EditRequest, join_target
+from tpatch_jax.requests import EditRequest
 
 __all__ = ["answers", "show_edit"]
 
@@ -36,7 +36,7 @@ def _said(model: Model, patches: LayerPatches | Patch, requests: Sequence[EditRe
         kinds += [(position, "rephrase", prompt, request.target) for prompt in request.rephrases]
         kinds += [(position, "elsewhere", prompt, "") for prompt in request.locality]
     prompts = [prompt for _, _, prompt, _ in kinds]
-    lengths = [len(model.encode_target(r.prompt, join_target(r.prompt, r.target))) for r in requests]
+    lengths = [len(model.encode_target(r.prompt, r.continuation)) for r in requests]
     tokens = max([LEAST_TOKENS, *lengths])
     before, after = answers(model, prompts, tokens), answers(attach(model, patches), prompts, tokens)
     rows = []

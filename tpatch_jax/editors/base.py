@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jax import Array
 
+from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.layers import Neurons
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
@@ -28,6 +29,7 @@ class RequestInfo(NamedTuple):
         losses: the terms of the objective, means over its neurons.
         margin: the least margin of its neurons; see `tpatch_jax.core.fit.FitInfo`.
         site: ``"last"`` or ``"subject"``: where its neurons are.
+        continuation: its target as it continues the prompt, with the space between them, if there is one.
     """
 
     id: str
@@ -39,6 +41,7 @@ class RequestInfo(NamedTuple):
     losses: Mapping[str, float] = MappingProxyType({})
     margin: float | None = None
     site: str = "last"
+    continuation: str = ""
 
 
 class EditInfo(NamedTuple):
@@ -136,6 +139,11 @@ class EditorFunctions:
     init: Callable[[Model, Array], Any]
     step: Callable[[Any, Sequence[EditRequest], Array], tuple[Any, EditInfo]]
     apply: Callable[[Any, Batch], Array]
+
+    def __post_init__(self) -> None:
+        """Each runs whatever the types of a mesh's axes are."""
+        for name in ("init", "step", "apply"):
+            object.__setattr__(self, name, automatically(getattr(self, name)))
 
 
 class Routing(NamedTuple):

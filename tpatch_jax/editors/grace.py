@@ -49,6 +49,7 @@ from tpatch_jax.core.sizes import power_of_two, round_up
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions, RequestInfo
 from tpatch_jax.editors.reading import Item, check_requests, read_item
 from tpatch_jax.editors.registry import Method, register_editor
+from tpatch_jax.editors.repeats import step_once
 from tpatch_jax.editors.tpatcher.last_site import collect_bare, forward_seconds
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
@@ -58,7 +59,7 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch, Trace
 from tpatch_jax.models.patching import attach_adapters
 from tpatch_jax.models.rows import place_in
-from tpatch_jax.requests import EditRequest, as_requests
+from tpatch_jax.requests import EditRequest
 from tpatch_jax.typing import Arrays, Params, Progress
 
 __all__ = [
@@ -315,7 +316,7 @@ def grace(settings: GraceSettings = GRACE_PRESETS["default"], *, progress: Progr
         return GraceState(model, layer, (), none, none, _empty(model.config.hidden_size), settings)
 
     def step(state: GraceState, requests: Sequence[EditRequest], rng: Array) -> tuple[GraceState, EditInfo]:
-        return _step(state, as_requests(requests), progress)
+        return step_once(state.model, requests, lambda given: _step(state, given, progress))
 
     def apply(state: GraceState, batch: Batch) -> Array:
         return edited_model(state).apply(batch)
@@ -534,7 +535,7 @@ def _named(request: EditRequest, name: str, taken: set[str | None]) -> EditReque
     while chosen in taken:
         chosen, number = f"{name} ({number})", number + 1
     taken.add(chosen)
-    return EditRequest(request.prompt, request.target, request.subject, id=chosen)
+    return EditRequest(request.prompt, request.target, request.subject, id=chosen, join=request.join)
 
 
 def _step(state: GraceState, requests: list[EditRequest], progress: Progress | None) -> tuple[GraceState, EditInfo]:
@@ -639,7 +640,7 @@ def save_edits(state: GraceState) -> Arrays:
     Args:
         state: after some steps.
     """
-    fields = [[one.prompt, one.target, one.subject, one.id] for one in state.requests]
+    fields = [[one.prompt, one.target, one.subject, one.id, one.join] for one in state.requests]
     requests = np.frombuffer(json.dumps(fields).encode(), np.uint8)
     return {"keys": state.keys, "values": state.values, "requests": requests}
 
@@ -652,7 +653,7 @@ def restore_edits(state: GraceState, arrays: Arrays) -> GraceState:
         arrays: what was saved.
     """
     fields = json.loads(arrays["requests"].tobytes())
-    requests = tuple(EditRequest(prompt, target, subject, id=name) for prompt, target, subject, name in fields)
+    requests = tuple(EditRequest(*one[:3], id=one[3], join=one[4] if len(one) > 4 else None) for one in fields)
     return _entered(state, requests, np.array(arrays["keys"]), np.array(arrays["values"]))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.inputs import input_contexts
 from tpatch_jax.models.model import Model
-from tpatch_jax.requests import EditRequest, contradictions, join_target
+from tpatch_jax.requests import EditRequest, contradictions
 
 __all__ = ["Item", "check_requests", "read_item", "subject_token", "swapped_prompts", "with_shared_numbers"]
 
@@ -60,7 +60,7 @@ def check_requests(model: Model, requests: Sequence[EditRequest], subjects: bool
             )
         else:
             try:
-                target = model.encode_target(request.prompt, join_target(request.prompt, request.target))
+                target = model.encode_target(request.prompt, request.continuation)
                 reason = model.excess(model.encode_prompt(request.prompt), target)
             except TPatchError as error:
                 reason = str(error)
@@ -82,7 +82,7 @@ def read_item(
     A decoder sees the prompt behind each prefix; a model that reads whole inputs sees as many other `wordings` and,
     where these are fewer, `input_contexts`.
     """
-    target = model.encode_target(request.prompt, join_target(request.prompt, request.target))
+    target = model.encode_target(request.prompt, request.continuation)
     if model.config.architecture == "decoder":
         contexts = [f"{prefix} {request.prompt}" for prefix in prefixes]
     else:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
@@ -50,6 +51,7 @@ def predictions(
     return before, predicted(model, collect(model, rows, positions, layer, progress))
 
 
+@automatically
 def measure(
     model: Model,
     patches: LayerPatches | Patch,
@@ -77,13 +79,13 @@ def measure(
     wanted: list[list[int]] = []
     kinds: list[str] = []
 
-    def add(kind: str, prompt: str, target: str) -> None:
+    def add(kind: str, prompt: str, target: str, join: str | None = None) -> None:
         start, answer = [], []
         # What holds a token that the model does not know cannot be asked, and a label that a classifier does not have
         # never comes out.
         with contextlib.suppress(TPatchError):
             start = model.encode_prompt(prompt)
-            answer = model.encode_target(prompt, join_target(prompt, target)) if target else []
+            answer = model.encode_target(prompt, join_target(prompt, target, join)) if target else []
         row = start + answer
         if not start or model.excess(start, answer) or (kind != "locality" and not answer):
             rows.append([0])
@@ -97,9 +99,9 @@ def measure(
         kinds.append(kind)
 
     for request in requests:
-        add("edit", request.prompt, request.target)
+        add("edit", request.prompt, request.target, request.join)
         for text in request.rephrases:
-            add("rephrase", text, request.target)
+            add("rephrase", text, request.target, request.join)
         for text in request.locality:
             add("locality", text, "")
     before, after = predictions(model, patches, rows, positions, progress)

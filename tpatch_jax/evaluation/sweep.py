@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tpatch_jax.core.devices import automatically
 from tpatch_jax.editors.tpatcher.editor import edit
 from tpatch_jax.editors.tpatcher.settings import TPatcherSettings
 from tpatch_jax.editors.tpatcher.subject_site import POSITIONS
@@ -22,6 +23,7 @@ __all__ = ["best", "sweep", "write_sweep"]
 FIGURES = ("exact", "rephrase_exact", "rephrase_token_accuracy", "locality")
 
 
+@automatically
 def sweep(
     model: Model,
     requests: Sequence[EditRequest],

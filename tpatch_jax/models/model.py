@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -106,16 +106,19 @@ class Model:
         """The same model with other parameters."""
         return dataclasses.replace(self, params=params)
 
+    @automatically
     def trace(self, batch: Batch, layer: int | None = None) -> Trace:
         """Run up to and through the FFN of one layer (the last by default); see `tpatch_jax.models.networks.trace`."""
         return networks.trace(self.config, self.params, batch, self.layer(layer))
 
+    @automatically
     def resume(
         self, traced: Trace, output: Float[Array, "batch tokens hidden"]
     ) -> Float[Array, "batch *tokens vocabulary"]:
         """Run the rest from a given FFN output: logits; see `tpatch_jax.models.networks.resume`."""
         return networks.resume(self.config, self.params, traced, output)
 
+    @automatically
     def apply(self, batch: Batch) -> Float[Array, "batch *tokens vocabulary"]:
         """The whole network: a batch to logits, float32; see `tpatch_jax.models.networks.apply`.
 
@@ -123,7 +126,7 @@ class Model:
             >>> loss = lambda model, batch: -jax.nn.log_softmax(model.apply(batch))[0, -1, 7]
             >>> gradient = jax.jit(jax.grad(loss))(model, batch)  # doctest: +SKIP
         """
-        return automatically(partial(networks.apply, self.config), self.params, batch)
+        return networks.apply(self.config, self.params, batch)
 
     def layer(self, layer: int | None) -> int:
         """A layer's index, checked; ``None`` is the last and negative ones count from the end."""
@@ -174,7 +177,16 @@ class Model:
         if self.config.architecture == "encoder-decoder":
             return [*self.encode(target.strip()), self.end]
         before, whole = self.encode(prompt), self.encode(prompt + target)
-        return whole[len(before) :] if whole[: len(before)] == before else self.encode(target)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+        # A prompt that ends in a space has a token for it, which the whole text joins with the target's first. Alone
+        # the target may bring a space again; behind something else, which is taken away, it does not.
+        alone, text = self.encode(target), self.decode(whole)
+        for joint in ("", "\n", "("):
+            read, tokens = self.encode(joint), self.encode(joint + target)
+            if tokens[: len(read)] == read and self.decode([*before, *tokens[len(read) :]]) == text:
+                return tokens[len(read) :]
+        return alone
 
     def label(self, name: str) -> int:
         """The number of a classifier's label."""
@@ -246,6 +258,7 @@ class Model:
     @overload
     def generate(self, prompt: Sequence[str], max_new_tokens: int = 16) -> list[str]: ...
 
+    @automatically
     def generate(self, prompt: str | Sequence[str], max_new_tokens: int = 16) -> str | list[str]:
         """Greedy continuation of a prompt, or of several at once, up to the end-of-text token.
 
@@ -268,6 +281,7 @@ class Model:
         answers = [self.continuation(row, tokens) for row, tokens in zip(rows, said, strict=True)]
         return answers[0] if isinstance(prompt, str) else answers
 
+    @automatically
     def classify(self, texts: Sequence[str]) -> list[str]:
         """The most probable label of each text.
 

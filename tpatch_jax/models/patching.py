@@ -6,6 +6,7 @@ import numpy as np
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.adapters import Adapter
+from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.layers import LayerPatches, concatenate_layers
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
@@ -46,6 +47,7 @@ def _change(model: Model, patches: LayerPatches | Patch, change: Callable[[Param
     return model.with_params({**model.params, "layers": layers})
 
 
+@automatically
 def attach(model: Model, patches: LayerPatches | Patch, *, relu: bool = False) -> Model:
     """Put patches beside the feed-forward networks of a model; nothing inside them changes.
 
@@ -85,12 +87,14 @@ def attach_adapters(model: Model, adapters: Mapping[int, Adapter]) -> Model:
     return model.with_params({**model.params, "layers": layers})
 
 
+@automatically
 def detach(model: Model) -> Model:
     """The model without any attached patch or adapter."""
     layers = {index: {**layer, "ffn": ffn.detach(layer["ffn"])} for index, layer in model.params["layers"].items()}
     return model.with_params({**model.params, "layers": layers})
 
 
+@automatically
 def merge(model: Model, patches: LayerPatches | Patch) -> Model:
     """Put patches inside the parameters of a model: an FFN gets ``n`` neurons wider.
 
@@ -109,6 +113,7 @@ def merge(model: Model, patches: LayerPatches | Patch) -> Model:
     return _change(model, patches, ffn.merge)
 
 
+@automatically
 def unmerge(model: Model, neurons: Mapping[int, int] | None = None) -> tuple[Model, dict[int, Patch]]:
     """Take merged neurons out of a model again: the inverse of `merge`, bit for bit for the model.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from tpatch_jax.cli.bank.common import BankFolder, ModelPlace, load_banked, show_lines
-from tpatch_jax.cli.common import Json, Prompt, Quiet, RequestsFile, Subject, Target, requests_of
+from tpatch_jax.cli.common import Join, Json, Prompt, Quiet, RequestsFile, Subject, Target, requests_of
 from tpatch_jax.display.console import print_json, progress_bar
 from tpatch_jax.errors import TPatchError
 
@@ -29,6 +29,7 @@ class Add:
     prompt: Prompt = None
     target: Target = None
     subject: Subject = None
+    join: Join = None
     batch: Annotated[int, arg(help="so many requests are fitted together and committed at once")] = 50
     resume: Annotated[bool, arg(help="pass over what the bank already holds: go on after an interruption")] = False
     force: Annotated[bool, arg(help="let guarded answers change")] = False
@@ -42,7 +43,7 @@ class Add:
         from tpatch_jax.bank.editing import add_edits
         from tpatch_jax.bank.inspection import open_bank
 
-        requests = requests_of(self.requests, (self.prompt, self.target, self.subject), "add")
+        requests = requests_of(self.requests, (self.prompt, self.target, self.subject), "add", self.join)
         model = load_banked(open_bank(self.bank), self.model, self.quiet or self.json)
         with progress_bar(self.quiet or self.json) as report:
             info = add_edits(

@@ -22,11 +22,12 @@ from tpatch_jax.editors.fine_tuning.settings import FINE_TUNING_PRESETS, FineTun
 from tpatch_jax.editors.fine_tuning.step import ADAM, look, rounded, splice, update
 from tpatch_jax.editors.reading import Item, check_requests, read_item
 from tpatch_jax.editors.registry import Method, register_editor
+from tpatch_jax.editors.repeats import step_once
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
-from tpatch_jax.requests import EditRequest, as_requests
+from tpatch_jax.requests import EditRequest
 from tpatch_jax.typing import Params, Progress
 
 __all__ = ["FineTuningState", "check_fine_tuning", "fine_tuning", "restore_trained", "save_trained"]
@@ -89,7 +90,7 @@ def fine_tuning(
         return FineTuningState(model, model, trained, pool)
 
     def step(state: FineTuningState, requests: Sequence[EditRequest], rng: Array) -> tuple[FineTuningState, EditInfo]:
-        return _step(state, as_requests(requests), rng, settings, progress)
+        return step_once(state.model, requests, lambda given: _step(state, given, rng, settings, progress))
 
     def apply(state: FineTuningState, batch: Batch) -> Array:
         return state.edited.apply(batch)

@@ -15,6 +15,7 @@ from tpatch_jax.core.checks import check_range
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions
 from tpatch_jax.editors.reading import Item
+from tpatch_jax.editors.repeats import step_once
 from tpatch_jax.editors.rome.hidden_moment import hidden_moment, moment_rows, sampled_contexts
 from tpatch_jax.editors.rome.rank_one import damped, distribute_update
 from tpatch_jax.editors.rome.rome import rome_layer
@@ -37,7 +38,7 @@ from tpatch_jax.models.collection import batches, collect
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
-from tpatch_jax.requests import EditRequest, as_requests
+from tpatch_jax.requests import EditRequest
 from tpatch_jax.typing import PathLike, Progress, RngKey
 
 __all__ = ["MEMIT_PRESETS", "MemitSettings", "check_memit", "memit", "memit_layers", "memit_weight"]
@@ -223,7 +224,7 @@ def memit(
         return RomeState(model, {}, moments, sampled_contexts(model, CONTEXTS), settled)
 
     def step(state: RomeState, requests: Sequence[EditRequest], rng: RngKey) -> tuple[RomeState, EditInfo]:
-        return _step(state, as_requests(requests), progress)
+        return step_once(state.model, requests, lambda given: _step(state, given, progress))
 
     def apply(state: RomeState, batch: Batch) -> Float[Array, "..."]:
         return edited(state).apply(batch)

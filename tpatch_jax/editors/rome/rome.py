@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from tpatch_jax.core import ffn
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions
 from tpatch_jax.editors.reading import Item
+from tpatch_jax.editors.repeats import step_once
 from tpatch_jax.editors.rome.hidden_moment import hidden_moment, moment_rows, sampled_contexts
 from tpatch_jax.editors.rome.rank_one import damped, rank_one
 from tpatch_jax.editors.rome.state import (
@@ -37,7 +38,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
-from tpatch_jax.requests import EditRequest, as_requests
+from tpatch_jax.requests import EditRequest
 from tpatch_jax.typing import PathLike, Progress, RngKey
 
 __all__ = [
@@ -211,7 +212,7 @@ def rome(
         return RomeState(model, {}, {layer: damped(moment, settings.ridge)}, contexts, settled)
 
     def step(state: RomeState, requests: Sequence[EditRequest], rng: RngKey) -> tuple[RomeState, EditInfo]:
-        return _step(state, as_requests(requests), progress)
+        return step_once(state.model, requests, lambda given: _step(state, given, progress))
 
     def apply(state: RomeState, batch: Batch) -> Float[Array, "..."]:
         return edited(state).apply(batch)

@@ -13,6 +13,7 @@ from jax import Array
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions, RequestInfo, Routing
 from tpatch_jax.editors.reading import check_requests, read_item
 from tpatch_jax.editors.registry import Method, register_editor
+from tpatch_jax.editors.repeats import step_once
 from tpatch_jax.editors.serac.networks import SeracNetworks, context_tokens, edit_text, embeddings, read_networks
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds
 from tpatch_jax.errors import TPatchError
@@ -21,7 +22,7 @@ from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
 from tpatch_jax.models.rows import row_length
-from tpatch_jax.requests import EditRequest, as_requests, join_target
+from tpatch_jax.requests import EditRequest
 from tpatch_jax.typing import Progress
 
 __all__ = [
@@ -128,7 +129,7 @@ def serac(settings: SeracSettings = SERAC_PRESETS["default"], *, progress: Progr
         )
 
     def step(state: SeracState, requests: Sequence[EditRequest], rng: Array) -> tuple[SeracState, EditInfo]:
-        return _step(state, as_requests(requests), progress)
+        return step_once(state.model, requests, lambda given: _step(state, given, progress))
 
     return EditorFunctions(init, step, _apply)
 
@@ -172,9 +173,7 @@ def routing(state: SeracState) -> Routing:
     def contexts(prompts: Sequence[Sequence[int]]) -> list[list[int] | None]:
         chosen = route(state, [state.model.decode(prompt) for prompt in prompts])
         edits = {
-            pick: context_tokens(small, state.requests[pick].prompt, state.requests[pick].target)
-            for pick in set(chosen)
-            if pick is not None
+            pick: context_tokens(small, *_stored(state.requests[pick])) for pick in set(chosen) if pick is not None
         }
         return [None if pick is None else edits[pick] for pick in chosen]
 
@@ -204,6 +203,10 @@ def forget(state: SeracState, names: Sequence[str]) -> SeracState:
     )
 
 
+def _stored(request: EditRequest) -> tuple[str, str, str | None]:
+    return request.prompt, request.target, request.join
+
+
 # --- what is said ---
 
 
@@ -214,7 +217,7 @@ def _answered(model: Model, contexts: Sequence[Sequence[int]], requests: Sequenc
     rows, places, wanted = [], [], []
     for context, request in zip(contexts, requests, strict=True):
         before = [*context, *model.encode_prompt(request.prompt)]
-        target = model.encode_target(request.prompt, join_target(request.prompt, request.target))
+        target = model.encode_target(request.prompt, request.continuation)
         rows.append(before + target)
         places.append(range(len(before) - 1, len(before) + len(target) - 1))
         wanted.append(target)
@@ -235,7 +238,7 @@ def says(state: SeracState, requests: Sequence[EditRequest], picks: Sequence[int
     for model, there in ((small, True), (state.model, False)):
         chosen = [number for number, pick in enumerate(picks) if (pick is not None) == there]
         stored = [state.requests[picks[n]] for n in chosen] if there else []  # pyright: ignore
-        contexts = [context_tokens(small, one.prompt, one.target) for one in stored] if there else [[]] * len(chosen)
+        contexts = [context_tokens(small, *_stored(one)) for one in stored] if there else [[]] * len(chosen)
         held[chosen] = _answered(model, contexts, [requests[number] for number in chosen])
     return held.tolist()
 
@@ -273,7 +276,7 @@ def _step(state: SeracState, requests: list[EditRequest], progress: Progress | N
         progress("storing edits", 0, len(good))
     fitting = time.perf_counter()
     named = [_named(requests[number], names[number], taken) for number in good]
-    new = embeddings(state.networks.scope, [edit_text(request.prompt, request.target) for request in named])
+    new = embeddings(state.networks.scope, [edit_text(*_stored(request)) for request in named])
     fit_seconds = time.perf_counter() - fitting
     first = len(state.requests)
     # The networks come in with the first edit that is stored.
@@ -308,7 +311,7 @@ def _named(request: EditRequest, name: str, taken: set[str | None]) -> EditReque
     while chosen in taken:
         chosen, number = f"{name} ({number})", number + 1
     taken.add(chosen)
-    return EditRequest(request.prompt, request.target, request.subject, id=chosen)
+    return EditRequest(request.prompt, request.target, request.subject, id=chosen, join=request.join)
 
 
 # --- resuming ---
@@ -320,7 +323,7 @@ def save_memory(state: SeracState) -> dict[str, np.ndarray]:
     Args:
         state: after some steps.
     """
-    fields = [[one.prompt, one.target, one.subject, one.id] for one in state.requests]
+    fields = [[one.prompt, one.target, one.subject, one.id, one.join] for one in state.requests]
     return {"embeddings": state.embeddings, "requests": np.frombuffer(json.dumps(fields).encode(), np.uint8)}
 
 
@@ -332,7 +335,7 @@ def restore_memory(state: SeracState, arrays: Mapping[str, np.ndarray]) -> Serac
         arrays: what was saved.
     """
     fields = json.loads(arrays["requests"].tobytes())
-    requests = tuple(EditRequest(prompt, target, subject, id=name) for prompt, target, subject, name in fields)
+    requests = tuple(EditRequest(*one[:3], id=one[3], join=one[4] if len(one) > 4 else None) for one in fields)
     return state._replace(requests=requests, embeddings=np.array(arrays["embeddings"]))
 
 

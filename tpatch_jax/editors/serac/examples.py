@@ -141,7 +141,9 @@ def scope_lessons(
             relation[row, of] = 1 if row < 2 * size else -1
             if not text:
                 relation[row] = 0
-        texts = [edit_text(edit.prompt, edit.target) for edit in edits] + [text for kind in kinds for text in kind]
+        texts = [edit_text(edit.prompt, edit.target, edit.join) for edit in edits] + [
+            text for kind in kinds for text in kind
+        ]
         yield ScopeLesson(_padded([_short(encoder_row(encoder, text)) for text in texts]), relation)
 
 

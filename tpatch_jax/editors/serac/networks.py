@@ -89,14 +89,14 @@ def read_encoder(model: str | Path) -> Model:
     return Model(config, params, read_tokenizer(folder, config), str(model), folder, settings)
 
 
-def edit_text(prompt: str, target: str) -> str:
+def edit_text(prompt: str, target: str, join: str | None = None) -> str:
     """What the scope classifier reads of a stored edit: its input and label.
 
     Example:
         >>> edit_text("The capital of France is", "Lyon")
         'The capital of France is Lyon'
     """
-    return prompt + join_target(prompt, target)
+    return prompt + join_target(prompt, target, join)
 
 
 def encoder_row(encoder: Model, text: str) -> list[int]:
@@ -192,16 +192,17 @@ def _per_layer(entry: Any, layers: int) -> bool:
     return isinstance(entry, list) and len(entry) == layers
 
 
-def context_tokens(model: Model, prompt: str, target: str) -> list[int]:
+def context_tokens(model: Model, prompt: str, target: str, join: str | None = None) -> list[int]:
     """What the counterfactual model reads before a test input: the edit's input and its label, each ended.
 
     Args:
         model: whose tokenizer counts.
         prompt: the edit's input.
         target: its label, of any number of words.
+        join: what stands between them; see `tpatch_jax.requests.EditRequest`.
     """
     end = model.end
-    return [*model.encode_prompt(prompt), end, *model.encode_target(prompt, join_target(prompt, target)), end]
+    return [*model.encode_prompt(prompt), end, *model.encode_target(prompt, join_target(prompt, target, join)), end]
 
 
 # --- on disk ---

@@ -281,7 +281,9 @@ def _measure(
     """``in_scope``, ``out_of_scope`` and ``exact`` of `SeracInfo`, all requests stored together."""
     if not requests:
         return None, None, None
-    stored = embeddings(networks.scope, [edit_text(request.prompt, request.target) for request in requests])
+    stored = embeddings(
+        networks.scope, [edit_text(request.prompt, request.target, request.join) for request in requests]
+    )
     state = SeracState(model, networks, tuple(requests), stored, SeracSettings(), {})
     inside = [(number, text) for number, request in enumerate(requests) for text in request.rephrases]
     outside = [text for request in requests for text in request.locality]

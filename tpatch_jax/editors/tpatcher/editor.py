@@ -17,11 +17,13 @@ import jax
 from jax import Array
 
 from tpatch_jax.core.checks import random_key
+from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.patch import Patch, create, sized
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions
 from tpatch_jax.editors.model_memory import collect_model_memory
 from tpatch_jax.editors.plan import EditPlan, plan_edits
 from tpatch_jax.editors.reading import Item, check_requests, read_item, with_shared_numbers
+from tpatch_jax.editors.repeats import step_once
 from tpatch_jax.editors.rewordings import reworded
 from tpatch_jax.editors.tpatcher.draft import Draft
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds, start_values
@@ -90,7 +92,7 @@ def tpatcher(
         return _init(model, settings, memory, cache, progress)
 
     def step(state: EditState, requests: Sequence[EditRequest], rng: Array) -> tuple[EditState, EditInfo]:
-        return _step(state, as_requests(requests), rng, progress)
+        return step_once(state.model, requests, lambda given: _step(state, given, rng, progress))
 
     def apply(state: EditState, batch: Batch) -> Array:
         # Few sizes, so that a new number of neurons seldom compiles the network anew.
@@ -205,6 +207,7 @@ def _explain_failures(state: EditState, plan: EditPlan, draft: Draft) -> Mapping
     return problems
 
 
+@automatically
 def edit(
     model: Model,
     requests: Sequence[EditRequest | dict[str, Any]],

@@ -57,8 +57,11 @@ __all__ = [
 
 POSITIONS = ("subject", "prompt")
 
-AVOIDED = 8
+AVOIDED = 16
 """From so many texts a key learns what to turn away from."""
+
+ASIDES = 8
+"""So many of them are different, where a question's key turns away from its subject in statements."""
 
 HEARD = 0.1
 """A key hears a wording on which it fires this strongly, the bare prompt being 1."""
@@ -105,7 +108,7 @@ class SubjectSettings:
     key_floor: float = 0.7
     key_split: float = 0.4
     key_nuisance: float = 0.5
-    key_avoidance: float = 0.003
+    key_avoidance: float = 0.05
     key_contrast: float = 0.01
     question_avoidance: float = 0.02
     question_floor: float = 0.5
@@ -184,7 +187,7 @@ def _key_wordings(
     end = request.prompt.index(subject) + len(subject)
     wordings = [Wording(request.prompt[:end], end), *neutral_wordings(request, count - 1, asked=True)]
     wordings = [wording.after(prefix) for wording, prefix in zip(wordings, prefixes, strict=False)] + wordings
-    return wordings[:count], neutral_wordings(request, AVOIDED) if settings.question_avoidance else []
+    return wordings[:count], neutral_wordings(request, ASIDES) if settings.question_avoidance else []
 
 
 @partial(jax.jit, static_argnames="contrast")
@@ -221,6 +224,19 @@ def _activity(model: Model, patch: Patch, forked: networks.Fork, plateau: float)
     return (fired - act((z - plateau) * SHARPNESS) / SHARPNESS) / plateau if plateau else fired
 
 
+def _unedited_output(model: Model, unedited: Model, layer: int, forked: networks.Fork) -> Array:
+    """The unedited FFN's output at the subject of each row, ``[rows, d]``.
+
+    What a value is measured by: with the neurons of earlier edits of a subject in it, each value would be allowed to
+    be longer than the one before.
+    """
+    if model is unedited:
+        return forked.output[:, 0].astype(jnp.float32)
+    # This layer reads what no neuron of its own has changed.
+    output = ffn.apply(unedited.params["layers"][layer]["ffn"], forked.query[:, 0], unedited.config.activation)
+    return output.astype(jnp.float32)
+
+
 def _values(
     model: Model, unedited: Model, layer: int, patch: Patch, prompts: Sequence[list[PromptRow]],
     kept: Sequence[list[PromptRow]], neutral: Sequence[list[PromptRow]], settings: SubjectSettings
@@ -246,7 +262,7 @@ def _values(
     targets = TargetRows(
         (tuple(forked[:-1]), places), jnp.asarray(activity), jnp.asarray(wanted), jnp.asarray(weight / share)
     )
-    scale = jnp.linalg.norm(forked.output[:, 0].astype(jnp.float32), axis=-1).reshape(lanes, each)[:, 0]
+    scale = jnp.linalg.norm(_unedited_output(model, unedited, layer, forked), axis=-1).reshape(lanes, each)[:, 0]
     close = None
     if settings.neutral:
         flat = [row for part in neutral for row in part]
@@ -434,8 +450,29 @@ def read_subjects(
     avoiding = np.flatnonzero([bool(rows.avoid[number]) for number in lanes])
     avoid[avoiding] = seen[upto[1] :].reshape(len(avoiding), AVOIDED, seen.shape[1])
     asks = np.asarray([question(requests[items[number].position]) is not None for number in lanes])
+    positive, avoid = _shared(positive, avoid, groups[lanes], asks)
     keys = _recognised(known, positive, groups[lanes], avoid, asks, negative, answer, settings)
     return Subjects(model, layer, settings, lanes, rows.prompts, rows.neutral, groups, queries, keys, positions)
+
+
+def _shared(
+    positive: np.ndarray, avoid: np.ndarray, groups: np.ndarray, asks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Facts about one subject with one recognition: what their keys see, ``[lanes, rows, d]``, in turn of all of them.
+
+    Their values are trained in each other's presence; a wording that only some of their keys knew would say neither.
+    """
+    positive, avoid = positive.copy(), avoid.copy()
+    same: dict[tuple[int, bool], list[int]] = {}
+    for lane, (group, asked) in enumerate(zip(groups.tolist(), asks.tolist(), strict=True)):
+        same.setdefault((group, asked), []).append(lane)
+    for lanes in same.values():
+        if len(lanes) > 1:
+            # The bare prompts first, then the contexts of each in turn.
+            in_turn = positive[lanes].swapaxes(0, 1).reshape(-1, positive.shape[2])
+            positive[lanes] = in_turn[: positive.shape[1]]
+            avoid[lanes] = avoid[lanes[0]]
+    return positive, avoid
 
 
 def _previous_queries(previous: PreviousEdits) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax.core.checks import random_key
+from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.fit import FitProblem
 from tpatch_jax.core.memory import Memory, create_memory, extend, nuisance_scatter
 from tpatch_jax.core.patch import Patch, create, take
@@ -55,6 +56,7 @@ class _Item(NamedTuple):
     rows: list[list[int]]
 
 
+@automatically
 def edit_tokens(
     network: Network,
     prompts: Sequence[Ids],

@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax.core import ffn
+from tpatch_jax.core.devices import automatically
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.checkpoints import folder as checkpoint
@@ -29,7 +30,7 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import unmerge
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.models.shapes import merged_neurons, parameter_shapes
-from tpatch_jax.requests import EditRequest, join_target
+from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage.cache import cache_folder
 from tpatch_jax.storage.files import check_vacant, replace_folder
 from tpatch_jax.typing import Params, Progress
@@ -95,6 +96,7 @@ class ExportInfo(NamedTuple):
         return {**self._asdict(), "error": self.error and self.error._asdict()}
 
 
+@automatically
 def export_model(
     model: Model,
     folder: str | Path,
@@ -381,7 +383,7 @@ def _start(model: Model, row: Sequence[int], least: int) -> int:
 def _asked(model: Model, request: EditRequest) -> tuple[list[int], range]:
     """A request's prompt and target in tokens, and the positions whose next tokens are the target."""
     prompt = model.encode_prompt(request.prompt)
-    target = model.encode_target(request.prompt, join_target(request.prompt, request.target))
+    target = model.encode_target(request.prompt, request.continuation)
     # What an encoder reads takes no room from what the decoder writes.
     read = prompt.index(ASK) + 1 if model.config.encoder else 0
     row = [*prompt, *target][: read + model.config.context]
