@@ -22,7 +22,7 @@ def minimise(goals, seen=None):
         each = jnp.sum(jnp.square(moves - goals), -1)
         return jnp.sum(each), each
 
-    def stop(looks, each, number):
+    def stop(moves, goals, looks, each, number):
         return looks + 1, (each < 0.01) | ~jnp.isfinite(each)
 
     def project(moves, goals):
@@ -35,10 +35,8 @@ def minimise(goals, seen=None):
 def test_lanes_end_where_they_would_alone():
     seen = []
     together = minimise(GOALS, seen)
-    assert seen[0] == 5
-    assert {4, 2, 1} <= set(seen)  # some were dropped on the way
-    assert seen == sorted(seen, reverse=True)
-    assert len(seen) == STEPS + 1
+    # some were dropped on the way, and each size was traced once, however many steps it took
+    assert seen == [5, 4, 2, 1]
     assert len(set(together.steps.tolist())) > 2
     assert together.steps[4] == STEPS
     np.testing.assert_allclose(together.moves[4], [3, 0])

@@ -5,20 +5,22 @@ lanes of a chunk take their steps together, and one that says its target stops a
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.core.lanes import minimise_lanes
 
 __all__ = ["TargetRows", "ValueTrainingInfo", "ValueTrainingSettings", "kept_close", "train_values"]
 
-NEUTRAL_EVERY = 2
-"""A neutral row is looked at in every second step, and then counts for both: it costs as much as a target's."""
+LOOK_EVERY = 3
+"""Every so many steps all rows of a lane that is ready for it are looked at."""
 
 Run = Callable[[Any, Float[Array, "rows d"]], Float[Array, "rows places vocabulary"]]
 """From what is known of some rows, and what is added to the FFN's output at their first positions, ``[rows, d]``, to
@@ -95,29 +97,34 @@ def _unlikely(wanted: Array, log_probs: Array) -> Array:
     return -jnp.take_along_axis(log_probs, wanted[..., None], -1)[..., 0]
 
 
-def _per_lane(
-    targets: TargetRows, values: Float[Array, "lanes d"], run: Run, divergence: Callable[[Array, Array], Array]
-) -> Float[Array, " lanes"]:
-    """The weighted sum over its places of each lane's loss."""
+def _weighted(targets: TargetRows, losses: Float[Array, "lanes rows places"]) -> Float[Array, "lanes rows"]:
+    """The sum over its places of each row's loss."""
+    return jnp.sum(jnp.where(targets.weight > 0, losses, 0.0) * targets.weight, 2)
+
+
+def _run_rows(targets: TargetRows, values: Float[Array, "lanes d"], run: Run) -> Array:
     added = (targets.activity[..., None] * values[:, None]).reshape(-1, values.shape[-1])
     log_probs = run(targets.rows, added)
-    log_probs = log_probs.reshape(*targets.weight.shape, log_probs.shape[-1])
-    losses = jnp.where(targets.weight > 0, divergence(targets.wanted, log_probs), 0.0) * targets.weight
-    return jnp.sum(losses, (1, 2))
+    return log_probs.reshape(*targets.activity.shape, *log_probs.shape[1:])
 
 
-def _rows_of_step(targets: TargetRows, number: int, always: int) -> TargetRows:
-    """The rows of one step: the first ones always, of the others one at a time, which then counts for all of them."""
+def _take_rows(targets: TargetRows, pick: Int[Array, "lanes picked"]) -> TargetRows:
+    """Some rows of each lane."""
     lanes, rows = targets.activity.shape
-    others = rows - always
-    if others < 2:
-        return targets
-    pick = np.asarray([*range(always), always + number % others])
-    factor = np.where(np.arange(always + 1) < always, 1, others).astype(np.float32)
-    index, grid = (np.arange(lanes)[:, None] * rows + pick).reshape(-1), np.ix_(np.arange(lanes), pick)
-    activity, wanted, weight = (field[grid] for field in targets[1:])
+    lane = jnp.arange(lanes)[:, None]
+    index = (lane * rows + pick).reshape(-1)
     part = jax.tree.map(lambda leaf: leaf[index], targets.rows)
-    return TargetRows(part, activity, wanted, weight * factor[:, None])
+    return TargetRows(part, *(field[lane, pick] for field in targets[1:]))
+
+
+def _joined(left: Any, right: Any, lanes: int) -> Any:
+    """Rows of two kinds as rows of one batch, lane after lane."""
+
+    def join(a: Array, b: Array) -> Array:
+        parts = [leaf.reshape(lanes, -1, *leaf.shape[1:]) for leaf in (a, b)]
+        return jnp.concatenate(parts, 1).reshape(-1, *a.shape[1:])
+
+    return jax.tree.map(join, left, right)
 
 
 class _Problem(NamedTuple):
@@ -129,11 +136,14 @@ class _Problem(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Of each lane: its losses when last looked at, and how many looks in a row found its target said."""
+    """Of each lane: each row's loss when last looked at, the closeness, and whether all rows were low enough together.
 
-    loss: Float[Array, " lanes"]
+    A row that was never looked at has an infinite loss.
+    """
+
+    losses: Float[Array, "lanes rows"]
     closeness: Float[Array, " lanes"]
-    satisfied: Int[Array, " lanes"]
+    done: Bool[Array, " lanes"]
 
 
 def _within_limit(moves: Float[Array, "lanes d"], problem: _Problem) -> Float[Array, "lanes d"]:
@@ -152,15 +162,16 @@ def train_values(
     """The values of some lanes, each trained for its own targets.
 
     ``min_v  mean NLL(targets) + c·KL(unedited ‖ edited on neutral prompts) + w·‖v‖²/limit²``, by Adam with ``‖v‖``
-    projected to its limit after each step. Each step sees a lane's first row and one of the others, every second
-    step one neutral row as well, in turn. A lane has ended when every one of its rows has had its turn with a loss
-    that is low enough, or when its loss is no number. Lanes never couple.
+    projected to its limit after each step. Each step sees a lane's first row, the one of the others that was farthest
+    from its target when last looked at, and one neutral row, in turn. In every third step all rows of a lane are looked
+    at where those that it saw say their targets; the lane has ended when all do, or when its loss is no number. Lanes
+    never couple.
 
     Args:
         targets: where and what each lane's neuron should make the model say, the bare prompt first; the weights of a
             lane sum to one.
         neutral: where it should change little; ``None`` is nowhere.
-        run: the network after the cut.
+        run: the network after the cut; a ``jax.tree_util.Partial`` of the same function is compiled once.
         scale: the length of the FFN's output at each lane's site, ``[lanes]``.
         settings: options.
 
@@ -177,29 +188,90 @@ def train_values(
         2
     """
     lanes, hidden_size = scale.shape[0], jax.tree.leaves(targets.rows)[0].shape[-1]
-    turns = max(1, targets.activity.shape[1] - 1)
-
-    def loss(
-        moves: Float[Array, "lanes d"], problem: _Problem, state: _State, number: int
-    ) -> tuple[Float[Array, ""], tuple[Float[Array, " lanes"], Float[Array, " lanes"]]]:
-        values = moves * problem.unit
-        nll = _per_lane(_rows_of_step(problem.targets, number, 1), values, run, _unlikely)
-        close = jnp.zeros_like(nll)
-        if problem.neutral is not None and number % NEUTRAL_EVERY == 0:
-            close = _per_lane(_rows_of_step(problem.neutral, number // NEUTRAL_EVERY, 0), values, run, kept_close)
-        decay = settings.decay * jnp.mean(jnp.square(moves), -1)
-        return jnp.sum(nll + NEUTRAL_EVERY * settings.closeness * close + decay), (nll, close)
-
-    def stop(state: _State, report: tuple[Array, Array], number: int) -> tuple[_State, Bool[Array, " lanes"]]:
-        nll, close = report
-        close = close if number % NEUTRAL_EVERY == 0 else state.closeness
-        satisfied = jnp.where(nll < settings.enough, state.satisfied + 1, 0)
-        return _State(nll, close, satisfied), (satisfied >= turns) | ~jnp.isfinite(nll)
-
+    program = _program(settings._replace(steps=0))
     problem = _Problem(targets, neutral, (settings.longest * scale / hidden_size**0.5)[:, None])
-    state = _State(jnp.zeros(lanes), jnp.zeros(lanes), jnp.zeros(lanes, jnp.int32))
+    # Rows of no weight are low enough from the start.
+    losses = jnp.where(jnp.sum(targets.weight, 2) > 0, jnp.inf, -1.0)
+    state = _State(losses, jnp.zeros(lanes), jnp.zeros(lanes, bool))
     moves = jnp.zeros((lanes, hidden_size), jnp.float32)
-    adam = optax.adam(settings.rate, b1=settings.momentum, b2=0.95)
-    result = minimise_lanes(loss, _within_limit, stop, moves, problem, state, adam, settings.steps)
-    info = ValueTrainingInfo(result.steps, result.state.loss, result.state.closeness)
+    run = run if isinstance(run, Partial) else Partial(run)
+    loss, stop = Partial(program.loss, run), Partial(program.stop, run)
+    result = minimise_lanes(loss, _within_limit, stop, moves, problem, state, program.optimiser, settings.steps)
+    weight = np.asarray(jnp.sum(targets.weight, 2))
+    seen = np.where(np.isfinite(result.state.losses) | np.isnan(result.state.losses), result.state.losses, 0.0)
+    seen_weight = np.where(np.isinf(result.state.losses), 0.0, weight)
+    mean = (seen * seen_weight).sum(1) / np.maximum(seen_weight.sum(1), 1e-12)
+    info = ValueTrainingInfo(result.steps, mean, result.state.closeness)
     return jnp.asarray(result.moves) * problem.unit, info
+
+
+class _Program(NamedTuple):
+    """The functions of one loop, the same objects for the same settings, so that ``jit`` recognises them."""
+
+    loss: Callable[..., tuple[Array, tuple[Array, Array, Array]]]
+    stop: Callable[..., tuple[_State, Array]]
+    optimiser: optax.GradientTransformation
+
+
+def _hardest(problem: _Problem, state: _State) -> Int[Array, "lanes picked"]:
+    """The first row of each lane, and the one of the others whose loss was largest when last looked at."""
+    lanes, rows = state.losses.shape
+    first = jnp.zeros((lanes, 1), jnp.int32)
+    if rows < 2:
+        return first
+    return jnp.concatenate([first, 1 + jnp.argmax(state.losses[:, 1:], 1, keepdims=True).astype(jnp.int32)], 1)
+
+
+def _row_losses(targets: TargetRows, log_probs: Array) -> Float[Array, "lanes rows"]:
+    """Mean loss of each row over its places, in nats."""
+    weight = jnp.sum(targets.weight, 2)
+    return _weighted(targets, _unlikely(targets.wanted, log_probs)) / jnp.where(weight > 0, weight, 1.0)
+
+
+@lru_cache(maxsize=16)
+def _program(settings: ValueTrainingSettings) -> _Program:
+    def loss(
+        run: Partial, moves: Float[Array, "lanes d"], problem: _Problem, state: _State, number: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], tuple[Array, Array, Array]]:
+        values, lanes = moves * problem.unit, moves.shape[0]
+        pick = _hardest(problem, state)
+        targets = _take_rows(problem.targets, pick)
+        rows, activity, beside = targets.rows, targets.activity, None
+        if problem.neutral is not None:
+            turn = jnp.full((lanes, 1), number % problem.neutral.activity.shape[1])
+            beside = _take_rows(problem.neutral, turn)
+            rows = _joined(rows, beside.rows, lanes)
+            activity = jnp.concatenate([activity, beside.activity], 1)
+        log_probs = _run_rows(TargetRows(rows, activity, targets.wanted, targets.weight), values, run)
+        aimed = log_probs[:, : pick.shape[1]]
+        each = _row_losses(targets, aimed)
+        # The hardest stands for all others.
+        share = jnp.sum(problem.targets.weight, 2)
+        nll = each[:, 0] * share[:, 0] + jnp.sum(each[:, 1:], 1) * jnp.sum(share[:, 1:], 1)
+        close = jnp.zeros_like(nll) if beside is None else kept_close(beside.wanted[:, 0, 0], log_probs[:, -1, 0])
+        decay = settings.decay * jnp.mean(jnp.square(moves), -1)
+        return jnp.sum(nll + settings.closeness * close + decay), (pick, each, close)
+
+    def stop(
+        run: Partial, moves: Array, problem: _Problem, state: _State, report: tuple[Array, Array, Array],
+        number: Int[Array, ""],
+    ) -> tuple[_State, Bool[Array, " lanes"]]:  # fmt: skip
+        pick, each, close = report
+        lane = jnp.arange(moves.shape[0])[:, None]
+        counts = jnp.sum(problem.targets.weight, 2)[lane, pick] > 0
+        losses = state.losses.at[lane, pick].set(jnp.where(counts, each, state.losses[lane, pick]))
+        ready = jnp.all(jnp.where(counts, each, 0.0) < settings.enough, 1) & ~state.done
+        # All rows of all lanes are looked at together, which is dear; never because of another lane alone, so that
+        # lanes do not couple.
+        due = (number % LOOK_EVERY == LOOK_EVERY - 1) & jnp.any(ready)
+
+        def look(losses: Array) -> Array:
+            log_probs = _run_rows(problem.targets, moves * problem.unit, run)
+            seen = jnp.where(losses < 0, losses, _row_losses(problem.targets, log_probs))
+            return jnp.where(ready[:, None], seen, losses)
+
+        losses = jax.lax.cond(due, look, lambda losses: losses, losses)
+        done = state.done | (ready & jnp.all(losses < settings.enough, 1))
+        return _State(losses, close, done), done | ~jnp.all(jnp.isfinite(each), 1)
+
+    return _Program(loss, stop, optax.adam(settings.rate, b1=settings.momentum, b2=0.95))

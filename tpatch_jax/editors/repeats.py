@@ -27,11 +27,13 @@ def find_repeats(model: Model, requests: Sequence[EditRequest]) -> dict[int, int
     """
     groups: dict[Any, list[int]] = {}
     for position, request in enumerate(requests):
+        if request.subject is not None and request.prompt.count(request.subject or " ") != 1:
+            # What cannot be worked on is reported one by one.
+            continue
         try:
             prompt = tuple(model.encode_prompt(request.prompt))
             groups.setdefault((prompt, *model.encode_target(request.prompt, request.continuation)), []).append(position)
         except TPatchError:
-            # What cannot be read is reported one by one.
             continue
     repeats = {}
     for same in groups.values():

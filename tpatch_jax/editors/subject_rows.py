@@ -1,23 +1,36 @@
 """Texts in tokens with the end of a subject in them, and the network from there on."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from tpatch_jax.core.sizes import round_up
+from tpatch_jax.core.sizes import power_of_two, round_up
 from tpatch_jax.editors.reading import Item, subject_token
 from tpatch_jax.editors.wordings import Wording, shortened
 from tpatch_jax.models import networks
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
-from tpatch_jax.models.rows import row_length, tokens_array
+from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.typing import Params
 
-__all__ = ["PromptRow", "forked_rows", "prompt_row", "rephrase_rows", "row_of", "rows_of", "runner", "short_rows"]
+__all__ = [
+    "PromptRow",
+    "forked_rows",
+    "prompt_row",
+    "rephrase_rows",
+    "row_of",
+    "rows_of",
+    "runner",
+    "said_at",
+    "short_rows",
+]
 
 
 class PromptRow(NamedTuple):
@@ -77,6 +90,25 @@ def short_rows(model: Model, request: EditRequest, item: Item, prefixes: Sequenc
     return [row for row in rows if row is not None]
 
 
+_fork = partial(jax.jit, static_argnames=("config", "layer", "span"))(networks.fork)
+
+
+@jax.jit
+def _join(parts: list[tuple[Any, ...]], order: Int[Array, " rows"]) -> tuple[Any, ...]:
+    """Rows of several lengths together, in another order; caches are padded to the longest."""
+    longest = max(leaf.shape[1] for part in parts for leaf in jax.tree.leaves(part[4]))
+
+    def join(*leaves: Array) -> Array:
+        return jnp.concatenate(leaves)[order]
+
+    def join_caches(*leaves: Array) -> Array:
+        width = [[(0, 0), (0, longest - leaf.shape[1]), (0, 0), (0, 0)] for leaf in leaves]
+        return join(*map(jnp.pad, leaves, width))
+
+    *fields, caches, hidden = zip(*parts, strict=True)
+    return *(join(*field) for field in fields), jax.tree.map(join_caches, *caches), join(*hidden)
+
+
 def forked_rows(
     model: Model, rows: Sequence[PromptRow], layer: int, places: int
 ) -> tuple[networks.Fork, Int[Array, "rows places"]]:
@@ -91,34 +123,41 @@ def forked_rows(
     Returns:
         A `tpatch_jax.models.networks.Fork` and the places, ``[rows, places]``, counted from the subject.
     """
-    span = round_up(max(len(row.tokens) - row.subject for row in rows), 4)
+    # Few sizes, so that another prompt seldom compiles anything.
+    span = power_of_two(max(len(row.tokens) - row.subject for row in rows), 8)
     order: list[int] = []
     parts: list[networks.Fork] = []
     # Rows of like length together: a few with a long context would else lengthen all.
-    lengths = np.asarray([row_length(len(row.tokens)) for row in rows])
+    lengths = np.asarray([power_of_two(len(row.tokens), 16) for row in rows])
     for length in np.unique(lengths):
         part = np.flatnonzero(lengths == length).tolist()
         there = [*part, *[part[-1]] * (round_up(len(part), 8) - len(part))]
         tokens = tokens_array([rows[row].tokens for row in there], int(length))
         first = jnp.asarray([rows[row].subject for row in there], jnp.int32)
-        forked = networks.fork(model.config, model.params, tokens, layer, first, span)
-        pad = [(0, 0), (0, int(lengths.max() - length)), (0, 0), (0, 0)]
-        parts.append(forked._replace(caches=jax.tree.map(partial(jnp.pad, pad_width=pad), forked.caches)))
+        parts.append(_fork(model.config, model.params, tokens, layer, first, span))
         order += there
     back = np.zeros(len(rows), int)
     back[order[::-1]] = np.arange(len(order))[::-1]
-    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[back], *(part[:-1] for part in parts))
+    joined = _join([tuple(part[:-1]) for part in parts], jnp.asarray(back))
     table = np.zeros((len(rows), places), np.int32)
     for number, row in enumerate(rows):
         table[number, : len(row.places)] = np.asarray(row.places) - row.subject
     return networks.Fork(*joined, layer=layer), jnp.asarray(table)
 
 
-def runner(model: Model, layer: int) -> Callable[[tuple[tuple, Array], Array], Array]:
+def runner(model: Model, layer: int) -> Partial:
     """The network from a layer's FFN on, as `tpatch_jax.core.values.train_values` runs it on `forked_rows`."""
-    config, params = model.config, model.params
+    return Partial(_runner(model.config, layer), networks.after(model.params, layer))
 
-    def run(rows: tuple[tuple, Array], added: Float[Array, "rows d"]) -> Float[Array, "rows places vocabulary"]:
+
+@lru_cache(maxsize=16)
+def _runner(config: NetworkConfig, layer: int) -> Callable[..., Array]:
+    """One object for each network and layer, so that ``jit`` recognises it."""
+
+    @jax.jit
+    def run(
+        params: Params, rows: tuple[tuple, Array], added: Float[Array, "rows d"]
+    ) -> Float[Array, "rows places vocabulary"]:
         forked, places = networks.Fork(*rows[0], layer=layer), rows[1]
         output = forked.output.at[:, 0].add(added.astype(forked.output.dtype))
         end = networks.resume_fork(config, params, forked, output)
@@ -126,3 +165,14 @@ def runner(model: Model, layer: int) -> Callable[[tuple[tuple, Array], Array], A
         return jax.nn.log_softmax(networks.logits(config, params, end))
 
     return run
+
+
+def said_at(model: Model, forked: networks.Fork, places: Int[Array, "rows places"]) -> Array:
+    """Log-probabilities of what comes next as rows stand, at places counted from the subject: ``[rows, places, v]``."""
+    return _said(model.config, networks.final_weights(model.config, model.params), forked.hidden, places)
+
+
+@partial(jax.jit, static_argnames="config")
+def _said(config: NetworkConfig, params: Params, hidden: Array, places: Array) -> Array:
+    end = jnp.take_along_axis(hidden, places[..., None], 1)
+    return jax.nn.log_softmax(networks.logits(config, params, end))

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import operator
 from typing import Any
 
 import jax
@@ -46,6 +47,13 @@ def fingerprint(model: Model) -> str:
     Returns:
         32 hexadecimal digits.
     """
+    layers = {index: {**layer, "ffn": ffn.detach(layer["ffn"])} for index, layer in model.params["layers"].items()}
+    leaves = jax.tree_util.tree_leaves_with_path({**model.params, "layers": layers})
+    # Taken once for the same arrays, which never change; they are kept, so that no other has their place in memory.
+    arrays = [leaf for _, leaf in leaves]
+    known = vars(model).get("_fingerprint")
+    if known is not None and len(known[0]) == len(arrays) and all(map(operator.is_, known[0], arrays)):
+        return known[1]
     # Only what differs from the defaults, so that a new field of the description changes no older fingerprint.
     told = {
         _FIRST_NAMES.get(field.name, field.name): getattr(model.config, field.name)
@@ -53,12 +61,12 @@ def fingerprint(model: Model) -> str:
         if getattr(model.config, field.name) != field.default
     }
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=_described).encode())
-    layers = {index: {**layer, "ffn": ffn.detach(layer["ffn"])} for index, layer in model.params["layers"].items()}
-    leaves = jax.tree_util.tree_leaves_with_path({**model.params, "layers": layers})
     sums = [(jax.tree_util.keystr(path), leaf, _mix(leaf)) for path, leaf in leaves]
     for path, leaf, mixed in sums:
         digest.update(f"{path} {leaf.shape} {leaf.dtype} {np.asarray(mixed).tolist()}".encode())
-    return digest.hexdigest()[:32]
+    result = digest.hexdigest()[:32]
+    object.__setattr__(model, "_fingerprint", (arrays, result))
+    return result
 
 
 def tokenizer_fingerprint(model: Model) -> str:
@@ -70,5 +78,11 @@ def tokenizer_fingerprint(model: Model) -> str:
     Returns:
         32 hexadecimal digits.
     """
+    known = vars(model).get("_tokenizer_fingerprint")
+    if known is not None and known[0] is model.tokenizer and known[1] == len(model.tokenizer.get_vocab()):
+        return known[2]
     told = describe_tokenizer(model.tokenizer)
-    return hashlib.sha256(json.dumps([told, model.start], sort_keys=True).encode()).hexdigest()[:32]
+    result = hashlib.sha256(json.dumps([told, model.start], sort_keys=True).encode()).hexdigest()[:32]
+    kept = (model.tokenizer, len(model.tokenizer.get_vocab()), result)
+    object.__setattr__(model, "_tokenizer_fingerprint", kept)
+    return result

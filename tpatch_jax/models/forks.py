@@ -14,7 +14,7 @@ from tpatch_jax.models.stack import leave_block, run_block, without_ffn
 from tpatch_jax.models.tracing import trace
 from tpatch_jax.typing import Params
 
-__all__ = ["Fork", "fork", "resume_fork"]
+__all__ = ["Fork", "after", "fork", "resume_fork"]
 
 
 @with_static_fields("layer")
@@ -29,6 +29,7 @@ class Fork(NamedTuple):
         residual: the residual stream beside the FFN there, ``[rows, span, d]``.
         positions: where that is, ``[rows, span]``; positions past a row's end are padding.
         caches: keys and values of all tokens in each layer after the cut.
+        hidden: the residual stream after the last block there, as the row stands, ``[rows, span, d]``.
         layer: the cut.
     """
 
@@ -37,6 +38,7 @@ class Fork(NamedTuple):
     residual: Float[Array, "rows span hidden"]
     positions: Int[Array, "rows span"]
     caches: list[Cache]
+    hidden: Float[Array, "rows span hidden"]
     layer: int
 
 
@@ -80,7 +82,7 @@ def fork(
             config, kind, params["layers"][number], x, traced.context["positions"], empty[number], Around()
         )
         caches.append(cache)
-    return Fork(end(traced.query), end(traced.output), end(residual), positions, caches, layer)
+    return Fork(end(traced.query), end(traced.output), end(residual), positions, caches, end(x), layer)
 
 
 def resume_fork(
@@ -99,3 +101,15 @@ def resume_fork(
     for number, cache in zip(range(layer + 1, config.layers), forked.caches, strict=True):
         x, _ = run_block(config, config.kind(number), params["layers"][number], x, forked.positions, cache, Around())
     return x
+
+
+def after(params: Params, layer: int) -> Params:
+    """The parameters that `resume_fork` and the logits read, so that a compiled program does not carry the rest.
+
+    Args:
+        params: the network's parameters.
+        layer: the cut.
+    """
+    layers = {number: entry for number, entry in params["layers"].items() if number > layer}
+    others = {name: entry for name, entry in params.items() if name not in ("layers", "encoder")}
+    return {**others, "layers": {layer: without_ffn(params["layers"][layer]), **layers}}

@@ -16,7 +16,7 @@ rows of which only the end is run again in `tpatch_jax.models.forks`.
 """
 
 from tpatch_jax.models.caches import Cache, begin, decode, empty_cache
-from tpatch_jax.models.forks import Fork, fork, resume_fork
+from tpatch_jax.models.forks import Fork, after, fork, resume_fork
 from tpatch_jax.models.heads import (
     argmax,
     final_weights,
@@ -37,6 +37,7 @@ __all__ = [
     "Fork",
     "Pair",
     "Trace",
+    "after",
     "apply",
     "argmax",
     "begin",

@@ -5,12 +5,14 @@ Only what comes after the subject is run again (`tpatch_jax.models.networks.fork
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.core.lanes import minimise_lanes
@@ -19,8 +21,10 @@ from tpatch_jax.editors.reading import Item, subject_token
 from tpatch_jax.editors.subject_rows import PromptRow, forked_rows, prompt_row
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.typing import Params
 
 __all__ = ["Forked", "OffsetInfo", "ValueSettings", "check_value", "fork_requests", "train_offsets", "value_rows"]
 
@@ -132,22 +136,6 @@ def fork_requests(model: Model, rows: Sequence[Sequence[PromptRow]], layer: int)
     return Forked(fork, places, jnp.asarray(wanted), jnp.asarray(weight))
 
 
-def _runner(model: Model, layer: int, stream: bool) -> Callable[[tuple[tuple, Array], Array], Array]:
-    """From rows and what is added at their subjects, ``[rows, d]``, to log-probabilities at their places."""
-    config, params = model.config, model.params
-
-    def run(rows: tuple[tuple, Array], added: Array) -> Array:
-        fork, places = networks.Fork(*rows[0], layer=layer), rows[1]
-        # What joins the stream beside the FFN comes out of the block as it is, even where the FFN's output is normed.
-        changed = (fork.residual if stream else fork.output).at[:, 0].add(added.astype(fork.output.dtype))
-        fork, output = (fork._replace(residual=changed), fork.output) if stream else (fork, changed)
-        end = networks.resume_fork(config, params, fork, output)
-        end = jnp.take_along_axis(end, places[..., None], 1)
-        return jax.nn.log_softmax(networks.logits(config, params, end))
-
-    return run
-
-
 def _length(x: Float[Array, "*rows d"]) -> Float[Array, "*rows"]:
     """``‖x‖`` along the last axis, of which the gradient at zero is zero, as in torch."""
     square = jnp.sum(jnp.square(x), -1)
@@ -204,20 +192,50 @@ def train_offsets(
 
     Source: Meng et al. 2022, equation 4 and the authors' published code for the penalty; Meng et al. 2023.
     """
-    run = _runner(model, forked.fork.layer, stream)
     requests, hidden_size = scale.shape[0], forked.fork.output.shape[-1]
+    program = _program(model.config, forked.fork.layer, stream, settings)
+    loss = Partial(program.loss, networks.after(model.params, forked.fork.layer))
+    problem = _Problem((tuple(forked.fork[:-1]), forked.places), forked.wanted, forked.weight, scale)
+    zero, unknown = jnp.zeros(requests), jnp.zeros((requests, model.config.vocabulary))
+    start, state = jnp.zeros((requests, hidden_size), jnp.float32), _State(zero, zero, unknown)
+    steps = settings.value_steps + settings.value_extra_steps - 1
+    result = minimise_lanes(loss, program.project, program.stop, start, problem, state, program.optimiser, steps)
+    return result.moves, OffsetInfo(result.steps, result.state.nll, result.state.closeness)
+
+
+class _Program(NamedTuple):
+    """The functions of one loop, the same objects for the same settings, so that ``jit`` recognises them."""
+
+    loss: Callable[..., tuple[Array, _Report]]
+    project: Callable[..., Array]
+    stop: Callable[..., tuple[_State, Array]]
+    optimiser: optax.GradientTransformation
+
+
+@lru_cache(maxsize=16)
+def _program(config: NetworkConfig, layer: int, stream: bool, settings: ValueSettings) -> _Program:
+    def run(params: Params, rows: tuple[tuple, Array], added: Array) -> Array:
+        """From rows and what is added at their subjects, ``[rows, d]``, to log-probabilities at their places."""
+        fork, places = networks.Fork(*rows[0], layer=layer), rows[1]
+        # What joins the stream beside the FFN comes out of the block as it is, even where the FFN's output is normed.
+        changed = (fork.residual if stream else fork.output).at[:, 0].add(added.astype(fork.output.dtype))
+        fork, output = (fork._replace(residual=changed), fork.output) if stream else (fork, changed)
+        end = networks.resume_fork(config, params, fork, output)
+        end = jnp.take_along_axis(end, places[..., None], 1)
+        return jax.nn.log_softmax(networks.logits(config, params, end))
 
     def loss(
-        offsets: Float[Array, "requests d"], problem: _Problem, state: _State, number: int
+        params: Params, offsets: Float[Array, "requests d"], problem: _Problem, state: _State, number: Int[Array, ""]
     ) -> tuple[Float[Array, ""], _Report]:
         each = problem.wanted.shape[1] + 1
-        log_probs = run(problem.rows, jnp.repeat(offsets, each, axis=0))
+        log_probs = run(params, problem.rows, jnp.repeat(offsets, each, axis=0))
         log_probs = log_probs.reshape(offsets.shape[0], each, *log_probs.shape[1:])
         nll = -jnp.take_along_axis(log_probs[:, :-1], problem.wanted[..., None], -1)[..., 0]
         nll = jnp.sum(nll * problem.weight, (1, 2))
         alone = log_probs[:, -1, 0]
         # At the start both are the same, where the divergence and its gradient are zero.
-        close = jnp.sum(jnp.exp(alone) * (alone - state.reference), -1) if number else jnp.zeros_like(nll)
+        before = jnp.where(number == 0, jax.lax.stop_gradient(alone), state.reference)
+        close = jnp.where(number == 0, 0.0, jnp.sum(jnp.exp(alone) * (alone - before), -1))
         decay = settings.value_decay * _length(offsets) / jnp.square(problem.scale)
         whole = nll + settings.value_closeness * close + decay
         return jnp.sum(whole), _Report(whole, nll, close, alone)
@@ -226,16 +244,12 @@ def train_offsets(
         longest = settings.clamp * problem.scale
         return offsets * jnp.minimum(1.0, longest / jnp.maximum(_length(offsets), longest))[:, None]
 
-    def stop(state: _State, report: _Report, number: int) -> tuple[_State, Bool[Array, " requests"]]:
-        reference = state.reference if number else report.alone
+    def stop(
+        offsets: Array, problem: _Problem, state: _State, report: _Report, number: Int[Array, ""]
+    ) -> tuple[_State, Bool[Array, " requests"]]:
+        reference = jnp.where(number == 0, report.alone, state.reference)
         ended = (report.whole < settings.value_enough) | ~jnp.isfinite(report.whole)
-        if number >= settings.value_steps - 1:
-            ended |= report.nll < settings.value_enough
+        ended |= (number >= settings.value_steps - 1) & (report.nll < settings.value_enough)
         return _State(report.nll, report.closeness, reference), ended
 
-    problem = _Problem((tuple(forked.fork[:-1]), forked.places), forked.wanted, forked.weight, scale)
-    zero, unknown = jnp.zeros(requests), jnp.zeros((requests, model.config.vocabulary))
-    start, adam = jnp.zeros((requests, hidden_size), jnp.float32), optax.adam(settings.value_rate)
-    steps = settings.value_steps + settings.value_extra_steps - 1
-    result = minimise_lanes(loss, project, stop, start, problem, _State(zero, zero, unknown), adam, steps)
-    return result.moves, OffsetInfo(result.steps, result.state.nll, result.state.closeness)
+    return _Program(loss, project, stop, optax.adam(settings.value_rate))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from tpatch_jax.core.memory import Memory, blended, create_memory, extend, nuisa
 from tpatch_jax.core.patch import Patch, concatenate, create, sharpen, sized, take
 from tpatch_jax.core.recipes.staged import Recognised
 from tpatch_jax.core.recipes.whitened import whitened_key
-from tpatch_jax.core.sizes import power_of_two, round_up
+from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.core.values import TargetRows, ValueTrainingInfo, ValueTrainingSettings, train_values
 from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import Item
@@ -33,6 +33,7 @@ from tpatch_jax.editors.subject_rows import (
     rephrase_rows,
     rows_of,
     runner,
+    said_at,
     short_rows,
 )
 from tpatch_jax.editors.tpatcher.previous import NO_SUBJECT, PreviousEdits
@@ -245,38 +246,45 @@ def _values(
     lanes, most = len(prompts), max((len(rows) for rows in kept), default=0)
     # A lane without that many repeats its own bare prompt, which then counts for nothing.
     rows = [[*part, *also, *[part[0]] * (most - len(also))] for part, also in zip(prompts, kept, strict=True)]
-    each, count = len(rows[0]), round_up(max(len(row.wanted) for part in rows for row in part), 2)
+    each, count = len(rows[0]), power_of_two(max(len(row.wanted) for part in rows for row in part), 2)
     wanted, weight = np.zeros((lanes, each, count), np.int32), np.zeros((lanes, each, count), np.float32)
     for lane, part in enumerate(rows):
         for number, row in enumerate(part[: len(prompts[lane]) + len(kept[lane])]):
             wanted[lane, number, : len(row.wanted)] = row.wanted
             group = len(prompts[lane]) if number < len(prompts[lane]) else 1
             weight[lane, number, : len(row.wanted)] = 1 / (group * len(row.wanted))
-    forked, places = forked_rows(model, [row for part in rows for row in part], layer, count)
-    run = runner(model, layer)
+    # Rows that aim and rows that stay close are read together, lane after lane.
+    together = [row for parts in zip(rows, neutral, strict=True) for part in parts for row in part]
+    forked, places = forked_rows(model, together, layer, count)
     activity = np.asarray(_activity(model, patch, forked, settings.plateau))
+    scale = jnp.linalg.norm(_unedited_output(model, unedited, layer, forked), axis=-1).reshape(lanes, -1)[:, 0]
+    aims = _part(forked, places, lanes, 0, each)
     # A wording that the key does not know can teach the value nothing.
-    recognised = activity > HEARD * activity[:, :1]
+    recognised = activity[:, :each] > HEARD * activity[:, :1]
     weight *= np.where(np.arange(each) < len(prompts[0]), recognised, True)[..., None]
     share = weight.sum((1, 2), keepdims=True)
-    targets = TargetRows(
-        (tuple(forked[:-1]), places), jnp.asarray(activity), jnp.asarray(wanted), jnp.asarray(weight / share)
-    )
-    scale = jnp.linalg.norm(_unedited_output(model, unedited, layer, forked), axis=-1).reshape(lanes, each)[:, 0]
+    targets = TargetRows(aims, jnp.asarray(activity[:, :each]), jnp.asarray(wanted), jnp.asarray(weight / share))
     close = None
     if settings.neutral:
-        flat = [row for part in neutral for row in part]
-        beside, places = forked_rows(model, flat, layer, 1)
-        before = beside if model is unedited else forked_rows(unedited, flat, layer, 1)[0]
-        silent = jnp.zeros((len(flat), patch.key.shape[1]), jnp.float32)
-        reference = runner(unedited, layer)((tuple(before[:-1]), places), silent).reshape(
-            lanes, settings.neutral, 1, -1
-        )
+        beside = _part(forked, places, lanes, each, each + settings.neutral)
+        before, table = networks.Fork(*beside[0], layer=layer), beside[1]
+        if model is not unedited:
+            before, table = forked_rows(unedited, [row for part in neutral for row in part], layer, 1)
+        reference = said_at(unedited, before, table[:, :1]).reshape(lanes, settings.neutral, 1, -1)
         share = jnp.full((lanes, settings.neutral, 1), 1 / settings.neutral)
-        close = TargetRows(
-            (tuple(beside[:-1]), places), _activity(model, patch, beside, settings.plateau), reference, share
-        )
-    return train_values(targets, close, run, scale, settings.value)
+        close = TargetRows(beside, jnp.asarray(activity[:, each:]), reference, share)
+    return train_values(targets, close, runner(model, layer), scale, settings.value)
+
+
+@partial(jax.jit, static_argnames=("lanes", "first", "last"))
+def _part(forked: networks.Fork, places: Array, lanes: int, first: int, last: int) -> tuple[tuple[Any, ...], Array]:
+    """The same part of each lane's rows, as `train_values` takes them."""
+
+    def take(leaf: Array) -> Array:
+        chosen = leaf.reshape(lanes, -1, *leaf.shape[1:])[:, first:last]
+        return chosen.reshape(-1, *leaf.shape[1:])
+
+    return jax.tree.map(take, tuple(forked[:-1])), take(places)
 
 
 class Subjects(NamedTuple):
