@@ -162,10 +162,10 @@ def train_values(
     """The values of some lanes, each trained for its own targets.
 
     ``min_v  mean NLL(targets) + c·KL(unedited ‖ edited on neutral prompts) + w·‖v‖²/limit²``, by Adam with ``‖v‖``
-    projected to its limit after each step. Each step sees a lane's first row, the one of the others that was farthest
-    from its target when last looked at, and one neutral row, in turn. In every third step all rows of a lane are looked
-    at where those that it saw say their targets; the lane has ended when all do, or when its loss is no number. Lanes
-    never couple.
+    projected to its limit after each step. Each step sees a lane's first row, one of the others (by turns the one that
+    was farthest from its target when last looked at, and the next), and one neutral row. In every third step all rows
+    of a lane are looked at where those that it saw say their targets; the lane has ended when all do, or when its loss
+    is no number. Lanes never couple.
 
     Args:
         targets: where and what each lane's neuron should make the model say, the bare prompt first; the weights of a
@@ -213,13 +213,20 @@ class _Program(NamedTuple):
     optimiser: optax.GradientTransformation
 
 
-def _hardest(problem: _Problem, state: _State) -> Int[Array, "lanes picked"]:
-    """The first row of each lane, and the one of the others whose loss was largest when last looked at."""
+def _rows_of_step(problem: _Problem, state: _State, number: Int[Array, ""]) -> Int[Array, "lanes picked"]:
+    """The first row of each lane and one of the others: the hardest when last looked at, or every second time the next.
+
+    A row that cannot be reached would else keep all others from their turn.
+    """
     lanes, rows = state.losses.shape
     first = jnp.zeros((lanes, 1), jnp.int32)
     if rows < 2:
         return first
-    return jnp.concatenate([first, 1 + jnp.argmax(state.losses[:, 1:], 1, keepdims=True).astype(jnp.int32)], 1)
+    weight = jnp.sum(problem.targets.weight, 2)[:, 1:]
+    weighted = jnp.where(weight > 0, state.losses[:, 1:] * weight, -1.0)
+    hardest = jnp.argmax(weighted, 1, keepdims=True).astype(jnp.int32)
+    other = jnp.where(number % 2 == 0, hardest, number // 2 % (rows - 1))
+    return jnp.concatenate([first, 1 + other], 1)
 
 
 def _row_losses(targets: TargetRows, log_probs: Array) -> Float[Array, "lanes rows"]:
@@ -234,7 +241,7 @@ def _program(settings: ValueTrainingSettings) -> _Program:
         run: Partial, moves: Float[Array, "lanes d"], problem: _Problem, state: _State, number: Int[Array, ""]
     ) -> tuple[Float[Array, ""], tuple[Array, Array, Array]]:
         values, lanes = moves * problem.unit, moves.shape[0]
-        pick = _hardest(problem, state)
+        pick = _rows_of_step(problem, state, number)
         targets = _take_rows(problem.targets, pick)
         rows, activity, beside = targets.rows, targets.activity, None
         if problem.neutral is not None:
@@ -245,9 +252,10 @@ def _program(settings: ValueTrainingSettings) -> _Program:
         log_probs = _run_rows(TargetRows(rows, activity, targets.wanted, targets.weight), values, run)
         aimed = log_probs[:, : pick.shape[1]]
         each = _row_losses(targets, aimed)
-        # The hardest stands for all others.
-        share = jnp.sum(problem.targets.weight, 2)
-        nll = each[:, 0] * share[:, 0] + jnp.sum(each[:, 1:], 1) * jnp.sum(share[:, 1:], 1)
+        share = jnp.sum(targets.weight, 2)
+        # The one that is seen stands for all others, with its own weight.
+        others = jnp.sum(jnp.sum(problem.targets.weight, 2)[:, 1:] > 0, 1).astype(share.dtype)
+        nll = each[:, 0] * share[:, 0] + jnp.sum(each[:, 1:] * share[:, 1:], 1) * others
         close = jnp.zeros_like(nll) if beside is None else kept_close(beside.wanted[:, 0, 0], log_probs[:, -1, 0])
         decay = settings.decay * jnp.mean(jnp.square(moves), -1)
         return jnp.sum(nll + settings.closeness * close + decay), (pick, each, close)
