@@ -4,7 +4,6 @@ import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args, get_type_hints
 
 from tyro.conf import arg
@@ -12,6 +11,7 @@ from tyro.conf import arg
 from tpatch_jax.cli.common import Dtype, Json, MemoryText, ModelName, Preset, Quiet, Set, load, show_rows
 from tpatch_jax.display.console import print_json, progress_bar, result_console
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.storage.reading import read_bytes
 
 if TYPE_CHECKING:
     from tpatch_jax.evaluation.records import Record
@@ -224,6 +224,6 @@ def _choose_records(options: Mapping[str, Any]) -> _Chosen:
 
 def _sha256(file: str) -> str | None:
     try:
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        return hashlib.sha256(read_bytes(file)).hexdigest()
     except OSError:
         return None  # The reader says what is wrong with it.

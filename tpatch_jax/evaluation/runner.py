@@ -25,6 +25,7 @@ from tpatch_jax.evaluation.scoring import ScoredPrompts, ask, base_scores
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.storage.cache import cache_folder
+from tpatch_jax.storage.reading import read_bytes
 from tpatch_jax.typing import Progress
 
 __all__ = ["evaluate"]
@@ -227,8 +228,7 @@ def _content(records: Sequence[Record]) -> str:
 
 def _file(path: str | Path) -> str:
     try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(read_bytes(path)).hexdigest()
     except OSError as error:
         raise TPatchError(f"{path} cannot be read ({error.strerror}); give a file that exists") from None
 
