@@ -23,9 +23,9 @@ from tpatch_jax.storage.json_lines import read_json_lines
 from tpatch_jax.storage.reading import read_bytes, read_text
 
 RAW = (
-    " = Ada Low = \n \n Ada Low is an English film , television and theatre actor ; she had a guest @-@ starring role "
-    "( 1 @,@ 000 lines , 2 @.@ 5 hours ) in \" Teddy 's Story \" . \n = = Career = = \n The actors ' roles did n't cost "
-    "$ 5 , or 10 % : she called it ' small ' . \n"
+    " = Ada Low = \n \n Ada Low is an English film , television and theatre actor ; she had a guest @-@ starring "
+    "role ( 1 @,@ 000 lines , 2 @.@ 5 hours ) in \" Teddy 's Story \" . \n = = Career = = \n The actors ' roles "
+    "did n't cost $ 5 , or 10 % : she called it ' small ' . \n"
 )
 PLAIN = (
     "Ada Low\n\nAda Low is an English film, television and theatre actor; she had a guest-starring role (1,000 lines, "
