@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from tpatch_jax.evaluation.comparing import names, plain_words
+from tpatch_jax.evaluation.comparing import names
 from tpatch_jax.evaluation.record import Record
 
 __all__ = ["contaminated_probes", "count_probes"]
@@ -16,7 +16,8 @@ def contaminated_probes(records: Sequence[Record], together: bool = True) -> lis
 
     A prompt about something else (a neighbour, a locality prompt) is, if it is itself the prompt or a rephrasing of an
     edit that is active; a question that follows from an edit (portability, several hops), if it names a new object,
-    which then needs only be copied. Texts are compared without regard to case, punctuation and spaces.
+    which then needs only be copied. White space and punctuation at a prompt's end make no other prompt; an object is
+    named in any case, as whole words.
 
     Args:
         records: what is edited and asked.
@@ -33,7 +34,7 @@ def contaminated_probes(records: Sequence[Record], together: bool = True) -> lis
         [{'portability': (True,)}]
     """
     edited = [
-        {plain_words(text) for request in record.requests for text in (request.prompt, *request.rephrases)}
+        {_as_asked(text) for request in record.requests for text in (request.prompt, *request.rephrases)}
         for record in records
     ]
     everywhere: set[str] = set().union(*edited) if together else set()
@@ -44,7 +45,7 @@ def contaminated_probes(records: Sequence[Record], together: bool = True) -> lis
         marks.append(
             {
                 kind: tuple(
-                    plain_words(probe.prompt) in active
+                    _as_asked(probe.prompt) in active
                     if kind in ELSEWHERE
                     else any(names(probe.prompt, target) for target in targets)
                     for probe in probes
@@ -54,6 +55,10 @@ def contaminated_probes(records: Sequence[Record], together: bool = True) -> lis
             }
         )
     return marks
+
+
+def _as_asked(prompt: str) -> str:
+    return " ".join(prompt.split()).rstrip(".?! ")
 
 
 def count_probes(records: Sequence[Record], marks: Sequence[Mapping[str, Sequence[bool]]]) -> dict[str, dict[str, int]]:
