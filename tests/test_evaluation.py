@@ -23,11 +23,12 @@ from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions, RequestIn
 from tpatch_jax.editors.registry import METHODS, Method, find_method, method_settings, register_editor
 from tpatch_jax.editors.tpatcher.settings import TPatcherSettings
 from tpatch_jax.evaluation import pictures
+from tpatch_jax.evaluation.contamination import contaminated_probes, count_probes
 from tpatch_jax.evaluation.journal import Journal
 from tpatch_jax.evaluation.metrics import certificate
 from tpatch_jax.evaluation.pictures import draw_comparison
-from tpatch_jax.evaluation.records import Probe, Record, read_counterfact, read_records
-from tpatch_jax.evaluation.report import comparison, read_report
+from tpatch_jax.evaluation.records import DataNotes, Probe, Record, read_counterfact, read_records
+from tpatch_jax.evaluation.report import comparison, data_remarks, read_report, table
 from tpatch_jax.evaluation.runner import evaluate
 from tpatch_jax.evaluation.running_text import read_windows, text_figures
 from tpatch_jax.evaluation.scoring import Base, Outcome, apply_scores, ask, base_scores, patched_scores, score
@@ -506,6 +507,103 @@ def test_free_generation_and_questions(tiny_model: Model) -> None:
     assert figures(run(tiny_model, "single", records, generate=True)) == figures(report)
 
 
+def test_contaminated_probes() -> None:
+    def record(name: str, **probes: Any) -> Record:
+        request = EditRequest(f"{name} likes", "Rome", name, (f"It is {name} who likes",), id=name)
+        return Record(name, (request,), {kind: tuple(asked) for kind, asked in probes.items()})
+
+    neighbors = [
+        Probe("Bob likes", "x"),
+        Probe("It is  Bob who likes?", "x"),
+        Probe("Cyd likes", "x"),
+        Probe("Ada likes", ""),
+    ]
+    follows = [Probe("Where in Rome?", "x"), Probe("Is Jerome?", "x")]
+    records = [record("Ada", locality=neighbors, portability_reasoning=follows, generalization=follows), record("Bob")]
+    first = {"locality": (True, True, False, True), "portability_reasoning": (True, False)}
+    assert contaminated_probes(records) == [first, {}]
+    # Alone, only what is edited itself.
+    assert contaminated_probes(records, together=False)[0]["locality"] == (False, False, False, True)
+    assert count_probes(records, contaminated_probes(records)) == {
+        "locality": {"all": 4, "contaminated": 3},
+        "portability_reasoning": {"all": 2, "contaminated": 1},
+        "generalization": {"all": 2, "contaminated": 0},
+    }
+
+
+def with_neighbor(records: list[Record], neighbor: str) -> list[Record]:
+    """The first record with another edit's prompt among its neighbours."""
+    probes = dict(records[0].probes)
+    for which in ("new", "true"):
+        kind = f"neighborhood_{which}"
+        probes[kind] = (probes[kind][0], Probe(neighbor, probes[kind][0].target))
+    return [dataclasses.replace(records[0], probes=probes), *records[1:]]
+
+
+@pytest.mark.parametrize("protocol", ["single", "batch", "sequential"])
+def test_clean_figures_stand_beside_all(tiny_model: Model, tmp_path: Path, protocol: str) -> None:
+    records = with_neighbor(make_records(), "Bob likes")
+    report = run(tiny_model, protocol, records, output=tmp_path / "out")
+    together = protocol != "single"
+    assert report["probes"]["neighborhood_true"] == {"all": 10, "contaminated": int(together)}
+    for result in report["results"]:
+        assert ("NS_clean" in result["metrics"]) is together
+        assert ("locality_clean" in result["metrics"]) is together
+    page = (tmp_path / "out" / "report.md").read_text("utf-8")
+    assert "| neighborhood_true | 10 |" in page
+    if together:
+        dropped = [
+            dataclasses.replace(records[0], probes={k: p[:1] for k, p in records[0].probes.items()}),
+            *records[1:],
+        ]
+        clean = run(tiny_model, protocol, dropped)["results"][0]["metrics"]
+        assert report["results"][0]["metrics"]["NS_clean"] == pytest.approx(clean["NS"])
+        names = [row[0] for row in table([("x", report["results"][0])])]
+        assert names[names.index("NS") + 1] == "NS_clean"
+        assert names[names.index("locality") + 1] == "locality_clean"
+        assert "1 of 10 neighborhood_true probes are contaminated" in page
+    page = "".join(str(part) for part in data_remarks(report))
+    assert ("contaminated" in page) is together
+
+
+def test_a_record_that_the_model_cannot_read_never_costs_the_others(
+    tiny_model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = Record("long", (EditRequest("x" * 90, "y"),), {"reliability": (Probe("x" * 90, "y"),)})
+    records = [*make_records()[:2], long]
+    report = run(tiny_model, records=records, output=tmp_path / "out")
+    assert report["config"]["n"] == report["results"][0]["n"] == 2
+    assert report["data"]["passed_over"] == 1
+    assert "the model reads 64" in report["data"]["reasons"][0]
+    assert "the model reads 64" in caplog.text
+    assert "1 of 3 records passed over" in (tmp_path / "out" / "report.md").read_text("utf-8")
+    with pytest.raises(TPatchError, match="the model reads 64"):
+        run(tiny_model, records=records, notes=DataNotes(strict=True))
+
+
+def test_the_command_passes_bad_records_over_unless_strict(
+    tiny_folder: Any, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, file = str(tiny_folder(tmp_path)), write_counterfact(tmp_path / "cf.json", make_records())
+    rows = json.loads(file.read_text("utf-8"))
+    rows[1]["requested_rewrite"]["target_new"]["str"] = ""
+    file.write_text(json.dumps(rows), "utf-8")
+    base = ["eval", model, "--data", "counterfact", "--file", str(file), "--method", "unedited"]
+    assert main([*base, "-o", str(tmp_path / "json"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["config"]["n"] == 4
+    assert (report["data"]["records"], report["data"]["passed_over"]) == (5, 1)
+    assert "record 2: 'requested_rewrite.target_new.str' must be a text" in report["data"]["reasons"][0]
+    assert caplog.text.count("1 of 5 records passed over") == 1
+    assert json.loads((tmp_path / "json" / "report.json").read_text("utf-8"))["data"] == report["data"]
+    assert main([*base, "-o", str(tmp_path / "shown"), "-n", "1"]) == 0
+    assert "1 of 5 records passed over" in " ".join(capsys.readouterr().out.split())
+    assert main(["report", str(tmp_path / "shown"), "-o", str(tmp_path / "page.html")]) == 0
+    assert "1 of 5 records passed over" in (tmp_path / "page.html").read_text("utf-8")
+    assert main([*base, "-o", str(tmp_path / "strict"), "-n", "1", "--strict"]) == 1
+    assert "record 2: 'requested_rewrite.target_new.str' must be a text" in capsys.readouterr().err
+
+
 def test_the_command_evaluates_and_compares(tiny_folder: Any, tmp_path: Path, capsys: Any) -> None:
     model, file = str(tiny_folder(tmp_path)), write_counterfact(tmp_path / "cf.json", make_records())
     config = tmp_path / "quick.yaml"
@@ -556,7 +654,7 @@ def test_mistakes_are_named(tiny_model: Model, tmp_path: Path, capsys: Any) -> N
     del rows[1]["paraphrase_prompts"]
     file.write_text(json.dumps(rows), "utf-8")
     with pytest.raises(TPatchError, match=r"record 2: no 'paraphrase_prompts'"):
-        read_counterfact(file)
+        read_counterfact(file, strict=True)
     long = Record("long", (EditRequest("x" * 90, "y"),), {"reliability": (Probe("x" * 90, "y"),)})
     with pytest.raises(TPatchError, match="the model reads 64"):
         run(tiny_model, records=[long])

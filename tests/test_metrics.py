@@ -320,6 +320,64 @@ def test_an_answer_or_an_alias(text: str, right: bool) -> None:
     assert answered(text, ["New Holland", "AU", "!"]) is right
 
 
+@pytest.mark.parametrize(
+    ("text", "accepted", "question", "old", "right"),
+    [
+        # The question's own words do not count, but for the whole text.
+        (" The author of Roma is", ["Roma", "Rome"], "Who wrote Roma?", [], False),
+        (" Who wrote the book Roma?", ["Roma"], "Who wrote the book Roma?", [], False),
+        (" Roma", ["Roma"], "Who wrote Roma?", [], True),
+        (" It is Rome, as Roma says", ["Roma", "Rome"], "Who wrote Roma?", [], True),
+        # A part of the old answer is no new one.
+        (" American English", ["English"], "", ["American English"], False),
+        (" They speak American English.", ["English"], "", ["American English"], False),
+        (" They speak English, not American English.", ["English"], "", ["American English"], True),
+        (" American English", ["American English"], "", ["English"], True),
+        (" English", ["Arabic", "English"], "", ["English"], False),
+        # Words, whole.
+        (" a harbour", ["ar", "Arabic"], "", [], False),
+        (" Arabica", ["Arabic"], "", [], False),
+        (" N/A", ["North America", "NA"], "", [], False),
+        (" The north-american one", ["North American"], "", [], True),
+        (" \u5317\u4eac\u3002", ["\u5317\u4eac"], "", [], True),
+    ],
+)
+def test_what_is_no_answer(text: str, accepted: list[str], question: str, old: list[str], right: bool) -> None:
+    assert answered(text, accepted, question, old) is right
+    assert any_answered([" nothing", text], accepted, ["What?", question], old) is right
+
+
+def test_clean_figures_leave_contaminated_probes_out() -> None:
+    good, bad = score(0.5, "11", (1, 2)), score(2.0, "00", (3, 4))
+    after = {
+        "rewrite_new": [good],
+        "neighborhood_true": [good, bad],
+        "neighborhood_new": [bad, good],
+        "portability_reasoning": [bad, good],
+        "portability_aliasing": [bad],
+    }
+    before = {**after, "neighborhood_true": [good, good]}
+    plain = record_figures(before, after)
+    marks = dict.fromkeys(("neighborhood_true", "neighborhood_new"), (False, True))
+    figures = record_figures(before, after, contaminated={**marks, "portability_reasoning": (True, False)})
+    assert {name: value for name, value in figures.items() if not name.endswith("_clean")} == plain
+    clean = {name: value for name, value in figures.items() if name.endswith("_clean")}
+    assert (plain["NS"], plain["locality"], plain["portability"]) == (0.5, 0.5, pytest.approx(1 / 3))
+    assert clean == {
+        "NS_clean": 1.0,
+        "NM_clean": pytest.approx(math.exp(-0.5) - math.exp(-2)),
+        "neighborhood_acc_clean": 1.0,
+        "locality_clean": 1.0,
+        "portability_clean": 0.5,
+        "portability_exact_clean": 0.5,
+        "portability_reasoning_clean": 1.0,
+    }
+    # A record without a clean probe of a kind has no clean figure of it.
+    none = record_figures(before, after, contaminated=dict.fromkeys(marks, (True, True)))
+    assert not {"NS_clean", "locality_clean"} & none.keys()
+    assert summarise([{"ES": 1.0, "PS": 1.0, "NS": 0.0, "NS_clean": 1.0}])["S_clean"] == 1.0
+
+
 def test_any_of_three() -> None:
     assert any_answered([" Bern", " Rome", " Bern"], ["Rome"])
     assert not any_answered([" Bern", " Bern", " Bern"], ["Rome"])

@@ -15,6 +15,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import DTYPES, Model, load_model
 from tpatch_jax.storage.files import check_vacant
+from tpatch_jax.storage.reading import read_bytes
 
 __all__ = ["check_model", "create_bank", "load_banked_model"]
 
@@ -67,7 +68,7 @@ def create_bank(
     text = None
     if memory is not None:
         try:
-            text = Path(memory).read_bytes()
+            text = read_bytes(memory)
             text.decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise TPatchError(f"the memory {memory} cannot be read ({error}); give a UTF-8 text file") from None

@@ -4,7 +4,6 @@ import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args, get_type_hints
 
 from tyro.conf import arg
@@ -12,9 +11,10 @@ from tyro.conf import arg
 from tpatch_jax.cli.common import Dtype, Json, MemoryText, ModelName, Preset, Quiet, Set, load, show_rows
 from tpatch_jax.display.console import print_json, progress_bar, result_console
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.storage.reading import read_bytes
 
 if TYPE_CHECKING:
-    from tpatch_jax.evaluation.records import Record
+    from tpatch_jax.evaluation.records import DataNotes, Record
 
 __all__ = ["Eval"]
 
@@ -63,6 +63,7 @@ class Eval:
     text_tokens: Annotated[int | None, arg(help="at most so many tokens of the text; 16384 by default")] = None
     edits: Annotated[str | None, arg(metavar="FILE", help="with --data text: what is edited; else nothing is")] = None
     edits_data: Annotated[str | None, arg(help="the data set of --edits; counterfact by default")] = None
+    strict: Annotated[bool, arg(help="a record that cannot be read is an error; else it is passed over")] = False
     generate: Annotated[bool, arg(help="also sample continuations for GE (slow)")] = False
     every: Annotated[int | None, arg(help="sequential: ask all edits again every so many; 50 by default")] = None
     train_set: Annotated[str | None, arg(metavar="FILE", help="sequential: only asked, for TrainR")] = None
@@ -76,7 +77,7 @@ class Eval:
         """Evaluate the methods, write the report, and show it."""
         from tpatch_jax.editors.registry import find_method, method_settings
         from tpatch_jax.evaluation.protocols import PROTOCOLS
-        from tpatch_jax.evaluation.report import table
+        from tpatch_jax.evaluation.report import data_remarks, table
         from tpatch_jax.evaluation.runner import evaluate
 
         options, changes = self.settle()
@@ -105,6 +106,7 @@ class Eval:
                 every=options["every"],
                 seed=options["seed"],
                 about=about,
+                notes=chosen.notes,
                 progress=report,
             )
         if self.json:
@@ -112,6 +114,8 @@ class Eval:
             return
         title = f"{self.model}, protocol {options['protocol']}: {result['results'][0]['moment']}"
         show_rows(title, table([(of_method["method"], of_method) for of_method in result["results"]]))
+        for remark in data_remarks(result):
+            result_console().print(remark, markup=False)
         result_console().print(f"report in {self.output}", markup=False)
 
     def settle(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -177,17 +181,19 @@ class _Chosen(NamedTuple):
     train: "list[Record]"
     held_out: "list[Record]"
     about: dict[str, Any]
+    notes: "DataNotes"
 
 
 def _choose_records(options: Mapping[str, Any]) -> _Chosen:
     from tpatch_jax.evaluation.record import asked_only
-    from tpatch_jax.evaluation.records import DATA, TEMPLATED, read_records
+    from tpatch_jax.evaluation.records import DATA, TEMPLATED, DataNotes, read_records
 
     data, file = options["data"], options["file"]
     if data is None:
         raise TPatchError(f"--data is missing; choose one of {', '.join((*DATA, TEXT))}")
     if file is None:
         raise TPatchError(f"--file is missing; give the file of {data}")
+    notes, strict = DataNotes(options["strict"]), options["strict"]
     about: dict[str, Any] = {"data": data, "data_sha256": _sha256(file)}
     if data != TEXT and options["edits"] is not None:
         raise TPatchError(f"--edits belongs to --data text; the edits of {data} are in --file")
@@ -195,7 +201,7 @@ def _choose_records(options: Mapping[str, Any]) -> _Chosen:
         if options["text"] is not None:
             raise TPatchError("with --data text the text is --file; leave --text out")
         if options["edits"] is None:
-            return _Chosen([], [], [], about)
+            return _Chosen([], [], [], about, notes)
         data, file = options["edits_data"], options["edits"]
         about |= {"edits_data": data, "edits_sha256": _sha256(file)}
     n, subject, reading, template = (options[name] for name in ("n", "one_per_subject", "reading", "template"))
@@ -204,10 +210,12 @@ def _choose_records(options: Mapping[str, Any]) -> _Chosen:
         about["template"] = template
     if data == "zsre":
         about["reading"] = reading
-    chosen = read_records(data, file, n, subject, reading, template)
+    chosen = read_records(data, file, n, subject, reading, template, notes=notes)
+    notes.tell(file)
     held_out: list[Record] = []
     if options["protocol"] == "sequential" and n is not None:
-        held_out = read_records(data, file, None, subject, reading, template)[n : 2 * n]
+        # Read once more, and said once.
+        held_out = read_records(data, file, None, subject, reading, template, notes=DataNotes(strict))[n : 2 * n]
         # Claims come with their true labels, so those that are not edited are a test set.
         held_out = asked_only(held_out) if data == "fever" else held_out
     sets: list[list[Record]] = []
@@ -217,13 +225,14 @@ def _choose_records(options: Mapping[str, Any]) -> _Chosen:
             raise TPatchError(
                 f"--{name.replace('_', '-')} makes TrainR or TestR of a stream; use --protocol sequential"
             )
-        sets.append(asked_only(read_records(data, path, None, False, reading, template)) if path is not None else [])
+        others = read_records(data, path, None, False, reading, template, strict=strict) if path is not None else []
+        sets.append(asked_only(others))
         about |= {f"{name}_sha256": _sha256(path)} if path is not None else {}
-    return _Chosen(chosen, sets[0], sets[1] or held_out, about)
+    return _Chosen(chosen, sets[0], sets[1] or held_out, about, notes)
 
 
 def _sha256(file: str) -> str | None:
     try:
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        return hashlib.sha256(read_bytes(file)).hexdigest()
     except OSError:
         return None  # The reader says what is wrong with it.

@@ -28,6 +28,7 @@ class SeracTrain:
     exclude: Annotated[Texts, arg(metavar="KIND:FILE", help="leave out subjects and questions of this data")] = ()
     most: Annotated[int | None, arg(help="at most so many requests of each file")] = None
     template: Annotated[str | None, arg(help="where questions go, with {} for the question")] = None
+    strict: Annotated[bool, arg(help="a record that cannot be read is an error; else it is passed over")] = False
     layers: Annotated[int, arg(help="of the counterfactual model")] = 4
     scope_epochs: Annotated[int, arg(help="how often the scope classifier sees each request")] = 2
     counterfactual_epochs: Annotated[int, arg(help="the same of the counterfactual model")] = 7
@@ -44,7 +45,7 @@ class SeracTrain:
         from tpatch_jax.editors.serac.training import SeracTraining, train_serac
         from tpatch_jax.evaluation.records import QUESTION
 
-        requests = read_training(self.data, self.exclude, self.most, self.template or QUESTION)
+        requests = read_training(self.data, self.exclude, self.most, self.template or QUESTION, self.strict)
         model = load(self.model, self.dtype, self.quiet or self.json)
         settings = settings_from(SeracTraining, self)
         with progress_bar(self.quiet or self.json) as report:
@@ -67,7 +68,11 @@ class SeracTrain:
 
 
 def read_training(
-    data: Sequence[str], exclude: Sequence[str], most: int | None, template: str | None = None
+    data: Sequence[str],
+    exclude: Sequence[str],
+    most: int | None,
+    template: str | None = None,
+    strict: bool = False,
 ) -> list[EditRequest]:
     """Requests to train on.
 
@@ -77,6 +82,7 @@ def read_training(
             out.
         most: at most so many requests of each file, from its start, after those were left out.
         template: where questions go; by default `tpatch_jax.evaluation.records.QUESTION`.
+        strict: a record that cannot be read is an error; by default it is passed over, and the log says so.
 
     Raises:
         TPatchError: a text is not ``KIND:FILE``, a file cannot be read, or nothing is left.
@@ -90,7 +96,7 @@ def read_training(
         kind, colon, file = source.partition(":")
         if not colon or kind not in DATA:
             raise TPatchError(f"{source!r} is not KIND:FILE; the kinds are {', '.join(DATA)}")
-        records = read_records(kind, file, template=QUESTION if template is None else template)
+        records = read_records(kind, file, template=QUESTION if template is None else template, strict=strict)
         return [request for record in records for request in record.requests]
 
     measured = [request for source in exclude for request in requests(source)]

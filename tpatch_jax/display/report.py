@@ -11,7 +11,7 @@ from xml.etree.ElementTree import Element
 from tpatch_jax.display.markup import Child, bar, code, element, figures, number, table
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import SHARES, draw_report
-from tpatch_jax.evaluation.report import FIGURES
+from tpatch_jax.evaluation.report import CLEAN, FIGURES, data_remarks
 from tpatch_jax.evaluation.report import table as figure_rows
 
 __all__ = ["read_lines", "report_title", "report_view"]
@@ -62,11 +62,24 @@ def _figures(report: Mapping[str, Any]) -> Element:
     for name, *values in figure_rows([(result["method"], result) for result in results])[1:]:
         row: list[Child] = [element("td", code(name))]
         for value, result in zip(values, results, strict=True):
-            share = result["metrics"].get(name) if name in SHARES or name.startswith(FAMILIES) else None
+            is_share = name.removesuffix(CLEAN) in SHARES or name.startswith(FAMILIES)
+            share = result["metrics"].get(name) if is_share else None
             row.append(element("td", value, class_="number", style=None if share is None else bar(share)))
         parts[name in costs].append(row)
     tables = [table(heads, rows, numbers=heads[1:]) for rows in parts.values()]
     return element("div", *tables, class_="pictures")
+
+
+def _data(report: Mapping[str, Any]) -> list[Child]:
+    """What there is to say of the data, and the probes by kind; nothing in a report of an earlier version."""
+    parts: list[Child] = []
+    if remarks := data_remarks(report):
+        parts += [element("h2", "The data"), element("ul", *(element("li", remark) for remark in remarks))]
+    if report.get("probes"):
+        counts = ("all", "contaminated")
+        rows = [[kind, *(number(count[name]) for name in counts)] for kind, count in report["probes"].items()]
+        parts.append(table(["probes", *counts], rows, numbers=counts))
+    return parts
 
 
 def _pictures(folder: Path, report: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> Element:
@@ -149,6 +162,7 @@ def report_view(folder: Path, report: Mapping[str, Any]) -> list[Child]:
         element("p", f"Measured {results[0]['moment']}."),
         _figures(report),
         element("p", FIGURES.replace("`", ""), class_="faint"),
+        *_data(report),
     ]
     for result in results[1:]:
         status = ", ".join(f"{number(count)} {name}" for name, count in result.get("requests", {}).items())

@@ -23,6 +23,8 @@ import numpy as np
 import tyro
 
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.data_files import Entry, read_entries
+from tpatch_jax.evaluation.data_notes import reading_notes
 
 __all__ = ["RELATIONS", "Relation", "closed_book"]
 
@@ -203,57 +205,63 @@ RELATIONS: Mapping[str, Relation] = {
     ),
 }
 
+_Fact = dict[str, str]
+
 TRAINED, HELD_OUT = 3, 0.12
 QUESTIONS_HELD_OUT = 250
 OTHER_WORDINGS = 3
 
 
-def _facts(path: str | Path) -> list[dict[str, Any]]:
-    try:
-        rows = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise TPatchError(f"{path} cannot be read ({error}); give the data set's JSON list") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise TPatchError(f"{path} is no JSON list of records; give the data set's own file")
-    return rows
+def _facts(path: str | Path, data: str, fields: Sequence[str], answer: str, strict: bool) -> list[tuple[int, _Fact]]:
+    """The facts of a file with their positions in it; a record that lacks something is passed over, and told."""
+
+    def parse(entry: Entry) -> tuple[int, _Fact]:
+        return entry.position, {**{name: entry.text(name) for name in fields}, answer: entry.answers(answer)[0]}
+
+    with reading_notes(path, strict, None) as notes:
+        try:
+            entries = read_entries(path, data, notes)
+        except TPatchError as error:
+            raise TPatchError(f"{path} cannot be read: {error}") from None
+        return notes.read_each(entries, parse)
 
 
-def _by_relation(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
+def _by_relation(rows: Sequence[_Fact]) -> dict[tuple[str, str], str]:
     """The answer of every subject and relation; where a set contradicts itself the first answer stands."""
     known = {statement: name for name, relation in RELATIONS.items() for statement in relation.statements}
     truths: dict[tuple[str, str], str] = {}
     for row in rows:
         name = known.get(row["prompt"].replace(row["subject"], "{}"))
         if name is not None:
-            truths.setdefault((row["subject"], name), row["ground_truth"].strip())
+            truths.setdefault((row["subject"], name), row["ground_truth"])
     return truths
-
-
-def _first(answer: Any) -> str:
-    return (answer if isinstance(answer, str) else answer[0]).strip()
 
 
 def _plain(question: str) -> str:
     return " ".join(question.lower().split())
 
 
-def closed_book(counterfact: str | Path, zsre: str | Path, knowedit: str | Path) -> dict[str, list[dict[str, Any]]]:
+def closed_book(
+    counterfact: str | Path, zsre: str | Path, knowedit: str | Path, *, strict: bool = False
+) -> dict[str, list[dict[str, Any]]]:
     """Questions with their true answers: what is learnt, what is asked, and what is not known.
 
     Args:
         counterfact: CounterFact, flattened, the training slice.
         zsre: zsRE in MEND's schema.
         knowedit: KnowEdit's zsRE rows.
+        strict: a record that cannot be read is an error; by default it is passed over, and the log says so.
 
     Returns:
         ``train``, ``test`` and ``stream``: requests as dictionaries.
 
     Raises:
-        TPatchError: a file cannot be read.
+        TPatchError: a file cannot be read, or is of another data set.
     """
     rng = np.random.default_rng(0)
     sets: dict[str, list[dict[str, Any]]] = {"train": [], "test": [], "stream": []}
-    for number, ((subject, name), answer) in enumerate(_by_relation(_facts(counterfact)).items()):
+    facts = [row for _, row in _facts(counterfact, "counterfact", ("subject", "prompt"), "ground_truth", strict)]
+    for number, ((subject, name), answer) in enumerate(_by_relation(facts).items()):
         order = rng.permutation(len(RELATIONS[name].questions))
         asked = [RELATIONS[name].questions[pick].replace("{}", subject) for pick in order]
         if rng.random() < HELD_OUT:
@@ -262,12 +270,12 @@ def closed_book(counterfact: str | Path, zsre: str | Path, knowedit: str | Path)
         else:
             sets["train"] += [{"prompt": question, "target": answer} for question in asked[:TRAINED]]
             sets["test"].append({"id": f"cf-{number}", "prompt": asked[TRAINED], "target": answer})
-    for row in _facts(knowedit):
-        answer = _first(row["ground_truth"])
+    for _, row in _facts(knowedit, "knowedit", ("prompt", "rephrase_prompt"), "ground_truth", strict):
+        answer = row["ground_truth"]
         sets["train"] += [{"prompt": row[name], "target": answer} for name in ("prompt", "rephrase_prompt")]
     seen: set[str] = set()
-    for number, row in enumerate(_facts(zsre)):
-        answer, fresh = _first(row["answers"]), row["subject"] not in seen
+    for number, row in _facts(zsre, "zsre", ("subject", "src", "rephrase"), "answers", strict):
+        answer, fresh = row["answers"], row["subject"] not in seen
         seen.add(row["subject"])
         if fresh and number >= QUESTIONS_HELD_OUT:
             entry = {"id": f"zsre-{number}", "prompt": row["src"], "target": answer, "subject": row["subject"]}
@@ -288,10 +296,11 @@ def _main(
     zsre: str,
     knowedit: str,
     output: Annotated[str, tyro.conf.arg(aliases=["-o"], help="the folder to write")],
+    strict: Annotated[bool, tyro.conf.arg(help="a record that cannot be read is an error")] = False,
 ) -> None:
     folder = Path(output)
     try:
-        sets = closed_book(counterfact, zsre, knowedit)
+        sets = closed_book(counterfact, zsre, knowedit, strict=strict)
         folder.mkdir(parents=True, exist_ok=True)
     except (TPatchError, OSError) as error:
         sys.exit(str(error))

@@ -6,7 +6,6 @@ target, which is scored under teacher forcing: each token after the true ones be
 
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -14,6 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.comparing import names, plain_words
 
 __all__ = [
     "Score",
@@ -169,7 +169,10 @@ def unchanged(before: Sequence[Score], after: Sequence[Score]) -> float:
 
 
 def record_figures(
-    before: Mapping[str, Sequence[Score]], after: Mapping[str, Sequence[Score]], texts: Sequence[str] = ()
+    before: Mapping[str, Sequence[Score]],
+    after: Mapping[str, Sequence[Score]],
+    texts: Sequence[str] = (),
+    contaminated: Mapping[str, Sequence[bool]] | None = None,
 ) -> dict[str, float]:
     """All figures that one record allows.
 
@@ -191,13 +194,15 @@ def record_figures(
     ======================================  ====================================================================
 
     CounterFact so has the figures of both protocols: the capitals and ``acc`` are ROME's and MEMIT's, the others
-    EasyEdit's.
+    EasyEdit's. A figure over probes of which some are contaminated has beside it ``<figure>_clean``, over the others.
 
     Args:
         before: the unedited model's scores by kind of probe (`tpatch_jax.evaluation.records.Record.probes`),
             ``[prompts]`` each; only the kinds measured by `unchanged` are looked at.
         after: the edited model's, on the same probes; an unedited model's figures have it twice.
         texts: what the edited model generated, prompts included.
+        contaminated: for each kind of which clean figures are wanted, whether each probe is contaminated, ``[prompts]``
+            (`tpatch_jax.evaluation.contamination`).
 
     Returns:
         Figures by name.
@@ -214,6 +219,36 @@ def record_figures(
         {'ES': 1.0, 'EM': 0.233, 'rewrite_acc': 0.0, 'reliability': 0.5, 'exact': 0.0}
     """
     after = {kind: scores for kind, scores in after.items() if scores}
+    figures = _figures(before, after)
+    if contaminated:
+        clean_before, clean_after = (
+            {kind: _clean(scores, contaminated.get(kind, ())) for kind, scores in side.items()}
+            for side in (before, after)
+        )
+        clean = _figures(clean_before, {kind: scores for kind, scores in clean_after.items() if scores})
+        touched = {name for kind in contaminated for name in _names_of(kind)}
+        figures |= {f"{name}_clean": value for name, value in clean.items() if name in touched}
+    if texts:
+        figures["GE"] = generation_entropy(texts)
+    return figures
+
+
+def _clean(scores: Sequence[Score], contaminated: Sequence[bool]) -> list[Score]:
+    marks = contaminated or [False] * len(scores)
+    return [score for score, mark in zip(scores, marks, strict=True) if not mark]
+
+
+def _names_of(kind: str) -> list[str]:
+    """The figures that are made of a kind of probes that may be contaminated."""
+    if kind.startswith("portability"):
+        return ["portability", "portability_exact", kind]
+    parts = [(part, letter) for part, letter, *kinds in _CONTRASTS if kind in kinds]
+    contrasts = [name for part, letter in parts for name in (f"{letter}S", f"{letter}M", f"{part}_acc")]
+    accuracies = [name for of, *both in _ACCURACIES if of == kind for name in both]
+    return contrasts + accuracies + [name for of, name in _UNCHANGED if of == kind]
+
+
+def _figures(before: Mapping[str, Sequence[Score]], after: Mapping[str, Sequence[Score]]) -> dict[str, float]:
     for kind in after:
         if kind not in _KINDS and not kind.startswith(("portability_", "rephrasing_", "accuracy")):
             raise TPatchError(f"no figure is made of probes of the kind {kind!r}; the kinds are {', '.join(_KINDS)}")
@@ -248,8 +283,6 @@ def record_figures(
                     f"{name} compares with the unedited model; give its scores of the {kind!r} probes too"
                 )
             figures[name] = unchanged(before[kind], after[kind])
-    if texts:
-        figures["GE"] = generation_entropy(texts)
     return figures
 
 
@@ -287,7 +320,8 @@ _KINDS = tuple(
 def summarise(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The figures of a data set: each the mean over the records that have it, and S.
 
-    ``S = harmonic mean of ES, PS and NS``, of their means over the records, where all three are there.
+    ``S = harmonic mean of ES, PS and NS``, of their means over the records, where all three are there; ``S_clean`` the
+    same with ``NS_clean``.
 
     Args:
         records: figures of each record, e.g. from `record_figures`.
@@ -308,6 +342,8 @@ def summarise(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
     summary = {name: _mean(figures) for name, figures in values.items()}
     if {"ES", "PS", "NS"} <= summary.keys():
         summary["S"] = harmonic_mean([summary["ES"], summary["PS"], summary["NS"]])
+        if "NS_clean" in summary:
+            summary["S_clean"] = harmonic_mean([summary["ES"], summary["PS"], summary["NS_clean"]])
     return summary
 
 
@@ -413,17 +449,21 @@ def generation_entropy(texts: Sequence[str]) -> float:
 _SHORT = 3
 
 
-def answered(text: str, accepted: Sequence[str]) -> bool:
+def answered(text: str, accepted: Sequence[str], question: str = "", old: Sequence[str] = ()) -> bool:
     """Whether a generated text gives one of the accepted answers.
 
     The text counts up to the end of its first line that is not blank, for a model that was not told to stop goes on
     with the next question. Text and answers are compared in lower case, without punctuation, articles (a, an, the) and
     superfluous white space. An answer is given if it is the whole text, or, where it is longer than three characters,
-    stands in it as whole words.
+    stands in it as whole words. The question's own words do not count, since a model that repeats the question answers
+    nothing: what the question names must be the whole text. Nor does a part of the old answer's name ("English" in
+    "American English") count.
 
     Args:
         text: what the model generated after the question.
         accepted: the answer and its aliases.
+        question: what was asked.
+        old: the answer before the edit and its aliases.
 
     Returns:
         Whether one is given.
@@ -436,26 +476,42 @@ def answered(text: str, accepted: Sequence[str]) -> bool:
         True
         >>> answered(" it", ["Italian", "it"]), answered(" it is", ["Italian", "it"])
         (True, False)
+        >>> answered(" It is American English.", ["English"], old=["American English"])
+        False
     """
     given = _normalise(next((line for line in text.splitlines() if line.strip()), ""))
-    wanted = {answer for answer in map(_normalise, accepted) if answer}
-    return given in wanted or any(len(answer) > _SHORT and f" {answer} " in f" {given} " for answer in wanted)
+    before = {name for name in map(_normalise, old) if name}
+    wanted = {answer for answer in map(_normalise, accepted) if answer} - before
+    if given in wanted:
+        return True
+    for name in sorted(before, key=len, reverse=True):
+        if any(names(name, answer) for answer in wanted):
+            given = _without(given, name)
+    asked = _normalise(question)
+    return any(len(answer) > _SHORT and not names(asked, answer) and names(given, answer) for answer in wanted)
+
+
+def _without(text: str, phrase: str) -> str:
+    """The text with a mark, which is no word, in the place of a phrase."""
+    return f" {text} ".replace(f" {phrase} ", " | ").strip()
 
 
 def _normalise(text: str) -> str:
-    text = unicodedata.normalize("NFKC", text).casefold()
-    text = "".join("" if unicodedata.category(character).startswith("P") else character for character in text)
-    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+    return " ".join(word for word in plain_words(text).split() if word not in ("a", "an", "the"))
 
 
-def any_answered(texts: Sequence[str], accepted: Sequence[str]) -> bool:
+def any_answered(
+    texts: Sequence[str], accepted: Sequence[str], questions: Sequence[str] = (), old: Sequence[str] = ()
+) -> bool:
     """MQuAKE's any-of-three rule: a case counts if any of its questions is answered.
 
-    ``any_i answered(text_i, accepted)``; the figure ``mquake`` is the share of cases that count.
+    ``any_i answered(text_i, accepted, question_i, old)``; the figure ``mquake`` is the share of cases that count.
 
     Args:
         texts: what was generated after each question of the case, ``[questions]``.
         accepted: the new answer and its aliases.
+        questions: what was asked, ``[questions]``; none where only the texts are known.
+        old: the answer before the edits and its aliases.
 
     Returns:
         Whether the case counts.
@@ -466,7 +522,8 @@ def any_answered(texts: Sequence[str], accepted: Sequence[str]) -> bool:
         >>> any_answered([" English", " Arabic", " French"], ["Arabic"])
         True
     """
-    return any(answered(text, accepted) for text in texts)
+    asked = questions or [""] * len(texts)
+    return any(answered(text, accepted, question, old) for text, question in zip(texts, asked, strict=True))
 
 
 def sequential_figures(

@@ -65,6 +65,7 @@ class Setup(NamedTuple):
         numbers: the number of each probe among the texts of ``base``.
         text: the unedited model on running text, if there is any.
         rng: a typed random key.
+        contaminated: of each record which probes are contaminated, by the kinds of which any is.
         generate: whether GE is measured.
         every: after so many edits of a stream all edits so far are asked again.
         tell: called with what is being done, how much is done, and how much there is.
@@ -78,6 +79,7 @@ class Setup(NamedTuple):
     numbers: Mapping[Probe, int]
     text: Base | None
     rng: Array
+    contaminated: Sequence[Mapping[str, Sequence[bool]]]
     generate: bool
     every: int
     tell: Callable[[str, int, int], None]
@@ -152,7 +154,7 @@ def _figures(
     texts = []
     if setup.generate and model is not None:
         texts = continuations(model, record, jax.random.fold_in(setup.rng, number), routing)
-    figures = metrics.record_figures(before, after, texts)
+    figures = metrics.record_figures(before, after, texts, setup.contaminated[number])
     nll = {kind: [one.nll for one in scores] for kind, scores in after.items()}
     line: dict[str, Any] = {
         "figures": figures,
@@ -160,7 +162,7 @@ def _figures(
     }
     if record.questions and model is not None:
         replies = answers(model, [record], routing)[0] if replies is None else replies
-        figures["mquake"] = float(metrics.any_answered(replies, record.answers))
+        figures["mquake"] = float(metrics.any_answered(replies, record.answers, record.questions, record.old_answers))
         line["answers"] = list(replies)
     if texts:
         line["texts"] = texts

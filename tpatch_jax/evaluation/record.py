@@ -48,6 +48,7 @@ class Record:
         generation: openings that are continued freely for GE.
         questions: what is answered freely for the any-of-three rule.
         answers: what is accepted as an answer to them, the aliases included.
+        old_answers: what was the answer before the edit; a longer name of theirs gives no new answer.
 
     Example:
         >>> request = EditRequest("The capital of France is", "Lyon")
@@ -62,6 +63,7 @@ class Record:
     generation: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
+    old_answers: tuple[str, ...] = ()
 
     @property
     def request(self) -> EditRequest:

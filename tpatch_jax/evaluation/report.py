@@ -10,7 +10,7 @@ from tpatch_jax.evaluation.pictures import draw_report
 from tpatch_jax.storage.files import write_text
 from tpatch_jax.storage.folders import REPORT, describe_folder
 
-__all__ = ["FIGURES", "SCHEMA", "comparison", "markdown", "read_report", "table", "write_report"]
+__all__ = ["FIGURES", "SCHEMA", "comparison", "data_remarks", "markdown", "read_report", "table", "write_report"]
 
 SCHEMA = 1
 """The number of the report's form; another number means that older readers would misread it."""
@@ -21,7 +21,8 @@ FIGURES = (
     "GE are of texts written freely. `seconds` and forward equivalents are those of editing (per request: seconds ÷ "
     "those of one forward pass over prompt and target); `total_seconds` has the measuring too, and is of the last run "
     "if one was interrupted. `peak_memory_mib` is the most that the process held until then, for the methods before as "
-    "well: evaluate a method alone to see its own."
+    "well: evaluate a method alone to see its own. `_clean` beside a figure is the same without contaminated probes: "
+    "prompts about something else that are edited themselves, and questions about what follows that name a new object."
 )
 """What the figures of every report mean."""
 
@@ -35,6 +36,9 @@ COSTS = (
     *("seconds", "forward_equivalents", "fit_forward_equivalents", "parameters_added"),
     *("total_seconds", "peak_memory_mib"),
 )
+
+CLEAN = "_clean"
+"""How the name of a figure ends that leaves contaminated probes out."""
 
 Rows = list[list[str]]
 
@@ -81,7 +85,14 @@ def read_report(folder: str | Path) -> dict[str, Any]:
 
 
 def _ordered(names: Sequence[str], first: Sequence[str]) -> list[str]:
-    return [name for name in first if name in names] + [name for name in names if name not in first]
+    ordered = [name for name in first if name in names] + [name for name in names if name not in first]
+    clean = [name for name in ordered if name.endswith(CLEAN)]
+    return [
+        beside
+        for name in ordered
+        if name not in clean or name.removesuffix(CLEAN) not in names
+        for beside in (name, *(of for of in clean if of == f"{name}{CLEAN}"))
+    ]
 
 
 def _shown(value: Any) -> str:
@@ -132,6 +143,27 @@ def _about(config: Mapping[str, Any], protocol: str, moment: str) -> str:
     return ", ".join(parts)
 
 
+def data_remarks(report: Mapping[str, Any]) -> list[str]:
+    """What the data set's reader passed over and left out, and how many probes are contaminated, as sentences.
+
+    Args:
+        report: the report; one of an earlier version has nothing to say.
+    """
+    data, probes = report.get("data") or {}, report.get("probes") or {}
+    said = []
+    if data.get("passed_over"):
+        first = next(iter(data["reasons"]), "")
+        said.append(f"{data['passed_over']:,} of {data['records']:,} records passed over; the first: {first}")
+    said += [f"{number:,} {what}" for what, number in data.get("counts", {}).items()]
+    said += [
+        f"{count['contaminated']:,} of {count['all']:,} {kind} probes are contaminated"
+        for kind, count in probes.items()
+        # The same prompts as those with the true target.
+        if count["contaminated"] and kind != "neighborhood_new"
+    ]
+    return said
+
+
 def markdown(report: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     """The page to read.
 
@@ -146,6 +178,14 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
         _markdown_table(table([(result["method"], result) for result in results])),
         FIGURES,
     ]
+    if remarks := data_remarks(report):
+        parts.append("\n".join(["The data:", "", *(f"- {_one_line(remark)}." for remark in remarks)]))
+    if report.get("probes"):
+        rows = [
+            [kind, *(f"{count[name]:,}" for name in ("all", "contaminated"))]
+            for kind, count in report["probes"].items()
+        ]
+        parts.append(_markdown_table([["probes", "all", "contaminated"], *rows]))
     for result in results[1:]:
         status = ", ".join(f"{count} {name}" for name, count in result["requests"].items())
         parts.append(f"{result['method']}: of the requests, {status}; records in `records-{result['method']}.jsonl`.")

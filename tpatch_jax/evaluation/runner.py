@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from tpatch_jax.core.checks import random_key
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.editors.registry import Method, find_method, method_settings
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.contamination import contaminated_probes, count_probes
+from tpatch_jax.evaluation.data_notes import DataNotes
 from tpatch_jax.evaluation.journal import Journal, finish_report, open_report
 from tpatch_jax.evaluation.protocols import ACCURACY, ELSEWHERE, MOMENTS, PROTOCOLS, Setup, unedited
 from tpatch_jax.evaluation.records import Probe, Record
@@ -26,9 +29,12 @@ from tpatch_jax.evaluation.scoring import ScoredPrompts, ask, base_scores
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.storage.cache import cache_folder
+from tpatch_jax.storage.reading import read_bytes
 from tpatch_jax.typing import Progress
 
 __all__ = ["evaluate"]
+
+_log = logging.getLogger(__name__)
 
 
 @automatically
@@ -50,6 +56,7 @@ def evaluate(
     seed: int = 0,
     cache: bool = True,
     about: Mapping[str, Any] | None = None,
+    notes: DataNotes | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Edit a model by one or more methods and measure what each does; the unedited model is always measured too.
@@ -75,14 +82,17 @@ def evaluate(
         seed: the same seed gives the same figures on one machine.
         cache: keep what the unedited model says on disk between runs.
         about: further entries of the report's ``config``, such as the data set's name; ``data_sha256`` is taken out.
+        notes: what the reader of the records passed over and left out; goes into the report, as ``data``. Records that
+            this model cannot be asked are passed over and noted too, unless the notes are strict.
         progress: called with what is being done, how much is done, and how much there is.
 
     Returns:
-        The report: ``schema, config, seed, versions, data_sha256, results``; each result has ``method, protocol,
-        moment, n, metrics, cost``, and ``curves`` over the number of edits in a stream.
+        The report: ``schema, config, seed, versions, data_sha256, data, probes, results``. Each result has ``method,
+        protocol, moment, n, metrics, cost``, and ``curves`` over the number of edits in a stream. ``probes`` has of
+        each kind how many there are and how many are contaminated; figures over the others are ``<figure>_clean``.
 
     Raises:
-        TPatchError: no such method or protocol, a record that cannot be asked, or a folder that holds another run.
+        TPatchError: no such method or protocol, no record that can be asked, or a folder that holds another run.
 
     Example:
         >>> from tpatch_jax.evaluation.records import read_records
@@ -104,7 +114,14 @@ def evaluate(
     for method in chosen:
         method.check(model, used[method.name])
     learnt = {method.name: told for method in chosen if (told := method.learnt(model, used[method.name]))}
+    told = DataNotes(records=len(records)) if notes is None else notes
+    earlier = len(told.passed_over)
+    records, train, held_out = (_askable(model, some, told) for some in (records, train, held_out))
+    for reason in told.passed_over[earlier:]:
+        _log.warning("a record is passed over: %s", reason)
     prepared = _ask(model, records, train, held_out, text, text_tokens, seed)
+    marks = contaminated_probes(records, protocol != "single")
+    probes = count_probes(records, marks)
     extra = dict(about or {})
     data_sha256 = extra.pop("data_sha256", None) or _content(records)
     config = {
@@ -134,7 +151,9 @@ def evaluate(
             return whole
     tell = progress or (lambda what, done, total: None)
     with jax.default_matmul_precision("highest"):
-        setup = _prepare(model, records, train, held_out, prepared, generate, every, cache, tell)
+        mixed = {kind for kind, count in probes.items() if count["contaminated"]}
+        wanted = [{kind: mark for kind, mark in marked.items() if kind in mixed} for marked in marks]
+        setup = _prepare(model, records, train, held_out, prepared, wanted, generate, every, cache, tell)
         results, lines = [], {}
         for name, settled in [("unedited", None), *((method.name, method) for method in chosen)]:
             journal = Journal(name, folder)
@@ -157,12 +176,31 @@ def evaluate(
         "seed": seed,
         "versions": _versions(),
         "data_sha256": data_sha256,
+        "data": told.summary(),
+        "probes": probes,
         "results": results,
     }
     if folder is not None:
         write_report(folder, report, lines)
         finish_report(folder)
     return report
+
+
+def _askable(model: Model, records: Sequence[Record], notes: DataNotes) -> Sequence[Record]:
+    """The records whose probes the model can read; the others are noted."""
+    kept, reasons = [], []
+    for record in records:
+        try:
+            ask(model, [probe for probes in record.probes.values() for probe in probes])
+        except TPatchError as error:
+            reasons.append(str(error) if record.id in str(error) else f"{record.id}: {error}")
+        else:
+            kept.append(record)
+    if reasons and not kept:
+        raise TPatchError(reasons[0])
+    for reason in reasons:
+        notes.pass_over(reason)
+    return kept
 
 
 class _Prepared(NamedTuple):
@@ -197,6 +235,7 @@ def _prepare(
     train: Sequence[Record],
     held_out: Sequence[Record],
     prepared: _Prepared,
+    contaminated: Sequence[Mapping[str, Sequence[bool]]],
     generate: bool,
     every: int,
     cache: bool,
@@ -211,7 +250,7 @@ def _prepare(
         count = len(windows.rows)
         running = base_scores(model, windows, cache=place, tell=lambda done: tell("reading the text", done, count))
     index = {probe: number for number, probe in enumerate(probes)}
-    return Setup(model, records, train, held_out, base, index, running, rng, generate, every, tell)
+    return Setup(model, records, train, held_out, base, index, running, rng, contaminated, generate, every, tell)
 
 
 def _activation(model: Model, methods: Sequence[Method], used: Mapping[str, Any]) -> str | None:
@@ -229,8 +268,7 @@ def _content(records: Sequence[Record]) -> str:
 
 def _file(path: str | Path) -> str:
     try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(read_bytes(path)).hexdigest()
     except OSError as error:
         raise TPatchError(f"{path} cannot be read ({error.strerror}); give a file that exists") from None
 

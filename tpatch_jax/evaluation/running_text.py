@@ -8,6 +8,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.metrics import certificate, next_token_agreement, perplexity
 from tpatch_jax.evaluation.scoring import Base, Outcome, ScoredPrompts
 from tpatch_jax.models.model import Model
+from tpatch_jax.storage.reading import read_text
 
 __all__ = ["WINDOW", "read_windows", "text_figures"]
 
@@ -35,8 +36,7 @@ def read_windows(model: Model, path: str | Path, most: int) -> ScoredPrompts:
         raise TPatchError(f"{most} tokens of text leave nothing to predict; give 2 or more")
     try:
         # A token seldom has more than a few characters: so a long file is never tokenized whole.
-        with Path(path).open(encoding="utf-8") as file:
-            text = file.read(most * 16)
+        text = read_text(path, most=most * 16)
     except (OSError, UnicodeDecodeError) as error:
         raise TPatchError(f"the text {path} cannot be read ({error}); give a UTF-8 text file") from None
     ids = model.encode(text)[:most]

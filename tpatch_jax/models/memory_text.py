@@ -1,6 +1,7 @@
 """The text behind query memories, in tokens: pieces of a file, texts that the model itself says, or inputs."""
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,9 @@ from tpatch_jax.models.fingerprint import fingerprint, tokenizer_fingerprint
 from tpatch_jax.models.generation import greedy, sample
 from tpatch_jax.models.inputs import read_inputs
 from tpatch_jax.models.model import Model
+from tpatch_jax.models.wikitext import detokenize, is_raw_wikitext
 from tpatch_jax.storage.files import replace_folder
+from tpatch_jax.storage.reading import read_text
 from tpatch_jax.typing import Progress
 
 __all__ = [
@@ -26,8 +29,12 @@ __all__ = [
     "memory_folder",
     "memory_rows",
     "memory_texts",
+    "read_memory_text",
     "text_mark",
 ]
+
+_log = logging.getLogger(__name__)
+_told: set[str] = set()
 
 VERSION = 6
 TEXTS = 256
@@ -64,7 +71,7 @@ def memory_rows(
 
 def text_mark(model: Model, text: str | Path | None) -> str:
     """What the texts behind a memory depend on, as one line; the cache keeps them under it."""
-    source = "itself" if text is None else hashlib.sha256(_read(Path(text)).encode()).hexdigest()
+    source = "itself" if text is None else hashlib.sha256(read_memory_text(text).encode()).hexdigest()
     return f"{VERSION} {fingerprint(model)} {tokenizer_fingerprint(model)} {source}"
 
 
@@ -88,7 +95,7 @@ def memory_texts(
     elif text is None:
         rows = _sampled(model, progress)
     else:
-        ids = beginning(model, _read(Path(text)), TEXTS * LENGTH)
+        ids = beginning(model, read_memory_text(text), TEXTS * LENGTH)
         starts = range(0, len(ids), LENGTH)
         rows = [[*model.start, *ids[first : first + LENGTH]] for first in starts]
     rows = [row for row in rows if len(row) > 2]
@@ -118,11 +125,32 @@ def beginning(model: Model, text: str, tokens: int) -> list[int]:
         read *= 2
 
 
-def _read(path: Path) -> str:
+def read_memory_text(path: str | Path) -> str:
+    """A memory text as ordinary text: one in WikiText's raw form is detokenized by rule, and the log says so.
+
+    The cache keeps what is made of a text under the text that comes out, never under the raw form.
+
+    Args:
+        path: a UTF-8 text file.
+
+    Raises:
+        TPatchError: it is missing or not UTF-8.
+
+    Example:
+        >>> read_memory_text("wikitext-2-raw.test.txt")[:15]  # doctest: +SKIP
+        'Robert Boulter\\n'
+    """
     try:
-        return path.read_text("utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise TPatchError(f"the memory text {path} cannot be read ({error}); give a UTF-8 text file") from None
+    # JSON lines hold inputs, whose quotation marks are JSON's.
+    if text.lstrip().startswith("{") or not is_raw_wikitext(text):
+        return text
+    if str(path) not in _told:
+        _told.add(str(path))
+        _log.warning("the memory text %s is WikiText in its raw form; it is detokenized by rule", path)
+    return detokenize(text)
 
 
 def first_token(model: Model) -> int:

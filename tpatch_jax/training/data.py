@@ -16,6 +16,7 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Pair
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.storage.json_lines import read_json_lines
+from tpatch_jax.storage.reading import read_bytes
 
 __all__ = [
     "Bucket",
@@ -130,7 +131,7 @@ def read_data(
     examples = [_example(line.value, fields, line.where) for line in read_json_lines(path, "object")]
     if not examples:
         raise TPatchError(f"{path} holds no example; put one JSON object a line, with {prompt_field!r} and the like")
-    return Data(tuple(examples), hashlib.sha256(path.read_bytes()).hexdigest())
+    return Data(tuple(examples), hashlib.sha256(read_bytes(path)).hexdigest())
 
 
 def _example(record: Any, fields: tuple[str, str], where: str) -> Example:

@@ -24,7 +24,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import batches
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.generation import sample
-from tpatch_jax.models.memory_text import LENGTH, beginning, first_token, memory_rows
+from tpatch_jax.models.memory_text import LENGTH, beginning, first_token, memory_rows, read_memory_text
 from tpatch_jax.models.model import Model
 from tpatch_jax.storage.files import replace_folder
 from tpatch_jax.typing import Params, PathLike, Progress, TokenIds
@@ -66,7 +66,7 @@ def moment_rows(
     if text is None:
         return rows
     # The memory takes only the first few texts of a file; inverting C wants more.
-    ids = beginning(model, Path(text).read_text("utf-8"), tokens)
+    ids = beginning(model, read_memory_text(text), tokens)
     return [[*model.start, *ids[first : first + LENGTH]] for first in range(0, len(ids), LENGTH)]
 
 

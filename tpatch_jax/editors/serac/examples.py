@@ -128,7 +128,7 @@ def scope_lessons(
         edits = [requests[pick] for pick in chosen]
         kinds = [
             [request.prompt for request in edits],
-            [_one(request.rephrases, rng) for request in edits],
+            [_one(request.rephrases or (request.prompt,), rng) for request in edits],
             [_one(request.locality, rng) for request in edits],
             [swapped(requests, int(pick), rng) for pick in chosen],
         ]
