@@ -16,7 +16,8 @@ from typing import Any
 import jax
 from jax import Array
 
-from tpatch_jax.core.checks import random_key
+from tpatch_jax.core.arguments import as_path, check_call, check_kind
+from tpatch_jax.core.checks import as_key, random_key
 from tpatch_jax.core.patch import Patch, create, sized
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions
 from tpatch_jax.editors.model_memory import collect_model_memory
@@ -27,13 +28,13 @@ from tpatch_jax.editors.tpatcher.draft import Draft
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds, start_values
 from tpatch_jax.editors.tpatcher.previous import create_empty
 from tpatch_jax.editors.tpatcher.rounds import Note, number_neurons, report
-from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
+from tpatch_jax.editors.tpatcher.settings import TPatcherSettings, as_settings, check_settings
 from tpatch_jax.editors.tpatcher.stages import commit_draft, fit_at_subjects, fit_in_last_layer, verify_draft
 from tpatch_jax.editors.tpatcher.state import EditState
-from tpatch_jax.editors.tpatcher.subject_site import POSITIONS, subject_layer
+from tpatch_jax.editors.tpatcher.subject_site import subject_layer
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
-from tpatch_jax.models.model import Model
+from tpatch_jax.models.model import Model, check_loaded
 from tpatch_jax.models.networks import Batch
 from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest, as_requests
@@ -42,27 +43,11 @@ from tpatch_jax.typing import Progress
 
 __all__ = ["check_settings", "edit", "site_layer", "tpatcher"]
 
-
-def check_settings(settings: TPatcherSettings) -> None:
-    """Make sure that an editor can be made with these options.
-
-    Raises:
-        TPatchError: a setting names nothing that exists, or two of them exclude each other.
-    """
-    if settings.site not in ("auto", "last", "subject"):
-        raise TPatchError(f"site {settings.site!r} does not exist; use site=auto, site=last or site=subject")
-    if settings.subject.token not in POSITIONS:
-        raise TPatchError(f"token {settings.subject.token!r} does not exist; use token=subject or token=prompt")
-    if settings.layer != "auto" and not settings.layer.isdigit():
-        raise TPatchError(f"layer {settings.layer!r} is not a layer; use layer=auto or a number")
-    if settings.fit.recipe not in ("staged", "joint"):
-        raise TPatchError(f"recipe {settings.fit.recipe!r} does not exist; use 'staged' or 'joint'")
-    if settings.fit.output_bias and settings.fit.recipe == "staged":
-        raise TPatchError("output_bias trains without a threshold, which the staged recipe needs; use recipe=joint")
+TEXT_FILE = "a text file; give its path"
 
 
 def tpatcher(
-    settings: TPatcherSettings = PRESETS["default"],
+    settings: TPatcherSettings | Mapping[str, Any] | str = "default",
     *,
     memory: str | Path | None = None,
     cache: Path | None = None,
@@ -71,7 +56,7 @@ def tpatcher(
     """The T-Patcher editor.
 
     Args:
-        settings: its options.
+        settings: its options, as `edit` takes them.
         memory: a text file for the query memory; by default text is sampled from the model.
         cache: folder where memories are kept between runs.
         progress: called with what is being done, how much is done, and how much there is.
@@ -84,15 +69,22 @@ def tpatcher(
 
     Source: Huang et al. 2023.
     """
+    call = "tpatcher(settings, memory=…, progress=…)"
+    settings = as_settings(settings)
     check_settings(settings)
+    memory = None if memory is None else as_path(memory, call, TEXT_FILE)
+    check_call(progress=progress)
 
     def init(model: Model, rng: Array) -> EditState:
+        check_loaded(model, "editor.init(model, rng)")
         return _init(model, settings, memory, cache, progress)
 
     def step(state: EditState, requests: Sequence[EditRequest], rng: Array) -> tuple[EditState, EditInfo]:
-        return _step(state, as_requests(requests), rng, progress)
+        check_kind(state, EditState, "editor.step(state, requests, rng)", "a state; give what init or step returned")
+        return _step(state, as_requests(requests), as_key(rng), progress)
 
     def apply(state: EditState, batch: Batch) -> Array:
+        check_kind(state, EditState, "editor.apply(state, batch)", "a state; give what init or step returned")
         # Few sizes, so that a new number of neurons seldom compiles the network anew.
         return attach(state.model, {layer: sized(patch) for layer, patch in state.patches.items()}).apply(batch)
 
@@ -118,6 +110,8 @@ def _init(
 
 def site_layer(model: Model, settings: TPatcherSettings) -> int | None:
     """The layer of the subject site, if that is used; a model too low for it is edited in the last layer."""
+    if settings.layer != "auto":
+        model.layer(int(settings.layer))  # one that is not there is a mistake where it is not used, too
     if settings.site == "last":
         return None
     if model.config.architecture != "decoder":
@@ -131,7 +125,10 @@ def site_layer(model: Model, settings: TPatcherSettings) -> int | None:
         return layer
     if settings.site == "auto" and settings.layer == "auto":
         return None
-    raise TPatchError(f"layer {layer} is the last one, where a subject can no longer be heard; use site=last")
+    raise TPatchError(
+        f"layer {layer} is the last one of {model.name!r}, where nothing reads any more what a neuron adds at the "
+        "subject; use site=last" + ", or a lower layer" * (model.config.layers > 1)
+    )
 
 
 def _plan(state: EditState, requests: Sequence[EditRequest]) -> EditPlan:
@@ -207,9 +204,9 @@ def _explain_failures(state: EditState, plan: EditPlan, draft: Draft) -> Mapping
 
 def edit(
     model: Model,
-    requests: Sequence[EditRequest | dict[str, Any]],
+    requests: Sequence[EditRequest | Mapping[str, Any]],
     *,
-    settings: TPatcherSettings | str = "default",
+    settings: TPatcherSettings | Mapping[str, Any] | str = "default",
     memory: str | Path | None = None,
     seed: int = 0,
     cache: bool = True,
@@ -220,7 +217,8 @@ def edit(
     Args:
         model: the model; not changed. Apply the result with `tpatch_jax.attach` or `tpatch_jax.merge`.
         requests: what to correct.
-        settings: options, or the name of a preset: ``"default"``, ``"paper"`` or ``"paper-fever"``.
+        settings: options; the name of a preset, ``"default"``, ``"paper"`` or ``"paper-fever"``; or changes by name,
+            such as ``{"site": "last", "fit.key_steps": 32}``, where ``"preset"`` says to which if not the default.
         memory: a text file whose queries the patch stays silent on; by default text is sampled from the model, once.
             Classifiers and encoder-decoders cannot sample, so they need one: an input a line.
         seed: the same seed gives the same patches on one machine.
@@ -233,7 +231,7 @@ def edit(
         hold are reported there and leave no neuron.
 
     Raises:
-        TPatchError: there is no request, or a setting does not exist.
+        TPatchError: there is no request, two have one id, a setting does not exist, or an argument is of another kind.
 
     Source: Huang et al. 2023.
 
@@ -244,15 +242,14 @@ def edit(
         >>> tp.merge(model, patches).generate("The capital of France is", 1)  # doctest: +SKIP
         ' Lyon'
     """
-    if isinstance(model, str | Path):
-        raise TPatchError(f"{str(model)!r} is the name of a model; load it first, with load_model")
-    if not requests:
+    check_loaded(model, "edit(model, requests)")
+    check_kind(cache, bool, "edit(…, cache=…)", "True or False")
+    wanted, rng, settings = as_requests(requests), random_key(seed), as_settings(settings)
+    if not wanted:
         raise TPatchError("there is no request to edit; give at least one EditRequest")
-    if isinstance(settings, str):
-        if settings not in PRESETS:
-            raise TPatchError(f"preset {settings!r} does not exist; choose from {', '.join(sorted(PRESETS))}")
-        settings = PRESETS[settings]
-    wanted, rng = as_requests(requests), random_key(seed)
+    names = [request.name(position) for position, request in enumerate(wanted)]
+    if taken := next((name for position, name in enumerate(names) if name in names[:position]), None):
+        raise TPatchError(f"the id {taken!r} is what a request without an id is called by its position; give another")
     if settings.site == "auto" and not any(request.subject for request in wanted):
         settings = dataclasses.replace(settings, site="last")
     with jax.default_matmul_precision("highest"):
