@@ -10,7 +10,7 @@ from typing import Any
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["EditRequest", "as_requests", "check_request", "contradictions", "join_target", "parse_request"]
+__all__ = ["EditRequest", "as_requests", "check_ids", "check_request", "contradictions", "join_target", "parse_request"]
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,7 @@ def as_requests(requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[Edi
     """Requests given in code, as objects or as the dictionaries that a file would hold.
 
     Raises:
-        TPatchError: it is no list of requests, a field of one is of the wrong type, or an id occurs twice; the message
-            names the request.
+        TPatchError: it is no list of requests, or a field of one is of the wrong type; the message names the request.
     """
     if isinstance(requests, str | PathLike):
         raise TPatchError(
@@ -154,11 +153,21 @@ def as_requests(requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[Edi
         # A whole model has much to say of itself.
         shown = repr(requests) if isinstance(requests, EditRequest | Mapping) else f"a {type(requests).__name__}"
         raise TPatchError(f"{shown[:200]} is no list of requests; give a list of EditRequest, if only of one")
-    checked = [check_request(request, f"request {position}") for position, request in enumerate(requests)]
+    return [check_request(request, f"request {position}") for position, request in enumerate(requests)]
+
+
+def check_ids(requests: Sequence[EditRequest]) -> None:
+    """Make sure that reports can tell requests apart by their ids, those made from positions among them.
+
+    Raises:
+        TPatchError: an id occurs twice.
+    """
     first: dict[str, int] = {}
-    for position, request in enumerate(checked):
-        if request.id is not None and first.setdefault(request.id, position) != position:
+    for position, request in enumerate(requests):
+        earlier = first.setdefault(request.name(position), position)
+        if earlier != position:
+            made = " (made from its position)" * (request.id is None or requests[earlier].id is None)
             raise TPatchError(
-                f"request {position}: the id {request.id!r} is that of request {first[request.id]}; give each its own"
+                f"request {position}: the id {request.name(position)!r} is that of request {earlier}, too{made}; give "
+                "each its own"
             )
-    return checked

@@ -74,7 +74,7 @@ def save_patches(
             f"info is of {len(info.requests)} requests, and {len(requests)} are given; give those that the patch is for"
         )
     given = {-1: patches} if isinstance(patches, Patch) else patches
-    check_patches(given)
+    check_patches(given, alike=False)
     layers = {model.layer(layer): patch for layer, patch in given.items()}
     for number in {*layers, *(number for result in info.requests for number in result.neurons)}:
         patch = layers.get(number, create(model.config.hidden_size))

@@ -18,7 +18,7 @@ def check_picture(path: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
-        raise TPatchError("pictures need matplotlib: pip install 'tpatch-jax[report]'") from None
+        raise TPatchError("pictures need matplotlib: pip install 'matplotlib>=3.9'") from None
     kinds = FigureCanvasBase.get_supported_filetypes()
     if path.suffix and path.suffix.removeprefix(".").lower() not in kinds:
         raise TPatchError(f"{path} is of no kind that pictures have; give one of {', '.join(sorted(kinds))}")

@@ -14,7 +14,10 @@ __all__ = ["Merge"]
 
 @dataclass(frozen=True)
 class Merge:
-    """Write the model with the patches inside its feed-forward network, as a Hugging Face style folder."""
+    """Write the model with the patches inside, as a folder that only this library reads.
+
+    `tpatch export` writes one for the stock transformers library.
+    """
 
     model: ModelName
     patches: Patches
@@ -43,3 +46,5 @@ class Merge:
         else:
             line = f"{format_count(neurons, 'neuron')} merged ({added:,} parameters) into {self.output}"
             result_console().print(line, markup=False)
+            note = "this library reads it, as MODEL of any command; for transformers use  tpatch export"
+            result_console().print(note, markup=False)

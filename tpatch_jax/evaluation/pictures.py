@@ -11,7 +11,7 @@ __all__ = ["draw_comparison", "draw_report", "draw_sweep"]
 
 Lines = Sequence[Mapping[str, Any]]
 
-MISSING = "pictures need matplotlib: pip install 'tpatch-jax[report]'"
+MISSING = "pictures need matplotlib: pip install 'matplotlib>=3.9'"
 KINDS = (
     ("the edit", ("rewrite_new", "reliability")),
     ("rephrasings", ("paraphrase_new", "generalization")),

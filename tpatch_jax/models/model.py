@@ -357,7 +357,7 @@ def _texts(prompt: str | Sequence[str], *, several: bool = True) -> list[str]:
     if not several or not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         mend = "give a text" + ", or a list of texts" * several
         mend = "decode it first: prompt.decode()" if isinstance(prompt, bytes) else mend
-        raise TPatchError(f"{describe(prompt)} is no text; {mend}")
+        raise TPatchError(f"{describe(prompt)} is no prompt; {mend}")
     for number, text in enumerate(prompt):
         if isinstance(text, Mapping):
             raise TPatchError(

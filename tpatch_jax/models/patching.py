@@ -34,11 +34,12 @@ def by_layer(model: Model, patches: LayerPatches | Patch) -> dict[int, Patch]:
     return concatenate_layers(named)
 
 
-def check_patches(patches: Any) -> None:
+def check_patches(patches: Any, *, alike: bool = True) -> None:
     """Make sure that an argument is patches by layer.
 
     Args:
         patches: the argument.
+        alike: whether key, bias and value have to belong together.
 
     Raises:
         TPatchError: it is something else, a layer is no number, or a patch does not hold arrays that belong together.
@@ -54,7 +55,7 @@ def check_patches(patches: Any) -> None:
     for layer, patch in patches.items():
         shapes = [getattr(leaf, "shape", None) for leaf in patch]
         key = shapes[0]
-        if key is None or len(key) < 2 or shapes != [key, key[:-1], key]:
+        if None in shapes or key is None or (alike and (len(key) < 2 or shapes != [key, key[:-1], key])):
             shown = ", ".join("none" if shape is None else str(list(shape)) for shape in shapes)
             raise TPatchError(
                 f"the patch of layer {layer} has key, bias and value {shown}; give arrays [n, d], [n] and [n, d]"

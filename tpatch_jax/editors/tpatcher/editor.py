@@ -37,7 +37,7 @@ from tpatch_jax.models import networks
 from tpatch_jax.models.model import Model, check_loaded
 from tpatch_jax.models.networks import Batch
 from tpatch_jax.models.patching import attach
-from tpatch_jax.requests import EditRequest, as_requests
+from tpatch_jax.requests import EditRequest, as_requests, check_ids
 from tpatch_jax.storage.cache import cache_folder
 from tpatch_jax.typing import Progress
 
@@ -168,7 +168,29 @@ def _step(
     times = time.perf_counter() - began, subject_seconds + draft.fitted.seconds, unit
     problems = {**plan.problems, **_explain_failures(state, plan, draft)}
     neurons, notes = number_neurons(_new_neurons(state, plan, draft), _counts(state))
-    return after, report(plan.names, problems, set(draft.already), neurons, notes, hidden_size, times)
+    info = report(plan.names, problems, set(draft.already), neurons, notes, hidden_size, times)
+    return after, _with_site_reasons(state, requests, info)
+
+
+def _with_site_reasons(state: EditState, requests: Sequence[EditRequest], info: EditInfo) -> EditInfo:
+    """The report, which says of each edit in the last layer why it is there, if something else was asked for."""
+    settings, config, results = state.settings, state.model.config, []
+    for request, result in zip(requests, info.requests, strict=True):
+        reason = result.reason
+        if result.status == "edited" and result.site == "last" and result.neurons and settings.site != "last":
+            if request.subject is None:
+                reason = "edited in the last layer: it has no subject" * (settings.site == "subject")
+            elif state.subject_layer is None and config.architecture != "decoder":
+                reason = f"edited in the last layer: an {config.architecture} has no other site"
+            elif state.subject_layer is None:
+                reason = (
+                    f"edited in the last layer: of the model's {config.layers} layers none that is lower suits the "
+                    "subject (layer=NUMBER names one)"
+                )
+            else:
+                reason = "edited in the last layer: the neuron at its subject added nothing"
+        results.append(result._replace(reason=reason))
+    return info._replace(requests=tuple(results))
 
 
 def _counts(state: EditState) -> dict[int, int]:
@@ -247,9 +269,7 @@ def edit(
     wanted, rng, settings = as_requests(requests), random_key(seed), as_settings(settings)
     if not wanted:
         raise TPatchError("there is no request to edit; give at least one EditRequest")
-    names = [request.name(position) for position, request in enumerate(wanted)]
-    if taken := next((name for position, name in enumerate(names) if name in names[:position]), None):
-        raise TPatchError(f"the id {taken!r} is what a request without an id is called by its position; give another")
+    check_ids(wanted)
     if settings.site == "auto" and not any(request.subject for request in wanted):
         settings = dataclasses.replace(settings, site="last")
     with jax.default_matmul_precision("highest"):

@@ -54,7 +54,7 @@ def convert_gguf(source: Path, folder: Path, *, progress: Progress | None = None
     try:
         import gguf
     except ImportError as error:
-        raise TPatchError(f'{source}: reading GGUF needs the gguf package; pip install "tpatch-jax[demo]"') from error
+        raise TPatchError(f"{source}: reading GGUF needs the gguf package: pip install 'gguf>=0.17'") from error
     from safetensors.numpy import save_file
 
     try:

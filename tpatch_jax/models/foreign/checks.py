@@ -3,12 +3,14 @@
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.arguments import describe
@@ -80,8 +82,7 @@ def create_network(
         network = dataclasses.replace(network, example=jnp.asarray(drawn, tokens.dtype))
     # Shapes alone, or what is being traced, cannot be tried.
     if all(
-        isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, jax.core.Tracer)
-        for leaf in jax.tree.leaves(params)
+        isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)
     ):
         with jax.default_matmul_precision("highest"):
             _check_network(network, candidates)
@@ -90,10 +91,7 @@ def create_network(
 
 def _check_network(network: Network, candidates: Sequence[Matrices]) -> None:
     """See whether the FFN is one, with the activation that was named, on the example."""
-    if isinstance(network.growth, Growth):
-        for matrices in candidates:
-            _check_shapes(matrices, network.hidden_size, network.path)
-    # Without names a layer is first or last by its shape alone.
+    # What is named the wrong way round is refused where it is merged.
     candidates = [matrices for matrices in candidates if matrices["up"]["kernel"].shape[0] == network.hidden_size]
     traced = network.trace(network.example)
     kinds = [array.dtype for matrices in candidates for entry in matrices.values() for array in entry.values()]
@@ -103,25 +101,25 @@ def _check_network(network: Network, candidates: Sequence[Matrices]) -> None:
         computed = _output(matrices, traced.query, activation).astype(jnp.float32)
         return float(jnp.linalg.norm(computed - traced.output.astype(jnp.float32))) / max(size, 1e-30)
 
+    merges = isinstance(network.growth, Growth)
     apart = [difference(matrices, network.activation) for matrices in candidates]
-    if any(distance <= near for distance in apart):
+    # One that is not merged works as well with an activation that is nearly its own.
+    if any(distance <= (near if merges else _NEARLY) for distance in apart):
         return
     for matrices in candidates:
-        for name, activation in ffn.ACTIVATIONS.items():
+        for name, activation in _KNOWN.items():
             if difference(matrices, activation) <= near:
+                shown = repr(name) if name in ffn.ACTIVATIONS else name
                 raise TPatchError(
-                    f"{network.path!r} activates with {name!r}, and activation= says otherwise: on the example its "
-                    f"output is {min(apart):.1g} off (relative difference); give activation={name!r}"
+                    f"{network.path!r} activates with {shown}, and activation= says otherwise: on the example its "
+                    f"output is {min(apart):.1g} off (relative difference); give activation={shown}"
                 )
-    merges = isinstance(network.growth, Growth)
     reason = _no_network(network, traced.query)
-    if merges and (reason or min(apart, default=0.0) > _NOT_ROUNDING):
-        try:
+    if merges and reason:
+        with suppress(TPatchError):
+            # What adds its input may be merged into all the same, if nothing else is in it.
             network.try_merging()
             return
-        except TPatchError as error:
-            if not reason:
-                raise TPatchError(f"cannot cut at {network.path!r}: {error}") from error
     if reason:
         raise TPatchError(
             f"{network.path!r} is no feed-forward network but a block around one: {reason}. An FFN must be a module of "
@@ -130,8 +128,20 @@ def _check_network(network: Network, candidates: Sequence[Matrices]) -> None:
         )
 
 
-_NOT_ROUNDING = 0.02
-"""So far apart, relatively, is not what a coarser type inside the FFN does."""
+_KNOWN: Mapping[str, Activation] = {
+    **ffn.ACTIVATIONS,
+    **{
+        f"jax.nn.{name}": getattr(jax.nn, name)
+        for name in ("tanh", "sigmoid", "softplus", "elu", "selu", "celu", "relu6", "leaky_relu", "mish", "hard_silu")
+        if hasattr(jax.nn, name)
+    },
+    "lambda x: jax.nn.relu(x) ** 2": lambda x: jnp.square(jax.nn.relu(x)),
+    "lambda x: x * jax.nn.sigmoid(1.702 * x)": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+"""What an FFN may activate with, by what is written for it."""
+
+_NEARLY = 0.02
+"""Outputs that are so far apart, relatively, are nearly the same: GELU and its approximation are nearer."""
 
 
 def _output(matrices: Matrices, query: Array, activation: Activation) -> Array:
@@ -181,17 +191,13 @@ def arranged(layers: Sequence[Mapping[str, Array]], hidden_size: int) -> list[Ma
 
 def widened(network: Mapping[str, Any], patch: Patch, path: str) -> dict[str, Any]:
     """`ffn.merge`, once it is sure that the matrices that the user named are an FFN of the patch's width."""
-    _check_shapes(network, patch.key.shape[1], path)
-    return ffn.merge(dict(network), patch)
-
-
-def _check_shapes(network: Matrices, width: int, path: str) -> None:
-    up, down = network["up"]["kernel"], network["down"]["kernel"]
+    up, down, width = network["up"]["kernel"], network["down"]["kernel"], patch.key.shape[1]
     if up.shape[0] != width or down.shape != up.shape[::-1]:
         raise TPatchError(
             f"up= and down= of {path!r} are {list(up.shape)} and {list(down.shape)}; on queries of width {width} they "
             f"must be [{width}, hidden] and [hidden, {width}]: name the first and the last layer of the FFN"
         )
+    return ffn.merge(dict(network), patch)
 
 
 def suggestion(call: Callable[[Array], Any], seen: list[tuple[str, bool]], example: Any) -> tuple[bool, str]:
