@@ -12,7 +12,7 @@ from typing import Any
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["as_count", "as_path", "check_call", "check_kind", "describe"]
+__all__ = ["as_count", "as_path", "check_call", "check_kind", "describe", "install_advice"]
 
 
 def describe(value: Any) -> str:
@@ -30,6 +30,21 @@ def describe(value: Any) -> str:
         return f"the class {value.__name__}"
     name = type(value).__name__
     return f"{'an' if name[:1] in 'AEIOaeiou' else 'a'} {name}"
+
+
+def install_advice(package: str, extra: str) -> str:
+    """How to install a package that is missing, whether this library came from an index or from a clone.
+
+    Args:
+        package: what to install, with its version.
+        extra: the extra of this library that has it.
+
+    Example:
+        >>> install_advice("gguf>=0.17", "demo").split(", or")[0]
+        'pip install "gguf>=0.17"'
+    """
+    whole = f'in a clone pip install -e ".[{extra}]", elsewhere pip install "tpatch-jax[{extra}]"'
+    return f'pip install "{package}", or with all of its extra: {whole}'
 
 
 def check_kind(value: Any, kinds: Any, call: str, mend: str) -> None:

@@ -441,7 +441,10 @@ def load_model(
 
 
 def save_model(model: Model, folder: PathLike) -> None:
-    """Write a model, merged patches included, as a Hugging Face style folder, whole or not at all.
+    """Write a model, merged patches included, as a folder that `load_model` reads, whole or not at all.
+
+    With merged patches one layer is wider than the others, which stock transformers refuses; `tpatch_jax.export_model`
+    writes a folder for it.
 
     Args:
         model: any model without attached patches (merge them first).

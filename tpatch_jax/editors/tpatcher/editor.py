@@ -183,10 +183,9 @@ def _with_site_reasons(state: EditState, requests: Sequence[EditRequest], info: 
             elif state.subject_layer is None and config.architecture != "decoder":
                 reason = f"edited in the last layer: an {config.architecture} has no other site"
             elif state.subject_layer is None:
-                reason = (
-                    f"edited in the last layer: of the model's {config.layers} layers none that is lower suits the "
-                    "subject (layer=NUMBER names one)"
-                )
+                layers = f"the {config.layers} layers" if config.layers > 1 else "one layer"
+                reason = f"edited in the last layer: with {layers} of {state.model.name!r} no lower one is chosen"
+                reason += "; site=subject and layer=0 choose one" * (config.layers > 1)
             else:
                 reason = "edited in the last layer: the neuron at its subject added nothing"
         results.append(result._replace(reason=reason))

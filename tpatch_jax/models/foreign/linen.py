@@ -53,7 +53,7 @@ def from_linen(
         module: the network.
         params: its parameters, or all its variables (``{"params": …, …}``).
         ffn_path: where the FFN is, such as ``"block_3/mlp"``; a module of its own that is called once in a pass, on
-            ``[batch, tokens, d]`` as its first argument.
+            ``[batch, tokens, d]`` as its first argument; a block in which the FFN is written inline is none.
         activation: the FFN's, a name in `tpatch_jax.core.ffn.ACTIVATIONS` (``"gelu"`` is exact, ``"gelu_tanh"`` what
             `jax.nn.gelu` does by default) or a function.
         call: ``(module, tokens) -> logits``, if it is not ``module(tokens)``; the module is bound to its parameters.
@@ -67,7 +67,8 @@ def from_linen(
         The `Network`. Its ``merge`` returns a module and its parameters.
 
     Raises:
-        TPatchError: the path leads nowhere, or not to a module that can be cut; the network does not run; the
+        TPatchError: the path leads nowhere, or not to a module that can be cut, or to a block around an FFN; on the
+            example the FFN activates otherwise than ``activation`` says; the network does not run; the
             activation is unknown; the parameters are no dict.
 
     Example:

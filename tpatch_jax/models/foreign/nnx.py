@@ -44,7 +44,7 @@ def from_nnx(
     Args:
         module: the network, in evaluation mode; not changed, and later changes to it are not seen.
         ffn_path: where the FFN is, such as ``"blocks.3.mlp"``; a module of its own that is called once in a pass, on
-            ``[batch, tokens, d]`` as its first argument.
+            ``[batch, tokens, d]`` as its first argument; a block in which the FFN is written inline is none.
         activation: the FFN's, a name in `tpatch_jax.core.ffn.ACTIVATIONS` (``"gelu"`` is exact, ``"gelu_tanh"`` what
             `jax.nn.gelu` does by default) or a function.
         call: ``(module, tokens) -> logits``, if it is not ``module(tokens)``.
@@ -57,7 +57,8 @@ def from_nnx(
         The `Network`. Its ``merge`` returns an NNX module.
 
     Raises:
-        TPatchError: the path leads nowhere, or not to a module that can be cut; the network does not run; the
+        TPatchError: the path leads nowhere, or not to a module that can be cut, or to a block around an FFN; on the
+            example the FFN activates otherwise than ``activation`` says; the network does not run; the
             activation is unknown.
 
     Example:
