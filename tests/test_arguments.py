@@ -14,6 +14,7 @@ import tpatch_jax as tp
 from tpatch_jax.core.patch import Patch, create
 from tpatch_jax.requests import as_requests
 
+PROMOTION = "standard"  # optax takes steps
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 REQUEST = tp.EditRequest("the in a", "b", "in")
 QUICK = {"site": "last", "attempts": 1, "fit": {"key_steps": 8, "value_steps": 1}}
@@ -27,7 +28,8 @@ def edit(model, letters, requests=(REQUEST,), **given):
 
 def test_settings_are_given_as_changes_by_name(tiny_model, letters):
     patches, info = edit(tiny_model, letters)
-    object_too = tp.TPatcherSettings(
+    object_too = replace(
+        tp.PRESETS["default"],
         site="last",
         attempts=1,
         fit=replace(tp.PRESETS["default"].fit, key_steps=8, value_steps=1),

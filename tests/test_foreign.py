@@ -937,5 +937,5 @@ def test_arguments_of_an_edit_by_tokens_are_checked(network, given, message):
 
 def test_a_network_is_no_model(network):
     for call in (tp.detach, tp.unmerge, lambda it: tp.attach(it, create(WIDTH)), lambda it: tp.edit(it, [])):
-        with pytest.raises(tp.TPatchError, match="a Network is no model of this library; edit it with tp.edit_tokens"):
+        with pytest.raises(tp.TPatchError, match=r"a Network is no model of this library; edit it with"):
             call(network)

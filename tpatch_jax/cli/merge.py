@@ -14,10 +14,7 @@ __all__ = ["Merge"]
 
 @dataclass(frozen=True)
 class Merge:
-    """Write the model with the patches inside, as a folder that only this library reads.
-
-    `tpatch export` writes one for the stock transformers library.
-    """
+    """Write the patched model as a folder that only this library reads; for transformers use `tpatch export`."""
 
     model: ModelName
     patches: Patches

@@ -323,7 +323,8 @@ def _halves(program: _Program, name: str) -> Cut:
     for step in before:
         if reached.intersection(step.reads):
             reached.update(step.writes)
-    inside, _ = needed([step for step in before if reached.intersection(step.writes)], {output})
+    # Not the step that makes the query itself.
+    inside, _ = needed([step for step in before if (reached - {query}).intersection(step.writes)], {output})
     context = {f"{place}": number for place, number in enumerate(shared)}
     return Cut(
         tuple(before),
