@@ -226,7 +226,7 @@ def mistakes(model, folder):
         "guard 3": (lambda: tp.guard_bank(bank, model, [3]), "3 is not a prompt"),
         "guard triple": (lambda: tp.guard_bank(bank, model, [("a", "b", "c")]), "a tuple is not a prompt"),
         "guard tokens": (lambda: tp.guard_bank(bank, model, ["a"], tokens="3"), "tokens is '3'"),
-        "show": (lambda: tp.show([REQUEST]), "a list cannot be shown"),
+        "show": (lambda: tp.show([REQUEST]), "list cannot be shown"),
         "show model": (lambda: tp.show(PATCHES, model="tiny", text="a"), "load it first"),
         "show text": (lambda: tp.show(PATCHES, model=model, text=3), "3 is not a text"),
         "show info": (lambda: tp.show(PATCHES, info=PATCHES), "a dict is not an EditInfo"),

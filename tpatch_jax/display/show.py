@@ -7,7 +7,7 @@ from jax import Array
 
 from tpatch_jax.bank.patches import SavedPatches
 from tpatch_jax.bank.state import Bank
-from tpatch_jax.core.arguments import check_kind, describe
+from tpatch_jax.core.arguments import check_kind
 from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.display.bank import bank_summary, bank_title, bank_view
@@ -117,7 +117,7 @@ def show(
         title, about = bank_title(thing), ", ".join(f"{value} {name}" for name, value in bank_summary(thing).items())
         return Shown(fragment(element("h3", title), *bank_view(thing)), f"{title}\n{about}")
     raise TPatchError(
-        f"{describe(thing)} cannot be shown; give a patch, the info of an edit, a trace, or a bank that "
+        f"{type(thing).__name__} cannot be shown; give a patch, the info of an edit, a trace, or a bank that "
         "`tp.open_bank` read"
     )
 
