@@ -38,7 +38,7 @@ def test_settings_are_given_as_changes_by_name(tiny_model, letters):
     assert info.requests[0].site == "last"
     assert np.array_equal(patches[2].key, again[2].key)
     dotted, _ = edit(
-        tiny_model, letters, settings={"site": "last", "attempts": 1, "key_steps": 1, "fit.value_steps": 1}
+        tiny_model, letters, settings={"site": "last", "attempts": 1, "key_steps": 8, "fit.value_steps": 1}
     )
     assert np.array_equal(patches[2].key, dotted[2].key)
 

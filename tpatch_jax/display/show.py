@@ -89,7 +89,7 @@ def show(
         check_loaded(model, call)
     for neurons in (thing, patch):
         if isinstance(neurons, Patch | Mapping) or neurons is patch is not None:
-            check_patches({-1: neurons} if isinstance(neurons, Patch) else neurons)
+            check_patches({-1: neurons} if isinstance(neurons, Patch) else neurons, alike=False)
     given: dict[str, Any] = {"model": model, "text": text, "patch": patch, "info": info, "tokens": tokens}
     given["requests"] = requests or None
     if isinstance(thing, Patch | SavedPatches | Mapping):
