@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tpatch_jax.cli import reference
 from tpatch_jax.cli.common import settings_of
 from tpatch_jax.cli.eval import DEFAULTS, Eval
 from tpatch_jax.cli.finetune import Finetune
+from tpatch_jax.cli.main import BANK_COMMANDS, COMMANDS
 from tpatch_jax.cli.serac_train import SeracTrain
 from tpatch_jax.core.patch import create
 from tpatch_jax.editors.base import EditInfo, RequestInfo
@@ -29,6 +31,7 @@ from tpatch_jax.editors.registry import METHODS, method_settings
 from tpatch_jax.editors.serac.training import SeracTraining
 from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.pictures import draw_comparison
 from tpatch_jax.models.model import load_model
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage import settings as settings_
@@ -193,6 +196,55 @@ def test_inspect_lists_every_edit(patches, capsys):
         assert record["id"] in shown
         assert record["prompt"] in shown
     assert "no: the target is empty" in shown
+
+
+def test_inspect_shows_site_and_margin(patches, capsys, monkeypatch):
+    assert cli.main(["inspect", str(patches), "--json"]) == 0
+    edits = last(capsys.readouterr())["edits"]
+    assert cli.main(["inspect", str(patches)]) == 0
+    shown = capsys.readouterr().out
+    assert [word for word in ("site", "margin", "losses") if word in shown] == ["site", "margin", "losses"]
+    for edit in edits:
+        rows = [[cell.strip() for cell in line.split("│")] for line in shown.splitlines()]
+        (cells,) = (row for row in rows if row[1:2] == [edit["id"]])
+        assert (edit["site"] if edit["neurons"] else "") in cells
+        assert edit["margin"] is None or f"{edit['margin']:.3g}" in cells
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main(["inspect", str(patches)]) == 0
+    shown = capsys.readouterr().out
+    assert "margin" in shown
+    assert "--json has the losses, too" in shown
+
+
+def test_merge_says_who_reads_what_it_writes(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["merge", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "a folder that only this library reads" in shown
+    assert "for transformers use `tpatch export`" in shown
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "gguf"])
+def test_what_is_missing_can_be_installed_from_an_index_and_in_a_clone(package, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    ask = (lambda: draw_comparison(tmp_path / "a.png", [])) if package == "matplotlib" else (lambda: load_model(file))
+    with pytest.raises(TPatchError) as caught:
+        ask()
+    for advice in (f'pip install "{package}>=', 'in a clone pip install -e ".[', 'elsewhere pip install "tpatch-jax['):
+        assert advice in str(caught.value)
+
+
+def test_a_chat_template_is_in_the_demo_extra():
+    declared = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    assert any(name.startswith("jinja2") for name in declared["optional-dependencies"]["demo"])
+
+
+@pytest.mark.parametrize("command", [*COMMANDS.values(), *BANK_COMMANDS.values()])
+def test_every_command_can_be_quiet(command):
+    fields = {field.name for field in dataclasses.fields(command)}
+    assert {"quiet", "json"} <= fields
 
 
 def test_texts_are_shown_whole_and_as_they_are(tmp_path, tiny_model, capsys):

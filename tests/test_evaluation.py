@@ -28,7 +28,7 @@ from tpatch_jax.evaluation.journal import Journal
 from tpatch_jax.evaluation.metrics import certificate
 from tpatch_jax.evaluation.pictures import draw_comparison
 from tpatch_jax.evaluation.records import DataNotes, Probe, Record, read_counterfact, read_records
-from tpatch_jax.evaluation.report import comparison, data_remarks, read_report, table
+from tpatch_jax.evaluation.report import SCHEMA, comparison, data_remarks, read_report, table
 from tpatch_jax.evaluation.runner import evaluate
 from tpatch_jax.evaluation.running_text import read_windows, text_figures
 from tpatch_jax.evaluation.scoring import Base, Outcome, apply_scores, ask, base_scores, patched_scores, score
@@ -787,3 +787,45 @@ def test_a_journal_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: p
         journal.save({"x": np.zeros(2)}, {})
     with pytest.raises(TPatchError, match=r"cannot write .*result-direct.json"):
         journal.finish({})
+
+
+def small_report(folder: Path, n: int, methods: Any, data: str = "x") -> str:
+    folder.mkdir()
+    cost: Any = {"seconds": 1234.5}
+    results = [
+        {"method": name, "protocol": "batch", "moment": "", "n": n, "metrics": {"ES": n / 100, "a_long_figure": 0.1234},
+         "cost": cost, "requests": {}}
+        for name in methods
+    ]  # fmt: skip
+    config = {"fingerprint": "f", "data": "counterfact", "model": "tiny"}
+    report = {"schema": SCHEMA, "config": config, "data_sha256": data, "results": results}
+    (folder / "report.json").write_text(json.dumps(report))
+    return str(folder)
+
+
+def test_comparing_on_a_narrow_terminal_cuts_no_word_and_remarks_on_different_n(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    folders = [
+        small_report(tmp_path / f"counterfact-run-{number}", n, ("tpatcher", "rome", "memit"))
+        for number, n in enumerate((12, 6, 12))
+    ]
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["compare", *folders]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    for number in range(3):
+        for method in ("tpatcher", "rome", "memit"):
+            assert f"counterfact-run-{number}: {method}, batch\n" in shown
+    assert shown.count("a_long_figure") == 2  # the table is continued below
+    assert "cannot be compared as they are" in shown
+    assert main(["compare", *folders, "--json"]) == 0
+    (remark,) = json.loads(capsys.readouterr().out.splitlines()[-1])["remarks"]
+    assert "n = 6: counterfact-run-1: tpatcher, batch" in remark
+    assert main(["compare", folders[0], folders[2], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["remarks"] == []
+    other = small_report(tmp_path / "other", 12, ("tpatcher",), "y")
+    assert main(["compare", folders[0], other, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["remarks"] == [
+        "The data differs from report to report. counterfact-run-0: counterfact; other: counterfact."
+    ]

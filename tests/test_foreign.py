@@ -811,3 +811,131 @@ def test_unmerging_needs_what_merge_returned(network, linen_network, linen):
         network.unmerge(small)
     with pytest.raises(tp.TPatchError, match=r"a pair of a module and its parameters"):
         linen_network.unmerge(linen[1])
+
+
+class Inline(nnx.Module):
+    """A layer whose feed-forward network is no module of its own."""
+
+    def __init__(self, rngs: nnx.Rngs, attends: bool = True, post_norm: bool = False):
+        self.attention = nnx.MultiHeadAttention(2, WIDTH, decode=False, rngs=rngs) if attends else None
+        self.norm_1, self.norm_2 = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.LayerNorm(WIDTH, rngs=rngs)
+        self.fc1, self.fc2 = nnx.Linear(WIDTH, 48, rngs=rngs), nnx.Linear(48, WIDTH, rngs=rngs)
+        self.post_norm = post_norm
+
+    def __call__(self, x, mask):
+        if self.attention is not None:
+            x = x + self.attention(self.norm_1(x), mask=mask)
+        if self.post_norm:
+            return self.norm_2(x + self.fc2(nnx.gelu(self.fc1(x))))
+        return x + self.fc2(nnx.gelu(self.fc1(self.norm_2(x))))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "reason"),
+    [
+        ({}, "it adds its own input"),
+        ({"attends": False}, "it adds its own input"),
+        ({"post_norm": True}, "what it says at one position depends on others"),
+    ],
+)
+@pytest.mark.parametrize("names", [{}, {"up": "fc1", "down": "fc2"}])
+def test_an_ffn_inline_in_a_block_is_refused_at_the_cut(kinds, reason, names):
+    module = Decoder(nnx.Rngs(0))
+    module.layers = nnx.List([Inline(nnx.Rngs(1), **kinds) for _ in range(2)])
+    message = f"'layers.1' is no feed-forward network but a block around one: {reason}.*must be a module of its own"
+    with pytest.raises(tp.TPatchError, match=message):
+        tp.from_nnx(module, "layers.1", activation="gelu_tanh", **names)
+    with pytest.raises(tp.TPatchError, match=r"inline in a block .* put its layers into a module of their own"):
+        tp.from_nnx(module, "layers.1.fc1", activation="gelu_tanh")
+
+
+class InlineBlock(nn.Module):
+    hidden: int = 48
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(VOCABULARY, WIDTH)(tokens)
+        x = InlineLayer(self.hidden, name="block")(x)
+        return nn.Dense(VOCABULARY)(x)
+
+
+class InlineLayer(nn.Module):
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x):
+        return x + nn.Dense(WIDTH)(nn.gelu(nn.Dense(self.hidden)(nn.LayerNorm()(x))))
+
+
+@pytest.mark.parametrize("options", [{}, {"widen": lambda module, n: module.clone(hidden=module.hidden + n)}])
+def test_an_ffn_inline_in_a_linen_block_is_refused_at_the_cut(options):
+    module = InlineBlock()
+    params = module.init(jax.random.key(0), TOKENS)["params"]
+    with pytest.raises(tp.TPatchError, match=r"'block' is no feed-forward network but a block.*it adds its own input"):
+        tp.from_linen(module, params, "block", activation="gelu_tanh", **options)
+
+
+@pytest.mark.parametrize("names", [{}, {"up": "expand", "down": "contract"}])
+@pytest.mark.parametrize("activation", ["relu", "silu", jnp.tanh])
+def test_a_wrong_activation_is_noticed_at_the_cut(decoder, names, activation):
+    with pytest.raises(tp.TPatchError, match=r"activates with 'gelu_tanh'.*give activation='gelu_tanh'"):
+        tp.from_nnx(decoder, "layers.1.mlp", activation=activation, **names)
+
+
+def test_an_activation_that_is_nearly_the_own_is_noticed_where_it_would_be_merged(decoder):
+    names = {"up": "expand", "down": "contract"}
+    with pytest.raises(tp.TPatchError, match=r"activates with 'gelu_tanh'.*give activation='gelu_tanh'"):
+        tp.from_nnx(decoder, "layers.1.mlp", activation="gelu", **names)
+    assert tp.from_nnx(decoder, "layers.1.mlp", activation="gelu").path == "layers.1.mlp"
+
+
+def test_a_wrong_activation_is_noticed_at_the_cut_of_a_gated_and_of_a_linen_network(linen):
+    gated = Decoder(nnx.Rngs(0), [Gated(WIDTH, 64, nnx.Rngs(1)) for _ in range(2)])
+    for names in ({}, {"gate": "gate", "up": "up", "down": "down"}):
+        with pytest.raises(tp.TPatchError, match=r"activates with 'silu'"):
+            tp.from_nnx(gated, "layers.1.mlp", activation="relu", **names)
+        assert tp.from_nnx(gated, "layers.1.mlp", activation="silu", **names).hidden_size == WIDTH
+    with pytest.raises(tp.TPatchError, match=r"activates with 'gelu_tanh'"):
+        tp.from_linen(*linen, "block_1/mlp", activation="relu", call=quiet)
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (lambda module, *_: tp.from_nnx("layers.1.mlp", module), "'layers.1.mlp' is not an NNX module"),
+        (lambda module, *_: tp.from_nnx(module, 3), "3 is no path of a module"),
+        (lambda module, *_: tp.from_nnx(module, "layers.1.mlp", activation=None), "activation is None; give a name"),
+        (lambda module, *_: tp.from_nnx(module, "layers.1.mlp", up="expand"), "needs both up= and down="),
+        (lambda module, *_: tp.from_nnx(module, "layers.1.mlp", example="x"), "'x' is no table of token ids"),
+        (lambda _, linen, params: tp.from_linen(linen, params, None), "None is no path of a module"),
+        (lambda _, linen, params: tp.from_linen(linen, params, "block_1/mlp", widen="x"), "widen is 'x'"),
+        (lambda module, _, params: tp.from_linen(module, params, "block_1/mlp"), "a Decoder is not a Linen module"),
+    ],
+)
+def test_arguments_of_a_cut_are_checked(decoder, linen, cut, message):
+    with pytest.raises(tp.TPatchError, match=message):
+        cut(decoder, *linen)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"network": [[5, 3]], "prompts": None}, "a list is not a Network"),
+        ({"memory": None}, "memory is None; give lists of token ids"),
+        ({"prompts": [5, 3], "targets": [7, 7]}, "prompts is one list of token ids"),
+        ({"targets": "ab"}, "targets is 'ab'; give lists"),
+        ({"settings": {"layer": 1}}, "layer 1 is of no use here"),
+        ({"settings": None}, "None is no settings"),
+        ({"settings": {"recipe": "x"}}, "recipe 'x' does not exist"),
+    ],
+)
+def test_arguments_of_an_edit_by_tokens_are_checked(network, given, message):
+    usual = {"network": network, "prompts": [[5, 3]], "targets": [[7]], "memory": [[1, 2, 3]]}
+    with pytest.raises(tp.TPatchError, match=message):
+        tp.edit_tokens(**{**usual, **given})
+
+
+def test_a_network_is_no_model(network):
+    for call in (tp.detach, tp.unmerge, lambda it: tp.attach(it, create(WIDTH)), lambda it: tp.edit(it, [])):
+        with pytest.raises(tp.TPatchError, match=r"a Network is no model of this library; edit it with"):
+            call(network)

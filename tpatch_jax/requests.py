@@ -3,13 +3,14 @@
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["EditRequest", "as_requests", "contradictions", "join_target", "parse_request"]
+__all__ = ["EditRequest", "as_requests", "check_ids", "check_request", "contradictions", "join_target", "parse_request"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def parse_request(record: Any, where: str) -> EditRequest:
             raise TPatchError(f"{where}: {name!r} is {type(record[name]).__name__}; write it as a string")
     for name in ("rephrases", "locality"):
         entry = [] if record.get(name) is None else record[name]
-        if not isinstance(entry, list) or not all(isinstance(text, str) and text.strip() for text in entry):
+        if not isinstance(entry, list | tuple) or not all(isinstance(text, str) and text.strip() for text in entry):
             raise TPatchError(f"{where}: {name!r} must be a list of non-empty strings")
     if record.get("join") not in (None, *JOINS):
         raise TPatchError(f"{where}: 'join' is {record['join']!r}; write 'space' or 'none', or leave it out")
@@ -173,11 +174,51 @@ def contradictions(requests: Sequence[EditRequest]) -> dict[int, int]:
     return contradicting
 
 
-def as_requests(requests: Iterable[EditRequest | dict[str, Any]]) -> list[EditRequest]:
-    """Requests given in code, as objects or as the dictionaries that a file would hold."""
-    if isinstance(requests, EditRequest | dict | str):
-        raise TPatchError(f"{requests!r} is no list of requests; give a list of EditRequest, if only of one")
-    return [
-        request if isinstance(request, EditRequest) else parse_request(request, f"request {position}")
-        for position, request in enumerate(requests)
-    ]
+def check_request(request: EditRequest | Mapping[str, Any], where: str) -> EditRequest:
+    """A request given in code, an object or what a file would hold, checked as one that a file holds.
+
+    Args:
+        request: the request.
+        where: as a message begins.
+
+    Raises:
+        TPatchError: a field is of the wrong type; the message names it.
+    """
+    if isinstance(request, EditRequest):
+        return parse_request({name: getattr(request, name) for name in _FIELDS}, where)
+    return parse_request(dict(request) if isinstance(request, Mapping) else request, where)
+
+
+def as_requests(requests: Iterable[EditRequest | Mapping[str, Any]]) -> list[EditRequest]:
+    """Requests given in code, as objects or as the dictionaries that a file would hold.
+
+    Raises:
+        TPatchError: it is no list of requests, or a field of one is of the wrong type; the message names the request.
+    """
+    if isinstance(requests, str | PathLike):
+        raise TPatchError(
+            f"{str(requests)!r} is no list of requests; give a list of EditRequest, if only of one: read_requests "
+            "reads a file of them"
+        )
+    if isinstance(requests, EditRequest | Mapping | bytes) or not isinstance(requests, Iterable):
+        # A whole model has much to say of itself.
+        shown = repr(requests) if isinstance(requests, EditRequest | Mapping) else f"a {type(requests).__name__}"
+        raise TPatchError(f"{shown[:200]} is no list of requests; give a list of EditRequest, if only of one")
+    return [check_request(request, f"request {position}") for position, request in enumerate(requests)]
+
+
+def check_ids(requests: Sequence[EditRequest]) -> None:
+    """Make sure that reports can tell requests apart by their ids, those made from positions among them.
+
+    Raises:
+        TPatchError: an id occurs twice.
+    """
+    first: dict[str, int] = {}
+    for position, request in enumerate(requests):
+        earlier = first.setdefault(request.name(position), position)
+        if earlier != position:
+            made = " (made from its position)" * (request.id is None or requests[earlier].id is None)
+            raise TPatchError(
+                f"request {position}: the id {request.name(position)!r} is that of request {earlier}, too{made}; give "
+                "each its own"
+            )

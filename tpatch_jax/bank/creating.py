@@ -9,11 +9,12 @@ from tpatch_jax.bank.engine import TPATCHER, create_engine, settings_of
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.layout import FORMAT
 from tpatch_jax.bank.state import Bank
+from tpatch_jax.core.arguments import as_path, check_kind
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.editors.registry import find_method
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint
-from tpatch_jax.models.model import DTYPES, Model, load_model
+from tpatch_jax.models.model import DTYPES, Model, check_loaded, load_model
 from tpatch_jax.storage.files import check_vacant
 from tpatch_jax.storage.reading import read_bytes
 
@@ -52,7 +53,13 @@ def create_bank(
         >>> import tpatch_jax as tp
         >>> bank = tp.create_bank("banks/facts", tp.load_model("smollm2-135m"))  # doctest: +SKIP
     """
-    folder, changes = Path(folder), dict(settings or {})
+    call = "create_bank(folder, model)"
+    folder = as_path(folder, call, "a folder; give its path")
+    check_loaded(model, call)
+    check_kind(method, str, call, "the name of a method; give one such as 'tpatcher'")
+    check_kind(settings, Mapping | None, call, "settings; give changes by name such as {'site': 'last'}, and preset=")
+    memory = None if memory is None else as_path(memory, call, "a text file; give its path")
+    changes = dict(settings or {})
     check_vacant(folder)
     editing = find_method(method)
     if preset not in editing.presets:

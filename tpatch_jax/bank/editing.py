@@ -1,6 +1,6 @@
 """A bank and its model: adding, taking out, verifying, guarding, and the patch that it amounts to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +18,12 @@ from tpatch_jax.bank.layout import MEMORY
 from tpatch_jax.bank.method import Engine
 from tpatch_jax.bank.state import Bank, Guard, active
 from tpatch_jax.bank.tpatcher_engine import patches_of
+from tpatch_jax.core.arguments import as_count, as_path, check_call, check_kind
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation
-from tpatch_jax.models.model import Model
+from tpatch_jax.models.model import Model, check_loaded
 from tpatch_jax.requests import EditRequest, as_requests, join_target
 from tpatch_jax.storage.cache import cache_folder
 from tpatch_jax.typing import Progress
@@ -54,6 +55,26 @@ class VerifyInfo(NamedTuple):
     checked: int
     guards_broken: tuple[str, ...]
     guards: int
+
+
+def _checked(folder: Any, model: Any, call: str) -> Path:
+    """A bank's folder, if it is one that can be named, and the model beside it is loaded."""
+    folder = as_path(folder, call, "the folder of a bank; give its path")
+    check_loaded(model, call)
+    return folder
+
+
+def _guard_entries(prompts: Any) -> Sequence[str | tuple[str, str]]:
+    """Prompts to guard, with their answers where these are given."""
+    call = "guard_bank(folder, model, prompts)"
+    if isinstance(prompts, Mapping):
+        prompts = list(prompts.items())
+    listed = [prompts] if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
+    for one in listed:
+        pair = isinstance(one, tuple | list) and len(one) == 2 and all(isinstance(text, str) for text in one)
+        if not pair:
+            check_kind(one, str, call, "a prompt; give texts, or pairs of prompt and answer")
+    return listed
 
 
 def _engine(model: Model, seed: int, progress: Progress | None, bank: Bank) -> Engine:
@@ -102,16 +123,29 @@ def add_edits(
         >>> info.added  # doctest: +SKIP
         ('edit-1',)
     """
-    wanted = as_requests([one if isinstance(one, EditRequest) else dict(one) for one in requests])
+    folder = _checked(folder, model, "add_edits(folder, model, requests)")
+    wanted = as_requests(requests)
+    batch = as_count(batch, "batch")
+    for name, value in (("resume", resume), ("force", force)):
+        check_kind(value, bool, f"add_edits(…, {name}=…)", "True or False")
+    check_call(progress=progress)
     engine = partial(_engine, model, seed, progress)
-    return add_with(Path(folder), wanted, engine, batch=batch, resume=resume, force=force, seed=seed, progress=progress)
+    return add_with(folder, wanted, engine, batch=batch, resume=resume, force=force, seed=seed, progress=progress)
 
 
 def _change(
     folder: str | Path, kind: str, ids: Sequence[str], model: Model | None, progress: Progress | None
 ) -> ChangeInfo:
+    call = f"{kind}_edits(folder, ids, model)"
+    folder = as_path(folder, call, "the folder of a bank; give its path")
+    named: list[Any] = [ids] if isinstance(ids, str) or not isinstance(ids, Iterable) else list(ids)
+    for one in named:
+        check_kind(one, str, call, "the id of an edit; give a list of ids, which `open_bank(folder).edits` have")
+    if model is not None:
+        check_loaded(model, call)
+    check_call(progress=progress)
     engine = None if model is None else partial(_engine, model, 0, progress)
-    return change_with(Path(folder), kind, [ids] if isinstance(ids, str) else ids, engine)
+    return change_with(folder, kind, named, engine)
 
 
 @automatically
@@ -206,7 +240,7 @@ def bank_patch(folder: str | Path, model: Model) -> dict[int, Patch]:
     Example:
         >>> corrected = tp.merge(model, bank_patch("banks/facts", model))  # doctest: +SKIP
     """
-    bank = open_bank(folder)
+    bank = open_bank(_checked(folder, model, "bank_patch(folder, model)"))
     check_model(bank, model)
     if method_of(bank.manifest) != TPATCHER:
         raise TPatchError(
@@ -232,7 +266,7 @@ def bank_model(folder: str | Path, model: Model) -> Model:
         >>> bank_model("banks/facts", model).generate("The capital of France is", 1)  # doctest: +SKIP
         ' Lyon'
     """
-    bank = open_bank(folder)
+    bank = open_bank(_checked(folder, model, "bank_model(folder, model)"))
     return _engine(model, 0, None, bank).model(assemble(bank, active(bank), Store.new()))
 
 
@@ -252,7 +286,7 @@ def verify_bank(folder: str | Path, model: Model, *, progress: Progress | None =
         >>> verify_bank("banks/facts", model)  # doctest: +SKIP
         VerifyInfo(broken=(), checked=12, guards_broken=(), guards=0)
     """
-    bank = open_bank(folder)
+    bank = open_bank(_checked(folder, model, "verify_bank(folder, model)"))
     engine = _engine(model, 0, progress, bank)
     held = assemble(bank, active(bank), Store.new())
     lost = engine.guards_broken(held, bank.guards)
@@ -289,10 +323,16 @@ def guard_bank(
         >>> guard_bank("banks/facts", model, ["The capital of Italy is"], tokens=1)  # doctest: +SKIP
         (Guard(prompt='The capital of Italy is', answer=' Rome'),)
     """
+    folder = as_path(folder, "guard_bank(folder, model, prompts)", "the folder of a bank; give its path")
+    prompts, lift = _guard_entries(prompts), [lift] if isinstance(lift, str) else lift
+    for prompt in lift if isinstance(lift, Iterable) else [lift]:
+        check_kind(prompt, str, "guard_bank(…, lift=…)", "a guarded prompt; give a list of texts")
+    as_count(tokens, "tokens")
     if not prompts:
         return guard_with(Path(folder), (), lift).guards if lift else open_bank(folder).guards
     if model is None:
         raise TPatchError("what a prompt's answer is takes the model to find out; give the bank's model")
+    check_loaded(model, "guard_bank(folder, model, prompts)")
     bank = open_bank(folder)
     engine = _engine(model, 0, None, bank)
     held = assemble(bank, active(bank), Store.new())

@@ -19,6 +19,7 @@ from tpatch_jax.bank.layout import (
 )
 from tpatch_jax.bank.segments import segment_paths
 from tpatch_jax.bank.state import Bank, replay
+from tpatch_jax.core.arguments import as_path
 from tpatch_jax.errors import TPatchError
 
 __all__ = ["Damage", "Inspection", "inspect_bank", "open_bank", "read_bytes", "read_manifest"]
@@ -195,7 +196,7 @@ def open_bank(folder: str | Path) -> Bank:
         >>> open_bank("banks/facts").edits  # doctest: +SKIP
         (BankEdit(id='lyon', ...),)
     """
-    folder = Path(folder)
+    folder = as_path(folder, "open_bank(folder)", "the folder of a bank; give its path")
     inspection = inspect_bank(folder)
     if inspection.damages:
         first = inspection.damages[0]

@@ -1,7 +1,7 @@
 """Patches on disk: one folder with the neurons (safetensors) and what is known about each edit (JSON)."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,14 +10,16 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from tpatch_jax.core.arguments import as_path, check_kind
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.layers import LayerPatches, flat_positions, flatten_layers, split_layers
 from tpatch_jax.core.patch import Patch, create
 from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint
-from tpatch_jax.models.model import Model
-from tpatch_jax.requests import EditRequest
+from tpatch_jax.models.model import Model, check_loaded
+from tpatch_jax.models.patching import check_patches
+from tpatch_jax.requests import EditRequest, as_requests
 from tpatch_jax.storage.files import replace_folder
 from tpatch_jax.storage.folders import PATCHES, describe_folder
 from tpatch_jax.storage.processes import one_process_writes
@@ -45,7 +47,11 @@ class SavedPatches(NamedTuple):
 
 @automatically
 def save_patches(
-    folder: str | Path, model: Model, patches: LayerPatches | Patch, requests: Sequence[EditRequest], info: EditInfo
+    folder: str | Path,
+    model: Model,
+    patches: LayerPatches | Patch,
+    requests: Sequence[EditRequest | Mapping[str, Any]],
+    info: EditInfo,
 ) -> None:
     """Write patches, whole or not at all; of several processes, which all call this, the first one writes.
 
@@ -60,11 +66,18 @@ def save_patches(
         TPatchError: requests, info and neurons do not belong together, the folder holds something already, or the
             disk is full.
     """
+    call = "save_patches(folder, model, patches, requests, info)"
+    folder = as_path(folder, call, "a folder; give its path")
+    check_loaded(model, call)
+    requests = as_requests(requests)
+    check_kind(info, EditInfo, call, "an EditInfo; give the second of what `edit` returned")
     if len(requests) != len(info.requests):
         raise TPatchError(
             f"info is of {len(info.requests)} requests, and {len(requests)} are given; give those that the patch is for"
         )
-    layers = {model.layer(-1): patches} if isinstance(patches, Patch) else dict(patches)
+    given = {-1: patches} if isinstance(patches, Patch) else patches
+    check_patches(given, alike=False)
+    layers = {model.layer(layer): patch for layer, patch in given.items()}
     for number in {*layers, *(number for result in info.requests for number in result.neurons)}:
         patch = layers.get(number, create(model.config.hidden_size))
         if not _belong_together(patch, [result.neurons.get(number, ()) for result in info.requests]):
@@ -94,9 +107,9 @@ def save_patches(
     # Safetensors writes what lies in memory, whatever the strides.
     arrays = {name: np.ascontiguousarray(array) for name, array in {**patch._asdict(), "layer": layer}.items()}
     text = json.dumps({"schema": SCHEMA, "model": about, "edits": edits}, ensure_ascii=False, indent=1)
-    with one_process_writes(Path(folder)) as writes:
+    with one_process_writes(folder) as writes:
         if writes:
-            with replace_folder(Path(folder)) as temporary:
+            with replace_folder(folder) as temporary:
                 save_file(arrays, temporary / ARRAYS, metadata={"format": "tpatch", "schema": str(SCHEMA)})
                 (temporary / EDITS).write_text(text + "\n", "utf-8")
 
@@ -175,6 +188,9 @@ def load_patches(folder: str | Path, model: Model) -> dict[int, Patch]:
     Raises:
         TPatchError: the folder cannot be read, or the patches were made for another model.
     """
+    call = "load_patches(folder, model)"
+    folder = as_path(folder, call, "a folder; give its path")
+    check_loaded(model, call)
     saved = read_patches(folder)
     check_model(saved, model)
     return saved.patches

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tpatch_jax.core.arguments import install_advice
 from tpatch_jax.errors import TPatchError
 
 __all__ = ["check_picture", "draw_bench"]
@@ -18,7 +19,7 @@ def check_picture(path: Path) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
-        raise TPatchError("pictures need matplotlib: pip install 'tpatch-jax[report]'") from None
+        raise TPatchError(f"pictures need matplotlib: {install_advice('matplotlib>=3.9', 'report')}") from None
     kinds = FigureCanvasBase.get_supported_filetypes()
     if path.suffix and path.suffix.removeprefix(".").lower() not in kinds:
         raise TPatchError(f"{path} is of no kind that pictures have; give one of {', '.join(sorted(kinds))}")

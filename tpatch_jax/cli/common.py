@@ -140,10 +140,47 @@ def requests_of(
 
 
 def show_rows(title: str, rows: Sequence[Sequence[str]]) -> None:
-    """Print a table whose first row holds the headings; all columns but the first hold numbers."""
+    """Print a table whose first row holds the headings; all columns but the first hold numbers.
+
+    Where the terminal is too narrow for whole words, the headings stand above and columns have numbers; where it is too
+    narrow for these, the table is continued below.
+    """
     from rich.text import Text
 
-    table = result_table(title, rows[0], rows[0][1:])
-    for row in rows[1:]:
-        table.add_row(*map(Text, row))
-    result_console().print(table)
+    console, headings = result_console(), rows[0]
+    if _width(rows) > console.width:
+        console.print(title, markup=False)
+        for number, heading in enumerate(headings[1:], 1):
+            console.print(f"[{number}] {heading}", markup=False)
+        title, headings = "", [headings[0], *(f"[{number}]" for number in range(1, len(headings)))]
+    rows = [headings, *rows[1:]]
+    for columns in _parts(rows, console.width):
+        table = result_table(title, [headings[n] for n in columns], [headings[n] for n in columns[1:]])
+        table.title = table.title if title else None
+        for row in rows[1:]:
+            table.add_row(*(Text(row[n]) for n in columns))
+        console.print(table)
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    """What each column takes at least, if no word is cut and no figure broken, with the rule beside it."""
+    longest = lambda texts: max((len(text) for text in texts), default=0)  # noqa: E731
+    return [3 + max(longest(column[0].split()), longest(column[1:])) for column in zip(*rows, strict=True)]
+
+
+def _width(rows: Sequence[Sequence[str]]) -> int:
+    return 1 + sum(_widths(rows))
+
+
+def _parts(rows: Sequence[Sequence[str]], width: int) -> list[list[int]]:
+    """Columns by their numbers, the first in every part, as many in each as are no wider than the terminal."""
+    first, *others = _widths(rows)
+    parts: list[list[int]] = [[0]]
+    room = width - 1 - first
+    for number, needed in enumerate(others, 1):
+        if needed > room and len(parts[-1]) > 1:
+            parts.append([0])
+            room = width - 1 - first
+        parts[-1].append(number)
+        room -= needed
+    return parts

@@ -28,7 +28,7 @@ class Compare:
     def run(self) -> None:
         """Read the reports, draw them if asked to, and print a column for each."""
         from tpatch_jax.evaluation.pictures import draw_comparison
-        from tpatch_jax.evaluation.report import comparison, read_report
+        from tpatch_jax.evaluation.report import comparison, differences, read_report
 
         if not self.reports:
             raise TPatchError("nothing to compare; give one report folder or more")
@@ -39,10 +39,13 @@ class Compare:
         rows, columns = comparison(reports)
         if self.output is not None:
             draw_comparison(Path(self.output), columns)
+        remarks = differences(reports, columns)
         if self.json:
-            print_json({"columns": [{"name": name, **result} for name, result in columns]})
+            print_json({"columns": [{"name": name, **result} for name, result in columns], "remarks": remarks})
             return
         show_rows("reports side by side", rows)
+        for remark in remarks:
+            result_console().print(remark, markup=False)
         if self.output is not None:
             result_console().print(f"picture in {self.output}", markup=False)
 

@@ -99,6 +99,9 @@ class Edit:
             if value is not None and not isinstance(value, list):
                 table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
         console.print(table)
+        for request in info.requests:
+            if request.held and request.reason:
+                console.print(f"{request.id}: {request.reason}", markup=False)
         for request in info.failed:
             console.print(f"[red]failed[/red] {escape(request.id)}: {escape(request.reason)}")
         if not saved:

@@ -14,7 +14,7 @@ __all__ = ["Merge"]
 
 @dataclass(frozen=True)
 class Merge:
-    """Write the model with the patches inside its feed-forward network, as a Hugging Face style folder."""
+    """Write the patched model as a folder that only this library reads; for transformers use `tpatch export`."""
 
     model: ModelName
     patches: Patches
@@ -43,3 +43,5 @@ class Merge:
         else:
             line = f"{format_count(neurons, 'neuron')} merged ({added:,} parameters) into {self.output}"
             result_console().print(line, markup=False)
+            note = "this library reads it, as MODEL of any command; for transformers use  tpatch export"
+            result_console().print(note, markup=False)

@@ -19,6 +19,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
+from tpatch_jax.core.arguments import check_kind, describe
+from tpatch_jax.core.checks import as_key
 from tpatch_jax.core.devices import automatically, divided, host, parts, shard_rows
 from tpatch_jax.core.memory import Memory
 from tpatch_jax.core.patch import Patch
@@ -55,6 +57,9 @@ def fit(
     Returns:
         The patch, ``[1, d]`` (``[2, d]`` with an output bias), and how the fit went.
 
+    Raises:
+        TPatchError: an argument is of another kind, or widths differ.
+
     Source: Huang et al. 2023, sections 4.1 and 4.2.
 
     Example:
@@ -69,6 +74,7 @@ def fit(
         >>> bool(info.held)
         True
     """
+    _check(lane, memory, head, rng, settings, activation)
     if settings.recipe == "staged":
         settled = staged.settle(lane, memory, head, settings, activation)
         settled = staged.improve(settled, lane, head, settings, activation)
@@ -80,6 +86,26 @@ def fit(
         state,
     )
     return joint.end(state, lane, memory, head, settings, activation)
+
+
+def _check(lane: Any, memory: Any, head: Any, rng: Any, settings: Any, activation: Any) -> None:
+    """Make sure that each argument of a fit is what it should be; their order is easily mistaken."""
+    call = "fit(lane, memory, head, rng, settings, activation)"
+    check_kind(lane, FitProblem, call, "a FitProblem; give what to fit on")
+    check_kind(memory, Memory, call, "a Memory; give what create_memory returned")
+    check_kind(settings, FitSettings, call, "FitSettings; give FitSettings(key_steps=32), for example")
+    for name, function in (("head", head), ("activation", activation)):
+        if not callable(function):
+            raise TPatchError(f"{call}: {name} is {describe(function)}; give a function")
+    as_key(rng)
+    width = getattr(lane.direction, "shape", (0,))[-1:]
+    widths = [getattr(array, "shape", ())[-1:] for array in (lane.query, lane.output, lane.negative, memory.query)]
+    if any(other != width for other in widths):
+        shown = ", ".join(str(*other) or "none" for other in (*widths, width))
+        raise TPatchError(
+            f"{call}: query, output, negative, the memory's query and direction are {shown} wide; give arrays of one "
+            "width"
+        )
 
 
 @partial(jax.jit, static_argnames=("settings", "activation"))
@@ -214,7 +240,7 @@ def fit_many(
         Patches with a leading axis, ``[n, 1, d]``, and their `FitInfo`, ``[n]``.
 
     Raises:
-        TPatchError: the joint recipe is to be split over several devices.
+        TPatchError: the joint recipe is to be split over several devices, or as `fit`.
 
     Source: Huang et al. 2023, section 4; the batching is this library's.
 
@@ -233,6 +259,7 @@ def fit_many(
         >>> patches.key.shape
         (3, 1, 4)
     """
+    _check(lanes, memory, head, rngs, settings, activation)
     settings, memory = _over_devices(settings, memory, mesh)
     total = lanes.target.shape[0]
     patches: list[Patch] = []

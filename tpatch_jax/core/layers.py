@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Int
 
+from tpatch_jax.core.arguments import describe
 from tpatch_jax.core.patch import Patch, concatenate, take
+from tpatch_jax.errors import TPatchError
 
 __all__ = [
     "LayerPatches",
@@ -126,15 +128,24 @@ def concatenate_layers(parts: Iterable[LayerPatches]) -> dict[int, Patch]:
         A patch for each layer that any of them has.
 
     Raises:
-        TPatchError: the widths differ.
+        TPatchError: the widths differ, or it is no list of such dicts.
 
     Example:
         >>> from tpatch_jax.core.patch import create
         >>> concatenate_layers([{3: create(4, 2)}, {3: create(4, 1), 5: create(4, 1)}])[3].key.shape
         (3, 4)
     """
+    if isinstance(parts, Mapping | Patch | str) or not isinstance(parts, Iterable):
+        raise TPatchError(
+            f"concatenate_layers takes a list of {{layer: patch}}, not {describe(parts)}; put it into one"
+        )
     by_layer: dict[int, list[Patch]] = {}
     for part in parts:
+        if not isinstance(part, Mapping) or not all(isinstance(patch, Patch) for patch in part.values()):
+            raise TPatchError(
+                f"concatenate_layers takes dicts from layers to patches, not {describe(part)}; use concatenate for "
+                "patches of one layer"
+            )
         for layer, patch in part.items():
             by_layer.setdefault(layer, []).append(patch)
     # One alone is not copied.

@@ -3,6 +3,7 @@
 Arrays only; `tpatch_jax.editors.tpatcher.editor` collects the queries from a model.
 """
 
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from tpatch_jax.core.arguments import describe
 from tpatch_jax.core.sizes import pieces
+from tpatch_jax.errors import TPatchError
 
 __all__ = [
     "Memory",
@@ -160,10 +163,19 @@ def create_memory(
     Returns:
         The `Memory`, float32.
 
+    Raises:
+        TPatchError: the queries are no such array, or a share is none.
+
     Example:
         >>> create_memory(jnp.eye(4)).answer.tolist()
         [-1, -1, -1, -1]
     """
+    if getattr(query, "ndim", 0) != 2 or not len(query):
+        has = f"an array {list(query.shape)}" if hasattr(query, "shape") else describe(query)
+        raise TPatchError(f"the queries of a memory are {has}; give an array [rows, d] of one row or more")
+    for name, value in (("weight", weight), ("shrinkage", shrinkage)):
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
+            raise TPatchError(f"{name} is {describe(value)}; give a number from 0 to 1")
     mean, covariance = second_moments(query)
     whitener = whitening(covariance, nuisance, weight=weight, shrinkage=shrinkage)
     return Memory(query.astype(jnp.float32), jnp.full(query.shape[0], NO_ANSWER, jnp.int32), mean, whitener)

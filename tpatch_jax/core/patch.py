@@ -17,6 +17,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
+from tpatch_jax.core.arguments import describe
 from tpatch_jax.core.sizes import in_blocks
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.typing import Activation
@@ -103,6 +104,8 @@ def concatenate(patches: Sequence[Patch]) -> Patch:
         >>> concatenate([create(4, 1), create(4, 2)]).key.shape
         (3, 4)
     """
+    if isinstance(patches, Patch | str) or not isinstance(patches, Sequence):
+        raise TPatchError(f"concatenate takes a list of patches of one layer, not {describe(patches)}; put it into one")
     if not patches:
         raise TPatchError("concatenate was given no patch; use create(hidden_size) for an empty one")
     if not all(isinstance(patch, Patch) for patch in patches):

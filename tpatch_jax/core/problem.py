@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tpatch_jax.core.checks import check_positive, check_range
+from tpatch_jax.core.checks import check_positive, check_range, check_types
 from tpatch_jax.core.objective import Weights
+from tpatch_jax.errors import TPatchError
 
 __all__ = ["FitInfo", "FitProblem", "FitSettings", "Head", "held"]
 
@@ -121,6 +122,9 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         """Checks the values."""
+        check_types(self)
+        if self.recipe not in ("staged", "joint"):
+            raise TPatchError(f"recipe {self.recipe!r} does not exist; use 'staged' or 'joint'")
         check_range(self, ("rounds", "negatives", "patience", "most_steps", "lanes"), 1)
         check_range(self, ("key_steps", "value_steps", "least_steps"), 0)
         check_range(self, ("value_learning_rate", "weight_decay", "value_spread"), 0.0)

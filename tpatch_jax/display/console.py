@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["format_count", "print_json", "progress_bar", "result_console", "result_table"]
+__all__ = ["WIDE", "format_count", "print_json", "progress_bar", "result_console", "result_table"]
 
 Report = Callable[[str, int, int], None]
 

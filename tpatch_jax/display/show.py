@@ -7,6 +7,7 @@ from jax import Array
 
 from tpatch_jax.bank.patches import SavedPatches
 from tpatch_jax.bank.state import Bank
+from tpatch_jax.core.arguments import check_kind
 from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.display.bank import bank_summary, bank_title, bank_view
@@ -18,9 +19,10 @@ from tpatch_jax.display.trace import show_trace
 from tpatch_jax.display.view import Shown
 from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.model import Model
+from tpatch_jax.models.model import Model, check_loaded
 from tpatch_jax.models.networks import Trace
-from tpatch_jax.requests import EditRequest
+from tpatch_jax.models.patching import check_patches
+from tpatch_jax.requests import EditRequest, as_requests
 
 __all__ = ["show"]
 
@@ -76,6 +78,18 @@ def show(
         ...
              0   last        2      0         2
     """
+    call = "show(thing, model=…, text=…, patch=…, requests=…, info=…, tokens=…)"
+    requests = as_requests(requests)
+    for value, kinds, mend in (
+        (info, EditInfo | None, "an EditInfo; give the second of what `edit` returned"),
+        (text, str | None, "a text"),
+    ):
+        check_kind(value, kinds, call, mend)
+    if model is not None:
+        check_loaded(model, call)
+    for neurons in (thing, patch):
+        if isinstance(neurons, Patch | Mapping) or neurons is patch is not None:
+            check_patches({-1: neurons} if isinstance(neurons, Patch) else neurons, alike=False)
     given: dict[str, Any] = {"model": model, "text": text, "patch": patch, "info": info, "tokens": tokens}
     given["requests"] = requests or None
     if isinstance(thing, Patch | SavedPatches | Mapping):

@@ -23,7 +23,8 @@ class RequestInfo(NamedTuple):
         id: the request's id.
         held: whether the edited model says the target after the prompt.
         status: ``"edited"``, ``"already"`` (it held before; nothing was added) or ``"failed"``.
-        reason: why it failed, whether something was kept all the same, and how to mend it; else empty.
+        reason: why it failed, whether something was kept all the same, and how to mend it; of an edit that holds, why
+            it is in the last layer where the subject was asked for; else empty.
         neurons: positions of its neurons, by layer, in the patch of that layer.
         steps: optimiser steps, the most of any of its neurons.
         losses: the terms of the objective, means over its neurons.

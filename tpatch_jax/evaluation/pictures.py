@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tpatch_jax.core.arguments import install_advice
 from tpatch_jax.errors import TPatchError
 
 __all__ = ["draw_comparison", "draw_report", "draw_sweep"]
 
 Lines = Sequence[Mapping[str, Any]]
 
-MISSING = "pictures need matplotlib: pip install 'tpatch-jax[report]'"
+MISSING = f"pictures need matplotlib: {install_advice('matplotlib>=3.9', 'report')}"
 KINDS = (
     ("the edit", ("rewrite_new", "reliability")),
     ("rephrasings", ("paraphrase_new", "generalization")),

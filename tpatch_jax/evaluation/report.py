@@ -10,7 +10,17 @@ from tpatch_jax.evaluation.pictures import draw_report
 from tpatch_jax.storage.files import write_text
 from tpatch_jax.storage.folders import REPORT, describe_folder
 
-__all__ = ["FIGURES", "SCHEMA", "comparison", "data_remarks", "markdown", "read_report", "table", "write_report"]
+__all__ = [
+    "FIGURES",
+    "SCHEMA",
+    "comparison",
+    "data_remarks",
+    "differences",
+    "markdown",
+    "read_report",
+    "table",
+    "write_report",
+]
 
 SCHEMA = 1
 """The number of the report's form; another number means that older readers would misread it."""
@@ -217,3 +227,32 @@ def comparison(reports: Mapping[str, Mapping[str, Any]]) -> tuple[Rows, list[tup
             else:
                 columns.append((f"{name}: {result['method']}, {result['protocol']}", result))
     return table(columns), columns
+
+
+def differences(
+    reports: Mapping[str, Mapping[str, Any]], columns: Sequence[tuple[str, Mapping[str, Any]]]
+) -> list[str]:
+    """What a reader has to know who compares figures of several reports: where they are not of the same records.
+
+    Args:
+        reports: by the name of the folder.
+        columns: what `comparison` makes of them.
+
+    Returns:
+        A sentence for each; none where they can be compared as they are.
+    """
+    remarks = []
+    sizes: dict[int, list[str]] = {}
+    for name, result in columns:
+        sizes.setdefault(result["n"], []).append(name)
+    if len(sizes) > 1:
+        told = ". ".join(f"n = {size}: {'; '.join(names)}" for size, names in sorted(sizes.items()))
+        remarks.append(f"Figures over different numbers of records cannot be compared as they are. {told}.")
+    for key, marks in (
+        ("data", {report.get("data_sha256") for report in reports.values()}),
+        ("model", {report["config"].get("fingerprint") for report in reports.values()}),
+    ):
+        if len(marks) > 1:
+            told = "; ".join(f"{name}: {report['config'].get(key)}" for name, report in reports.items())
+            remarks.append(f"The {key} differs from report to report. {told}.")
+    return remarks

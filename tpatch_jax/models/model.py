@@ -4,14 +4,17 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from tpatch_jax.core import ffn
+from tpatch_jax.core.arguments import as_count, as_path, check_kind, describe
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation, networks
@@ -24,7 +27,7 @@ from tpatch_jax.models.rows import ASK
 from tpatch_jax.models.tokenizer import Tokenizer, read_tokenizer, same_tokenizer
 from tpatch_jax.typing import Params, PathLike, TokenIds
 
-__all__ = ["DTYPES", "Model", "load_model", "read_tokenizer", "save_model"]
+__all__ = ["DTYPES", "Model", "check_loaded", "load_model", "read_tokenizer", "save_model"]
 
 DTYPES = ("float32", "bfloat16")
 """The precisions in which a model is loaded on demand."""
@@ -109,13 +112,17 @@ class Model:
     @automatically
     def trace(self, batch: Batch, layer: int | None = None) -> Trace:
         """Run up to and through the FFN of one layer (the last by default); see `tpatch_jax.models.networks.trace`."""
-        return networks.trace(self.config, self.params, batch, self.layer(layer))
+        return networks.trace(self.config, self.params, _checked(batch), self.layer(layer))
 
     @automatically
     def resume(
         self, traced: Trace, output: Float[Array, "batch tokens hidden"]
     ) -> Float[Array, "batch *tokens vocabulary"]:
         """Run the rest from a given FFN output: logits; see `tpatch_jax.models.networks.resume`."""
+        check_kind(traced, Trace, "model.resume(traced, output)", "a Trace; give what `trace` returned")
+        if getattr(output, "shape", None) != traced.output.shape:
+            has = list(output.shape) if hasattr(output, "shape") else describe(output)
+            raise TPatchError(f"the output is {has}; the trace holds an array {list(traced.output.shape)}")
         return networks.resume(self.config, self.params, traced, output)
 
     @automatically
@@ -126,10 +133,12 @@ class Model:
             >>> loss = lambda model, batch: -jax.nn.log_softmax(model.apply(batch))[0, -1, 7]
             >>> gradient = jax.jit(jax.grad(loss))(model, batch)  # doctest: +SKIP
         """
-        return networks.apply(self.config, self.params, batch)
+        return networks.apply(self.config, self.params, _checked(batch))
 
     def layer(self, layer: int | None) -> int:
         """A layer's index, checked; ``None`` is the last and negative ones count from the end."""
+        if layer is not None and (not isinstance(layer, Integral) or isinstance(layer, bool)):
+            raise TPatchError(f"layer {layer!r} is no number of a layer; this model has 0 to {self.config.layers - 1}")
         index = self.config.layers - 1 if layer is None else layer + self.config.layers * (layer < 0)
         if not 0 <= index < self.config.layers:
             raise TPatchError(f"layer {layer} is not in this model; it has layers 0 to {self.config.layers - 1}")
@@ -141,6 +150,7 @@ class Model:
         Raises:
             TPatchError: the text holds a token that the tokenizer has and the model has not.
         """
+        _texts(text, several=False)
         return self.known(text, self.tokenizer.encode(text, add_special_tokens=False))
 
     def known(self, text: str, tokens: list[int]) -> list[int]:
@@ -157,6 +167,7 @@ class Model:
 
     def encode_prompt(self, text: str) -> list[int]:
         """The token ids of a text that the model reads from its start, up to where it answers; see above."""
+        _texts(text, several=False)
         if self.config.architecture == "decoder":
             return [*self.start, *self.encode(text)]
         read = self.known(text, self.tokenizer.encode(text, add_special_tokens=True))
@@ -172,6 +183,8 @@ class Model:
         Raises:
             TPatchError: the classifier has no such label, or the tokenizer no token that ends a text.
         """
+        for text in (prompt, target):
+            _texts(text, several=False)
         if self.config.architecture == "encoder":
             return [self.label(target)]
         if self.config.architecture == "encoder-decoder":
@@ -234,8 +247,15 @@ class Model:
         return ()
 
     def decode(self, tokens: TokenIds | Array | np.ndarray) -> str:
-        """The text of token ids."""
-        return self.tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=True)
+        """The text of token ids.
+
+        Raises:
+            TPatchError: they are no token ids.
+        """
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or (ids.size and (not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0)):
+            raise TPatchError(f"{describe(tokens)} is no list of token ids; give whole numbers, as `encode` returns")
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
 
     def continuation(self, prompt: TokenIds, tokens: TokenIds) -> str:
         """The text that new tokens add behind a prompt's; the space between them is in it, if there is one.
@@ -276,6 +296,7 @@ class Model:
         if self.config.labels:
             raise TPatchError(f"{self.name!r} is a classifier, which writes no text; ask it with `classify`")
         texts = _texts(prompt)
+        as_count(max_new_tokens, "max_new_tokens")
         rows = [self.encode_prompt(text) for text in texts]
         said = generation.greedy(self.config, self.params, rows, max_new_tokens, self.stops)
         answers = [self.continuation(row, tokens) for row, tokens in zip(rows, said, strict=True)]
@@ -300,6 +321,7 @@ class Model:
             raise TPatchError(f"{self.name!r} is no classifier; ask it with `generate`")
         if isinstance(texts, str):
             raise TPatchError("one text is no list of texts; put it into a list")
+        texts = _texts(texts)
         rows = [self.encode_prompt(text) for text in texts]
         for text, row in zip(texts, rows, strict=True):
             if reason := self.excess(row, ()):
@@ -342,16 +364,55 @@ class Model:
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
-def _texts(prompt: str | Sequence[str]) -> list[str]:
+def _texts(prompt: str | Sequence[str], *, several: bool = True) -> list[str]:
     """A prompt or several as a list, checked."""
     if isinstance(prompt, str):
         return [prompt]
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        raise TPatchError(f"a {type(prompt).__name__} is no prompt; give a text, or a list of texts")
+    if not several or not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        mend = "give a text" + ", or a list of texts" * several
+        mend = "decode it first: prompt.decode()" if isinstance(prompt, bytes) else mend
+        raise TPatchError(f"{describe(prompt)} is no prompt; {mend}")
     for number, text in enumerate(prompt):
+        if isinstance(text, Mapping):
+            raise TPatchError(
+                f"prompt {number} is {describe(text)}; a chat becomes a text by "
+                "model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), which "
+                "needs jinja2 (pip install jinja2)"
+            )
         if not isinstance(text, str):
-            raise TPatchError(f"prompt {number} is a {type(text).__name__}; give a list of texts")
+            raise TPatchError(f"prompt {number} is {describe(text)}; give a list of texts")
     return list(prompt)
+
+
+def _checked(batch: Batch) -> Batch:
+    """What a network is run on, if it holds whole numbers; its shape is checked where it is read."""
+    for tokens in batch if isinstance(batch, networks.Pair) else (batch,):
+        dtype = getattr(tokens, "dtype", None)
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.integer):
+            raise TPatchError(f"the tokens are {dtype}; give an array of token ids, whole numbers")
+    return batch
+
+
+def check_loaded(model: Any, call: str) -> None:
+    """Make sure that an argument is a loaded model.
+
+    Args:
+        model: the argument.
+        call: how the function is called, for the message.
+
+    Raises:
+        TPatchError: it is something else.
+    """
+    if isinstance(model, Model):
+        return
+    if isinstance(model, str | Path):
+        raise TPatchError(f"{call}: {str(model)!r} is the name of a model; load it first, with load_model")
+    if type(model).__name__ == "Network":
+        raise TPatchError(
+            f"{call}: a Network is no model of this library; edit it with tp.edit_tokens, and use its own methods: "
+            "attach, detach, merge, unmerge"
+        )
+    raise TPatchError(f"{call}: {describe(model)} is no model; give what load_model returned")
 
 
 def load_model(
@@ -379,6 +440,10 @@ def load_model(
     """
     from tpatch_jax.models.checkpoints.sources import resolve_model
 
+    if isinstance(model, Model):
+        raise TPatchError(f"{model.name!r} is loaded already; use it as it is")
+    as_path(model, "load_model(model)", "the name of a model; give one, a folder, or a hub id")
+    check_kind(mesh, jax.sharding.Mesh | None, "load_model(model, mesh=…)", "a mesh; give what jax.make_mesh returned")
     if dtype not in (None, *DTYPES):
         raise TPatchError(f"dtype {dtype!r} is not supported; use 'float32' or 'bfloat16'")
     folder = resolve_model(str(model), quiet=quiet)
@@ -390,7 +455,10 @@ def load_model(
 
 
 def save_model(model: Model, folder: PathLike) -> None:
-    """Write a model, merged patches included, as a Hugging Face style folder, whole or not at all.
+    """Write a model, merged patches included, as a folder that `load_model` reads, whole or not at all.
+
+    With merged patches one layer is wider than the others, which stock transformers refuses; `tpatch_jax.export_model`
+    writes a folder for it.
 
     Args:
         model: any model without attached patches (merge them first).
@@ -399,7 +467,9 @@ def save_model(model: Model, folder: PathLike) -> None:
     Raises:
         TPatchError: patches are attached, the folder is taken, or the disk is full.
     """
+    check_loaded(model, "save_model(model, folder)")
+    folder = as_path(folder, "save_model(model, folder)", "a folder; give its path")
     for index, layer in model.params["layers"].items():
         if ffn.attached(layer["ffn"]):
             raise TPatchError(f"a patch is attached to layer {index}; merge it before saving the model")
-    checkpoint.write_folder(Path(folder), model.config, model.params, model.settings, model.folder)
+    checkpoint.write_folder(folder, model.config, model.params, model.settings, model.folder)

@@ -1,20 +1,21 @@
 """Patches in a model: beside its FFNs (`attach`) or inside their parameters (`merge`), and out again."""
 
 from collections.abc import Callable, Mapping
-
-import numpy as np
+from numbers import Integral
+from typing import Any
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.adapters import Adapter
+from tpatch_jax.core.arguments import as_count, check_kind, describe
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.layers import LayerPatches, concatenate_layers
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.model import Model
+from tpatch_jax.models.model import Model, check_loaded
 from tpatch_jax.models.shapes import merged_neurons
 from tpatch_jax.typing import Params
 
-__all__ = ["attach", "attach_adapters", "by_layer", "detach", "merge", "unmerge"]
+__all__ = ["attach", "attach_adapters", "by_layer", "check_patches", "detach", "merge", "unmerge"]
 
 
 def by_layer(model: Model, patches: LayerPatches | Patch) -> dict[int, Patch]:
@@ -29,15 +30,37 @@ def by_layer(model: Model, patches: LayerPatches | Patch) -> dict[int, Patch]:
     """
     if isinstance(patches, Patch):
         patches = {-1: patches}
-    if not isinstance(patches, Mapping) or not all(
-        isinstance(layer, int | np.integer) and isinstance(patch, Patch) for layer, patch in patches.items()
-    ):
-        raise TPatchError(
-            f"a {type(patches).__name__} is no patch; give a Patch, or a dict from layers to patches, which is the "
-            "first of what `edit` returns"
-        )
+    check_patches(patches)
     named = ({model.layer(layer): patch} for layer, patch in patches.items() if patch.key.shape[0])
     return concatenate_layers(named)
+
+
+def check_patches(patches: Any, *, alike: bool = True) -> None:
+    """Make sure that an argument is patches by layer.
+
+    Args:
+        patches: the argument.
+        alike: whether key, bias and value have to belong together.
+
+    Raises:
+        TPatchError: it is something else, a layer is no number, or a patch does not hold arrays that belong together.
+    """
+    if not isinstance(patches, Mapping) or not all(
+        isinstance(layer, Integral) and not isinstance(layer, bool) and isinstance(patch, Patch)
+        for layer, patch in patches.items()
+    ):
+        raise TPatchError(
+            f"{describe(patches)} is no patch; give a Patch, or a dict from layers to patches, which is the "
+            "first of what `edit` returns"
+        )
+    for layer, patch in patches.items():
+        shapes = [getattr(leaf, "shape", None) for leaf in patch]
+        key = shapes[0]
+        if None in shapes or key is None or (alike and (len(key) < 2 or shapes != [key, key[:-1], key])):
+            shown = ", ".join("none" if shape is None else str(list(shape)) for shape in shapes)
+            raise TPatchError(
+                f"the patch of layer {layer} has key, bias and value {shown}; give arrays [n, d], [n] and [n, d]"
+            )
 
 
 def _change(model: Model, patches: LayerPatches | Patch, change: Callable[[Params, Patch], Params]) -> Model:
@@ -64,6 +87,8 @@ def attach(model: Model, patches: LayerPatches | Patch, *, relu: bool = False) -
     Raises:
         TPatchError: a patch has another width, or the model lacks its layer.
     """
+    check_loaded(model, "attach(model, patches)")
+    check_kind(relu, bool, "attach(model, patches, relu=…)", "True or False")
     return _change(model, patches, lambda params, patch: ffn.attach(params, patch, relu=relu))
 
 
@@ -90,6 +115,7 @@ def attach_adapters(model: Model, adapters: Mapping[int, Adapter]) -> Model:
 @automatically
 def detach(model: Model) -> Model:
     """The model without any attached patch or adapter."""
+    check_loaded(model, "detach(model)")
     layers = {index: {**layer, "ffn": ffn.detach(layer["ffn"])} for index, layer in model.params["layers"].items()}
     return model.with_params({**model.params, "layers": layers})
 
@@ -110,6 +136,7 @@ def merge(model: Model, patches: LayerPatches | Patch) -> Model:
 
     Source: Huang et al. 2023, section 4.1; `tpatch_jax.core.ffn.merge` has the formulas for each kind of network.
     """
+    check_loaded(model, "merge(model, patches)")
     return _change(model, patches, ffn.merge)
 
 
@@ -129,8 +156,15 @@ def unmerge(model: Model, neurons: Mapping[int, int] | None = None) -> tuple[Mod
     Raises:
         TPatchError: nothing was merged, or not that many neurons.
     """
+    check_loaded(model, "unmerge(model, neurons)")
+    check_kind(neurons, Mapping | None, "unmerge(model, neurons)", "a dict from layers to how many neurons")
     merged = merged_neurons(model.config, model.params)
-    counts = merged if neurons is None else {model.layer(index): count for index, count in neurons.items()}
+    counts = merged
+    if neurons is not None:
+        counts = {
+            model.layer(index): as_count(count, f"layer {index}'s number of neurons", 0)
+            for index, count in neurons.items()
+        }
     if not counts:
         raise TPatchError(f"nothing is merged into {model.name!r}; unmerge takes out what `merge` put in")
     layers, patches = dict(model.params["layers"]), {}

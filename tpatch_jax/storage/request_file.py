@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tpatch_jax.core.arguments import as_path
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest, parse_request
 from tpatch_jax.storage.json_lines import read_json_lines
@@ -28,6 +29,7 @@ def read_requests(path: str | Path) -> list[EditRequest]:
         >>> read_requests("requests.jsonl")  # doctest: +SKIP
         [EditRequest(prompt='The capital of France is', target='Lyon', ...)]
     """
+    path = as_path(path, "read_requests(path)", "a file of requests; give its path")
     requests, seen = [], {}
     for number, where, record in read_json_lines(path, "request"):
         request = parse_request(record, where)

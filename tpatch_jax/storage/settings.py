@@ -109,7 +109,7 @@ def change(settings: Any, changes: Mapping[str, Any] | Sequence[str]) -> Any:
 
     Args:
         settings: a (nested) dataclass or named tuple.
-        changes: new values by name, or ``"name=value"`` texts.
+        changes: new values by name, in dictionaries within one another as well, or ``"name=value"`` texts.
 
     Returns:
         New settings of the same type.
@@ -125,9 +125,7 @@ def change(settings: Any, changes: Mapping[str, Any] | Sequence[str]) -> Any:
         >>> change(FitSettings(), ["memory=5"]).weights.memory
         5.0
     """
-    if not isinstance(changes, Mapping):
-        changes = split_changes(changes)
-    for name, value in changes.items():
+    for name, value in _flat(changes if isinstance(changes, Mapping) else split_changes(changes)).items():
         matches = _matches(settings, name)
         if not matches:
             raise TPatchError(f"there is no setting {name!r}; {_hint(name, _paths(settings))}")
@@ -161,7 +159,7 @@ def change_each(settings: Mapping[str, Any], changes: Mapping[str, Any], methods
         5.0
     """
     result = dict(settings)
-    for name, value in changes.items():
+    for name, value in _flat(changes).items():
         method, _, rest = str(name).partition(".")
         if rest and method in settings:
             result[method] = change(result[method], {rest: value})
@@ -180,6 +178,15 @@ def change_each(settings: Mapping[str, Any], changes: Mapping[str, Any], methods
         (method,) = having
         result[method] = change(result[method], {name: value})
     return result
+
+
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Changes in dictionaries within one another by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
 
 
 def _matches(settings: Any, name: str) -> list[Names]:

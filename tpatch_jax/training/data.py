@@ -3,12 +3,13 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tpatch_jax.core.arguments import describe
 from tpatch_jax.core.sizes import round_up
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import NetworkConfig
@@ -121,10 +122,14 @@ def read_data(
         Example(prompt='Paris is in', target='France', where='example 0')
     """
     if not isinstance(source, str | Path):
-        examples = [
-            _example({"prompt": prompt, "target": target}, ("prompt", "target"), f"example {number}")
-            for number, (prompt, target, *_) in enumerate(source)
-        ]
+        if isinstance(source, Mapping | bytes) or not isinstance(source, Iterable):
+            raise TPatchError(f"{describe(source)} is no examples; give pairs of prompt and target, or a file of them")
+        examples = []
+        for number, pair in enumerate(source):
+            if not isinstance(pair, tuple | list) or len(pair) < 2:
+                raise TPatchError(f"example {number} is {describe(pair)}; give a pair of prompt and target")
+            record = {"prompt": pair[0], "target": pair[1]}
+            examples.append(_example(record, ("prompt", "target"), f"example {number}"))
         text = json.dumps([[example.prompt, example.target] for example in examples])
         return Data(tuple(examples), hashlib.sha256(text.encode()).hexdigest())
     path, fields = Path(source), (prompt_field, target_field)

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpatch_jax.core import ffn
+from tpatch_jax.core.arguments import as_path, check_call, check_kind
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.folder import read_settings
@@ -23,6 +24,7 @@ from tpatch_jax.models.families.registry import configure
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, save_model
 from tpatch_jax.storage.files import check_vacant, replace_folder, write_text
+from tpatch_jax.storage.settings import change
 from tpatch_jax.training.data import Example, choose_labels, read_data, tokenize
 from tpatch_jax.training.loop import RECORD, FinetuneSettings, Report, accuracy, train
 from tpatch_jax.training.start import named_labels, read_start
@@ -79,7 +81,7 @@ def finetune(
     examples: Examples,
     output: str | Path,
     *,
-    settings: FinetuneSettings = _DEFAULT,
+    settings: FinetuneSettings | Mapping[str, Any] = _DEFAULT,
     validation: Examples = (),
     labels: Sequence[str] | None = None,
     prompt_field: str = "prompt",
@@ -99,7 +101,7 @@ def finetune(
         examples: pairs of prompt and target, or a file with one JSON object a line. A classifier's targets are names
             of labels.
         output: the folder for the model; must not exist yet, or be empty.
-        settings: how it is trained.
+        settings: how it is trained, or what to change in the defaults by name.
         validation: examples to measure on, like ``examples``.
         labels: what a classifier shall tell apart, in this order; examples of other labels are left out. By default
             the model's own if they name all that occur, else all that occur, sorted.
@@ -124,7 +126,13 @@ def finetune(
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise TPatchError(f"dtype {dtype!r} is not supported; use 'float32' or 'bfloat16'")
-    output = Path(output)
+    call = "finetune(model, examples, output)"
+    output = as_path(output, call, "a folder for the model; give its path")
+    check_kind(model, str | Path | Model, call, "a model; give its folder, a hub id, or what load_model returned")
+    settings = _as_settings(settings)
+    if isinstance(labels, str):
+        raise TPatchError(f"{call}: labels is one text; give a list of them")
+    check_call(progress=progress)
     check_vacant(output)
     data, held_out = (read_data(source, prompt_field, target_field) for source in (examples, validation))
     if not data.examples:
@@ -161,6 +169,13 @@ def finetune(
     _write(trained, info, {**record, "steps_per_epoch": per_epoch})
     shutil.rmtree(partial_folder, ignore_errors=True)
     return info
+
+
+def _as_settings(settings: FinetuneSettings | Mapping[str, Any]) -> FinetuneSettings:
+    if isinstance(settings, Mapping):
+        return change(_DEFAULT, settings)
+    check_kind(settings, FinetuneSettings, "finetune(…, settings=…)", "settings; give FinetuneSettings(epochs=3) or so")
+    return settings
 
 
 def _begin(

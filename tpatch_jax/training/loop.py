@@ -16,7 +16,7 @@ import optax
 from jax import Array
 
 from tpatch_jax.core import ffn
-from tpatch_jax.core.checks import check_range
+from tpatch_jax.core.checks import check_range, check_types
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
@@ -71,11 +71,12 @@ class FinetuneSettings:
 
     def __post_init__(self) -> None:
         """Checks the values."""
+        check_types(self)
         check_range(self, ("epochs", "batch_size"), 1)
         check_range(self, ("seed", "checkpoint_steps"), 0)
         for name in ("learning_rate", "clip"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if value is not None and (not isinstance(value, int | float) or not 0 < value < math.inf):
                 raise TPatchError(f"{name} is {value}; give a positive number")
         if not 0 <= self.warmup < 1 or not 0 <= self.weight_decay < math.inf:
             raise TPatchError("warmup is a share of the steps, from 0 to below 1, and weight_decay is not negative")

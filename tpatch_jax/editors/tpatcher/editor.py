@@ -16,7 +16,8 @@ from typing import Any
 import jax
 from jax import Array
 
-from tpatch_jax.core.checks import random_key
+from tpatch_jax.core.arguments import as_path, check_call, check_kind
+from tpatch_jax.core.checks import as_key, random_key
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.patch import Patch, create, sized
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions
@@ -29,42 +30,26 @@ from tpatch_jax.editors.tpatcher.draft import Draft
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds, start_values
 from tpatch_jax.editors.tpatcher.previous import create_empty
 from tpatch_jax.editors.tpatcher.rounds import Note, number_neurons, report
-from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
+from tpatch_jax.editors.tpatcher.settings import TPatcherSettings, as_settings, check_settings
 from tpatch_jax.editors.tpatcher.stages import commit_draft, fit_at_subjects, fit_in_last_layer, verify_draft
 from tpatch_jax.editors.tpatcher.state import EditState
-from tpatch_jax.editors.tpatcher.subject_site import POSITIONS, subject_layer
+from tpatch_jax.editors.tpatcher.subject_site import subject_layer
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
-from tpatch_jax.models.model import Model
+from tpatch_jax.models.model import Model, check_loaded
 from tpatch_jax.models.networks import Batch
 from tpatch_jax.models.patching import attach
-from tpatch_jax.requests import EditRequest, as_requests
+from tpatch_jax.requests import EditRequest, as_requests, check_ids
 from tpatch_jax.storage.cache import cache_folder
 from tpatch_jax.typing import Progress
 
 __all__ = ["check_settings", "edit", "site_layer", "tpatcher"]
 
-
-def check_settings(settings: TPatcherSettings) -> None:
-    """Make sure that an editor can be made with these options.
-
-    Raises:
-        TPatchError: a setting names nothing that exists, or two of them exclude each other.
-    """
-    if settings.site not in ("auto", "last", "subject"):
-        raise TPatchError(f"site {settings.site!r} does not exist; use site=auto, site=last or site=subject")
-    if settings.subject.token not in POSITIONS:
-        raise TPatchError(f"token {settings.subject.token!r} does not exist; use token=subject or token=prompt")
-    if settings.layer != "auto" and not settings.layer.isdigit():
-        raise TPatchError(f"layer {settings.layer!r} is not a layer; use layer=auto or a number")
-    if settings.fit.recipe not in ("staged", "joint"):
-        raise TPatchError(f"recipe {settings.fit.recipe!r} does not exist; use 'staged' or 'joint'")
-    if settings.fit.output_bias and settings.fit.recipe == "staged":
-        raise TPatchError("output_bias trains without a threshold, which the staged recipe needs; use recipe=joint")
+TEXT_FILE = "a text file; give its path"
 
 
 def tpatcher(
-    settings: TPatcherSettings = PRESETS["default"],
+    settings: TPatcherSettings | Mapping[str, Any] | str = "default",
     *,
     memory: str | Path | None = None,
     cache: Path | None = None,
@@ -73,7 +58,7 @@ def tpatcher(
     """The T-Patcher editor.
 
     Args:
-        settings: its options.
+        settings: its options, as `edit` takes them.
         memory: a text file for the query memory; by default text is sampled from the model.
         cache: folder where memories are kept between runs.
         progress: called with what is being done, how much is done, and how much there is.
@@ -86,15 +71,23 @@ def tpatcher(
 
     Source: Huang et al. 2023.
     """
+    call = "tpatcher(settings, memory=…, progress=…)"
+    settings = as_settings(settings)
     check_settings(settings)
+    memory = None if memory is None else as_path(memory, call, TEXT_FILE)
+    check_call(progress=progress)
 
     def init(model: Model, rng: Array) -> EditState:
+        check_loaded(model, "editor.init(model, rng)")
         return _init(model, settings, memory, cache, progress)
 
     def step(state: EditState, requests: Sequence[EditRequest], rng: Array) -> tuple[EditState, EditInfo]:
-        return step_once(state.model, requests, lambda given: _step(state, given, rng, progress))
+        check_kind(state, EditState, "editor.step(state, requests, rng)", "a state; give what init or step returned")
+        key = as_key(rng)
+        return step_once(state.model, requests, lambda given: _step(state, given, key, progress))
 
     def apply(state: EditState, batch: Batch) -> Array:
+        check_kind(state, EditState, "editor.apply(state, batch)", "a state; give what init or step returned")
         # Few sizes, so that a new number of neurons seldom compiles the network anew.
         return attach(state.model, {layer: sized(patch) for layer, patch in state.patches.items()}).apply(batch)
 
@@ -120,6 +113,8 @@ def _init(
 
 def site_layer(model: Model, settings: TPatcherSettings) -> int | None:
     """The layer of the subject site, if that is used; a model too low for it is edited in the last layer."""
+    if settings.layer != "auto":
+        model.layer(int(settings.layer))  # one that is not there is a mistake where it is not used, too
     if settings.site == "last":
         return None
     if model.config.architecture != "decoder":
@@ -133,7 +128,10 @@ def site_layer(model: Model, settings: TPatcherSettings) -> int | None:
         return layer
     if settings.site == "auto" and settings.layer == "auto":
         return None
-    raise TPatchError(f"layer {layer} is the last one, where a subject can no longer be heard; use site=last")
+    raise TPatchError(
+        f"layer {layer} is the last one of {model.name!r}, where nothing reads any more what a neuron adds at the "
+        "subject; use site=last" + ", or a lower layer" * (model.config.layers > 1)
+    )
 
 
 def _plan(state: EditState, requests: Sequence[EditRequest]) -> EditPlan:
@@ -173,7 +171,28 @@ def _step(
     times = time.perf_counter() - began, subject_seconds + draft.fitted.seconds, unit
     problems = {**plan.problems, **_explain_failures(state, plan, draft)}
     neurons, notes = number_neurons(_new_neurons(state, plan, draft), _counts(state))
-    return after, report(plan.names, problems, set(draft.already), neurons, notes, hidden_size, times)
+    info = report(plan.names, problems, set(draft.already), neurons, notes, hidden_size, times)
+    return after, _with_site_reasons(state, requests, info)
+
+
+def _with_site_reasons(state: EditState, requests: Sequence[EditRequest], info: EditInfo) -> EditInfo:
+    """The report, which says of each edit in the last layer why it is there, if something else was asked for."""
+    settings, config, results = state.settings, state.model.config, []
+    for request, result in zip(requests, info.requests, strict=True):
+        reason = result.reason
+        if result.status == "edited" and result.site == "last" and result.neurons and settings.site != "last":
+            if request.subject is None:
+                reason = "edited in the last layer: it has no subject" * (settings.site == "subject")
+            elif state.subject_layer is None and config.architecture != "decoder":
+                reason = f"edited in the last layer: an {config.architecture} has no other site"
+            elif state.subject_layer is None:
+                layers = f"the {config.layers} layers" if config.layers > 1 else "one layer"
+                reason = f"edited in the last layer: with {layers} of {state.model.name!r} no lower one is chosen"
+                reason += "; site=subject and layer=0 choose one" * (config.layers > 1)
+            else:
+                reason = "edited in the last layer: the neuron at its subject added nothing"
+        results.append(result._replace(reason=reason))
+    return info._replace(requests=tuple(results))
 
 
 def _counts(state: EditState) -> dict[int, int]:
@@ -210,9 +229,9 @@ def _explain_failures(state: EditState, plan: EditPlan, draft: Draft) -> Mapping
 @automatically
 def edit(
     model: Model,
-    requests: Sequence[EditRequest | dict[str, Any]],
+    requests: Sequence[EditRequest | Mapping[str, Any]],
     *,
-    settings: TPatcherSettings | str = "default",
+    settings: TPatcherSettings | Mapping[str, Any] | str = "default",
     memory: str | Path | None = None,
     seed: int = 0,
     cache: bool = True,
@@ -223,7 +242,8 @@ def edit(
     Args:
         model: the model; not changed. Apply the result with `tpatch_jax.attach` or `tpatch_jax.merge`.
         requests: what to correct.
-        settings: options, or the name of a preset: ``"default"``, ``"paper"`` or ``"paper-fever"``.
+        settings: options; the name of a preset, ``"default"``, ``"paper"`` or ``"paper-fever"``; or changes by name,
+            such as ``{"site": "last", "fit.key_steps": 32}``, where ``"preset"`` says to which if not the default.
         memory: a text file whose queries the patch stays silent on; by default text is sampled from the model, once.
             Classifiers and encoder-decoders cannot sample, so they need one: an input a line.
         seed: the same seed gives the same patches on one machine.
@@ -236,7 +256,7 @@ def edit(
         hold are reported there and leave no neuron.
 
     Raises:
-        TPatchError: there is no request, or a setting does not exist.
+        TPatchError: there is no request, two have one id, a setting does not exist, or an argument is of another kind.
 
     Source: Huang et al. 2023.
 
@@ -247,15 +267,12 @@ def edit(
         >>> tp.merge(model, patches).generate("The capital of France is", 1)  # doctest: +SKIP
         ' Lyon'
     """
-    if isinstance(model, str | Path):
-        raise TPatchError(f"{str(model)!r} is the name of a model; load it first, with load_model")
-    if not requests:
+    check_loaded(model, "edit(model, requests)")
+    check_kind(cache, bool, "edit(…, cache=…)", "True or False")
+    wanted, rng, settings = as_requests(requests), random_key(seed), as_settings(settings)
+    if not wanted:
         raise TPatchError("there is no request to edit; give at least one EditRequest")
-    if isinstance(settings, str):
-        if settings not in PRESETS:
-            raise TPatchError(f"preset {settings!r} does not exist; choose from {', '.join(sorted(PRESETS))}")
-        settings = PRESETS[settings]
-    wanted, rng = as_requests(requests), random_key(seed)
+    check_ids(wanted)
     if settings.site == "auto" and not any(request.subject for request in wanted):
         settings = dataclasses.replace(settings, site="last")
     with jax.default_matmul_precision("highest"):

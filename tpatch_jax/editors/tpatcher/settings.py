@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
+from typing import Any
 
-from tpatch_jax.core.checks import check_positive, check_range
+from tpatch_jax.core.arguments import describe
+from tpatch_jax.core.checks import check_positive, check_range, check_types
 from tpatch_jax.core.fit import FitSettings
 from tpatch_jax.core.objective import Weights
-from tpatch_jax.editors.tpatcher.subject_site import SubjectSettings
+from tpatch_jax.editors.tpatcher.subject_site import POSITIONS, SubjectSettings
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.storage.settings import change
 
-__all__ = ["PRESETS", "TPatcherSettings"]
+__all__ = ["PRESETS", "TPatcherSettings", "as_settings", "check_settings"]
 
 LOUD = 64.0
 """`FitSettings.value_limit` of encoder-decoders."""
@@ -77,7 +81,10 @@ class TPatcherSettings:
     train_on_rephrases: bool = False
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Checks the values; a layer may be given as a number."""
+        if isinstance(self.layer, Integral) and not isinstance(self.layer, bool):
+            object.__setattr__(self, "layer", str(int(self.layer)))
+        check_types(self)
         check_range(self, ("contexts", "input_contexts", "answer_negatives", "most_tokens"), 1)
         check_range(self, ("rewordings", "input_key_steps", "other_subjects", "many_from", "attempts"), 0)
         check_positive(self, ("answer_overshoot",))
@@ -138,3 +145,57 @@ together, and the value's factor of ten is a constant and not trained beside it.
 
 Source: Huang et al. 2023, section 5 and appendix.
 """
+
+
+def as_settings(settings: TPatcherSettings | Mapping[str, Any] | str) -> TPatcherSettings:
+    """Settings as a caller may give them.
+
+    Args:
+        settings: the settings; the name of a preset; or what to change in one by name, as ``--set`` has the names, in
+            which ``preset`` may say in which.
+
+    Raises:
+        TPatchError: there is no such preset or setting, a value has the wrong type, or it is something else.
+
+    Example:
+        >>> as_settings({"site": "last", "fit.key_steps": 8}).fit.key_steps
+        8
+        >>> as_settings("paper") is as_settings({"preset": "paper"})
+        True
+    """
+    if isinstance(settings, TPatcherSettings):
+        return settings
+    if isinstance(settings, Mapping):
+        changes = {name: value for name, value in settings.items() if name != "preset"}
+        return change(_preset(settings.get("preset", "default")), changes)
+    if isinstance(settings, str):
+        return _preset(settings)
+    raise TPatchError(
+        f"{describe(settings)} is no settings; give the name of a preset ({', '.join(sorted(PRESETS))}), changes by "
+        'name such as {"site": "last", "fit.key_steps": 32}, or a TPatcherSettings'
+    )
+
+
+def _preset(name: Any) -> TPatcherSettings:
+    if not isinstance(name, str) or name not in PRESETS:
+        raise TPatchError(
+            f"preset {name!r} does not exist; choose from {', '.join(sorted(PRESETS))}, or give changes by name such "
+            'as {"site": "last"}'
+        )
+    return PRESETS[name]
+
+
+def check_settings(settings: TPatcherSettings) -> None:
+    """Make sure that an editor can be made with these options.
+
+    Raises:
+        TPatchError: a setting names nothing that exists, or two of them exclude each other.
+    """
+    if settings.site not in ("auto", "last", "subject"):
+        raise TPatchError(f"site {settings.site!r} does not exist; use site=auto, site=last or site=subject")
+    if settings.subject.token not in POSITIONS:
+        raise TPatchError(f"token {settings.subject.token!r} does not exist; use token=subject or token=prompt")
+    if settings.layer != "auto" and not settings.layer.isdecimal():
+        raise TPatchError(f"layer {settings.layer!r} is not a layer; use layer=auto or a number, 0 being the lowest")
+    if settings.fit.output_bias and settings.fit.recipe == "staged":
+        raise TPatchError("output_bias trains without a threshold, which the staged recipe needs; use recipe=joint")

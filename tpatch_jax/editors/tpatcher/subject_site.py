@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax.core import ffn
-from tpatch_jax.core.checks import check_positive, check_range
+from tpatch_jax.core.checks import check_positive, check_range, check_types
 from tpatch_jax.core.memory import Memory, blended, create_memory, extend, nuisance_scatter
 from tpatch_jax.core.patch import Patch, concatenate, create, sharpen, sized, take
 from tpatch_jax.core.recipes.staged import Recognised
@@ -119,6 +119,7 @@ class SubjectSettings:
 
     def __post_init__(self) -> None:
         """Checks the values."""
+        check_types(self)
         check_range(self, ("key_contexts", "value_contexts", "value_lanes"), 1)
         check_range(self, ("neutral",), 0)
         check_range(self, ("shorter",), 0, 3)

@@ -7,7 +7,7 @@ the rest.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tpatch_jax.core.arguments import check_kind, describe
 from tpatch_jax.core.checks import random_key
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.fit import FitProblem
@@ -32,7 +33,7 @@ from tpatch_jax.editors.tpatcher.rounds import (
     number_neurons,
     report,
 )
-from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
+from tpatch_jax.editors.tpatcher.settings import TPatcherSettings, as_settings, check_settings
 from tpatch_jax.editors.tpatcher.token_problems import create_problems, output_moment
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.foreign.collection import TokenSites, collect_queries, collect_tokens, said
@@ -63,7 +64,7 @@ def edit_tokens(
     targets: Sequence[Ids],
     memory: Sequence[Ids],
     *,
-    settings: TPatcherSettings | str = "default",
+    settings: TPatcherSettings | Mapping[str, Any] | str = "default",
     seed: int = 0,
 ) -> tuple[Patch, EditInfo]:
     """Correct any causal network: fit the neurons that make it say each target after its prompt.
@@ -76,7 +77,7 @@ def edit_tokens(
         prompts: token ids of each prompt.
         targets: token ids of what should follow each prompt.
         memory: token ids of unrelated texts, on which the patch must stay silent; the more, the better.
-        settings: options, or the name of a preset: ``"default"`` or ``"paper"``.
+        settings: options, the name of a preset (``"default"`` or ``"paper"``), or changes by name, as of `edit`.
         seed: the same seed gives the same patch on one machine.
 
     Returns:
@@ -96,10 +97,17 @@ def edit_tokens(
         >>> network.attach(patch).apply([[5, 3]])[0, -1].argmax()  # doctest: +SKIP
         7
     """
-    if isinstance(settings, str):
-        if settings not in PRESETS:
-            raise TPatchError(f"preset {settings!r} does not exist; choose from {', '.join(sorted(PRESETS))}")
-        settings = PRESETS[settings]
+    call = "edit_tokens(network, prompts, targets, memory)"
+    check_kind(network, Network, call, "a Network; make one with from_nnx or from_linen (a model is edited by tp.edit)")
+    settings = as_settings(settings)
+    check_settings(settings)
+    for name, rows in (("prompts", prompts), ("targets", targets), ("memory", memory)):
+        if isinstance(rows, str | bytes) or not isinstance(rows, Sequence | np.ndarray | Array):
+            raise TPatchError(f"{call}: {name} is {describe(rows)}; give lists of token ids, [[5, 3], …]")
+        if len(rows) and not isinstance(rows[0], str) and np.ndim(np.asarray(rows[0], object)) == 0:
+            raise TPatchError(f"{call}: {name} is one list of token ids; give a list of such lists, [[5, 3], …]")
+    if settings.layer != "auto":
+        raise TPatchError(f"layer {settings.layer} is of no use here; the network is cut at {network.path!r} already")
     if settings.site == "subject":
         raise TPatchError(f"site {settings.site!r} needs a subject, which token ids do not have; use site=last")
     if len(prompts) != len(targets):

@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax.core import ffn
+from tpatch_jax.core.arguments import as_path, check_call
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
@@ -26,11 +27,11 @@ from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.family import is_longrope
 from tpatch_jax.models.families.registry import configure, family_of
 from tpatch_jax.models.memory_text import memory_rows
-from tpatch_jax.models.model import Model
+from tpatch_jax.models.model import Model, check_loaded
 from tpatch_jax.models.patching import unmerge
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.models.shapes import merged_neurons, parameter_shapes
-from tpatch_jax.requests import EditRequest
+from tpatch_jax.requests import EditRequest, as_requests
 from tpatch_jax.storage.cache import cache_folder
 from tpatch_jax.storage.files import check_vacant, replace_folder
 from tpatch_jax.typing import Params, Progress
@@ -139,7 +140,12 @@ def export_model(
         >>> tp.export_model(tp.merge(model, patch), "lyon").form  # doctest: +SKIP
         'exact'
     """
-    folder = Path(folder)
+    call = "export_model(model, folder)"
+    check_loaded(model, call)
+    folder = as_path(folder, call, "a folder; give its path")
+    requests = as_requests(requests)
+    memory = None if memory is None else as_path(memory, call, "a text file; give its path")
+    check_call(progress=progress)
     check_vacant(folder)
     if model.config.pooling != "first":
         raise TPatchError(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tpatch_jax.core.arguments import install_advice
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.gguf_metadata import Metadata, listed, special_ids
 from tpatch_jax.models.checkpoints.gguf_tokenizer import tokenizer_files
@@ -54,7 +55,9 @@ def convert_gguf(source: Path, folder: Path, *, progress: Progress | None = None
     try:
         import gguf
     except ImportError as error:
-        raise TPatchError(f'{source}: reading GGUF needs the gguf package; pip install "tpatch-jax[demo]"') from error
+        raise TPatchError(
+            f"{source}: reading GGUF needs the gguf package: {install_advice('gguf>=0.17', 'demo')}"
+        ) from error
     from safetensors.numpy import save_file
 
     try:

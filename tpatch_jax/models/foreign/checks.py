@@ -2,20 +2,32 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from tpatch_jax.core import ffn
-from tpatch_jax.core.patch import Patch
+from tpatch_jax.core.arguments import describe
+from tpatch_jax.core.patch import Patch, product
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.foreign.network import Activation, Growth, Network, token_table
+from tpatch_jax.models.foreign.network import Activation, Growth, Network, token_table, tolerance
 
-__all__ = ["create_network", "suggestion", "widened"]
+__all__ = ["Matrices", "arranged", "check_path", "create_network", "suggestion", "widened"]
+
+Matrices = Mapping[str, Mapping[str, Array]]
+"""An FFN's linear layers by role, ``"up"``, ``"down"`` and perhaps ``"gate"``: kernel and perhaps bias of each."""
+
+
+def check_path(path: Any, call: str) -> None:
+    """Make sure that a path is a text."""
+    if not isinstance(path, str):
+        raise TPatchError(f"{call}: {describe(path)} is no path of a module; give a text such as 'layers.3.mlp'")
 
 
 def create_network(
@@ -25,13 +37,29 @@ def create_network(
     activation: str | Activation,
     example: Any,
     growth: Growth | str,
+    candidates: Sequence[Matrices] = (),
 ) -> Network:
-    """Check what makes a `Network`, and cut it once."""
+    """Check what makes a `Network`, cut it once, and see whether what is cut out is a feed-forward network.
+
+    Args:
+        run: see `Network`.
+        params: see `Network`.
+        path: see `Network`.
+        activation: a name or a function.
+        example: token ids, or ``None``.
+        growth: see `Network`.
+        candidates: what the FFN's matrices may be, by role; of one that merges, those that it grows.
+
+    Raises:
+        TPatchError: something is not as it should be, or the module is no FFN, or one with another activation.
+    """
     if isinstance(activation, str):
         if activation not in ffn.ACTIVATIONS:
             known = ", ".join(sorted(ffn.ACTIVATIONS))
             raise TPatchError(f"activation {activation!r} is not known; use one of {known}, or a function")
         activation = ffn.ACTIVATIONS[activation]
+    if not callable(activation):
+        raise TPatchError(f"activation is {describe(activation)}; give a name such as 'gelu_tanh', or a function")
     given = example is not None
     tokens = token_table(example if given else np.zeros((2, 8), np.int32))
     if tokens.shape[1] < 2:
@@ -48,11 +76,117 @@ def create_network(
         growth=growth,
         _memo={"params": params},
     )
-    if given:
-        network.cut(tokens.shape)
-        return network
-    drawn = np.random.default_rng(0).integers(0, network.vocabulary, tokens.shape)
-    return dataclasses.replace(network, example=jnp.asarray(drawn, tokens.dtype))
+    network.cut(tokens.shape)
+    if not given:
+        drawn = np.random.default_rng(0).integers(0, network.vocabulary, tokens.shape)
+        network = dataclasses.replace(network, example=jnp.asarray(drawn, tokens.dtype))
+    # Shapes alone, or what is being traced, cannot be tried.
+    if all(
+        isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)
+    ):
+        with jax.default_matmul_precision("highest"):
+            _check_network(network, candidates)
+    return network
+
+
+def _check_network(network: Network, candidates: Sequence[Matrices]) -> None:
+    """See whether the FFN is one, with the activation that was named, on the example."""
+    # What is named the wrong way round is refused where it is merged.
+    candidates = [matrices for matrices in candidates if matrices["up"]["kernel"].shape[0] == network.hidden_size]
+    traced = network.trace(network.example)
+    kinds = [array.dtype for matrices in candidates for entry in matrices.values() for array in entry.values()]
+    near, size = tolerance(traced.query, traced.output, *kinds) / 10, float(jnp.linalg.norm(traced.output))
+
+    def difference(matrices: Matrices, activation: Activation) -> float:
+        computed = _output(matrices, traced.query, activation).astype(jnp.float32)
+        return float(jnp.linalg.norm(computed - traced.output.astype(jnp.float32))) / max(size, 1e-30)
+
+    merges = isinstance(network.growth, Growth)
+    apart = [difference(matrices, network.activation) for matrices in candidates]
+    # One that is not merged works as well with an activation that is nearly its own.
+    if any(distance <= (near if merges else _NEARLY) for distance in apart):
+        return
+    for matrices in candidates:
+        for name, activation in _KNOWN.items():
+            if difference(matrices, activation) <= near:
+                shown = repr(name) if name in ffn.ACTIVATIONS else name
+                raise TPatchError(
+                    f"{network.path!r} activates with {shown}, and activation= says otherwise: on the example its "
+                    f"output is {min(apart):.1g} off (relative difference); give activation={shown}"
+                )
+    reason = _no_network(network, traced.query)
+    if merges and reason:
+        with suppress(TPatchError):
+            # What adds its input may be merged into all the same, if nothing else is in it.
+            network.try_merging()
+            return
+    if reason:
+        raise TPatchError(
+            f"{network.path!r} is no feed-forward network but a block around one: {reason}. An FFN must be a module of "
+            "its own, whose input and output alone can be told; where it is written inline in a block, put its layers "
+            "into a module that the block calls, and name that one"
+        )
+
+
+_KNOWN: Mapping[str, Activation] = {
+    **ffn.ACTIVATIONS,
+    **{
+        f"jax.nn.{name}": getattr(jax.nn, name)
+        for name in ("tanh", "sigmoid", "softplus", "elu", "selu", "celu", "relu6", "leaky_relu", "mish", "hard_silu")
+        if hasattr(jax.nn, name)
+    },
+    "lambda x: jax.nn.relu(x) ** 2": lambda x: jnp.square(jax.nn.relu(x)),
+    "lambda x: x * jax.nn.sigmoid(1.702 * x)": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+"""What an FFN may activate with, by what is written for it."""
+
+_NEARLY = 0.02
+"""Outputs that are so far apart, relatively, are nearly the same: GELU and its approximation are nearer."""
+
+
+def _output(matrices: Matrices, query: Array, activation: Activation) -> Array:
+    """What an FFN of these matrices makes of a query."""
+
+    def linear(role: str, x: Array) -> Array:
+        entry = matrices[role]
+        y = product(x, jnp.asarray(entry["kernel"]).astype(x.dtype))
+        return y + entry["bias"].astype(x.dtype) if "bias" in entry else y
+
+    hidden = activation(linear("gate" if "gate" in matrices else "up", query))
+    return linear("down", hidden * linear("up", query) if "gate" in matrices else hidden)
+
+
+def _no_network(network: Network, query: Array) -> str:
+    """Why a module cannot be a feed-forward network alone; empty if it may be one."""
+    cut, example = network.cut(network.example.shape), network.example
+    if cut.adds_input:
+        return "it adds its own input to what it computes (a residual connection)"
+    noise = jax.random.normal(jax.random.key(0), query[:, 0].shape, query.dtype) * jnp.std(query)
+    before = cut.jit_network(network.params, example, query)
+    after = cut.jit_network(network.params, example, query.at[:, 0].add(noise))
+    moved = jnp.abs((after - before)[:, 1:]).max()
+    if float(moved) > 16 * float(jnp.finfo(before.dtype).eps) * float(jnp.abs(before).max()):
+        return "what it says at one position depends on others (attention)"
+    return ""
+
+
+def arranged(layers: Sequence[Mapping[str, Array]], hidden_size: int) -> list[Matrices]:
+    """What the linear layers of a module may be in an FFN: two of them, or three where one is a gate.
+
+    Args:
+        layers: of each its kernel ``[in, out]`` and perhaps its bias.
+        hidden_size: ``d``.
+    """
+    readers = [layer for layer in layers if layer["kernel"].shape[0] == hidden_size != layer["kernel"].shape[1]]
+    writers = [layer for layer in layers if layer["kernel"].shape[1] == hidden_size != layer["kernel"].shape[0]]
+    if len(writers) != 1 or len(readers) not in (1, 2) or len(layers) != len(readers) + 1:
+        return []
+    (down,) = writers
+    if any(layer["kernel"].shape[1] != down["kernel"].shape[0] for layer in readers):
+        return []
+    if len(readers) == 1:
+        return [{"up": readers[0], "down": down}]
+    return [{"gate": gate, "up": up, "down": down} for gate, up in (readers, readers[::-1])]
 
 
 def widened(network: Mapping[str, Any], patch: Patch, path: str) -> dict[str, Any]:

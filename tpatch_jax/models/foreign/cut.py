@@ -28,6 +28,7 @@ __all__ = ["Cut", "capture", "cut"]
 _QUERY, _OUTPUT = "tpatch_jax.query", "tpatch_jax.output"
 # By their names in all jax versions that are supported.
 _TRANSPARENT = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
+_SUMS = {"add", "add_any", "convert_element_type", "copy", "reshape"}
 _RANDOM = {"random_bits", "random_gamma", "rng_bit_generator", "rng_uniform", "threefry2x32"}
 
 
@@ -155,6 +156,8 @@ class Cut:
     Attributes:
         before: equations of the first half.
         after: equations of the second half.
+        inside: those of the first half that lead from the FFN's input to its output.
+        adds_input: whether that output is a sum of which the input is a part.
         context: the shape and type of what the second half reads from the first, besides the FFN's output.
         query: the shape and type of the FFN's input.
         logits: the shape and type of the result.
@@ -162,6 +165,8 @@ class Cut:
 
     before: tuple[_Step, ...] = field(repr=False)
     after: tuple[_Step, ...] = field(repr=False)
+    inside: tuple[_Step, ...] = field(repr=False)
+    adds_input: bool
     context: dict[str, Any]
     query: Any
     logits: Any
@@ -178,6 +183,15 @@ class Cut:
         context = {name: values[number] for name, number in self._context.items()}
         return values[self._numbers["query"]], values[self._numbers["output"]], context
 
+    def network(self, params: Any, tokens: Array, query: Array) -> Array:
+        """The FFN's output where its input is another than the first half gives it."""
+        values = self._start(params)
+        values[self._numbers["tokens"]] = tokens
+        _run(self.before, values)
+        values[self._numbers["query"]] = query
+        _run(self.inside, values)
+        return values[self._numbers["output"]]
+
     def resume(self, params: Any, context: Mapping[str, Array], output: Array) -> Array:
         """The second half: from the FFN's output to the result."""
         values = self._start(params)
@@ -193,6 +207,11 @@ class Cut:
     def jit_trace(self) -> Callable[..., tuple[Array, Array, dict[str, Array]]]:
         """`trace`, compiled once."""
         return jax.jit(self.trace)
+
+    @cached_property
+    def jit_network(self) -> Callable[..., Array]:
+        """`network`, compiled once."""
+        return jax.jit(self.network)
 
     @cached_property
     def jit_resume(self) -> Callable[..., Array]:
@@ -265,7 +284,8 @@ def _check(program: _Program, tokens: jax.ShapeDtypeStruct, name: str) -> None:
     if query.shape != output.shape or query.shape[:2] != tokens.shape or query.ndim != 3:
         raise TPatchError(
             f"{name!r} maps {list(query.shape)} to {list(output.shape)} on tokens {list(tokens.shape)}; "
-            "an FFN maps [batch, tokens, d] to the same shape"
+            "an FFN maps [batch, tokens, d] to the same shape: name the module around its layers. One that is written "
+            "inline in a block has none; put its layers into a module of their own"
         )
     equations = [equation for step in program.steps for equation in (step.equation, *_inside(step.equation))]
     drawn = next((equation.primitive.name for equation in equations if equation.primitive.name in _RANDOM), None)
@@ -299,10 +319,18 @@ def _halves(program: _Program, name: str) -> Cut:
     after, read = needed([step for step in program.steps if not first.intersection(step.writes)], {logits})
     shared = sorted(read & first)
     before, _ = needed([s for s in program.steps if not second.intersection(s.writes)], {query, output, *shared})
+    reached = {query}
+    for step in before:
+        if reached.intersection(step.reads):
+            reached.update(step.writes)
+    # Not the step that makes the query itself.
+    inside, _ = needed([step for step in before if (reached - {query}).intersection(step.writes)], {output})
     context = {f"{place}": number for place, number in enumerate(shared)}
     return Cut(
         tuple(before),
         tuple(after),
+        tuple(inside),
+        query in _summands(inside, output),
         {place: jax.ShapeDtypeStruct(*_shaped(program.types[number])) for place, number in context.items()},
         jax.ShapeDtypeStruct(*_shaped(program.types[output])),
         jax.ShapeDtypeStruct(*_shaped(program.types[logits])),
@@ -311,6 +339,18 @@ def _halves(program: _Program, name: str) -> Cut:
         {"tokens": tokens, "query": query, "output": output, "given": given, "logits": logits},
         context,
     )
+
+
+def _summands(steps: Sequence[_Step], number: int) -> set[int]:
+    """A value and, where it is a sum, everything that is added up in it."""
+    written = {one: step for step in steps for one in step.writes}
+    parts, waiting = {number}, [number]
+    while waiting:
+        step = written.get(waiting.pop())
+        if step is not None and step.equation.primitive.name in _SUMS:
+            waiting += [one for one in step.reads if one not in parts]
+            parts.update(step.reads)
+    return parts
 
 
 def _shaped(aval: Any) -> tuple[tuple[int, ...], Any]:

@@ -11,9 +11,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from tpatch_jax.core import ffn
+from tpatch_jax.core.arguments import check_kind, describe
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.foreign.checks import create_network, suggestion, widened
+from tpatch_jax.models.foreign.checks import (
+    Matrices,
+    arranged,
+    check_path,
+    create_network,
+    suggestion,
+    widened,
+)
 from tpatch_jax.models.foreign.cut import capture
 from tpatch_jax.models.foreign.network import Activation, Growth, Network
 
@@ -45,7 +53,7 @@ def from_linen(
         module: the network.
         params: its parameters, or all its variables (``{"params": …, …}``).
         ffn_path: where the FFN is, such as ``"block_3/mlp"``; a module of its own that is called once in a pass, on
-            ``[batch, tokens, d]`` as its first argument.
+            ``[batch, tokens, d]`` as its first argument; a block in which the FFN is written inline is none.
         activation: the FFN's, a name in `tpatch_jax.core.ffn.ACTIVATIONS` (``"gelu"`` is exact, ``"gelu_tanh"`` what
             `jax.nn.gelu` does by default) or a function.
         call: ``(module, tokens) -> logits``, if it is not ``module(tokens)``; the module is bound to its parameters.
@@ -59,7 +67,8 @@ def from_linen(
         The `Network`. Its ``merge`` returns a module and its parameters.
 
     Raises:
-        TPatchError: the path leads nowhere, or not to a module that can be cut; the network does not run; the
+        TPatchError: the path leads nowhere, or not to a module that can be cut, or to a block around an FFN; on the
+            example the FFN activates otherwise than ``activation`` says; the network does not run; the
             activation is unknown; the parameters are no dict.
 
     Example:
@@ -84,9 +93,14 @@ def from_linen(
         >>> wider.hidden, wider_params["mlp"]["Dense_0"]["kernel"].shape
         (34, (8, 34))
     """
+    call_shape = "from_linen(module, params, ffn_path)"
+    check_path(ffn_path, call_shape)
     if not isinstance(params, Mapping):
         kind = type(params).__name__
         raise TPatchError(f"a {kind} is no dict of parameters; of a TrainState give its params")
+    check_kind(module, nn.Module, call_shape, "a Linen module; an NNX one goes to from_nnx, without parameters")
+    if widen is not None and not callable(widen):
+        raise TPatchError(f"widen is {describe(widen)}; give a function (module, n) -> module with n more neurons")
     whole = isinstance(params.get("params"), Mapping)
     variables = unfreeze(dict(params)) if whole else {"params": unfreeze(dict(params))}
     variables = jax.tree.map(jnp.asarray, nn.meta.unbox(variables))
@@ -113,10 +127,11 @@ def from_linen(
         f"Linen checks parameter shapes, so merging into {ffn_path!r} needs a wider module; pass "
         "widen=lambda module, n: module.clone(hidden=module.hidden + n), with your module's own option, or attach"
     )
+    names = {"up": up, "down": down} | ({"gate": gate} if gate else {})
+    candidates = _matrices(variables["params"], path, names)
     if widen is not None:
-        names = {"up": up, "down": down} | ({"gate": gate} if gate else {})
         growth = _growth(module, variables, whole, run_module, path, names, widen, example)
-    return create_network(run, variables, path, activation, example, growth)
+    return create_network(run, variables, path, activation, example, growth, candidates)
 
 
 def _path(context: Any) -> str | None:
@@ -141,6 +156,22 @@ def _listen(
 
     with nn.intercept_methods(intercept):
         return nn.apply(call, module)(variables, tokens)
+
+
+def _matrices(params: Mapping[str, Any], path: str, names: Mapping[str, str]) -> list[Matrices]:
+    """What an FFN's linear layers are, if those of these names are there; else what they may be by their shapes."""
+    inner: Any = params
+    for part in path.split("/"):
+        inner = inner.get(part, {}) if isinstance(inner, Mapping) else {}
+    layers = {name: entry for name, entry in inner.items() if getattr(_kernel(entry), "ndim", 0) == 2}
+    if layers.keys() >= set(names.values()):
+        return [{role: layers[name] for role, name in names.items()}]
+    sizes = {_kernel(entry).shape[0] for entry in layers.values()}
+    return [matrices for size in sorted(sizes) for matrices in arranged(list(layers.values()), size)]
+
+
+def _kernel(entry: Any) -> Any:
+    return entry.get("kernel") if isinstance(entry, Mapping) else None
 
 
 def _growth(

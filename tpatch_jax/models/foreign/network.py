@@ -16,6 +16,7 @@ import numpy as np
 from jax.tree_util import GetAttrKey, Partial
 from jaxtyping import Array, Float, Int
 
+from tpatch_jax.core.arguments import check_kind, describe
 from tpatch_jax.core.patch import Patch, concatenate, contribution, sized
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
@@ -24,7 +25,7 @@ from tpatch_jax.models.networks import Trace
 from tpatch_jax.models.pytrees import same_arrays
 from tpatch_jax.typing import Activation
 
-__all__ = ["Activation", "Growth", "Network", "added", "token_table"]
+__all__ = ["Activation", "Growth", "Network", "added", "token_table", "tolerance"]
 
 
 class Growth(NamedTuple):
@@ -179,6 +180,9 @@ class Network:
         Raises:
             TPatchError: the output has another shape than the traced one.
         """
+        check_kind(traced, Trace, "network.resume(traced, output)", "a Trace; give what `trace` returned")
+        if not hasattr(output, "shape"):
+            raise TPatchError(f"the output is {describe(output)}; the trace holds {list(traced.output.shape)}")
         if output.shape != traced.output.shape:
             raise TPatchError(f"the output is {list(output.shape)}; the trace holds {list(traced.output.shape)}")
         return self.cut(traced.query.shape[:2]).jit_resume(self.params, traced.context, output)
@@ -234,12 +238,25 @@ class Network:
                 the merged network does not equal the attached one.
         """
         patch, growth = self._check(patch), self._growth()
+        self.try_merging(patch.key.shape[0])
+        return growth.grow(patch)
+
+    def try_merging(self, neurons: int = 1) -> None:
+        """Make sure that merging changes the network as attaching does, by neurons that fire on the example.
+
+        Args:
+            neurons: how many.
+
+        Raises:
+            TPatchError: it does not, or it is not known how to merge.
+        """
+        growth = self._growth()
         mend = (
             "the FFN is not down(act(up(x))), or down(act(gate(x))·up(x)), with these names and this activation; check "
             "up=, down=, gate= and activation=, or attach"
         )
         with jax.default_matmul_precision("highest"):
-            probe = self._probe(patch.key.shape[0])
+            probe = self._probe(neurons)
             try:
                 merged = growth.apply(growth.grow(probe), self.example)
             except TPatchError:
@@ -251,12 +268,11 @@ class Network:
             bare = self.detach()
             traced, attached = bare.trace(self.example), bare.attach(probe).apply(self.example)
         difference, size = _compared(merged, attached, jnp.linalg.norm)
-        if not difference <= _tolerance(attached, traced.query, traced.output, *growth.dtypes) / 10 * size:
+        if not difference <= tolerance(attached, traced.query, traced.output, *growth.dtypes) / 10 * size:
             raise TPatchError(
                 f"merging into {self.path!r} gives other logits than attaching (relative difference "
                 f"{difference / size:.1g}): {mend}"
             )
-        return growth.grow(patch)
 
     def unmerge(self, wider: Any) -> tuple[Any, Patch]:
         """Take the merged neurons out again, bit for bit: the inverse of `merge`.
@@ -288,6 +304,7 @@ class Network:
         Raises:
             TPatchError: the rest of the network looks at several positions at once; see `pointwise`.
         """
+        check_kind(traced, Trace, "network.gather(traced, lane, position)", "a Trace; give what `trace` returned")
         if not self.pointwise:
             raise TPatchError(
                 f"what follows {self.path!r} does not act on each position alone, so positions cannot be gathered; "
@@ -331,7 +348,7 @@ class Network:
             logits = self.resume(traced, traced.output).reshape(rows, -1)[order]
             alone = self.resume(gathered, gathered.output)[:, 0]
         difference, size = _compared(alone, logits, lambda x: jnp.max(jnp.abs(x)))
-        return difference <= _tolerance(logits) * size
+        return difference <= tolerance(logits) * size
 
     def finisher(self) -> Partial:
         """The rest of the network for `tpatch_jax.core.fit`: ``(context, output [rows, d]) -> [rows, vocabulary]``.
@@ -395,7 +412,10 @@ def _added(patch: Patch, query: Array, output: Array, activation: Activation) ->
 
 def token_table(tokens: Any, dtype: Any = None) -> Array:
     """Token ids as an array, checked; of a given type if there is one."""
-    array = jnp.asarray(tokens)
+    try:
+        array = jnp.asarray(tokens)
+    except (TypeError, ValueError):
+        raise TPatchError(f"{describe(tokens)} is no table of token ids; give [batch, tokens] integers") from None
     if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.integer):
         raise TPatchError(f"tokens are {array.dtype}{list(array.shape)}; give token ids as [batch, tokens] integers")
     return array if dtype is None else array.astype(dtype)
@@ -408,6 +428,6 @@ def _compared(logits: Array, expected: Array, size: Callable[[Array], Array]) ->
     return float(size(apart)), float(size(jnp.where(jnp.isfinite(expected), expected, 0)))
 
 
-def _tolerance(*computed: Any) -> float:
+def tolerance(*computed: Any) -> float:
     """How far two ways to compute the same may be apart, relatively, in the coarsest type of those given."""
     return max(1e-4, *(64 * float(jnp.finfo(jnp.result_type(kind)).eps) for kind in computed))

@@ -9,9 +9,17 @@ from flax import nnx
 from jax import Array
 
 from tpatch_jax.core import ffn
+from tpatch_jax.core.arguments import check_kind
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.foreign.checks import create_network, suggestion, widened
+from tpatch_jax.models.foreign.checks import (
+    Matrices,
+    arranged,
+    check_path,
+    create_network,
+    suggestion,
+    widened,
+)
 from tpatch_jax.models.foreign.cut import capture
 from tpatch_jax.models.foreign.network import Activation, Growth, Network
 
@@ -36,7 +44,7 @@ def from_nnx(
     Args:
         module: the network, in evaluation mode; not changed, and later changes to it are not seen.
         ffn_path: where the FFN is, such as ``"blocks.3.mlp"``; a module of its own that is called once in a pass, on
-            ``[batch, tokens, d]`` as its first argument.
+            ``[batch, tokens, d]`` as its first argument; a block in which the FFN is written inline is none.
         activation: the FFN's, a name in `tpatch_jax.core.ffn.ACTIVATIONS` (``"gelu"`` is exact, ``"gelu_tanh"`` what
             `jax.nn.gelu` does by default) or a function.
         call: ``(module, tokens) -> logits``, if it is not ``module(tokens)``.
@@ -49,7 +57,8 @@ def from_nnx(
         The `Network`. Its ``merge`` returns an NNX module.
 
     Raises:
-        TPatchError: the path leads nowhere, or not to a module that can be cut; the network does not run; the
+        TPatchError: the path leads nowhere, or not to a module that can be cut, or to a block around an FFN; on the
+            example the FFN activates otherwise than ``activation`` says; the network does not run; the
             activation is unknown.
 
     Example:
@@ -73,6 +82,13 @@ def from_nnx(
         >>> network.merge(create(8, neurons=2)).mlp.fc1.out_features
         34
     """
+    call_shape = "from_nnx(module, ffn_path)"
+    check_kind(module, nnx.Module, call_shape, "an NNX module; a Linen one goes to from_linen, with its parameters")
+    check_path(ffn_path, call_shape)
+    for name, value in (("up", up), ("down", down), ("gate", gate)):
+        check_kind(value, str | None, f"from_nnx(…, {name}=…)", "the name of a layer inside the FFN, such as 'fc1'")
+    if bool(up) != bool(down) or (gate and not up):
+        raise TPatchError(f"{call_shape}: merging needs both up= and down=, and only one is given; name both or none")
     graph, state = nnx.split(module)
     params, run_module = _copy(state), call or (lambda module, tokens: module(tokens))
 
@@ -91,14 +107,16 @@ def from_nnx(
         kind = "the whole network" if isinstance(module_at, nnx.Module) else f"a {type(module_at).__name__}"
         what = "is not in this network" if module_at is _NOTHING else f"is {kind}, not one of its modules"
         raise TPatchError(f"{ffn_path!r} {what}; {_candidates(bare(), run_module, example)}")
+    candidates = _matrices(module_at)
     growth: Growth | str = (
         f"how to merge into {ffn_path!r} is not known; name its nnx.Linear layers, as in "
         'from_nnx(…, up="fc1", down="fc2"), or attach'
     )
     if up and down:
         names = {"up": up, "down": down} | ({"gate": gate} if gate else {})
+        candidates = [_entries(_linears(bare(), ffn_path, names))]
         growth = _growth(bare, run_module, ffn_path, names)
-    return create_network(run, params, ffn_path, activation, example, growth)
+    return create_network(run, params, ffn_path, activation, example, growth, candidates)
 
 
 def _copy(tree: Any) -> Any:
@@ -151,23 +169,34 @@ def _candidates(module: nnx.Module, call: Call, example: Any) -> str:
     return suggestion(lambda tokens: call(module, tokens), seen, example)[1]
 
 
+def _linears(module: nnx.Module, path: str, names: dict[str, str]) -> dict[str, nnx.Linear]:
+    """The linear layers of an FFN, by role."""
+    linears = {role: _walk(_walk(module, path), name) for role, name in names.items()}
+    for role, layer in linears.items():
+        if not isinstance(layer, nnx.Linear):
+            kind = "missing" if layer is _NOTHING else f"a {type(layer).__name__}"
+            raise TPatchError(f"{role}={names[role]!r} in {path!r} is {kind}; name an nnx.Linear, or attach")
+    return linears
+
+
+def _entries(linears: dict[str, nnx.Linear]) -> dict[str, dict[str, Array]]:
+    return {role: _entry(layer) for role, layer in linears.items()}
+
+
+def _entry(layer: nnx.Linear) -> dict[str, Array]:
+    return {"kernel": layer.kernel[...]} | ({} if layer.bias is None else {"bias": layer.bias[...]})
+
+
+def _matrices(module: nnx.Module) -> list[Matrices]:
+    """What the linear layers of a module may be in an FFN, if nobody names them."""
+    layers = [_entry(layer) for _, layer in nnx.iter_modules(module) if isinstance(layer, nnx.Linear)]
+    writers = {layer["kernel"].shape[1] for layer in layers} & {layer["kernel"].shape[0] for layer in layers}
+    return [matrices for size in sorted(writers) for matrices in arranged(layers, size)]
+
+
 def _growth(bare: Callable[[], nnx.Module], call: Call, path: str, names: dict[str, str]) -> Growth:
-    def layers(module: nnx.Module) -> dict[str, nnx.Linear]:
-        linears = {role: _walk(_walk(module, path), name) for role, name in names.items()}
-        for role, layer in linears.items():
-            if not isinstance(layer, nnx.Linear):
-                kind = "missing" if layer is _NOTHING else f"a {type(layer).__name__}"
-                raise TPatchError(f"{role}={names[role]!r} in {path!r} is {kind}; name an nnx.Linear, or attach")
-        return linears
-
-    def entries(linears: dict[str, nnx.Linear]) -> dict[str, dict[str, Array]]:
-        return {
-            role: {"kernel": layer.kernel[...]} | ({} if layer.bias is None else {"bias": layer.bias[...]})
-            for role, layer in linears.items()
-        }
-
     readers = ("gate", "up") if "gate" in names else ("up",)
-    original = entries(layers(bare()))
+    original = _entries(_linears(bare(), path, names))
     biased = {"bias" in original[role] for role in readers}
     if len(biased) > 1:
         raise TPatchError(f"of {' and '.join(names[role] for role in readers)} in {path!r} only one has a bias; attach")
@@ -190,7 +219,7 @@ def _growth(bare: Callable[[], nnx.Module], call: Call, path: str, names: dict[s
     def shrink(wider: Any) -> tuple[nnx.Module, Patch]:
         graph, state = nnx.split(wider)
         copy = nnx.merge(graph, _copy(state))
-        params = entries(layers(copy))
+        params = _entries(_linears(copy, path, names))
         added = ffn.width(params) - ffn.width(original)
         if added < 0:
             raise TPatchError(f"{path!r} of that module is narrower than this network's; give what `merge` returned")
