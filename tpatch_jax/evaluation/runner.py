@@ -25,6 +25,7 @@ from tpatch_jax.evaluation.scoring import ScoredPrompts, ask, base_scores
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.storage.cache import cache_folder
+from tpatch_jax.storage.finished_parts import hash_file
 from tpatch_jax.typing import Progress
 
 __all__ = ["evaluate"]
@@ -114,8 +115,8 @@ def evaluate(
         "n": len(records),
         "settings": {method.name: asdict(used[method.name]) for method in chosen},
         "activation": _activation(model, chosen, used),
-        "text": None if text is None else {"sha256": _file(text), "tokens": text_tokens, "window": WINDOW},
-        "memory": None if memory is None else _file(memory),
+        "text": None if text is None else {"sha256": hash_file(text), "tokens": text_tokens, "window": WINDOW},
+        "memory": None if memory is None else hash_file(memory),
         "generate": generate,
         "every": every,
         "seed": seed,
@@ -223,14 +224,6 @@ def _content(records: Sequence[Record]) -> str:
     for record in records:
         digest.update(json.dumps(asdict(record), sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def _file(path: str | Path) -> str:
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise TPatchError(f"{path} cannot be read ({error.strerror}); give a file that exists") from None
 
 
 def _peak() -> float | None:

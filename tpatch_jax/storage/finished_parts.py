@@ -4,6 +4,7 @@ A folder beside the result holds ``run.json``, what the work was begun with, and
 is there whole or not at all.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.storage.files import sync, write_text
 from tpatch_jax.typing import Arrays
 
-__all__ = ["FinishedParts", "check_same_run", "load_arrays", "save_arrays", "unfinished_folder"]
+__all__ = ["FinishedParts", "check_same_run", "hash_file", "load_arrays", "save_arrays", "unfinished_folder"]
 
 RUN, ENDING = "run.json", ".safetensors"
 
@@ -32,6 +33,19 @@ def unfinished_folder(output: Path) -> Path:
         'patches/facts.unfinished'
     """
     return output.with_name(f"{output.name}.unfinished")
+
+
+def hash_file(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes.
+
+    Raises:
+        TPatchError: it cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise TPatchError(f"{path} cannot be read ({error.strerror}); give a file that exists") from None
 
 
 def check_same_run(earlier: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path, mend: str) -> None:
@@ -91,10 +105,12 @@ class FinishedParts:
     Attributes:
         folder: where they are; made when the first one is kept.
         count: how many there were at the start.
+        taken: how many of them were taken since.
     """
 
     folder: Path
     count: int
+    taken: int
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, resume: bool):
         """Begin, or go on with what an interrupted run of the same configuration finished.
@@ -107,7 +123,7 @@ class FinishedParts:
         Raises:
             TPatchError: the parts belong to another configuration, cannot be read, or were not asked for.
         """
-        self.folder, self.count = folder, 0
+        self.folder, self.count, self.taken = folder, 0, 0
         self._config = json.loads(json.dumps(config))
         if not folder.exists():
             return
@@ -147,7 +163,10 @@ class FinishedParts:
             about: what it was made of; a part that was made of something else is none.
         """
         loaded = load_arrays(self.folder / f"{name}{ENDING}")
-        return loaded[0] if loaded is not None and loaded[1] == json.loads(json.dumps(about)) else None
+        if loaded is None or loaded[1] != json.loads(json.dumps(about)):
+            return None
+        self.taken += 1
+        return loaded[0]
 
     def save(self, name: str, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
         """Keep a part that is finished.

@@ -155,11 +155,10 @@ class RoundsInput(NamedTuple):
 
 def _kept_part(finished: FinishedParts | None, name: str, rows: np.ndarray) -> tuple[Patch, FitInfo] | None:
     """What an interrupted run fitted for some tokens."""
-    arrays = None if finished is None else finished.load(name, {"rows": rows.tolist()})
+    arrays: Any = None if finished is None else finished.load(name, {"rows": rows.tolist()})
     if arrays is None:
         return None
-    patch, info = (kind(*(arrays[field] for field in kind._fields)) for kind in (Patch, FitInfo))
-    return patch, info
+    return Patch(*(arrays[part] for part in Patch._fields)), FitInfo(*(arrays[part] for part in FitInfo._fields))
 
 
 def _keep_part(finished: FinishedParts | None, name: str, rows: np.ndarray, patch: Patch, info: FitInfo) -> None:

@@ -563,14 +563,14 @@ def _kept_chunk(
     finished: FinishedParts | None, name: str, read: Subjects, chunk: Sequence[int]
 ) -> FittedSubjects | None:
     """What an interrupted run fitted for some requests."""
-    arrays = None if finished is None else finished.load(name, _positions(read, chunk))
+    arrays: Any = None if finished is None else finished.load(name, _positions(read, chunk))
     if arrays is None:
         return None
-    columns = (arrays[column].tolist() for column in ("position", "neuron", "steps", "margin"))
+    columns: Any = zip(*(arrays[column].tolist() for column in ("position", "neuron", "steps", "margin")), strict=True)
     losses = {name[5:]: array.tolist() for name, array in arrays.items() if name.startswith("loss_")}
     neurons = [
         SubjectNeuron(*one, {loss: values[number] for loss, values in losses.items()})
-        for number, one in enumerate(zip(*columns, strict=True))
+        for number, one in enumerate(columns)
     ]
     return FittedSubjects(Patch(*(arrays[part] for part in Patch._fields)), neurons)
 
