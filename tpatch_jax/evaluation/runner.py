@@ -16,8 +16,9 @@ from jax import Array
 from tpatch_jax.core.checks import random_key
 from tpatch_jax.editors.registry import Method, find_method, method_settings
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.generated import sentences
 from tpatch_jax.evaluation.journal import Journal, finish_report, open_report
-from tpatch_jax.evaluation.protocols import ACCURACY, ELSEWHERE, MOMENTS, PROTOCOLS, Setup, unedited
+from tpatch_jax.evaluation.protocols import ACCURACY, ELSEWHERE, MOMENTS, PROTOCOLS, SAID, Setup, unedited
 from tpatch_jax.evaluation.records import Probe, Record
 from tpatch_jax.evaluation.report import SCHEMA, write_report
 from tpatch_jax.evaluation.running_text import WINDOW, read_windows
@@ -210,7 +211,10 @@ def _prepare(
         count = len(windows.rows)
         running = base_scores(model, windows, cache=place, tell=lambda done: tell("reading the text", done, count))
     index = {probe: number for number, probe in enumerate(probes)}
-    return Setup(model, records, train, held_out, base, index, running, rng, generate, every, tell)
+    prompts = [request.prompt for record in records[:SAID] for request in record.requests]
+    texts = iter(sentences(model, prompts))
+    said = [[next(texts) for _ in record.requests] for record in records[:SAID]]
+    return Setup(model, records, train, held_out, base, index, running, rng, generate, every, tell, said)
 
 
 def _activation(model: Model, methods: Sequence[Method], used: Mapping[str, Any]) -> str | None:

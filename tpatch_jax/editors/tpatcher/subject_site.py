@@ -569,8 +569,8 @@ def _kept_chunk(
     columns: Any = zip(*(arrays[column].tolist() for column in ("position", "neuron", "steps", "margin")), strict=True)
     losses = {name[5:]: array.tolist() for name, array in arrays.items() if name.startswith("loss_")}
     neurons = [
-        SubjectNeuron(*one, {loss: values[number] for loss, values in losses.items()})
-        for number, one in enumerate(columns)
+        SubjectNeuron(position, neuron, steps, margin, {loss: values[number] for loss, values in losses.items()})
+        for number, (position, neuron, steps, margin) in enumerate(columns)
     ]
     return FittedSubjects(Patch(*(arrays[part] for part in Patch._fields)), neurons)
 
