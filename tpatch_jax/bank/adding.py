@@ -142,6 +142,8 @@ def add_with(
         done = 0
         for part in _batches(waiting, batch):
             start = time.perf_counter()
+            if progress and not done:
+                progress("adding edits", 0, len(waiting))
             bank, draft, told = _add(bank, part, maker, store, broken, guards, force, seed, start, say)
             broken, guards = list(draft.broken), list(draft.guards)
             done += len(part)
@@ -188,14 +190,14 @@ def _add(
             draft._replace(broken=tuple(broken), guards=tuple(guards)),
             {**told, "refitted": (), "gave_way": ()},
         )
-    said = [None] * len(record["edits"])
+    record["edits"] = [{**entry, **_asked(by_name[entry["id"]])} for entry in record["edits"]]
     if say is not None:
         # With everything that was active at this moment, so of an edit that supersedes another, what that one said.
-        said = list(say(engine, base, [by_name[entry["id"]].prompt for entry in record["edits"]]))
-    record["edits"] = [
-        {**entry, "evidence": {**entry["evidence"], SAID: text, FREE: True}, **_asked(by_name[entry["id"]])}
-        for entry, text in zip(record["edits"], said, strict=True)
-    ]
+        said = say(engine, base, [entry["prompt"] for entry in record["edits"]])
+        record["edits"] = [
+            {**entry, "evidence": {**entry["evidence"], SAID: text, FREE: True}}
+            for entry, text in zip(record["edits"], said, strict=True)
+        ]
     record |= {
         "superseded": [{"id": old, "by": name} for old, name in superseded],
         "failed": [{"id": f[0], "prompt": f[1], "target": f[2], "reason": f[3]} for f in told["failed"]],

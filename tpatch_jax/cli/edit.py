@@ -121,9 +121,14 @@ class Edit:
                     finished=finished,
                 )
             except KeyboardInterrupt:
-                sys.stderr.write(
-                    f"tpatch: what is finished is kept in {folder}; the same command with --resume goes on\n"
-                )
+                if finished.kept:
+                    sys.stderr.write(
+                        f"tpatch: {folder} keeps what is finished; the same command with --resume goes on\n"
+                    )
+                raise
+            except TPatchError:
+                if not finished.kept:  # nothing is lost, and the next attempt may be another
+                    finished.remove()
                 raise
             held = any(request.held for request in info.requests)
             if held:  # else the folder would only be in the way of the next attempt
@@ -174,7 +179,7 @@ def _run_config(
 
     content = json.dumps([asdict(request) for request in requests], ensure_ascii=False)
     device = jax.devices()[0]
-    return {
+    config = {
         "model": f"{fingerprint(model)} in {model.dtype}",
         "requests": f"{len(requests)} with SHA-256 {hashlib.sha256(content.encode()).hexdigest()[:16]}",
         "seed": seed,
@@ -183,6 +188,7 @@ def _run_config(
         **{name: version(name) for name in ("tpatch-jax", "jax")},
         "device": f"{len(jax.devices())} {device.device_kind}",
     }
+    return json.loads(json.dumps(config))
 
 
 def _records(info: "EditInfo", said: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -56,7 +56,7 @@ class Generate:
             answers += model.classify(part) if labels else model.generate(part, self.max_new_tokens)
         if self.json:
             each = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, answers, strict=True)]
-            print_json({**each[0], "answers": each})
+            print_json(each[0] if len(each) == 1 else {"answers": each})
             return
         console = result_console()
         # A decoder goes on where the prompt ends; the others answer.

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Estimate", "Phase", "edit_phases", "edit_progress", "format_seconds", "pass_seconds"]
 
-COMPILING = 10.0
-"""So many seconds at most of what came before a phase's first report were compiling, which comes once."""
-TRUST = 0.02
+TRUST = 0.005
 """What was expected counts like this share of all the work, against what was measured."""
 LONG = 3600.0
 """Work that takes more seconds is warned of."""
@@ -109,21 +107,40 @@ class _Measured:
 
     def __init__(self, phase: Phase, expected: bool = True):
         self.phase, self.expected = phase, expected
-        self.done, self.kept, self.seconds, self.first = 0.0, 0.0, 0.0, 0.0
+        # Of what is done some was finished by an interrupted run; of the rest some came with the first report.
+        self.done = self.kept = self.first_done = 0.0
+        self.seconds = self.first_seconds = 0.0
+
+    def report(self, done: float, total: float, seconds: float, kept: bool) -> None:
+        """More is done, in so many seconds."""
+        self.phase = self.phase._replace(units=total)
+        if kept:
+            self.kept += done - self.done
+        else:
+            if not self.cost_done:
+                self.first_done, self.first_seconds = done - self.done, seconds
+            self.seconds += seconds
+        self.done = done
 
     @property
     def cost_done(self) -> float:
-        """Of what was done now, and not by an interrupted run."""
+        """Of what was done now."""
         return (self.done - self.kept) * self.phase.cost
 
     @property
     def cost_left(self) -> float:
         return max(0.0, self.phase.units - self.done) * self.phase.cost
 
-    @property
-    def running(self) -> float:
-        """The seconds that it took, compiling left out as far as it can be told."""
-        return self.seconds - min(self.first / 2, COMPILING)
+    def running(self, each: float) -> float:
+        """The seconds that it took without compiling, which only comes before the first report.
+
+        Where there was but one, what a pass takes elsewhere, ``each``, has to tell.
+        """
+        later = self.done - self.kept - self.first_done
+        if later > 0:
+            rate = (self.seconds - self.first_seconds) / later
+            return self.seconds - max(0.0, self.first_seconds - rate * self.first_done)
+        return min(self.seconds, max(self.seconds / 2, each * self.cost_done))
 
 
 class Estimate:
@@ -134,7 +151,7 @@ class Estimate:
     def __init__(self, phases: Sequence[Phase], unit: float, clock: Callable[[], float] = time.monotonic):
         """What is to do, and what one pass is expected to take in seconds."""
         self._phases = {phase.name: _Measured(phase) for phase in phases}
-        self._unit, self._clock = unit, clock
+        self._unit, self._each, self._clock = unit, unit, clock
         self._began = self._last = clock()
         self._current: _Measured | None = None
         self._total = sum(phase.units * phase.cost for phase in phases)
@@ -151,12 +168,7 @@ class Estimate:
         if measured is not self._current:
             self._pass_over(measured)
             self.what, self._current = what, measured
-        if kept:
-            measured.kept += done - measured.done
-        elif not measured.cost_done:
-            measured.first += now - self._last
-        measured.phase = measured.phase._replace(units=total)
-        measured.done, measured.seconds = done, measured.seconds + now - self._last
+        measured.report(done, total, now - self._last, kept)
         self._last = now
 
     def _pass_over(self, until: _Measured) -> None:
@@ -169,8 +181,12 @@ class Estimate:
     def _seconds_per_pass(self) -> float:
         trust = TRUST * self._total
         known = [measured for measured in self._phases.values() if measured.expected and measured.cost_done]
-        done, seconds = (sum(getattr(one, name) for one in known) for name in ("cost_done", "running"))
-        return (trust * self._unit + seconds) / (trust + done) if trust + done else self._unit
+        done = trust + sum(measured.cost_done for measured in known)
+        if done:
+            # What a pass was thought to take tells how much of a single report was compiling.
+            seconds = trust * self._unit + sum(measured.running(self._each) for measured in known)
+            self._each = seconds / done
+        return self._each
 
     def left(self) -> float:
         """The seconds that are left."""
@@ -180,7 +196,7 @@ class Estimate:
             # Of a phase that has only begun, what was expected of it counts as well.
             trust = TRUST * current.cost_left if current.expected else 0.0
             part = trust + current.cost_done
-            speed = (trust * each + current.running) / part if part else each
+            speed = (trust * each + current.running(each)) / part if part else each
             now = max(0.0, current.cost_left * speed - since)
         later = sum(measured.cost_left for measured in self._phases.values() if measured is not current)
         return now + later * each if current is not None else max(0.0, later * each - since)

@@ -129,7 +129,7 @@ class FinishedParts:
             return
         if not (folder / RUN).is_file():
             raise TPatchError(f"{folder} is in the way and was not left by an interrupted run; choose another output")
-        self.count = len(list(folder.glob(f"*{ENDING}")))
+        self.count = self.kept
         again = f"or remove {folder} to start again"
         if not resume:
             if self.count:
@@ -141,6 +141,11 @@ class FinishedParts:
         except (OSError, ValueError) as error:
             raise TPatchError(f"{folder / RUN} is damaged ({error}); remove {folder} and start again") from None
         check_same_run(earlier, self._config, folder, f"go on as it was begun, {again}")
+
+    @property
+    def kept(self) -> int:
+        """How many there are now."""
+        return len(list(self.folder.glob(f"*{ENDING}")))
 
     def begin(self) -> None:
         """Write down what the work is begun with.
