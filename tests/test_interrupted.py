@@ -204,6 +204,9 @@ def test_the_time_left_is_there_from_the_first_second_and_comes_true():
         estimate.report("reading", done, 100)
         shares.append(estimate.share())
     assert estimate.left() == pytest.approx(90, rel=0.1)
+    clock.now += 7  # while the next phase has not reported yet
+    assert estimate.left() == pytest.approx(83, rel=0.1)
+    clock.now -= 7
     # the smaller half of the work is no half of the time
     assert estimate.share() < 0.2
     for done in range(4, 101, 4):

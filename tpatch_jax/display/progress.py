@@ -199,7 +199,9 @@ class Estimate:
             speed = (trust * each + current.running(each)) / part if part else each
             now = max(0.0, current.cost_left * speed - since)
         later = sum(measured.cost_left for measured in self._phases.values() if measured is not current)
-        return now + later * each if current is not None else max(0.0, later * each - since)
+        # Between two phases the next one has begun, though it has not said so yet.
+        between = current is None or not current.cost_left
+        return max(0.0, later * each - since) if between else now + later * each
 
     def share(self) -> float:
         """The share of the whole time that is over; it never falls."""
@@ -242,6 +244,8 @@ def edit_progress(
         def render(self, task: Task) -> Text:
             if task.finished:
                 return Text("")
+            # The bar goes on between reports, as time does.
+            task.completed = max(task.completed, min(0.999, estimate.share()))
             return Text(f"about {format_seconds(estimate.left())} left", style="progress.remaining")
 
     console = Console(stderr=True)

@@ -203,6 +203,8 @@ def fit_rounds(
             break
         began = time.perf_counter()
         said = f"fitting, attempt {attempt + 1}" if attempt else "fitting"
+        if progress:
+            progress(said, 0, len(now))
         pieces, kept = [], []
         for first in range(0, len(now), at_once):
             # Part by part, so that not all that is fitted on is in memory at once.

@@ -503,6 +503,8 @@ def fit_subjects(
     slot = {number: slot for slot, number in enumerate(read.lanes)}
     going = [number for number in read.lanes if wrong[number] and read.keys.margin[slot[number]] > 0]
     turn = {number: sum(groups[other] == groups[number] for other in going if other < number) for number in going}
+    if progress and going:
+        progress("training values", 0, len(going))
     for round_ in range(max(turn.values(), default=-1) + 1):
         now = [number for number in going if turn[number] == round_]
         # Of similar lengths together, so that little is padding.
