@@ -25,6 +25,7 @@ from tpatch_jax.bank.state import active, states
 from tpatch_jax.cli import main as cli
 from tpatch_jax.core.layers import count_neurons
 from tpatch_jax.models.rows import tokens_array
+from tpatch_jax.models.sentences import say
 from tpatch_jax.requests import EditRequest
 
 PROMOTION = "standard"  # optax takes steps
@@ -187,6 +188,86 @@ def test_a_guarded_answer_keeps_an_edit_out(run, place, bank):
     assert (info["added"], info["guards_broken"]) == (["edit-5"], [prompt])
     assert run("verify", bank)["guards_broken"] == [prompt]
     assert run("guard", bank, "--lift", prompt)["guards"] == []
+
+
+def test_what_was_said_before_an_edit_is_said_of_its_own_accord(run, place, bank):
+    model = tp.load_model(place / "tiny")
+    listed = {entry["id"]: entry for entry in run("list", bank)["edits"]}
+    # the first batch was added to an empty bank, the second beside it
+    assert [listed[name]["said_before"] for name in ("cat", "inn")] == say(model, [one.prompt for one in REQUESTS[:2]])
+    beside = tp.bank_model(bank, model)
+    tp.remove_edits(bank, ["who", "herd"])
+    then = tp.bank_model(bank, model)
+    assert [listed[name]["said_before"] for name in ("who", "herd")] == say(then, [one.prompt for one in REQUESTS[2:]])
+    assert say(beside, ["in the inn"]) != [listed["inn"]["said_before"]]
+    # what supersedes an edit was said by that one before, and stays what was said when it is fitted again
+    (said,) = say(then, ["in the inn"])
+    run("add", bank, "--prompt", "in the inn", "--target", "j")
+    shown = run("show", bank, "edit-5")
+    assert shown["said_before"] == said
+    assert said.strip().startswith("h")
+
+
+def test_a_guarded_prompt_is_refused_without_the_model(run, place, bank, monkeypatch):
+    model = tp.load_model(place / "tiny")
+    edited = tp.bank_model(bank, model)
+    prompt = next(text for text in map("the {}".format, "abcdefghijklmnopq") if edited.generate(text, 1).isalnum())
+    (guard,) = run("guard", bank, "--prompt", prompt)["guards"]
+    assert edited.generate(prompt, 24).startswith(guard["answer"])
+    assert run("verify", bank)["guards_broken"] == []
+    wrong = "k" if not guard["answer"].strip().startswith("k") else "m"
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise AssertionError("nothing has to be loaded")
+
+    with monkeypatch.context() as patching:
+        patching.setattr("tpatch_jax.cli.bank.add.load_banked", stop)
+        info = run("add", bank, "--prompt", f"{prompt} ", "--target", wrong, error="nothing is added")
+    ((name, *_, reason),) = [entry.values() for entry in info["failed"]]
+    assert (name, info["added"]) == ("edit-5", [])
+    assert "it would change the guarded answer" in reason
+    # of several, the others are taken in
+    (place / "two.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": text, "target": wrong}) for text in (prompt, "who hit a hen")) + "\n", "utf-8"
+    )
+    info = run("add", bank, place / "two.jsonl")
+    assert (len(info["added"]), [entry["prompt"] for entry in info["failed"]]) == (1, [prompt])
+
+
+def test_generate_answers_several_prompts_with_a_bank(place, bank, tmp_path, capsys):
+    model = tp.bank_model(bank, tp.load_model(place / "tiny"))
+    prompts = ["the cat sat in", "in the inn", "the cat"]
+    wanted = [{"prompt": prompt, "text": model.generate(prompt, 4)} for prompt in prompts]
+    (tmp_path / "prompts.txt").write_text("in the inn\n\nthe cat\n", "utf-8")
+    for source in ([str(place / "tiny")], []):
+        given = ["--prompt", prompts[0], "--file", str(tmp_path / "prompts.txt"), "--max-new-tokens", "4"]
+        assert cli.main(["generate", *source, "--bank", str(bank), *given, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"answers": wanted}
+    asked = [text for prompt in prompts for text in ("--prompt", prompt)]
+    assert cli.main(["generate", "--bank", str(bank), *asked, "--max-new-tokens", "4"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{one['prompt']}{one['text']}".rstrip() in said for one in wanted)
+    for arguments, error in (
+        (["--bank", str(bank)], "nothing to continue"),
+        (["--prompt", "a"], "no model is given"),
+        (["--bank", str(bank), "--patches", str(bank), "--prompt", "a"], "not both"),
+        (["--bank", str(bank), "--dtype", "bfloat16", "--prompt", "a"], "leave --dtype out"),
+        (["--bank", str(tmp_path), "--prompt", "a"], "tpatch bank init"),
+        (["--bank", str(bank), "--file", str(tmp_path / "none.txt")], "UTF-8 text file"),
+    ):
+        assert cli.main(["generate", *arguments]) == 1
+        assert error in capsys.readouterr().err
+
+
+def test_a_bank_is_exported(run, place, bank, tmp_path):
+    exported = run("export", bank, "-o", tmp_path / "out")
+    assert exported["output"] == str(tmp_path / "out")
+    model = tp.load_model(place / "tiny")
+    assert exported["neurons"] == count_neurons(tp.bank_patch(bank, model))
+    again, edited = tp.load_model(tmp_path / "out"), tp.bank_model(bank, model)
+    for request in REQUESTS:
+        assert says(again, request)
+        assert again.generate(request.prompt, 4) == edited.generate(request.prompt, 4)
 
 
 def test_banks_are_compared_and_brought_up_to_date(run, place, bank, tmp_path, capsys):

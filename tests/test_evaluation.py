@@ -36,6 +36,7 @@ from tpatch_jax.models import networks
 from tpatch_jax.models.collection import collect
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach, merge
+from tpatch_jax.models.sentences import say
 from tpatch_jax.requests import join_target
 
 PROMOTION = "standard"
@@ -308,6 +309,30 @@ def test_cached_base_scores_equal_uncached(tiny_model: Model, tmp_path: Path, mo
     assert same(again[1:], fresh[1:])
 
 
+def check_records(model: Model, folder: Path, records: Sequence[Record], shown: str) -> None:
+    """Each record is there with what was asked, said before and after, and with every prompt that it asks."""
+    before, after = (
+        [json.loads(line) for line in (folder / f"records-{method}.jsonl").read_text("utf-8").splitlines()]
+        for method in ("unedited", "direct")
+    )
+    assert [line["id"] for line in after] == [record.id for record in records]
+    for record, old, new in zip(records, before, after, strict=True):
+        said = say(model, [request.prompt for request in record.requests], 16)
+        for line in (old, new):
+            assert [one["prompt"] for one in line["asked"]] == [request.prompt for request in record.requests]
+            assert [one["target"] for one in line["asked"]] == [request.target for request in record.requests]
+            assert [one["before"] for one in line["asked"]] == said
+        assert [one["after"] for one in old["asked"]] == said
+        assert not any(probe["changed"] for probe in old["probes"])
+        wanted = [(kind, probe.prompt) for kind, probes in record.probes.items() for probe in probes]
+        assert [(probe["kind"], probe["prompt"]) for probe in new["probes"]] == wanted
+        for one in new["asked"]:
+            assert f"| {record.id} | {one['prompt']} | {one['target']} |" in shown
+        edits = [probe["after"] for probe in new["probes"] if probe["kind"] in ("reliability", "rewrite_new")]
+        assert new["figures"]["exact"] == np.mean(edits)
+    assert any(one["after"] != one["before"] for line in after for one in line["asked"])
+
+
 @pytest.mark.parametrize("protocol", ["single", "batch", "sequential"])
 def test_protocols_report_and_resume(tiny_model: Model, tmp_path: Path, protocol: str) -> None:
     (tmp_path / "text.txt").write_text("The sun is red. Ada likes the sky. " * 5, "utf-8")
@@ -338,7 +363,9 @@ def test_protocols_report_and_resume(tiny_model: Model, tmp_path: Path, protocol
         "records-unedited.jsonl",
         "records-direct.jsonl",
     }
-    assert protocol in (tmp_path / "whole" / "report.md").read_text("utf-8")
+    shown = (tmp_path / "whole" / "report.md").read_text("utf-8")
+    assert protocol in shown
+    check_records(tiny_model, tmp_path / "whole", records, shown)
     assert read_report(tmp_path / "whole") == whole
 
     # Stopped in the middle and started again, the figures are the same.

@@ -342,6 +342,33 @@ def test_a_report_becomes_a_page(report, tmp_path, capsys):
     assert (document.texts.count("too long"), document.texts.count("edited")) == (1, 299)
 
 
+def test_a_page_has_the_records_one_by_one(report, tmp_path):
+    path = report / "records-tpatcher.jsonl"
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    lines[0]["asked"] = [{"prompt": "Paris <b> is", "target": "old", "before": " in France.", "after": None}]
+    lines[0]["probes"] = [
+        {"kind": "reliability", "prompt": "good one", "target": "a", "before": False, "after": True, "changed": True},
+        {
+            "kind": "rewrite_true",
+            "prompt": "still the former",
+            "target": "b",
+            "before": 1,
+            "after": 1,
+            "changed": False,
+        },
+        {"kind": "locality", "prompt": "left alone", "target": "c", "before": 0, "after": 0, "changed": False},
+        {"kind": "neighborhood_true", "prompt": "never right", "target": "d", "before": 0, "after": 0, "changed": True},
+        {"kind": "locality", "prompt": "one that changed", "changed": True},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    assert cli.main(["report", str(report), "-o", str(tmp_path / "page.html")]) == 0
+    texts = check_page(tmp_path / "page.html").texts
+    assert {"Paris <b> is", "in France.", "3 of 5 as wanted"} <= set(texts)
+    prompts = [probe["prompt"] for probe in lines[0]["probes"]]
+    # what is amiss comes first
+    assert [text for text in texts if text in prompts] == [prompts[n] for n in (1, 4, 0, 2, 3)]
+
+
 def test_pictures_are_drawn_where_there_are_none(report, tmp_path):
     for path in report.glob("*.png"):
         path.unlink()

@@ -6,17 +6,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tpatch_jax.bank.assembly import Store, assemble
+from tpatch_jax.bank.assembly import Held, Store, assemble
 from tpatch_jax.bank.commit import commit, open_to_write
 from tpatch_jax.bank.drafting import Draft, fit_superseding, record_of
+from tpatch_jax.bank.guards import refused_by_guards
 from tpatch_jax.bank.lock import writing
 from tpatch_jax.bank.method import Engine
-from tpatch_jax.bank.state import Bank, BankEdit, Guard, active, prompt_key, states
+from tpatch_jax.bank.state import FREE, SAID, Bank, BankEdit, Guard, active, prompt_key, states
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.typing import Progress
 
-__all__ = ["AddInfo", "add_with"]
+__all__ = ["AddInfo", "Said", "add_with"]
+
+Said = Callable[[Engine, Held, Sequence[str]], Sequence[str | None]]
+"""What the model says of its own accord after some prompts, with the held edits active."""
 
 
 class AddInfo(NamedTuple):
@@ -117,8 +121,9 @@ def add_with(
     force: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
+    say: Said | None = None,
 ) -> AddInfo:
-    """Add requests to a bank with an engine that is made once the bank is open; see `add_edits`."""
+    """Add requests to a bank with an engine that is made once there is something to fit; see `add_edits`."""
     if batch < 1:
         raise TPatchError(f"batch {batch} adds nothing; give 1 or more")
     began = time.perf_counter()
@@ -126,15 +131,22 @@ def add_with(
         bank = open_to_write(folder)
         waiting = _waiting(bank, requests, resume)
         total = AddInfo((), (), (), (), (), (), len(requests) - len(waiting), (), (), (), 0.0)
+        # What wants something else after a guarded prompt itself is known before anything is read or fitted.
+        refused = {} if force else refused_by_guards([request for _, request in waiting], bank.guards)
+        told = ((waiting[n][0], waiting[n][1].prompt, waiting[n][1].target, why) for n, why in refused.items())
+        total = total._replace(failed=tuple(told))
+        waiting = [entry for number, entry in enumerate(waiting) if number not in refused]
         if not waiting:
-            return total
+            return total._replace(seconds=time.perf_counter() - began)
         maker, store = engine(bank), Store.new()
         held = assemble(bank, active(bank), store)
         broken, guards = maker.broken(held), maker.guards_broken(held, bank.guards)
         done = 0
         for part in _batches(waiting, batch):
             start = time.perf_counter()
-            bank, draft, told = _add(bank, part, maker, store, broken, guards, force, seed, start)
+            if progress and not done:
+                progress("adding edits", 0, len(waiting))
+            bank, draft, told = _add(bank, part, maker, store, broken, guards, force, seed, start, say)
             broken, guards = list(draft.broken), list(draft.guards)
             done += len(part)
             if progress:
@@ -153,7 +165,7 @@ def add_with(
 
 def _add(
     bank: Bank, part: Sequence[tuple[str, EditRequest]], engine: Engine, store: Store, broken: Sequence[str],
-    guards: Sequence[Guard], force: bool, seed: int, start: float,
+    guards: Sequence[Guard], force: bool, seed: int, start: float, say: Said | None,
 ) -> tuple[Bank, Draft, dict[str, tuple[Any, ...]]]:  # fmt: skip
     now = {prompt_key(edit.request.prompt): edit for edit in active(bank)}
     there = {name: now.get(prompt_key(request.prompt)) for name, request in part}
@@ -181,6 +193,13 @@ def _add(
             {**told, "refitted": (), "gave_way": ()},
         )
     record["edits"] = [{**entry, **_asked(by_name[entry["id"]])} for entry in record["edits"]]
+    if say is not None:
+        # With everything that was active at this moment, so of an edit that supersedes another, what that one said.
+        said = say(engine, base, [entry["prompt"] for entry in record["edits"]])
+        record["edits"] = [
+            {**entry, "evidence": {**entry["evidence"], SAID: text, FREE: True}}
+            for entry, text in zip(record["edits"], said, strict=True)
+        ]
     record |= {
         "superseded": [{"id": old, "by": name} for old, name in superseded],
         "failed": [{"id": f[0], "prompt": f[1], "target": f[2], "reason": f[3]} for f in told["failed"]],

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tpatch_jax.bank.assembly import Held, join_neurons, take_neurons
+from tpatch_jax.bank.guards import guarded_reason
 from tpatch_jax.bank.method import Engine, Stepped
 from tpatch_jax.bank.pieces import join_pieces
 from tpatch_jax.bank.segments import Arrays
@@ -173,7 +174,7 @@ def _halves(
 ) -> Draft:  # fmt: skip
     if len(good) == 1:
         if spoilt:
-            reason = _guarded(spoilt[0])
+            reason = guarded_reason(spoilt[0])
         else:
             reason = f"it would break {', '.join(harm)}; remove that edit first, or reword the request"
         return start._replace(failed=(*bad, Failure(good[0], reason)))
@@ -189,20 +190,13 @@ def _halves(
     return draft._replace(evidence=evidence, failed=failed)
 
 
-def _guarded(guard: Guard) -> str:
-    return (
-        f"it would change the guarded answer {guard.answer.strip()!r} after {guard.prompt!r}; --force allows that, "
-        "`tpatch bank guard --lift` gives the guard up"
-    )
-
-
 def _explained(draft: Draft, engine: Engine, guards: Sequence[Guard], lost: set[Guard]) -> tuple[Failure, ...]:
     """Which failures are the guards' doing: what would hold without them and change a guarded answer."""
     explained = []
     for failure in draft.failed[:EXPLAINED]:
         tried, _ = _fit(draft._replace(failed=()), [failure.edit], engine, ())
         spoilt = [] if tried.failed else [g for g in engine.guards_broken(tried.held, guards) if g not in lost]
-        explained.append(failure._replace(reason=_guarded(spoilt[0])) if spoilt else failure)
+        explained.append(failure._replace(reason=guarded_reason(spoilt[0])) if spoilt else failure)
     return (*explained, *draft.failed[EXPLAINED:])
 
 

@@ -22,8 +22,8 @@ from tpatch_jax.core.arguments import as_count, as_path, check_call, check_kind
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models import generation
 from tpatch_jax.models.model import Model, check_loaded
+from tpatch_jax.models.sentences import SENTENCE_TOKENS, first_sentence, say, say_tokens
 from tpatch_jax.requests import EditRequest, as_requests, join_target
 from tpatch_jax.storage.cache import cache_folder
 from tpatch_jax.typing import Progress
@@ -130,7 +130,17 @@ def add_edits(
         check_kind(value, bool, f"add_edits(…, {name}=…)", "True or False")
     check_call(progress=progress)
     engine = partial(_engine, model, seed, progress)
-    return add_with(folder, wanted, engine, batch=batch, resume=resume, force=force, seed=seed, progress=progress)
+    return add_with(
+        folder,
+        wanted,
+        engine,
+        batch=batch,
+        resume=resume,
+        force=force,
+        seed=seed,
+        progress=progress,
+        say=lambda engine, held, prompts: say(engine.model(held), prompts),
+    )
 
 
 def _change(
@@ -301,7 +311,7 @@ def guard_bank(
     model: Model | None,
     prompts: Sequence[str | tuple[str, str]] = (),
     *,
-    tokens: int = 5,
+    tokens: int = SENTENCE_TOKENS,
     lift: Sequence[str] = (),
 ) -> tuple[Guard, ...]:
     """Have a bank keep the answers to some prompts: `add_edits` leaves out what would change one.
@@ -309,8 +319,9 @@ def guard_bank(
     Args:
         folder: the bank.
         model: the model that it is for; only needed where there are new prompts.
-        prompts: each a prompt, whose answer is what the model says with the bank's patch now, or prompt and answer.
-        tokens: how many tokens of what the model says are kept.
+        prompts: each a prompt, whose answer is what the model says with the bank's patch now, up to the end of the
+            sentence, or prompt and answer.
+        tokens: so many tokens of what the model says are kept at most.
         lift: guarded prompts to give up.
 
     Returns:
@@ -320,8 +331,8 @@ def guard_bank(
         TPatchError: an answer is not what comes out, a prompt is not guarded; or as `add_edits`.
 
     Example:
-        >>> guard_bank("banks/facts", model, ["The capital of Italy is"], tokens=1)  # doctest: +SKIP
-        (Guard(prompt='The capital of Italy is', answer=' Rome'),)
+        >>> guard_bank("banks/facts", model, ["The capital of Italy is"])  # doctest: +SKIP
+        (Guard(prompt='The capital of Italy is', answer=' Rome.'),)
     """
     folder = as_path(folder, "guard_bank(folder, model, prompts)", "the folder of a bank; give its path")
     prompts, lift = _guard_entries(prompts), [lift] if isinstance(lift, str) else lift
@@ -357,11 +368,10 @@ def _answer(edited: Model, prompt: str, tokens: int) -> str:
         raise TPatchError("a guarded prompt is empty; write the text whose answer must stay")
     if edited.config.labels:
         return edited.classify([prompt])[0]
-    read = edited.encode_prompt(prompt)
-    said = generation.greedy(edited.config, edited.params, [read], tokens, edited.stops)[0]
-    if not edited.decode(said).strip():
+    (said,) = say_tokens(edited, [prompt], tokens)
+    text = edited.continuation(edited.encode_prompt(prompt), said)
+    # The token that ends the sentence may hold more than its end, and the last one a part of a character.
+    answer = first_sentence(text).rstrip("\ufffd")
+    if not answer.strip():
         raise TPatchError(f"the model says nothing that can be read after {prompt!r}; guard another prompt")
-    # The answer has to be the same tokens when it is read again behind the prompt.
-    while said and edited.encode_target(prompt, edited.continuation(read, said))[: len(said)] != list(said):
-        said = said[:-1]
-    return edited.continuation(read, said)
+    return answer

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from tpatch_jax.bank.assembly import Held, empty_neurons, take_neurons
-from tpatch_jax.bank.guards import read_guards
+from tpatch_jax.bank.guards import GuardedAnswers
 from tpatch_jax.bank.method import Result, Stepped
 from tpatch_jax.bank.state import Guard
 from tpatch_jax.core.checks import random_key
@@ -52,6 +52,7 @@ class EditorEngine:
             raise TPatchError(f"edits of method {method.name!r} cannot be kept in a bank; use tpatcher or grace")
         self.base, self.method, self.rng = model, method, random_key(seed)
         self.editor = method.build(settings, memory, cache, progress)
+        self._guarded = GuardedAnswers(model)
 
     @cached_property
     def _unedited(self) -> Any:
@@ -89,14 +90,11 @@ class EditorEngine:
         with jax.default_matmul_precision("highest"):
             state = self._state(held)
             after, info = self.editor.step(state, named, self.rng)
-            items = self._items(requests)
-            said = _answers(self.model(held), items)
         rows = self.method.rows(after)
         results = []
         for number, result in enumerate(info.requests):
             evidence = {
                 "status": result.status,
-                "said_before": self._text(said[number]) if result.held else None,
                 "site": result.site,
                 "steps": result.steps,
                 "margin": result.margin,
@@ -106,10 +104,6 @@ class EditorEngine:
             neurons = rows.get(f"\0{number}", none) if result.held else none
             results.append(Result(result.held, result.reason, evidence, neurons, {}))
         return Stepped(results, {})
-
-    def _text(self, tokens: np.ndarray) -> str:
-        labels = self.base.config.labels
-        return labels[int(tokens[0])] if labels else self.base.decode(tokens)
 
     def broken(self, held: Held) -> list[str]:
         """See `tpatch_jax.bank.method.Engine`."""
@@ -125,9 +119,11 @@ class EditorEngine:
 
     def guards_broken(self, held: Held, guards: Sequence[Guard]) -> list[Guard]:
         """See `tpatch_jax.bank.method.Engine`."""
-        items = read_guards(self.base, guards)
+        if not guards:
+            return []
         with jax.default_matmul_precision("highest"):
-            return [guards[number] for number in self._wrong(self.model(held), items)]
+            edited = self.model(held)
+            return self._guarded.changed(edited, guards, lambda items: self._wrong(edited, items))
 
     def verify(self, held: Held) -> list[str]:
         """See `tpatch_jax.bank.method.Engine`."""

@@ -20,7 +20,7 @@ class Result(NamedTuple):
     Attributes:
         held: whether it holds.
         reason: why not, and how to mend it.
-        evidence: what the model said before, status, losses, margin, steps, site.
+        evidence: status, losses, margin, steps, site.
         neurons: its neurons.
         piece: what later fits need to know about it; empty if it does not hold.
     """

@@ -16,7 +16,26 @@ from typing import Any, NamedTuple
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest
 
-__all__ = ["Bank", "BankEdit", "Guard", "active", "find", "live", "prompt_key", "replay", "states", "step"]
+__all__ = [
+    "FREE",
+    "SAID",
+    "SAID_UNDER_TARGET",
+    "Bank",
+    "BankEdit",
+    "Guard",
+    "active",
+    "find",
+    "live",
+    "prompt_key",
+    "replay",
+    "states",
+    "step",
+]
+
+SAID, FREE = "said_before", "free_running"
+"""Where the evidence of an edit has what the model said when it was added, and that it said so of its own accord."""
+SAID_UNDER_TARGET = "said_under_target"
+"""The name of what older banks kept in that place: what was most probable under the target's tokens."""
 
 Ref = tuple[int, int]
 """A neuron: the line of the journal that brought it, and its row in that line's segment."""
@@ -33,7 +52,9 @@ class BankEdit:
         removed: whether it was removed.
         disabled: whether it is disabled.
         fits: the lines that fitted it, each with its neurons' rows in that line's segment.
-        evidence: of the latest fit: what the model said before, status, losses, margin, steps, site.
+        evidence: of the latest fit status, losses, margin, steps and site; and ``said_before``, what the model said
+            after the prompt when the edit was added. Banks of earlier versions did not keep that; what they kept is
+            ``said_under_target``.
     """
 
     id: str
@@ -107,12 +128,21 @@ def step(bank: Bank, record: Mapping[str, Any], check: str) -> Bank:
         )
     fitted = {entry["id"]: entry for entry in (*record.get("edits", ()), *record.get("refitted", ()))}
     edits = [
-        replace(edit, fits=(*edit.fits, (number, tuple(entry["neurons"]))), evidence=entry["evidence"])
+        replace(edit, fits=(*edit.fits, (number, tuple(entry["neurons"]))), evidence=_evidence(edit, entry["evidence"]))
         if (entry := fitted.get(edit.id))
         else edit
         for edit in edits
     ]
     return Bank(bank.folder, bank.manifest, (*bank.records, record), tuple(edits), guards, lost, check)
+
+
+def _evidence(edit: BankEdit, told: Mapping[str, Any]) -> dict[str, Any]:
+    """The evidence of a fit; what the model said before is that of the moment when the edit was added."""
+    if told.get(FREE):
+        return dict(told)
+    kept = dict(edit.evidence) if edit.fits else {SAID: None, SAID_UNDER_TARGET: told.get(SAID)}
+    names = (SAID, FREE, SAID_UNDER_TARGET)
+    return {**told, **{name: kept[name] for name in names if name in kept and (name == SAID or kept[name] is not None)}}
 
 
 def _request(entry: Mapping[str, Any]) -> EditRequest:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpatch_jax.bank.assembly import Held
-from tpatch_jax.bank.guards import read_guards
+from tpatch_jax.bank.guards import GuardedAnswers
 from tpatch_jax.bank.method import Result, Stepped
 from tpatch_jax.bank.pieces import join_pieces, split_pieces
 from tpatch_jax.bank.segments import Arrays
@@ -88,6 +88,7 @@ class TPatcherEngine:
         self.last, self.subject_layer = model.layer(None), site_layer(model, settings)
         self.dtype = jax.tree.leaves(model.params)[0].dtype
         self._pieces: dict[str, tuple[frozenset[Ref], Arrays]] = {}
+        self._answers = GuardedAnswers(model)
 
     @cached_property
     def _unedited(self) -> EditState:
@@ -133,9 +134,12 @@ class TPatcherEngine:
         return [self._pieces[edit.id][1] for edit in held.edits]
 
     def _guard_pieces(self, guards: Sequence[Guard], model: Model) -> list[Arrays]:
-        if not guards:
+        return self._pieces_at(self._answers.items(guards), model)
+
+    def _pieces_at(self, items: Sequence[Item], model: Model) -> list[Arrays]:
+        """What is known about prompts that no neuron is for."""
+        if not items:
             return []
-        items = read_guards(self.base, guards)
         queries = None
         if self.subject_layer is not None:
             rows = [item.rows[0] for item in items]
@@ -160,24 +164,24 @@ class TPatcherEngine:
 
     def step(self, held: Held, requests: Sequence[EditRequest], guards: Sequence[Guard]) -> Stepped:
         """See `tpatch_jax.bank.method.Engine`."""
+        # Guards are kept silent on in the tokens in which the model says them now.
+        self.guards_broken(held, guards)
         with jax.default_matmul_precision("highest"):
-            model, late = self._look(held)
+            model, _ = self._look(held)
             previous = self._previous([*self._held_pieces(held), *self._guard_pieces(guards, model)])
             patches = jax.tree.map(jnp.asarray, self._patches(held))
             state = self._unedited.replace(patches=patches, previous=previous)  # type: ignore[attr-defined]
             after, info = self.editor.step(state, requests, self.rng)
-            said = self._said_before(model, late, requests, [result.held for result in info.requests])
-        return Stepped(self._results(after, info, said), self._moved(held, after))
+        return Stepped(self._results(after, info), self._moved(held, after))
 
-    def _results(self, after: EditState, info: EditInfo, said: Sequence[str | None]) -> list[Result]:
+    def _results(self, after: EditState, info: EditInfo) -> list[Result]:
         """What became of each request, with its neurons and what later fits need to know of it."""
         count = sum(result.held for result in info.requests)
         pieces = iter(_pieces_of(after.previous)[len(after.previous.lengths) - count :])
         results = []
-        for result, before in zip(info.requests, said, strict=True):
+        for result in info.requests:
             evidence = {
                 "status": result.status,
-                "said_before": before,
                 "site": result.site,
                 "steps": result.steps,
                 "margin": result.margin,
@@ -207,22 +211,6 @@ class TPatcherEngine:
             moved |= {int(rows[n]): (key[n], bias[n]) for n in np.flatnonzero(differ)}
         return dict(sorted(moved.items()))
 
-    def _said_before(
-        self, model: Model, late: Patch, requests: Sequence[EditRequest], chosen: Sequence[bool]
-    ) -> list[str | None]:
-        """What the model said in the place of each target, for those chosen."""
-        items = self._items([request for request, wanted in zip(requests, chosen, strict=True) if wanted])
-        if not items:
-            return [None] * len(requests)
-        tokens = predicted(model, collect_bare(model, items), late)
-        ends = np.cumsum([len(item.target) for item in items])[:-1]
-        if self.base.config.labels:
-            texts = [self.base.config.labels[int(number)] for number in tokens]
-        else:
-            texts = [self.base.decode(part) for part in np.split(tokens, ends)]
-        rest = iter(texts)
-        return [next(rest) if wanted else None for wanted in chosen]
-
     def broken(self, held: Held) -> list[str]:
         """See `tpatch_jax.bank.method.Engine`."""
         if not held.edits:
@@ -248,8 +236,12 @@ class TPatcherEngine:
             return []
         with jax.default_matmul_precision("highest"):
             model, late = self._look(held)
-            previous = self._previous(self._guard_pieces(guards, model))
-            return [guards[number] for number in _owners(previous, find_broken(model, previous, late))]
+
+            def wrong(items: list[Item]) -> list[int]:
+                previous = self._previous(self._pieces_at(items, model))
+                return _owners(previous, find_broken(model, previous, late))
+
+            return self._answers.changed(self.model(held), guards, wrong)
 
     def verify(self, held: Held) -> list[str]:
         """See `tpatch_jax.bank.method.Engine`."""

@@ -1,8 +1,11 @@
 """``tpatch edit``: fits patches for requests, and saves those that hold."""
 
+import hashlib
+import json
 import shlex
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,14 +29,19 @@ from tpatch_jax.cli.common import (
     requests_of,
     settings_of,
 )
-from tpatch_jax.display.console import format_count, print_json, progress_bar, result_console, result_table
+from tpatch_jax.display.console import format_count, print_json, result_console, result_table
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest
 
 if TYPE_CHECKING:
     from tpatch_jax.editors.base import EditInfo
+    from tpatch_jax.editors.tpatcher.settings import TPatcherSettings
+    from tpatch_jax.models.model import Model
 
 __all__ = ["Edit", "summary"]
+
+SHOWN = 100
+"""So many requests at most are shown with what the model says; all are in ``--json``."""
 
 
 @dataclass(frozen=True)
@@ -53,34 +61,84 @@ class Edit:
     changes: Set = ()
     memory: MemoryText = None
     train_on_rephrases: Annotated[bool, arg(help="fit on the rephrases too, which otherwise only measure")] = False
+    resume: Annotated[bool, arg(help="go on with an interrupted run of the same requests and options")] = False
     dtype: Dtype = None
     seed: Annotated[int, arg(help="the same seed gives the same patches")] = 0
     json: Json = False
     quiet: Quiet = False
 
     def run(self) -> None:
-        """Edit, save, measure, and show the figures."""
+        """Edit, save, measure, and show the figures and what the model says now."""
         from tpatch_jax.bank.patches import save_patches
         from tpatch_jax.core.layers import count_neurons
-        from tpatch_jax.editors.tpatcher.editor import edit
+        from tpatch_jax.display.progress import edit_phases, edit_progress, format_seconds, pass_seconds
+        from tpatch_jax.editors.tpatcher.editor import edit, site_layer
+        from tpatch_jax.evaluation.answers import compare_answers, count_prompts
         from tpatch_jax.evaluation.measure import measure
         from tpatch_jax.storage.files import check_vacant
+        from tpatch_jax.storage.finished_parts import FinishedParts, unfinished_folder
 
         requests = requests_of(self.requests, (self.prompt, self.target, self.subject), join=self.join)
         rephrases = ["train_on_rephrases=true"] if self.train_on_rephrases else []
         settings = settings_of(self.preset, self.config, [*self.changes, *rephrases])
         check_vacant(Path(self.output))
         model = load(self.model, self.dtype, self.quiet or self.json)
-        with progress_bar(self.quiet or self.json) as report:
-            patches, info = edit(
-                model, requests, settings=settings, memory=self.memory, seed=self.seed, progress=report
+        folder = unfinished_folder(Path(self.output).absolute())
+        finished = FinishedParts(
+            folder, _run_config(model, requests, settings, self.memory, self.seed), resume=self.resume
+        )
+        if self.resume and not self.quiet:
+            count = format_count(finished.count, "finished part")
+            sys.stderr.write(f"tpatch: going on with {count} of an interrupted run\n")
+
+        def warn(left: float) -> None:
+            many = format_count(len(requests), "request")
+            sys.stderr.write(
+                f"tpatch: about {format_seconds(left)} are left for {many}; what is finished is kept, and after an "
+                "interruption the same command with --resume goes on\n"
             )
+
+        prompts = count_prompts(requests)
+        subjects = sum(bool(one.subject) for one in requests) if site_layer(model, settings) is not None else 0
+        phases = edit_phases(len(requests), subjects, prompts)
+        hide = self.quiet or self.json
+        first = ("training values", "fitting")
+        with edit_progress(
+            hide,
+            phases,
+            pass_seconds(model),
+            first,
+            lambda left: None if self.quiet else warn(left),
+            lambda: finished.taken,
+        ) as report:
+            finished.begin()
+            try:
+                patches, info = edit(
+                    model,
+                    requests,
+                    settings=settings,
+                    memory=self.memory,
+                    seed=self.seed,
+                    progress=report,
+                    finished=finished,
+                )
+            except KeyboardInterrupt:
+                if finished.kept:
+                    sys.stderr.write(
+                        f"tpatch: {folder} keeps what is finished; the same command with --resume goes on\n"
+                    )
+                raise
+            except TPatchError:
+                if not finished.kept:  # nothing is lost, and the next attempt may be another
+                    finished.remove()
+                raise
             held = any(request.held for request in info.requests)
             if held:  # else the folder would only be in the way of the next attempt
                 save_patches(self.output, model, patches, requests, info)
-            total = sum(1 + len(request.rephrases) + len(request.locality) for request in requests)
-            figures = measure(model, patches, requests, lambda done: report("measuring", done, total))
-        result = summary(info, figures, count_neurons(patches))
+            finished.remove()
+            figures = measure(model, patches, requests, lambda done: report("measuring", done, prompts))
+            said = compare_answers(model, patches, requests, lambda done: report("reading answers", done, 2 * prompts))
+        result = {**summary(info, figures, count_neurons(patches)), "records": _records(info, said)}
         if self.json:
             print_json(result)
         else:
@@ -102,6 +160,7 @@ class Edit:
         for request in info.requests:
             if request.held and request.reason:
                 console.print(f"{request.id}: {request.reason}", markup=False)
+        _show_records(result["records"])
         for request in info.failed:
             console.print(f"[red]failed[/red] {escape(request.id)}: {escape(request.reason)}")
         if not saved:
@@ -110,6 +169,77 @@ class Edit:
         words = ["tpatch", "generate", self.model, "--patches", self.output, "--prompt", requests[0].prompt]
         words += ["--dtype", self.dtype] if self.dtype else []
         console.print(Text(shlex.join(words)), soft_wrap=True)
+
+
+def _run_config(
+    model: "Model", requests: Sequence[EditRequest], settings: "TPatcherSettings", memory: str | None, seed: int
+) -> dict[str, Any]:
+    """What determines the patches of a run, by name."""
+    from importlib.metadata import version
+
+    import jax
+
+    from tpatch_jax.models.fingerprint import fingerprint
+    from tpatch_jax.storage.finished_parts import hash_file
+
+    content = json.dumps([asdict(request) for request in requests], ensure_ascii=False)
+    device = jax.devices()[0]
+    config = {
+        "model": f"{fingerprint(model)} in {model.dtype}",
+        "requests": f"{len(requests)} with SHA-256 {hashlib.sha256(content.encode()).hexdigest()[:16]}",
+        "seed": seed,
+        "memory": None if memory is None else hash_file(memory),
+        **{f"setting {name}": value for name, value in asdict(settings).items()},
+        **{name: version(name) for name in ("tpatch-jax", "jax")},
+        "device": f"{len(jax.devices())} {device.device_kind}",
+    }
+    return json.loads(json.dumps(config))
+
+
+def _records(info: "EditInfo", said: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What became of each request, and what the model said and says."""
+    records = []
+    for result, answers in zip(info.requests, said, strict=True):
+        name, rest = answers["id"], {key: value for key, value in answers.items() if key != "id"}
+        reason = {"reason": result.reason} if result.reason else {}
+        records.append({"id": name, "status": result.status, "held": result.held, **reason, **rest})
+    return records
+
+
+def _show_records(records: Sequence[Mapping[str, Any]]) -> None:
+    """Each request before and after, its rephrases, and the protected prompts that changed."""
+    from rich.text import Text
+
+    console = result_console()
+
+    def harmed(record: Mapping[str, Any]) -> bool:
+        others = (*record["rephrases"], *record["locality"])
+        return not (record["held"] and record["as_wanted"] and all(other["as_wanted"] for other in others))
+
+    # Where there are many, what is not as wanted is shown first.
+    chosen = records if len(records) <= SHOWN else sorted(records, key=harmed, reverse=True)[:SHOWN]
+    table = result_table(
+        "what the model says", ("request", "asked", "prompt", "before", "after", "target", "as wanted")
+    )
+    for record in chosen:
+        lines = [("edit", record), *(("rephrase", other) for other in record["rephrases"])]
+        lines += [("protected", other) for other in record["locality"] if not other["as_wanted"]]
+        for kind, line in lines:
+            texts = [_one_line(line[name]) for name in ("prompt", "before", "after")]
+            target = "" if kind == "protected" else record["target"]
+            good = line["as_wanted"] and (kind != "edit" or record["held"])
+            mark = Text("yes", style="green") if good else Text("changed" if kind == "protected" else "no", style="red")
+            table.add_row(Text(record["id"]), Text(kind), *map(Text, (*texts, _one_line(target))), mark)
+    console.print(table)
+    if len(chosen) < len(records):
+        console.print(f"{len(records) - len(chosen):,} more requests are left out; --json has all")
+    kept = [other["as_wanted"] for record in records for other in record["locality"]]
+    if kept:
+        console.print(f"{sum(kept):,} of {format_count(len(kept), 'protected prompt')} say the same as before")
+
+
+def _one_line(text: str | None) -> str:
+    return "(cannot be asked)" if text is None else text.strip().replace("\n", "⏎")
 
 
 def summary(info: "EditInfo", figures: dict[str, float | None], neurons: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from tpatch_jax.cli.bank.add import Add
 from tpatch_jax.cli.bank.diff import Diff
 from tpatch_jax.cli.bank.disable import Disable
 from tpatch_jax.cli.bank.enable import Enable
+from tpatch_jax.cli.bank.export import ExportBank
 from tpatch_jax.cli.bank.group import Bank
 from tpatch_jax.cli.bank.guard import Guard
 from tpatch_jax.cli.bank.init import Init
@@ -65,6 +66,7 @@ BANK_COMMANDS: Mapping[str, type[Command]] = {
     "diff": Diff,
     "disable": Disable,
     "enable": Enable,
+    "export": ExportBank,
     "guard": Guard,
     "init": Init,
     "list": List,

@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element
 import numpy as np
 
 from tpatch_jax.bank.assembly import Held, Store, assemble
-from tpatch_jax.bank.state import Bank, active, replay, states
+from tpatch_jax.bank.state import SAID, SAID_UNDER_TARGET, Bank, active, replay, states
 from tpatch_jax.display.charts import heat, histogram, steps
 from tpatch_jax.display.console import format_count
 from tpatch_jax.display.markup import Child, element, figures, number, shorten, table
@@ -108,7 +108,7 @@ def _edits(bank: Bank) -> list[Child]:
     rows = []
     for edit in reversed(bank.edits[-MOST_EDITS:]):
         evidence, state = edit.evidence, state_of[edit.id]
-        said = evidence.get("said_before")
+        said = evidence.get(SAID)
         rows.append(
             [
                 edit.id,
@@ -129,6 +129,9 @@ def _edits(bank: Bank) -> list[Child]:
         element("h2", "Edits"),
         element("p", "Newest first; the line is that of the journal that added it."),
         table(columns, rows, numbers=("neurons", "margin", "line")),
+        element("p", "What an earlier version kept as said before was no such thing, and is left out.", class_="faint")
+        if any(edit.evidence.get(SAID_UNDER_TARGET) is not None for edit in bank.edits)
+        else None,
         element("p", f"{left:,} earlier ones are left out; tpatch bank list shows all.") if left else None,
     ]
 

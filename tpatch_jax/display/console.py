@@ -68,16 +68,29 @@ def print_json(value: Any) -> None:
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Report]:
-    """A report function ``(what, done, total)`` that draws one bar for each thing being done.
+    """A report function ``(what, done, total)`` that draws one bar for each thing being done, with its time left.
 
     Args:
         quiet: draw nothing; nothing is drawn off a terminal either.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}
 

@@ -8,10 +8,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from tpatch_jax.display.markup import Child, bar, code, element, figures, number, table
+from tpatch_jax.display.markup import Child, bar, code, element, figures, number, shorten, table
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import SHARES, draw_report
-from tpatch_jax.evaluation.report import CLEAN, FIGURES, data_remarks
+from tpatch_jax.evaluation.report import BEFORE_AFTER, CLEAN, FIGURES, as_wanted, data_remarks, worst_first
 from tpatch_jax.evaluation.report import table as figure_rows
 
 __all__ = ["read_lines", "report_title", "report_view"]
@@ -109,13 +109,39 @@ def _mark(figure: Any) -> Child:
     return number(figure)
 
 
+def _request_cells(line: Mapping[str, Any]) -> list[Child]:
+    """What was asked of a record, and what the model said before and says after."""
+    asked = line.get("asked") or ()
+    cells = []
+    for name in ("prompt", "target", "before", "after"):
+        # Reports of earlier versions do not hold these.
+        texts = [str(request[name]).strip() for request in asked if request.get(name) is not None]
+        cells.append("\n".join(shorten(text) for text in texts))
+    return cells
+
+
+def _probes(line: Mapping[str, Any]) -> Child:
+    """Every prompt that a record asks, folded away; what is not as it should be first."""
+    probes = line.get("probes") or ()
+    if not probes:
+        return None
+    rows = []
+    for probe in sorted(probes, key=as_wanted):
+        marks = [_mark(int(probe[name])) if "target" in probe else "" for name in ("before", "after")]
+        rows.append(
+            [probe["kind"], probe["prompt"], probe.get("target", ""), *marks, "yes" if probe["changed"] else "no"]
+        )
+    heading = f"{sum(map(as_wanted, probes))} of {len(probes)} as wanted"
+    columns = ["kind", "prompt", "target", "said before", "said after", "changed"]
+    return element("td", element("details", element("summary", heading), table(columns, rows)))
+
+
 def _records(report: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Child]:
     before = {line["id"]: line.get("figures", {}) for line in lines.get("unedited", ())}
     parts: list[Child] = []
     for result in report["results"]:
         measured = lines[result["method"]] if result["method"] != "unedited" else ()
-        # What failed is what one looks for.
-        ordered = sorted(measured, key=lambda line: line.get("figures", {}).get("exact", 1))[:MOST_RECORDS]
+        ordered = worst_first(measured)[:MOST_RECORDS]
         names = [name for name in ("exact", "generalization", "locality", "ES", "PS", "NS")
                  if any(name in line.get("figures", {}) for line in ordered)]  # fmt: skip
         rows = []
@@ -126,13 +152,25 @@ def _records(report: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str
                 reasons = "was right, left alone"
             shares = line.get("figures", {})
             was = before.get(line["id"], {}).get("exact")
-            rows.append([line["id"], reasons, _mark(was), *(_mark(shares.get(name)) for name in names)])
+            marks = [_mark(was), *(_mark(shares.get(name)) for name in names)]
+            rows.append([line["id"], *_request_cells(line), reasons, *marks, _probes(line)])
         if rows:
             left = f"; {len(measured) - len(rows):,} more are in records-{result['method']}.jsonl"
+            columns = [
+                "id",
+                "prompt",
+                "target",
+                "before",
+                "after",
+                "what became of it",
+                "exact before",
+                *names,
+                "all prompts",
+            ]
             parts += [
                 element("h2", f"Records: {result['method']}"),
-                element("p", "What failed first" + left * (len(measured) > len(rows)) + "."),
-                table(["id", "what became of it", "exact before", *names], rows, numbers=names),
+                element("p", "What failed first" + left * (len(measured) > len(rows)) + ". " + BEFORE_AFTER),
+                table(columns, rows, numbers=names),
             ]
     return parts
 

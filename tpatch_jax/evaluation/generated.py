@@ -1,4 +1,4 @@
-"""What an edited model writes freely: continuations for GE, and answers to MQuAKE's questions."""
+"""What an edited model writes freely: continuations for GE, answers to MQuAKE's questions, and to each request."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -11,8 +11,9 @@ from tpatch_jax.editors.base import Routing
 from tpatch_jax.evaluation.records import Record
 from tpatch_jax.models.generation import greedy, sample
 from tpatch_jax.models.model import Model
+from tpatch_jax.models.sentences import first_sentence, say
 
-__all__ = ["answers", "continuations"]
+__all__ = ["answers", "continuations", "sentences"]
 
 LANES = 16
 ANSWER_TOKENS = 16
@@ -71,7 +72,14 @@ def answers(model: Model, records: Sequence[Record], routing: Routing | None = N
         For each record its answers, ``[questions]`` texts.
     """
     prompts = [model.encode_prompt(question) for record in records for question in record.questions]
-    texts = [""] * len(prompts)
+    texts = [model.decode(row) for row in _written(model, prompts, routing)]
+    ends = np.cumsum([0, *(len(record.questions) for record in records)])
+    return [texts[start:end] for start, end in pairwise(ends)]
+
+
+def _written(model: Model, prompts: Sequence[list[int]], routing: Routing | None) -> list[list[int]]:
+    """The tokens that greedily follow prompts."""
+    said: list[list[int]] = [[] for _ in prompts]
     for writer, numbers, rows in _writers(model, routing, prompts):
         # Neighbours in length share a batch, so that little of it is padding.
         order = np.argsort([len(row) for row in rows], kind="stable")
@@ -80,6 +88,23 @@ def answers(model: Model, records: Sequence[Record], routing: Routing | None = N
             with jax.default_matmul_precision("highest"):
                 written = greedy(writer.config, writer.params, [rows[n] for n in part], ANSWER_TOKENS, writer.stops)
             for number, row in zip(part, written, strict=True):
-                texts[numbers[number]] = model.decode(row)
-    ends = np.cumsum([0, *(len(record.questions) for record in records)])
-    return [texts[start:end] for start, end in pairwise(ends)]
+                said[numbers[number]] = row
+    return said
+
+
+def sentences(model: Model, prompts: Sequence[str], routing: Routing | None = None) -> list[str | None]:
+    """What a model says of its own accord after prompts, up to the end of the sentence and in at most 16 tokens.
+
+    Args:
+        model: the model, edited or not.
+        prompts: what it reads.
+        routing: which prompts another model continues.
+
+    Returns:
+        A text for each; ``None`` for a prompt that the model cannot read.
+    """
+    if routing is None:
+        return say(model, prompts, ANSWER_TOKENS)
+    rows = [model.encode_prompt(prompt) for prompt in prompts]
+    written = _written(model, rows, routing)
+    return [first_sentence(model.continuation(row, tokens)) for row, tokens in zip(rows, written, strict=True)]

@@ -5,26 +5,23 @@ A report folder holds from the start ``run.json`` (the configuration), from the 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.storage.files import check_vacant, sync, write_text
+from tpatch_jax.storage.files import check_vacant, write_text
+from tpatch_jax.storage.finished_parts import check_same_run, load_arrays, save_arrays
 from tpatch_jax.storage.folders import REPORT
+from tpatch_jax.typing import Arrays
 
 __all__ = ["Journal", "finish_report", "open_report"]
 
 RUN, UNFINISHED = "run.json", "unfinished"
-
-Arrays = dict[str, np.ndarray]
 
 
 def open_report(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -54,13 +51,7 @@ def open_report(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise TPatchError(f"{run} is damaged ({error}); remove {folder} and start again") from None
     wanted = json.loads(json.dumps(config))
-    if earlier != wanted:
-        names = [name for name in {**earlier, **wanted} if earlier.get(name) != wanted.get(name)]
-        name = names[0]
-        raise TPatchError(
-            f"{folder} belongs to a run with {name}={_short(earlier.get(name))}, and this one has "
-            f"{_short(wanted.get(name))}; choose another output folder or remove it first"
-        )
+    check_same_run(earlier, wanted, folder, "choose another output folder or remove it first")
     try:
         return json.loads((folder / REPORT).read_text("utf-8"))
     except (OSError, ValueError):
@@ -71,11 +62,6 @@ def open_report(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
 def finish_report(folder: Path) -> None:
     """Remove what only an interrupted run would have needed."""
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @contextmanager
@@ -132,26 +118,12 @@ class Journal:
         """Keep the edits so far, whole or not at all."""
         if self._state is None:
             return
-        temporary = self._state.with_name(f".{self._state.name}.{os.getpid()}")
-        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        try:
-            with _writing(self._state):
-                save_file(whole, temporary, {"about": json.dumps(about)})
-                sync(temporary)
-                os.replace(temporary, self._state)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _writing(self._state):
+            save_arrays(self._state, arrays, about)
 
     def load(self) -> tuple[Arrays, dict[str, Any]] | None:
         """The edits so far, if any were kept."""
-        if self._state is None or not self._state.exists():
-            return None
-        try:
-            with safe_open(self._state, "numpy") as file:
-                about = json.loads((file.metadata() or {})["about"])
-            return load_file(self._state), about
-        except (OSError, SafetensorError, KeyError, ValueError):
-            return None
+        return load_arrays(self._state) if self._state is not None else None
 
     def finish(self, result: dict[str, Any]) -> None:
         """The method is done."""

@@ -22,7 +22,7 @@ from tpatch_jax.core.patch import activations, take
 from tpatch_jax.editors.base import EditInfo, Editor, RequestInfo, Routing
 from tpatch_jax.editors.registry import Method
 from tpatch_jax.evaluation import metrics
-from tpatch_jax.evaluation.generated import answers, continuations
+from tpatch_jax.evaluation.generated import answers, continuations, sentences
 from tpatch_jax.evaluation.journal import Journal
 from tpatch_jax.evaluation.metrics import Score
 from tpatch_jax.evaluation.records import Probe, Record
@@ -47,10 +47,13 @@ ELSEWHERE = ("neighborhood_true", "locality", "locality_answer", "relation_speci
 ACCURACY = ("accuracy",)
 RULE = "rephrasing_"
 SAVE_EVERY = 10
+SAID = 300
+"""So many records at most are shown with what the model says of its own accord before and after."""
 HEAT = 48
 """So many records at most are shown in the heat map of activations."""
 
 Lines = list[dict[str, Any]]
+Texts = Mapping[int, Sequence[str | None]]
 
 
 class Setup(NamedTuple):
@@ -69,6 +72,7 @@ class Setup(NamedTuple):
         generate: whether GE is measured.
         every: after so many edits of a stream all edits so far are asked again.
         tell: called with what is being done, how much is done, and how much there is.
+        said: what the unedited model says of its own accord after the prompts of the first records' requests.
     """
 
     model: Model
@@ -83,6 +87,7 @@ class Setup(NamedTuple):
     generate: bool
     every: int
     tell: Callable[[str, int, int], None]
+    said: Sequence[Sequence[str | None]] = ()
 
 
 class Edited(NamedTuple):
@@ -145,6 +150,7 @@ def _figures(
     number: int,
     outcome: Outcome,
     model: Model | None,
+    said: Texts,
     replies: Sequence[str] | None = None,
     routing: Routing | None = None,
 ) -> dict[str, Any]:
@@ -157,6 +163,8 @@ def _figures(
     figures = metrics.record_figures(before, after, texts, setup.contaminated[number])
     nll = {kind: [one.nll for one in scores] for kind, scores in after.items()}
     line: dict[str, Any] = {
+        "asked": _asked(setup, number, said),
+        "probes": _probes(record, before, after),
         "figures": figures,
         "nll": {kind: float(np.mean(values)) for kind, values in nll.items() if values and not np.isnan(values).any()},
     }
@@ -167,6 +175,43 @@ def _figures(
     if texts:
         line["texts"] = texts
     return line
+
+
+def _say(setup: Setup, numbers: Sequence[int], model: Model | None, routing: Routing | None) -> Texts:
+    """What a model says of its own accord after the requests of those of some records that are shown so."""
+    if model is setup.model and routing is None:
+        return {number: setup.said[number] for number in numbers if number < len(setup.said)}
+    shown = [number for number in numbers if number < len(setup.said)] if model is not None else []
+    prompts = [request.prompt for number in shown for request in setup.records[number].requests]
+    texts = iter(sentences(model, prompts, routing) if model is not None and prompts else ())
+    return {number: [next(texts) for _ in setup.records[number].requests] for number in shown}
+
+
+def _asked(setup: Setup, number: int, after: Texts) -> list[dict[str, Any]]:
+    """Each request of a record, with what the model says of its own accord before and after."""
+    requests = setup.records[number].requests
+    nothing = [None] * len(requests)
+    before = setup.said[number] if number < len(setup.said) else nothing
+    return [
+        {"prompt": request.prompt, "target": request.target, "before": old, "after": new}
+        for request, old, new in zip(requests, before, after.get(number, nothing), strict=True)
+    ]
+
+
+def _probes(
+    record: Record, before: Mapping[str, Sequence[Score]], after: Mapping[str, Sequence[Score]]
+) -> list[dict[str, Any]]:
+    """Every prompt that a record asks: whether its target came and comes out whole, or without one, what changed."""
+    lines = []
+    for kind, probes in record.probes.items():
+        for probe, old, new in zip(probes, before[kind], after[kind], strict=True):
+            line: dict[str, Any] = {"kind": kind, "prompt": probe.prompt}
+            if probe.target:
+                whole = {name: bool(np.all(one.right)) for name, one in (("before", old), ("after", new))}
+                line |= {"target": probe.target, **whole}
+            line["changed"] = not np.array_equal(old.predicted, new.predicted)
+            lines.append(line)
+    return lines
 
 
 def _replies(setup: Setup, model: Model | None, routing: Routing | None = None) -> list[list[str]] | list[None]:
@@ -259,7 +304,8 @@ def unedited(setup: Setup, journal: Journal) -> dict[str, Any]:
     """The model as it is, on everything that the methods are asked."""
     replies = _replies(setup, setup.model)
     for number in range(len(journal.lines), len(setup.records)):
-        line = _figures(setup, number, setup.base.outcome, setup.model, replies[number])
+        said = _say(setup, [number], setup.model, None)
+        line = _figures(setup, number, setup.base.outcome, setup.model, said, replies[number])
         journal.add({"id": setup.records[number].id, **line})
         setup.tell("unedited", number + 1, len(setup.records))
     figures = metrics.summarise([line["figures"] for line in journal.lines])
@@ -276,8 +322,10 @@ def _single(setup: Setup, method: Method, editor: Editor, journal: Journal) -> d
         state, info = editor.step(fresh, record.requests, setup.rng)
         edited = Edited(method, editor, state)
         outcome = _look(setup, edited, setup.base, _texts(setup, [record]))
-        needs_model = record.questions or setup.generate
-        line = _figures(setup, number, outcome, edited.model if needs_model else None, routing=edited.routing)
+        needs_model = record.questions or setup.generate or number < len(setup.said)
+        model, routing = edited.model if needs_model else None, edited.routing
+        said = _say(setup, [number], model, routing)
+        line = _figures(setup, number, outcome, model, said, routing=routing)
         line["figures"] |= _on_text(setup, edited)
         heat = _heat(setup, edited.patches, _last_neurons(setup, info.requests)) if number < HEAT else None
         journal.add({"id": record.id, **line, "cost": _cost(info), **({"activations": heat} if heat else {})})
@@ -313,12 +361,13 @@ def _batch(setup: Setup, method: Method, editor: Editor, journal: Journal) -> di
 
 def _after_all(setup: Setup, edited: Edited) -> Lines:
     outcome = _look(setup, edited, setup.base)
-    model = edited.model if setup.generate or any(record.questions for record in setup.records) else None
+    asks = setup.generate or setup.said or any(record.questions for record in setup.records)
+    model = edited.model if asks else None
     routing = edited.routing
-    replies = _replies(setup, model, routing)
+    replies, said = _replies(setup, model, routing), _say(setup, range(len(setup.records)), model, routing)
     lines = []
     for number, record in enumerate(setup.records):
-        lines.append({"id": record.id, **_figures(setup, number, outcome, model, replies[number], routing)})
+        lines.append({"id": record.id, **_figures(setup, number, outcome, model, said, replies[number], routing)})
         setup.tell("measuring", number + 1, len(setup.records))
     return lines
 

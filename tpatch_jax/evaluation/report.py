@@ -11,14 +11,18 @@ from tpatch_jax.storage.files import write_text
 from tpatch_jax.storage.folders import REPORT, describe_folder
 
 __all__ = [
+    "BEFORE_AFTER",
+    "CLEAN",
     "FIGURES",
     "SCHEMA",
+    "as_wanted",
     "comparison",
     "data_remarks",
     "differences",
     "markdown",
     "read_report",
     "table",
+    "worst_first",
     "write_report",
 ]
 
@@ -35,6 +39,15 @@ FIGURES = (
     "prompts about something else that are edited themselves, and questions about what follows that name a new object."
 )
 """What the figures of every report mean."""
+
+BEFORE_AFTER = (
+    "Before and after are what the model says of its own accord, up to the end of the sentence and in at most 16 "
+    "tokens, of the first 300 records of the data."
+)
+"""What the texts of records mean."""
+MOST_RECORDS = 20
+"""So many records of a method stand in ``report.md``; all are in the files of records."""
+LONGEST_TEXT = 80
 
 FIRST = (
     *("exact", "reliability", "generalization", "generalization_exact", "locality", "portability"),
@@ -66,7 +79,7 @@ def write_report(folder: Path, report: dict[str, Any], lines: Mapping[str, Seque
     """
     pictures = draw_report(folder, report, lines)
     try:
-        write_text(folder / "report.md", markdown(report, pictures))
+        write_text(folder / "report.md", markdown(report, pictures, lines))
         write_text(folder / REPORT, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
         raise TPatchError(f"cannot write {folder}: {error.strerror}; free some room and run again") from None
@@ -174,12 +187,61 @@ def data_remarks(report: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def markdown(report: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
+_UNWANTED = ("rewrite_true", "paraphrase_true", "neighborhood_new")
+_KEPT = ("neighborhood_true", "locality_answer", "relation_specificity")
+
+
+def as_wanted(probe: Mapping[str, Any]) -> bool:
+    """Whether a prompt that a record asks is answered as it should be.
+
+    What is asked of an edit says its target, and no longer the old one; elsewhere no answer changes, or none that was
+    right is lost.
+
+    Args:
+        probe: as a record's ``probes`` hold it.
+    """
+    if probe["kind"] in _UNWANTED:
+        return not probe["after"]
+    if "target" not in probe or probe["kind"] == "locality":
+        return not probe["changed"]
+    return probe["after"] or (probe["kind"] in _KEPT and not probe["before"])
+
+
+def worst_first(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Records as one looks for them: those that failed first, else in their order."""
+    return sorted(lines, key=lambda line: line.get("figures", {}).get("exact", 1))
+
+
+def _cell(text: Any) -> str:
+    """A text as a cell of a Markdown table."""
+    whole = "" if text is None else _one_line(str(text).strip())
+    short = whole if len(whole) <= LONGEST_TEXT else whole[: LONGEST_TEXT - 1] + "…"
+    return short.replace("\\", "\\\\").replace("|", "\\|")
+
+
+def _record_rows(lines: Sequence[Mapping[str, Any]]) -> Rows:
+    """The first records of a method: what was asked, what was said before and after, and how many prompts are amiss."""
+    rows = [["id", "prompt", "target", "before", "after", "as wanted"]]
+    for line in worst_first(lines)[:MOST_RECORDS]:
+        probes = line.get("probes") or ()
+        good = sum(map(as_wanted, probes))
+        for number, request in enumerate(line.get("asked") or ()):
+            cells = (_cell(request.get(name)) for name in ("prompt", "target", "before", "after"))
+            rows.append([_cell(line["id"]), *cells, f"{good} of {len(probes)} prompts" if not number else ""])
+    return rows
+
+
+def markdown(
+    report: Mapping[str, Any],
+    pictures: Sequence[str] = (),
+    lines: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> str:
     """The page to read.
 
     Args:
         report: the report.
         pictures: file names beside it.
+        lines: the records of each method.
     """
     config, results = report["config"], report["results"]
     parts = [
@@ -199,6 +261,10 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     for result in results[1:]:
         status = ", ".join(f"{count} {name}" for name, count in result["requests"].items())
         parts.append(f"{result['method']}: of the requests, {status}; records in `records-{result['method']}.jsonl`.")
+    for result in results[1:]:
+        rows = _record_rows((lines or {}).get(result["method"], ()))
+        if len(rows) > 1:
+            parts += [f"## Records: {result['method']}", f"What failed first. {BEFORE_AFTER}", _markdown_table(rows)]
     parts += [f"![{name}]({name})" for name in pictures]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     parts.append(f"Data sha256 `{report['data_sha256']}`. {versions}.")

@@ -20,8 +20,9 @@ from tpatch_jax.editors.registry import Method, find_method, method_settings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.contamination import contaminated_probes, count_probes
 from tpatch_jax.evaluation.data_notes import DataNotes
+from tpatch_jax.evaluation.generated import sentences
 from tpatch_jax.evaluation.journal import Journal, finish_report, open_report
-from tpatch_jax.evaluation.protocols import ACCURACY, ELSEWHERE, MOMENTS, PROTOCOLS, Setup, unedited
+from tpatch_jax.evaluation.protocols import ACCURACY, ELSEWHERE, MOMENTS, PROTOCOLS, SAID, Setup, unedited
 from tpatch_jax.evaluation.records import Probe, Record
 from tpatch_jax.evaluation.report import SCHEMA, write_report
 from tpatch_jax.evaluation.running_text import WINDOW, read_windows
@@ -29,7 +30,7 @@ from tpatch_jax.evaluation.scoring import ScoredPrompts, ask, base_scores
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.storage.cache import cache_folder
-from tpatch_jax.storage.reading import read_bytes
+from tpatch_jax.storage.finished_parts import hash_file
 from tpatch_jax.typing import Progress
 
 __all__ = ["evaluate"]
@@ -133,8 +134,8 @@ def evaluate(
         "n": len(records),
         "settings": {method.name: asdict(used[method.name]) for method in chosen},
         "activation": _activation(model, chosen, used),
-        "text": None if text is None else {"sha256": _file(text), "tokens": text_tokens, "window": WINDOW},
-        "memory": None if memory is None else _file(memory),
+        "text": None if text is None else {"sha256": hash_file(text), "tokens": text_tokens, "window": WINDOW},
+        "memory": None if memory is None else hash_file(memory),
         "generate": generate,
         "every": every,
         "seed": seed,
@@ -250,7 +251,10 @@ def _prepare(
         count = len(windows.rows)
         running = base_scores(model, windows, cache=place, tell=lambda done: tell("reading the text", done, count))
     index = {probe: number for number, probe in enumerate(probes)}
-    return Setup(model, records, train, held_out, base, index, running, rng, contaminated, generate, every, tell)
+    prompts = [request.prompt for record in records[:SAID] for request in record.requests]
+    texts = iter(sentences(model, prompts))
+    said = [[next(texts) for _ in record.requests] for record in records[:SAID]]
+    return Setup(model, records, train, held_out, base, index, running, rng, contaminated, generate, every, tell, said)
 
 
 def _activation(model: Model, methods: Sequence[Method], used: Mapping[str, Any]) -> str | None:
@@ -264,13 +268,6 @@ def _content(records: Sequence[Record]) -> str:
     for record in records:
         digest.update(json.dumps(asdict(record), sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def _file(path: str | Path) -> str:
-    try:
-        return hashlib.sha256(read_bytes(path)).hexdigest()
-    except OSError as error:
-        raise TPatchError(f"{path} cannot be read ({error.strerror}); give a file that exists") from None
 
 
 def _peak() -> float | None:

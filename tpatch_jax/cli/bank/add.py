@@ -12,6 +12,8 @@ from tpatch_jax.errors import TPatchError
 
 if TYPE_CHECKING:
     from tpatch_jax.bank.adding import AddInfo
+    from tpatch_jax.bank.method import Engine
+    from tpatch_jax.bank.state import Bank
 
 __all__ = ["Add"]
 
@@ -40,11 +42,20 @@ class Add:
 
     def run(self) -> None:
         """Add the requests, and show what became of each."""
+        from pathlib import Path
+
+        from tpatch_jax.bank.adding import add_with
         from tpatch_jax.bank.editing import add_edits
+        from tpatch_jax.bank.guards import refused_by_guards
         from tpatch_jax.bank.inspection import open_bank
 
         requests = requests_of(self.requests, (self.prompt, self.target, self.subject), "add", self.join)
-        model = load_banked(open_bank(self.bank), self.model, self.quiet or self.json)
+        bank = open_bank(self.bank)
+        if not self.force and len(refused_by_guards(requests, bank.guards)) == len(requests):
+            # That no request can be taken in is known without the model.
+            self._show(add_with(Path(self.bank), requests, _no_engine, batch=self.batch, resume=self.resume))
+            return
+        model = load_banked(bank, self.model, self.quiet or self.json)
         with progress_bar(self.quiet or self.json) as report:
             info = add_edits(
                 self.bank,
@@ -56,12 +67,19 @@ class Add:
                 seed=self.seed,
                 progress=report,
             )
+        self._show(info)
+
+    def _show(self, info: "AddInfo") -> None:
         if self.json:
             print_json(_added_json(info))
         else:
             _show_added(self.bank, info)
         if info.failed and not (info.added or info.already or info.skipped):
             raise TPatchError(f"nothing is added to {self.bank}: every request failed, for the reasons given")
+
+
+def _no_engine(bank: "Bank") -> "Engine":
+    raise AssertionError("a guarded prompt needs no engine")
 
 
 def _show_added(folder: str, info: "AddInfo") -> None:

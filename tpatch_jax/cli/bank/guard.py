@@ -20,9 +20,11 @@ class Guard:
     bank: BankFolder
     _: KW_ONLY
     prompt: Annotated[Texts, arg(metavar="TEXT", help="a prompt that must keep its answer; may be repeated")] = ()
-    answer: Annotated[str | None, arg(help="of a single prompt; by default what the model says now")] = None
+    answer: Annotated[str | None, arg(help="of a single prompt; by default the sentence that the model says now")] = (
+        None
+    )
     file: Annotated[str | None, arg(metavar="FILE", help="JSON lines of prompts and targets to keep")] = None
-    tokens: Annotated[int, arg(help="so many tokens of what the model says are kept")] = 5
+    tokens: Annotated[int, arg(help="so many tokens at most, where no sentence ends before")] = 24
     lift: Annotated[Texts, arg(metavar="TEXT", help="a prompt to guard no longer; may be repeated")] = ()
     model: ModelPlace = None
     json: Json = False

@@ -41,6 +41,7 @@ from tpatch_jax.models.networks import Batch
 from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest, as_requests, check_ids
 from tpatch_jax.storage.cache import cache_folder
+from tpatch_jax.storage.finished_parts import FinishedParts
 from tpatch_jax.typing import Progress
 
 __all__ = ["check_settings", "edit", "site_layer", "tpatcher"]
@@ -54,6 +55,7 @@ def tpatcher(
     memory: str | Path | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
+    finished: FinishedParts | None = None,
 ) -> Editor:
     """The T-Patcher editor.
 
@@ -62,6 +64,8 @@ def tpatcher(
         memory: a text file for the query memory; by default text is sampled from the model.
         cache: folder where memories are kept between runs.
         progress: called with what is being done, how much is done, and how much there is.
+        finished: of an editor that takes a single step, what an interrupted run has fitted already, and where what is
+            fitted is kept.
 
     Returns:
         The `Editor`; its state is an `EditState`.
@@ -84,7 +88,7 @@ def tpatcher(
     def step(state: EditState, requests: Sequence[EditRequest], rng: Array) -> tuple[EditState, EditInfo]:
         check_kind(state, EditState, "editor.step(state, requests, rng)", "a state; give what init or step returned")
         key = as_key(rng)
-        return step_once(state.model, requests, lambda given: _step(state, given, key, progress))
+        return step_once(state.model, requests, lambda given: _step(state, given, key, progress, finished))
 
     def apply(state: EditState, batch: Batch) -> Array:
         check_kind(state, EditState, "editor.apply(state, batch)", "a state; give what init or step returned")
@@ -152,7 +156,11 @@ def _plan(state: EditState, requests: Sequence[EditRequest]) -> EditPlan:
 
 
 def _step(
-    state: EditState, requests: list[EditRequest], rng: Array, progress: Progress | None
+    state: EditState,
+    requests: list[EditRequest],
+    rng: Array,
+    progress: Progress | None,
+    finished: FinishedParts | None,
 ) -> tuple[EditState, EditInfo]:
     """Requests to neurons, and what became of each."""
     began = time.perf_counter()
@@ -160,13 +168,13 @@ def _step(
     if not plan.items:
         times = time.perf_counter() - began, 0.0, 0.0
         return state, report(plan.names, plan.problems, set(), {}, {}, hidden_size, times)
-    subjects = fit_at_subjects(state, plan, progress)
+    subjects = fit_at_subjects(state, plan, progress, finished)
     subject_seconds = time.perf_counter() - began if subjects.neurons else 0.0
     # Measuring the unit is no part of the edit.
     paused = time.perf_counter()
     unit = forward_seconds(subjects.model, plan.items)
     began += time.perf_counter() - paused
-    draft = verify_draft(plan, fit_in_last_layer(state, plan, subjects, rng, progress))
+    draft = verify_draft(plan, fit_in_last_layer(state, plan, subjects, rng, progress, finished))
     after = commit_draft(state, plan, draft)
     times = time.perf_counter() - began, subject_seconds + draft.fitted.seconds, unit
     problems = {**plan.problems, **_explain_failures(state, plan, draft)}
@@ -236,6 +244,7 @@ def edit(
     seed: int = 0,
     cache: bool = True,
     progress: Progress | None = None,
+    finished: FinishedParts | None = None,
 ) -> tuple[dict[int, Patch], EditInfo]:
     """Correct a model: fit the neurons that make it say each request's target after its prompt.
 
@@ -249,6 +258,7 @@ def edit(
         seed: the same seed gives the same patches on one machine.
         cache: keep the memory on disk between runs.
         progress: called with what is being done, how much is done, and how much there is.
+        finished: what an interrupted run of the same arguments has fitted already, and where what is fitted is kept.
 
     Returns:
         The patches, ``{layer: [n, d]}``, with one neuron per wrong target token in the last layer, or a pair per
@@ -276,6 +286,7 @@ def edit(
     if settings.site == "auto" and not any(request.subject for request in wanted):
         settings = dataclasses.replace(settings, site="last")
     with jax.default_matmul_precision("highest"):
-        editor = tpatcher(settings, memory=memory, cache=cache_folder() if cache else None, progress=progress)
+        place = cache_folder() if cache else None
+        editor = tpatcher(settings, memory=memory, cache=place, progress=progress, finished=finished)
         state, info = editor.step(editor.init(model, rng), wanted, rng)
     return {layer: patch for layer, patch in state.patches.items() if patch.key.shape[0]}, info

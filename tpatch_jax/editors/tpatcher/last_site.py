@@ -114,9 +114,11 @@ def collect_inner(
     return collect(model, rows, [places[n] for n in targets], model.layer(None), report, on_disk=True).query
 
 
-def collect_bare(model: Model, items: Sequence[Item]) -> Sites:
+def collect_bare(model: Model, items: Sequence[Item], progress: Progress | None = None) -> Sites:
     """The bare prompts alone."""
-    return collect(model, [item.rows[0] for item in items], [item.places(0) for item in items], model.layer(None))
+    report = (lambda done: progress("reading requests", done, len(items))) if progress else None
+    rows, places = [item.rows[0] for item in items], [item.places(0) for item in items]
+    return collect(model, rows, places, model.layer(None), report)
 
 
 def forward_seconds(model: Model, items: Sequence[Item], most: int = 64) -> float:

@@ -19,6 +19,7 @@ from tpatch_jax.core.memory import Memory
 from tpatch_jax.core.patch import Patch, concatenate, join, take
 from tpatch_jax.core.problem import Head
 from tpatch_jax.editors.base import EditInfo, RequestInfo
+from tpatch_jax.storage.finished_parts import FinishedParts
 from tpatch_jax.typing import Activation, Progress
 
 __all__ = [
@@ -152,6 +153,19 @@ class RoundsInput(NamedTuple):
     mesh: Mesh | None = None
 
 
+def _kept_part(finished: FinishedParts | None, name: str, rows: np.ndarray) -> tuple[Patch, FitInfo] | None:
+    """What an interrupted run fitted for some tokens."""
+    arrays: Any = None if finished is None else finished.load(name, {"rows": rows.tolist()})
+    if arrays is None:
+        return None
+    return Patch(*(arrays[part] for part in Patch._fields)), FitInfo(*(arrays[part] for part in FitInfo._fields))
+
+
+def _keep_part(finished: FinishedParts | None, name: str, rows: np.ndarray, patch: Patch, info: FitInfo) -> None:
+    if finished is not None:
+        finished.save(name, {**patch._asdict(), **info._asdict()}, {"rows": rows.tolist()})
+
+
 def fit_rounds(
     patch: Patch,
     missing: np.ndarray,
@@ -162,6 +176,7 @@ def fit_rounds(
     attempts: int,
     most_tokens: int,
     progress: Progress | None = None,
+    finished: FinishedParts | None = None,
 ) -> Fitted:
     """One neuron for each token that does not come out; a retry is fitted in the presence of what is there by then.
 
@@ -174,6 +189,7 @@ def fit_rounds(
         attempts: how many rounds at most.
         most_tokens: only so many tokens of a request get a neuron.
         progress: called with what is being done, how much is done, and how much there is.
+        finished: what an interrupted run has fitted already, and where what is fitted is kept.
     """
     targets = given.targets
     # Once, not again with each part.
@@ -187,15 +203,22 @@ def fit_rounds(
             break
         began = time.perf_counter()
         said = f"fitting, attempt {attempt + 1}" if attempt else "fitting"
+        if progress:
+            progress(said, 0, len(now))
         pieces, kept = [], []
         for first in range(0, len(now), at_once):
             # Part by part, so that not all that is fitted on is in memory at once.
             part = now[first : first + at_once]
-            rngs = _fold_names(rng, [f"{given.names[row]} {attempt}" for row in part], at_once)
-            problems = given.create_problems(part, patch)
-            arguments = problems, memory, given.head, rngs, settings, given.activation
-            done = fit_many(*arguments, mesh=given.mesh, size=size, retry=attempt > 0)
-            new, info = jax.tree.map(np.asarray, done)
+            name = f"fit-{attempt}-{first}"
+            done = _kept_part(finished, name, part)
+            if done is None:
+                rngs = _fold_names(rng, [f"{given.names[row]} {attempt}" for row in part], at_once)
+                problems = given.create_problems(part, patch)
+                arguments = problems, memory, given.head, rngs, settings, given.activation
+                fitted = fit_many(*arguments, mesh=given.mesh, size=size, retry=attempt > 0)
+                done = jax.tree.map(np.asarray, fitted)
+                _keep_part(finished, name, part, *done)
+            new, info = done
             keep = np.flatnonzero(np.isfinite(new.value).all((1, 2)) & np.isfinite(new.key).all((1, 2)))
             pieces.append(join(take(new, keep)))
             kept.append(np.repeat(part[keep], new.key.shape[1]))

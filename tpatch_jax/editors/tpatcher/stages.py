@@ -37,13 +37,16 @@ from tpatch_jax.editors.tpatcher.rounds import Checks, RoundsInput, drop_failure
 from tpatch_jax.editors.tpatcher.state import EditState
 from tpatch_jax.editors.tpatcher.subject_site import fit_subjects, read_subjects
 from tpatch_jax.models.collection import Sites, predicted, wrong_rows
+from tpatch_jax.storage.finished_parts import FinishedParts
 from tpatch_jax.storage.rows_on_disk import chosen_rows
 from tpatch_jax.typing import Progress
 
 __all__ = ["commit_draft", "fit_at_subjects", "fit_in_last_layer", "verify_draft"]
 
 
-def fit_at_subjects(state: EditState, plan: EditPlan, progress: Progress | None) -> SubjectDraft:
+def fit_at_subjects(
+    state: EditState, plan: EditPlan, progress: Progress | None, finished: FinishedParts | None = None
+) -> SubjectDraft:
     """Neurons at the subjects of those requests that have one and do not hold already.
 
     Where a new neuron breaks an earlier edit, its request is left to the last layer.
@@ -52,6 +55,7 @@ def fit_at_subjects(state: EditState, plan: EditPlan, progress: Progress | None)
         state: the edits so far.
         plan: the requests.
         progress: called with what is being done, how much is done, and how much there is.
+        finished: what an interrupted run has fitted already, and where what is fitted is kept.
     """
     unedited, settings, previous, layer = state.model, state.settings, state.previous, state.subject_layer
     last = jax.tree.map(np.asarray, state.patches[unedited.layer(None)])
@@ -60,13 +64,13 @@ def fit_at_subjects(state: EditState, plan: EditPlan, progress: Progress | None)
         return SubjectDraft(unedited, unedited, none, none, previous)
     before = jax.tree.map(np.asarray, state.patches[layer])
     model = with_subject_neurons(unedited, layer, before)
-    said = predicted(model, collect_bare(model, plan.items), last)
+    said = predicted(model, collect_bare(model, plan.items, progress), last)
     ends = np.cumsum([len(item.target) for item in plan.items])[:-1]
     wrong = [tokens.tolist() != item.target for item, tokens in zip(plan.items, np.split(said, ends), strict=True)]
     subjects = read_subjects(
         unedited, state.subject_memory, layer, plan.items, plan.requests, previous, settings.subject, progress
     )
-    fitted = fit_subjects(subjects, before, wrong, previous, progress)
+    fitted = fit_subjects(subjects, before, wrong, previous, progress, finished)
     patch = jax.tree.map(np.asarray, fitted.patch)
     model = with_subject_neurons(unedited, layer, concatenate([before, patch]))
     draft = SubjectDraft(unedited, model, before, patch, previous, layer, tuple(fitted.neurons), subjects)
@@ -81,7 +85,12 @@ def fit_at_subjects(state: EditState, plan: EditPlan, progress: Progress | None)
 
 
 def fit_in_last_layer(
-    state: EditState, plan: EditPlan, subjects: SubjectDraft, rng: Array, progress: Progress | None
+    state: EditState,
+    plan: EditPlan,
+    subjects: SubjectDraft,
+    rng: Array,
+    progress: Progress | None,
+    finished: FinishedParts | None = None,
 ) -> Draft:
     """Neurons for the target tokens that do not come out; what they are fitted on is let go with this call.
 
@@ -91,6 +100,7 @@ def fit_in_last_layer(
         subjects: the neurons at subjects.
         rng: a typed random key.
         progress: called with what is being done, how much is done, and how much there is.
+        finished: what an interrupted run has fitted already, and where what is fitted is kept.
     """
     model, settings, known, items = subjects.model, state.settings, state.memory, plan.items
     former = jax.tree.map(np.asarray, state.patches[model.layer(None)])
@@ -127,7 +137,17 @@ def fit_in_last_layer(
         mesh_of(model.params),
     )
     attempts, most = settings.attempts, settings.most_tokens
-    fitted = fit_rounds(last, missing, given, rng, settings.fit, attempts=attempts, most_tokens=most, progress=progress)
+    fitted = fit_rounds(
+        last,
+        missing,
+        given,
+        rng,
+        settings.fit,
+        attempts=attempts,
+        most_tokens=most,
+        progress=progress,
+        finished=finished,
+    )
     kept = np.arange(len(fitted.row))
     return Draft(subjects, bare, former, last, targets, fitted, raised_for, frozenset(already), kept)
 

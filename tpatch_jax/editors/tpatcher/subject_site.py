@@ -43,6 +43,7 @@ from tpatch_jax.models.collection import collect
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.storage.finished_parts import FinishedParts
 from tpatch_jax.typing import Progress
 
 __all__ = [
@@ -518,7 +519,12 @@ def _recognised(
 
 
 def fit_subjects(
-    read: Subjects, before: Patch, wrong: Sequence[bool], previous: PreviousEdits, progress: Progress | None = None
+    read: Subjects,
+    before: Patch,
+    wrong: Sequence[bool],
+    previous: PreviousEdits,
+    progress: Progress | None = None,
+    finished: FinishedParts | None = None,
 ) -> FittedSubjects:
     """A pair of neurons for each request, at its subject; a single one without a plateau.
 
@@ -531,6 +537,7 @@ def fit_subjects(
         wrong: which items want a neuron.
         previous: the edits of earlier steps; those of the same subject must go on.
         progress: called with what is being done, how much is done, and how much there is.
+        finished: what an interrupted run has fitted already, and where what is fitted is kept.
 
     Returns:
         The new neurons. A request whose queries cannot be parted from others' gets none.
@@ -542,6 +549,8 @@ def fit_subjects(
     slot = {number: slot for slot, number in enumerate(read.lanes)}
     going = [number for number in read.lanes if wrong[number] and read.keys.margin[slot[number]] > 0]
     turn = {number: sum(groups[other] == groups[number] for other in going if other < number) for number in going}
+    if progress and going:
+        progress("training values", 0, len(going))
     for round_ in range(max(turn.values(), default=-1) + 1):
         now = [number for number in going if turn[number] == round_]
         # Of similar lengths together, so that little is padding.
@@ -557,7 +566,10 @@ def fit_subjects(
                 ]
                 for number in chunk
             }
-            new = _fit_chunk(read, present, chunk, kept, slot)
+            new = _kept_chunk(finished, f"values-{round_}-{first}", read, chunk)
+            if new is None:
+                new = _fit_chunk(read, present, chunk, kept, slot)
+                _keep_chunk(finished, f"values-{round_}-{first}", read, chunk, new)
             first_neuron = fitted.patch.key.shape[0]
             neurons = [neuron._replace(neuron=first_neuron + neuron.neuron) for neuron in new.neurons]
             fitted = FittedSubjects(concatenate([fitted.patch, new.patch]), [*fitted.neurons, *neurons])
@@ -589,6 +601,39 @@ def _fit_chunk(
         neurons += [SubjectNeuron(position, number * each + n, steps, margin, losses) for n in range(each)]
     new = sharpen(_levelled(silent._replace(value=value), settings.plateau), SHARPNESS)
     return FittedSubjects(take(jax.tree.map(np.asarray, new), np.arange(len(chunk) * each)), neurons)
+
+
+def _positions(read: Subjects, chunk: Sequence[int]) -> dict[str, Any]:
+    return {"requests": [read.positions[number] for number in chunk]}
+
+
+def _kept_chunk(
+    finished: FinishedParts | None, name: str, read: Subjects, chunk: Sequence[int]
+) -> FittedSubjects | None:
+    """What an interrupted run fitted for some requests."""
+    arrays: Any = None if finished is None else finished.load(name, _positions(read, chunk))
+    if arrays is None:
+        return None
+    columns: Any = zip(*(arrays[column].tolist() for column in ("position", "neuron", "steps", "margin")), strict=True)
+    losses = {name[5:]: array.tolist() for name, array in arrays.items() if name.startswith("loss_")}
+    neurons = [
+        SubjectNeuron(position, neuron, steps, margin, {loss: values[number] for loss, values in losses.items()})
+        for number, (position, neuron, steps, margin) in enumerate(columns)
+    ]
+    return FittedSubjects(Patch(*(arrays[part] for part in Patch._fields)), neurons)
+
+
+def _keep_chunk(
+    finished: FinishedParts | None, name: str, read: Subjects, chunk: Sequence[int], new: FittedSubjects
+) -> None:
+    if finished is None or not new.neurons:
+        return
+    arrays = {part: np.asarray(array) for part, array in new.patch._asdict().items()}
+    for column in ("position", "neuron", "steps", "margin"):
+        arrays[column] = np.asarray([getattr(neuron, column) for neuron in new.neurons])
+    for loss in new.neurons[0].losses:
+        arrays[f"loss_{loss}"] = np.asarray([neuron.losses[loss] for neuron in new.neurons], np.float64)
+    finished.save(name, arrays, _positions(read, chunk))
 
 
 def _previous_rows(previous: PreviousEdits, group: int) -> list[PromptRow]:

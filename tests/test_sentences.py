@@ -1,0 +1,82 @@
+"""What a model says of its own accord: where a sentence ends, and when two say the same."""
+
+import jax.numpy as jnp
+import pytest
+from conftest import make_tiny_model
+
+import tpatch_jax as tp
+from tpatch_jax.evaluation.answers import compare_answers
+from tpatch_jax.models.sentences import agrees, first_sentence, say, say_tokens
+from tpatch_jax.requests import EditRequest
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (" Boris Johnson. He was born", " Boris Johnson."),
+        (" Rome!\nNext", " Rome!"),
+        ("\n\nParis\nis", "\n\nParis"),
+        (" 3.5 million. And", " 3.5 million."),
+        (" the U.S. state of Ohio. It", " the U.S. state of Ohio."),
+        (" St. Petersburg. It", " St. Petersburg."),
+        (" J. K. Rowling", " J. K. Rowling"),
+        (' "Yes." He', ' "Yes."'),
+        ("東京です。そして", "東京です。"),
+        (" no end", " no end"),
+        ("", ""),
+    ],
+)
+def test_a_sentence_ends_where_people_end_it(text, sentence):
+    assert first_sentence(text) == sentence
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "same"),
+    [
+        (" Rome.\n\nThe capital", " Rome. It lies", True),
+        (" ROME .", " Rome.", True),
+        (" Rome and Milan.", " Rome.", False),
+        (" Rome and Milan", " Rome.", False),
+        (" Rome, a city", "Rome", True),
+        (" Romeo", "Rome", False),
+        (" Milan.", " Rome.", False),
+        (" $5.", " €5.", False),
+        (" $5.", " $5!", True),
+        ("東京です。", "東京", True),
+        ("京都です。", "東京", False),
+        (" ...", " ...", True),
+        (" Rome", " ...", False),
+    ],
+)
+def test_answers_are_compared_by_what_they_say(said, wanted, same):
+    assert agrees(said, wanted) == same
+
+
+def test_a_model_says_a_sentence_of_its_own_accord():
+    model = make_tiny_model()
+    prompts = ["the cat", "in the inn", "the cat sat in the"]
+    texts = say(model, prompts, 6)
+    assert texts == [first_sentence(model.generate(prompt, 6)) for prompt in prompts]
+    for prompt, tokens, text in zip(prompts, say_tokens(model, prompts, 6), texts, strict=True):
+        assert model.continuation(model.encode_prompt(prompt), tokens).startswith(text)
+    # what cannot be read is nothing, and costs the others nothing
+    assert say(model, ["", "a" * 64, "the cat"], 6) == [None, None, texts[0]]
+
+
+def test_answers_before_and_after_are_those_of_the_two_models():
+    model = make_tiny_model()
+    hidden_size = model.config.hidden_size
+    # fires everywhere, and pushes all of it one way
+    patch = tp.Patch(jnp.zeros((1, hidden_size)), jnp.ones(1), 50 * jnp.eye(1, hidden_size))
+    requests = [EditRequest("the cat", "ab", rephrases=("a cat",), locality=("the herd", "the hen"), id="cat")]
+    edited, prompts = tp.attach(model, patch), ["the cat", "a cat", "the herd", "the hen"]
+    (record,) = compare_answers(model, patch, requests)
+    lines = [record, *record["rephrases"], *record["locality"]]
+    assert [line["prompt"] for line in lines] == prompts
+    assert [line["before"] for line in lines] == say(model, prompts)
+    assert [line["after"] for line in lines] == say(edited, prompts)
+    assert any(line["before"] != line["after"] for line in lines)
+    assert [line["as_wanted"] for line in record["locality"]] == [
+        agrees(line["after"], line["before"]) and agrees(line["before"], line["after"]) for line in record["locality"]
+    ]
+    assert not record["as_wanted"]

@@ -1,0 +1,93 @@
+"""What a model says before and after an edit: to each request's prompt, its rephrasings and what it protects."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tpatch_jax.core.layers import LayerPatches
+from tpatch_jax.core.patch import Patch
+from tpatch_jax.models.model import Model
+from tpatch_jax.models.patching import attach
+from tpatch_jax.models.sentences import SENTENCE_TOKENS, agrees, say
+from tpatch_jax.requests import EditRequest, join_target
+
+__all__ = ["compare_answers", "count_prompts"]
+
+SLACK = 8
+
+
+def count_prompts(requests: Sequence[EditRequest]) -> int:
+    """How many prompts some requests have, their rephrasings and what they protect included."""
+    return sum(1 + len(request.rephrases) + len(request.locality) for request in requests)
+
+
+def _target_tokens(model: Model, requests: Sequence[EditRequest]) -> int:
+    """The most tokens that a target may take."""
+    # A token holds at least a letter of a decoder's text; what cannot be written is not asked for at all.
+    lengths = [len(model.tokenizer.encode(request.target, add_special_tokens=False)) for request in requests]
+    return max(lengths, default=0)
+
+
+def compare_answers(
+    model: Model,
+    patches: LayerPatches | Patch | None,
+    requests: Sequence[EditRequest],
+    progress: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """What a model says without and with patches, of its own accord and up to the end of the sentence.
+
+    Args:
+        model: the model without the patches.
+        patches: the neurons, ``{layer: [n, d]}`` or one patch for the last layer; ``None`` for none.
+        requests: the requests; those that failed as well.
+        progress: called with how many prompts are done, each counted once without and once with the patches.
+
+    Returns:
+        For each request ``id, prompt, target, before, after, as_wanted``, and ``rephrases`` and ``locality``, lists of
+        the same of its other prompts; of ``locality`` without target, and ``as_wanted`` is whether nothing changed.
+        ``None`` stands for what the model cannot read.
+
+    Example:
+        >>> compare_answers(model, patches, requests)[0]["after"]  # doctest: +SKIP
+        ' Lyon.'
+    """
+    prompts = [text for one in requests for text in (one.prompt, *one.rephrases, *one.locality)]
+    # Each text once, however many requests have it.
+    distinct = list(dict.fromkeys(prompts))
+    most = max(SENTENCE_TOKENS, _target_tokens(model, requests) + SLACK)
+    count = len(distinct)
+    share = len(prompts) / max(1, count)
+
+    def tell(first: int) -> Callable[[int], None] | None:
+        if progress is None:
+            return None
+        told = progress
+        return lambda done: told(round((first + done) * share))
+
+    before = dict(zip(distinct, say(model, distinct, most, tell(0)), strict=True))
+    edited = model if not patches else attach(model, patches)
+    after = before if not patches else dict(zip(distinct, say(edited, distinct, most, tell(count)), strict=True))
+    if progress:
+        progress(2 * len(prompts))
+    return [_record(position, request, before, after) for position, request in enumerate(requests)]
+
+
+def _record(
+    position: int, request: EditRequest, before: Mapping[str, str | None], after: Mapping[str, str | None]
+) -> dict[str, Any]:
+    def wanted(prompt: str) -> dict[str, Any]:
+        said = after[prompt]
+        good = said is not None and agrees(said, join_target(prompt, request.target))
+        return {"prompt": prompt, "before": before[prompt], "after": said, "as_wanted": good}
+
+    def kept(prompt: str) -> dict[str, Any]:
+        said, now = before[prompt], after[prompt]
+        same = said == now or (said is not None and now is not None and agrees(now, said) and agrees(said, now))
+        return {"prompt": prompt, "before": said, "after": now, "as_wanted": same}
+
+    return {
+        "id": request.name(position),
+        "target": request.target,
+        **wanted(request.prompt),
+        "rephrases": [wanted(prompt) for prompt in request.rephrases],
+        "locality": [kept(prompt) for prompt in request.locality],
+    }

@@ -1,0 +1,161 @@
+"""What a model says of its own accord after a prompt: greedily, up to the end of the sentence."""
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models import generation
+from tpatch_jax.models.model import Model
+
+__all__ = ["SENTENCE_TOKENS", "agrees", "first_sentence", "say", "say_tokens"]
+
+SENTENCE_TOKENS = 24
+"""So many tokens at most are said where no sentence ends before."""
+
+LANES = 32
+
+# Quotation marks and brackets that close, of Latin and of East Asian texts.
+_CLOSED = "\"'\u201d\u2019\u00bb)\\]\u300d\u300f\uff09"
+_END = re.compile(rf"[.!?\u2026]+[{_CLOSED}]*(?=\s|$)|[\u3002\uff01\uff1f]+[{_CLOSED}]*|\n")
+# After an initial or one of these a full stop seldom ends a sentence.
+_SHORT = re.compile(r"(?:^|[\s.(\"'\u201c\u2018])(?:[A-Z\u00c0-\u00de]|Mr|Mrs|Ms|Dr|St|Prof|Gen|Lt|Col|Capt|Mt|vs)$")
+# Scripts that put no space between words: each sign is one.
+_EAST_ASIAN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"[{_EAST_ASIAN}]|[^\W{_EAST_ASIAN}]+|[^\w\s]")
+_SAYING = "%&#@*/"
+"""The signs that say something, beside symbols."""
+
+
+def first_sentence(text: str) -> str:
+    """A text up to the end of its first sentence, or of its first line that holds anything; all of it if neither ends.
+
+    Args:
+        text: what a model said; white space before it stays.
+
+    Example:
+        >>> first_sentence(" Boris Johnson. He was born in")
+        ' Boris Johnson.'
+        >>> first_sentence(" St. Petersburg, where J. S. Bach never was")
+        ' St. Petersburg, where J. S. Bach never was'
+    """
+    begin = len(text) - len(text.lstrip())
+    for end in _END.finditer(text, begin):
+        if end.group() == "\n":
+            return text[: end.start()]
+        if end.group()[0] == "." and end.end() < len(text) and _SHORT.search(text[begin : end.start()]):
+            continue
+        return text[: end.end()]
+    return text
+
+
+def _ended(text: str) -> bool:
+    """Whether the first sentence of a text ends within it."""
+    whole = text.strip()
+    return len(first_sentence(text).rstrip()) < len(text.rstrip()) or bool(_END.search(whole[-2:]))
+
+
+def _words(text: str) -> list[str]:
+    parts = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return [one for one in parts if one.isalnum() or one in _SAYING or unicodedata.category(one[0])[0] not in "PZ"]
+
+
+def agrees(said: str, wanted: str) -> bool:
+    """Whether what is said up to the sentence's end says what is wanted: case, white space and punctuation aside.
+
+    Args:
+        said: what a model says.
+        wanted: what it should say. If that is a whole sentence, nothing may be added to it; else it is a beginning.
+
+    Example:
+        >>> agrees(" Rome.\\n\\nThe capital", " Rome. It lies"), agrees(" Rome and Milan.", " Rome.")
+        (True, False)
+        >>> agrees(" Rome, a city", "Rome"), agrees(" Romeo", "Rome")
+        (True, False)
+    """
+    spoken, kept = (_words(first_sentence(text)) for text in (said, wanted))
+    if not kept:
+        return said.strip()[: len(wanted.strip())] == wanted.strip()
+    return spoken == kept if _ended(wanted) else spoken[: len(kept)] == kept
+
+
+def _readable(model: Model, prompt: str) -> list[int] | None:
+    """A prompt in tokens, if the model can read it and has room for an answer."""
+    try:
+        row = model.encode_prompt(prompt)
+    except TPatchError:
+        return None
+    # One token more has to fit.
+    return row if prompt.strip() and row and not model.excess(row, [0]) else None
+
+
+def _continued(
+    model: Model, rows: Sequence[list[int]], most: int, progress: Callable[[int], None] | None
+) -> list[list[int]]:
+    """The tokens that follow rows; neighbours in length share a batch, so that little of it is padding."""
+    said: list[list[int]] = [[] for _ in rows]
+    order = np.argsort([len(row) for row in rows], kind="stable")
+    for first in range(0, len(order), LANES):
+        part = order[first : first + LANES]
+        with jax.default_matmul_precision("highest"):
+            tokens = generation.greedy(model.config, model.params, [rows[n] for n in part], most, model.stops)
+        for number, new in zip(part, tokens, strict=True):
+            said[number] = new
+        if progress:
+            progress(min(first + LANES, len(order)))
+    return said
+
+
+def say(
+    model: Model,
+    prompts: Sequence[str],
+    most: int = SENTENCE_TOKENS,
+    progress: Callable[[int], None] | None = None,
+) -> list[str | None]:
+    """What a model says after each prompt, up to the end of the sentence; of a classifier, the label.
+
+    Args:
+        model: the model, edited or not.
+        prompts: the texts to continue.
+        most: so many tokens at most.
+        progress: called with how many prompts are done.
+
+    Returns:
+        A text for each, with the space before it where there is one; ``None`` for a prompt that the model cannot read.
+
+    Example:
+        >>> say(model, ["The capital of France is"])  # doctest: +SKIP
+        [' Paris.']
+    """
+    read = [_readable(model, prompt) for prompt in prompts]
+    numbers = [number for number, row in enumerate(read) if row is not None]
+    rows = [row for row in read if row is not None]
+    texts: list[str | None] = [None] * len(prompts)
+    if model.config.labels:
+        labels = model.classify([prompts[number] for number in numbers]) if numbers else []
+        for number, label in zip(numbers, labels, strict=True):
+            texts[number] = label
+        return texts
+    for number, row, tokens in zip(numbers, rows, _continued(model, rows, most, progress), strict=True):
+        texts[number] = first_sentence(model.continuation(row, tokens))
+    return texts
+
+
+def say_tokens(model: Model, prompts: Sequence[str], most: int = SENTENCE_TOKENS) -> list[list[int]]:
+    """`say` in tokens: as few as hold the sentence whole; of models that write.
+
+    Args:
+        model: the model, edited or not.
+        prompts: texts that it can read.
+        most: so many tokens at most.
+    """
+    rows = [model.encode_prompt(prompt) for prompt in prompts]
+    sentences = []
+    for row, tokens in zip(rows, _continued(model, rows, most, None), strict=True):
+        text = first_sentence(model.continuation(row, tokens))
+        needed = (n for n in range(len(tokens) + 1) if model.continuation(row, tokens[:n]).startswith(text))
+        sentences.append(tokens[: next(needed, len(tokens))])
+    return sentences
