@@ -9,6 +9,7 @@ from tpatch_jax.bank.engine import TPATCHER, create_engine, settings_of
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.layout import FORMAT
 from tpatch_jax.bank.state import Bank
+from tpatch_jax.core.devices import with_automatic_axes
 from tpatch_jax.editors.registry import find_method
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint
@@ -18,6 +19,7 @@ from tpatch_jax.storage.files import check_vacant
 __all__ = ["check_model", "create_bank", "load_banked_model"]
 
 
+@with_automatic_axes
 def create_bank(
     folder: str | Path,
     model: Model,

@@ -18,6 +18,7 @@ from tpatch_jax.bank.layout import MEMORY
 from tpatch_jax.bank.method import Engine
 from tpatch_jax.bank.state import Bank, Guard, active
 from tpatch_jax.bank.tpatcher_engine import patches_of
+from tpatch_jax.core.devices import with_automatic_axes
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation
@@ -61,6 +62,7 @@ def _engine(model: Model, seed: int, progress: Progress | None, bank: Bank) -> E
     return create_engine(model, bank.manifest, memory=memory, cache=cache_folder(), seed=seed, progress=progress)
 
 
+@with_automatic_axes
 def add_edits(
     folder: str | Path,
     model: Model,
@@ -105,6 +107,7 @@ def add_edits(
     return add_with(Path(folder), wanted, engine, batch=batch, resume=resume, force=force, seed=seed, progress=progress)
 
 
+@with_automatic_axes
 def _change(
     folder: str | Path, kind: str, ids: Sequence[str], model: Model | None, progress: Progress | None
 ) -> ChangeInfo:
@@ -184,6 +187,7 @@ def remove_edits(
     return _change(folder, "remove", ids, model, progress)
 
 
+@with_automatic_axes
 def bank_patch(folder: str | Path, model: Model) -> dict[int, Patch]:
     """The neurons of a bank's active edits: what `tpatch_jax.merge` or `tpatch_jax.attach` puts into the model.
 
@@ -211,6 +215,7 @@ def bank_patch(folder: str | Path, model: Model) -> dict[int, Patch]:
     return jax.tree.map(jnp.asarray, patches_of(neurons, model.layer(None)))
 
 
+@with_automatic_axes
 def bank_model(folder: str | Path, model: Model) -> Model:
     """The model with a bank's active edits attached, whatever method they were made with.
 
@@ -229,6 +234,7 @@ def bank_model(folder: str | Path, model: Model) -> Model:
     return _engine(model, 0, None, bank).model(assemble(bank, active(bank), Store.new()))
 
 
+@with_automatic_axes
 def verify_bank(folder: str | Path, model: Model, *, progress: Progress | None = None) -> VerifyInfo:
     """Read every active edit's prompt again and see whether its target comes out of greedy decoding.
 
@@ -253,6 +259,7 @@ def verify_bank(folder: str | Path, model: Model, *, progress: Progress | None =
     )
 
 
+@with_automatic_axes
 def guard_bank(
     folder: str | Path,
     model: Model | None,

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from tpatch_jax.core.devices import with_automatic_axes
 from tpatch_jax.core.layers import LayerPatches, flat_positions, flatten_layers, split_layers
 from tpatch_jax.core.patch import Patch, create
 from tpatch_jax.editors.base import EditInfo
@@ -42,6 +43,7 @@ class SavedPatches(NamedTuple):
     edits: list[dict[str, Any]]
 
 
+@with_automatic_axes
 def save_patches(
     folder: str | Path, model: Model, patches: LayerPatches | Patch, requests: Sequence[EditRequest], info: EditInfo
 ) -> None:
@@ -160,6 +162,7 @@ def check_model(saved: SavedPatches, model: Model) -> None:
         )
 
 
+@with_automatic_axes
 def load_patches(folder: str | Path, model: Model) -> dict[int, Patch]:
     """The neurons of a folder of patches, ``{layer: [n, d]}``, checked against the model.
 

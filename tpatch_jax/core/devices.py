@@ -1,7 +1,9 @@
 """Work that is split over several devices: rows over the axis ``"data"`` of a mesh."""
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -22,7 +24,11 @@ __all__ = [
     "parts",
     "repeat",
     "shard_rows",
+    "with_automatic_axes",
 ]
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 DATA_AXIS = "data"
 """The mesh axis over which lanes, texts and memory rows are split."""
@@ -33,36 +39,91 @@ def automatic(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
-def automatically(run: Callable[[Any, Any], Array], params: Any, batch: Any) -> Array:
-    """Run a whole network on a batch, whatever the caller's axis types: inside they are automatic.
+def automatically(run: Callable[..., Result], *trees: Any) -> Result:
+    """Run something on a network's arrays, whatever the caller's axis types: inside they are automatic.
 
     Args:
-        run: ``(params, batch)`` to one array.
-        params: arrays, perhaps on a mesh with explicit axes.
-        batch: arrays, perhaps on a mesh with explicit axes, on which the result is put again.
+        run: from the trees to a tree.
+        trees: trees of arrays, perhaps on a mesh with explicit axes.
+
+    Returns:
+        What ``run`` gives. Where the caller's axes are explicit, those of the result are as well, so that the caller's
+        next operation on it is no error.
     """
-    leaves = [leaf for leaf in jax.tree.leaves((batch, params)) if isinstance(leaf, Array)]
+    inside = _with_automatic_axes(trees)
+    if inside is None:
+        return run(*trees)
+    with inside.context:
+        result = run(*inside.trees)
+
+    def back(leaf: Any) -> Any:
+        sharding = leaf.sharding if isinstance(leaf, Array) and not isinstance(leaf, Tracer) else None
+        if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+            return leaf
+        return jax.device_put(leaf, NamedSharding(inside.outside(sharding.mesh), _spec(leaf)))
+
+    return jax.tree.map(back, result)
+
+
+def _spec(leaf: Array) -> PartitionSpec:
+    """How an array is split; on one device JAX names axes of scalars as well, and refuses them afterwards."""
+    assert isinstance(leaf.sharding, NamedSharding)
+    return PartitionSpec(*leaf.sharding.spec[: leaf.ndim])
+
+
+class _Inside(NamedTuple):
+    """How something is run whose caller has explicit axes: where, on what, and what its results become."""
+
+    context: AbstractContextManager[Any]
+    trees: tuple[Any, ...]
+    outside: Callable[[Mesh], Mesh]
+
+
+def _with_automatic_axes(trees: tuple[Any, ...]) -> _Inside | None:
+    """Trees on meshes with automatic axes; ``None`` where they are, or nothing can be changed."""
+    leaves = [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, Array)]
     # Inside somebody's `jit`, `vmap` or `grad` types cannot be changed any more, and what is traced has no sharding.
     if any(isinstance(leaf, Tracer) for leaf in leaves):
-        return run(params, batch)
+        return None
     meshes = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
     context = jax.sharding.get_abstract_mesh()
-    if not any(mesh.explicit_axes for mesh in (*meshes, context)):
-        return run(params, batch)
+    explicit = [mesh for mesh in meshes if mesh.explicit_axes and isinstance(mesh, Mesh)]
+    if not explicit and not context.explicit_axes:
+        return None
 
     def put(leaf: Any) -> Any:
         sharding = leaf.sharding if isinstance(leaf, Array) else None
         if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
             return leaf
-        return jax.device_put(leaf, NamedSharding(automatic(sharding.mesh), sharding.spec))
+        return jax.device_put(leaf, NamedSharding(automatic(sharding.mesh), _spec(leaf)))
+
+    def outside(mesh: Mesh) -> Mesh:
+        if explicit:
+            return explicit[0]
+        same = context.explicit_axes and mesh.axis_names == context.axis_names
+        return Mesh(mesh.devices, mesh.axis_names, axis_types=context.axis_types) if same else mesh
 
     types = dict.fromkeys(context.axis_names, AxisType.Auto)
-    with jax.sharding.use_abstract_mesh(context.update_axis_types(types)):
-        result = run(*jax.tree.map(put, (params, batch)))
-    explicit = [mesh for mesh in meshes if mesh.explicit_axes]
-    if explicit and not isinstance(result, Tracer) and isinstance(result.sharding, NamedSharding):
-        return jax.device_put(result, NamedSharding(explicit[0], result.sharding.spec))
-    return result
+    inside = jax.sharding.use_abstract_mesh(context.update_axis_types(types))
+    return _Inside(inside, jax.tree.map(put, trees), outside)
+
+
+def with_automatic_axes(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A decorator: a function that runs networks does so whatever the axis types of the caller's mesh are.
+
+    What it returns stays on automatic axes, which every other function of this library takes; `automatically` is for
+    arrays that the caller works on.
+    """
+
+    @wraps(function)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        inside = _with_automatic_axes((args, kwargs))
+        if inside is None:
+            return function(*args, **kwargs)
+        with inside.context:
+            return function(*inside.trees[0], **inside.trees[1])  # pyright: ignore[reportCallIssue]
+
+    return run
 
 
 def mesh_of(params: Any) -> Mesh | None:

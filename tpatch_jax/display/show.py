@@ -7,6 +7,7 @@ from jax import Array
 
 from tpatch_jax.bank.patches import SavedPatches
 from tpatch_jax.bank.state import Bank
+from tpatch_jax.core.devices import with_automatic_axes
 from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.display.bank import bank_summary, bank_title, bank_view
@@ -25,6 +26,7 @@ from tpatch_jax.requests import EditRequest
 __all__ = ["show"]
 
 
+@with_automatic_axes
 def show(
     thing: Patch | LayerPatches | SavedPatches | EditInfo | Trace | Bank,
     *,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jax import Array
 
+from tpatch_jax.core.devices import with_automatic_axes
 from tpatch_jax.core.layers import Neurons
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
@@ -136,6 +137,11 @@ class EditorFunctions:
     init: Callable[[Model, Array], Any]
     step: Callable[[Any, Sequence[EditRequest], Array], tuple[Any, EditInfo]]
     apply: Callable[[Any, Batch], Array]
+
+    def __post_init__(self) -> None:
+        """Editing works whatever the axis types of the caller's mesh are."""
+        for name in ("init", "step"):
+            object.__setattr__(self, name, with_automatic_axes(getattr(self, name)))
 
 
 class Routing(NamedTuple):

@@ -14,6 +14,7 @@ import jax
 from jax import Array
 
 from tpatch_jax.core.checks import random_key
+from tpatch_jax.core.devices import with_automatic_axes
 from tpatch_jax.editors.registry import Method, find_method, method_settings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.journal import Journal, finish_report, open_report
@@ -30,6 +31,7 @@ from tpatch_jax.typing import Progress
 __all__ = ["evaluate"]
 
 
+@with_automatic_axes
 def evaluate(
     model: Model,
     records: Sequence[Record],

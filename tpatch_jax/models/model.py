@@ -1,6 +1,7 @@
 """A loaded model: description, parameters and tokenizer, with pure functions to run it."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tpatch_jax.core import ffn
-from tpatch_jax.core.devices import automatically
+from tpatch_jax.core.devices import automatically, with_automatic_axes
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation, networks
 from tpatch_jax.models.checkpoints import folder as checkpoint
@@ -21,10 +22,12 @@ from tpatch_jax.models.families.registry import configure
 from tpatch_jax.models.networks import Batch, Trace
 from tpatch_jax.models.pytrees import same_arrays
 from tpatch_jax.models.rows import ASK
-from tpatch_jax.models.tokenizer import Tokenizer, read_tokenizer, same_tokenizer
+from tpatch_jax.models.tokenizer import Tokenizer, lost_characters, read_tokenizer, same_tokenizer
 from tpatch_jax.typing import Params, PathLike, TokenIds
 
 __all__ = ["DTYPES", "Model", "load_model", "read_tokenizer", "save_model"]
+
+_log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16")
 """The precisions in which a model is loaded on demand."""
@@ -108,13 +111,14 @@ class Model:
 
     def trace(self, batch: Batch, layer: int | None = None) -> Trace:
         """Run up to and through the FFN of one layer (the last by default); see `tpatch_jax.models.networks.trace`."""
-        return networks.trace(self.config, self.params, batch, self.layer(layer))
+        cut = partial(networks.trace, self.config, layer=self.layer(layer))
+        return automatically(cut, self.params, batch)
 
     def resume(
         self, traced: Trace, output: Float[Array, "batch tokens hidden"]
     ) -> Float[Array, "batch *tokens vocabulary"]:
         """Run the rest from a given FFN output: logits; see `tpatch_jax.models.networks.resume`."""
-        return networks.resume(self.config, self.params, traced, output)
+        return automatically(partial(networks.resume, self.config), self.params, traced, output)
 
     def apply(self, batch: Batch) -> Float[Array, "batch *tokens vocabulary"]:
         """The whole network: a batch to logits, float32; see `tpatch_jax.models.networks.apply`.
@@ -153,11 +157,48 @@ class Model:
         return tokens
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The token ids of a text that the model reads from its start, up to where it answers; see above."""
+        """The token ids of a text that the model reads from its start, up to where it answers; see above.
+
+        The special tokens with which a text begins stand there once, also where the text spells them out, as one that
+        `apply_chat_template` has written does.
+        """
+        plain = self.encode(text)
+        begun = self._begins(plain)
+        if begun and "begun" not in self._said:
+            self._said.add("begun")
+            name = self.decode_all(self.start)
+            _log.warning("%r begins with %r, which %r puts before a text; it is there once", text[:40], name, self.name)
         if self.config.architecture == "decoder":
-            return [*self.start, *self.encode(text)]
+            return plain if begun else [*self.start, *plain]
         read = self.known(text, self.tokenizer.encode(text, add_special_tokens=True))
+        read = read[len(self.start) :] if begun else read
         return [*read, ASK, *(self.begin if self.config.encoder else ())]
+
+    def _begins(self, tokens: TokenIds) -> bool:
+        """Whether a text's tokens begin with those that the tokenizer puts before a text."""
+        return bool(self.start) and tuple(tokens[: len(self.start)]) == self.start
+
+    @cached_property
+    def _said(self) -> set[str]:
+        """What was said about this model already."""
+        return set()
+
+    def begun(self, text: str) -> str:
+        """The special tokens at the start of a text that the tokenizer would put there, as they are spelt; or nothing.
+
+        Args:
+            text: a prompt; one that a chat template has written may begin so.
+        """
+        spelt = self.decode_all(self.start)
+        return spelt if spelt and text.startswith(spelt) and self._begins(self.encode(text)) else ""
+
+    def decode_all(self, tokens: TokenIds) -> str:
+        """The text of token ids, special tokens spelt out."""
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def lost(self, text: str) -> list[str]:
+        """The characters of a text that its tokens do not hold, each once: the tokenizer does not know them."""
+        return lost_characters(self.tokenizer, text)
 
     def encode_target(self, prompt: str, target: str) -> list[int]:
         """The token ids of what follows a prompt; ``target`` begins with the space between them, if there is one.
@@ -264,10 +305,13 @@ class Model:
             raise TPatchError(f"{self.name!r} is a classifier, which writes no text; ask it with `classify`")
         texts = _texts(prompt)
         rows = [self.encode_prompt(text) for text in texts]
-        said = generation.greedy(self.config, self.params, rows, max_new_tokens, self.stops)
+        said = automatically(
+            lambda params: generation.greedy(self.config, params, rows, max_new_tokens, self.stops), self.params
+        )
         answers = [self.continuation(row, tokens) for row, tokens in zip(rows, said, strict=True)]
         return answers[0] if isinstance(prompt, str) else answers
 
+    @with_automatic_axes
     def classify(self, texts: Sequence[str]) -> list[str]:
         """The most probable label of each text.
 
@@ -375,6 +419,7 @@ def load_model(
     return Model(config, params, tokenizer, str(model), folder, settings)
 
 
+@with_automatic_axes
 def save_model(model: Model, folder: PathLike) -> None:
     """Write a model, merged patches included, as a Hugging Face style folder, whole or not at all.
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.adapters import Adapter
+from tpatch_jax.core.devices import with_automatic_axes
 from tpatch_jax.core.layers import LayerPatches, concatenate_layers
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
@@ -46,6 +47,7 @@ def _change(model: Model, patches: LayerPatches | Patch, change: Callable[[Param
     return model.with_params({**model.params, "layers": layers})
 
 
+@with_automatic_axes
 def attach(model: Model, patches: LayerPatches | Patch, *, relu: bool = False) -> Model:
     """Put patches beside the feed-forward networks of a model; nothing inside them changes.
 
@@ -65,6 +67,7 @@ def attach(model: Model, patches: LayerPatches | Patch, *, relu: bool = False) -
     return _change(model, patches, lambda params, patch: ffn.attach(params, patch, relu=relu))
 
 
+@with_automatic_axes
 def attach_adapters(model: Model, adapters: Mapping[int, Adapter]) -> Model:
     """Put adapters beside the feed-forward networks of a model; nothing inside them changes.
 
@@ -91,6 +94,7 @@ def detach(model: Model) -> Model:
     return model.with_params({**model.params, "layers": layers})
 
 
+@with_automatic_axes
 def merge(model: Model, patches: LayerPatches | Patch) -> Model:
     """Put patches inside the parameters of a model: an FFN gets ``n`` neurons wider.
 
@@ -109,6 +113,7 @@ def merge(model: Model, patches: LayerPatches | Patch) -> Model:
     return _change(model, patches, ffn.merge)
 
 
+@with_automatic_axes
 def unmerge(model: Model, neurons: Mapping[int, int] | None = None) -> tuple[Model, dict[int, Patch]]:
     """Take merged neurons out of a model again: the inverse of `merge`, bit for bit for the model.
 

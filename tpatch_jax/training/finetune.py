@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpatch_jax.core import ffn
+from tpatch_jax.core.devices import with_automatic_axes
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.folder import read_settings
 from tpatch_jax.models.checkpoints.sources import resolve_model
@@ -72,6 +73,7 @@ class FinetuneInfo:
         return {**fields, "output": str(self.output), "loss": self.losses[-1], "seconds": round(self.seconds, 1)}
 
 
+@with_automatic_axes
 def finetune(
     model: str | Path | Model,
     examples: Examples,

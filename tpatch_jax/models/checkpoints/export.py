@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax.core import ffn
+from tpatch_jax.core.devices import with_automatic_axes
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.checkpoints import folder as checkpoint
@@ -95,6 +96,7 @@ class ExportInfo(NamedTuple):
         return {**self._asdict(), "error": self.error and self.error._asdict()}
 
 
+@with_automatic_axes
 def export_model(
     model: Model,
     folder: str | Path,
