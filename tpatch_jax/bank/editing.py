@@ -20,6 +20,7 @@ from tpatch_jax.bank.state import Bank, Guard, active
 from tpatch_jax.bank.tpatcher_engine import patches_of
 from tpatch_jax.core.devices import with_automatic_axes
 from tpatch_jax.core.patch import Patch
+from tpatch_jax.editors.reading import read_request
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation
 from tpatch_jax.models.model import Model
@@ -76,9 +77,9 @@ def add_edits(
 ) -> AddInfo:
     """Fit requests beside what is active in a bank, check them and everything else, and commit batch after batch.
 
-    A request with the prompt of an active edit and another target supersedes it. Earlier edits that a newcomer breaks
-    are fitted again with it. What fails, or would change a guarded answer, is left out and reported. After a crash the
-    batches that were committed are there, whole, and the others are not.
+    A request with the prompt of an active edit, as the tokenizer reads it, and another target supersedes it. Earlier
+    edits that a newcomer breaks are fitted again with it. What fails, or would change a guarded answer, is left out and
+    reported. After a crash the batches that were committed are there, whole, and the others are not.
 
     Args:
         folder: the bank.
@@ -104,7 +105,17 @@ def add_edits(
     """
     wanted = as_requests([one if isinstance(one, EditRequest) else dict(one) for one in requests])
     engine = partial(_engine, model, seed, progress)
-    return add_with(Path(folder), wanted, engine, batch=batch, resume=resume, force=force, seed=seed, progress=progress)
+    return add_with(
+        Path(folder),
+        wanted,
+        engine,
+        reads=partial(read_request, model),
+        batch=batch,
+        resume=resume,
+        force=force,
+        seed=seed,
+        progress=progress,
+    )
 
 
 @with_automatic_axes

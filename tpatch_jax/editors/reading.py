@@ -1,5 +1,6 @@
 """From requests to tokens: what can be worked on, in which contexts, and where in each the subject stands."""
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -18,7 +19,7 @@ __all__ = [
     "contradicting",
     "prompt_tokens",
     "read_item",
-    "same_request",
+    "read_request",
     "subject_token",
     "swapped_prompts",
     "target_tokens",
@@ -64,15 +65,21 @@ def prompt_tokens(model: Model, prompt: str) -> tuple[int, ...]:
     return tuple(model.encode_prompt(prompt.strip()))
 
 
-def same_request(model: Model, one: EditRequest, other: EditRequest) -> bool:
-    """Whether two requests want the same after the same prompt, as the model reads them.
+def read_request(model: Model, request: EditRequest) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """A request's prompt and target in tokens, by which two are told apart; ``None`` if it cannot be read.
 
-    Raises:
-        TPatchError: one of them cannot be read.
+    Args:
+        model: whose tokenizer reads: it may lower-case, or join letters and their accents.
+        request: what the user wants.
     """
-    if prompt_tokens(model, one.prompt) != prompt_tokens(model, other.prompt):
-        return False
-    return one.target.strip() == other.target.strip() or target_tokens(model, one) == target_tokens(model, other)
+    if not request.prompt.strip() or not request.target.strip():
+        return None
+    try:
+        # As if the target stood after the same prompt, whatever white space this one ends with.
+        alone = dataclasses.replace(request, prompt=request.prompt.strip(), target=request.target.strip())
+        return prompt_tokens(model, request.prompt), tuple(target_tokens(model, alone))
+    except TPatchError:
+        return None
 
 
 def contradicting(model: Model, requests: Sequence[EditRequest]) -> dict[int, int]:
@@ -85,19 +92,15 @@ def contradicting(model: Model, requests: Sequence[EditRequest]) -> dict[int, in
     Returns:
         From the position of the later request to the position of the first one that it contradicts.
     """
-    first: dict[tuple[int, ...], int] = {}
-    contradicting = {}
+    first: dict[tuple[int, ...], tuple[int, tuple[int, ...]]] = {}
+    later = {}
     for position, request in enumerate(requests):
-        if not request.prompt.strip() or not request.target.strip():
-            continue
-        try:
-            earlier = first.setdefault(prompt_tokens(model, request.prompt), position)
-            same = earlier == position or same_request(model, requests[earlier], request)
-        except TPatchError:
-            continue
-        if not same:
-            contradicting[position] = earlier
-    return contradicting
+        if (read := read_request(model, request)) is not None:
+            prompt, target = read
+            earlier, wanted = first.setdefault(prompt, (position, target))
+            if wanted != target:
+                later[position] = earlier
+    return later
 
 
 def _lost(model: Model, what: str, text: str) -> str:

@@ -131,6 +131,7 @@ def resolve_model(name_or_path: str, *, progress: Progress | None = None, quiet:
 
 
 def _checked(folder: Path) -> Path:
+    check_no_adapter(folder)
     if not (folder / "config.json").is_file():
         raise TPatchError(f"{folder}: no config.json; pass a folder in Hugging Face layout")
     return folder
