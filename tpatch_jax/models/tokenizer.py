@@ -145,8 +145,13 @@ def lost_characters(tokenizer: Tokenizer, text: str) -> list[str]:
         # Some tokenizers name an ordinary token as the unknown one; where the text spells it out it is meant.
         lost = token == tokenizer.unk_token_id and text[first:last].strip() != tokenizer.unk_token
         (unknown if lost else held)[first:last] = b"\1" * (last - first)
-    signs = (sign for sign, no, yes in zip(text, unknown, held, strict=True) if (no or not yes) and _seen(sign))
-    return list(dict.fromkeys(signs))
+    lost = [sign for sign, no in zip(text, unknown, strict=True) if no and _seen(sign)]
+    dropped = [sign for sign, no, yes in zip(text, unknown, held, strict=True) if not (no or yes) and _seen(sign)]
+    if dropped:
+        # Behind a character that is dropped without a trace the offsets of others are wrong.
+        alone = [sign for sign in text if _seen(sign) and not tokenizer.encode(sign, add_special_tokens=False)]
+        lost += alone or dropped
+    return list(dict.fromkeys(lost))
 
 
 def _seen(character: str) -> bool:

@@ -22,6 +22,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.checkpoints.folder import check_no_adapter
 from tpatch_jax.models.checkpoints.gguf import CONVERTER_VERSION, Progress, convert_gguf
 from tpatch_jax.storage.cache import cache_folder
 
