@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import tomllib
 import unicodedata
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import jax
 import pytest
 from conftest import make_tiny_model, tiny_tokenizer, write_tiny_folder
 from jax.sharding import AxisType
+from packaging.requirements import Requirement
+from packaging.version import Version
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast
@@ -226,6 +229,20 @@ def test_a_mesh_with_explicit_axes_may_be_set(tmp_path: Path, letters):
         assert all(bool(jax.numpy.isfinite(patch.key).all()) for patch in patches.values())
         assert tp.merge(model, patches).generate("bdkv", 2) == " q"
         assert tp.attach(model, patches).apply(batch).sum().shape == ()
+
+
+# --- dependencies ---
+
+
+def test_the_lowest_versions_are_those_that_are_declared():
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
+    declared = dict(line.split(">=") for line in project["dependencies"] + project["optional-dependencies"]["test"])
+    lines = (root / "tests" / "lowest.txt").read_text("utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert {Requirement(name).name: Version(bound) for name, bound in declared.items()} == {
+        name: Version(version) for name, version in pinned.items()
+    }
 
 
 # --- checkpoints ---
