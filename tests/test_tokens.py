@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 from conftest import make_tiny_model, tiny_tokenizer, write_tiny_folder
+from flax import nnx
 from jax.sharding import AxisType
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -19,11 +20,13 @@ from transformers import PreTrainedTokenizerFast
 
 import tpatch_jax as tp
 from tpatch_jax.bank.state import states
+from tpatch_jax.core.patch import create
 from tpatch_jax.editors.locating import locate_subject, replace_subject, subject_spans, with_spelling
 from tpatch_jax.editors.reading import check_requests, read_item, subject_token
 from tpatch_jax.editors.subject_rows import rephrase_rows
 from tpatch_jax.editors.wordings import shortened
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.checkpoints.export import _width
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, load_model
 from tpatch_jax.models.tokenizer import lost_characters
@@ -296,3 +299,81 @@ def test_templates_are_copied_and_paths_are_not(tiny_folder, tmp_path):
     for path in (tmp_path / "out").rglob("*.json"):
         assert str(tmp_path) not in path.read_text("utf-8")
     assert "_name_or_path" not in json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
+
+
+# --- networks from elsewhere ---
+
+
+def test_linen_parameters_keep_how_they_are_split():
+    import flax.linen as linen
+
+    split, normal = linen.with_partitioning, linen.initializers.lecun_normal()
+
+    class Mlp(linen.Module):
+        hidden: int
+
+        @linen.compact
+        def __call__(self, x):
+            bias = split(linen.initializers.zeros, ("model",))
+            up = linen.Dense(self.hidden, kernel_init=split(normal, (None, "model")), bias_init=bias)
+            down = linen.Dense(x.shape[-1], kernel_init=split(normal, ("model", None)))
+            return down(linen.gelu(up(x)))
+
+    class Tiny(linen.Module):
+        hidden: int = 16
+
+        @linen.compact
+        def __call__(self, tokens):
+            x = linen.Embed(50, 8)(tokens)
+            return linen.Dense(50)(x + Mlp(self.hidden, name="mlp")(x))
+
+    def widen(module, count):
+        return module.clone(hidden=module.hidden + count)
+
+    variables = Tiny().init(jax.random.key(0), jax.numpy.zeros((1, 4), int))
+    for params in (variables, variables["params"], linen.meta.unbox(variables)):
+        network = tp.from_linen(Tiny(), params, "mlp", activation="gelu_tanh", widen=widen)
+        wider = network.merge(create(8, 3))
+        assert linen.get_partition_spec(wider[1]) == linen.get_partition_spec(params)
+        assert jax.tree.structure(wider[1]) == jax.tree.structure(params)
+        back, _ = network.unmerge(wider)
+        assert jax.tree.structure(back[1]) == jax.tree.structure(params)
+
+
+def test_nnx_layers_that_share_a_kernel_share_it_again():
+    class Mlp(nnx.Module):
+        def __init__(self, rngs):
+            self.fc1, self.fc2 = nnx.Linear(8, 16, rngs=rngs), nnx.Linear(16, 8, rngs=rngs)
+
+        def __call__(self, x):
+            return self.fc2(jax.nn.gelu(self.fc1(x)))
+
+    class Tiny(nnx.Module):
+        def __init__(self, rngs):
+            self.embed, self.first, self.mlp = nnx.Embed(50, 8, rngs=rngs), Mlp(rngs), Mlp(rngs)
+            self.mlp.fc1.kernel, self.mlp.fc2.bias = self.first.fc1.kernel, self.first.fc2.bias
+
+        def __call__(self, tokens):
+            x = self.embed(tokens)
+            x = x + self.first(x)
+            return self.embed.attend(x + self.mlp(x))
+
+    network = tp.from_nnx(Tiny(nnx.Rngs(0)), "mlp", activation="gelu_tanh", up="fc1", down="fc2")
+    wider = network.merge(create(8, 3))
+    # One of them is wider now, which the other must not be; what keeps its shape stays shared.
+    assert (wider.mlp.fc1.kernel.shape, wider.first.fc1.kernel.shape) == ((8, 19), (8, 16))
+    assert wider.mlp.fc2.bias is wider.first.fc2.bias
+    back, _ = network.unmerge(wider)
+    assert back.mlp.fc1.kernel is back.first.fc1.kernel
+    assert back.mlp.fc2.bias is back.first.fc2.bias
+    # Trained apart, they stay apart.
+    wider.first.fc1.kernel = wider.first.fc1.kernel.replace(wider.first.fc1.kernel[...] + 1)
+    apart_again, _ = network.unmerge(wider)
+    assert apart_again.mlp.fc1.kernel is not apart_again.first.fc1.kernel
+
+
+def test_widths_are_such_that_a_quantiser_takes_them():
+    for width, neurons, wanted in ((512, 3, 768), (96, 3, 128), (40, 3, 48), (20, 3, 24)):
+        model = make_tiny_model(intermediate_size=width)
+        assert _width(tp.merge(model, create(16, neurons))) == wanted
+        assert _width(model) == width

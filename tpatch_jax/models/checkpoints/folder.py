@@ -84,11 +84,11 @@ def check_no_adapter(folder: Path) -> None:
     Raises:
         TPatchError: one does.
     """
-    found = next((folder / name for name in (ADAPTER, "adapter_model.safetensors") if (folder / name).exists()), None)
-    if found is not None:
+    path = next((folder / name for name in (ADAPTER, "adapter_model.safetensors") if (folder / name).exists()), None)
+    if path is not None:
         beside = " beside a model, which would be read without it" if (folder / "config.json").exists() else ""
         raise TPatchError(
-            f"{found} belongs to an adapter{beside}; merge it first (merge_and_unload of the peft package, then "
+            f"{path} belongs to an adapter{beside}; merge it first (merge_and_unload of the peft package, then "
             "save_pretrained) and load that folder, or move the adapter's files away"
         )
 
