@@ -166,12 +166,15 @@ def test_the_order_of_requests_does_not_matter_for_what_holds(tiny_model, memory
 
 def test_exact_repeats_are_one_edit_reported_for_each(tiny_model, memory, tmp_path):
     cat, inn = REQUESTS[:2]
-    again = [dataclasses.replace(cat, id=None, subject=None, rephrases=()), dataclasses.replace(cat, target=" ab")]
+    again = [
+        dataclasses.replace(cat, id=None, rephrases=()),
+        dataclasses.replace(cat, target=" ab", id="again"),
+    ]
     requests = [cat, inn, *again]
     patches, info = tp.edit(tiny_model, requests, settings=DEFAULT, memory=memory, cache=False)
     once, alone = tp.edit(tiny_model, [cat, inn], settings=DEFAULT, memory=memory, cache=False)
     assert same(patches, once)
-    assert [result.id for result in info.requests] == ["cat", "inn", "edit-2", "cat"]
+    assert [result.id for result in info.requests] == ["cat", "inn", "edit-2", "again"]
     assert info.requests[0].neurons == info.requests[2].neurons == info.requests[3].neurons
     assert all(result.held and result.status == "edited" for result in info.requests)
     assert info.parameters_added == alone.parameters_added

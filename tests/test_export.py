@@ -131,7 +131,7 @@ def test_stock_transformers_says_the_same(name, tmp_path, letters, inputs):
     info = export_model(merged, tmp_path / "out", approximate=True, memory=memory, cache=False)
     assert info.form == (FORMS[name] if exact else "approximate")
     layers = 3 + 2 * name.startswith("t5")
-    assert (info.neurons, info.silent_neurons, info.ffn_width) == (6, layers * 8 - 6, 40)
+    assert (info.neurons, info.silent_neurons, info.ffn_width) == (6, layers * 32 - 6, 64)
     assert (info.error is None) == exact
     if exact:
         check_stock(tmp_path / "out", info, wanted)
@@ -468,9 +468,9 @@ def test_the_command(edited, letters, capsys):
     assert captured.err == ""
     found = json.loads(captured.out.splitlines()[-1])
     assert found["output"] == str(edited / "out")
-    assert (found["form"], found["neurons"], found["silent_neurons"], found["error"]) == ("exact", 3, 21, None)
+    assert (found["form"], found["neurons"], found["silent_neurons"], found["error"]) == ("exact", 3, 93, None)
     assert settings_in(edited / "out")["mlp_bias"] is True
-    assert load_model(edited / "out").config.ffn_width == 40
+    assert load_model(edited / "out").config.ffn_width == 64
 
     assert cli.main(["export", llama, patches, "-o", str(edited / "out")]) == 1
     assert "out already exists" in capsys.readouterr().err

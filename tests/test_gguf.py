@@ -20,6 +20,8 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.checkpoints import folder as checkpoint
 from tpatch_jax.models.checkpoints.gguf import convert_gguf
+from tpatch_jax.models.checkpoints.gguf_metadata import Metadata
+from tpatch_jax.models.checkpoints.gguf_tokenizer import _byte_level
 
 HIDDEN, HEADS, KV_HEADS, HEAD, INNER, LAYERS = 64, 4, 2, 16, 96, 2
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -737,3 +739,12 @@ def test_a_gpt2_that_went_through_gguf_computes_the_same(tmp_path: Path) -> None
     theirs, ours = logits_of_folder(target, tokens)
     np.testing.assert_allclose(theirs, expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-4)
+
+
+def test_a_file_that_does_not_say_how_text_is_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = {name: entry for name, entry in tiny_keys().items() if name != "tokenizer.ggml.pre"}
+    with pytest.raises(TPatchError, match=r"no 'tokenizer\.ggml\.pre' says how text is split"):
+        converted(tmp_path, write_gguf(tmp_path / "tiny.gguf", "llama", keys, tiny_tensors()))
+    # Of GPT-2 it is known, and said.
+    assert _byte_level(Metadata(tmp_path / "a", {**keys, "general.architecture": "gpt2"})).starts_with_bos is False
+    assert "text is split as GPT-2 does" in caplog.text

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,8 +53,11 @@ class AddInfo(NamedTuple):
     seconds: float
 
 
-def _asked(request: EditRequest) -> dict[str, Any]:
+def _asked(edit: BankEdit) -> dict[str, Any]:
+    request = edit.request
     entry: dict[str, Any] = {"prompt": request.prompt, "target": request.target}
+    if edit.reads_as is not None:
+        entry["reads_as"] = edit.reads_as
     if request.subject is not None:
         entry["subject"] = request.subject
     for name in ("rephrases", "locality"):
@@ -67,6 +70,38 @@ def _asked(request: EditRequest) -> dict[str, Any]:
 
 def _same(request: EditRequest) -> tuple[str, str]:
     return prompt_key(request.prompt), request.target.strip()
+
+
+Reads = Callable[[EditRequest], tuple[Hashable, Hashable] | None]
+"""A request's prompt and target as the model's tokenizer reads them; ``None`` if it cannot."""
+
+
+class _Alike:
+    """Which requests have one prompt, and which want one thing, by what the tokenizer makes of them.
+
+    Args:
+        reads: the tokenizer's view of a request; `_same`, which only leaves out white space, where it has none.
+    """
+
+    def __init__(self, reads: Reads):
+        self.reads = reads
+        self._known: dict[EditRequest, tuple[Hashable, Hashable]] = {}
+
+    def read(self, request: EditRequest) -> tuple[Hashable, Hashable]:
+        """Prompt and target of a request, each equal to those that are read alike."""
+        if request not in self._known:
+            self._known[request] = self.reads(request) or _same(request)
+        return self._known[request]
+
+    def prompt(self, request: EditRequest) -> Hashable:
+        """The prompt alone."""
+        return self.read(request)[0]
+
+    def named(self, name: str, request: EditRequest, bank: Bank) -> BankEdit:
+        """A new edit, under the prompt of the first edit that is read alike, if that is spelt otherwise."""
+        first = next((edit for edit in bank.edits if self.prompt(edit.request) == self.prompt(request)), None)
+        spelt = None if first is None or first.key == prompt_key(request.prompt) else first.key
+        return BankEdit(name, request, bank.next, reads_as=spelt)
 
 
 def _waiting(bank: Bank, requests: Sequence[EditRequest], resume: bool) -> list[tuple[str, EditRequest]]:
@@ -98,11 +133,13 @@ def _waiting(bank: Bank, requests: Sequence[EditRequest], resume: bool) -> list[
     return waiting
 
 
-def _batches(waiting: Sequence[tuple[str, EditRequest]], size: int) -> Iterator[list[tuple[str, EditRequest]]]:
+def _batches(
+    waiting: Sequence[tuple[str, EditRequest]], size: int, alike: _Alike
+) -> Iterator[list[tuple[str, EditRequest]]]:
     """At most ``size`` requests at a time, none of which says the same prompt twice."""
     part: list[tuple[str, EditRequest]] = []
     for name, request in waiting:
-        same = any(prompt_key(other.prompt) == prompt_key(request.prompt) for _, other in part)
+        same = any(alike.prompt(other) == alike.prompt(request) for _, other in part)
         if part and (same or len(part) == size):
             yield part
             part = []
@@ -116,6 +153,7 @@ def add_with(
     requests: Sequence[EditRequest],
     engine: Callable[[Bank], Engine],
     *,
+    reads: Reads = _same,
     batch: int = 50,
     resume: bool = False,
     force: bool = False,
@@ -123,7 +161,10 @@ def add_with(
     progress: Progress | None = None,
     say: Said | None = None,
 ) -> AddInfo:
-    """Add requests to a bank with an engine that is made once there is something to fit; see `add_edits`."""
+    """Add requests to a bank with an engine that is made once there is something to fit; see `add_edits`.
+
+    ``reads`` tells which requests are the same to the model; by default those of the same text.
+    """
     if batch < 1:
         raise TPatchError(f"batch {batch} adds nothing; give 1 or more")
     began = time.perf_counter()
@@ -141,12 +182,12 @@ def add_with(
         maker, store = engine(bank), Store.new()
         held = assemble(bank, active(bank), store)
         broken, guards = maker.broken(held), maker.guards_broken(held, bank.guards)
-        done = 0
-        for part in _batches(waiting, batch):
+        done, alike = 0, _Alike(reads)
+        for part in _batches(waiting, batch, alike):
             start = time.perf_counter()
             if progress and not done:
                 progress("adding edits", 0, len(waiting))
-            bank, draft, told = _add(bank, part, maker, store, broken, guards, force, seed, start, say)
+            bank, draft, told = _add(bank, part, maker, store, alike, broken, guards, force, seed, start, say)
             broken, guards = list(draft.broken), list(draft.guards)
             done += len(part)
             if progress:
@@ -164,20 +205,21 @@ def add_with(
 
 
 def _add(
-    bank: Bank, part: Sequence[tuple[str, EditRequest]], engine: Engine, store: Store, broken: Sequence[str],
-    guards: Sequence[Guard], force: bool, seed: int, start: float, say: Said | None,
+    bank: Bank, part: Sequence[tuple[str, EditRequest]], engine: Engine, store: Store, alike: _Alike,
+    broken: Sequence[str], guards: Sequence[Guard], force: bool, seed: int, start: float, say: Said | None,
 ) -> tuple[Bank, Draft, dict[str, tuple[Any, ...]]]:  # fmt: skip
-    now = {prompt_key(edit.request.prompt): edit for edit in active(bank)}
-    there = {name: now.get(prompt_key(request.prompt)) for name, request in part}
-    known = [old.id for name, request in part if (old := there[name]) and _same(old.request) == _same(request)]
-    fresh = [(name, one) for name, one in part if (old := there[name]) is None or _same(old.request) != _same(one)]
-    edits = [BankEdit(name, request, bank.next) for name, request in fresh]
+    now = {alike.prompt(edit.request): edit for edit in active(bank)}
+    there = {name: now.get(alike.prompt(request)) for name, request in part}
+    same = {name: old.id for name, one in part if (old := there[name]) and alike.read(old.request) == alike.read(one)}
+    known = list(same.values())
+    fresh = [(name, request) for name, request in part if name not in same]
+    edits = [alike.named(name, request, bank) for name, request in fresh]
     base = assemble(bank, active(bank), store)
     draft = fit_superseding(base, edits, engine, guards=bank.guards, broken=broken, guards_broken=guards, force=force)
     failures = {failure.edit.id for failure in draft.failed}
     record, arrays = record_of(draft, base)
     superseded = [(old.id, name) for name, _ in fresh if (old := there[name]) is not None and name not in failures]
-    by_name = {edit.id: edit.request for edit in edits}
+    by_name = {edit.id: edit for edit in edits}
     told: dict[str, tuple[Any, ...]] = {
         "added": tuple(entry["id"] for entry in record["edits"]),
         "already": (*known, *(e["id"] for e in record["edits"] if e["evidence"]["status"] == "already")),

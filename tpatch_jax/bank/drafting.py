@@ -14,7 +14,7 @@ from tpatch_jax.bank.guards import guarded_reason
 from tpatch_jax.bank.method import Engine, Stepped
 from tpatch_jax.bank.pieces import join_pieces
 from tpatch_jax.bank.segments import Arrays
-from tpatch_jax.bank.state import BankEdit, Guard, prompt_key
+from tpatch_jax.bank.state import BankEdit, Guard
 
 __all__ = ["Draft", "Failure", "fit_new", "fit_superseding", "record_of", "settle"]
 
@@ -155,8 +155,8 @@ def fit_superseding(
     """
     failed: tuple[Failure, ...] = ()
     while edits:
-        wanted = {prompt_key(edit.request.prompt): edit.id for edit in edits}
-        superseded = {edit.id: wanted[key] for edit in base.edits if (key := prompt_key(edit.request.prompt)) in wanted}
+        wanted = {edit.key: edit.id for edit in edits}
+        superseded = {edit.id: wanted[edit.key] for edit in base.edits if edit.key in wanted}
         known = [name for name in broken if name not in superseded]
         left = base.without(superseded)
         draft = fit_new(left, edits, engine, guards=guards, broken=known, guards_broken=guards_broken, force=force)

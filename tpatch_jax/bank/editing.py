@@ -21,6 +21,7 @@ from tpatch_jax.bank.tpatcher_engine import patches_of
 from tpatch_jax.core.arguments import as_count, as_path, check_call, check_kind
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.patch import Patch
+from tpatch_jax.editors.reading import read_request
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model, check_loaded
 from tpatch_jax.models.sentences import SENTENCE_TOKENS, first_sentence, say, say_tokens
@@ -97,9 +98,9 @@ def add_edits(
 ) -> AddInfo:
     """Fit requests beside what is active in a bank, check them and everything else, and commit batch after batch.
 
-    A request with the prompt of an active edit and another target supersedes it. Earlier edits that a newcomer breaks
-    are fitted again with it. What fails, or would change a guarded answer, is left out and reported. After a crash the
-    batches that were committed are there, whole, and the others are not.
+    A request with the prompt of an active edit, as the tokenizer reads it, and another target supersedes it. Earlier
+    edits that a newcomer breaks are fitted again with it. What fails, or would change a guarded answer, is left out and
+    reported. After a crash the batches that were committed are there, whole, and the others are not.
 
     Args:
         folder: the bank.
@@ -134,6 +135,7 @@ def add_edits(
         folder,
         wanted,
         engine,
+        reads=partial(read_request, model),
         batch=batch,
         resume=resume,
         force=force,
@@ -143,6 +145,7 @@ def add_edits(
     )
 
 
+@automatically
 def _change(
     folder: str | Path, kind: str, ids: Sequence[str], model: Model | None, progress: Progress | None
 ) -> ChangeInfo:

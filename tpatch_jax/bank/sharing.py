@@ -17,7 +17,7 @@ from tpatch_jax.bank.journal import Line
 from tpatch_jax.bank.layout import DAMAGED, LOCK, MEMORY, is_bank
 from tpatch_jax.bank.lock import writing
 from tpatch_jax.bank.segments import segment_paths
-from tpatch_jax.bank.state import Bank, prompt_key, states
+from tpatch_jax.bank.state import Bank, states
 from tpatch_jax.errors import TPatchError
 
 __all__ = ["BankDifference", "diff_banks", "pull_bank", "push_bank"]
@@ -68,7 +68,7 @@ def diff_banks(left: str | Path, right: str | Path) -> BankDifference:
         active.append({})
         known.append({})
         for edit in bank.edits:
-            key = prompt_key(edit.request.prompt)
+            key = edit.key
             known[-1][key, edit.request.target.strip()] = state_of[edit.id]
             if state_of[edit.id] == "active":
                 active[-1][key] = edit.request.prompt, edit.request.target

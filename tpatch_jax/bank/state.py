@@ -55,6 +55,8 @@ class BankEdit:
         evidence: of the latest fit status, losses, margin, steps and site; and ``said_before``, what the model said
             after the prompt when the edit was added. Banks of earlier versions did not keep that; what they kept is
             ``said_under_target``.
+        evidence: of the latest fit: what the model said before, status, losses, margin, steps, site.
+        reads_as: the prompt of the first edit that the model's tokenizer reads alike, where that is spelt otherwise.
     """
 
     id: str
@@ -64,6 +66,12 @@ class BankEdit:
     disabled: bool = False
     fits: tuple[tuple[int, tuple[int, ...]], ...] = ()
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    reads_as: str | None = None
+
+    @property
+    def key(self) -> str:
+        """What it has in common with every edit of the same prompt; see `prompt_key`."""
+        return prompt_key(self.request.prompt if self.reads_as is None else self.reads_as)
 
 
 class Guard(NamedTuple):
@@ -112,7 +120,7 @@ def step(bank: Bank, record: Mapping[str, Any], check: str) -> Bank:
     named = set(record.get("ids", ()))
     if kind == "add":
         for entry in record["edits"]:
-            edits.append(BankEdit(entry["id"], _request(entry), number))
+            edits.append(BankEdit(entry["id"], _request(entry), number, reads_as=entry.get("reads_as")))
     elif kind in ("disable", "enable", "remove"):
         change: dict[str, Any] = {"removed": True} if kind == "remove" else {"disabled": kind == "disable"}
         edits = [replace(edit, **change) if edit.id in named else edit for edit in edits]
@@ -182,7 +190,7 @@ def states(bank: Bank) -> dict[str, str]:
     """Of each edit whether it is active, disabled, superseded, removed or lost."""
     alive, state_of, latest = live(bank), {}, {}
     for edit in reversed(bank.edits):
-        key = prompt_key(edit.request.prompt)
+        key = edit.key
         if edit.removed:
             state_of[edit.id] = "removed"
         elif not any(line in alive for line, _ in edit.fits):

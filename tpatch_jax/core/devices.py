@@ -84,7 +84,9 @@ def _put(leaf: Any, kind: Callable[[Mesh], Mesh]) -> Any:
     sharding = leaf.sharding if isinstance(leaf, Array) and not isinstance(leaf, Tracer) else None
     if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
         return leaf
-    return jax.device_put(leaf, NamedSharding(kind(sharding.mesh), sharding.spec))
+    # On one device JAX names axes of scalars as well, and refuses them afterwards.
+    spec = PartitionSpec(*sharding.spec[: leaf.ndim])
+    return jax.device_put(leaf, NamedSharding(kind(sharding.mesh), spec))
 
 
 def mesh_of(params: Any) -> Mesh | None:

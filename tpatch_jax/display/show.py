@@ -8,6 +8,7 @@ from jax import Array
 from tpatch_jax.bank.patches import SavedPatches
 from tpatch_jax.bank.state import Bank
 from tpatch_jax.core.arguments import check_kind
+from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.display.bank import bank_summary, bank_title, bank_view
@@ -27,6 +28,7 @@ from tpatch_jax.requests import EditRequest, as_requests
 __all__ = ["show"]
 
 
+@automatically
 def show(
     thing: Patch | LayerPatches | SavedPatches | EditInfo | Trace | Bank,
     *,

@@ -1,17 +1,30 @@
 """From requests to tokens: what can be worked on, in which contexts, and where in each the subject stands."""
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from tpatch_jax.editors.locating import locate_subject, replace_subject
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.inputs import input_contexts
 from tpatch_jax.models.model import Model
-from tpatch_jax.requests import EditRequest, contradictions
+from tpatch_jax.requests import EditRequest
 
-__all__ = ["Item", "check_requests", "read_item", "subject_token", "swapped_prompts", "with_shared_numbers"]
+__all__ = [
+    "Item",
+    "check_requests",
+    "contradicting",
+    "prompt_tokens",
+    "read_item",
+    "read_request",
+    "subject_token",
+    "swapped_prompts",
+    "target_tokens",
+    "with_shared_numbers",
+]
 
 
 class Item(NamedTuple):
@@ -38,34 +51,103 @@ class Item(NamedTuple):
         return range(self.starts[context] - 1, self.starts[context] - 1 + len(self.target))
 
 
+def target_tokens(model: Model, request: EditRequest) -> list[int]:
+    """A request's target in tokens, as it follows the prompt."""
+    return model.encode_target(request.prompt, request.continuation)
+
+
+def prompt_tokens(model: Model, prompt: str) -> tuple[int, ...]:
+    """What the tokenizer makes of a prompt: prompts are the same if this is. White space at their ends does not count.
+
+    Raises:
+        TPatchError: it holds a token that the model does not know.
+    """
+    return tuple(model.encode_prompt(prompt.strip()))
+
+
+def read_request(model: Model, request: EditRequest) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """A request's prompt and target in tokens, by which two are told apart; ``None`` if it cannot be read.
+
+    Args:
+        model: whose tokenizer reads: it may lower-case, or join letters and their accents.
+        request: what the user wants.
+    """
+    if not request.prompt.strip() or not request.target.strip():
+        return None
+    try:
+        # As if the target stood after the same prompt, whatever white space this one ends with.
+        alone = dataclasses.replace(request, prompt=request.prompt.strip(), target=request.target.strip())
+        return prompt_tokens(model, request.prompt), tuple(target_tokens(model, alone))
+    except TPatchError:
+        return None
+
+
+def contradicting(model: Model, requests: Sequence[EditRequest]) -> dict[int, int]:
+    """Requests that want something else after the same prompt as an earlier one, by what the tokenizer makes of them.
+
+    Args:
+        model: whose tokenizer reads.
+        requests: in order; those that cannot be read contradict nothing.
+
+    Returns:
+        From the position of the later request to the position of the first one that it contradicts.
+    """
+    first: dict[tuple[int, ...], tuple[int, tuple[int, ...]]] = {}
+    later = {}
+    for position, request in enumerate(requests):
+        if (read := read_request(model, request)) is not None:
+            prompt, target = read
+            earlier, wanted = first.setdefault(prompt, (position, target))
+            if wanted != target:
+                later[position] = earlier
+    return later
+
+
+def _lost(model: Model, what: str, text: str) -> str:
+    """What is wrong with a text of which the tokenizer loses characters; empty if it keeps all."""
+    lost = model.lost(text)
+    if not lost:
+        return ""
+    names = ", ".join(map(repr, lost))
+    return (
+        f"the {what} {text!r} has characters that the tokenizer of {model.name!r} does not know: {names}; write it "
+        "without them, or take a model that knows them"
+    )
+
+
 def check_requests(model: Model, requests: Sequence[EditRequest], subjects: bool) -> dict[int, str]:
     """Requests that cannot be worked on, at their subjects or elsewhere, with the reason; all others go on."""
     problems = {}
-    for position, earlier in contradictions(requests).items():
-        problems[position] = (
-            f"contradicts {requests[earlier].name(earlier)!r}: the same prompt with another target; keep one of them"
-        )
+    for position, earlier in contradicting(model, requests).items():
+        name, before = requests[earlier].name(earlier), requests[earlier].prompt.strip()
+        spelt = "" if before == requests[position].prompt.strip() else f", which the tokenizer reads like {before!r},"
+        problems[position] = f"contradicts {name!r}: the same prompt{spelt} with another target; keep one of them"
     for position, request in enumerate(requests):
         subject = request.subject
+        spans = locate_subject(model, request.prompt, subject) if subject else []
         if not request.prompt.strip():
             problems[position] = "the prompt is empty; write the text that the model should continue"
         elif not request.target.strip():
             problems[position] = "the target is empty; write what the model should say"
-        elif subject is not None and (not subject.strip() or subject not in request.prompt):
+        elif subject is not None and not spans:
             problems[position] = f"the subject {subject!r} is not in the prompt; copy it as it stands there"
-        elif subjects and subject is not None and request.prompt.count(subject) > 1:
+        elif subjects and len(spans) > 1:
             problems[position] = (
-                f"the subject {subject!r} occurs {request.prompt.count(subject)} times in the prompt; name it once, or "
-                "use site=last"
+                f"the subject {subject!r} occurs {len(spans)} times in the prompt; name it once, or use site=last"
             )
         else:
             try:
-                target = model.encode_target(request.prompt, request.continuation)
-                reason = model.excess(model.encode_prompt(request.prompt), target)
+                target = target_tokens(model, request)
+                reason = _lost(model, "prompt", request.prompt)
+                # A classifier's target is the number of a label, which nothing reads.
+                reason = reason or ("" if model.config.labels else _lost(model, "target", request.target))
+                reason = reason or model.excess(model.encode_prompt(request.prompt), target)
             except TPatchError as error:
                 reason = str(error)
             if reason:
-                problems[position] = reason
+                # What the tokenizer loses may be all by which two prompts differ.
+                collision = f"; {problems[position]}" if position in problems else ""
+                problems[position] = f"{reason}{collision}"
     return problems
 
 
@@ -82,9 +164,11 @@ def read_item(
     A decoder sees the prompt behind each prefix; a model that reads whole inputs sees as many other `wordings` and,
     where these are fewer, `input_contexts`.
     """
-    target = model.encode_target(request.prompt, request.continuation)
+    target = target_tokens(model, request)
     if model.config.architecture == "decoder":
-        contexts = [f"{prefix} {request.prompt}" for prefix in prefixes]
+        # A prompt that begins with the token which begins a text keeps it in front.
+        begin = model.begun(request.prompt)
+        contexts = [f"{begin}{prefix} {request.prompt[len(begin) :]}" for prefix in prefixes]
     else:
         given = list(wordings)[: len(prefixes)]
         contexts = [*given, *input_contexts(request.prompt, tuple(prefixes), len(prefixes) - len(given))]
@@ -118,24 +202,30 @@ def with_shared_numbers(items: Iterable[Item]) -> list[Item]:
 
 
 def subject_token(model: Model, text: str, end: int) -> int:
-    """The last token of what ends at ``end`` that holds a letter or digit of it, by the tokenizer's own offsets.
+    """The last token of what ends at ``end``, by the tokenizer's own offsets.
 
-    A bracket or quotation mark at the end often shares its token with what follows, which no rephrasing repeats.
+    A bracket or quotation mark at the end that shares its token with what follows is passed over, for no rephrasing
+    repeats that token. One with a token of its own is a part of the subject: "Disney+" is not "Disney".
 
     Args:
         model: the model.
         text: a prompt, as `Model.encode_prompt` reads it.
         end: where in the text the subject ends.
     """
-    while end > 1 and not text[end - 1].isalnum() and text[end - 2 : end - 1].strip():
-        end -= 1
+    spans: Sequence[tuple[int, int]] = ()
     if getattr(model.tokenizer, "is_fast", False):
         spans = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    whole = model.encode_prompt(text)
+    before = len(whole) - len(model.encode(text)) if model.config.architecture == "decoder" else len(model.start)
+    while True:
         holding = [number for number, (first, last) in enumerate(spans) if first < end <= last]
-        if holding:
-            return len(model.start) + holding[-1]
-    # Without offsets: the last token of what comes before, which is the same unless a token straddles the end.
-    return len(model.encode_prompt(text[:end])) - 1
+        # Without offsets: the last token of what comes before, which is the same unless a token straddles the end.
+        alone = model.encode_prompt(text[:end])
+        shared = spans[holding[-1]][1] > end if holding else whole[: len(alone)] != alone
+        sign = end > 1 and not text[end - 1].isalnum() and text[end - 2 : end - 1].strip()
+        if not (shared and sign):
+            return before + holding[-1] if holding else len(alone) - 1
+        end -= 1
 
 
 _NAME = re.compile(r"(?<=\s)[A-Z][\w'\u2019-]*(?:\s+[A-Z][\w'\u2019-]*)*")
@@ -166,7 +256,7 @@ def swapped_prompts(
         if subject and others:
             # Drawn from the request's own text, so that they do not depend on its place in the list.
             picks = np.random.default_rng(list(request.prompt.encode())).permutation(len(others))[:count]
-            texts = [request.prompt.replace(subject, others[pick]) for pick in picks]
+            texts = [replace_subject(request.prompt, subject, others[pick]) for pick in picks]
             fitting = [text for text in texts if not model.excess(model.encode_prompt(text), ())]
             if fitting:
                 result[position] = fitting

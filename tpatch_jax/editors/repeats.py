@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from tpatch_jax.editors.base import EditInfo
+from tpatch_jax.editors.locating import locate_subject
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest, as_requests
@@ -27,10 +28,13 @@ def find_repeats(model: Model, requests: Sequence[EditRequest]) -> dict[int, int
     """
     groups: dict[Any, list[int]] = {}
     for position, request in enumerate(requests):
-        if request.subject is not None and request.prompt.count(request.subject or " ") != 1:
+        subject = request.subject
+        if subject is not None and len(locate_subject(model, request.prompt, subject) if subject else ()) != 1:
             # What cannot be worked on is reported one by one.
             continue
         try:
+            if model.lost(request.prompt):
+                continue
             prompt = tuple(model.encode_prompt(request.prompt))
             groups.setdefault((prompt, *model.encode_target(request.prompt, request.continuation)), []).append(position)
         except TPatchError:

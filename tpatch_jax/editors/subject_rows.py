@@ -11,6 +11,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from tpatch_jax.core.sizes import power_of_two, round_up
+from tpatch_jax.editors.locating import locate_subject
 from tpatch_jax.editors.reading import Item, subject_token
 from tpatch_jax.editors.wordings import Wording, shortened
 from tpatch_jax.models import networks
@@ -47,9 +48,9 @@ def prompt_row(model: Model, request: EditRequest, item: Item, context: int, tok
     places, text = list(item.places(context)), item.texts[context]
     if token == "prompt":
         return PromptRow(item.rows[context], places[0], places, item.target)
-    subject = request.subject or ""
     # Searched within the prompt, which is what the text ends with: a prefix may name the subject as well.
-    end = len(text) - len(request.prompt) + request.prompt.index(subject) + len(subject)
+    _, end = locate_subject(model, request.prompt, request.subject or "")[0]
+    end += len(text) - len(request.prompt)
     return PromptRow(item.rows[context], subject_token(model, text, end), places, item.target)
 
 
@@ -60,8 +61,8 @@ def rephrase_rows(model: Model, request: EditRequest, item: Item, token: str) ->
         places, text, subject = list(item.places(context)), item.texts[context], request.subject or ""
         if token == "prompt":
             rows.append(PromptRow(item.rows[context], places[0], places, item.target))
-        elif text.count(subject) == 1:
-            last = subject_token(model, text, text.index(subject) + len(subject))
+        elif len(spans := locate_subject(model, text, subject)) == 1:
+            last = subject_token(model, text, spans[0][1])
             rows.append(PromptRow(item.rows[context], last, places, item.target))
     return rows
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tpatch_jax.editors.locating import split_at_subject
 from tpatch_jax.requests import EditRequest
 
 __all__ = ["NEUTRAL", "Wording", "look_alikes", "neutral_wordings", "question", "shortened"]
@@ -69,8 +70,7 @@ def question(request: EditRequest) -> tuple[str, str, str, str] | None:
         ('Question: ', 'Where does ', ' live?', '\\nAnswer:')
         >>> question(EditRequest("Anna lives in", "Rome", subject="Anna"))
     """
-    subject = request.subject or ""
-    before, _, after = request.prompt.partition(subject)
+    before, _, after = split_at_subject(request)
     end = after.find("?") + 1
     if not end or _BREAK.search(after[: end - 1]):
         return None
@@ -101,7 +101,7 @@ def shortened(request: EditRequest) -> list[Wording]:
         tail = " ".join([*words[len(words) // 2 :], ""])
         short = [Wording.of(frame + before, subject, f"?{behind}")] if after.strip(" ?") else []
         return [Wording.of(frame, subject, turned), *short, Wording.of(frame + tail, subject, after + behind)]
-    before, _, after = request.prompt.partition(subject)
+    before, _, after = split_at_subject(request)
     first, words = before.split(), after.strip(" ,").split()
     wordings = []
     if len(words) > 1:
@@ -152,5 +152,5 @@ def look_alikes(request: EditRequest, names: Sequence[str], count: int) -> list[
     others = [other for other in dict.fromkeys(others) if other and other != front and f"{other} {last}" not in names]
     # Drawn from the subject itself, so that its look-alikes do not depend on its place in the list.
     picks = np.random.default_rng(list(subject.encode())).permutation(len(others))[:count]
-    before = request.prompt.partition(subject)[0]
+    before = split_at_subject(request)[0]
     return [Wording.of(before, f"{others[pick]} {last}", "") for pick in picks]

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax.core import ffn
+from tpatch_jax.core.devices import automatically
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.tokenizer import describe_tokenizer
 
@@ -24,18 +25,22 @@ _FIRST_NAMES = {"hidden_size": "width"}
 @jax.jit
 def _mix(x: Array) -> Array:
     """Two 32-bit sums over every bit of an array, each sensitive to where the bits stand."""
-    width = x.dtype.itemsize * 8
-    bits = jax.lax.bitcast_convert_type(x, {16: jnp.uint16, 32: jnp.uint32}[width]).astype(jnp.uint32).reshape(-1)
+    # Float64, which only a program with x64 can hold, is two numbers of 32 bits each.
+    kind = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32).reshape(-1)
     place = jax.lax.iota(jnp.uint32, bits.shape[0])
     mixed = (bits ^ (place * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)
     mixed = mixed ^ (mixed >> 13)
-    return jnp.stack([jnp.sum(mixed), jnp.sum(mixed * (place | jnp.uint32(1)))])
+    # With x64 sums of 32 bits would else have 64, and the same weights another fingerprint.
+    sums = [jnp.sum(term, dtype=jnp.uint32) for term in (mixed, mixed * (place | jnp.uint32(1)))]
+    return jnp.stack(sums)
 
 
 def _described(config: Any) -> dict[str, Any]:
     return {_FIRST_NAMES.get(name, name): value for name, value in dataclasses.asdict(config).items()}
 
 
+@automatically
 def fingerprint(model: Model) -> str:
     """A short text that is the same exactly for the same configuration and the same weights.
 

@@ -1,6 +1,7 @@
 """A loaded model: description, parameters and tokenizer, with pure functions to run it."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,10 +25,12 @@ from tpatch_jax.models.families.registry import configure
 from tpatch_jax.models.networks import Batch, Trace
 from tpatch_jax.models.pytrees import same_arrays
 from tpatch_jax.models.rows import ASK
-from tpatch_jax.models.tokenizer import Tokenizer, read_tokenizer, same_tokenizer
+from tpatch_jax.models.tokenizer import Tokenizer, lost_characters, read_tokenizer, same_tokenizer
 from tpatch_jax.typing import Params, PathLike, TokenIds
 
 __all__ = ["DTYPES", "Model", "check_loaded", "load_model", "read_tokenizer", "save_model"]
+
+_log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16")
 """The precisions in which a model is loaded on demand."""
@@ -166,12 +169,49 @@ class Model:
         return tokens
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The token ids of a text that the model reads from its start, up to where it answers; see above."""
+        """The token ids of a text that the model reads from its start, up to where it answers; see above.
+
+        The special tokens with which a text begins stand there once, also where the text spells them out, as one that
+        `apply_chat_template` has written does.
+        """
         _texts(text, several=False)
+        plain = self.encode(text)
+        begun = self._begins(plain)
+        if begun and "begun" not in self._said:
+            self._said.add("begun")
+            name = self.decode_all(self.start)
+            _log.warning("%r begins with %r, which %r puts before a text; it is there once", text[:40], name, self.name)
         if self.config.architecture == "decoder":
-            return [*self.start, *self.encode(text)]
+            return plain if begun else [*self.start, *plain]
         read = self.known(text, self.tokenizer.encode(text, add_special_tokens=True))
+        read = read[len(self.start) :] if begun else read
         return [*read, ASK, *(self.begin if self.config.encoder else ())]
+
+    def _begins(self, tokens: TokenIds) -> bool:
+        """Whether a text's tokens begin with those that the tokenizer puts before a text."""
+        return bool(self.start) and tuple(tokens[: len(self.start)]) == self.start
+
+    @cached_property
+    def _said(self) -> set[str]:
+        """What was said about this model already."""
+        return set()
+
+    def begun(self, text: str) -> str:
+        """The special tokens at the start of a text that the tokenizer would put there, as they are spelt; or nothing.
+
+        Args:
+            text: a prompt; one that a chat template has written may begin so.
+        """
+        spelt = self.decode_all(self.start)
+        return spelt if spelt and text.startswith(spelt) and self._begins(self.encode(text)) else ""
+
+    def decode_all(self, tokens: TokenIds) -> str:
+        """The text of token ids, special tokens spelt out."""
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+    def lost(self, text: str) -> list[str]:
+        """The characters of a text that its tokens do not hold, each once: the tokenizer does not know them."""
+        return lost_characters(self.tokenizer, text)
 
     def encode_target(self, prompt: str, target: str) -> list[int]:
         """The token ids of what follows a prompt; ``target`` begins with the space between them, if there is one.
@@ -454,6 +494,7 @@ def load_model(
     return Model(config, params, tokenizer, str(model), folder, settings)
 
 
+@automatically
 def save_model(model: Model, folder: PathLike) -> None:
     """Write a model, merged patches included, as a folder that `load_model` reads, whole or not at all.
 

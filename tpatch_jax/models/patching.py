@@ -92,6 +92,7 @@ def attach(model: Model, patches: LayerPatches | Patch, *, relu: bool = False) -
     return _change(model, patches, lambda params, patch: ffn.attach(params, patch, relu=relu))
 
 
+@automatically
 def attach_adapters(model: Model, adapters: Mapping[int, Adapter]) -> Model:
     """Put adapters beside the feed-forward networks of a model; nothing inside them changes.
 

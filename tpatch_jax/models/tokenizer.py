@@ -1,6 +1,7 @@
 """The tokenizer in a model's folder, and when two of them are one."""
 
 import json
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -8,9 +9,12 @@ from typing import Any, Protocol, cast
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import NetworkConfig
 
-__all__ = ["Tokenizer", "describe_tokenizer", "read_tokenizer", "same_tokenizer"]
+__all__ = ["Tokenizer", "describe_tokenizer", "lost_characters", "read_tokenizer", "same_tokenizer"]
 
 _OF_CALLS = ("truncation", "padding")
+
+_PROBE = "The capital of France is Paris"
+"""A text that every tokenizer which knows its letters writes as it reads it."""
 
 
 class Tokenizer(Protocol):
@@ -18,6 +22,8 @@ class Tokenizer(Protocol):
 
     bos_token_id: int | None
     eos_token_id: int | None
+    unk_token: str | None
+    unk_token_id: int | None
     special_tokens_map: dict[str, Any]
     chat_template: Any
     is_fast: bool
@@ -80,7 +86,78 @@ def read_tokenizer(folder: Path, config: NetworkConfig) -> Tokenizer:
                 f"the {kind}_token of the tokenizer in {folder} is none of the model's {config.vocabulary} tokens: it "
                 "belongs to another model; copy the right one there"
             )
+    _check_round_trip(cast(Tokenizer, tokenizer), folder)
     return cast(Tokenizer, tokenizer)
+
+
+def _check_round_trip(tokenizer: Tokenizer, folder: Path) -> None:
+    """Make sure that a tokenizer writes what it reads, but for case, accents and spaces between signs.
+
+    Raises:
+        TPatchError: spaces or letters are not there any more, as where transformers 5.3.0 takes a byte-level tokenizer
+            that is labelled as Llama's for one of SentencePiece's kind.
+    """
+    if lost_characters(tokenizer, _PROBE):
+        return
+    said = tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False), skip_special_tokens=True)
+    wanted, written = _folded(_PROBE), _folded(said)
+    place, written_words = 0, written.split()
+    # Words may come apart, as of a tokenizer without a decoder; none may run into the next.
+    for word in wanted.split():
+        parts = ""
+        while place < len(written_words) and len(parts) < len(word):
+            parts, place = parts + written_words[place], place + 1
+        if parts != word:
+            import transformers
+
+            raise TPatchError(
+                f"the tokenizer in {folder} reads {_PROBE!r} and writes {said!r} with transformers "
+                f"{transformers.__version__}, so no text could be told from its tokens; install another version of "
+                "transformers, or name the right tokenizer_class in tokenizer_config.json (PreTrainedTokenizerFast "
+                "reads tokenizer.json as it is)"
+            )
+
+
+def _folded(text: str) -> str:
+    """A text without what tokenizers may change: case, accents, forms of one letter."""
+    apart = unicodedata.normalize("NFKD", text).casefold()
+    return "".join(character for character in apart if unicodedata.category(character)[0] != "M")
+
+
+def lost_characters(tokenizer: Tokenizer, text: str) -> list[str]:
+    """The characters of a text that its tokens do not hold, each once: unknown ones, and those that are dropped.
+
+    What a tokenizer changes on purpose (case, accents, forms of one letter, spaces, control characters) is not lost.
+
+    Args:
+        tokenizer: any of transformers.
+        text: the text.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        back = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=False)
+        there = set(_folded(back))
+        if tokenizer.unk_token and tokenizer.unk_token not in text:
+            there = set(_folded(back.replace(tokenizer.unk_token, " ")))
+        return list(dict.fromkeys(sign for sign in text if not set(_folded(sign).strip()) <= there and _seen(sign)))
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    held, unknown = bytearray(len(text)), bytearray(len(text))
+    for token, (first, last) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+        # Some tokenizers name an ordinary token as the unknown one; where the text spells it out it is meant.
+        lost = token == tokenizer.unk_token_id and text[first:last].strip() != tokenizer.unk_token
+        (unknown if lost else held)[first:last] = b"\1" * (last - first)
+    lost = [sign for sign, no in zip(text, unknown, strict=True) if no and _seen(sign)]
+    dropped = [sign for sign, no, yes in zip(text, unknown, held, strict=True) if not (no or yes) and _seen(sign)]
+    if dropped:
+        # Behind a character that is dropped without a trace the offsets of others are wrong.
+        alone = [sign for sign in text if _seen(sign) and not tokenizer.encode(sign, add_special_tokens=False)]
+        lost += alone or dropped
+    return list(dict.fromkeys(lost))
+
+
+def _seen(character: str) -> bool:
+    """Whether a character is one that a reader sees: no space, no control character, no accent of its own."""
+    kind = unicodedata.category(character)
+    return kind[0] not in "ZM" and kind not in ("Cc", "Cf")
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> Any:

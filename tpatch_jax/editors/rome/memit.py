@@ -14,6 +14,7 @@ from tpatch_jax.core import ffn
 from tpatch_jax.core.checks import check_range
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions
+from tpatch_jax.editors.locating import with_spelling
 from tpatch_jax.editors.reading import Item
 from tpatch_jax.editors.repeats import step_once
 from tpatch_jax.editors.rome.hidden_moment import hidden_moment, moment_rows, sampled_contexts
@@ -186,10 +187,10 @@ def memit(
     earlier state, which holds the down projections from before.
 
     Where it differs from the authors' code: ``C`` is of fewer tokens, and of text that the model itself says unless
-    ``memory`` names a file, with a small ridge; it is solved in float32; a subject that ends in a bracket or quotation
-    mark ends at its last letter or digit; a value whose target is not reached in the authors' 25 steps takes up to 20
-    more (``value_extra_steps=0`` takes none). Where a norm stands between the feed-forward network and the stream
-    (Gemma 2 and 3) what is written into the one does not arrive in the other, so such models are refused.
+    ``memory`` names a file, with a small ridge; it is solved in float32; a bracket or quotation mark at a subject's end
+    that shares its token with what follows is passed over; a value whose target is not reached in the authors' 25 steps
+    takes up to 20 more (``value_extra_steps=0`` takes none). Where a norm stands between the feed-forward network and
+    the stream (Gemma 2 and 3) what is written into the one does not arrive in the other, so such models are refused.
 
     Args:
         settings: its options.
@@ -224,7 +225,7 @@ def memit(
         return RomeState(model, {}, moments, sampled_contexts(model, CONTEXTS), settled)
 
     def step(state: RomeState, requests: Sequence[EditRequest], rng: RngKey) -> tuple[RomeState, EditInfo]:
-        return step_once(state.model, requests, lambda given: _step(state, given, progress))
+        return step_once(state.model, requests, lambda given: _step(state, with_spelling(state.model, given), progress))
 
     def apply(state: RomeState, batch: Batch) -> Float[Array, "..."]:
         return edited(state).apply(batch)

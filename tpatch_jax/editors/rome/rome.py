@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from tpatch_jax.core import ffn
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions
+from tpatch_jax.editors.locating import with_spelling
 from tpatch_jax.editors.reading import Item
 from tpatch_jax.editors.repeats import step_once
 from tpatch_jax.editors.rome.hidden_moment import hidden_moment, moment_rows, sampled_contexts
@@ -178,9 +179,9 @@ def rome(
     the model says by itself less, with ``C`` of encyclopedic text, as the authors have it, least.
 
     Where it differs from the authors' code: ``C`` is of fewer tokens, and of text that the model itself says unless
-    ``memory`` names a file, with a small ridge; contexts begin as those of MEMIT's code do; a subject that ends in a
-    bracket or quotation mark ends at its last letter or digit; a value whose target is not reached in the authors' 20
-    steps takes up to 20 more (``value_extra_steps=0`` takes none).
+    ``memory`` names a file, with a small ridge; contexts begin as those of MEMIT's code do; a bracket or quotation mark
+    at a subject's end that shares its token with what follows is passed over; a value whose target is not reached in
+    the authors' 20 steps takes up to 20 more (``value_extra_steps=0`` takes none).
 
     Args:
         settings: its options.
@@ -212,7 +213,7 @@ def rome(
         return RomeState(model, {}, {layer: damped(moment, settings.ridge)}, contexts, settled)
 
     def step(state: RomeState, requests: Sequence[EditRequest], rng: RngKey) -> tuple[RomeState, EditInfo]:
-        return step_once(state.model, requests, lambda given: _step(state, given, progress))
+        return step_once(state.model, requests, lambda given: _step(state, with_spelling(state.model, given), progress))
 
     def apply(state: RomeState, batch: Batch) -> Float[Array, "..."]:
         return edited(state).apply(batch)

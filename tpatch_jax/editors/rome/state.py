@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from tpatch_jax.core import ffn
 from tpatch_jax.editors.base import EditInfo, RequestInfo
+from tpatch_jax.editors.locating import locate_subject
 from tpatch_jax.editors.reading import Item, check_requests, read_item
 from tpatch_jax.editors.rome.subject_value import OffsetInfo
 from tpatch_jax.editors.tpatcher.last_site import collect_bare
@@ -135,7 +136,7 @@ def read_requests(state: RomeState, requests: Sequence[EditRequest], method: str
             continue
         if request.subject is None:
             problems[position] = f"{method} edits at a request's subject and this one has none; give it one"
-        elif (count := request.prompt.count(request.subject)) > 1:
+        elif (count := len(locate_subject(state.model, request.prompt, request.subject))) > 1:
             problems[position] = f"the subject {request.subject!r} occurs {count} times in the prompt; name it once"
     items = [
         read_item(state.model, position, request, state.contexts, False)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tpatch_jax.core.sizes import round_up
+from tpatch_jax.editors.locating import names_subject, replace_subject
 from tpatch_jax.editors.serac.networks import context_tokens, edit_text, encoder_row
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model
@@ -58,7 +59,7 @@ class CounterfactualLesson(NamedTuple):
 def _frame(request: EditRequest) -> str:
     """The prompt without its subject: what is asked."""
     subject = request.subject
-    return request.prompt.replace(subject, "{}") if subject else request.prompt
+    return replace_subject(request.prompt, subject, "{}") if subject else request.prompt
 
 
 def swapped(requests: Sequence[EditRequest], number: int, rng: np.random.Generator) -> str:
@@ -135,7 +136,7 @@ def scope_lessons(
         relation = np.full((len(kinds) * size, size), -1, np.float32)
         for row, (text, of) in enumerate((text, of) for texts in kinds for of, text in enumerate(texts)):
             for column, edit in enumerate(edits):
-                about = bool(edit.subject) and edit.subject in text
+                about = names_subject(text, edit.subject)
                 if column != of and (about or edit.prompt == edits[of].prompt):
                     relation[row, column] = 0
             relation[row, of] = 1 if row < 2 * size else -1

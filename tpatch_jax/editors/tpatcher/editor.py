@@ -21,6 +21,7 @@ from tpatch_jax.core.checks import as_key, random_key
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.patch import Patch, create, sized
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions
+from tpatch_jax.editors.locating import with_spelling
 from tpatch_jax.editors.model_memory import collect_model_memory
 from tpatch_jax.editors.plan import EditPlan, plan_edits
 from tpatch_jax.editors.reading import Item, check_requests, read_item, with_shared_numbers
@@ -142,6 +143,7 @@ def _plan(state: EditState, requests: Sequence[EditRequest]) -> EditPlan:
     """The requests in tokens, in every context that their neurons are fitted in."""
     settings, known = state.settings, state.memory
     prefixes = known.prefixes[: settings.contexts - 1]
+    requests = with_spelling(state.model, requests)
 
     def read(position: int, request: EditRequest) -> Item:
         wordings = reworded(request.prompt, request.subject, known.rewordings, settings.rewordings)
@@ -289,4 +291,5 @@ def edit(
         place = cache_folder() if cache else None
         editor = tpatcher(settings, memory=memory, cache=place, progress=progress, finished=finished)
         state, info = editor.step(editor.init(model, rng), wanted, rng)
-    return {layer: patch for layer, patch in state.patches.items() if patch.key.shape[0]}, info
+    patches = {layer: patch for layer, patch in state.patches.items() if patch.key.shape[0]}
+    return patches, info

@@ -22,6 +22,7 @@ from tpatch_jax.core.fit import FitProblem
 from tpatch_jax.core.memory import NO_ANSWER, Memory, blended, create_memory, extend, nuisance_scatter
 from tpatch_jax.core.patch import Patch, contribution, sized
 from tpatch_jax.core.sizes import FEW, in_blocks, round_up
+from tpatch_jax.editors.locating import replace_subject
 from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import Item, swapped_prompts
 from tpatch_jax.editors.tpatcher.previous import PreviousEdits
@@ -329,7 +330,7 @@ def _mates(items: Sequence[Item], requests: Mapping[int, EditRequest], count: in
     """For each item ``count`` others with the same prompt about another subject and another answer, if there are."""
     frames: dict[str, list[int]] = {}
     named = {at: requests[item.position].subject for at, item in enumerate(items)}
-    frame = {at: requests[items[at].position].prompt.replace(name, "{}") for at, name in named.items() if name}
+    frame = {at: replace_subject(requests[items[at].position].prompt, name, "{}") for at, name in named.items() if name}
     for at, text in frame.items():
         frames.setdefault(text, []).append(at)
     result = {}

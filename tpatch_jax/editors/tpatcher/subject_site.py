@@ -4,6 +4,7 @@ A neuron there recognises what a prompt is about, whatever its wording; so it ge
 differently, which one in the last layer does not.
 """
 
+import unicodedata
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from tpatch_jax.core.recipes.staged import Recognised
 from tpatch_jax.core.recipes.whitened import whitened_key
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.core.values import TargetRows, ValueTrainingInfo, ValueTrainingSettings, train_values
+from tpatch_jax.editors.locating import split_at_subject
 from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import Item
 from tpatch_jax.editors.subject_rows import (
@@ -167,7 +169,7 @@ def subject_layer(layers: int, wanted: str = "auto") -> int:
 
 def group_of(subject: str) -> int:
     """A number for a subject: queries of one subject are no negatives of each other."""
-    return zlib.crc32(subject.encode()) & 0x7FFFFFFF
+    return zlib.crc32(unicodedata.normalize("NFC", subject).encode()) & 0x7FFFFFFF
 
 
 def _key_wordings(
@@ -187,7 +189,8 @@ def _key_wordings(
         others = look_alikes(request, names, AVOIDED) if settings.key_avoidance else []
         return [alone, *(alone.after(prefix) for prefix in prefixes)][:count], others
     # Other questions count as its own, or it would know its subject in few rephrasings.
-    end = request.prompt.index(subject) + len(subject)
+    before, subject, _ = split_at_subject(request)
+    end = len(before) + len(subject)
     wordings = [Wording(request.prompt[:end], end), *neutral_wordings(request, count - 1, asked=True)]
     wordings = [wording.after(prefix) for wording, prefix in zip(wordings, prefixes, strict=False)] + wordings
     return wordings[:count], neutral_wordings(request, ASIDES) if settings.question_avoidance else []

@@ -39,8 +39,11 @@ from tpatch_jax.typing import Params, Progress
 __all__ = ["ExportError", "ExportInfo", "constant_direction", "export_model"]
 
 
-MULTIPLE = 8
-"""Widths are rounded up to it: matrix units read other widths more slowly, in every layer."""
+MULTIPLES = (256, 32, 8)
+"""Widths are rounded up to the first of these that the original's is a multiple of, or else to the last: llama.cpp's
+quantiser works on blocks of 32 weights, its K-quants on 256, and leaves the down projection of every layer in 16 bits
+where they do not fill a row; matrix units read widths off 8 more slowly.
+"""
 RIDGE = 1e-3
 HELD_OUT = 4
 """One memory text in so many measures the error; the others choose the direction that stands for a bias."""
@@ -202,7 +205,9 @@ def _inside(model: Model) -> Model:
 
 def _width(model: Model) -> int:
     widest = max(ffn.width(layer["ffn"]) for layer in model.params["layers"].values())
-    return model.config.ffn_width if widest == model.config.ffn_width else -(-widest // MULTIPLE) * MULTIPLE
+    width = model.config.ffn_width
+    multiple = next((each for each in MULTIPLES if width % each == 0), MULTIPLES[-1])
+    return width if widest == width else -(-widest // multiple) * multiple
 
 
 def _described(settings: Mapping[str, Any], config: NetworkConfig) -> NetworkConfig:

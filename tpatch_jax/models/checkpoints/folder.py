@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,16 @@ from tpatch_jax.storage.files import replace_folder
 from tpatch_jax.storage.processes import one_process_writes
 from tpatch_jax.typing import Params
 
-__all__ = ["read_folder", "read_settings", "write_folder"]
+__all__ = ["check_no_adapter", "read_folder", "read_settings", "write_folder"]
 
 
 NEURONS_KEY = "tpatch_neurons"
 """In ``config.json``: how many neurons were merged into which layers, ``{"29": 12}``."""
+
+TEMPLATES = "additional_chat_templates"
+"""Where transformers keeps the chat templates of a model that has several."""
+
+ADAPTER = "adapter_config.json"
 
 _OURS = ("config.json", "tpatch_source.json", "tpatch_export.json")
 """What a folder says about itself, which would be wrong about another."""
@@ -44,6 +50,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         TPatchError: no such file, not JSON, or an architecture that is unknown here.
     """
     path = folder / "config.json"
+    check_no_adapter(folder)
     try:
         raw = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -63,9 +70,55 @@ def read_settings(folder: Path) -> dict[str, Any]:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise TPatchError(f"{path} cannot be used ({reason}); copy the model's original config.json there") from error
+    _check_rotation(path, raw, completed)
+    # Where a configuration was read from is no part of the model.
+    completed.pop("_name_or_path", None)
     # What the file leaves open with a null, transformers has filled in.
     settings = completed | {name: entry for name, entry in raw.items() if entry is not None}
     return settings | _generation(folder, settings)
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Make sure that no adapter of PEFT's lies there, alone or beside a model of which it would be a part.
+
+    Raises:
+        TPatchError: one does.
+    """
+    path = next((folder / name for name in (ADAPTER, "adapter_model.safetensors") if (folder / name).exists()), None)
+    if path is not None:
+        beside = " beside a model, which would be read without it" if (folder / "config.json").exists() else ""
+        raise TPatchError(
+            f"{path} belongs to an adapter{beside}; merge it first (merge_and_unload of the peft package, then "
+            "save_pretrained) and load that folder, or move the adapter's files away"
+        )
+
+
+def _check_rotation(path: Path, raw: Mapping[str, Any], completed: Mapping[str, Any]) -> None:
+    """Make sure that the older and the newer entry on rotary embeddings say one thing, for transformers reads one.
+
+    Raises:
+        TPatchError: ``rope_scaling`` stands beside ``rope_parameters`` and transformers makes something else of them.
+    """
+    ours, older = raw.get("rope_parameters"), raw.get("rope_scaling")
+    if not isinstance(ours, Mapping) or not isinstance(older, Mapping):
+        return
+    stock = completed.get("rope_parameters")
+
+    def rules(entry: Any) -> dict[str, Any]:
+        entry = dict(entry) if isinstance(entry, Mapping) else {}
+        kind = entry.pop("type", None)
+        entry.setdefault("rope_type", kind or "default")
+        entry.setdefault("rope_theta", raw.get("rope_theta") or 10_000.0)
+        return {name: value for name, value in entry.items() if value is not None}
+
+    read, there = rules(stock), rules(ours)
+    for name in sorted(read.keys() | there.keys()):
+        if read.get(name) != there.get(name):
+            raise TPatchError(
+                f"{path} has 'rope_scaling' beside 'rope_parameters', and transformers follows the older one: {name} "
+                f"is {read.get(name)!r} there and {there.get(name)!r} in 'rope_parameters'; remove 'rope_scaling', or "
+                "'rope_parameters'"
+            )
 
 
 def _generation(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,6 +187,22 @@ def _names(path: Path) -> list[str]:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
         raise TPatchError(f"{path} is damaged ({error}); fetch it again") from None
+
+
+def _common_prefix(there: Mapping[str, Path], wanted: Sequence[str]) -> str:
+    """What stands before most of the wanted names in a checkpoint that has none of them under its own name."""
+    count: Counter[str] = Counter()
+    # A name that others end with, such as "weight", would tell nothing.
+    known = {name for name in wanted if name.count(".") > 1} - there.keys()
+    for name in there:
+        parts = name.split(".")
+        for first in range(1, len(parts)):
+            # An adapter calls the layer that it wraps its base layer.
+            if ".".join(parts[first:]).replace(".base_layer.", ".") in known:
+                count[".".join(parts[:first]) + "."] += 1
+                break
+    prefix, number = count.most_common(1)[0] if count else ("", 0)
+    return prefix if 2 * number > len(known) else ""
 
 
 def _available(shards: Mapping[str, Path], wanted: Sequence[str]) -> dict[str, str]:
@@ -233,6 +302,14 @@ def read_folder(
             f"{folder} holds an encoder without a classification head ({missing[0]} is missing); train one with "
             "`tpatch finetune`, or take a checkpoint that was made for sequence classification"
         )
+    if missing and (prefix := _common_prefix(shards, list(wanted))):
+        there = next(name for name in sorted(shards) if name.startswith(prefix))
+        prefix = prefix.removesuffix(family.prefix) if bare else prefix
+        raise TPatchError(
+            f"{folder}: the names of its tensors begin with {prefix!r}, such as {there!r}: they were saved from a "
+            "wrapped model; save the model inside it instead (of torch.compile `_orig_mod`, of peft what "
+            "merge_and_unload returns, of DataParallel `module`), or rename the tensors"
+        )
     problems = [f"{name} is missing" for name in missing]
     passed_over = family.other_heads if labels is not None else ()
     known = set(names.values())
@@ -299,7 +376,9 @@ def write_folder(
         TPatchError: the folder holds something already.
     """
     merged, family = merged_neurons(config, params), family_of(settings)
-    new = {name: entry for name, entry in settings.items() if name != NEURONS_KEY}
+    # Where the model was read from is of this machine; of two entries on rotary embeddings others follow the older one.
+    left_out = {NEURONS_KEY, "_name_or_path", *(["rope_scaling"] if settings.get("rope_parameters") else [])}
+    new = {name: entry for name, entry in settings.items() if name not in left_out}
     dtype = str(jax.tree.leaves(params)[0].dtype)
     new.update({"dtype": dtype, "torch_dtype": dtype})
     if merged:
@@ -322,3 +401,8 @@ def write_folder(
                     ours = path.name in _OURS or path.name.endswith(".index.json")
                     if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and not ours:
                         shutil.copyfile(path, temporary / path.name)
+                templates = source / TEMPLATES if source else None
+                if templates and templates.is_dir():
+                    (temporary / TEMPLATES).mkdir()
+                    for path in sorted(templates.glob("*.jinja")):
+                        shutil.copyfile(path, temporary / TEMPLATES / path.name)

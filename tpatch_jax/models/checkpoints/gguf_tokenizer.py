@@ -4,6 +4,7 @@ One entry of `_KINDS` per algorithm, one of `_PRE_TOKENIZERS` per rule that spli
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.gguf_metadata import Metadata, listed, special_ids
 
 __all__ = ["tokenizer_files"]
+
+_log = logging.getLogger(__name__)
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 
@@ -157,7 +160,19 @@ def _ends(metadata: Metadata, kind: _Kind, ids: dict[str, int]) -> list[dict[str
 
 
 def _byte_level(metadata: Metadata) -> _Kind:
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pre = metadata.get("tokenizer.ggml.pre")
+    if pre is None:
+        # GPT-2 itself splits that way; of others llama.cpp warns that it does.
+        if metadata["general.architecture"] != "gpt2":
+            raise TPatchError(
+                f"{metadata.source}: no 'tokenizer.ggml.pre' says how text is split before its bytes are joined, and "
+                "Llama 3, SmolLM and GPT-2 do so differently; export the model to GGUF again with a newer llama.cpp, "
+                "or use its Hugging Face folder"
+            )
+        _log.warning(
+            "%s: no 'tokenizer.ggml.pre'; text is split as GPT-2 does, and begins with no token", metadata.source
+        )
+        pre = "default"
     if pre not in _PRE_TOKENIZERS:
         raise TPatchError(
             f"{metadata.source}: pre-tokenizer '{pre}' is not supported; supported: {listed(_PRE_TOKENIZERS)}"

@@ -22,6 +22,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.checkpoints.folder import check_no_adapter
 from tpatch_jax.models.checkpoints.gguf import CONVERTER_VERSION, Progress, convert_gguf
 from tpatch_jax.storage.cache import cache_folder
 
@@ -131,6 +132,7 @@ def resolve_model(name_or_path: str, *, progress: Progress | None = None, quiet:
 
 
 def _checked(folder: Path) -> Path:
+    check_no_adapter(folder)
     if not (folder / "config.json").is_file():
         raise TPatchError(f"{folder}: no config.json; pass a folder in Hugging Face layout")
     return folder

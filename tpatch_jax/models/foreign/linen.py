@@ -103,6 +103,7 @@ def from_linen(
         raise TPatchError(f"widen is {describe(widen)}; give a function (module, n) -> module with n more neurons")
     whole = isinstance(params.get("params"), Mapping)
     variables = unfreeze(dict(params)) if whole else {"params": unfreeze(dict(params))}
+    given = variables
     variables = jax.tree.map(jnp.asarray, nn.meta.unbox(variables))
     run_module = call or (lambda module, tokens: module(tokens))
     path = "/".join(part for part in ffn_path.replace(".", "/").split("/") if part)
@@ -130,7 +131,7 @@ def from_linen(
     names = {"up": up, "down": down} | ({"gate": gate} if gate else {})
     candidates = _matrices(variables["params"], path, names)
     if widen is not None:
-        growth = _growth(module, variables, whole, run_module, path, names, widen, example)
+        growth = _growth(module, variables, given, whole, run_module, path, names, widen, example)
     return create_network(run, variables, path, activation, example, growth, candidates)
 
 
@@ -177,6 +178,7 @@ def _kernel(entry: Any) -> Any:
 def _growth(
     module: nn.Module,
     variables: dict[str, Any],
+    boxed: dict[str, Any],
     whole: bool,
     call: Call,
     path: str,
@@ -203,16 +205,21 @@ def _growth(
 
     base = entries(variables["params"])
 
-    def given(params: Any) -> Any:
-        """Parameters as the user has them: alone, or among all variables."""
-        return {**variables, "params": params} if whole else params
+    boxes = {place: leaf for place, leaf in flatten_dict(boxed["params"]).items() if _is_box(leaf)}
+
+    def given(params: dict[tuple[str, ...], Any], inside: Mapping[tuple[str, ...], Any]) -> Any:
+        """Parameters as the user has them: alone, or among all variables, each in its box that says how it is split."""
+        # What is new, such as a bias, is boxed as the module itself does, if others of the user's are.
+        there = {**(inside if boxes else {}), **boxes}
+        put = {place: there[place].replace_boxed(leaf) if place in there else leaf for place, leaf in params.items()}
+        return {**boxed, "params": unflatten_dict(put)} if whole else unflatten_dict(put)
 
     def grow(patch: Patch) -> tuple[nn.Module, Any]:
         neurons = patch.key.shape[0]
         wider = widen(module, neurons)
         init = nn.init(call, wider)
-        shapes = nn.meta.unbox(jax.eval_shape(lambda: init(jax.random.key(0), tokens)["params"]))
-        expected = flatten_dict(unfreeze(shapes))
+        shapes = flatten_dict(unfreeze(jax.eval_shape(lambda: init(jax.random.key(0), tokens)["params"])))
+        expected = {place: nn.meta.unbox(leaf) for place, leaf in shapes.items()}
         merged = widened(base, patch, path)
         inside = {(*parts, names[role], name): leaf for role in merged for name, leaf in merged[role].items()}
         have = {**flatten_dict(variables["params"]), **inside}
@@ -222,12 +229,12 @@ def _growth(
             raise TPatchError(
                 f"the module that widen made has no parameter {lost[0]!r}; it must only add hidden neurons"
             )
-        return wider, given(unflatten_dict(result))
+        return wider, given(result, {place: leaf for place, leaf in shapes.items() if _is_box(leaf)})
 
     def shrink(wider: Any) -> tuple[tuple[nn.Module, Any], Patch]:
         if not isinstance(wider, tuple) or len(wider) != 2:
             raise TPatchError("unmerge takes what `merge` returned: a pair of a module and its parameters")
-        params = wider[1]["params"] if whole else wider[1]
+        params = nn.meta.unbox(wider[1]["params"] if whole else wider[1])
         there = entries(params)
         reader = "gate" if "gate" in names else "up"
         neurons = ffn.width(there) - ffn.width(base)
@@ -237,13 +244,18 @@ def _growth(
         flat: Any = flatten_dict(params)
         original: Any = flatten_dict(variables["params"])
         before = {place: _first(flat[place], leaf.shape) for place, leaf in original.items()}
-        return (module, given(unflatten_dict(before))), patch
+        return (module, given(before, {})), patch
 
     def apply(wider: Any, tokens: Array) -> Array:
         module, params = wider
         return jax.jit(nn.apply(call, module))(params if whole else {"params": params}, tokens)
 
     return Growth(grow, shrink, apply, tuple(entry["kernel"].dtype for entry in base.values()))
+
+
+def _is_box(leaf: Any) -> bool:
+    """Whether a parameter stands in a box of Flax's, such as `nn.Partitioned`, which says how it is split."""
+    return isinstance(leaf, nn.meta.AxisMetadata)
 
 
 def _first(leaf: Any, shape: tuple[int, ...]) -> Array:

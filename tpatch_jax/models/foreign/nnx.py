@@ -22,6 +22,7 @@ from tpatch_jax.models.foreign.checks import (
 )
 from tpatch_jax.models.foreign.cut import capture
 from tpatch_jax.models.foreign.network import Activation, Growth, Network
+from tpatch_jax.models.pytrees import same_arrays
 
 __all__ = ["from_nnx"]
 
@@ -204,13 +205,30 @@ def _growth(bare: Callable[[], nnx.Module], call: Call, path: str, names: dict[s
     def changed(module: Any, params: dict[str, dict[str, Array]]) -> nnx.Module:
         for role in names:
             layer, entry = _walk(_walk(module, path), names[role]), params[role]
-            layer.kernel = layer.kernel.replace(entry["kernel"])
+            # What keeps its shape is left as it is, for another layer may share it.
+            if layer.kernel.shape != entry["kernel"].shape:
+                layer.kernel = layer.kernel.replace(entry["kernel"])
             layer.in_features, layer.out_features = entry["kernel"].shape
             layer.use_bias = "bias" in entry
             if not layer.use_bias:
                 layer.bias = nnx.data(None)
-            else:
-                layer.bias = nnx.Param(entry["bias"]) if layer.bias is None else layer.bias.replace(entry["bias"])
+            elif layer.bias is None:
+                layer.bias = nnx.Param(entry["bias"])
+            elif layer.bias.shape != entry["bias"].shape:
+                layer.bias = layer.bias.replace(entry["bias"])
+        return module
+
+    def shared_again(module: Any) -> nnx.Module:
+        """The narrow module, where layers that shared a variable before the merge share it, if it is still the same."""
+        before, there = bare(), dict(nnx.iter_modules(module))
+        for role in names:
+            first, last = (_walk(_walk(each, path), names[role]) for each in (before, module))
+            for name in ("kernel", "bias"):
+                held, variable = getattr(first, name), getattr(last, name)
+                for place, submodule in nnx.iter_modules(before) if isinstance(held, nnx.Variable) else ():
+                    for other in [key for key, value in vars(submodule).items() if value is held]:
+                        if same_arrays(getattr(there[place], other)[...], variable[...]):
+                            setattr(there[place], other, variable)
         return module
 
     def grow(patch: Patch) -> nnx.Module:
@@ -224,7 +242,7 @@ def _growth(bare: Callable[[], nnx.Module], call: Call, path: str, names: dict[s
         if added < 0:
             raise TPatchError(f"{path!r} of that module is narrower than this network's; give what `merge` returned")
         before, patch = ffn.unmerge(params, added, added_bias=biased == {False})
-        return changed(copy, before), patch
+        return shared_again(changed(copy, before)), patch
 
     def apply(wider: Any, tokens: Array) -> Array:
         graph, state = nnx.split(wider)
