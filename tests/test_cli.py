@@ -326,7 +326,7 @@ def test_a_setting_that_cannot_be(place, capsys, changes, words):
     ("text", "words"),
     [
         ("learning_rat: 1\n", ["no setting 'learning_rat'", "did you mean 'learning_rate'"]),
-        ("1: 2\n", ["no setting 1"]),
+        ("1: 2\n", ["no setting '1'"]),
         ("- a\n", ["holds list instead of 'name: value' lines"]),
         ("", ["holds NoneType instead"]),
         ("a: [\n", ["is not a YAML file"]),

@@ -34,13 +34,6 @@ def model() -> Model:
     return make_tiny_model()
 
 
-@pytest.fixture
-def promote():
-    """Optax takes steps only with the usual promotion."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def random_patch(neurons: int = 2, width: int = 16) -> Patch:
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
@@ -121,27 +114,6 @@ def test_a_mesh_with_explicit_axes_is_no_hindrance(model, tokens):
         placed = model.with_params(jax.device_put(model.params, NamedSharding(mesh, PartitionSpec())))
         for found in (placed.apply(tokens), jax.jit(lambda: placed.apply(tokens))()):
             np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-5, atol=1e-5)
-
-
-def test_what_computes_on_a_mesh_with_explicit_axes(model, tokens, tmp_path, promote):
-    folder = write_tiny_folder(model, tmp_path / "tiny")
-    text = tmp_path / "memory.txt"
-    text.write_text("winter thins the herd, and the hen then hides. " * 8, "utf-8")
-    request = tp.EditRequest("the cat sat in", "ab", subject="cat")
-    settings = dataclasses.replace(tp.PRESETS["default"], site="last")
-    wanted, _ = tp.edit(model, [request], settings=settings, memory=text, cache=False)
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
-    loaded = tp.load_model(folder, mesh=mesh)
-    with jax.set_mesh(mesh):
-        assert loaded.generate("the cat", 3) == model.generate("the cat", 3)
-        traced = loaded.trace(tokens, 1)
-        np.testing.assert_allclose(traced.output, model.trace(tokens, 1).output, rtol=1e-5, atol=1e-5)
-        assert relative(loaded.resume(traced, traced.output), model.apply(tokens)) < 1e-5
-        patches, info = tp.edit(loaded, [request], settings=settings, memory=text, cache=False)
-        assert info.requests[0].held
-        for patched in (tp.attach(loaded, patches), tp.merge(loaded, patches)):
-            assert patched.generate("the cat sat in", 3) == " ab"
-        assert relative(patches[2].key, wanted[2].key) < 1e-4
 
 
 @pytest.mark.parametrize("prompt", ["decoder", "encoder-decoder"])
@@ -274,10 +246,10 @@ def test_a_long_prompt_leaves_the_others_their_room(model):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        (["in", 3], "prompt 1 is a int; give a list of texts"),
-        (["in", None, 3], "prompt 1 is a NoneType"),
-        (3, "a int is no prompt; give a text, or a list of texts"),
-        (b"in", "a bytes is no prompt"),
+        (["in", 3], "prompt 1 is 3; give a list of texts"),
+        (["in", None, 3], "prompt 1 is None"),
+        (3, "3 is no prompt; give a text, or a list of texts"),
+        (b"in", "b'in' is no prompt; decode it first"),
         (["in", ""], "prompt 1 is empty"),
         (["in", "a" * 70], "prompt 1 has 70 tokens, the model reads 64; shorten it"),
     ],

@@ -20,6 +20,9 @@ from tpatch_jax.core.sizes import power_of_two
 
 __all__ = ["LaneResult", "minimise_lanes", "take_lanes"]
 
+PAIR = 2
+"""A batch of so few lanes is kept whole: another program would take longer to compile than the lane that is saved."""
+
 Problem = TypeVar("Problem")
 State = TypeVar("State")
 Report = TypeVar("Report")
@@ -80,7 +83,8 @@ def _advance(
     optimiser: optax.GradientTransformation, steps: int,
 ) -> tuple[_Carry, Int[Array, ""]]:  # fmt: skip
     """Steps until so many lanes have ended that a smaller batch holds the others."""
-    fewest = power_of_two(carry.ended.shape[0]) // 2
+    size = power_of_two(carry.ended.shape[0])
+    fewest = size // 2 if size > PAIR else 0
     look = jax.value_and_grad(loss, has_aux=True)
 
     def chosen(which: Array, new: Any, old: Any) -> Any:

@@ -65,6 +65,7 @@ def collect_model_memory(
     *,
     cache: Path | None = None,
     progress: Progress | None = None,
+    texts: list[list[int]] | None = None,
 ) -> ModelMemory:
     """Collect or recall what an editor needs to know about a model.
 
@@ -76,6 +77,8 @@ def collect_model_memory(
             `tpatch_jax.models.inputs`.
         cache: folder where results are kept; ``None`` keeps nothing.
         progress: called with what is being done, how much is done, and how much there is.
+        texts: a list for the texts in tokens, which the first of several layers fills and the others read; without a
+            cache they would be sampled for each.
 
     Returns:
         The `ModelMemory`.
@@ -87,7 +90,9 @@ def collect_model_memory(
     folder = memory_folder(cache, f"{mark} {layer}")
     if folder is not None and (known := _load(folder)):
         return known
-    rows = memory_texts(model, text, memory_folder(cache, mark), progress)
+    rows = texts or memory_texts(model, text, memory_folder(cache, mark), progress)
+    if texts is not None:
+        texts[:] = rows
     if model.config.architecture == "decoder" or text is None:
         result = _collect(model, layer, rows, progress)
     else:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,23 +91,25 @@ def short_rows(model: Model, request: EditRequest, item: Item, prefixes: Sequenc
     return [row for row in rows if row is not None]
 
 
-_fork = partial(jax.jit, static_argnames=("config", "layer", "span"))(networks.fork)
+@partial(jax.jit, static_argnames="longest")
+def _concatenate(leaves: Sequence[Array], order: Int[Array, " rows"], longest: int | None = None) -> Array:
+    """Rows of several parts in another order, padded to ``longest``. Most leaves are alike, so few are compiled."""
+    if longest is not None:
+        width = [[(0, 0), (0, longest - leaf.shape[1]), (0, 0), (0, 0)] for leaf in leaves]
+        leaves = list(map(jnp.pad, leaves, width))
+    return jnp.concatenate(list(leaves))[order]
 
 
-@jax.jit
-def _join(parts: list[tuple[Any, ...]], order: Int[Array, " rows"]) -> tuple[Any, ...]:
+def _join(parts: Sequence[networks.Fork], order: Int[Array, " rows"], layer: int) -> networks.Fork:
     """Rows of several lengths together, in another order; caches are padded to the longest."""
-    longest = max(leaf.shape[1] for part in parts for leaf in jax.tree.leaves(part[4]))
+    longest = max(leaf.shape[1] for part in parts for leaf in jax.tree.leaves(part.caches))
 
     def join(*leaves: Array) -> Array:
-        return jnp.concatenate(leaves)[order]
+        return _concatenate(leaves, order)
 
-    def join_caches(*leaves: Array) -> Array:
-        width = [[(0, 0), (0, longest - leaf.shape[1]), (0, 0), (0, 0)] for leaf in leaves]
-        return join(*map(jnp.pad, leaves, width))
-
-    *fields, caches, hidden = zip(*parts, strict=True)
-    return *(join(*field) for field in fields), jax.tree.map(join_caches, *caches), join(*hidden)
+    fields = {name: join(*(getattr(part, name) for part in parts)) for name in networks.Fork._fields[:4]}
+    caches = jax.tree.map(lambda *leaves: _concatenate(leaves, order, longest), *(part.caches for part in parts))
+    return networks.Fork(**fields, caches=caches, hidden=join(*(part.hidden for part in parts)), layer=layer)
 
 
 def forked_rows(
@@ -135,15 +137,15 @@ def forked_rows(
         there = [*part, *[part[-1]] * (round_up(len(part), 8) - len(part))]
         tokens = tokens_array([rows[row].tokens for row in there], int(length))
         first = jnp.asarray([rows[row].subject for row in there], jnp.int32)
-        parts.append(_fork(model.config, model.params, tokens, layer, first, span))
+        parts.append(networks.fork(model.config, model.params, tokens, layer, first, span))
         order += there
     back = np.zeros(len(rows), int)
     back[order[::-1]] = np.arange(len(order))[::-1]
-    joined = _join([tuple(part[:-1]) for part in parts], jnp.asarray(back))
+    joined = _join(parts, jnp.asarray(back), layer)
     table = np.zeros((len(rows), places), np.int32)
     for number, row in enumerate(rows):
         table[number, : len(row.places)] = np.asarray(row.places) - row.subject
-    return networks.Fork(*joined, layer=layer), jnp.asarray(table)
+    return joined, jnp.asarray(table)
 
 
 def runner(model: Model, layer: int) -> Partial:

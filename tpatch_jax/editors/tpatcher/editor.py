@@ -104,10 +104,11 @@ def _init(
 ) -> EditState:
     """A model without any edit."""
     last, layer, hidden_size = model.layer(None), site_layer(model, settings), model.config.hidden_size
-    known = collect_model_memory(model, last, memory, cache=cache, progress=progress)
+    texts: list[list[int]] = []
+    known = collect_model_memory(model, last, memory, cache=cache, progress=progress, texts=texts)
     patches, at_subjects = {last: create(hidden_size)}, None
     if layer is not None:
-        at_subjects = collect_model_memory(model, layer, memory, cache=cache, progress=progress)
+        at_subjects = collect_model_memory(model, layer, memory, cache=cache, progress=progress, texts=texts)
         patches[layer] = create(hidden_size)
     if model.config.architecture != "decoder":
         settings = settings.for_inputs(bool(model.config.encoder), networks.pointwise(model.config))

@@ -281,15 +281,15 @@ def _values(
     return train_values(targets, close, runner(model, layer), scale, settings.value)
 
 
-@partial(jax.jit, static_argnames=("lanes", "first", "last"))
 def _part(forked: networks.Fork, places: Array, lanes: int, first: int, last: int) -> tuple[tuple[Any, ...], Array]:
     """The same part of each lane's rows, as `train_values` takes them."""
+    return jax.tree.map(lambda leaf: _rows_of(leaf, lanes, first, last), (tuple(forked[:-1]), places))
 
-    def take(leaf: Array) -> Array:
-        chosen = leaf.reshape(lanes, -1, *leaf.shape[1:])[:, first:last]
-        return chosen.reshape(-1, *leaf.shape[1:])
 
-    return jax.tree.map(take, tuple(forked[:-1])), take(places)
+@partial(jax.jit, static_argnames=("lanes", "first", "last"))
+def _rows_of(leaf: Array, lanes: int, first: int, last: int) -> Array:
+    chosen = leaf.reshape(lanes, -1, *leaf.shape[1:])[:, first:last]
+    return chosen.reshape(-1, *leaf.shape[1:])
 
 
 class Subjects(NamedTuple):
