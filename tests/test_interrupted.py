@@ -268,7 +268,8 @@ def test_a_run_of_hours_is_warned_of_once(place, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_the_records_of_an_edit_name_what_changed(place, capsys):
+def test_the_records_of_an_edit_name_what_changed(place, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # or texts are broken over lines
     assert cli.main(arguments(place, "records")) == 0
     records = json.loads(capsys.readouterr().out.splitlines()[-1])["records"]
     assert [record["prompt"] for record in records] == [line["prompt"] for line in LINES]
