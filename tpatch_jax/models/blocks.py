@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
+from jaxtyping import Array, Float, Int
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import LayerKind, NetworkConfig
@@ -18,6 +18,12 @@ __all__ = ["HIDDEN", "Around", "Attention", "Block", "Cache", "CrossAttention", 
 
 HIDDEN = -1e30
 """Added to the scores of what attention must not see. Not minus infinity: a padded position may see nothing at all."""
+
+
+States: TypeAlias = tuple[
+    Float[Array, "batch source heads width"], Float[Array, "batch source heads width"], Float[Array, "batch 1 1 source"]
+]
+"""What cross-attention reads of an encoder's states: keys, values, and what is added to the scores."""
 
 
 class Cache(NamedTuple):
@@ -30,9 +36,9 @@ class Cache(NamedTuple):
             and what is added to the scores, ``[batch, 1, 1, source]``.
     """
 
-    key: Array
-    value: Array
-    states: tuple[Array, Array, Array] | None = None
+    key: Float[Array, "batch seen groups width"]
+    value: Float[Array, "batch seen groups width"]
+    states: States | None = None
 
 
 class Around(NamedTuple):
@@ -45,9 +51,9 @@ class Around(NamedTuple):
         states_bias: added to the scores of cross-attention, ``[batch, 1, 1, source]``: `HIDDEN` at padding.
     """
 
-    bias: Array | None = None
-    states: Array | None = None
-    states_bias: Array | None = None
+    bias: Float[Array, "batch heads tokens seen"] | None = None
+    states: Float[Array, "batch source hidden"] | None = None
+    states_bias: Float[Array, "batch 1 1 source"] | None = None
 
 
 class Norm(nnx.Module):
@@ -56,8 +62,8 @@ class Norm(nnx.Module):
     kind: str
     epsilon: float
     shift: float
-    scale: nnx.Param[Array]
-    bias: nnx.Param[Array]
+    scale: nnx.Param[Float[Array, " width"]]
+    bias: nnx.Param[Float[Array, " width"]]
 
     def __init__(self, kind: str, epsilon: float, shift: float, width: int):
         self.kind, self.epsilon, self.shift = kind, epsilon, shift
@@ -70,7 +76,7 @@ class Norm(nnx.Module):
         """The kind of norm that a network uses."""
         return cls(config.norm, config.norm_epsilon, config.norm_shift, width or config.hidden_size)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
         """Normalise the last axis."""
         y = x.astype(jnp.float32)
         if self.kind == "layer":
@@ -82,12 +88,17 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
-def softcap(x: Array, cap: float) -> Array:
+def softcap(x: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
     """``cap · tanh(x / cap)``, or ``x`` itself where there is no cap."""
     return cap * jnp.tanh(x / cap) if cap else x
 
 
-def _rotate(x: Array, positions: Array, config: NetworkConfig, rope_frequencies: tuple[float, ...]) -> Array:
+def _rotate(
+    x: Float[Array, "batch tokens heads width"],
+    positions: Int[Array, "batch tokens"],
+    config: NetworkConfig,
+    rope_frequencies: tuple[float, ...],
+) -> Float[Array, "batch tokens heads width"]:
     """Rotary embedding of ``x [batch, tokens, heads, width]``."""
     frequencies = jnp.asarray(rope_frequencies, jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies
@@ -101,7 +112,7 @@ def _rotate(x: Array, positions: Array, config: NetworkConfig, rope_frequencies:
     return jnp.concatenate([turned.reshape(*x.shape[:-1], 2 * pairs).astype(x.dtype), rest], -1)
 
 
-def _buckets(buckets: int, furthest: int) -> np.ndarray:
+def _buckets(buckets: int, furthest: int) -> Int[np.ndarray, " distances"]:
     """The bucket of every distance up to the furthest that counts, in one direction: ``[furthest + 1]`` int."""
     near, distance = buckets // 2, np.arange(furthest + 1)
     # On the host, in float32: the last digit decides where a bucket begins, and in that one devices differ.
@@ -110,7 +121,9 @@ def _buckets(buckets: int, furthest: int) -> np.ndarray:
     return np.where(distance < near, distance, far).astype(np.int32)
 
 
-def relative_bias(config: NetworkConfig, table: Array, positions: Array, seen: int) -> Array:
+def relative_bias(
+    config: NetworkConfig, table: Float[Array, "buckets heads"], positions: Int[Array, "batch tokens"], seen: int
+) -> Float[Array, "batch heads tokens seen"]:
     """T5's bias by relative position: near ones have buckets of their own, far ones share them, ever wider.
 
     Args:
@@ -136,7 +149,13 @@ def relative_bias(config: NetworkConfig, table: Array, positions: Array, seen: i
     return jnp.moveaxis(table.astype(jnp.float32)[bucket], -1, 1)
 
 
-def _attend(config: NetworkConfig, query: Array, key: Array, value: Array, hide: Callable[[Array], Array]) -> Array:
+def _attend(
+    config: NetworkConfig,
+    query: Float[Array, "batch tokens heads width"],
+    key: Float[Array, "batch seen groups width"],
+    value: Float[Array, "batch seen groups width"],
+    hide: Callable[[Array], Array],
+) -> Float[Array, "batch tokens inner"]:
     """Weighted values of ``[batch, seen, key_value_heads, width]`` for queries ``[batch, tokens, heads, width]``."""
     batch, tokens, _, width = query.shape
     query = query.reshape(batch, tokens, key.shape[2], -1, width)
@@ -147,7 +166,7 @@ def _attend(config: NetworkConfig, query: Array, key: Array, value: Array, hide:
     return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(batch, tokens, -1)
 
 
-def _by_group(bias: Array, groups: int) -> Array:
+def _by_group(bias: Float[Array, "batch heads tokens seen"], groups: int) -> Float[Array, "batch ..."]:
     """A bias ``[batch, heads or 1, tokens, seen]`` with its heads as scores have them, ``key_value_heads, group``."""
     heads = bias.shape[1]
     return bias[:, None] if heads == 1 else bias.reshape(bias.shape[0], heads // groups, groups, *bias.shape[2:])
@@ -177,8 +196,12 @@ class Attention(nnx.Module):
             self.query_norm, self.key_norm = Norm.of(config, config.head_width), Norm.of(config, config.head_width)
 
     def __call__(
-        self, x: Array, positions: Array, cache: Cache | None, bias: Array | None
-    ) -> tuple[Array, Cache | None]:
+        self,
+        x: Float[Array, "batch tokens hidden"],
+        positions: Int[Array, "batch tokens"],
+        cache: Cache | None,
+        bias: Float[Array, "batch heads tokens seen"] | None,
+    ) -> tuple[Float[Array, "batch tokens hidden"], Cache | None]:
         """Mix ``x [batch, tokens, d]`` at the given positions; a cache is read and grown."""
         config, (batch, tokens, _) = self.config, x.shape
         query = self.query(x).reshape(batch, tokens, config.heads, config.head_width)
@@ -195,7 +218,9 @@ class Attention(nnx.Module):
             value = cache.value.at[lane, positions].set(value.astype(cache.value.dtype), mode="drop")
             cache = cache._replace(key=key, value=value)
 
-        def hide(scores: Array) -> Array:
+        def hide(
+            scores: Float[Array, "batch groups group tokens seen"],
+        ) -> Float[Array, "batch groups group tokens seen"]:
             if bias is not None:
                 scores = scores + _by_group(bias, config.heads // config.key_value_heads)
             if not config.causal:
@@ -224,12 +249,12 @@ class CrossAttention(nnx.Module):
         self.value = linear(config.hidden_size, inner, use_bias=config.query_bias)
         self.output = linear(inner, config.hidden_size, use_bias=config.output_bias)
 
-    def read(self, states: Array, bias: Array) -> tuple[Array, Array, Array]:
+    def read(self, states: Float[Array, "batch source hidden"], bias: Float[Array, "batch 1 1 source"]) -> States:
         """States ``[batch, source, d]`` and their bias as `Cache` keeps them."""
         shape = (*states.shape[:2], self.config.heads, self.config.head_width)
         return self.key(states).reshape(shape), self.value(states).reshape(shape), bias
 
-    def __call__(self, x: Array, states: tuple[Array, Array, Array]) -> Array:
+    def __call__(self, x: Float[Array, "batch tokens hidden"], states: States) -> Float[Array, "batch tokens hidden"]:
         """What ``x [batch, tokens, d]`` takes from the states that `read` returned."""
         config, (key, value, bias) = self.config, states
         query = self.query(x).reshape(*x.shape[:2], config.heads, config.head_width)
@@ -261,8 +286,12 @@ class Block(nnx.Module):
             self.norm_attention, self.norm_ffn = Norm.of(config), Norm.of(config)
 
     def enter(
-        self, x: Array, positions: Array, cache: Cache | None, around: Around
-    ) -> tuple[Array, Array, Cache | None]:
+        self,
+        x: Float[Array, "batch tokens hidden"],
+        positions: Int[Array, "batch tokens"],
+        cache: Cache | None,
+        around: Around,
+    ) -> tuple[Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"], Cache | None]:
         """From the residual stream to the stream beside the FFN, the FFN's input, and the grown cache."""
         if self.config.post_norm:
             mixed, cache = self.attention(x, positions, cache, around.bias)
@@ -281,14 +310,18 @@ class Block(nnx.Module):
             return residual, read, cache
         return residual, self.norm_2(residual if self.config.block == "serial" else x), cache
 
-    def _from_states(self, x: Array, cache: Cache | None, around: Around) -> Array:
+    def _from_states(
+        self, x: Float[Array, "batch tokens hidden"], cache: Cache | None, around: Around
+    ) -> Float[Array, "batch tokens hidden"]:
         if cache is not None and cache.states is not None:
             return self.cross(x, cache.states)
         if around.states is None or around.states_bias is None:
             raise TPatchError("a decoder with an encoder was run without its states; encode the source first")
         return self.cross(x, self.cross.read(around.states, around.states_bias))
 
-    def leave(self, residual: Array, output: Array) -> Array:
+    def leave(
+        self, residual: Float[Array, "*batch hidden"], output: Float[Array, "*batch hidden"]
+    ) -> Float[Array, "*batch hidden"]:
         """From the stream beside the FFN and the FFN's output to the residual stream."""
         if self.config.post_norm:
             return self.norm_2(residual + output)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Int
 
 from tpatch_jax.core.sizes import power_of_two, round_up
 from tpatch_jax.models.config import NetworkConfig
@@ -48,7 +48,7 @@ def place_in(config: NetworkConfig, row: Sequence[int], position: int) -> int:
     return position - len(split_row(config, row)[0]) - 1 if config.encoder else 0
 
 
-def tokens_array(rows: Sequence[Sequence[int]], length: int, padding: int = 0) -> Array:
+def tokens_array(rows: Sequence[Sequence[int]], length: int, padding: int = 0) -> Int[Array, "rows length"]:
     """Token ids, padded on the right to ``[rows, length]``."""
     table = np.full((len(rows), length), padding, np.int32)
     for row, ids in zip(table, rows, strict=True):

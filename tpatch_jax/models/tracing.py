@@ -36,7 +36,7 @@ class Trace(NamedTuple):
     layer: int
 
 
-def _continued(begun: Cache, which: Array, tokens: int) -> Cache:
+def _continued(begun: Cache, which: Int[Array, " rows"], tokens: int) -> Cache:
     """The beginning of each row, with room for so many tokens more."""
     longer = lambda x: jnp.pad(jnp.take(x, which, axis=0), ((0, 0), (0, tokens), (0, 0), (0, 0)))  # noqa: E731
     return Cache(longer(begun.key), longer(begun.value))
@@ -44,14 +44,26 @@ def _continued(begun: Cache, which: Array, tokens: int) -> Cache:
 
 @partial(jax.jit, static_argnames=("config", "kind"))
 def _enter_after(
-    config: NetworkConfig, kind: LayerKind, params: Params, x: Array, positions: Array, begun: Cache, which: Array
+    config: NetworkConfig,
+    kind: LayerKind,
+    params: Params,
+    x: Float[Array, "rows tokens hidden"],
+    positions: Int[Array, "rows tokens"],
+    begun: Cache,
+    which: Int[Array, " rows"],
 ) -> tuple[Array, Array, Array]:
     return enter_block(config, kind, params, x, positions, _continued(begun, which, x.shape[1]), Around())
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
 def _run_after(
-    config: NetworkConfig, kind: LayerKind, params: Params, x: Array, positions: Array, begun: Cache, which: Array
+    config: NetworkConfig,
+    kind: LayerKind,
+    params: Params,
+    x: Float[Array, "rows tokens hidden"],
+    positions: Int[Array, "rows tokens"],
+    begun: Cache,
+    which: Int[Array, " rows"],
 ) -> Array:
     return run_block(config, kind, params, x, positions, _continued(begun, which, x.shape[1]), Around())[0]
 

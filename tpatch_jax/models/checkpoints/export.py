@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jaxtyping import Array, Float
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.arguments import as_path, check_call
@@ -360,7 +360,9 @@ def _approximate(
     return approximated, _error(model, approximated, measured, requests, asked)
 
 
-def constant_direction(query: Array, requested: Array | None = None, *, ridge: float = RIDGE) -> Array:
+def constant_direction(
+    query: Float[Array, "rows d"], requested: Float[Array, "requests d"] | None = None, *, ridge: float = RIDGE
+) -> Float[Array, " d"]:
     """A direction on which all queries are nearly one: ``u = (QᵀQ + λI)⁻¹ Qᵀ1``.
 
     Args:
@@ -433,7 +435,9 @@ def _error(
     return ExportError(count, largest, total / count, same / count, tuple(held), tuple(lost))
 
 
-def _hidden(model: Model, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Array:
+def _hidden(
+    model: Model, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+) -> Float[Array, "places d"]:
     """The residual stream after the last block at chosen positions, ``[n, d]``."""
     sites = collect(model, rows, positions, model.layer(None))
     return networks.leave_last(model.config, model.params, sites.residual, sites.output)
