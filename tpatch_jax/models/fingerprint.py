@@ -83,11 +83,10 @@ def tokenizer_fingerprint(model: Model) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    known = vars(model).get("_tokenizer_fingerprint")
-    if known is not None and known[0] is model.tokenizer and known[1] == len(model.tokenizer.get_vocab()):
+    known, size = vars(model).get("_tokenizer_fingerprint"), len(model.tokenizer.get_vocab())
+    if known is not None and known[0] is model.tokenizer and known[1] == size:
         return known[2]
     told = describe_tokenizer(model.tokenizer)
     result = hashlib.sha256(json.dumps([told, model.start], sort_keys=True).encode()).hexdigest()[:32]
-    kept = (model.tokenizer, len(model.tokenizer.get_vocab()), result)
-    object.__setattr__(model, "_tokenizer_fingerprint", kept)
+    object.__setattr__(model, "_tokenizer_fingerprint", (model.tokenizer, size, result))
     return result

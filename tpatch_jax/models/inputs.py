@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.wikitext import detokenize, is_raw_wikitext
+from tpatch_jax.models.wikitext import as_ordinary_text
 from tpatch_jax.storage.reading import read_text
 
 __all__ = ["FIELDS", "input_contexts", "read_inputs"]
@@ -37,9 +37,7 @@ def read_inputs(path: str | Path) -> list[str]:
         text = read_text(path, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise TPatchError(f"the memory text {path} cannot be read ({error}); give a UTF-8 text file") from None
-    if not text.lstrip().startswith("{") and is_raw_wikitext(text):
-        text = detokenize(text)
-    lines = text.split("\n")
+    lines = as_ordinary_text(text).split("\n")
     lines = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     inputs = dict.fromkeys(_input(line, f"{path}, line {number}") for number, line in lines)
     if not inputs:

@@ -16,7 +16,7 @@ from tpatch_jax.models.fingerprint import fingerprint, tokenizer_fingerprint
 from tpatch_jax.models.generation import greedy, sample
 from tpatch_jax.models.inputs import read_inputs
 from tpatch_jax.models.model import Model
-from tpatch_jax.models.wikitext import detokenize, is_raw_wikitext
+from tpatch_jax.models.wikitext import as_ordinary_text
 from tpatch_jax.storage.files import replace_folder
 from tpatch_jax.storage.reading import read_text
 from tpatch_jax.typing import Progress
@@ -144,13 +144,11 @@ def read_memory_text(path: str | Path) -> str:
         text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise TPatchError(f"the memory text {path} cannot be read ({error}); give a UTF-8 text file") from None
-    # JSON lines hold inputs, whose quotation marks are JSON's.
-    if text.lstrip().startswith("{") or not is_raw_wikitext(text):
-        return text
-    if str(path) not in _told:
+    ordinary = as_ordinary_text(text)
+    if ordinary != text and str(path) not in _told:
         _told.add(str(path))
         _log.warning("the memory text %s is WikiText in its raw form; it is detokenized by rule", path)
-    return detokenize(text)
+    return ordinary
 
 
 def first_token(model: Model) -> int:

@@ -1,8 +1,9 @@
 """WikiText's raw form as ordinary text: its marks and spaces occur nowhere else, and neither do their tokens."""
 
 import re
+from functools import lru_cache
 
-__all__ = ["detokenize", "is_raw_wikitext"]
+__all__ = ["as_ordinary_text", "detokenize", "is_raw_wikitext"]
 
 _MARK = re.compile(r" @([-,.])@ ")
 _HEADING = re.compile(r"^[ \t]*((?:= ?)+)(?=[^=\n])(.*?[^=\n])((?: =)+)[ \t]*$", re.MULTILINE)
@@ -27,6 +28,24 @@ _CLOSED_UP: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 """In turn: marks within words and numbers, contractions, possessives, decades, brackets, punctuation, signs of money
 and measure, and the kinds of quotation marks."""
+
+
+@lru_cache(maxsize=2)
+def as_ordinary_text(text: str) -> str:
+    """A memory text or inputs as ordinary text: `detokenize` of WikiText's raw form, anything else as it is.
+
+    One edit asks for each of its layers, so the last texts are kept.
+
+    Args:
+        text: what a file holds; JSON lines stay, whose quotation marks are JSON's.
+
+    Example:
+        >>> as_ordinary_text("He had a guest @-@ starring role , and left .")
+        'He had a guest-starring role, and left.'
+        >>> as_ordinary_text('{"prompt": "a @-@ b , c ."}')
+        '{"prompt": "a @-@ b , c ."}'
+    """
+    return text if text.lstrip().startswith("{") or not is_raw_wikitext(text) else detokenize(text)
 
 
 def is_raw_wikitext(text: str) -> bool:
