@@ -165,7 +165,7 @@ def minimise_lanes(
     while True:
         carry, number = _advance(*functions, carry, problem, number, optimiser, steps)
         # Of a lane that goes on this is written again at its end.
-        _write(result, lane, (carry.moves, carry.steps, carry.state), np.arange(lane.size))
+        _write(result, lane, (carry.moves, carry.steps, carry.state))
         going = np.flatnonzero(~np.asarray(carry.ended))
         if not going.size:
             return result
@@ -180,7 +180,7 @@ def _take(tree: Tree, lanes: Int[Array, " taken"], count: int) -> Tree:
     return take_lanes(tree, lanes, count)
 
 
-def _write(to: Any, lanes: Int[np.ndarray, " ended"], tree: Any, places: Int[np.ndarray, " ended"]) -> None:
-    """Put what stands at some places of a batch into arrays on the host, at these lanes."""
+def _write(to: Any, lanes: Int[np.ndarray, " written"], tree: Any) -> None:
+    """Put what stands in a batch into arrays on the host, at these lanes."""
     for array, leaf in zip(jax.tree.leaves(to), jax.tree.leaves(tree), strict=True):
-        array[lanes] = np.asarray(leaf)[places]
+        array[lanes] = np.asarray(leaf)

@@ -97,15 +97,23 @@ def _unlikely(wanted: Array, log_probs: Array) -> Array:
     return -jnp.take_along_axis(log_probs, wanted[..., None], -1)[..., 0]
 
 
-def _weighted(targets: TargetRows, losses: Float[Array, "lanes rows places"]) -> Float[Array, "lanes rows"]:
-    """The sum over its places of each row's loss."""
-    return jnp.sum(jnp.where(targets.weight > 0, losses, 0.0) * targets.weight, 2)
+def _row_weights(targets: TargetRows) -> Float[Array, "lanes rows"]:
+    """Each row's weight in its lane's loss; 0 is padding."""
+    return jnp.sum(targets.weight, 2)
 
 
-def _run_rows(targets: TargetRows, values: Float[Array, "lanes d"], run: Run) -> Array:
-    added = (targets.activity[..., None] * values[:, None]).reshape(-1, values.shape[-1])
-    log_probs = run(targets.rows, added)
-    return log_probs.reshape(*targets.activity.shape, *log_probs.shape[1:])
+def _row_losses(targets: TargetRows, log_probs: Array) -> Float[Array, "lanes rows"]:
+    """Mean loss of each row over its places, in nats; 0 of padding."""
+    weight = _row_weights(targets)
+    losses = jnp.where(targets.weight > 0, _unlikely(targets.wanted, log_probs), 0.0) * targets.weight
+    return jnp.sum(losses, 2) / jnp.where(weight > 0, weight, 1.0)
+
+
+def _run_rows(rows: Any, activity: Float[Array, "lanes rows"], values: Float[Array, "lanes d"], run: Run) -> Array:
+    """Log-probabilities in each row with its lane's value active, ``[lanes, rows, places, vocabulary]``."""
+    added = (activity[..., None] * values[:, None]).reshape(-1, values.shape[-1])
+    log_probs = run(rows, added)
+    return log_probs.reshape(*activity.shape, *log_probs.shape[1:])
 
 
 def _take_rows(targets: TargetRows, pick: Int[Array, "lanes picked"]) -> TargetRows:
@@ -191,16 +199,16 @@ def train_values(
     program = _program(settings._replace(steps=0))
     problem = _Problem(targets, neutral, (settings.longest * scale / hidden_size**0.5)[:, None])
     # Rows of no weight are low enough from the start.
-    losses = jnp.where(jnp.sum(targets.weight, 2) > 0, jnp.inf, -1.0)
+    weight = _row_weights(targets)
+    losses = jnp.where(weight > 0, jnp.inf, -1.0)
     state = _State(losses, jnp.zeros(lanes), jnp.zeros(lanes, bool))
     moves = jnp.zeros((lanes, hidden_size), jnp.float32)
     run = run if isinstance(run, Partial) else Partial(run)
     loss, stop = Partial(program.loss, run), Partial(program.stop, run)
     result = minimise_lanes(loss, _within_limit, stop, moves, problem, state, program.optimiser, settings.steps)
-    weight = np.asarray(jnp.sum(targets.weight, 2))
-    seen = np.where(np.isfinite(result.state.losses) | np.isnan(result.state.losses), result.state.losses, 0.0)
-    seen_weight = np.where(np.isinf(result.state.losses), 0.0, weight)
-    mean = (seen * seen_weight).sum(1) / np.maximum(seen_weight.sum(1), 1e-12)
+    # Rows that were never looked at tell nothing.
+    seen = np.where(np.isinf(result.state.losses), 0.0, np.asarray(weight))
+    mean = np.where(seen > 0, result.state.losses * seen, 0.0).sum(1) / np.maximum(seen.sum(1), 1e-12)
     info = ValueTrainingInfo(result.steps, mean, result.state.closeness)
     return jnp.asarray(result.moves) * problem.unit, info
 
@@ -222,17 +230,11 @@ def _rows_of_step(problem: _Problem, state: _State, number: Int[Array, ""]) -> I
     first = jnp.zeros((lanes, 1), jnp.int32)
     if rows < 2:
         return first
-    weight = jnp.sum(problem.targets.weight, 2)[:, 1:]
+    weight = _row_weights(problem.targets)[:, 1:]
     weighted = jnp.where(weight > 0, state.losses[:, 1:] * weight, -1.0)
     hardest = jnp.argmax(weighted, 1, keepdims=True).astype(jnp.int32)
     other = jnp.where(number % 2 == 0, hardest, number // 2 % (rows - 1))
     return jnp.concatenate([first, 1 + other], 1)
-
-
-def _row_losses(targets: TargetRows, log_probs: Array) -> Float[Array, "lanes rows"]:
-    """Mean loss of each row over its places, in nats."""
-    weight = jnp.sum(targets.weight, 2)
-    return _weighted(targets, _unlikely(targets.wanted, log_probs)) / jnp.where(weight > 0, weight, 1.0)
 
 
 @lru_cache(maxsize=16)
@@ -249,12 +251,12 @@ def _program(settings: ValueTrainingSettings) -> _Program:
             beside = _take_rows(problem.neutral, turn)
             rows = _joined(rows, beside.rows, lanes)
             activity = jnp.concatenate([activity, beside.activity], 1)
-        log_probs = _run_rows(TargetRows(rows, activity, targets.wanted, targets.weight), values, run)
+        log_probs = _run_rows(rows, activity, values, run)
         aimed = log_probs[:, : pick.shape[1]]
         each = _row_losses(targets, aimed)
-        share = jnp.sum(targets.weight, 2)
+        share = _row_weights(targets)
         # The one that is seen stands for all others, with its own weight.
-        others = jnp.sum(jnp.sum(problem.targets.weight, 2)[:, 1:] > 0, 1).astype(share.dtype)
+        others = jnp.sum(_row_weights(problem.targets)[:, 1:] > 0, 1).astype(share.dtype)
         nll = each[:, 0] * share[:, 0] + jnp.sum(each[:, 1:] * share[:, 1:], 1) * others
         close = jnp.zeros_like(nll) if beside is None else kept_close(beside.wanted[:, 0, 0], log_probs[:, -1, 0])
         decay = settings.decay * jnp.mean(jnp.square(moves), -1)
@@ -266,7 +268,7 @@ def _program(settings: ValueTrainingSettings) -> _Program:
     ) -> tuple[_State, Bool[Array, " lanes"]]:  # fmt: skip
         pick, each, close = report
         lane = jnp.arange(moves.shape[0])[:, None]
-        counts = jnp.sum(problem.targets.weight, 2)[lane, pick] > 0
+        counts = _row_weights(problem.targets)[lane, pick] > 0
         losses = state.losses.at[lane, pick].set(jnp.where(counts, each, state.losses[lane, pick]))
         ready = jnp.all(jnp.where(counts, each, 0.0) < settings.enough, 1) & ~state.done
         # All rows of all lanes are looked at together, which is dear; never because of another lane alone, so that
@@ -274,7 +276,7 @@ def _program(settings: ValueTrainingSettings) -> _Program:
         due = (number % LOOK_EVERY == LOOK_EVERY - 1) & jnp.any(ready)
 
         def look(losses: Array) -> Array:
-            log_probs = _run_rows(problem.targets, moves * problem.unit, run)
+            log_probs = _run_rows(problem.targets.rows, problem.targets.activity, moves * problem.unit, run)
             seen = jnp.where(losses < 0, losses, _row_losses(problem.targets, log_probs))
             return jnp.where(ready[:, None], seen, losses)
 
