@@ -148,13 +148,24 @@ def forked_rows(
     return joined, jnp.asarray(table)
 
 
-def runner(model: Model, layer: int) -> Partial:
-    """The network from a layer's FFN on, as `tpatch_jax.core.values.train_values` runs it on `forked_rows`."""
-    return Partial(_runner(model.config, layer), networks.after(model.params, layer))
+def runner(model: Model, layer: int, *, stream: bool = False) -> Partial:
+    """The network from a layer's FFN on: from `forked_rows` and what is added at their subjects to log-probabilities.
+
+    Args:
+        model: the model.
+        layer: the layer.
+        stream: whether it is added to the stream beside the FFN, where it comes out of the block as it is, even where
+            the FFN's output is normed; by default to the FFN's output.
+
+    Returns:
+        ``((fork's fields, places), added [rows, d]) -> [rows, places, vocabulary]``, as
+        `tpatch_jax.core.values.train_values` runs it.
+    """
+    return Partial(_runner(model.config, layer, stream), networks.after(model.params, layer))
 
 
 @lru_cache(maxsize=16)
-def _runner(config: NetworkConfig, layer: int) -> Callable[..., Array]:
+def _runner(config: NetworkConfig, layer: int, stream: bool) -> Callable[..., Array]:
     """One object for each network and layer, so that ``jit`` recognises it."""
 
     @jax.jit
@@ -162,20 +173,20 @@ def _runner(config: NetworkConfig, layer: int) -> Callable[..., Array]:
         params: Params, rows: tuple[tuple, Array], added: Float[Array, "rows d"]
     ) -> Float[Array, "rows places vocabulary"]:
         forked, places = networks.Fork(*rows[0], layer=layer), rows[1]
-        output = forked.output.at[:, 0].add(added.astype(forked.output.dtype))
-        end = networks.resume_fork(config, params, forked, output)
-        end = jnp.take_along_axis(end, places[..., None], 1)
-        return jax.nn.log_softmax(networks.logits(config, params, end))
+        changed = (forked.residual if stream else forked.output).at[:, 0].add(added.astype(forked.output.dtype))
+        forked, output = (forked._replace(residual=changed), forked.output) if stream else (forked, changed)
+        return _log_probs(config, params, networks.resume_fork(config, params, forked, output), places)
 
     return run
 
 
 def said_at(model: Model, forked: networks.Fork, places: Int[Array, "rows places"]) -> Array:
     """Log-probabilities of what comes next as rows stand, at places counted from the subject: ``[rows, places, v]``."""
-    return _said(model.config, networks.final_weights(model.config, model.params), forked.hidden, places)
+    return _log_probs(model.config, networks.final_weights(model.config, model.params), forked.hidden, places)
 
 
 @partial(jax.jit, static_argnames="config")
-def _said(config: NetworkConfig, params: Params, hidden: Array, places: Array) -> Array:
+def _log_probs(config: NetworkConfig, params: Params, hidden: Array, places: Array) -> Array:
+    """From the residual stream after the last block, ``[rows, span, d]``, to log-probabilities at some places."""
     end = jnp.take_along_axis(hidden, places[..., None], 1)
     return jax.nn.log_softmax(networks.logits(config, params, end))

@@ -18,13 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 from tpatch_jax.core.lanes import minimise_lanes
 from tpatch_jax.core.sizes import round_up
 from tpatch_jax.editors.reading import Item, subject_token
-from tpatch_jax.editors.subject_rows import PromptRow, forked_rows, prompt_row
+from tpatch_jax.editors.subject_rows import PromptRow, forked_rows, prompt_row, runner
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
-from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
-from tpatch_jax.typing import Params
 
 __all__ = ["Forked", "OffsetInfo", "ValueSettings", "check_value", "fork_requests", "train_offsets", "value_rows"]
 
@@ -193,8 +191,8 @@ def train_offsets(
     Source: Meng et al. 2022, equation 4 and the authors' published code for the penalty; Meng et al. 2023.
     """
     requests, hidden_size = scale.shape[0], forked.fork.output.shape[-1]
-    program = _program(model.config, forked.fork.layer, stream, settings)
-    loss = Partial(program.loss, networks.after(model.params, forked.fork.layer))
+    program = _program(settings)
+    loss = Partial(program.loss, runner(model, forked.fork.layer, stream=stream))
     problem = _Problem((tuple(forked.fork[:-1]), forked.places), forked.wanted, forked.weight, scale)
     zero, unknown = jnp.zeros(requests), jnp.zeros((requests, model.config.vocabulary))
     start, state = jnp.zeros((requests, hidden_size), jnp.float32), _State(zero, zero, unknown)
@@ -213,22 +211,12 @@ class _Program(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def _program(config: NetworkConfig, layer: int, stream: bool, settings: ValueSettings) -> _Program:
-    def run(params: Params, rows: tuple[tuple, Array], added: Array) -> Array:
-        """From rows and what is added at their subjects, ``[rows, d]``, to log-probabilities at their places."""
-        fork, places = networks.Fork(*rows[0], layer=layer), rows[1]
-        # What joins the stream beside the FFN comes out of the block as it is, even where the FFN's output is normed.
-        changed = (fork.residual if stream else fork.output).at[:, 0].add(added.astype(fork.output.dtype))
-        fork, output = (fork._replace(residual=changed), fork.output) if stream else (fork, changed)
-        end = networks.resume_fork(config, params, fork, output)
-        end = jnp.take_along_axis(end, places[..., None], 1)
-        return jax.nn.log_softmax(networks.logits(config, params, end))
-
+def _program(settings: ValueSettings) -> _Program:
     def loss(
-        params: Params, offsets: Float[Array, "requests d"], problem: _Problem, state: _State, number: Int[Array, ""]
+        run: Partial, offsets: Float[Array, "requests d"], problem: _Problem, state: _State, number: Int[Array, ""]
     ) -> tuple[Float[Array, ""], _Report]:
         each = problem.wanted.shape[1] + 1
-        log_probs = run(params, problem.rows, jnp.repeat(offsets, each, axis=0))
+        log_probs = run(problem.rows, jnp.repeat(offsets, each, axis=0))
         log_probs = log_probs.reshape(offsets.shape[0], each, *log_probs.shape[1:])
         nll = -jnp.take_along_axis(log_probs[:, :-1], problem.wanted[..., None], -1)[..., 0]
         nll = jnp.sum(nll * problem.weight, (1, 2))
