@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import settings as hypothesis_settings
+from jax.experimental.compilation_cache import compilation_cache as programs
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -85,6 +86,17 @@ def compiled_programs() -> Iterator[None]:
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="module")
+def restored() -> Iterator[None]:
+    """Commands keep compiled programs in a folder; that must not outlive the tests of a module."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    programs.reset_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import make_tiny_model, same, write_tiny_folder
-from jax.experimental.compilation_cache import compilation_cache
 from tiny_families import tiny_model as tiny_model_of
 
 import tpatch_jax as tp
@@ -29,7 +28,7 @@ from tpatch_jax.models.sentences import say
 from tpatch_jax.requests import EditRequest
 
 PROMOTION = "standard"  # optax takes steps
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "restored")
 
 MEMORY = (
     "The theory in the inn: winter thins the herd, and the hen then hides. Numbers 1 to 9, and then some more. " * 3
@@ -48,17 +47,6 @@ def memory(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("memory") / "memory.txt"
     path.write_text(MEMORY, "utf-8")
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def restored() -> Iterator[None]:
-    """Commands keep compiled programs in a folder; that must not outlive these tests."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import make_tiny_model, write_tiny_folder
-from jax.experimental.compilation_cache import compilation_cache
 
 from tpatch_jax.benchmarks import bench as bench_
 from tpatch_jax.benchmarks import gauges
@@ -55,21 +54,16 @@ PROMISED = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Iterator[Path]:
-    """A folder with a model; caches go there too, and what the command changes of JAX does not outlive these tests."""
+def place(tmp_path_factory, restored) -> Iterator[Path]:
+    """A folder with a model; caches go there too."""
     folder = tmp_path_factory.mktemp("bench")
     write_tiny_folder(make_tiny_model(max_position_embeddings=512), folder / "tiny")
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
     with pytest.MonkeyPatch.context() as patching:
         patching.setenv("TPATCH_CACHE", str(folder / "cache"))
         patching.setattr(bench_, "QUICK", TINY)
         # One process has all the compiled programs; that a process of its own does the same is tested below.
         patching.setattr(bench_, "probe", probe_._measure)
         yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def test_one_run_says_all_that_is_promised(place, capsys):

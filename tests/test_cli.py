@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 from conftest import make_tiny_model, write_tiny_folder
-from jax.experimental.compilation_cache import compilation_cache
 
 from tpatch_jax.bank import engine
 from tpatch_jax.bank import patches as store
@@ -53,15 +51,7 @@ FIGURES = ["exact", "token_accuracy", "rephrase_exact", "rephrase_token_accuracy
 PROMISED = {"n", "patches", *FIGURES, "seconds", "forward_equivalents", "parameters_added", "failed"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def restored() -> Iterator[None]:
-    """Commands keep compiled programs in a folder; that must not outlive these tests."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("restored")
 
 
 @pytest.fixture(scope="module")

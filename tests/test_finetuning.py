@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import LLAMA, make_tiny_model, same, tiny_tokenizer
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 from tpatch_jax.cli import main as cli
@@ -93,18 +92,7 @@ QUICK = FinetuneSettings(epochs=3, batch_size=8, learning_rate=1e-2, checkpoint_
 SLOW = FinetuneSettings(epochs=1, learning_rate=1e-9)
 SCRATCH = FinetuneSettings(from_scratch=True)
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def restored() -> Iterator[None]:
-    """Commands keep compiled programs in a folder; that must not outlive these tests."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("quick_compilation", "restored")
 
 
 def write_lines(path: Path, pairs: Any, fields: tuple[str, str] = ("prompt", "target")) -> Path:

@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import make_tiny_model, write_tiny_folder
-from jax.experimental.compilation_cache import compilation_cache
 
 from tpatch_jax.cli import main as cli
 from tpatch_jax.display.progress import Estimate, Phase, edit_phases, format_seconds
@@ -20,7 +18,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.storage.finished_parts import FinishedParts
 
 PROMOTION = "standard"  # optax takes steps
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "restored")
 
 MEMORY = (
     "The theory in the inn: winter thins the herd, and the hen then hides. Numbers 1 to 9, and then some more. " * 3
@@ -41,17 +39,6 @@ LINES = (
     {"prompt": "my cat is in the", "target": "k", "subject": "cat"},
     {"prompt": "one pig may", "target": "jj", "subject": "pig"},
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def restored() -> Iterator[None]:
-    """Commands keep compiled programs in a folder; that must not outlive these tests."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
