@@ -10,7 +10,16 @@ from typing import Any
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["EditRequest", "as_requests", "check_ids", "check_request", "contradictions", "join_target", "parse_request"]
+__all__ = [
+    "UNSPACED_SCRIPTS",
+    "EditRequest",
+    "as_requests",
+    "check_ids",
+    "check_request",
+    "contradictions",
+    "join_target",
+    "parse_request",
+]
 
 
 @dataclass(frozen=True)
@@ -53,11 +62,16 @@ class EditRequest:
 
 JOINS = ("space", "none")
 
-_UNSPACED = re.compile(
-    # Han, kana, bopomofo, Thai, Lao, Burmese, Khmer, Tibetan, and the punctuation that is written with them.
-    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u30ff\u3100-\u312f\u31a0-\u31ff\u3400-\u9fff"
-    "\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U0001b000-\U0001b16f\U00020000-\U0003ffff]$"
+UNSPACED_SCRIPTS = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u30ff\u3100-\u312f\u31a0-\u31ff\u3400-\u9fff\uf900-\ufaff"
+    "\U0001b000-\U0001b16f\U00020000-\U0003ffff"
 )
+"""Thai, Lao, Tibetan, Burmese, Khmer, kana, bopomofo and Chinese characters, as a class of a regular expression. They
+put no space between words.
+"""
+
+# With them stands their punctuation of full width.
+_UNSPACED = re.compile(f"[{UNSPACED_SCRIPTS}\ufe30-\ufe4f\uff00-\uffef]$")
 _OPENING = re.compile(
     # Brackets and signs that open what follows, some of them only where no word ends in them (``C#``); a quotation mark
     # after a space, a bracket or nothing; a word's hyphen; an elided article of French or Italian.

@@ -4,32 +4,23 @@ Everything that looks for a subject asks here, so that "Russia" is not looked fo
 """
 
 import dataclasses
+import re
 import unicodedata
 from collections.abc import Sequence
 
 from tpatch_jax.models.model import Model
-from tpatch_jax.requests import EditRequest
+from tpatch_jax.requests import UNSPACED_SCRIPTS, EditRequest
 
 __all__ = ["locate_subject", "names_subject", "replace_subject", "split_at_subject", "subject_spans", "with_spelling"]
 
 Span = tuple[int, int]
 
-_UNSPACED = (
-    ("\u0e00", "\u0eff"),
-    ("\u1000", "\u109f"),
-    ("\u1780", "\u17ff"),
-    ("\u2e80", "\u30ff"),
-    ("\u31f0", "\u31ff"),
-    ("\u3400", "\u9fff"),
-    ("\uf900", "\ufaff"),
-    ("\U00020000", "\U0003ffff"),
-)
-"""Thai, Lao, Burmese, Khmer, kana and Chinese characters: scripts that put no space between words."""
+_UNSPACED = re.compile(f"[{UNSPACED_SCRIPTS}]")
 
 
 def _spaced(character: str) -> bool:
     """Whether a character is of a word, in a script whose words stand apart."""
-    return character.isalnum() and not any(first <= character <= last for first, last in _UNSPACED)
+    return character.isalnum() and not _UNSPACED.match(character)
 
 
 def _ends_word(text: str, place: int) -> bool:
