@@ -30,7 +30,6 @@ Source: Hartvigsen et al., "Aging with GRACE: Lifelong Model Editing with Discre
 """
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -50,6 +49,7 @@ from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions, RequestIn
 from tpatch_jax.editors.reading import Item, check_requests, read_item
 from tpatch_jax.editors.registry import Method, register_editor
 from tpatch_jax.editors.repeats import step_once
+from tpatch_jax.editors.stored import name_request, requests_from_array, requests_to_array
 from tpatch_jax.editors.tpatcher.last_site import collect_bare, forward_seconds
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
@@ -529,15 +529,6 @@ def _holds(model: Model, items: Sequence[Item]) -> list[bool]:
     return [part.tolist() == item.target for part, item in zip(np.split(said, ends), items, strict=True)]
 
 
-def _named(request: EditRequest, name: str, taken: set[str | None]) -> EditRequest:
-    """The request under a name that no other has, by which it can be forgotten, without what only measures."""
-    chosen, number = name, 2
-    while chosen in taken:
-        chosen, number = f"{name} ({number})", number + 1
-    taken.add(chosen)
-    return EditRequest(request.prompt, request.target, request.subject, id=chosen, join=request.join)
-
-
 def _step(state: GraceState, requests: list[EditRequest], progress: Progress | None) -> tuple[GraceState, EditInfo]:
     began, names = time.perf_counter(), [request.name(number) for number, request in enumerate(requests)]
     problems = check_requests(state.model, requests, False)
@@ -584,7 +575,7 @@ def _with_edits(
 ) -> tuple[GraceState, dict[int, Note]]:
     """The state with some more edits, and what each did, by its position."""
     taken = {request.id for request in state.requests}
-    named = [_named(requests[item.position], names[item.position], taken) for item in items]
+    named = [name_request(requests[item.position], names[item.position], taken) for item in items]
     query, output = _read(state, items)
     entries, answers, fresh = state.entries, [], []
     for request, key, value in zip(named, query, output, strict=True):
@@ -640,9 +631,7 @@ def save_edits(state: GraceState) -> Arrays:
     Args:
         state: after some steps.
     """
-    fields = [[one.prompt, one.target, one.subject, one.id, one.join] for one in state.requests]
-    requests = np.frombuffer(json.dumps(fields).encode(), np.uint8)
-    return {"keys": state.keys, "values": state.values, "requests": requests}
+    return {"keys": state.keys, "values": state.values, "requests": requests_to_array(state.requests)}
 
 
 def restore_edits(state: GraceState, arrays: Arrays) -> GraceState:
@@ -652,8 +641,7 @@ def restore_edits(state: GraceState, arrays: Arrays) -> GraceState:
         state: fresh, from ``init`` with the same settings and model.
         arrays: what was saved.
     """
-    fields = json.loads(arrays["requests"].tobytes())
-    requests = tuple(EditRequest(*one[:3], id=one[3], join=one[4] if len(one) > 4 else None) for one in fields)
+    requests = requests_from_array(arrays["requests"])
     return _entered(state, requests, np.array(arrays["keys"]), np.array(arrays["values"]))
 
 

@@ -1,6 +1,5 @@
 """SERAC as an editor: a memory of edits, a classifier of what is in their scope, a small model that answers there."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from tpatch_jax.editors.reading import check_requests, read_item
 from tpatch_jax.editors.registry import Method, register_editor
 from tpatch_jax.editors.repeats import step_once
 from tpatch_jax.editors.serac.networks import SeracNetworks, context_tokens, edit_text, embeddings, read_networks
+from tpatch_jax.editors.stored import name_request, requests_from_array, requests_to_array
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import collect, predicted
@@ -275,7 +275,7 @@ def _step(state: SeracState, requests: list[EditRequest], progress: Progress | N
     if progress:
         progress("storing edits", 0, len(good))
     fitting = time.perf_counter()
-    named = [_named(requests[number], names[number], taken) for number in good]
+    named = [name_request(requests[number], names[number], taken) for number in good]
     new = embeddings(state.networks.scope, [edit_text(*_stored(request)) for request in named])
     fit_seconds = time.perf_counter() - fitting
     first = len(state.requests)
@@ -305,15 +305,6 @@ def _step(state: SeracState, requests: list[EditRequest], progress: Progress | N
     return state, EditInfo(ordered, seconds, fit_seconds, seconds * scale, fit_seconds * scale, new.size + extra)
 
 
-def _named(request: EditRequest, name: str, taken: set[str | None]) -> EditRequest:
-    """The request under a name that no other has, by which it can be forgotten, without what only measures."""
-    chosen, number = name, 2
-    while chosen in taken:
-        chosen, number = f"{name} ({number})", number + 1
-    taken.add(chosen)
-    return EditRequest(request.prompt, request.target, request.subject, id=chosen, join=request.join)
-
-
 # --- resuming ---
 
 
@@ -323,8 +314,7 @@ def save_memory(state: SeracState) -> dict[str, np.ndarray]:
     Args:
         state: after some steps.
     """
-    fields = [[one.prompt, one.target, one.subject, one.id, one.join] for one in state.requests]
-    return {"embeddings": state.embeddings, "requests": np.frombuffer(json.dumps(fields).encode(), np.uint8)}
+    return {"embeddings": state.embeddings, "requests": requests_to_array(state.requests)}
 
 
 def restore_memory(state: SeracState, arrays: Mapping[str, np.ndarray]) -> SeracState:
@@ -334,8 +324,7 @@ def restore_memory(state: SeracState, arrays: Mapping[str, np.ndarray]) -> Serac
         state: fresh, from ``init``.
         arrays: what was saved.
     """
-    fields = json.loads(arrays["requests"].tobytes())
-    requests = tuple(EditRequest(*one[:3], id=one[3], join=one[4] if len(one) > 4 else None) for one in fields)
+    requests = requests_from_array(arrays["requests"])
     return state._replace(requests=requests, embeddings=np.array(arrays["embeddings"]))
 
 

@@ -1,0 +1,47 @@
+"""Requests that a method keeps beside its edits: under names of their own, and as arrays."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from tpatch_jax.requests import EditRequest
+
+__all__ = ["name_request", "requests_from_array", "requests_to_array"]
+
+
+def name_request(request: EditRequest, name: str, taken: set[str | None]) -> EditRequest:
+    """The request under a name that no other has, by which it can be forgotten, without what only measures.
+
+    Args:
+        request: the request.
+        name: what it is called if no other is.
+        taken: the names of the others; the one that is given joins them.
+
+    Example:
+        >>> name_request(EditRequest("The capital of France is", "Lyon"), "a", {"a"}).id
+        'a (2)'
+    """
+    chosen, number = name, 2
+    while chosen in taken:
+        chosen, number = f"{name} ({number})", number + 1
+    taken.add(chosen)
+    return EditRequest(request.prompt, request.target, request.subject, id=chosen, join=request.join)
+
+
+def requests_to_array(requests: Sequence[EditRequest]) -> np.ndarray:
+    """Requests as JSON in UTF-8, ``[bytes]``.
+
+    Example:
+        >>> request = EditRequest("It costs $", "20", join="none")
+        >>> requests_from_array(requests_to_array([request])) == (request,)
+        True
+    """
+    fields = [[one.prompt, one.target, one.subject, one.id, one.join] for one in requests]
+    return np.frombuffer(json.dumps(fields).encode(), np.uint8)
+
+
+def requests_from_array(array: np.ndarray) -> tuple[EditRequest, ...]:
+    """The inverse of `requests_to_array`; what was kept before requests said how they are joined is read as well."""
+    fields = json.loads(array.tobytes())
+    return tuple(EditRequest(*one[:3], id=one[3], join=one[4] if len(one) > 4 else None) for one in fields)
