@@ -8,7 +8,7 @@ from tpatch_jax.core.patch import Patch
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
 from tpatch_jax.models.sentences import SENTENCE_TOKENS, agrees, say
-from tpatch_jax.requests import EditRequest, join_target
+from tpatch_jax.requests import EditRequest
 
 __all__ = ["compare_answers", "count_prompts"]
 
@@ -76,7 +76,7 @@ def _record(
 ) -> dict[str, Any]:
     def wanted(prompt: str) -> dict[str, Any]:
         said = after[prompt]
-        good = said is not None and agrees(said, join_target(prompt, request.target))
+        good = said is not None and agrees(said, request.target)
         return {"prompt": prompt, "before": before[prompt], "after": said, "as_wanted": good}
 
     def kept(prompt: str) -> dict[str, Any]:

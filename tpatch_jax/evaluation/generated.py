@@ -3,15 +3,14 @@
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-import jax
 import numpy as np
 from jax import Array
 
 from tpatch_jax.editors.base import Routing
 from tpatch_jax.evaluation.records import Record
-from tpatch_jax.models.generation import greedy, sample
+from tpatch_jax.models.generation import sample
 from tpatch_jax.models.model import Model
-from tpatch_jax.models.sentences import first_sentence, say
+from tpatch_jax.models.sentences import continue_rows, first_sentence, say
 
 __all__ = ["answers", "continuations", "sentences"]
 
@@ -81,14 +80,9 @@ def _written(model: Model, prompts: Sequence[list[int]], routing: Routing | None
     """The tokens that greedily follow prompts."""
     said: list[list[int]] = [[] for _ in prompts]
     for writer, numbers, rows in _writers(model, routing, prompts):
-        # Neighbours in length share a batch, so that little of it is padding.
-        order = np.argsort([len(row) for row in rows], kind="stable")
-        for first in range(0, len(order), LANES):
-            part = order[first : first + LANES]
-            with jax.default_matmul_precision("highest"):
-                written = greedy(writer.config, writer.params, [rows[n] for n in part], ANSWER_TOKENS, writer.stops)
-            for number, row in zip(part, written, strict=True):
-                said[numbers[number]] = row
+        written = continue_rows(writer, rows, ANSWER_TOKENS, lanes=LANES)
+        for number, row in zip(numbers, written, strict=True):
+            said[number] = row
     return said
 
 

@@ -11,7 +11,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation
 from tpatch_jax.models.model import Model
 
-__all__ = ["SENTENCE_TOKENS", "agrees", "first_sentence", "say", "say_tokens"]
+__all__ = ["SENTENCE_TOKENS", "agrees", "continue_rows", "first_sentence", "say", "say_tokens"]
 
 SENTENCE_TOKENS = 24
 """So many tokens at most are said where no sentence ends before."""
@@ -92,20 +92,33 @@ def _readable(model: Model, prompt: str) -> list[int] | None:
     return row if prompt.strip() and row and not model.excess(row, [0]) else None
 
 
-def _continued(
-    model: Model, rows: Sequence[list[int]], most: int, progress: Callable[[int], None] | None
+def continue_rows(
+    model: Model,
+    rows: Sequence[list[int]],
+    most: int,
+    *,
+    lanes: int = LANES,
+    progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """The tokens that follow rows; neighbours in length share a batch, so that little of it is padding."""
+    """The tokens that greedily follow rows; neighbours in length share a batch, so that little of it is padding.
+
+    Args:
+        model: the model, edited or not.
+        rows: prompts in tokens.
+        most: so many tokens at most.
+        lanes: so many rows are run together.
+        progress: called with how many rows are done.
+    """
     said: list[list[int]] = [[] for _ in rows]
     order = np.argsort([len(row) for row in rows], kind="stable")
-    for first in range(0, len(order), LANES):
-        part = order[first : first + LANES]
+    for first in range(0, len(order), lanes):
+        part = order[first : first + lanes]
         with jax.default_matmul_precision("highest"):
             tokens = generation.greedy(model.config, model.params, [rows[n] for n in part], most, model.stops)
         for number, new in zip(part, tokens, strict=True):
             said[number] = new
         if progress:
-            progress(min(first + LANES, len(order)))
+            progress(min(first + lanes, len(order)))
     return said
 
 
@@ -139,7 +152,7 @@ def say(
         for number, label in zip(numbers, labels, strict=True):
             texts[number] = label
         return texts
-    for number, row, tokens in zip(numbers, rows, _continued(model, rows, most, progress), strict=True):
+    for number, row, tokens in zip(numbers, rows, continue_rows(model, rows, most, progress=progress), strict=True):
         texts[number] = first_sentence(model.continuation(row, tokens))
     return texts
 
@@ -154,7 +167,7 @@ def say_tokens(model: Model, prompts: Sequence[str], most: int = SENTENCE_TOKENS
     """
     rows = [model.encode_prompt(prompt) for prompt in prompts]
     sentences = []
-    for row, tokens in zip(rows, _continued(model, rows, most, None), strict=True):
+    for row, tokens in zip(rows, continue_rows(model, rows, most), strict=True):
         text = first_sentence(model.continuation(row, tokens))
         needed = (n for n in range(len(tokens) + 1) if model.continuation(row, tokens[:n]).startswith(text))
         sentences.append(tokens[: next(needed, len(tokens))])
