@@ -97,11 +97,9 @@ class _Alike:
         """The prompt alone."""
         return self.read(request)[0]
 
-    def named(self, name: str, request: EditRequest, bank: Bank) -> BankEdit:
-        """A new edit, under the prompt of the first edit that is read alike, if that is spelt otherwise."""
-        first = next((edit for edit in bank.edits if self.prompt(edit.request) == self.prompt(request)), None)
-        spelt = None if first is None or first.key == prompt_key(request.prompt) else first.key
-        return BankEdit(name, request, bank.next, reads_as=spelt)
+    def first(self, edits: Sequence[BankEdit]) -> dict[Hashable, BankEdit]:
+        """By each prompt the first edit that has it."""
+        return {self.prompt(edit.request): edit for edit in reversed(edits)}
 
 
 def _waiting(bank: Bank, requests: Sequence[EditRequest], resume: bool) -> list[tuple[str, EditRequest]]:
@@ -183,10 +181,10 @@ def add_with(
         held = assemble(bank, active(bank), store)
         broken, guards = maker.broken(held), maker.guards_broken(held, bank.guards)
         done, alike = 0, _Alike(reads)
+        if progress:
+            progress("adding edits", 0, len(waiting))
         for part in _batches(waiting, batch, alike):
             start = time.perf_counter()
-            if progress and not done:
-                progress("adding edits", 0, len(waiting))
             bank, draft, told = _add(bank, part, maker, store, alike, broken, guards, force, seed, start, say)
             broken, guards = list(draft.broken), list(draft.guards)
             done += len(part)
@@ -213,7 +211,12 @@ def _add(
     same = {name: old.id for name, one in part if (old := there[name]) and alike.read(old.request) == alike.read(one)}
     known = list(same.values())
     fresh = [(name, request) for name, request in part if name not in same]
-    edits = [alike.named(name, request, bank) for name, request in fresh]
+    earlier, edits = alike.first(bank.edits), []
+    for name, request in fresh:
+        # Under the prompt of the first edit that is read alike, if that is spelt otherwise.
+        first = earlier.get(alike.prompt(request))
+        spelt = None if first is None or first.key == prompt_key(request.prompt) else first.key
+        edits.append(BankEdit(name, request, bank.next, reads_as=spelt))
     base = assemble(bank, active(bank), store)
     draft = fit_superseding(base, edits, engine, guards=bank.guards, broken=broken, guards_broken=guards, force=force)
     failures = {failure.edit.id for failure in draft.failed}
