@@ -1,7 +1,6 @@
 """``tpatch generate``: what a model says, with or without patches."""
 
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
@@ -95,8 +94,10 @@ class Generate:
 
 def _read_prompts(path: str) -> list[str]:
     """The lines of a text file that hold anything."""
+    from tpatch_jax.storage.reading import read_text
+
     try:
-        text = Path(path).read_text("utf-8")
+        text = read_text(path, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise TPatchError(f"the prompts in {path} cannot be read ({error}); give a UTF-8 text file") from None
-    return [line for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
+    return [line for line in text.split("\n") if line.strip()]

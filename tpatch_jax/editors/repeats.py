@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.editors.locating import locate_subject
+from tpatch_jax.editors.reading import target_tokens
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest, as_requests
@@ -36,7 +37,7 @@ def find_repeats(model: Model, requests: Sequence[EditRequest]) -> dict[int, int
             if model.lost(request.prompt):
                 continue
             prompt = tuple(model.encode_prompt(request.prompt))
-            groups.setdefault((prompt, *model.encode_target(request.prompt, request.continuation)), []).append(position)
+            groups.setdefault((prompt, *target_tokens(model, request)), []).append(position)
         except TPatchError:
             continue
     repeats = {}

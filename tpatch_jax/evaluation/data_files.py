@@ -125,6 +125,10 @@ _SIGNATURES: Sequence[tuple[str, frozenset[str]]] = (
 )
 
 _AS_REQUESTS = "write its records as requests, one JSON object a line, and read them with --data requests"
+_SANITATION = (
+    "KnowEdit's Sanitation, which has no reader; of KnowEdit ZsRE, wiki_counterfact and wiki_recent are read, or "
+    + _AS_REQUESTS
+)
 # Data sets that have no reader, and what to do.
 _UNREAD: Sequence[tuple[frozenset[str], str]] = (
     (
@@ -139,13 +143,11 @@ _UNREAD: Sequence[tuple[frozenset[str], str]] = (
     ),
     (
         frozenset({"success", "locality"}),
-        f"KnowEdit's Sanitation, which has no reader; of KnowEdit ZsRE, wiki_counterfact and wiki_recent are read, or "
-        f"{_AS_REQUESTS}",
+        _SANITATION,
     ),
     (
         frozenset({"question", "ground_truth", "target_new"}),
-        f"KnowEdit's Sanitation, which has no reader; of KnowEdit ZsRE, wiki_counterfact and wiki_recent are read, or "
-        f"{_AS_REQUESTS}",
+        _SANITATION,
     ),
 )
 
