@@ -425,7 +425,7 @@ def test_subjects_in_an_earlier_layer_several_batches_and_undo(memory, tmp_path,
     model, folder = make_tiny_model(hidden_size=32, head_dim=16), tmp_path / "deep"
     # in half the precision, for which segments have to keep enough
     model = model.with_params(jax.tree.map(lambda leaf: leaf.astype("bfloat16"), model.params))
-    quick = {"key_steps": 16, "rounds": 1, "negatives": 32, "lanes": 16, "steps": 40, "longest": 16.0, "rate": 0.2}
+    quick = {"key_steps": 16, "rounds": 1, "negatives": 32, "lanes": 16, "steps": 40, "longest": 16.0}
     quick |= {"key_floor": 0.5, "shorter": 0, "neutral": 1, "site": "subject", "contexts": 2, "other_subjects": 1}
     tp.create_bank(folder, model, settings=quick, memory=memory)
     wanted = [EditRequest("the fox sat in", "ab", "fox"), EditRequest("a wolf hit the", "q", "wolf")]

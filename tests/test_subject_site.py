@@ -277,9 +277,7 @@ def test_the_layer():
 def settings(**changes):
     preset = PRESETS["default"]
     fit = dataclasses.replace(preset.fit, key_steps=16, rounds=1, negatives=32, lanes=16)
-    subject = SubjectSettings(
-        value=ValueTrainingSettings(steps=40, longest=16.0, rate=0.2), key_floor=0.5, shorter=0, neutral=1
-    )
+    subject = SubjectSettings(value=ValueTrainingSettings(steps=40, longest=16.0), key_floor=0.5, shorter=0, neutral=1)
     return dataclasses.replace(preset, site="subject", fit=fit, subject=subject, **changes)
 
 

@@ -6,7 +6,7 @@ few shapes are ever compiled.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.core.sizes import power_of_two
 
-__all__ = ["LaneResult", "minimise_lanes", "take_lanes"]
+__all__ = ["LaneResult", "LaneRun", "minimise_lanes", "run_lanes", "take_lanes"]
 
 PAIR = 2
 """A batch of so few lanes is kept whole: another program would take longer to compile than the lane that is saved."""
@@ -41,6 +41,18 @@ class LaneResult(NamedTuple):
     moves: Float[np.ndarray, "lanes d"]
     steps: Int[np.ndarray, " lanes"]
     state: Any
+
+
+class LaneRun(NamedTuple):
+    """Where each lane stood when it ended.
+
+    Attributes:
+        state: of each lane, every leaf with the leading axis ``lanes``.
+        steps: steps taken.
+    """
+
+    state: Any
+    steps: Int[np.ndarray, " lanes"]
 
 
 def take_lanes(tree: Tree, lanes: Int[np.ndarray | Array, " taken"], count: int) -> Tree:
@@ -68,40 +80,113 @@ def take_lanes(tree: Tree, lanes: Int[np.ndarray | Array, " taken"], count: int)
 
 
 class _Carry(NamedTuple):
-    """Of all lanes: where they stand, what the optimiser and the stop rule know of them, which have ended, and when."""
+    """Of all lanes: where they stand, which have ended, and when."""
 
-    moves: Float[Array, "lanes d"]
-    moments: Any
     state: Any
     ended: Bool[Array, " lanes"]
     steps: Int[Array, " lanes"]
 
 
-@partial(jax.jit, static_argnames=("optimiser", "steps"))
+@partial(jax.jit, static_argnames="steps")
 def _advance(
-    loss: Partial, project: Partial, stop: Partial, carry: _Carry, problem: Any, number: Int[Array, ""],
-    optimiser: optax.GradientTransformation, steps: int,
-) -> tuple[_Carry, Int[Array, ""]]:  # fmt: skip
+    step: Partial, carry: _Carry, problem: Any, number: Int[Array, ""], steps: int
+) -> tuple[_Carry, Int[Array, ""]]:
     """Steps until so many lanes have ended that a smaller batch holds the others."""
     size = power_of_two(carry.ended.shape[0])
     fewest = size // 2 if size > PAIR else 0
-    look = jax.value_and_grad(loss, has_aux=True)
 
     def chosen(which: Array, new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
+        """Of each lane one of two; what all lanes share is new."""
+        return jax.tree.map(
+            lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b) if a.ndim else a, new, old
+        )
 
-    def step(at: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
-        (moves, moments, state, ended, taken), number = at
-        (_, report), gradient = look(moves, problem, state, number)
-        seen, stopped = stop(moves, problem, state, report, number)
-        state, stopped = chosen(~ended, seen, state), stopped | (number == steps)
+    def take_step(at: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
+        (state, ended, taken), number = at
+        seen, stopped, after = step(state, problem, number)
+        stopped |= number == steps
         taken = jnp.where(~ended & stopped, number, taken)
-        ended = ended | stopped
-        update, moments = optimiser.update(gradient, moments, moves)
-        moves = chosen(~ended, project(moves + jnp.asarray(update), problem), moves)
-        return _Carry(moves, moments, state, ended, taken), number + 1
+        state = chosen(~ended, seen, state)
+        ended |= stopped
+        return _Carry(chosen(~ended, after, state), ended, taken), number + 1
 
-    return jax.lax.while_loop(lambda at: jnp.sum(~at[0].ended) > fewest, step, (carry, number))
+    return jax.lax.while_loop(lambda at: jnp.sum(~at[0].ended) > fewest, take_step, (carry, number))
+
+
+def run_lanes(
+    step: Callable[[State, Problem, Int[Array, ""]], tuple[State, Bool[Array, " lanes"], State]],
+    state: State,
+    problem: Problem,
+    steps: int,
+) -> LaneRun:
+    """Let lanes take steps, each until its own end, in one compiled loop.
+
+    At each number ``0 … steps`` the step looks at where all lanes stand; those that go on stand where it says. The
+    function is pure and is traced: what a lane works on stands in ``problem``, what all lanes share (a network's
+    parameters) in a ``jax.tree_util.Partial``. The same function and shapes compile once; so give functions of a
+    module, not such as are made anew for each call.
+
+    Args:
+        step: ``(state, problem, number)`` to the state after this look, which lanes have ended, and the state after the
+            step that the others take; the number is a traced int. Lanes must not couple.
+        state: where the lanes start: arrays with a leading axis of lanes; scalars are shared by all lanes.
+        problem: arrays as `take_lanes` takes them.
+        steps: at most so many steps.
+
+    Returns:
+        A `LaneRun`: the state of each lane as the last look at it left it, on the host.
+
+    Source: this library's.
+
+    Example:
+        >>> halve = lambda state, problem, number: (state, state < problem, state / 2)
+        >>> run = run_lanes(halve, jnp.array([4.0, 1.0]), jnp.array([2.0, 0.3]), 9)
+        >>> run.state.tolist(), run.steps.tolist()
+        ([1.0, 0.25], [2, 2])
+    """
+    step = step if isinstance(step, Partial) else Partial(step)
+    leaves = jax.tree.leaves(state)
+    count = next(leaf.shape[0] for leaf in leaves if leaf.ndim)
+    lane = np.arange(count)
+    carry = _Carry(jax.tree.map(jnp.asarray, state), jnp.zeros(count, bool), jnp.zeros(count, jnp.int32))
+    result, number = LaneRun(jax.tree.map(np.array, state), np.zeros(count, int)), jnp.int32(0)
+    while True:
+        carry, number = _advance(step, carry, problem, number, steps)
+        # Of a lane that goes on this is written again at its end.
+        _write(result, lane, (carry.state, carry.steps))
+        going = np.flatnonzero(~np.asarray(carry.ended))
+        if not going.size:
+            return result
+        # One that stands in twice does the same both times.
+        keep = np.resize(going, power_of_two(going.size))
+        carry, problem = _take((carry, problem), jnp.asarray(keep), lane.size)
+        lane = lane[keep]
+
+
+class _Descent(NamedTuple):
+    """Of all lanes: where they stand, and what the stop rule and the optimiser know of them."""
+
+    moves: Float[Array, "lanes d"]
+    state: Any
+    moments: Any
+
+
+@lru_cache(maxsize=16)
+def _descend(
+    optimiser: optax.GradientTransformation,
+) -> Callable[..., tuple[_Descent, Bool[Array, " lanes"], _Descent]]:
+    """One object for each optimiser, so that ``jit`` recognises it."""
+
+    def step(
+        loss: Partial, project: Partial, stop: Partial, at: _Descent, problem: Any, number: Int[Array, ""]
+    ) -> tuple[_Descent, Bool[Array, " lanes"], _Descent]:
+        (_, report), gradient = jax.value_and_grad(loss, has_aux=True)(at.moves, problem, at.state, number)
+        state, stopped = stop(at.moves, problem, at.state, report, number)
+        update, moments = optimiser.update(gradient, at.moments, at.moves)
+        after = project(at.moves + jnp.asarray(update), problem)
+        return at._replace(state=state), stopped, _Descent(after, state, moments)
+
+    return step
 
 
 def minimise_lanes(
@@ -152,27 +237,9 @@ def minimise_lanes(
         (3.0, True)
     """
     functions = [function if isinstance(function, Partial) else Partial(function) for function in (loss, project, stop)]
-    count = moves.shape[0]
-    lane = np.arange(count)
-    carry = _Carry(
-        jnp.asarray(moves),
-        optimiser.init(moves),  # pyright: ignore[reportArgumentType]
-        jax.tree.map(jnp.asarray, state),
-        jnp.zeros(count, bool),
-        jnp.zeros(count, jnp.int32),
-    )
-    result, number = LaneResult(np.array(moves), np.zeros(count, int), jax.tree.map(np.array, state)), jnp.int32(0)
-    while True:
-        carry, number = _advance(*functions, carry, problem, number, optimiser, steps)
-        # Of a lane that goes on this is written again at its end.
-        _write(result, lane, (carry.moves, carry.steps, carry.state))
-        going = np.flatnonzero(~np.asarray(carry.ended))
-        if not going.size:
-            return result
-        # One that stands in twice does the same both times.
-        keep = np.resize(going, power_of_two(going.size))
-        carry, problem = _take((carry, problem), jnp.asarray(keep), lane.size)
-        lane = lane[keep]
+    start = _Descent(jnp.asarray(moves), state, optimiser.init(moves))  # pyright: ignore[reportArgumentType]
+    run = run_lanes(Partial(_descend(optimiser), *functions), start, problem, steps)
+    return LaneResult(run.state.moves, run.steps, run.state.state)
 
 
 @partial(jax.jit, static_argnames="count")
@@ -181,6 +248,7 @@ def _take(tree: Tree, lanes: Int[Array, " taken"], count: int) -> Tree:
 
 
 def _write(to: Any, lanes: Int[np.ndarray, " written"], tree: Any) -> None:
-    """Put what stands in a batch into arrays on the host, at these lanes."""
+    """Put what stands in a batch into arrays on the host, at these lanes; what all lanes share stays out."""
     for array, leaf in zip(jax.tree.leaves(to), jax.tree.leaves(tree), strict=True):
-        array[lanes] = np.asarray(leaf)
+        if array.ndim:
+            array[lanes] = np.asarray(leaf)

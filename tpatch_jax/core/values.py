@@ -2,6 +2,11 @@
 
 Only the end of each row is run again, from the token at which the patch fires (`tpatch_jax.models.networks.fork`); all
 lanes of a chunk take their steps together, and one that says its target stops and is dropped.
+
+The steps are of second order. What a value has to do is a handful of numbers, one for each row: by how much the odds of
+its target fall short, and how far the model has moved on a prompt that should stay as it is. Each is nearly linear in
+the value, so a damped Gauss-Newton step is the solution of a system as small as there are rows; and of a row that was
+not looked at in a step, the last look's linear prediction stands in.
 """
 
 from collections.abc import Callable
@@ -11,16 +16,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from tpatch_jax.core.lanes import minimise_lanes
+from tpatch_jax.core.lanes import run_lanes
 
-__all__ = ["TargetRows", "ValueTrainingInfo", "ValueTrainingSettings", "kept_close", "train_values"]
+__all__ = [
+    "TargetRows",
+    "ValueTrainingInfo",
+    "ValueTrainingSettings",
+    "gauss_newton_step",
+    "kept_close",
+    "train_values",
+]
 
-LOOK_EVERY = 3
-"""Every so many steps all rows of a lane that is ready for it are looked at."""
+OTHERS, BESIDE = 2, 2
+"""So many of a lane's targets besides the first, and of its neutral rows, are looked at in each step."""
+
+LOOK_EVERY = 2
+"""Every so many steps all targets of a lane that is ready for it are looked at."""
 
 Run = Callable[[Any, Float[Array, "rows d"]], Float[Array, "rows places vocabulary"]]
 """From what is known of some rows, and what is added to the FFN's output at their first positions, ``[rows, d]``, to
@@ -31,22 +45,22 @@ class ValueTrainingSettings(NamedTuple):
     """Options of values trained through the network.
 
     Attributes:
-        steps: at most so many steps of Adam.
-        rate: Adam's learning rate, in units of ``longest · ‖output‖ / √d`` per entry.
-        momentum: Adam's ``b1``.
+        steps: at most so many steps.
         longest: the value's largest length, over the length of the FFN's output at its site.
-        enough: a lane stops once the mean loss of its targets, in nats, is below this.
+        enough: a lane stops once the mean loss of each of its targets, in nats, is below this.
+        aim: the log-odds that a step aims at for each target.
         closeness: weight of the divergence from the unedited model on neutral prompts.
-        decay: weight of the value's squared length over its limit.
+        damping: of the steps; more makes them shorter.
+        farthest: how far a step goes at most, over the value's largest length.
     """
 
-    steps: int = 25
-    rate: float = 0.16
-    momentum: float = 0.8
+    steps: int = 14
     longest: float = 4.0
-    enough: float = 0.01
-    closeness: float = 0.0625
-    decay: float = 0.02
+    enough: float = 0.05
+    aim: float = 5.0
+    closeness: float = 0.25
+    damping: float = 10.0
+    farthest: float = 0.45
 
 
 class TargetRows(NamedTuple):
@@ -72,7 +86,7 @@ class ValueTrainingInfo(NamedTuple):
     Attributes:
         steps: steps taken.
         loss: mean negative log-likelihood of the targets at the end, in nats.
-        closeness: divergence from the unedited model on the neutral prompt last looked at, in nats.
+        closeness: mean divergence from the unedited model on neutral prompts when last looked at, in nats.
     """
 
     steps: Int[np.ndarray, " lanes"]
@@ -136,28 +150,71 @@ def _joined(left: Any, right: Any, lanes: int) -> Any:
 
 
 class _Problem(NamedTuple):
-    """What each lane is trained on; ``unit`` is the value's limit per entry, ``[lanes, 1]``."""
+    """What each lane is trained on; ``limit`` is the value's largest length, ``[lanes, 1]``."""
 
     targets: TargetRows
     neutral: TargetRows | None
-    unit: Float[Array, "lanes 1"]
+    limit: Float[Array, "lanes 1"]
 
 
 class _State(NamedTuple):
-    """Of each lane: each row's loss when last looked at, the closeness, and whether all rows were low enough together.
+    """Of each lane: where it stands, and what is known of its rows, the targets first, then the neutral ones.
 
-    A row that was never looked at has an infinite loss.
+    Attributes:
+        move: the value over its limit, ``[lanes, d]``.
+        slope: how each row's residual depends on the move, ``[lanes, rows, d]``.
+        offset: the residual at a move of zero, by that slope, ``[lanes, rows]``.
+        losses: each target's loss when last looked at, infinite if it never was, ``[lanes, targets]``.
+        divergence: of each neutral row when last looked at, ``[lanes, neutral]``.
+        age: the step in which each row was last looked at, ``[lanes, rows]``.
     """
 
-    losses: Float[Array, "lanes rows"]
-    closeness: Float[Array, " lanes"]
-    done: Bool[Array, " lanes"]
+    move: Float[Array, "lanes d"]
+    slope: Float[Array, "lanes rows d"]
+    offset: Float[Array, "lanes rows"]
+    losses: Float[Array, "lanes targets"]
+    divergence: Float[Array, "lanes neutral"]
+    age: Int[Array, "lanes rows"]
 
 
-def _within_limit(moves: Float[Array, "lanes d"], problem: _Problem) -> Float[Array, "lanes d"]:
-    """Moves whose root mean square is 1 at most: values no longer than their limit."""
-    length = jnp.sqrt(jnp.mean(jnp.square(moves), -1, keepdims=True))
-    return moves / jnp.maximum(length, 1.0)
+def _log_odds_against(targets: TargetRows, log_probs: Array) -> Float[Array, "lanes rows"]:
+    """``log((1 - p)/p)`` of each row's tokens, their soft maximum: nearly linear where ``log p`` is not."""
+    loss = jnp.clip(_unlikely(targets.wanted, log_probs), 1e-6, 60.0)
+    odds = jnp.where(targets.weight > 0, loss + jnp.log(-jnp.expm1(-loss)), -jnp.inf)
+    there = _row_weights(targets) > 0
+    return jnp.where(there, jax.nn.logsumexp(jnp.where(there[..., None], odds, 0.0), -1), 0.0)
+
+
+def gauss_newton_step(
+    slope: Float[Array, "*lanes rows d"],
+    residual: Float[Array, "*lanes rows"],
+    weight: Float[Array, "*lanes rows"],
+    damping: float,
+) -> Float[Array, "*lanes d"]:
+    """``argmin_δ ½ Σ_r w_r (residual_r + slope_r·δ)² + ½ damping ‖δ‖²``, by a system as large as there are rows.
+
+    Args:
+        slope: of each residual, ``[…, rows, d]``.
+        residual: where it stands, ``[…, rows]``.
+        weight: of its square, ``[…, rows]``.
+        damping: above 0.
+
+    Returns:
+        The step ``δ``, ``[…, d]``.
+
+    Source: Levenberg 1944; the dual form, since there are fewer rows than entries.
+
+    Example:
+        >>> gauss_newton_step(jnp.array([[2.0, 0.0]]), jnp.array([-4.0]), jnp.ones(1), 1e-6).round(3).tolist()
+        [2.0, 0.0]
+    """
+    root = jnp.sqrt(weight)
+    rows = slope * root[..., None]
+    exactly = jax.lax.Precision.HIGHEST
+    system = jnp.matmul(rows, jnp.swapaxes(rows, -1, -2), precision=exactly)
+    system = system + damping * jnp.eye(rows.shape[-2], dtype=rows.dtype)
+    dual = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(system), True), (residual * root)[..., None])
+    return -jnp.matmul(jnp.swapaxes(rows, -1, -2), dual, precision=exactly)[..., 0]
 
 
 def train_values(
@@ -166,14 +223,15 @@ def train_values(
     run: Run,
     scale: Float[Array, " lanes"],
     settings: ValueTrainingSettings,
+    start: Float[Array, "lanes d"] | None = None,
 ) -> tuple[Float[Array, "lanes d"], ValueTrainingInfo]:
     """The values of some lanes, each trained for its own targets.
 
-    ``min_v  mean NLL(targets) + c·KL(unedited ‖ edited on neutral prompts) + w·‖v‖²/limit²``, by Adam with ``‖v‖``
-    projected to its limit after each step. Each step sees a lane's first row, one of the others (by turns the one that
-    was farthest from its target when last looked at, and the next), and one neutral row. In every third step all rows
-    of a lane are looked at where those that it saw say their targets; the lane has ended when all do, or when its loss
-    is no number. Lanes never couple.
+    ``min_v  ½ Σ_targets w (aim - log-odds)₊² + c · mean KL(unedited ‖ edited on neutral prompts)`` by damped
+    Gauss-Newton steps from ``start``, with ``‖v‖`` kept to its limit. Each step looks at a lane's first row, at the two
+    others that by what is known of them are farthest from their targets, and at two neutral rows in turn; what is known
+    of all others goes on as linear. Where those that were seen say their targets, all targets of a lane are looked at,
+    in every second step; the lane has ended when all do, or when its loss is no number. Lanes never couple.
 
     Args:
         targets: where and what each lane's neuron should make the model say, the bare prompt first; the weights of a
@@ -182,11 +240,12 @@ def train_values(
         run: the network after the cut; a ``jax.tree_util.Partial`` of the same function is compiled once.
         scale: the length of the FFN's output at each lane's site, ``[lanes]``.
         settings: options.
+        start: values to start from; zero by default.
 
     Returns:
         The values, ``[lanes, d]``, and a `ValueTrainingInfo`.
 
-    Source: Meng et al. 2022, section 3.1, for the objective; T-Patcher's value is trained the same way here.
+    Source: Meng et al. 2022, section 3.1, for what is asked of a value; Levenberg 1944 for the steps.
 
     Example:
         >>> run = lambda rows, added: jax.nn.log_softmax(rows + added)[:, None]
@@ -196,92 +255,141 @@ def train_values(
         2
     """
     lanes, hidden_size = scale.shape[0], jax.tree.leaves(targets.rows)[0].shape[-1]
-    program = _program(settings._replace(steps=0))
-    problem = _Problem(targets, neutral, (settings.longest * scale / hidden_size**0.5)[:, None])
-    # Rows of no weight are low enough from the start.
+    problem = _Problem(targets, neutral, (settings.longest * scale)[:, None].astype(jnp.float32))
+    aims = targets.activity.shape[1]
+    count = aims + (0 if neutral is None else neutral.activity.shape[1])
     weight = _row_weights(targets)
-    losses = jnp.where(weight > 0, jnp.inf, -1.0)
-    state = _State(losses, jnp.zeros(lanes), jnp.zeros(lanes, bool))
-    moves = jnp.zeros((lanes, hidden_size), jnp.float32)
+    move = jnp.zeros((lanes, hidden_size), jnp.float32) if start is None else start / problem.limit
+    state = _State(
+        _within_limit(move),
+        jnp.zeros((lanes, count, hidden_size), jnp.float32),
+        jnp.zeros((lanes, count), jnp.float32),
+        # Rows of no weight are low enough from the start.
+        jnp.where(weight > 0, jnp.inf, -1.0).astype(jnp.float32),
+        jnp.zeros((lanes, count - aims), jnp.float32),
+        jnp.full((lanes, count), -1, jnp.int32),
+    )
     run = run if isinstance(run, Partial) else Partial(run)
-    loss, stop = Partial(program.loss, run), Partial(program.stop, run)
-    result = minimise_lanes(loss, _within_limit, stop, moves, problem, state, program.optimiser, settings.steps)
+    result = run_lanes(Partial(_step(settings._replace(steps=0)), run), state, problem, settings.steps)
     # Rows that were never looked at tell nothing.
-    seen = np.where(np.isinf(result.state.losses), 0.0, np.asarray(weight))
-    mean = np.where(seen > 0, result.state.losses * seen, 0.0).sum(1) / np.maximum(seen.sum(1), 1e-12)
-    info = ValueTrainingInfo(result.steps, mean, result.state.closeness)
-    return jnp.asarray(result.moves) * problem.unit, info
+    losses = result.state.losses
+    seen = np.where(np.isinf(losses), 0.0, np.asarray(weight))
+    mean = np.where(seen > 0, losses * seen, 0.0).sum(1) / np.maximum(seen.sum(1), 1e-12)
+    divergence = result.state.divergence
+    close = divergence.mean(1) if divergence.shape[1] else np.zeros(lanes, np.float32)
+    return jnp.asarray(result.state.move) * problem.limit, ValueTrainingInfo(result.steps, mean, close)
 
 
-class _Program(NamedTuple):
-    """The functions of one loop, the same objects for the same settings, so that ``jit`` recognises them."""
-
-    loss: Callable[..., tuple[Array, tuple[Array, Array, Array]]]
-    stop: Callable[..., tuple[_State, Array]]
-    optimiser: optax.GradientTransformation
+def _within_limit(move: Float[Array, "lanes d"]) -> Float[Array, "lanes d"]:
+    """Moves no longer than 1: values no longer than their limit."""
+    return move / jnp.maximum(jnp.linalg.norm(move, axis=-1, keepdims=True), 1.0)
 
 
-def _rows_of_step(problem: _Problem, state: _State, number: Int[Array, ""]) -> Int[Array, "lanes picked"]:
-    """The first row of each lane and one of the others: the hardest when last looked at, or every second time the next.
+def _rows_of_step(
+    problem: _Problem, state: _State, number: Int[Array, ""]
+) -> tuple[Int[Array, "lanes picked"], Int[Array, "lanes beside"] | None]:
+    """The targets that a step looks at, the first among them, and the neutral rows.
 
-    A row that cannot be reached would else keep all others from their turn.
+    Those that were never looked at come first, then the hardest by what is known of them; every other time the one that
+    was not looked at for longest, so that none is forgotten.
     """
-    lanes, rows = state.losses.shape
+    lanes, aims = state.losses.shape
     first = jnp.zeros((lanes, 1), jnp.int32)
-    if rows < 2:
-        return first
-    weight = _row_weights(problem.targets)[:, 1:]
-    weighted = jnp.where(weight > 0, state.losses[:, 1:] * weight, -1.0)
-    hardest = jnp.argmax(weighted, 1, keepdims=True).astype(jnp.int32)
-    other = jnp.where(number % 2 == 0, hardest, number // 2 % (rows - 1))
-    return jnp.concatenate([first, 1 + other], 1)
+    counts = _row_weights(problem.targets)[:, 1:] > 0
+    known = state.offset[:, 1:aims] + jnp.einsum("nrd,nd->nr", state.slope[:, 1:aims], state.move)
+    age = state.age[:, 1:aims].astype(known.dtype)
+    old = jnp.where(age < 0, jnp.inf, number.astype(age.dtype) - age)
+    hard = jnp.where(age < 0, jnp.inf, known)
+    picks = [first]
+    for turn in range(min(OTHERS, aims - 1)):
+        urgent = jnp.where(number % 2 == turn % 2, hard, old) if turn else hard
+        pick = jnp.argmax(jnp.where(counts, urgent, -jnp.inf), 1)
+        counts &= jnp.arange(aims - 1) != pick[:, None]
+        picks.append(1 + pick[:, None].astype(jnp.int32))
+    neutral = problem.neutral
+    if neutral is None:
+        return jnp.concatenate(picks, 1), None
+    there = neutral.activity.shape[1]
+    turn = (number * BESIDE + jnp.arange(min(BESIDE, there))) % there
+    return jnp.concatenate(picks, 1), jnp.broadcast_to(turn.astype(jnp.int32), (lanes, min(BESIDE, there)))
 
 
 @lru_cache(maxsize=16)
-def _program(settings: ValueTrainingSettings) -> _Program:
-    def loss(
-        run: Partial, moves: Float[Array, "lanes d"], problem: _Problem, state: _State, number: Int[Array, ""]
-    ) -> tuple[Float[Array, ""], tuple[Array, Array, Array]]:
-        values, lanes = moves * problem.unit, moves.shape[0]
-        pick = _rows_of_step(problem, state, number)
+def _step(settings: ValueTrainingSettings) -> Callable[..., tuple[_State, Bool[Array, " lanes"]]]:
+    """One object for the same settings, so that ``jit`` recognises it."""
+
+    def look(
+        run: Partial, problem: _Problem, state: _State, number: Int[Array, ""]
+    ) -> tuple[_State, Float[Array, "lanes picked"], Int[Array, "lanes picked"]]:
+        """What the picked rows say as the lanes stand, and how that depends on the value."""
+        lanes, aims = state.losses.shape
+        pick, turn = _rows_of_step(problem, state, number)
+        seen = pick.shape[1]
         targets = _take_rows(problem.targets, pick)
         rows, activity, beside = targets.rows, targets.activity, None
-        if problem.neutral is not None:
-            turn = jnp.full((lanes, 1), number % problem.neutral.activity.shape[1])
+        if problem.neutral is not None and turn is not None:
             beside = _take_rows(problem.neutral, turn)
             rows = _joined(rows, beside.rows, lanes)
             activity = jnp.concatenate([activity, beside.activity], 1)
-        log_probs = _run_rows(rows, activity, values, run)
-        aimed = log_probs[:, : pick.shape[1]]
-        each = _row_losses(targets, aimed)
-        share = _row_weights(targets)
-        # The one that is seen stands for all others, with its own weight.
-        others = jnp.sum(_row_weights(problem.targets)[:, 1:] > 0, 1).astype(share.dtype)
-        nll = each[:, 0] * share[:, 0] + jnp.sum(each[:, 1:] * share[:, 1:], 1) * others
-        close = jnp.zeros_like(nll) if beside is None else kept_close(beside.wanted[:, 0, 0], log_probs[:, -1, 0])
-        decay = settings.decay * jnp.mean(jnp.square(moves), -1)
-        return jnp.sum(nll + settings.closeness * close + decay), (pick, each, close)
+        values = state.move * problem.limit
 
-    def stop(
-        run: Partial, moves: Array, problem: _Problem, state: _State, report: tuple[Array, Array, Array],
-        number: Int[Array, ""],
-    ) -> tuple[_State, Bool[Array, " lanes"]]:  # fmt: skip
-        pick, each, close = report
-        lane = jnp.arange(moves.shape[0])[:, None]
+        def residuals(added: Float[Array, "lanes picked d"]) -> tuple[Array, tuple[Array, Array, Array]]:
+            log_probs = run(rows, added.reshape(-1, added.shape[-1]))
+            log_probs = log_probs.reshape(*activity.shape, *log_probs.shape[1:])
+            against = _log_odds_against(targets, log_probs[:, :seen])
+            parts, moved = [against], jnp.zeros((lanes, 0), against.dtype)
+            if beside is not None:
+                moved = jnp.maximum(kept_close(beside.wanted[:, :, 0], log_probs[:, seen:, 0]), 0.0)
+                # Its square is twice the divergence, which is zero where nothing has changed, and so is its slope.
+                parts.append(jnp.where(moved > 1e-9, jnp.sqrt(2 * jnp.maximum(moved, 1e-9)), 0.0))
+            each = jnp.concatenate(parts, 1)
+            return jnp.sum(each), (each, moved, _row_losses(targets, log_probs[:, :seen]))
+
+        added = activity[..., None] * values[:, None]
+        (_, (each, moved, losses)), gradient = jax.value_and_grad(residuals, has_aux=True)(added)
+        # No row reaches another, so the gradient of their sum is each row's.
+        slope = gradient * (activity * problem.limit)[..., None]
+        offset = each - jnp.einsum("nrd,nd->nr", slope, state.move)
+        lane = jnp.arange(lanes)[:, None]
+        every = pick if turn is None else jnp.concatenate([pick, aims + turn], 1)
         counts = _row_weights(problem.targets)[lane, pick] > 0
-        losses = state.losses.at[lane, pick].set(jnp.where(counts, each, state.losses[lane, pick]))
-        ready = jnp.all(jnp.where(counts, each, 0.0) < settings.enough, 1) & ~state.done
-        # All rows of all lanes are looked at together, which is dear; never because of another lane alone, so that
+        state = state._replace(
+            slope=state.slope.at[lane, every].set(slope),
+            offset=state.offset.at[lane, every].set(offset),
+            losses=state.losses.at[lane, pick].set(jnp.where(counts, losses, state.losses[lane, pick])),
+            divergence=state.divergence if turn is None else state.divergence.at[lane, turn].set(moved),
+            age=state.age.at[lane, every].set(number),
+        )
+        return state, jnp.where(counts, losses, 0.0), pick
+
+    def step(
+        run: Partial, state: _State, problem: _Problem, number: Int[Array, ""]
+    ) -> tuple[_State, Bool[Array, " lanes"], _State]:
+        state, losses, _ = look(run, problem, state, number)
+        ready = jnp.all(losses < settings.enough, 1)
+        # All targets of all lanes are looked at together, which is dear; never because of another lane alone, so that
         # lanes do not couple.
         due = (number % LOOK_EVERY == LOOK_EVERY - 1) & jnp.any(ready)
 
-        def look(losses: Array) -> Array:
-            log_probs = _run_rows(problem.targets.rows, problem.targets.activity, moves * problem.unit, run)
+        def look_at_all(losses: Array) -> Array:
+            values = state.move * problem.limit
+            log_probs = _run_rows(problem.targets.rows, problem.targets.activity, values, run)
             seen = jnp.where(losses < 0, losses, _row_losses(problem.targets, log_probs))
             return jnp.where(ready[:, None], seen, losses)
 
-        losses = jax.lax.cond(due, look, lambda losses: losses, losses)
-        done = state.done | (ready & jnp.all(losses < settings.enough, 1))
-        return _State(losses, close, done), done | ~jnp.all(jnp.isfinite(each), 1)
+        known = jax.lax.cond(due, look_at_all, lambda losses: losses, state.losses)
+        state = state._replace(losses=known)
+        ended = (ready & jnp.all(known < settings.enough, 1)) | ~jnp.all(jnp.isfinite(losses), 1)
+        aims = known.shape[1]
+        residual = state.offset + jnp.einsum("nrd,nd->nr", state.slope, state.move)
+        short = jnp.maximum(residual[:, :aims] + settings.aim, 0.0)
+        weight = _row_weights(problem.targets) * (short > 0) * (state.age[:, :aims] >= 0)
+        parts = [short, residual[:, aims:]]
+        others = residual.shape[1] - aims
+        weights = [weight, jnp.full((known.shape[0], others), settings.closeness / max(1, others), weight.dtype)]
+        move = gauss_newton_step(state.slope, jnp.concatenate(parts, 1), jnp.concatenate(weights, 1), settings.damping)
+        length = jnp.linalg.norm(move, axis=-1, keepdims=True)
+        move = move * jnp.minimum(1.0, settings.farthest / jnp.maximum(length, 1e-12))
+        return state, ended, state._replace(move=_within_limit(state.move + move))
 
-    return _Program(loss, stop, optax.adam(settings.rate, b1=settings.momentum, b2=0.95))
+    return step

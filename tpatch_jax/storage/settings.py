@@ -7,6 +7,7 @@ or its last few, will do where they fit no other setting.
 import contextlib
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,17 @@ import yaml
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["RENAMED", "change", "change_each", "combine", "has_setting", "known_names", "read_config", "split_changes"]
+__all__ = [
+    "RENAMED",
+    "RETIRED",
+    "change",
+    "change_each",
+    "combine",
+    "has_setting",
+    "known_names",
+    "read_config",
+    "split_changes",
+]
 
 RENAMED: Mapping[str, str] = {"swaps": "other_subjects"}
 """What settings are called now, by what they were called before, both bare or dotted.
@@ -23,6 +34,9 @@ RENAMED: Mapping[str, str] = {"swaps": "other_subjects"}
 Old names go on working in YAML files, in the manifests of banks and on the command line. A prefix stays what it is:
 ``{"old": "new"}`` makes ``fit.new`` of ``fit.old``. A setting that has the old name now is meant before a renamed one.
 """
+
+RETIRED = ("value.rate", "value.momentum", "value.decay")
+"""Settings that there are no more, dotted. Banks and files that name one can still be read; it has no effect."""
 
 Names = tuple[str, ...]
 
@@ -127,6 +141,9 @@ def change(settings: Any, changes: Mapping[str, Any] | Sequence[str]) -> Any:
     """
     for name, value in _flat(changes if isinstance(changes, Mapping) else split_changes(changes)).items():
         matches = _matches(settings, name)
+        if not matches and _retired(name) and has_setting(settings, "value.steps"):
+            warnings.warn(f"the setting {name!r} has no effect any more; leave it out", stacklevel=2)
+            continue
         if not matches:
             raise TPatchError(f"there is no setting {name!r}; {_hint(name, _paths(settings))}")
         if len(matches) > 1:
@@ -206,6 +223,10 @@ def _renamed(name: str) -> str:
         if name == old or name.endswith(f".{old}"):
             return name.removesuffix(old) + new
     return name
+
+
+def _retired(name: str) -> bool:
+    return any(f".{retired}".endswith(f".{name}") or name.endswith(f".{retired}") for retired in RETIRED)
 
 
 def _hint(name: str, paths: Iterable[Names]) -> str:

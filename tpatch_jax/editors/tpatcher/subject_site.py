@@ -129,10 +129,9 @@ class SubjectSettings:
         check_range(self, ("key_floor", "key_split", "question_floor", "question_split", "key_nuisance"), 0.0, 1.0)
         check_range(self, ("key_avoidance", "key_contrast", "question_avoidance", "plateau"), 0.0)
         check_range(self.value, ("steps",), 0)
-        check_positive(self.value, ("rate",))
+        check_positive(self.value, ("aim", "damping", "farthest"))
         check_positive(self.value, ("longest",), bounded=False)
-        check_range(self.value, ("enough", "closeness", "decay"), 0.0)
-        check_range(self.value, ("momentum",), 0.0, 0.999999)
+        check_range(self.value, ("enough", "closeness"), 0.0)
 
 
 class SubjectNeuron(NamedTuple):
