@@ -203,7 +203,9 @@ def create_memory(
             raise TPatchError(f"{name} is {describe(value)}; give a number from 0 to 1")
     mean, covariance = _kept_moments(query)
     whitener = whitening(covariance, nuisance, weight=weight, shrinkage=shrinkage)
-    return Memory(query.astype(jnp.float32), jnp.full(query.shape[0], NO_ANSWER, jnp.int32), mean, whitener)
+    # From the host, where no program is compiled for a new number of rows.
+    answer = jax.device_put(np.full(query.shape[0], NO_ANSWER, np.int32))
+    return Memory(query.astype(jnp.float32), answer, mean, whitener)
 
 
 def extend(

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -160,9 +161,8 @@ def _load(folder: Path) -> ModelMemory | None:
     try:
         arrays = load_file(folder / FILES[0])
         texts = json.loads((folder / FILES[1]).read_text("utf-8"))
-        query, nuisance = jnp.asarray(arrays["query"]), jnp.asarray(arrays["nuisance"])
-        centres = jnp.asarray(arrays["centres"]) if "centres" in arrays else None
-        answers = jnp.asarray(arrays["answers"]) if "answers" in arrays else None
+        query, nuisance = (jax.device_put(arrays[name]) for name in ("query", "nuisance"))
+        centres, answers = (jax.device_put(arrays[name]) if name in arrays else None for name in ("centres", "answers"))
         rewordings = {frame: tuple(others) for frame, others in texts["rewordings"].items()}
         named = tuple(texts["prefixes"]), tuple(texts["names"])
         return ModelMemory(query, nuisance, *named, centres, answers, rewordings)
