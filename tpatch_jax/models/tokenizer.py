@@ -94,8 +94,8 @@ def read_tokenizer(folder: Path, config: NetworkConfig) -> Tokenizer:
 def _read(folder: Path) -> Any:
     """The tokenizer as `transformers.AutoTokenizer` would read it.
 
-    That loads torch, where it is installed, to find out the class. Folders that were converted from a GGUF file say it:
-    their tokenizer is what tokenizer.json says and nothing else.
+    That reads much else to find out the class. Folders that were converted from a GGUF file say it: their tokenizer is
+    what tokenizer.json says and nothing else.
     """
     if (folder / RECORD).exists():
         told = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
