@@ -11,6 +11,7 @@ from typing import Any
 import chex
 import jax
 import pytest
+import transformers
 from conftest import make_tiny_model, write_tiny_folder
 from jax.sharding import PartitionSpec
 from safetensors.numpy import save_file
@@ -19,6 +20,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import tokenizer_fingerprint
 from tpatch_jax.models.model import load_model
 from tpatch_jax.models.sharding import spec
+from tpatch_jax.models.tokenizer import same_tokenizer
 
 MEASURE = """
 import json, sys, threading, time
@@ -166,3 +168,18 @@ def test_how_texts_are_cut_at_a_call_is_no_other_tokenizer(tiny_model):
     assert tokenizer_fingerprint(dataclasses.replace(tiny_model, tokenizer=other)) == before
     other.add_tokens(["<new>"])
     assert tokenizer_fingerprint(dataclasses.replace(tiny_model, tokenizer=other)) != before
+
+
+def test_a_converted_folder_s_tokenizer_is_read_directly_and_is_what_transformers_finds(
+    tmp_path, tiny_folder, monkeypatch
+):
+    folder = tiny_folder(tmp_path)
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(told | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    stock = transformers.AutoTokenizer.from_pretrained(folder)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *given, **named: pytest.fail("asked"))
+    (folder / "tpatch_source.json").write_text("{}")
+    assert same_tokenizer(load_model(folder).tokenizer, stock)
+    (folder / "tpatch_source.json").unlink()
+    with pytest.raises(pytest.fail.Exception, match="asked"):
+        load_model(folder)

@@ -134,3 +134,44 @@ def test_each_number_of_a_token_is_in_memory_once(tiny_model):
     assert len({id(number) for number in numbers}) == len(set(numbers)) < len(numbers)
     before = [token for item in read for row in item.rows for token in row]
     assert len({id(number) for number in before}) > len(set(before))
+
+
+def test_other_subjects_are_read_for_what_wants_a_neuron_and_later_for_what_is_asked(tiny_model, monkeypatch):
+    wanted = [
+        EditRequest(f"the {name} sat in", target, name) for name, target in (("cat", "b"), ("hen", "q"), ("fox", "z"))
+    ]
+    read = [read_item(tiny_model, number, request, (), False) for number, request in enumerate(wanted)]
+    targets = find_target_tokens([item.target for item in read], [1, 1, 1])
+    mean = np.full(tiny_model.config.hidden_size, 0.5, np.float32)
+    calls, collected = [], last_site.collect
+    monkeypatch.setattr(
+        last_site, "collect", lambda model, rows, *a, **k: calls.append(len(rows)) or collected(model, rows, *a, **k)
+    )
+    monkeypatch.setattr(last_site, "_mates", lambda *given: {})
+
+    def negatives_of(first):
+        given = (
+            tiny_model,
+            read,
+            dict(enumerate(wanted)),
+            ("herd", "inn", "theory"),
+            2,
+            mean,
+            Sites(*[mean[None]] * 3),
+            targets,
+        )
+        return last_site.find_subject_negatives(*given, np.asarray(first, int), None)
+
+    whole, some, none = negatives_of([0, 1, 2]), negatives_of([1]), negatives_of([])
+    assert calls == [6, 2]
+    numbers = np.asarray([2, 1, 2])
+    expected = whole(numbers)
+    assert expected.shape == (3, 2, tiny_model.config.hidden_size)
+    np.testing.assert_array_equal(expected[0], expected[2])
+    assert np.abs(expected - mean).max(-1).min() > 0.01
+    assert calls == [6, 2]  # all are read
+    np.testing.assert_allclose(some(numbers), expected, rtol=1e-5, atol=1e-5)
+    assert calls == [6, 2, 2]  # the fox alone
+    np.testing.assert_allclose(none(numbers), expected, rtol=1e-5, atol=1e-5)
+    assert calls == [6, 2, 2, 4]
+    assert none(numbers[:0]).shape == (0, 2, tiny_model.config.hidden_size)

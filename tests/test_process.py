@@ -1,6 +1,10 @@
 """What a process does before its work."""
 
 import ctypes
+import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -45,3 +49,35 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(monkeypatch, tmp_path):
     kept = jax.config.jax_compilation_cache_dir
     process._keep_compilations()
     assert jax.config.jax_compilation_cache_dir == kept
+
+
+COUNTED = """
+import sys
+from jax import monitoring
+import tpatch_jax as tp
+from tpatch_jax.storage.process import prepare_process
+
+prepare_process()
+counts = {}
+monitoring.register_event_listener(lambda event, **_: counts.update({event: counts.get(event, 0) + 1}))
+model = tp.load_model(sys.argv[1])
+prompt, target = sys.argv[3:]
+tp.edit(model, [tp.EditRequest(prompt, target)], memory=sys.argv[2], settings={"attempts": 1, "fit.key_steps": 4})
+tp.merge(model, {}).generate(prompt, 2)
+print([counts.get(f"/jax/compilation_cache/cache_{name}", 0) for name in ("hits", "misses")])
+"""
+
+
+def test_another_process_compiles_nothing_for_another_prompt_of_the_same_bucket(tmp_path, tiny_folder, letters):
+    folder = str(tiny_folder(tmp_path / "model"))
+    environment = {**os.environ, "TPATCH_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+
+    def counts(prompt: str, target: str) -> list[int]:
+        command = [sys.executable, "-c", COUNTED, folder, str(letters), prompt, target]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return json.loads(run.stdout.splitlines()[-1])
+
+    assert counts("the cat sat in", "b")[1] > 10
+    hits, misses = counts("the hen sat in", "q")
+    assert hits > 10
+    assert misses == 0

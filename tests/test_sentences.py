@@ -1,12 +1,16 @@
 """What a model says of its own accord: where a sentence ends, and when two say the same."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax.numpy as jnp
 import pytest
 from conftest import make_tiny_model
 
 import tpatch_jax as tp
 from tpatch_jax.evaluation.answers import compare_answers
-from tpatch_jax.models.sentences import agrees, first_sentence, say, say_tokens
+from tpatch_jax.models import generation
+from tpatch_jax.models.sentences import _is_said, agrees, first_sentence, say, say_tokens
 from tpatch_jax.requests import EditRequest
 
 
@@ -80,3 +84,41 @@ def test_answers_before_and_after_are_those_of_the_two_models():
         agrees(line["after"], line["before"]) and agrees(line["before"], line["after"]) for line in record["locality"]
     ]
     assert not record["as_wanted"]
+
+
+@pytest.mark.parametrize(
+    ("text", "over"),
+    [
+        (" Boris Johnson. He was born. He", 16),
+        (' He said "Yes." He', 16),
+        (" 3.5 million. And", 14),
+        (" the U.S. state of Ohio. It", 25),
+        (" St. Petersburg... It", 19),
+        ("\n\nParis\nis", 8),
+        ("東京です。」そして", 7),
+        (" J. K. Rowling", None),
+        (" Rome.", None),
+    ],
+)
+def test_no_more_is_said_once_nothing_can_change_the_sentence(text, over):
+    writer: Any = SimpleNamespace(continuation=lambda row, tokens: bytes(tokens).decode("utf-8", "replace"))
+    written = text.encode()
+    counts = [number for number in range(len(written) + 1) if _is_said(writer, [[1]], 0, list(written[:number]))]
+    if over is None:
+        assert not counts
+        return
+    assert counts == list(range(counts[0], len(written) + 1))
+    # Whole letters only: the first that comes behind the sentence decides.
+    assert written[: counts[0]].decode() == text[:over]
+    for number in counts:
+        assert first_sentence(written[:number].decode("utf-8", "replace")) == first_sentence(text)
+
+
+def test_a_prompt_whose_answer_is_long_enough_is_done_and_the_others_go_on(tiny_model, monkeypatch):
+    config, params, rows = tiny_model.config, tiny_model.params, [[5, 6, 7], [8, 9], [4]]
+    whole = generation.greedy(config, params, rows, 6)
+    lengths, steps, decode = [2, 5, 1], [], generation.networks.decode
+    monkeypatch.setattr(generation.networks, "decode", lambda *given: steps.append(1) or decode(*given))
+    some = generation.greedy(config, params, rows, 6, (), lambda number, tokens: len(tokens) == lengths[number])
+    assert some == [tokens[:length] for tokens, length in zip(whole, lengths, strict=True)]
+    assert len(steps) == max(lengths)  # the prompts, then all but the last token

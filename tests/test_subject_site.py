@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_tiny_model, relative
+from conftest import bits, make_tiny_model, relative
 
 import tpatch_jax as tp
 import tpatch_jax.editors.tpatcher.editor as tpatcher_module
@@ -17,7 +17,7 @@ from tpatch_jax.core.values import TargetRows, ValueTrainingSettings, kept_close
 from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import check_requests, read_item, subject_token
 from tpatch_jax.editors.subject_rows import forked_rows, rephrase_rows, row_of, runner, short_rows
-from tpatch_jax.editors.tpatcher import subject_site
+from tpatch_jax.editors.tpatcher import stages, subject_site
 from tpatch_jax.editors.tpatcher.editor import tpatcher
 from tpatch_jax.editors.tpatcher.previous import create_empty, load_previous, save_previous
 from tpatch_jax.editors.tpatcher.settings import PRESETS
@@ -326,6 +326,24 @@ def test_what_holds_holds_and_says_where(edited):
         if result.held:
             assert merged.generate(request.prompt, 4).startswith(" " + request.target), result
     assert sum(result.held for result in info.requests) == 4
+
+
+def test_where_the_neurons_at_subjects_say_all_nothing_is_read_for_the_last_layer(edited, monkeypatch):
+    model, requests, *_, text = edited
+    layer = subject_layer(model.config.layers)
+    everything, _ = tp.edit(model, requests[:2], settings=settings(), memory=text, cache=False)
+    for name in ("collect_items", "last_memory", "find_subject_negatives", "start_values"):
+        monkeypatch.setattr(stages, name, lambda *given, name=name: pytest.fail(name))
+    said = tp.EditRequest("the fox sat in", model.generate("the fox sat in", 2), subject="fox", join="none")
+    patches, info = tp.edit(model, [said], settings=settings(), memory=text, cache=False)
+    assert not patches
+    assert [result.status for result in info.requests] == ["already"]
+    # What this network cannot be taught at a subject, as if it were.
+    monkeypatch.setattr(stages, "wrong_rows", lambda *given: np.zeros(0, int))
+    patches, info = tp.edit(model, requests[:2], settings=settings(), memory=text, cache=False)
+    assert set(patches) == {layer}
+    assert bits(patches[layer]) == bits(everything[layer])
+    assert [(result.status, result.site) for result in info.requests] == [("edited", "subject")] * 2
 
 
 def test_several_facts_about_one_subject_are_measured_by_the_unedited_model(edited):

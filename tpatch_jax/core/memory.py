@@ -3,12 +3,14 @@
 Arrays only; `tpatch_jax.editors.tpatcher.editor` collects the queries from a model.
 """
 
+import weakref
 from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.core.arguments import describe
@@ -22,6 +24,7 @@ __all__ = [
     "create_memory",
     "extend",
     "hardest",
+    "matmul_precision",
     "nuisance_scatter",
     "second_moments",
     "whitening",
@@ -68,6 +71,28 @@ def second_moments(query: Float[Array, "rows d"]) -> tuple[Float[Array, " d"], F
     mean = jnp.mean(query, 0)
     centred = query - mean
     return mean, centred.T @ centred / query.shape[0]
+
+
+def matmul_precision() -> Any:
+    """How precisely matrices are multiplied here and now; what is kept for later depends on it."""
+    config: Any = jax.config
+    return config.jax_default_matmul_precision
+
+
+_MOMENTS: dict[int, tuple[weakref.ref[Array], Any, tuple[Array, Array]]] = {}
+"""Of arrays that are still there, by their places in memory."""
+
+
+def _kept_moments(query: Array) -> tuple[Array, Array]:
+    """`second_moments`, taken once for an array of JAX, which never changes."""
+    if not isinstance(query, Array) or isinstance(query, Tracer):
+        return second_moments(query)
+    place, precision = id(query), matmul_precision()
+    kept = _MOMENTS.get(place)
+    if kept is None or kept[0]() is not query or kept[1] != precision:
+        reference = weakref.ref(query, lambda _: _MOMENTS.pop(place, None))
+        kept = _MOMENTS[place] = reference, precision, second_moments(query)
+    return kept[2]
 
 
 def nuisance_scatter(groups: Float[Array, "groups contexts d"]) -> Float[Array, "d d"]:
@@ -176,9 +201,11 @@ def create_memory(
     for name, value in (("weight", weight), ("shrinkage", shrinkage)):
         if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
             raise TPatchError(f"{name} is {describe(value)}; give a number from 0 to 1")
-    mean, covariance = second_moments(query)
+    mean, covariance = _kept_moments(query)
     whitener = whitening(covariance, nuisance, weight=weight, shrinkage=shrinkage)
-    return Memory(query.astype(jnp.float32), jnp.full(query.shape[0], NO_ANSWER, jnp.int32), mean, whitener)
+    # From the host, where no program is compiled for a new number of rows.
+    answer = jax.device_put(np.full(query.shape[0], NO_ANSWER, np.int32))
+    return Memory(query.astype(jnp.float32), answer, mean, whitener)
 
 
 def extend(

@@ -80,8 +80,10 @@ def create(hidden_size: int, neurons: int = 0, dtype: jnp.dtype | type = jnp.flo
         >>> create(4, neurons=2).value.shape
         (2, 4)
     """
-    zeros = jnp.zeros((neurons, hidden_size), dtype)
-    return Patch(zeros, jnp.full(neurons, SILENT_BIAS, dtype), zeros)
+    # From the host, where no program is compiled for a new number of neurons.
+    zeros, silent = np.zeros((neurons, hidden_size), dtype), np.full(neurons, SILENT_BIAS, dtype)
+    zeros, silent = jax.device_put((zeros, silent))
+    return Patch(zeros, silent, zeros)
 
 
 def _on_host(*patches: Patch) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from tpatch_jax.core.memory import nuisance_scatter
 from tpatch_jax.editors.input_memory import collect_inputs
 from tpatch_jax.models.collection import collect
+from tpatch_jax.models.derived import derive_once
 from tpatch_jax.models.inputs import read_inputs
 from tpatch_jax.models.memory_text import keep_folder, memory_folder, memory_texts, text_mark
 from tpatch_jax.models.model import Model
@@ -29,6 +31,7 @@ from tpatch_jax.typing import Progress
 __all__ = ["ModelMemory", "collect_model_memory"]
 
 PREFIX_LENGTHS = (5, 10, 5, 10, 8, 6, 10)
+FILES = ("arrays.safetensors", "background.json")
 SPANS = 96
 SPAN_CONTEXTS = 6
 
@@ -88,7 +91,7 @@ def collect_model_memory(
     """
     mark = text_mark(model, text) if cache is not None else ""
     folder = memory_folder(cache, f"{mark} {layer}")
-    if folder is not None and (known := _load(folder)):
+    if folder is not None and (known := _recall(model, folder)):
         return known
     rows = texts or memory_texts(model, text, memory_folder(cache, mark), progress)
     if texts is not None:
@@ -134,11 +137,21 @@ def _save(folder: Path, result: ModelMemory) -> None:
         fields = {"query": result.query, "nuisance": result.nuisance, "centres": result.centres}
         fields["answers"] = result.answers
         arrays = {name: np.asarray(array) for name, array in fields.items() if array is not None}
-        save_file(arrays, temporary / "arrays.safetensors")
+        save_file(arrays, temporary / FILES[0])
         texts = {"prefixes": result.prefixes, "names": result.names, "rewordings": dict(result.rewordings)}
-        (temporary / "background.json").write_text(json.dumps(texts, ensure_ascii=False, indent=1), "utf-8")
+        (temporary / FILES[1]).write_text(json.dumps(texts, ensure_ascii=False, indent=1), "utf-8")
 
     keep_folder(folder, write)
+
+
+def _recall(model: Model, folder: Path) -> ModelMemory | None:
+    """What `_save` wrote, read once for a model as long as the files stay what they are."""
+    try:
+        stats = [(folder / name).stat() for name in FILES]
+    except OSError:
+        return _load(folder)
+    state = tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
+    return derive_once(model, "memory", (folder, state), lambda: _load(folder))
 
 
 def _load(folder: Path) -> ModelMemory | None:
@@ -146,11 +159,10 @@ def _load(folder: Path) -> ModelMemory | None:
     if not folder.exists():
         return None
     try:
-        arrays = load_file(folder / "arrays.safetensors")
-        texts = json.loads((folder / "background.json").read_text("utf-8"))
-        query, nuisance = jnp.asarray(arrays["query"]), jnp.asarray(arrays["nuisance"])
-        centres = jnp.asarray(arrays["centres"]) if "centres" in arrays else None
-        answers = jnp.asarray(arrays["answers"]) if "answers" in arrays else None
+        arrays = load_file(folder / FILES[0])
+        texts = json.loads((folder / FILES[1]).read_text("utf-8"))
+        query, nuisance = (jax.device_put(arrays[name]) for name in ("query", "nuisance"))
+        centres, answers = (jax.device_put(arrays[name]) if name in arrays else None for name in ("centres", "answers"))
         rewordings = {frame: tuple(others) for frame, others in texts["rewordings"].items()}
         named = tuple(texts["prefixes"]), tuple(texts["names"])
         return ModelMemory(query, nuisance, *named, centres, answers, rewordings)

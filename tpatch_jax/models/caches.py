@@ -40,7 +40,9 @@ def empty_cache(
     """
     dtype = params["embed"]["embedding"].dtype
     shape = (batch, context, config.key_value_heads, config.head_width)
-    empty = [Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)]
+    # One array for all, for none is ever changed.
+    nothing = jnp.zeros(shape, dtype)
+    empty = [Cache(nothing, nothing) for _ in range(config.layers)]
     if source is None:
         return empty
     states, bias = encode(config, params, source), padding_bias(source)

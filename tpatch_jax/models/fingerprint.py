@@ -83,7 +83,10 @@ def tokenizer_fingerprint(model: Model) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    known, size = vars(model).get("_tokenizer_fingerprint"), len(model.tokenizer.get_vocab())
+    # Counted where it is kept: a dict of all tokens would take longer than all else here.
+    fast = getattr(model.tokenizer, "backend_tokenizer", None)
+    size = len(model.tokenizer.get_vocab()) if fast is None else fast.get_vocab_size()
+    known = vars(model).get("_tokenizer_fingerprint")
     if known is not None and known[0] is model.tokenizer and known[1] == size:
         return known[2]
     told = describe_tokenizer(model.tokenizer)

@@ -1,6 +1,6 @@
 """Greedy decoding and sampling with a key-value cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -34,6 +34,11 @@ def _choose(
     return jnp.take_along_axis(ids, jax.random.categorical(rng, scores / temperature)[..., None], -1)[..., 0]
 
 
+@jax.jit
+def _pick(hidden: Float[Array, "lanes tokens hidden"], place: Int[Array, "lanes"]) -> Float[Array, "lanes hidden"]:
+    return hidden[jnp.arange(hidden.shape[0]), place]
+
+
 def _run(
     config: NetworkConfig,
     params: Params,
@@ -43,6 +48,7 @@ def _run(
     rng: RngKey,
     temperature: float,
     top_k: int,
+    ended: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
     source = None
     if config.encoder and prompts:
@@ -81,32 +87,38 @@ def _run(
     last[: len(prompts)] = np.asarray(lengths) - 1
     temperature_array = jnp.asarray(temperature, jnp.float32)
     cache = networks.empty_cache(config, params, lanes, total, source)
-    hidden, cache = networks.decode(config, params, jnp.asarray(table), jnp.asarray(positions), cache)
-    hidden = hidden[np.arange(lanes), last]
+    # Put as they are, and picked in one program: the first answer of a process waits for each that is compiled or read.
+    hidden, cache = networks.decode(config, params, jax.device_put(table), jax.device_put(positions), cache)
+    hidden = _pick(hidden, last)
     tail = networks.final_weights(config, params)
     results: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
     for step in range(count):
-        chosen = _choose(config, tail, hidden, jax.random.fold_in(rng, step), temperature_array, top_k)
-        ids = np.asarray(chosen)
+        # Without a draw the key is not looked at.
+        drawn = jax.random.fold_in(rng, step) if top_k else rng
+        ids = np.asarray(_choose(config, tail, hidden, drawn, temperature_array, top_k), np.int32)
         for lane in sorted(going):
             if int(ids[lane]) in stops:
                 going.discard(lane)
             else:
                 results[lane].append(int(ids[lane]))
-                if len(results[lane]) == rooms[lane]:
+                if len(results[lane]) == rooms[lane] or (ended is not None and ended(lane, results[lane])):
                     going.discard(lane)
         if not going or step + 1 == count:
             break
-        hidden, cache = networks.decode(
-            config, params, chosen.astype(jnp.int32)[:, None], jnp.asarray(last + 1 + step)[:, None], cache
-        )
-        hidden = hidden[:, 0]
+        tokens, places = jax.device_put((ids[:, None], (last + 1 + step)[:, None]))
+        hidden, cache = networks.decode(config, params, tokens, places, cache)
+        hidden = _pick(hidden, np.zeros_like(last))
     return results
 
 
 def greedy(
-    config: NetworkConfig, params: Params, prompts: Sequence[TokenIds], count: int, stops: TokenIds = ()
+    config: NetworkConfig,
+    params: Params,
+    prompts: Sequence[TokenIds],
+    count: int,
+    stops: TokenIds = (),
+    ended: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """The most probable next token, again and again, for several prompts at once.
 
@@ -116,6 +128,7 @@ def greedy(
         prompts: token ids of each prompt, as `Model.encode_prompt` gives them.
         count: at most so many new tokens, and no more than the context has room for.
         stops: tokens that end a lane; they are not returned.
+        ended: from a prompt's number and its new tokens so far to whether these are enough.
 
     Returns:
         The new token ids of each prompt.
@@ -123,7 +136,7 @@ def greedy(
     Raises:
         TPatchError: a prompt is empty or longer than the context.
     """
-    return _run(config, params, prompts, count, stops, jax.random.key(0), 1.0, 0)
+    return _run(config, params, prompts, count, stops, jax.random.key(0), 1.0, 0, ended)
 
 
 def sample(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import Array, Int
 
@@ -53,4 +53,5 @@ def tokens_array(rows: Sequence[Sequence[int]], length: int, padding: int = 0) -
     table = np.full((len(rows), length), padding, np.int32)
     for row, ids in zip(table, rows, strict=True):
         row[: len(ids)] = ids
-    return jnp.asarray(table)
+    # Put as it is: `jnp.asarray` would compile a program for each new shape.
+    return jax.device_put(table)

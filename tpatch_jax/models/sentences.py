@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -92,12 +93,20 @@ def _readable(model: Model, prompt: str) -> list[int] | None:
     return row if prompt.strip() and row and not model.excess(row, [0]) else None
 
 
+def _is_said(model: Model, rows: Sequence[list[int]], number: int, tokens: list[int]) -> bool:
+    """Whether the first sentence after a row is over, whatever follows: something stands behind it."""
+    # A letter of which some bytes are still to come may turn out to close the sentence.
+    text = model.continuation(rows[number], tokens).rstrip("\ufffd")
+    return len(first_sentence(text)) < len(text)
+
+
 def continue_rows(
     model: Model,
     rows: Sequence[list[int]],
     most: int,
     *,
     lanes: int = LANES,
+    sentence: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """The tokens that greedily follow rows; neighbours in length share a batch, so that little of it is padding.
@@ -107,14 +116,17 @@ def continue_rows(
         rows: prompts in tokens.
         most: so many tokens at most.
         lanes: so many rows are run together.
+        sentence: whether a row is done when its first sentence is.
         progress: called with how many rows are done.
     """
     said: list[list[int]] = [[] for _ in rows]
     order = np.argsort([len(row) for row in rows], kind="stable")
     for first in range(0, len(order), lanes):
         part = order[first : first + lanes]
+        chosen = [rows[n] for n in part]
+        ended = partial(_is_said, model, chosen) if sentence else None
         with jax.default_matmul_precision("highest"):
-            tokens = generation.greedy(model.config, model.params, [rows[n] for n in part], most, model.stops)
+            tokens = generation.greedy(model.config, model.params, chosen, most, model.stops, ended)
         for number, new in zip(part, tokens, strict=True):
             said[number] = new
         if progress:
@@ -152,7 +164,8 @@ def say(
         for number, label in zip(numbers, labels, strict=True):
             texts[number] = label
         return texts
-    for number, row, tokens in zip(numbers, rows, continue_rows(model, rows, most, progress=progress), strict=True):
+    said = continue_rows(model, rows, most, sentence=True, progress=progress)
+    for number, row, tokens in zip(numbers, rows, said, strict=True):
         texts[number] = first_sentence(model.continuation(row, tokens))
     return texts
 
@@ -167,7 +180,7 @@ def say_tokens(model: Model, prompts: Sequence[str], most: int = SENTENCE_TOKENS
     """
     rows = [model.encode_prompt(prompt) for prompt in prompts]
     sentences = []
-    for row, tokens in zip(rows, continue_rows(model, rows, most), strict=True):
+    for row, tokens in zip(rows, continue_rows(model, rows, most, sentence=True), strict=True):
         text = first_sentence(model.continuation(row, tokens))
         needed = (n for n in range(len(tokens) + 1) if model.continuation(row, tokens[:n]).startswith(text))
         sentences.append(tokens[: next(needed, len(tokens))])

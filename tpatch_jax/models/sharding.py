@@ -58,6 +58,6 @@ def place(path: str, array: np.ndarray, dtype: str | None, mesh: Mesh | None) ->
     """
     wanted = jnp.dtype(dtype) if dtype else array.dtype
     if mesh is None:
-        return jnp.asarray(np.ascontiguousarray(array, wanted))
+        return jax.device_put(np.ascontiguousarray(array, wanted))
     sharding = NamedSharding(automatic(mesh), spec(path, array.shape, mesh))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: np.ascontiguousarray(array[index], wanted))

@@ -176,6 +176,11 @@ def attention_bias(
     return bias
 
 
+@partial(jax.jit, static_argnums=0)
+def _positions(shape: tuple[int, int]) -> Int[Array, "batch tokens"]:
+    return jnp.broadcast_to(jnp.arange(shape[1]), shape)
+
+
 def embed_batch(
     config: NetworkConfig, params: Params, batch: Batch
 ) -> tuple[Int[Array, "batch tokens"], Float[Array, "batch tokens hidden"], Int[Array, "batch tokens"], Around]:
@@ -197,9 +202,10 @@ def embed_batch(
     if getattr(tokens, "ndim", 0) != 2:
         kind = f"an array of shape {list(tokens.shape)}" if hasattr(tokens, "shape") else f"a {type(tokens).__name__}"
         raise TPatchError(f"the tokens are {kind}; give an array of token ids, [batch, tokens]")
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    positions = _positions(tokens.shape)
     # All rows have the same positions here, so one row of relative positions serves them all.
-    around = around._replace(bias=attention_bias(config, params, tokens, positions[:1], tokens.shape[1]))
+    single = positions[:1] if config.relative_buckets else positions
+    around = around._replace(bias=attention_bias(config, params, tokens, single, tokens.shape[1]))
     return tokens, embed_tokens(config, params, tokens, positions), positions, around
 
 

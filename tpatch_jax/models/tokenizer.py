@@ -13,6 +13,9 @@ __all__ = ["Tokenizer", "describe_tokenizer", "lost_characters", "read_tokenizer
 
 _OF_CALLS = ("truncation", "padding")
 
+RECORD = "tpatch_source.json"
+"""In a folder that was converted: what it was made from."""
+
 _PROBE = "The capital of France is Paris"
 """A text that every tokenizer which knows its letters writes as it reads it."""
 
@@ -63,10 +66,8 @@ def read_tokenizer(folder: Path, config: NetworkConfig) -> Tokenizer:
     Raises:
         TPatchError: there is none, it is damaged, or it has more tokens than the network.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = _read(folder)
     # The tokenizers package knows no kinds of errors, and a damaged file has many.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -88,6 +89,23 @@ def read_tokenizer(folder: Path, config: NetworkConfig) -> Tokenizer:
             )
     _check_round_trip(cast(Tokenizer, tokenizer), folder)
     return cast(Tokenizer, tokenizer)
+
+
+def _read(folder: Path) -> Any:
+    """The tokenizer as `transformers.AutoTokenizer` would read it.
+
+    That reads much else to find out the class. Folders that were converted from a GGUF file say it: their tokenizer is
+    what tokenizer.json says and nothing else.
+    """
+    if (folder / RECORD).exists():
+        told = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        if told.get("tokenizer_class") == "PreTrainedTokenizerFast":
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _check_round_trip(tokenizer: Tokenizer, folder: Path) -> None:

@@ -28,7 +28,7 @@ from tpatch_jax.editors.reading import Item, check_requests, read_item, with_sha
 from tpatch_jax.editors.repeats import step_once
 from tpatch_jax.editors.rewordings import reworded
 from tpatch_jax.editors.tpatcher.draft import Draft
-from tpatch_jax.editors.tpatcher.last_site import forward_seconds, start_values
+from tpatch_jax.editors.tpatcher.last_site import forward_seconds
 from tpatch_jax.editors.tpatcher.previous import create_empty
 from tpatch_jax.editors.tpatcher.rounds import Note, number_neurons, report
 from tpatch_jax.editors.tpatcher.settings import TPatcherSettings, as_settings, check_settings
@@ -114,7 +114,7 @@ def _init(
         settings = settings.for_inputs(bool(model.config.encoder), networks.pointwise(model.config))
     dtype = jax.tree.leaves(model.params)[0].dtype
     empty = create_empty(hidden_size, dtype)
-    return EditState(model, patches, known, start_values(model, known), empty, at_subjects, layer, settings)
+    return EditState(model, patches, known, empty, at_subjects, layer, settings)
 
 
 def site_layer(model: Model, settings: TPatcherSettings) -> int | None:
@@ -175,7 +175,7 @@ def _step(
     subject_seconds = time.perf_counter() - began if subjects.neurons else 0.0
     # Measuring the unit is no part of the edit.
     paused = time.perf_counter()
-    unit = forward_seconds(subjects.model, plan.items)
+    unit = forward_seconds(state.model, plan.items)
     began += time.perf_counter() - paused
     draft = verify_draft(plan, fit_in_last_layer(state, plan, subjects, rng, progress, finished))
     after = commit_draft(state, plan, draft)

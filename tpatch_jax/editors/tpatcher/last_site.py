@@ -5,6 +5,7 @@ needs is collected once.
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,7 +20,15 @@ from jax.tree_util import Partial
 from tpatch_jax.core.devices import host
 from tpatch_jax.core.ffn import ACTIVATIONS
 from tpatch_jax.core.fit import FitProblem
-from tpatch_jax.core.memory import NO_ANSWER, Memory, blended, create_memory, extend, nuisance_scatter
+from tpatch_jax.core.memory import (
+    NO_ANSWER,
+    Memory,
+    blended,
+    create_memory,
+    extend,
+    matmul_precision,
+    nuisance_scatter,
+)
 from tpatch_jax.core.patch import Patch, contribution, sized
 from tpatch_jax.core.sizes import FEW, in_blocks, round_up
 from tpatch_jax.editors.locating import replace_subject
@@ -29,8 +38,19 @@ from tpatch_jax.editors.tpatcher.previous import PreviousEdits
 from tpatch_jax.editors.tpatcher.rounds import TargetTokens
 from tpatch_jax.editors.tpatcher.settings import TPatcherSettings
 from tpatch_jax.models import networks
-from tpatch_jax.models.collection import LEAST_TEXT, NEURONS, Sites, collect, pad_rows, predicted, real, single_rows
+from tpatch_jax.models.collection import (
+    LEAST_TEXT,
+    NEURONS,
+    Sites,
+    batches,
+    collect,
+    pad_rows,
+    predicted,
+    real,
+    single_rows,
+)
 from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.derived import derive_once
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage.rows_on_disk import RowsOnDisk, chosen_rows
@@ -123,7 +143,10 @@ def collect_bare(model: Model, items: Sequence[Item], progress: Progress | None 
 
 
 def forward_seconds(model: Model, items: Sequence[Item], most: int = 64) -> float:
-    """Seconds of one forward pass per request over its prompt and target, compiled and warm; 0 of no request."""
+    """Seconds of one forward pass per request over its prompt and target, compiled and warm; 0 of no request.
+
+    Measured once for a model and the shapes of what is run.
+    """
     if not items:
         return 0.0
     chosen = items[:: max(1, len(items) // most)][:most]
@@ -135,15 +158,22 @@ def forward_seconds(model: Model, items: Sequence[Item], most: int = 64) -> floa
     def run() -> None:
         predicted(model, collect(model, rows, places, model.layer(None)))
 
-    run()
-    began = time.perf_counter()
-    run()
-    return (time.perf_counter() - began) / len(rows)
+    def measure() -> float:
+        run()
+        began = time.perf_counter()
+        run()
+        return (time.perf_counter() - began) / len(rows)
+
+    shapes = [jax.tree.map(np.shape, batch) for _, batch in batches(model.config, rows)]
+    return derive_once(model, "forward seconds", str(shapes), measure)
 
 
 def start_values(model: Model, known: ModelMemory) -> Array:
     """What values are started with: `moment` of the unembedding, or the mean of each label of a classifier."""
-    return moment(networks.unembedding(model.config, model.params)) if known.centres is None else known.centres
+    if known.centres is not None:
+        return known.centres
+    made = lambda: moment(networks.unembedding(model.config, model.params))  # noqa: E731
+    return derive_once(model, "start values", matmul_precision(), made)
 
 
 @jax.jit
@@ -231,7 +261,9 @@ def create_problems(
         query, output, context = _by_position(query, output, residual)
     wanted = targets.wanted[rows]
     # Only the first token of an answer follows a prompt that another subject could stand in.
-    particular = np.where((token == 0)[:, None, None], negatives(owner), mean)
+    begins = negatives(owner[token == 0])
+    particular = np.broadcast_to(mean, (len(rows), *begins.shape[1:])).astype(np.float32)
+    particular[token == 0] = begins
     given = {"query": query, "output": output, "residual": context["residual"], "targets": wanted}
     # Repeated, so that a new number of lanes compiles nothing.
     index = np.resize(np.arange(len(rows)), round_up(len(rows), settings.fit.lanes))
@@ -355,6 +387,7 @@ def find_subject_negatives(
     mean: np.ndarray,
     sites: Sites,
     targets: TargetTokens,
+    first: np.ndarray,
     progress: Progress | None,
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Queries on which each item's first neuron must stay silent: those after its prompt about other subjects.
@@ -362,30 +395,60 @@ def find_subject_negatives(
     Where other requests ask the same about other subjects, as they do where there are thousands, their queries are
     taken and the network is not run again.
 
+    Args:
+        model: the model.
+        items: the requests in tokens.
+        requests: all of them, by position.
+        names: of other subjects.
+        count: so many for each item.
+        mean: the mean memory query, ``[d]``.
+        sites: from `collect_items`.
+        targets: the target tokens.
+        first: numbers of items that are read at once, together; others only when they are asked for.
+        progress: called with what is being done, how much is done, and how much there is.
+
     Returns:
         Numbers of items to queries, ``[numbers, count, d]``, which are the mean where there is no other subject.
     """
     whole = () if networks.pointwise(model.config) else (LEAST_TEXT,)
     mates = _mates(items, requests, count) if not whole else {}
-    left = {item.position: requests[item.position] for at, item in enumerate(items) if at not in mates}
-    swapped = swapped_prompts(model, requests, names, count, left)
-    places = [(at, slot) for at, item in enumerate(items) for slot in range(len(swapped.get(item.position, ())))]
     # Only where each is found: all of them at once would be several times the edits' own queries.
-    taken, read = np.full((2, len(items), count), -1)
+    taken = np.full((len(items), count), -1)
     for at, others in mates.items():
         taken[at] = [targets.table[other][0, 0] for other in others]
-    said = np.zeros((0, *whole, mean.shape[0]), np.float32)
-    rows = [model.encode_prompt(swapped[items[at].position][slot]) for at, slot in places]
-    if rows:
-        report = (lambda done: progress("reading other subjects", done, len(rows))) if progress else None
-        seen = collect(model, rows, [[len(row) - 1] for row in rows], model.layer(None), report, on_disk=True)
-        said = seen.query if not whole else np.where(real(seen)[..., None], seen.query, mean)[:, :LEAST_TEXT]
-        read[tuple(np.asarray(places).T)] = np.arange(len(places))
+    # Which reading of other subjects holds an item's, and where in it.
+    readings, reading, places = [], np.full(len(items), -1), np.full((len(items), count), -1)
+    reading[list(mates)] = len(items)
+
+    def read(chosen: np.ndarray) -> None:
+        wanted = {items[at].position: requests[items[at].position] for at in chosen}
+        swapped = swapped_prompts(model, requests, names, count, wanted)
+        slots = [(at, slot) for at in chosen for slot in range(len(swapped.get(items[at].position, ())))]
+        rows = [model.encode_prompt(swapped[items[at].position][slot]) for at, slot in slots]
+        reading[chosen] = len(readings)
+        said: Any = np.zeros((0, *whole, mean.shape[0]), np.float32)
+        if rows:
+            tell = progress
+            report = (lambda done: tell("reading other subjects", done, len(rows))) if tell else None
+            seen = collect(model, rows, [[len(row) - 1] for row in rows], model.layer(None), report, on_disk=True)
+            said = seen.query if not whole else np.where(real(seen)[..., None], seen.query, mean)[:, :LEAST_TEXT]
+            places[tuple(np.asarray(slots).T)] = np.arange(len(slots))
+        readings.append(said)
+
+    def read_new(numbers: np.ndarray) -> None:
+        if len(unread := np.unique(numbers[reading[numbers] < 0])):
+            read(unread)
+
+    read_new(first)
 
     def negatives(numbers: np.ndarray) -> np.ndarray:
+        read_new(numbers)
         result = np.broadcast_to(mean, (len(numbers), count, *whole, mean.shape[0])).astype(np.float32)
-        for table, source in ((taken[numbers], sites.query), (read[numbers], said)):
-            result[table >= 0] = source[table[table >= 0]]
-        return result.reshape(len(numbers), -1, mean.shape[0])
+        for which, said in enumerate(readings):
+            table = np.where((reading[numbers] == which)[:, None], places[numbers], -1)
+            result[table >= 0] = said[table[table >= 0]]
+        table = taken[numbers]
+        result[table >= 0] = sites.query[table[table >= 0]]
+        return result.reshape(len(numbers), math.prod((count, *whole)), mean.shape[0])
 
     return negatives

@@ -4,7 +4,7 @@ Each is a function from values to a value; none changes what it is given.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from tpatch_jax.editors.tpatcher.last_site import (
     find_subject_negatives,
     head_of,
     last_memory,
+    start_values,
 )
 from tpatch_jax.editors.tpatcher.previous import (
     NO_SUBJECT,
@@ -33,7 +34,14 @@ from tpatch_jax.editors.tpatcher.previous import (
     refresh_sites,
     remember,
 )
-from tpatch_jax.editors.tpatcher.rounds import Checks, RoundsInput, drop_failures, find_target_tokens, fit_rounds
+from tpatch_jax.editors.tpatcher.rounds import (
+    Checks,
+    Fitted,
+    RoundsInput,
+    drop_failures,
+    find_target_tokens,
+    fit_rounds,
+)
 from tpatch_jax.editors.tpatcher.state import EditState
 from tpatch_jax.editors.tpatcher.subject_site import fit_subjects, read_subjects
 from tpatch_jax.models.collection import Sites, predicted, wrong_rows
@@ -104,16 +112,13 @@ def fit_in_last_layer(
     """
     model, settings, known, items = subjects.model, state.settings, state.memory, plan.items
     former = jax.tree.map(np.asarray, state.patches[model.layer(None)])
+    if subjects.layer is not None and (draft := _without_last_layer(plan, subjects, former)) is not None:
+        return draft
     sites = collect_items(model, items, known.prefixes[: settings.contexts - 1], progress)
     targets = find_target_tokens([item.target for item in items], [len(item.rows) for item in items])
     many = settings.fit.recipe == "staged" and len(items) >= settings.many_from
     inner = collect_inner(model, items, progress) if many and model.config.architecture == "decoder" else None
     memory = last_memory(settings, known, subjects.previous, sites, targets, inner)
-    mean = np.asarray(memory.mean)
-    readable = {item.position: plan.request_of(item) for item in items}
-    negatives = find_subject_negatives(
-        model, items, readable, known.names, settings.other_subjects, mean, sites, targets, progress
-    )
     bare = Sites(*(chosen_rows(field, targets.bare) for field in sites))
 
     wrong = partial(wrong_rows, model, bare, targets.wanted)
@@ -125,8 +130,14 @@ def fit_in_last_layer(
     names = [(plan.request_of(item).prompt, plan.request_of(item).target) for item in items]
     left = [] if settings.complete or subjects.subjects is None else subjects.subjects.lanes
     mean = np.asarray(memory.mean, np.float32)
+    readable = {item.position: plan.request_of(item) for item in items}
+    begins = np.unique(targets.owner[missing[targets.token[missing] == 0]])
+    negatives = find_subject_negatives(
+        model, items, readable, known.names, settings.other_subjects, mean, sites, targets, begins, progress
+    )
+    value_start = start_values(state.model, known)
     given = RoundsInput(
-        partial(create_problems, model, settings, sites, targets, negatives, mean, state.value_start),
+        partial(create_problems, model, settings, sites, targets, negatives, mean, value_start),
         wrong,
         [f"{names[number]} {token}" for number, token in zip(targets.owner, targets.token, strict=True)],
         targets,
@@ -152,6 +163,18 @@ def fit_in_last_layer(
     return Draft(subjects, bare, former, last, targets, fitted, raised_for, frozenset(already), kept)
 
 
+def _without_last_layer(plan: EditPlan, subjects: SubjectDraft, former: Patch) -> Draft | None:
+    """The draft, if the neurons at subjects say every target; then nothing is read for the last layer."""
+    bare = collect_bare(subjects.model, plan.items)
+    targets = find_target_tokens([item.target for item in plan.items], [len(item.rows) for item in plan.items])
+    nothing = np.zeros(0, np.int64)
+    if len(wrong_rows(subjects.model, bare, targets.wanted, former)):
+        return None
+    holding = frozenset(item.position for item in plan.items)
+    fitted = Fitted(former, nothing, [], nothing, 0.0)
+    return Draft(subjects, bare, former, former, targets, fitted, nothing, holding, nothing)
+
+
 def verify_draft(plan: EditPlan, draft: Draft) -> Draft:
     """The draft without what does not hold, and without what would break an earlier edit.
 
@@ -164,15 +187,17 @@ def verify_draft(plan: EditPlan, draft: Draft) -> Draft:
     """
     targets, items, older = draft.targets, plan.items, draft.last.key.shape[0]
     act = ACTIVATIONS[draft.subjects.model.config.activation]
-    broken_before = find_broken(draft.subjects.model, draft.subjects.previous, draft.last)
+    broken_before = cache(lambda: find_broken(draft.subjects.model, draft.subjects.previous, draft.last))
 
     def find_wrong(draft: Draft, patch: Patch) -> np.ndarray:
         return wrong_rows(draft.subjects.model, draft.bare, targets.wanted, patch)
 
     def find_harmful(draft: Draft, patch: Patch, rows: np.ndarray) -> set[int]:
         previous = draft.subjects.previous
-        broken = np.setdiff1d(find_broken(draft.subjects.model, previous, patch), broken_before)
-        if not len(broken) or not len(rows):
+        if not len(rows):
+            return set()
+        broken = np.setdiff1d(find_broken(draft.subjects.model, previous, patch), broken_before())
+        if not len(broken):
             return set()
         # The new neuron that acts most strongly where an earlier edit broke has to go.
         new = take(patch, np.arange(older, patch.key.shape[0]))
@@ -194,7 +219,9 @@ def verify_draft(plan: EditPlan, draft: Draft) -> Draft:
     return _lower_thresholds(draft, broken_before, partial(find_wrong, draft))
 
 
-def _lower_thresholds(draft: Draft, broken_before: np.ndarray, wrong: Callable[[Patch], np.ndarray]) -> Draft:
+def _lower_thresholds(
+    draft: Draft, broken_before: Callable[[], np.ndarray], wrong: Callable[[Patch], np.ndarray]
+) -> Draft:
     """What does not hold leaves no trace: thresholds that were raised for it are put back, if all else still holds."""
     if not draft.failures or draft.last is draft.former:
         return draft
@@ -203,7 +230,7 @@ def _lower_thresholds(draft: Draft, broken_before: np.ndarray, wrong: Callable[[
     rows = draft.raised_for[np.isin(targets.owner[draft.raised_for], holding)]
     last = raise_thresholds(subjects.model, subjects.previous, draft.former, draft.bare.query[rows])
     tried = concatenate([last, take(draft.fitted.patch, older + draft.kept)])
-    broken = np.setdiff1d(find_broken(subjects.model, subjects.previous, tried), broken_before)
+    broken = np.setdiff1d(find_broken(subjects.model, subjects.previous, tried), broken_before())
     if len(broken) or np.isin(targets.owner[wrong(tried)], holding).any():
         return draft
     fitted = draft.fitted._replace(

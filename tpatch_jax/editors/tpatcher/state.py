@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 from flax import struct
-from jax import Array
 
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.editors.model_memory import ModelMemory
@@ -25,7 +24,6 @@ class EditState:
         model: the model without any neuron.
         patches: the neurons so far, ``{layer: [n, d]}``: the last layer's, and those at subjects if that site is used.
         memory: what is known about the unedited model at its last layer.
-        value_start: what values are started with; see `tpatch_jax.editors.tpatcher.last_site.start_values`.
         previous: the edits so far, on which later neurons stay silent and which they must not break.
         subject_memory: what is known about the unedited model at the layer of the subject site, if that is used.
         subject_layer: that layer.
@@ -35,7 +33,6 @@ class EditState:
     model: Model
     patches: dict[int, Patch]
     memory: ModelMemory
-    value_start: Array
     previous: PreviousEdits
     subject_memory: ModelMemory | None = None
     subject_layer: int | None = _static(default=None)

@@ -24,11 +24,11 @@ from safetensors import SafetensorError
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.folder import check_no_adapter
 from tpatch_jax.models.checkpoints.gguf import CONVERTER_VERSION, Progress, convert_gguf
+from tpatch_jax.models.tokenizer import RECORD
 from tpatch_jax.storage.cache import cache_folder
 
 __all__ = ["NAMED_MODELS", "NamedModel", "resolve_model"]
 
-_RECORD = "tpatch_source.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _STALE_SECONDS = 3600.0
 _BLOCK = 1 << 20
@@ -188,8 +188,8 @@ def _cached(name: str, sha256: str, obtain: Callable[[Path], Path], progress: Pr
         for file in files:
             _sync(folder / file)
         # last, so that a folder with a record is a folder whose files are all on the disk
-        (folder / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        _sync(folder / _RECORD)
+        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        _sync(folder / RECORD)
         _sync(folder)
         _publish(folder, final, sha256, temporary)
     return final
@@ -197,7 +197,7 @@ def _cached(name: str, sha256: str, obtain: Callable[[Path], Path], progress: Pr
 
 def _complete(folder: Path, sha256: str) -> bool:
     try:
-        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         return (
             record["sha256"] == sha256
             and record["converter"] == CONVERTER_VERSION
