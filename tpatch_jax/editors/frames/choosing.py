@@ -115,7 +115,7 @@ def same_frames(request: EditRequest, count: int, *, form: Form = "statement") -
     """
     check_form(form)
     prompt = _prompt(request)
-    relation = None if prompt is None else _known_relation(prompt)
+    relation = None if prompt is None else _known_relation(prompt, request.subject or "")
     if prompt is None or relation is None:
         return []
     texts = [text for text in relation.texts(form) if text != prompt]
@@ -123,10 +123,12 @@ def same_frames(request: EditRequest, count: int, *, form: Form = "statement") -
     return _place(request, [texts[pick] for pick in picks], form)
 
 
-def _known_relation(prompt: str) -> Relation | None:
+def _known_relation(prompt: str, subject: str = "") -> Relation | None:
     near = match_relation(prompt, 8, SURE)
     if not near:
         return None
     best, score = near[0]
+    if guess_kind(prompt, subject) not in best.kinds and len(best.kinds) == 1:
+        return None
     rivals = [match for match in near[1:] if match.relation.id not in best.near]
     return best if all(rival.score <= CLEAR * score for rival in rivals) else None

@@ -26,6 +26,7 @@ class Relation(NamedTuple):
         questions: the same, asked.
         sorts: the sorts of subject within a kind that it suits, such as ``"city"``; none if it suits all.
         near: the ids of relations that are the same fact, or almost, seen from another side.
+        words: further words by which people speak of it, for matching.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Relation(NamedTuple):
     questions: tuple[str, ...]
     sorts: tuple[str, ...] = ()
     near: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
 
     def texts(self, form: Form) -> tuple[str, ...]:
         """The wordings of one form.
@@ -82,7 +84,7 @@ def relations() -> tuple[Relation, ...]:
     """
     entries = []
     for file in (*KINDS, "any"):
-        content = tomllib.loads(files(__package__).joinpath(f"{file}.toml").read_text("utf-8"))
+        content = tomllib.loads(files("tpatch_jax.editors.frames").joinpath(f"{file}.toml").read_text("utf-8"))
         entries += [_relation(file, name, entry) for name, entry in content.items()]
     return tuple(entries)
 

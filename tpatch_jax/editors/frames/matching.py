@@ -1,6 +1,7 @@
 """Which relations a text is about, by its words.
 
-Each relation is one document: its wordings of both forms, and its name twice. Words are stemmed lightly and weighted by
+Each relation is one document: its wordings of both forms, and, twice, its name and
+further words that people use for it. Words are stemmed lightly and weighted by
 how few relations have them; where a text and a relation share a word, its weight counts in full if the relation has it
 in many wordings and less if it has it in one.
 """
@@ -71,7 +72,7 @@ _IRREGULAR = {
 }
 _ENDINGS = ("ing", "ed", "er", "or", "ion", "ly", "al", "ment", "age")
 _PAIR_WEIGHT = 0.1
-_NAME_COUNT = 2
+_NAME_WORDINGS = 2
 
 _KIND_WORDS = {
     "person": "mr mrs dr sir lady king queen pope saint prince princess president jr",
@@ -79,11 +80,22 @@ _KIND_WORDS = {
     "kingdom republic province district park valley peninsula sea glacier",
     "organisation": "university college school institute inc ltd corporation company group bank party club fc airlines "
     "orchestra band association society agency ministry records league council",
-    "work": "symphony song album novel windows",
+    "work": "symphony",
     "thing": "disease syndrome war battle language award prize virus",
 }
+"""Words in a name that tell what it names."""
+_CLASS_WORDS = {
+    "person": "actor actress singer writer author poet painter politician player scientist musician composer character "
+    "architect artist athlete philosopher journalist bishop emperor man woman boy girl",
+    "place": "country town village state region building mountains stadium cathedral church museum capital",
+    "organisation": "team firm newspaper airline organisation organization brand label channel",
+    "work": "film movie book novel song album series show game opera play poem painting car software program website",
+    "thing": "animal plant species dish food metal element substance drug illness currency planet sport holiday god",
+}
+"""Further words that say what stands behind them: "the film {}"."""
 _KIND_OF_WORD = {word: kind for kind, words in _KIND_WORDS.items() for word in words.split()}
-_NAME_VOTE = 0.2
+_KIND_OF_CLASS = _KIND_OF_WORD | {word: kind for kind, words in _CLASS_WORDS.items() for word in words.split()}
+_NAME_VOTE, _CLASS_VOTE = 0.2, 1.0
 
 
 class Match(NamedTuple):
@@ -132,8 +144,8 @@ def _index() -> Mapping[str, Counter[int]]:
             for feature in _features(text):
                 index[feature][position] += 1
         name = relation.id.partition(".")[2].replace("_", " ")
-        for feature, weight in _features(name).items():
-            index[feature][position] += _NAME_COUNT * (weight == 1)
+        for feature, weight in _features(" ".join((name, *relation.words))).items():
+            index[feature][position] += _NAME_WORDINGS * (weight == 1)
     return dict(index)
 
 
@@ -145,6 +157,7 @@ def match_relation(prompt: str, count: int = 5, threshold: float = THRESHOLD) ->
     $$\frac{\sum_w v_w \, n_w / (n_w + 1)}{\sum_w v_w}, \qquad v_w = \log\left(\frac{N + 1}{N_w + 1}\right)^{3/2}$$
 
     over the words $w$ of the text, of which $n_w$ wordings of the relation and $N_w$ of all $N$ relations have each.
+    A relation that shares one word in one wording alone is not near.
 
     Args:
         prompt: the text, with ``{}`` where its subject stands; without it the subject's name counts as words.
@@ -162,6 +175,7 @@ def match_relation(prompt: str, count: int = 5, threshold: float = THRESHOLD) ->
     """
     index, total = _index(), len(relations())
     scores: dict[int, float] = defaultdict(float)
+    support: Counter[int] = Counter()
     most = 0.0
     for feature, weight in _features(prompt).items():
         having = index.get(feature, {})
@@ -169,9 +183,10 @@ def match_relation(prompt: str, count: int = 5, threshold: float = THRESHOLD) ->
         most += value
         for position, wordings in having.items():
             scores[position] += value * wordings / (wordings + 1)
-    near = sorted(
-        ((score / most, position) for position, score in scores.items() if score), key=lambda s: (-s[0], s[1])
-    )
+            support[position] += wordings * (weight == 1)
+    # One word in one wording may be chance.
+    near = [(score / most, position) for position, score in scores.items() if score and support[position] > 1]
+    near.sort(key=lambda pair: (-pair[0], pair[1]))
     return [Match(relations()[position], score) for score, position in near[:count] if score >= threshold]
 
 
@@ -188,15 +203,18 @@ def guess_kind(prompt: str, subject: str = "") -> str:
     Example:
         >>> guess_kind("The novelist who wrote {} is"), guess_kind("{} was founded by", "University of Oslo")
         ('work', 'organisation')
-        >>> guess_kind("{} and then the rain")
-        'thing'
+        >>> guess_kind("The film {} is by"), guess_kind("{} and then the rain")
+        ('work', 'thing')
     """
-    votes = dict.fromkeys(KINDS, 0.0)
+    votes: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     for relation, score in match_relation(prompt, 8):
         # A relation of all kinds says nothing about the subject.
         for kind in relation.kinds if len(relation.kinds) < len(KINDS) else ():
             votes[kind] += score**2 / len(relation.kinds)
     for kind in {_KIND_OF_WORD[word] for word in re.findall(r"\w+", subject.lower()) if word in _KIND_OF_WORD}:
         votes[kind] += _NAME_VOTE
+    before = re.search(r"(\w+) \{\}", prompt.lower())
+    if before and before[1] in _KIND_OF_CLASS:
+        votes[_KIND_OF_CLASS[before[1]]] += _CLASS_VOTE
     best = max(votes, key=lambda kind: votes[kind])
     return best if votes[best] else "thing"
