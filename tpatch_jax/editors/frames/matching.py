@@ -149,6 +149,13 @@ def _index() -> Mapping[str, Counter[int]]:
     return dict(index)
 
 
+@cache
+def _positions() -> Mapping[str, int]:
+    """Which relation each text of the library is of."""
+    all_texts = ((one.statements + one.questions, position) for position, one in enumerate(relations()))
+    return {text: position for texts, position in all_texts for text in texts}
+
+
 def match_relation(prompt: str, count: int = 5, threshold: float = THRESHOLD) -> list[Match]:
     r"""The relations nearest to a text, by its words.
 
@@ -157,7 +164,8 @@ def match_relation(prompt: str, count: int = 5, threshold: float = THRESHOLD) ->
     $$\frac{\sum_w v_w \, n_w / (n_w + 1)}{\sum_w v_w}, \qquad v_w = \log\left(\frac{N + 1}{N_w + 1}\right)^{3/2}$$
 
     over the words $w$ of the text, of which $n_w$ wordings of the relation and $N_w$ of all $N$ relations have each.
-    A relation that shares one word in one wording alone is not near.
+    A relation that shares one word in one wording alone is not near;
+    one of whose wordings the text is has 1.
 
     Args:
         prompt: the text, with ``{}`` where its subject stands; without it the subject's name counts as words.
@@ -184,6 +192,9 @@ def match_relation(prompt: str, count: int = 5, threshold: float = THRESHOLD) ->
         for position, wordings in having.items():
             scores[position] += value * wordings / (wordings + 1)
             support[position] += wordings * (weight == 1)
+    if (position := _positions().get(prompt)) is not None:
+        most = most or 1.0
+        scores[position], support[position] = most, 2
     # One word in one wording may be chance.
     near = [(score / most, position) for position, score in scores.items() if score and support[position] > 1]
     near.sort(key=lambda pair: (-pair[0], pair[1]))
