@@ -212,7 +212,7 @@ def guess_kind(prompt: str, subject: str = "") -> str:
         One of `KINDS`; ``"thing"`` where nothing is known.
 
     Example:
-        >>> guess_kind("The novelist who wrote {} is"), guess_kind("{} was founded by", "University of Oslo")
+        >>> guess_kind("The novelist who wrote {} is"), guess_kind("{} and then the rain", "University of Oslo")
         ('work', 'organisation')
         >>> guess_kind("The film {} is by"), guess_kind("{} and then the rain")
         ('work', 'thing')
