@@ -1,0 +1,134 @@
+"""Frames for a request: the same asked in other words, and other things about its subject."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tpatch_jax.editors.frames.library import Form, Relation, check_form, frames_of_kind
+from tpatch_jax.editors.frames.matching import Match, guess_kind, match_relation
+from tpatch_jax.editors.locating import split_at_subject
+from tpatch_jax.editors.wordings import Wording, question
+from tpatch_jax.requests import EditRequest
+
+__all__ = ["other_frames", "same_frames"]
+
+CLOSE = 0.6
+"""A relation may be the request's if its score is this share of the best one's."""
+SURE = 0.5
+"""The least score of a relation that is taken for the request's."""
+CLEAR = 0.8
+"""No relation but those near it may have more than this share of its score."""
+
+
+def _prompt(request: EditRequest) -> str | None:
+    """The request with ``{}`` for its subject: the question alone where it asks one; ``None`` without a subject."""
+    before, subject, after = split_at_subject(request)
+    if not subject:
+        return None
+    _, before, after, _ = question(request) or ("", before, after, "")
+    return f"{before}{{}}{after}"
+
+
+def _place(request: EditRequest, texts: Sequence[str], form: Form) -> list[Wording]:
+    """Texts about the request's subject; questions in the frame of its own question."""
+    frame, _, _, behind = (question(request) if form == "question" else None) or ("", "", "", "")
+    parts = [text.split("{}") for text in texts]
+    return [Wording.of(frame + before, request.subject or "", after + behind) for before, after in parts]
+
+
+def _draw(text: str) -> np.random.Generator:
+    # Drawn from the request itself, so that its frames do not depend on its place in the list.
+    return np.random.default_rng(list(text.encode()))
+
+
+def _excluded(near: Sequence[Match]) -> set[str]:
+    """The relations that may be the request's, and those that are the same fact seen from another side."""
+    close = [match.relation for match in near if match.score >= CLOSE * near[0].score]
+    best = [match.relation for match in near if match.score >= CLEAR * near[0].score]
+    return {relation.id for relation in close} | {name for relation in best for name in relation.near}
+
+
+def other_frames(request: EditRequest, count: int, *, form: Form = "statement") -> list[Wording]:
+    r"""Frames that say or ask something else about the request's subject, each of another relation.
+
+    Relations that may be the request's are left out, and those that are the same fact seen from another side. Those
+    that suit the sort of subject come first. A second wording of a relation is taken once all relations have been.
+
+    Args:
+        request: with a subject; one without has none.
+        count: how many at most.
+        form: ``"statement"`` or ``"question"``; a question stands in the frame of the request's question.
+
+    Returns:
+        The same for the same request and subject, whatever else is edited; fewer are the first of more.
+
+    Raises:
+        TPatchError: if there is no such form.
+
+    Example:
+        >>> request = EditRequest("Anna was raised in the faith of", "Islam", subject="Anna")
+        >>> frames = other_frames(request, 3)
+        >>> all("Anna" in text and "faith" not in text for text, _ in frames), len(frames)
+        (True, 3)
+        >>> request = EditRequest("Question: What is the faith of Anna?\nAnswer:", "Islam", subject="Anna")
+        >>> [text.endswith("?\nAnswer:") for text, _ in other_frames(request, 2, form="question")]
+        [True, True]
+    """
+    check_form(form)
+    prompt = _prompt(request)
+    if prompt is None:
+        return []
+    near = match_relation(prompt, 8)
+    kind = guess_kind(prompt, request.subject or "")
+    left_out = _excluded(near)
+    sorts = {sort for match in near[:1] if kind in match.relation.kinds for sort in match.relation.sorts}
+    others = [relation for relation in frames_of_kind(kind) if relation.id not in left_out]
+    rng = _draw(request.prompt)
+    others = [others[pick] for pick in rng.permutation(len(others))]
+    # Where the sort of subject is not known, what suits all comes first.
+    others.sort(key=lambda relation: bool(relation.sorts) and sorts.isdisjoint(relation.sorts))
+    shuffled = [[texts[pick] for pick in rng.permutation(len(texts))] for texts in (one.texts(form) for one in others)]
+    rounds = max((len(texts) for texts in shuffled), default=0)
+    return _place(
+        request, [texts[turn] for turn in range(rounds) for texts in shuffled if turn < len(texts)][:count], form
+    )
+
+
+def same_frames(request: EditRequest, count: int, *, form: Form = "statement") -> list[Wording]:
+    """Other wordings of what the request asks, where the library surely knows its relation.
+
+    Args:
+        request: with a subject; one without has none.
+        count: how many at most.
+        form: ``"statement"`` or ``"question"``; a question stands in the frame of the request's question.
+
+    Returns:
+        Wordings of the nearest relation; none where it is not near, or another one is as near.
+
+    Raises:
+        TPatchError: if there is no such form.
+
+    Example:
+        >>> request = EditRequest("The mother tongue of Anna is", "Greek", subject="Anna")
+        >>> len(same_frames(request, 4)), same_frames(EditRequest("Anna and then", "rain", subject="Anna"), 4)
+        (4, [])
+    """
+    check_form(form)
+    prompt = _prompt(request)
+    relation = None if prompt is None else _known_relation(prompt, request.subject or "")
+    if prompt is None or relation is None:
+        return []
+    texts = [text for text in relation.texts(form) if text != prompt]
+    picks = _draw(request.prompt).permutation(len(texts))[:count]
+    return _place(request, [texts[pick] for pick in picks], form)
+
+
+def _known_relation(prompt: str, subject: str = "") -> Relation | None:
+    near = match_relation(prompt, 8, SURE)
+    if not near:
+        return None
+    best, score = near[0]
+    if guess_kind(prompt, subject) not in best.kinds and len(best.kinds) == 1:
+        return None
+    rivals = [match for match in near[1:] if match.relation.id not in best.near]
+    return best if all(rival.score <= CLEAR * score for rival in rivals) else None

@@ -1,0 +1,112 @@
+"""The relations of the library, read from the files beside this module once they are needed."""
+
+import tomllib
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal, NamedTuple
+
+from tpatch_jax.errors import TPatchError
+
+__all__ = ["KINDS", "Form", "Relation", "check_form", "check_kind", "frames_of_kind", "relations"]
+
+Form = Literal["statement", "question"]
+
+KINDS = ("person", "place", "organisation", "work", "thing")
+"""What a subject can be; a thing is all that is none of the others: a species, a food, a disease, a language."""
+
+
+class Relation(NamedTuple):
+    """Something that can be said of a subject, in several wordings.
+
+    Attributes:
+        id: its name in words, behind the kind of its subjects: ``"person.native_language"``.
+        kinds: the kinds of subject that it is asked of.
+        answer: what kind of answer follows: ``"language"``, ``"person"``, ``"date"``.
+        statements: texts with one ``{}`` for the subject, unfinished, so that the answer follows.
+        questions: the same, asked.
+        sorts: the sorts of subject within a kind that it suits, such as ``"city"``; none if it suits all.
+        near: the ids of relations that are the same fact, or almost, seen from another side.
+        words: further words by which people speak of it, for matching.
+    """
+
+    id: str
+    kinds: tuple[str, ...]
+    answer: str
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+    sorts: tuple[str, ...] = ()
+    near: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+
+    def texts(self, form: Form) -> tuple[str, ...]:
+        """The wordings of one form.
+
+        Example:
+            >>> Relation("person.pet", ("person",), "animal", ("{} keeps a",), ("What is {}'s pet?",)).texts("question")
+            ("What is {}'s pet?",)
+        """
+        check_form(form)
+        return self.questions if form == "question" else self.statements
+
+
+def check_form(form: str) -> None:
+    """Refuses what is no form of a wording.
+
+    Raises:
+        TPatchError: if it is neither ``"statement"`` nor ``"question"``.
+    """
+    if form not in ("statement", "question"):
+        raise TPatchError(f"form is {form!r}; it is 'statement' or 'question'")
+
+
+def check_kind(kind: str) -> None:
+    """Refuses what is no kind of subject.
+
+    Raises:
+        TPatchError: if it is none of `KINDS`.
+    """
+    if kind not in KINDS:
+        raise TPatchError(f"kind is {kind!r}; it is one of {', '.join(KINDS)}")
+
+
+def _relation(file: str, name: str, entry: dict[str, Any]) -> Relation:
+    kinds = tuple(entry.pop("kinds", (file,)))
+    return Relation(f"{file}.{name}", kinds, entry.pop("answer"), **{key: tuple(value) for key, value in entry.items()})
+
+
+@cache
+def relations() -> tuple[Relation, ...]:
+    """All relations of the library, in the order of its files.
+
+    Example:
+        >>> next(relation.answer for relation in relations() if relation.id == "person.native_language")
+        'language'
+    """
+    entries = []
+    for file in (*KINDS, "any"):
+        content = tomllib.loads(files("tpatch_jax.editors.frames").joinpath(f"{file}.toml").read_text("utf-8"))
+        entries += [_relation(file, name, entry) for name, entry in content.items()]
+    return tuple(entries)
+
+
+def frames_of_kind(kind: str, sort: str | None = None) -> tuple[Relation, ...]:
+    """The relations that can be asked of a kind of subject.
+
+    Args:
+        kind: one of `KINDS`.
+        sort: a sort within the kind, such as ``"city"``; relations that only suit others are left out.
+
+    Returns:
+        In the order of the library.
+
+    Raises:
+        TPatchError: if there is no such kind.
+
+    Example:
+        >>> ids = [relation.id for relation in frames_of_kind("place", "river")]
+        >>> "place.mouth" in ids, "place.continent" in ids, "place.mayor" in ids, "work.author" in ids
+        (True, True, False, False)
+    """
+    check_kind(kind)
+    of_kind = (relation for relation in relations() if kind in relation.kinds)
+    return tuple(relation for relation in of_kind if sort is None or not relation.sorts or sort in relation.sorts)
