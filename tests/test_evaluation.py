@@ -32,6 +32,7 @@ from tpatch_jax.evaluation.report import SCHEMA, comparison, data_remarks, read_
 from tpatch_jax.evaluation.runner import evaluate
 from tpatch_jax.evaluation.running_text import read_windows, text_figures
 from tpatch_jax.evaluation.scoring import Base, Outcome, apply_scores, ask, base_scores, patched_scores, score
+from tpatch_jax.evaluation.subject_specificity import FIGURES
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import collect
 from tpatch_jax.models.model import Model
@@ -46,6 +47,8 @@ QUICK = {"contexts": 1, "other_subjects": 0, "attempts": 1, "rounds": 1}
 # Of few lengths, so that the plain loops compile little.
 SUBJECTS = ("Ada", "Bob", "Cyd", "Dot", "Eve")
 WORDS = ("red", "sky", "ash", "dog", "cup")
+ASKED = ("statements", "questions")
+"""The forms of other facts that a model without a chat template is asked."""
 
 
 def make_records(subjects: Sequence[str] = SUBJECTS, targets: Sequence[str] = WORDS) -> list[Record]:
@@ -140,7 +143,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 
 
 def run(model: Model, protocol: str = "batch", records: Sequence[Record] | None = None, **options: Any) -> Any:
-    options = {"methods": ["direct"], "cache": False, **options}
+    options = {"methods": ["direct"], "cache": False, "other_facts": 0, **options}
     return evaluate(model, make_records() if records is None else records, protocol=protocol, **options)
 
 
@@ -233,7 +236,7 @@ def test_figures_of_a_real_model_equal_a_plain_loop() -> None:
         records = make_records(
             ("Paris", "Rome", "Oslo", "Cairo", "Lima"), ("apples", "French wine", "the rain", "music", "old books")
         )
-    report = evaluate(model, records, methods=["unedited"])
+    report = evaluate(model, records, methods=["unedited"], other_facts=0)
     expected = plain_figures(model, records)
     assert {name: report["results"][0]["metrics"][name] for name in expected} == pytest.approx(expected)
 
@@ -333,10 +336,31 @@ def check_records(model: Model, folder: Path, records: Sequence[Record], shown: 
     assert any(one["after"] != one["before"] for line in after for one in line["asked"])
 
 
+def check_other_facts(model: Model, folder: Path, records: Sequence[Record], report: Any) -> None:
+    """Other facts about each subject are asked; before is what `generate` says, and the figures are their means."""
+    for result in report["results"]:
+        path = folder / f"records-{result['method']}.jsonl"
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        facts = [fact for line in lines for fact in line["other_facts"]]
+        assert [len(line["other_facts"]) for line in lines] == [6] * len(records)
+        for form in ASKED:
+            of_form = [fact for fact in facts if fact["form"] == form]
+            totals = result["subject_specificity"][form]
+            assert totals["prompts"] == len(of_form) == 3 * len(records)
+            for name in FIGURES:
+                assert totals[name] == pytest.approx(np.mean([fact[name] for fact in of_form]))
+                assert result["metrics"][f"specificity_{form}_{name}"] == pytest.approx(totals[name])
+        if result["method"] == "unedited":
+            assert result["metrics"]["subject_specificity"] == 1
+    statement = next(fact for fact in facts if fact["form"] == "statements")
+    assert statement["before"] == model.generate(statement["prompt"], 12)
+
+
 @pytest.mark.parametrize("protocol", ["single", "batch", "sequential"])
 def test_protocols_report_and_resume(tiny_model: Model, tmp_path: Path, protocol: str) -> None:
     (tmp_path / "text.txt").write_text("The sun is red. Ada likes the sky. " * 5, "utf-8")
     options = {"text": tmp_path / "text.txt", "text_tokens": 100, "every": 2, "held_out": make_records()[4:]}
+    options["other_facts"] = 3
     records = make_records()[:4]
     whole = run(tiny_model, protocol, records, output=tmp_path / "whole", **options)
     for name in ("schema", "config", "seed", "versions", "data_sha256", "results"):
@@ -347,8 +371,10 @@ def test_protocols_report_and_resume(tiny_model: Model, tmp_path: Path, protocol
     names |= {"reliability", "generalization", "locality", "perplexity", "next_token_agreement", "certificate_tokens"}
     names |= {"certificate_prompts", "silent_tokens"}
     names |= {"SR", "GR", "ER"} if protocol == "sequential" else set()
+    names |= {"subject_specificity", *(f"specificity_{form}_{name}" for form in ASKED for name in FIGURES)}
     assert names <= edited["metrics"].keys()
     assert edited["protocol"] == protocol
+    check_other_facts(tiny_model, tmp_path / "whole", records, whole)
     assert edited["n"] == 4
     assert {"seconds", "forward_equivalents", "peak_memory_mib", "parameters_added"} <= edited["cost"].keys()
     assert edited["cost"]["parameters_added"] > 0
@@ -383,6 +409,8 @@ def test_protocols_report_and_resume(tiny_model: Model, tmp_path: Path, protocol
     for method in ("unedited", "direct"):
         assert untimed(tmp_path / "again", method) == untimed(tmp_path / "whole", method)
     assert run(tiny_model, protocol, records, output=tmp_path / "again", **options) == again
+    with pytest.raises(TPatchError, match=r"run with other_facts=null.*has 0"):
+        run(tiny_model, protocol, records, output=tmp_path / "again", **{**options, "other_facts": 0})
     with pytest.raises(TPatchError, match=r"run with seed=0.*has 1"):
         run(tiny_model, protocol, records, output=tmp_path / "again", seed=1, **options)
 
@@ -658,6 +686,10 @@ def test_the_command_evaluates_and_compares(tiny_folder: Any, tmp_path: Path, ca
 
 
 def test_mistakes_are_named(tiny_model: Model, tmp_path: Path, capsys: Any) -> None:
+    for count in (-1, True, 1.5):
+        with pytest.raises(TPatchError, match=f"{count} other facts a subject are impossible; give 0 or more"):
+            run(tiny_model, other_facts=count, output=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     file = write_counterfact(tmp_path / "cf.json", make_records())
     base = ["eval", "nowhere", "--data", "counterfact", "-o", str(tmp_path / "out")]
 

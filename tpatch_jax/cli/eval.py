@@ -29,6 +29,7 @@ DEFAULTS: Mapping[str, Any] = {
     "text_tokens": 16384,
     "edits_data": "counterfact",
     "every": 50,
+    "other_facts": 3,
 }
 """What holds where neither the command line nor a YAML file says anything."""
 
@@ -65,6 +66,9 @@ class Eval:
     edits_data: Annotated[str | None, arg(help="the data set of --edits; counterfact by default")] = None
     strict: Annotated[bool, arg(help="a record that cannot be read is an error; else it is passed over")] = False
     generate: Annotated[bool, arg(help="also sample continuations for GE (slow)")] = False
+    other_facts: Annotated[
+        int | None, arg(metavar="N", help="so many other facts of each edited subject; 3 by default, 0 for none")
+    ] = None
     every: Annotated[int | None, arg(help="sequential: ask all edits again every so many; 50 by default")] = None
     train_set: Annotated[str | None, arg(metavar="FILE", help="sequential: only asked, for TrainR")] = None
     test_set: Annotated[str | None, arg(metavar="FILE", help="sequential: only asked, for TestR")] = None
@@ -103,6 +107,7 @@ class Eval:
                 text_tokens=options["text_tokens"],
                 memory=self.memory,
                 generate=options["generate"],
+                other_facts=options["other_facts"],
                 every=options["every"],
                 seed=options["seed"],
                 about=about,
