@@ -31,7 +31,7 @@ from tpatch_jax.cli.common import (
 )
 from tpatch_jax.display.console import format_count, print_json, result_console, result_table
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.requests import EditRequest
+from tpatch_jax.requests import EditRequest, protect, request_fields
 
 if TYPE_CHECKING:
     from tpatch_jax.core.layers import LayerPatches
@@ -62,6 +62,7 @@ class Edit:
     changes: Set = ()
     memory: MemoryText = None
     train_on_rephrases: Annotated[bool, arg(help="fit on the rephrases too, which otherwise only measure")] = False
+    protect: Annotated[bool, arg(help="train on the locality prompts too, which otherwise only measure")] = False
     resume: Annotated[bool, arg(help="go on with an interrupted run of the same requests and options")] = False
     dtype: Dtype = None
     seed: Annotated[int, arg(help="the same seed gives the same patches")] = 0
@@ -81,6 +82,7 @@ class Edit:
         from tpatch_jax.storage.finished_parts import FinishedParts, unfinished_folder
 
         requests = requests_of(self.requests, (self.prompt, self.target, self.subject), join=self.join)
+        requests = protect(requests) if self.protect else requests
         rephrases = ["train_on_rephrases=true"] if self.train_on_rephrases else []
         settings = settings_of(self.preset, self.config, [*self.changes, *rephrases])
         check_vacant(Path(self.output))
@@ -188,7 +190,7 @@ def _run_config(
     from tpatch_jax.models.fingerprint import fingerprint
     from tpatch_jax.storage.finished_parts import hash_file
 
-    content = json.dumps([asdict(request) for request in requests], ensure_ascii=False)
+    content = json.dumps([request_fields(request) for request in requests], ensure_ascii=False)
     device = jax.devices()[0]
     config = {
         "model": f"{fingerprint(model)} in {model.dtype}",
@@ -236,7 +238,7 @@ def _show_records(records: Sequence[Mapping[str, Any]]) -> None:
     console = result_console()
 
     def harmed(record: Mapping[str, Any]) -> bool:
-        others = (*record["rephrases"], *record["locality"])
+        others = (*record["rephrases"], *record["keep"], *record["locality"])
         said = any(line["target_said"] for line in record["specificity"])
         return said or not (record["held"] and record["as_wanted"] and all(other["as_wanted"] for other in others))
 
@@ -247,7 +249,9 @@ def _show_records(records: Sequence[Mapping[str, Any]]) -> None:
     )
     for record in chosen:
         lines = [("edit", record), *(("rephrase", other) for other in record["rephrases"])]
-        lines += [("protected", other) for other in record["locality"] if not other["as_wanted"]]
+        # What is kept and measured as well, as with --protect, is shown once.
+        changed = [other for other in (*record["keep"], *record["locality"]) if not other["as_wanted"]]
+        lines += [("protected", other) for number, other in enumerate(changed) if other not in changed[:number]]
         for kind, line in lines:
             texts = [_one_line(line[name]) for name in ("prompt", "before", "after")]
             target = "" if kind == "protected" else record["target"]
@@ -266,9 +270,11 @@ def _show_records(records: Sequence[Mapping[str, Any]]) -> None:
     if facts:
         many = format_count(len(facts), "other statement")
         console.print(f"{sum(facts):,} of {many} about the edited subjects begin as before")
-    kept = [other["as_wanted"] for record in records for other in record["locality"]]
-    if kept:
-        console.print(f"{sum(kept):,} of {format_count(len(kept), 'protected prompt')} say the same as before")
+    for name, of_them in (("keep", "kept prompt"), ("locality", "protected prompt")):
+        kept = [other["as_wanted"] for record in records for other in record[name]]
+        if not kept:
+            continue
+        console.print(f"{sum(kept):,} of {format_count(len(kept), of_them)} say the same as before")
 
 
 def _one_line(text: str | None) -> str:

@@ -55,7 +55,7 @@ MOST_RECORDS = 20
 LONGEST_TEXT = 80
 
 FIRST = (
-    *("exact", "reliability", "generalization", "generalization_exact", "locality", "portability"),
+    *("exact", "reliability", "generalization", "generalization_exact", "locality", "keep", "portability"),
     *("subject_specificity", *(f"specificity_{form}_{figure}" for form in FORMS for figure in OF_FACTS)),
     *("ES", "PS", "NS", "S", "EM", "PM", "NM", "rewrite_acc", "paraphrase_acc", "neighborhood_acc", "GE"),
     *("SR", "GR", "ER", "TrainR", "TestR", "mquake", "relation_specificity", "relation_specificity_acc"),

@@ -30,6 +30,7 @@ from tpatch_jax.evaluation.scoring import ScoredPrompts, ask, base_scores
 from tpatch_jax.evaluation.subject_specificity import FRAMES_EACH, OtherFact, continue_facts, facts_about
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
+from tpatch_jax.requests import request_fields
 from tpatch_jax.storage.cache import cache_folder
 from tpatch_jax.storage.finished_parts import hash_file
 from tpatch_jax.typing import Progress
@@ -285,7 +286,8 @@ def _activation(model: Model, methods: Sequence[Method], used: Mapping[str, Any]
 def _content(records: Sequence[Record]) -> str:
     digest = hashlib.sha256()
     for record in records:
-        digest.update(json.dumps(asdict(record), sort_keys=True).encode())
+        fields = {**asdict(record), "requests": [request_fields(request) for request in record.requests]}
+        digest.update(json.dumps(fields, sort_keys=True).encode())
     return digest.hexdigest()
 
 

@@ -360,22 +360,28 @@ def find_subject_negatives(
     """Queries on which each item's first neuron must stay silent: those after its prompt about other subjects.
 
     Where other requests ask the same about other subjects, as they do where there are thousands, their queries are
-    taken and the network is not run again.
+    taken and the network is not run again. After the prompts that a request keeps it must stay silent, too.
 
     Returns:
-        Numbers of items to queries, ``[numbers, count, d]``, which are the mean where there is no other subject.
+        Numbers of items to queries, ``[numbers, count + most kept, d]``, which are the mean where there is no other
+        subject, or nothing more is kept.
     """
     whole = () if networks.pointwise(model.config) else (LEAST_TEXT,)
     mates = _mates(items, requests, count) if not whole else {}
     left = {item.position: requests[item.position] for at, item in enumerate(items) if at not in mates}
     swapped = swapped_prompts(model, requests, names, count, left)
-    places = [(at, slot) for at, item in enumerate(items) for slot in range(len(swapped.get(item.position, ())))]
+    texts: dict[tuple[int, int], str] = {}
+    for at, item in enumerate(items):
+        texts |= {(at, slot): text for slot, text in enumerate(swapped.get(item.position, ()))}
+        texts |= {(at, count + slot): text for slot, text in enumerate(requests[item.position].keep)}
+    most = count + max((len(requests[item.position].keep) for item in items), default=0)
+    places = list(texts)
     # Only where each is found: all of them at once would be several times the edits' own queries.
-    taken, read = np.full((2, len(items), count), -1)
+    taken, read = np.full((2, len(items), most), -1)
     for at, others in mates.items():
-        taken[at] = [targets.table[other][0, 0] for other in others]
+        taken[at, :count] = [targets.table[other][0, 0] for other in others]
     said = np.zeros((0, *whole, mean.shape[0]), np.float32)
-    rows = [model.encode_prompt(swapped[items[at].position][slot]) for at, slot in places]
+    rows = [model.encode_prompt(text) for text in texts.values()]
     if rows:
         report = (lambda done: progress("reading other subjects", done, len(rows))) if progress else None
         seen = collect(model, rows, [[len(row) - 1] for row in rows], model.layer(None), report, on_disk=True)
@@ -383,7 +389,7 @@ def find_subject_negatives(
         read[tuple(np.asarray(places).T)] = np.arange(len(places))
 
     def negatives(numbers: np.ndarray) -> np.ndarray:
-        result = np.broadcast_to(mean, (len(numbers), count, *whole, mean.shape[0])).astype(np.float32)
+        result = np.broadcast_to(mean, (len(numbers), most, *whole, mean.shape[0])).astype(np.float32)
         for table, source in ((taken[numbers], sites.query), (read[numbers], said)):
             result[table >= 0] = source[table[table >= 0]]
         return result.reshape(len(numbers), -1, mean.shape[0])
