@@ -133,6 +133,21 @@ def test_edit_says_what_became_of_other_facts(capsys, monkeypatch):
     assert "P0" not in text
 
 
+def test_edit_protects_locality_if_asked_to(place, capsys, monkeypatch):
+    given = []
+
+    def stop(model, requests, **named):
+        given.append(requests)
+        raise TPatchError("enough")
+
+    monkeypatch.setattr("tpatch_jax.editors.tpatcher.editor.edit", stop)
+    for more in ((), ("--protect",)):
+        assert cli.main(edit_arguments(place, *more, out="protected")) == 1
+    assert "enough" in capsys.readouterr().err
+    assert [[request.keep for request in requests] for requests in given] == [[(), (), ()], [("the herd",), (), ()]]
+    assert all(request.locality == ("the herd",) for request in (given[0][0], given[1][0]))
+
+
 def test_the_demo_has_another_fact_of_each_subject():
     asked = [text for fact in FACTS for text in (fact.prompt, *fact.rephrases, *fact.locality)]
     assert len(OTHER_FACTS) == len(FACTS) == 8

@@ -832,16 +832,32 @@ def test_a_key_of_the_last_layer_is_silent_after_what_is_kept(tiny_model):
 
 
 def test_what_is_kept_stays_as_it_was(tiny_model, memory):
-    """The prompt most like the request's among some changes with it, unless it is kept."""
+    """A prompt that changes with the request's is left alone once it is kept."""
     request = EditRequest("the cat sat in", "ab")
-    near = [f"the {word} sat in" for word in ("hat", "rat", "bat", "cats", "cap", "car")]
+    near = tuple(f"the {word} sat in" for word in ("hat", "rat", "bat", "cats", "cap", "car"))
     patches, _ = tp.edit(tiny_model, [request], settings=DEFAULT, memory=memory)
-    changed = [
-        text for text in near if measure(tiny_model, patches, [dataclasses.replace(request, keep=(text,))])["keep"] == 0
-    ]
-    assert changed
-    kept = dataclasses.replace(request, keep=tuple(changed))
+    before, after = predictions_after(tiny_model, patches, near)
+    (changed, *_) = [text for text, old, new in zip(near, before, after, strict=True) if old != new]
+    kept = dataclasses.replace(request, keep=(changed,))
+    assert measure(tiny_model, patches, [kept])["keep"] == 0
     patches, info = tp.edit(tiny_model, [kept], settings=DEFAULT, memory=memory)
     assert info.requests[0].held
     assert measure(tiny_model, patches, [kept])["keep"] == 1
     assert "keep" not in measure(tiny_model, patches, [request])
+
+
+def predictions_after(model: tp.Model, patches: LayerPatches, prompts: Iterable[str]) -> tuple[list[int], list[int]]:
+    """The next token after each prompt, without and with patches."""
+    rows = [model.encode(text) for text in prompts]
+    before, after = predictions(model, patches, rows, [[len(row) - 1] for row in rows])
+    return before.tolist(), after.tolist()
+
+
+def test_what_is_kept_is_saved_with_patches(tiny_model, tmp_path):
+    requests = [EditRequest("the cat sat in", "ab", keep=("then", "a dog")), EditRequest("in the inn", "h")]
+    results = tuple(tp.RequestInfo(f"edit-{number}", False, "failed") for number in range(2))
+    none = {tiny_model.layer(None): create(tiny_model.config.hidden_size)}
+    tp.save_patches(tmp_path / "out", tiny_model, none, requests, tp.EditInfo(results, 0.0, 0.0, 0.0, 0.0, 0))
+    kept, other = store.read_patches(tmp_path / "out").edits
+    assert kept["keep"] == ["then", "a dog"]
+    assert "keep" not in other

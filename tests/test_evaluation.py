@@ -1,6 +1,7 @@
 """The evaluation harness on a tiny model: figures against a plain loop, protocols, resuming, reports and errors."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import pytest
 from conftest import same
 
 from tpatch_jax import EditRequest, TPatchError, edit, load_model
-from tpatch_jax.cli.eval import Eval
+from tpatch_jax.cli.eval import Eval, _Chosen, _protected
 from tpatch_jax.cli.main import main
 from tpatch_jax.core.layers import count_neurons
 from tpatch_jax.core.patch import Patch, concatenate, create, take
@@ -29,7 +30,7 @@ from tpatch_jax.evaluation.metrics import certificate
 from tpatch_jax.evaluation.pictures import draw_comparison
 from tpatch_jax.evaluation.records import DataNotes, Probe, Record, read_counterfact, read_records
 from tpatch_jax.evaluation.report import SCHEMA, comparison, data_remarks, read_report, table
-from tpatch_jax.evaluation.runner import evaluate
+from tpatch_jax.evaluation.runner import _content, evaluate
 from tpatch_jax.evaluation.running_text import read_windows, text_figures
 from tpatch_jax.evaluation.scoring import Base, Outcome, apply_scores, ask, base_scores, patched_scores, score
 from tpatch_jax.evaluation.subject_specificity import FIGURES
@@ -807,6 +808,33 @@ def test_a_figure_that_a_report_lacks_is_no_bar(tmp_path: Path, monkeypatch: pyt
     draw_comparison(tmp_path / "compare.png", columns)
     heights = [bar.get_height() for bar in drawn[0].axes[0].patches]
     assert [height for height in heights if height == height] == [0.5, 0.25]
+
+
+def test_what_is_kept_is_asked_and_locality_may_be_protected(tiny_model: Model, tmp_path: Path) -> None:
+    lines = [
+        {"prompt": "Ada likes", "target": "red", "locality": ["The sun is", "Bob likes"], "keep": ["The sky is"]},
+        {"prompt": "Bob likes", "target": "sky"},
+    ]
+    (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    records = read_records("requests", tmp_path / "requests.jsonl")
+    assert records[0].probes["keep"] == (Probe("The sky is", ""),)
+    assert "keep" not in records[1].probes
+    report = run(tiny_model, "batch", records)
+    assert report["results"][0]["metrics"]["keep"] == 1
+    # What another record edits is not kept.
+    chosen = _protected(_Chosen(records, [], [], {"data": "requests"}, DataNotes()))
+    assert [record.request.keep for record in chosen.records] == [("The sky is", "The sun is"), ()]
+    assert [record.probes for record in chosen.records] == [record.probes for record in records]
+    assert chosen.about == {"data": "requests", "protect": True}
+
+
+def test_a_record_that_keeps_nothing_has_the_digest_it_had() -> None:
+    """Report folders of versions that did not know ``keep`` can be gone on with."""
+    records = make_records()[:1]
+    old = dataclasses.asdict(records[0])
+    for request in old["requests"]:
+        del request["keep"]
+    assert _content(records) == hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
 
 
 def test_options_that_would_do_nothing_are_refused(tmp_path: Path, capsys: Any) -> None:

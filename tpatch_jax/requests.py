@@ -154,8 +154,8 @@ def parse_request(record: Any, where: str) -> EditRequest:
     edited = {text.strip() for text in (record["prompt"], *(record.get("rephrases") or ()))}
     if both := [text for text in record.get("keep") or () if text.strip() in edited]:
         raise TPatchError(
-            f"{where}: 'keep' holds {both[0]!r}, which is the prompt or one of 'rephrases' and shall change; take it out "
-            "of one of them"
+            f"{where}: 'keep' holds {both[0]!r}, which is the prompt or one of 'rephrases' and shall change; take it "
+            "out of one of them"
         )
     if record.get("join") not in (None, *JOINS):
         raise TPatchError(f"{where}: 'join' is {record['join']!r}; write 'space' or 'none', or leave it out")
