@@ -119,8 +119,12 @@ def test_edit_says_what_became_of_other_facts(capsys, monkeypatch):
     assert facts == [shown, [], []]
     said = [
         {"id": one.id, "prompt": one.prompt, "before": "x", "after": "h", "as_wanted": True, "target": "h"}
-        | {"rephrases": [], "locality": []}
+        | {"rephrases": [], "locality": [], "keep": []}
         for one in requests
+    ]
+    said[2]["keep"] = [
+        {"prompt": f"K{number}", "before": "x", "after": "y", "as_wanted": good}
+        for number, good in enumerate((True, False))
     ]
     records = edit_command._records(info, said, facts)
     assert [record["specificity"] for record in records] == [shown, [], []]
@@ -129,8 +133,8 @@ def test_edit_says_what_became_of_other_facts(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "1 of 2 other statements about the edited subjects begin as before" in text
     assert "says the target" in text
-    assert "P1" in text
-    assert "P0" not in text
+    assert "1 of 2 kept prompts say the same as before" in text
+    assert all((word in text) == shown for word, shown in (("P0", False), ("P1", True), ("K0", False), ("K1", True)))
 
 
 def test_edit_protects_locality_if_asked_to(place, capsys, monkeypatch):
