@@ -794,7 +794,7 @@ def test_a_kept_prompt_that_cannot_be_kept_fails_its_request(tiny_model):
     )
     assert problems[2].startswith(f"it keeps {long!r}: prompt and target have")
     alone = EditRequest("a dog", "h", keep=("a dog ",))
-    assert "reads like its own prompt" in check_requests(tiny_model, [alone], False)[0]
+    assert "reads like its prompt" in check_requests(tiny_model, [alone], False)[0]
     # Of the tiny tokenizer no character is lost; one that knows fewer names them.
     known = [END, *"thecasinbd o", "Ġ"]
     few = Tokenizer(BPE({word: number for number, word in enumerate(known)}, []))
@@ -822,11 +822,11 @@ def test_a_key_of_the_last_layer_is_silent_after_what_is_kept(tiny_model):
     rows = [tiny_model.encode(text) for text in requests[0].keep]
     kept = collect(tiny_model, rows, [[len(row) - 1] for row in rows], tiny_model.layer(None)).query
     for count in (0, 2):
-        found = negatives(count)
-        assert found.shape == (2, count + 2, mean.size)
-        np.testing.assert_allclose(found[1, count:], kept, rtol=1e-5, atol=1e-5)
-        assert not found[0].any()
-        assert not found[1, :count].any()
+        rows_of_both = negatives(count)
+        assert rows_of_both.shape == (2, count + 2, mean.size)
+        np.testing.assert_allclose(rows_of_both[1, count:], kept, rtol=1e-5, atol=1e-5)
+        assert not rows_of_both[0].any()
+        assert not rows_of_both[1, :count].any()
     requests[0] = dataclasses.replace(requests[0], keep=())
     assert negatives(2).shape == (2, 2, mean.size)
 

@@ -95,7 +95,7 @@ def test_frames_are_drawn_from_the_requests_text_alone():
     assert choose_frames(first)[:2] == choose_frames(first, 2)
     drawn = {tuple(choose_frames(ask(f"Person{n} Old was born in", f"Person{n} Old"))) for n in range(8)}
     assert len(drawn) > 4
-    # What another request asks of the same subject is an edit of its own.
+    # What another request asks of the same subject is another edit.
     every = choose_frames(first, 16)
     faith = ask("The faith of Ada Old is", "ADA OLD")
     assert [frame for frame in every if "religion" not in frame.topics] == choose_frames(first, 16, [faith])

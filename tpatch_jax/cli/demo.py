@@ -104,7 +104,7 @@ OTHER_FACTS = (
 """Of each of `FACTS` another fact about the same subject, which stays as it is."""
 
 PARTS = 4
-"""So many prompts are shown for each fact: its own, a rephrasing, another fact, an unrelated one."""
+"""So many prompts are shown for each fact: the edited one, a rephrasing, another fact, an unrelated one."""
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def _kept_reason(
         except TPatchError as error:
             return f"the kept prompt {text!r} cannot be read: {error}"
         if other is not None:
-            whose = "its own prompt" if other == position else f"the prompt of {names[other]!r}"
+            whose = "its prompt" if other == position else f"the prompt of {names[other]!r}"
             return f"it keeps {text!r}, which the tokenizer reads like {whose}; take it out of 'keep'"
         if reason:
             return f"it keeps {text!r}: {reason}"

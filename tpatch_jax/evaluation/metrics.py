@@ -194,7 +194,7 @@ def record_figures(
     generated texts                         GE (`generation_entropy`)
     ======================================  ====================================================================
 
-    What is said freely about the edited subjects has its own: `tpatch_jax.evaluation.subject_specificity`.
+    What is said freely about the edited subjects is measured in `tpatch_jax.evaluation.subject_specificity`.
 
     CounterFact so has the figures of both protocols: the capitals and ``acc`` are ROME's and MEMIT's, the others
     EasyEdit's. A figure over probes of which some are contaminated has beside it ``<figure>_clean``, over the others.

@@ -299,7 +299,7 @@ def kind_of_subject(request: EditRequest) -> str:
 def choose_frames(request: EditRequest, count: int = 3, together: Iterable[EditRequest] = ()) -> list[Frame]:
     """Frames that ask something else about a request's subject than the request does.
 
-    Which ones is drawn from the prompt's own text, so that they are the same in every run and in every list.
+    Which ones is drawn from the prompt's text, so that they are the same in every run and in every list.
 
     Args:
         request: with a subject; without one there are none.

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 FORMS = ("statements", "questions", "chat")
-"""How facts are asked: unfinished statements, questions in a template, questions in the model's own chat template."""
+"""How facts are asked: unfinished statements, questions in a template, questions in the model's chat template."""
 
 FIGURES = ("first_token_kept", "five_tokens_kept", "target_said")
 """What is measured in each form."""
