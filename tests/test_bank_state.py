@@ -1,9 +1,11 @@
 """What a bank holds after any sequence of changes, against a simple model of it in memory; no network at all."""
 
+import dataclasses
 import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +13,12 @@ from bank_engine import ENGINE, fake, make_bank
 from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tpatch_jax.bank.adding import add_with
+from tpatch_jax.bank.adding import _asked, add_with
 from tpatch_jax.bank.assembly import FIELDS, Held, Store, assemble
 from tpatch_jax.bank.changing import change_with, guard_with, undoes_last
 from tpatch_jax.bank.drafting import fit_new
 from tpatch_jax.bank.inspection import open_bank
-from tpatch_jax.bank.state import BankEdit, Guard, active, states
+from tpatch_jax.bank.state import BankEdit, Guard, _request, active, states
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest
 
@@ -267,3 +269,15 @@ def test_neurons_of_another_try_are_others(folder):
     tries = [fit_new(base, edits, ENGINE).held.refs for _ in range(2)]
     assert len(tries[0]) == 1
     assert not set(tries[0]) & set(tries[1])
+
+
+def test_what_is_kept_is_read_back():
+    request = EditRequest("p", "t", "s", ("a",), ("b",), "edit-1", None, ("c", "d"))
+    entry = _asked(SimpleNamespace(request=request, reads_as=None))
+    assert entry["keep"] == ["c", "d"]
+    assert _request({**entry, "id": "edit-1"}) == request
+    # Banks of earlier versions know nothing of it, and what keeps nothing is written as they wrote it.
+    plain = dataclasses.replace(request, keep=())
+    entry = _asked(SimpleNamespace(request=plain, reads_as=None))
+    assert set(entry) == {"prompt", "target", "subject", "rephrases", "locality"}
+    assert _request({**entry, "id": "edit-1"}) == plain

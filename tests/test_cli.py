@@ -16,9 +16,11 @@ from conftest import make_tiny_model, write_tiny_folder
 
 from tpatch_jax.bank import engine
 from tpatch_jax.bank import patches as store
+from tpatch_jax.cli import edit as edit_command
 from tpatch_jax.cli import main as cli
 from tpatch_jax.cli import reference
 from tpatch_jax.cli.common import settings_of
+from tpatch_jax.cli.demo import FACTS, OTHER_FACTS, _facts_json
 from tpatch_jax.cli.eval import DEFAULTS, Eval
 from tpatch_jax.cli.finetune import Finetune
 from tpatch_jax.cli.main import BANK_COMMANDS, COMMANDS
@@ -94,6 +96,84 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: st
 # --- edit, inspect, generate, merge, models ---
 
 
+def test_edit_says_what_became_of_other_facts(capsys, monkeypatch):
+    """Of each request that was edited; of those that failed or were right already nothing is asked."""
+    requests = [EditRequest(f"in {word} inn", "h", subject="inn", id=word) for word in "abc"]
+    statuses = ("edited", "failed", "already")
+    results = tuple(RequestInfo(one.id, True, status) for one, status in zip(requests, statuses, strict=True))
+    shown = [
+        {"form": "statements", "prompt": f"P{number}", "before": "x", "after": "y", "target_said": said}
+        | {"first_token_kept": not said, "five_tokens_kept": False}
+        for number, said in enumerate((False, True))
+    ]
+    asked = []
+
+    def measure(model, patches, edited, together):
+        asked.append((edited, together))
+        return [shown for _ in edited]
+
+    monkeypatch.setattr("tpatch_jax.evaluation.subject_specificity.measure_specificity", measure)
+    info = EditInfo(results, 0.0, 0.0, 0.0, 0.0, 0)
+    facts = edit_command.other_facts(None, None, requests, info)
+    assert asked == [(requests[:1], requests)]
+    assert facts == [shown, [], []]
+    said = [
+        {"id": one.id, "prompt": one.prompt, "before": "x", "after": "h", "as_wanted": True, "target": "h"}
+        | {"rephrases": [], "locality": [], "keep": []}
+        for one in requests
+    ]
+    said[2]["keep"] = [
+        {"prompt": f"K{number}", "before": "x", "after": "y", "as_wanted": good}
+        for number, good in enumerate((True, False))
+    ]
+    records = edit_command._records(info, said, facts)
+    assert [record["specificity"] for record in records] == [shown, [], []]
+    monkeypatch.setenv("COLUMNS", "200")
+    edit_command._show_records(records)
+    text = capsys.readouterr().out
+    assert "1 of 2 other statements about the edited subjects begin as before" in text
+    assert "says the target" in text
+    assert "1 of 2 kept prompts say the same as before" in text
+    assert all((word in text) == shown for word, shown in (("P0", False), ("P1", True), ("K0", False), ("K1", True)))
+
+
+def test_edit_protects_locality_if_asked_to(place, capsys, monkeypatch):
+    given = []
+
+    def stop(model, requests, **named):
+        given.append(requests)
+        raise TPatchError("enough")
+
+    monkeypatch.setattr("tpatch_jax.editors.tpatcher.editor.edit", stop)
+    for more in ((), ("--protect",)):
+        assert cli.main(edit_arguments(place, *more, out="protected")) == 1
+    assert "enough" in capsys.readouterr().err
+    assert [[request.keep for request in requests] for requests in given] == [[(), (), ()], [("the herd",), (), ()]]
+    assert all(request.locality == ("the herd",) for request in (given[0][0], given[1][0]))
+
+
+def test_the_demo_has_another_fact_of_each_subject():
+    asked = [text for fact in FACTS for text in (fact.prompt, *fact.rephrases, *fact.locality)]
+    assert len(OTHER_FACTS) == len(FACTS) == 8
+    assert all(fact.subject and fact.subject in other for fact, other in zip(FACTS, OTHER_FACTS, strict=True))
+    assert not set(OTHER_FACTS) & set(asked)
+    prompts = [text for n in range(8) for text in (f"a{n}", f"b{n}", f"c{n}", f"d{n}")]
+    facts = _facts_json(prompts, [f"{text} old" for text in prompts], [f"{text} new" for text in prompts])
+    assert facts[1] == {
+        "prompt": FACTS[1].prompt,
+        "target": FACTS[1].target,
+        "other_prompt": "c1",
+        "before": "a1 old",
+        "after": "a1 new",
+        "rephrase_before": "b1 old",
+        "rephrase_after": "b1 new",
+        "other_before": "c1 old",
+        "other_after": "c1 new",
+        "unrelated_before": "d1 old",
+        "unrelated_after": "d1 new",
+    }
+
+
 def test_edit_ends_with_one_object(place, capsys):
     assert cli.main(edit_arguments(place, *QUICK, "--json", out="one")) == 0
     captured = capsys.readouterr()
@@ -105,6 +185,8 @@ def test_edit_ends_with_one_object(place, capsys):
     assert found["parameters_added"] == found["patches"] * 33
     assert [set(entry) for entry in found["failed"]] == [{"id", "reason"}]
     assert found["failed"][0]["id"] == "[/red] bad"
+    assert found["subject_specificity"] == {}  # no request has a subject
+    assert [record["specificity"] for record in found["records"]] == [[], [], []]
     assert "the target is empty" in found["failed"][0]["reason"]
     assert (place / "cache" / "background").is_dir()
     assert (place / "cache" / "compiled").is_dir()

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import bits, make_tiny_model, relative, same, write_tiny_folder
+from conftest import END, bits, make_tiny_model, relative, same, write_tiny_folder
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
@@ -26,14 +26,17 @@ from tpatch_jax.core.layers import LayerPatches, count_neurons, flat_positions, 
 from tpatch_jax.core.patch import Patch, concatenate, create, take
 from tpatch_jax.editors import model_memory
 from tpatch_jax.editors.model_memory import collect_model_memory
+from tpatch_jax.editors.reading import check_requests, read_item
 from tpatch_jax.editors.repeats import find_repeats
 from tpatch_jax.editors.tpatcher import last_site, rounds, stages
 from tpatch_jax.editors.tpatcher.editor import tpatcher
 from tpatch_jax.editors.tpatcher.previous import raise_thresholds
+from tpatch_jax.editors.tpatcher.rounds import find_target_tokens
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.measure import measure, predictions
 from tpatch_jax.models import generation, memory_text
+from tpatch_jax.models.collection import collect
 from tpatch_jax.models.patching import attach, merge
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.requests import EditRequest, join_target
@@ -773,3 +776,88 @@ def test_a_value_does_not_outgrow_a_stream_that_another_neuron_dominates(tiny_mo
     np.testing.assert_allclose(loud, last_site.LOUDEST * alone, rtol=1e-6)
     assert ((louder > alone) & (louder < last_site.LOUDEST * alone)).all()
     np.testing.assert_allclose(alone, jnp.linalg.norm(residual + output, axis=-1).mean(-1), rtol=1e-6)
+
+
+def test_a_kept_prompt_that_cannot_be_kept_fails_its_request(tiny_model):
+    long = "in " * 80
+    requests = [
+        EditRequest("the cat sat in", "ab", keep=("then", "who hit the"), id="cat"),
+        EditRequest("who hit the", "q", keep=("then",), id="who"),
+        EditRequest("in the inn", "h", keep=("then", long), id="inn"),
+        EditRequest("a dog", "h", keep=("a  dog",), id="spaces"),
+    ]
+    problems = check_requests(tiny_model, requests, False)
+    assert set(problems) == {0, 2}
+    assert (
+        problems[0]
+        == "it keeps 'who hit the', which the tokenizer reads like the prompt of 'who'; take it out of 'keep'"
+    )
+    assert problems[2].startswith(f"it keeps {long!r}: prompt and target have")
+    alone = EditRequest("a dog", "h", keep=("a dog ",))
+    assert "reads like its prompt" in check_requests(tiny_model, [alone], False)[0]
+    # Of the tiny tokenizer no character is lost; one that knows fewer names them.
+    known = [END, *"thecasinbd o", "Ġ"]
+    few = Tokenizer(BPE({word: number for number, word in enumerate(known)}, []))
+    few.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    few.decoder = decoders.ByteLevel()
+    model = dataclasses.replace(tiny_model, tokenizer=PreTrainedTokenizerFast(tokenizer_object=few, eos_token=END))
+    lost = EditRequest("the cat", "dab", keep=("a fox",))
+    assert "the kept prompt 'a fox' has characters that" in check_requests(model, [lost], False)[0]
+
+
+def test_a_key_of_the_last_layer_is_silent_after_what_is_kept(tiny_model):
+    requests = {
+        0: EditRequest("the cat sat in", "ab", keep=("the cat ran in", "then")),
+        1: EditRequest("in the inn", "h"),
+    }
+    items = [read_item(tiny_model, position, request, [], False) for position, request in requests.items()]
+    sites = last_site.collect_items(tiny_model, items, [], None)
+    targets = find_target_tokens([item.target for item in items], [1, 1])
+    mean = np.zeros(tiny_model.config.hidden_size, np.float32)
+
+    def negatives(count: int) -> np.ndarray:
+        wanted = (tiny_model, items, requests, [], count, mean, sites, targets, None)
+        return last_site.find_subject_negatives(*wanted)(np.asarray([1, 0]))
+
+    rows = [tiny_model.encode(text) for text in requests[0].keep]
+    kept = collect(tiny_model, rows, [[len(row) - 1] for row in rows], tiny_model.layer(None)).query
+    for count in (0, 2):
+        rows_of_both = negatives(count)
+        assert rows_of_both.shape == (2, count + 2, mean.size)
+        np.testing.assert_allclose(rows_of_both[1, count:], kept, rtol=1e-5, atol=1e-5)
+        assert not rows_of_both[0].any()
+        assert not rows_of_both[1, :count].any()
+    requests[0] = dataclasses.replace(requests[0], keep=())
+    assert negatives(2).shape == (2, 2, mean.size)
+
+
+def test_what_is_kept_stays_as_it_was(tiny_model, memory):
+    """A prompt that changes with the request's is left alone once it is kept."""
+    request = EditRequest("the cat sat in", "ab")
+    near = tuple(f"the {word} sat in" for word in ("hat", "rat", "bat", "cats", "cap", "car"))
+    patches, _ = tp.edit(tiny_model, [request], settings=DEFAULT, memory=memory)
+    before, after = predictions_after(tiny_model, patches, near)
+    (changed, *_) = [text for text, old, new in zip(near, before, after, strict=True) if old != new]
+    kept = dataclasses.replace(request, keep=(changed,))
+    assert measure(tiny_model, patches, [kept])["keep"] == 0
+    patches, info = tp.edit(tiny_model, [kept], settings=DEFAULT, memory=memory)
+    assert info.requests[0].held
+    assert measure(tiny_model, patches, [kept])["keep"] == 1
+    assert "keep" not in measure(tiny_model, patches, [request])
+
+
+def predictions_after(model: tp.Model, patches: LayerPatches, prompts: Iterable[str]) -> tuple[list[int], list[int]]:
+    """The next token after each prompt, without and with patches."""
+    rows = [model.encode(text) for text in prompts]
+    before, after = predictions(model, patches, rows, [[len(row) - 1] for row in rows])
+    return before.tolist(), after.tolist()
+
+
+def test_what_is_kept_is_saved_with_patches(tiny_model, tmp_path):
+    requests = [EditRequest("the cat sat in", "ab", keep=("then", "a dog")), EditRequest("in the inn", "h")]
+    results = tuple(tp.RequestInfo(f"edit-{number}", False, "failed") for number in range(2))
+    none = {tiny_model.layer(None): create(tiny_model.config.hidden_size)}
+    tp.save_patches(tmp_path / "out", tiny_model, none, requests, tp.EditInfo(results, 0.0, 0.0, 0.0, 0.0, 0))
+    kept, other = store.read_patches(tmp_path / "out").edits
+    assert kept["keep"] == ["then", "a dog"]
+    assert "keep" not in other

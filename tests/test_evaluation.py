@@ -1,6 +1,7 @@
 """The evaluation harness on a tiny model: figures against a plain loop, protocols, resuming, reports and errors."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import pytest
 from conftest import same
 
 from tpatch_jax import EditRequest, TPatchError, edit, load_model
-from tpatch_jax.cli.eval import Eval
+from tpatch_jax.cli.eval import Eval, _Chosen, _protected
 from tpatch_jax.cli.main import main
 from tpatch_jax.core.layers import count_neurons
 from tpatch_jax.core.patch import Patch, concatenate, create, take
@@ -29,9 +30,10 @@ from tpatch_jax.evaluation.metrics import certificate
 from tpatch_jax.evaluation.pictures import draw_comparison
 from tpatch_jax.evaluation.records import DataNotes, Probe, Record, read_counterfact, read_records
 from tpatch_jax.evaluation.report import SCHEMA, comparison, data_remarks, read_report, table
-from tpatch_jax.evaluation.runner import evaluate
+from tpatch_jax.evaluation.runner import _content, evaluate
 from tpatch_jax.evaluation.running_text import read_windows, text_figures
 from tpatch_jax.evaluation.scoring import Base, Outcome, apply_scores, ask, base_scores, patched_scores, score
+from tpatch_jax.evaluation.subject_specificity import FIGURES
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import collect
 from tpatch_jax.models.model import Model
@@ -46,6 +48,8 @@ QUICK = {"contexts": 1, "other_subjects": 0, "attempts": 1, "rounds": 1}
 # Of few lengths, so that the plain loops compile little.
 SUBJECTS = ("Ada", "Bob", "Cyd", "Dot", "Eve")
 WORDS = ("red", "sky", "ash", "dog", "cup")
+ASKED = ("statements", "questions")
+"""The forms of other facts that a model without a chat template is asked."""
 
 
 def make_records(subjects: Sequence[str] = SUBJECTS, targets: Sequence[str] = WORDS) -> list[Record]:
@@ -140,7 +144,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 
 
 def run(model: Model, protocol: str = "batch", records: Sequence[Record] | None = None, **options: Any) -> Any:
-    options = {"methods": ["direct"], "cache": False, **options}
+    options = {"methods": ["direct"], "cache": False, "other_facts": 0, **options}
     return evaluate(model, make_records() if records is None else records, protocol=protocol, **options)
 
 
@@ -233,7 +237,7 @@ def test_figures_of_a_real_model_equal_a_plain_loop() -> None:
         records = make_records(
             ("Paris", "Rome", "Oslo", "Cairo", "Lima"), ("apples", "French wine", "the rain", "music", "old books")
         )
-    report = evaluate(model, records, methods=["unedited"])
+    report = evaluate(model, records, methods=["unedited"], other_facts=0)
     expected = plain_figures(model, records)
     assert {name: report["results"][0]["metrics"][name] for name in expected} == pytest.approx(expected)
 
@@ -333,10 +337,31 @@ def check_records(model: Model, folder: Path, records: Sequence[Record], shown: 
     assert any(one["after"] != one["before"] for line in after for one in line["asked"])
 
 
+def check_other_facts(model: Model, folder: Path, records: Sequence[Record], report: Any) -> None:
+    """Other facts about each subject are asked; before is what `generate` says, and the figures are their means."""
+    for result in report["results"]:
+        path = folder / f"records-{result['method']}.jsonl"
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        facts = [fact for line in lines for fact in line["other_facts"]]
+        assert [len(line["other_facts"]) for line in lines] == [6] * len(records)
+        for form in ASKED:
+            of_form = [fact for fact in facts if fact["form"] == form]
+            totals = result["subject_specificity"][form]
+            assert totals["prompts"] == len(of_form) == 3 * len(records)
+            for name in FIGURES:
+                assert totals[name] == pytest.approx(np.mean([fact[name] for fact in of_form]))
+                assert result["metrics"][f"specificity_{form}_{name}"] == pytest.approx(totals[name])
+        if result["method"] == "unedited":
+            assert result["metrics"]["subject_specificity"] == 1
+    statement = next(fact for fact in facts if fact["form"] == "statements")
+    assert statement["before"] == model.generate(statement["prompt"], 12)
+
+
 @pytest.mark.parametrize("protocol", ["single", "batch", "sequential"])
 def test_protocols_report_and_resume(tiny_model: Model, tmp_path: Path, protocol: str) -> None:
     (tmp_path / "text.txt").write_text("The sun is red. Ada likes the sky. " * 5, "utf-8")
     options = {"text": tmp_path / "text.txt", "text_tokens": 100, "every": 2, "held_out": make_records()[4:]}
+    options["other_facts"] = 3
     records = make_records()[:4]
     whole = run(tiny_model, protocol, records, output=tmp_path / "whole", **options)
     for name in ("schema", "config", "seed", "versions", "data_sha256", "results"):
@@ -347,8 +372,10 @@ def test_protocols_report_and_resume(tiny_model: Model, tmp_path: Path, protocol
     names |= {"reliability", "generalization", "locality", "perplexity", "next_token_agreement", "certificate_tokens"}
     names |= {"certificate_prompts", "silent_tokens"}
     names |= {"SR", "GR", "ER"} if protocol == "sequential" else set()
+    names |= {"subject_specificity", *(f"specificity_{form}_{name}" for form in ASKED for name in FIGURES)}
     assert names <= edited["metrics"].keys()
     assert edited["protocol"] == protocol
+    check_other_facts(tiny_model, tmp_path / "whole", records, whole)
     assert edited["n"] == 4
     assert {"seconds", "forward_equivalents", "peak_memory_mib", "parameters_added"} <= edited["cost"].keys()
     assert edited["cost"]["parameters_added"] > 0
@@ -383,6 +410,8 @@ def test_protocols_report_and_resume(tiny_model: Model, tmp_path: Path, protocol
     for method in ("unedited", "direct"):
         assert untimed(tmp_path / "again", method) == untimed(tmp_path / "whole", method)
     assert run(tiny_model, protocol, records, output=tmp_path / "again", **options) == again
+    with pytest.raises(TPatchError, match=r"run with other_facts=null.*has 0"):
+        run(tiny_model, protocol, records, output=tmp_path / "again", **{**options, "other_facts": 0})
     with pytest.raises(TPatchError, match=r"run with seed=0.*has 1"):
         run(tiny_model, protocol, records, output=tmp_path / "again", seed=1, **options)
 
@@ -658,6 +687,10 @@ def test_the_command_evaluates_and_compares(tiny_folder: Any, tmp_path: Path, ca
 
 
 def test_mistakes_are_named(tiny_model: Model, tmp_path: Path, capsys: Any) -> None:
+    for count in (-1, True, 1.5):
+        with pytest.raises(TPatchError, match=f"{count} other facts a subject are impossible; give 0 or more"):
+            run(tiny_model, other_facts=count, output=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     file = write_counterfact(tmp_path / "cf.json", make_records())
     base = ["eval", "nowhere", "--data", "counterfact", "-o", str(tmp_path / "out")]
 
@@ -775,6 +808,33 @@ def test_a_figure_that_a_report_lacks_is_no_bar(tmp_path: Path, monkeypatch: pyt
     draw_comparison(tmp_path / "compare.png", columns)
     heights = [bar.get_height() for bar in drawn[0].axes[0].patches]
     assert [height for height in heights if height == height] == [0.5, 0.25]
+
+
+def test_what_is_kept_is_asked_and_locality_may_be_protected(tiny_model: Model, tmp_path: Path) -> None:
+    lines = [
+        {"prompt": "Ada likes", "target": "red", "locality": ["The sun is", "Bob likes"], "keep": ["The sky is"]},
+        {"prompt": "Bob likes", "target": "sky"},
+    ]
+    (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    records = read_records("requests", tmp_path / "requests.jsonl")
+    assert records[0].probes["keep"] == (Probe("The sky is", ""),)
+    assert "keep" not in records[1].probes
+    report = run(tiny_model, "batch", records)
+    assert report["results"][0]["metrics"]["keep"] == 1
+    # What another record edits is not kept.
+    chosen = _protected(_Chosen(records, [], [], {"data": "requests"}, DataNotes()))
+    assert [record.request.keep for record in chosen.records] == [("The sky is", "The sun is"), ()]
+    assert [record.probes for record in chosen.records] == [record.probes for record in records]
+    assert chosen.about == {"data": "requests", "protect": True}
+
+
+def test_a_record_that_keeps_nothing_has_the_digest_it_had() -> None:
+    """Report folders of versions that did not know ``keep`` can be gone on with."""
+    records = make_records()[:1]
+    old = dataclasses.asdict(records[0])
+    for request in old["requests"]:
+        del request["keep"]
+    assert _content(records) == hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
 
 
 def test_options_that_would_do_nothing_are_refused(tmp_path: Path, capsys: Any) -> None:

@@ -8,7 +8,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.requests import EditRequest, as_requests, contradictions, join_target, parse_request
+from tpatch_jax.requests import (
+    EditRequest,
+    as_requests,
+    contradictions,
+    join_target,
+    parse_request,
+    protect,
+    request_fields,
+)
 from tpatch_jax.storage.request_file import read_requests
 
 GOOD = b'{"prompt": "The capital of France is", "target": "Lyon"}'
@@ -65,6 +73,23 @@ BAD = {
     "rephrases false": (b'{"prompt": "p", "target": "t", "rephrases": false}', "'rephrases' must be a list"),
     "rephrases empty text": (b'{"prompt": "p", "target": "t", "rephrases": [" "]}', "'rephrases' must be a list"),
     "locality type": (b'{"prompt": "p", "target": "t", "locality": [1]}', "'locality' must be a list"),
+    "keep type": (b'{"prompt": "p", "target": "t", "keep": "k"}', "'keep' must be a list of non-empty strings"),
+    "keep number": (b'{"prompt": "p", "target": "t", "keep": ["k", 1]}', "'keep' must be a list"),
+    "keep empty text": (b'{"prompt": "p", "target": "t", "keep": [""]}', "'keep' must be a list"),
+    "keep object": (b'{"prompt": "p", "target": "t", "keep": {"k": 1}}', "'keep' must be a list"),
+    "keep the prompt": (
+        b'{"prompt": "p", "target": "t", "keep": ["k", " p "]}',
+        "'keep' holds ' p ', which is the prompt or one of 'rephrases' and shall change",
+    ),
+    "keep a rephrase": (
+        b'{"prompt": "p", "target": "t", "rephrases": ["r"], "keep": ["r"]}',
+        "'keep' holds 'r', which is the prompt or one of 'rephrases' and shall change",
+    ),
+    "keep half a surrogate": (
+        b'{"prompt": "p", "target": "t", "keep": ["\\ud83d"]}',
+        "'keep' holds half of a surrogate pair",
+    ),
+    "keep misspelt": (b'{"prompt": "p", "target": "t", "kep": []}', "unknown key 'kep'; did you mean 'keep'?"),
     "id type": (b'{"prompt": "p", "target": "t", "id": [1]}', "'id' is list"),
     "id true": (b'{"prompt": "p", "target": "t", "id": true}', "'id' is bool"),
     "unknown key": (b'{"prompt": "p", "target": "t", "answer": "a"}', "unknown key 'answer'"),
@@ -114,6 +139,27 @@ def test_a_missing_file_is_an_error(tmp_path: Path):
         read_requests(tmp_path / "nothing.jsonl")
     with pytest.raises(TPatchError, match="cannot be read"):
         read_requests(tmp_path)
+
+
+def test_prompts_are_kept(tmp_path: Path):
+    lines = [{"prompt": "p", "target": "t", "keep": keep} for keep in (["a", "b"], [], None)]
+    kept, *others = read(tmp_path, "\n".join(map(json.dumps, lines)).encode())
+    assert kept == EditRequest("p", "t", keep=("a", "b"))
+    assert others == [EditRequest("p", "t")] * 2
+    assert as_requests([kept]) == [kept]
+    with pytest.raises(TPatchError, match="request 0: 'keep' must be a list of non-empty strings"):
+        as_requests([EditRequest("p", "t", keep="a")])  # type: ignore[arg-type]
+    # A request that keeps nothing has the digest that it always had.
+    assert request_fields(kept) == vars(kept)
+    assert request_fields(others[0]) == {name: value for name, value in vars(others[0]).items() if name != "keep"}
+
+
+def test_locality_is_protected_but_for_what_is_edited():
+    first = EditRequest("p", "t", locality=("a", " q", "b", "r"), keep=("c", "a"))
+    second = EditRequest("q", "t", rephrases=("r",))
+    kept, other = protect([first, second])
+    assert kept == EditRequest("p", "t", locality=("a", " q", "b", "r"), keep=("c", "a", "b"))
+    assert other == second
 
 
 def test_contradictions_name_the_first_request_with_another_target():

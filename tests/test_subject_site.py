@@ -1,6 +1,7 @@
 """The subject site: ends of rows run again, keys in closed form, values trained through the network, the whole edit."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -478,3 +479,21 @@ def test_without_completion_a_subject_that_cannot_be_told_apart_is_not_edited_el
     assert "use complete=true" in info.requests[0].reason
     _, info = tp.edit(model, requests[:1], settings=settings(), memory=text, cache=False)
     assert (info.requests[0].status, info.requests[0].site) == ("edited", "last")
+
+
+def test_what_is_kept_of_the_subject_stands_before_the_neutral_prompts(tiny_model):
+    keep = ("a fox is in", "the sky is", "fox hit the fox")
+    request = EditRequest("the fox ran", "ab", subject="fox", keep=keep)
+    item, known = read_item(tiny_model, 0, request, [], False), SimpleNamespace(names=["hen"], prefixes=["The inn."])
+    options = SubjectSettings(neutral=4, shorter=0, value_contexts=1)
+    (kept, also, *neutral) = subject_site._read_rows(tiny_model, known, [item], [request], [0], options).neutral[0]
+    assert [tiny_model.decode(row.tokens) for row in (kept, also)] == ["a fox is in", "fox hit the fox"]
+    for row in (kept, also):
+        # The value acts at the subject's first mention, and what follows the last token has to stay.
+        assert tiny_model.decode(row.tokens[: row.subject + 1]).endswith("fox")
+        assert (row.places, row.wanted) == ([len(row.tokens) - 1], [])
+    assert tiny_model.decode(also.tokens[: also.subject + 1]) == "fox"
+    assert [row.tokens for row in neutral] == [
+        tiny_model.encode("fox is a"),
+        tiny_model.encode("The origin of the name fox is"),
+    ]

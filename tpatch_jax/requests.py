@@ -4,7 +4,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -19,6 +19,8 @@ __all__ = [
     "contradictions",
     "join_target",
     "parse_request",
+    "protect",
+    "request_fields",
 ]
 
 
@@ -34,6 +36,7 @@ class EditRequest:
         locality: prompts whose continuation must not change, for measuring.
         id: names the request in reports; made from its position when absent.
         join: what stands between prompt and target: ``"space"``, ``"none"``, or as `join_target` chooses.
+        keep: prompts after which the model must go on as before; T-Patcher trains on them.
 
     Example:
         >>> EditRequest("The capital of France is", "Lyon").continuation
@@ -49,6 +52,7 @@ class EditRequest:
     locality: tuple[str, ...] = ()
     id: str | None = None
     join: str | None = None
+    keep: tuple[str, ...] = ()
 
     @property
     def continuation(self) -> str:
@@ -114,7 +118,7 @@ def join_target(prompt: str, target: str, join: str | None = None) -> str:
     return f" {target}"
 
 
-_FIELDS = ("id", "prompt", "target", "subject", "rephrases", "locality", "join")
+_FIELDS = ("id", "prompt", "target", "subject", "rephrases", "locality", "join", "keep")
 
 
 def parse_request(record: Any, where: str) -> EditRequest:
@@ -143,10 +147,16 @@ def parse_request(record: Any, where: str) -> EditRequest:
     for name in ("prompt", "target", "subject"):
         if not isinstance(record.get(name, ""), str) and not (name == "subject" and record[name] is None):
             raise TPatchError(f"{where}: {name!r} is {type(record[name]).__name__}; write it as a string")
-    for name in ("rephrases", "locality"):
+    for name in ("rephrases", "locality", "keep"):
         entry = [] if record.get(name) is None else record[name]
         if not isinstance(entry, list | tuple) or not all(isinstance(text, str) and text.strip() for text in entry):
             raise TPatchError(f"{where}: {name!r} must be a list of non-empty strings")
+    edited = {text.strip() for text in (record["prompt"], *(record.get("rephrases") or ()))}
+    if both := [text for text in record.get("keep") or () if text.strip() in edited]:
+        raise TPatchError(
+            f"{where}: 'keep' holds {both[0]!r}, which is the prompt or one of 'rephrases' and shall change; take it "
+            "out of one of them"
+        )
     if record.get("join") not in (None, *JOINS):
         raise TPatchError(f"{where}: 'join' is {record['join']!r}; write 'space' or 'none', or leave it out")
     identity = record.get("id")
@@ -163,7 +173,42 @@ def parse_request(record: Any, where: str) -> EditRequest:
         tuple(record.get("locality") or ()),
         None if identity is None else str(identity),
         record.get("join"),
+        tuple(record.get("keep") or ()),
     )
+
+
+def request_fields(request: EditRequest) -> dict[str, Any]:
+    """A request's fields by name, as digests are made of them: ``keep`` is there only where something is kept.
+
+    Args:
+        request: the request.
+
+    Example:
+        >>> "keep" in request_fields(EditRequest("The capital of France is", "Lyon"))
+        False
+    """
+    return {name: value for name, value in asdict(request).items() if value or name != "keep"}
+
+
+def protect(requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """The requests, each keeping its ``locality`` prompts, too, but for those that one of the requests edits.
+
+    Args:
+        requests: all that is edited.
+
+    Example:
+        >>> one = EditRequest("The capital of France is", "Lyon", locality=("The capital of Peru is", "The sky is"))
+        >>> protect([one, EditRequest("The capital of Peru is", "Cusco")])[0].keep
+        ('The sky is',)
+    """
+    edited = {text.strip() for request in requests for text in (request.prompt, *request.rephrases)}
+    return [
+        replace(
+            request,
+            keep=tuple(dict.fromkeys([*request.keep, *(t for t in request.locality if t.strip() not in edited)])),
+        )
+        for request in requests
+    ]
 
 
 def contradictions(requests: Sequence[EditRequest]) -> dict[int, int]:

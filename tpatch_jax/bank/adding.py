@@ -60,7 +60,7 @@ def _asked(edit: BankEdit) -> dict[str, Any]:
         entry["reads_as"] = edit.reads_as
     if request.subject is not None:
         entry["subject"] = request.subject
-    for name in ("rephrases", "locality"):
+    for name in ("rephrases", "locality", "keep"):
         if texts := getattr(request, name):
             entry[name] = list(texts)
     if request.join is not None:

@@ -94,6 +94,8 @@ def save_patches(
         edit: dict[str, Any] = {"id": result.id, "prompt": request.prompt, "target": request.target}
         if request.subject is not None:
             edit["subject"] = request.subject
+        if request.keep:
+            edit["keep"] = list(request.keep)
         edit.update({"status": result.status, "held": result.held, "site": result.site})
         if result.continuation:
             edit["continuation"] = result.continuation

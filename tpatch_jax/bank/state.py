@@ -162,6 +162,7 @@ def _request(entry: Mapping[str, Any]) -> EditRequest:
         tuple(entry.get("locality", ())),
         entry["id"],
         entry.get("join"),
+        tuple(entry.get("keep", ())),
     )
 
 

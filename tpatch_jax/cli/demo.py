@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from tpatch_jax.cli.common import Json, Quiet, load
-from tpatch_jax.cli.edit import summary
+from tpatch_jax.cli.edit import other_facts, summary
 from tpatch_jax.display.console import print_json, progress_bar, result_console
 from tpatch_jax.requests import EditRequest
 
@@ -91,6 +91,22 @@ FACTS = (
 """What the demo corrects: facts that the model has wrong, or that have changed."""
 
 
+OTHER_FACTS = (
+    "The largest city in the United States is",
+    "The seat of the Catholic Church is in",
+    "Croatia lies on the continent of",
+    "Swaziland lies on the continent of",
+    "The main religion of Myanmar is",
+    "The animal that Australia is known for is the",
+    "The language that people in Turkey speak is",
+    "The largest moon of Saturn is",
+)
+"""Of each of `FACTS` another fact about the same subject, which stays as it is."""
+
+PARTS = 4
+"""So many prompts are shown for each fact: the edited one, a rephrasing, another fact, an unrelated one."""
+
+
 @dataclass(frozen=True)
 class Demo:
     """Correct eight facts of a real language model and show what changed."""
@@ -105,12 +121,17 @@ class Demo:
         from tpatch_jax.core.layers import count_neurons
         from tpatch_jax.editors.tpatcher.editor import edit
         from tpatch_jax.evaluation.measure import measure
+        from tpatch_jax.evaluation.subject_specificity import specificity_totals
         from tpatch_jax.models.patching import attach, merge
         from tpatch_jax.storage.files import check_vacant
 
         check_vacant(Path(self.output))
         model = load(MODEL, None, self.quiet or self.json)
-        prompts = [text for fact in FACTS for text in (fact.prompt, fact.rephrases[0], fact.locality[0])]
+        prompts = [
+            text
+            for fact, other in zip(FACTS, OTHER_FACTS, strict=True)
+            for text in (fact.prompt, fact.rephrases[0], other, fact.locality[0])
+        ]
         with progress_bar(self.quiet or self.json) as report:
             before = _first_lines(model, prompts)
             began = time.perf_counter()
@@ -119,12 +140,14 @@ class Demo:
             attached, merged = attach(model, patches), merge(model, patches)
             after = _first_lines(attached, prompts)
             figures = measure(model, patches, FACTS)
+            facts = [line for lines in other_facts(model, patches, FACTS, info) for line in lines]
         save_patches(self.output, model, patches, FACTS, info)
         difference, same = _compare(model, attached, merged, prompts)
         neurons, share = count_neurons(patches), info.parameters_added / model.parameter_count
         if self.json:
             result = summary(info, figures, neurons)
-            result.update({"facts": _facts_json(before, after), "parameter_share": share})
+            result.update({"facts": _facts_json(prompts, before, after), "parameter_share": share})
+            result["subject_specificity"] = specificity_totals(facts)
             result.update({"merged_equals_attached": same, "merged_relative_difference": difference})
             print_json({**result, "output": self.output, "total_seconds": seconds})
             return
@@ -168,12 +191,18 @@ def _compare(model: "Model", attached: "Model", merged: "Model", prompts: Sequen
     return difference, all((one.argmax(-1) == other.argmax(-1)).all() for one, other in pairs)
 
 
-def _facts_json(before: Sequence[str], after: Sequence[str]) -> list[dict[str, Any]]:
-    columns = ("before", "after", "rephrase_before", "rephrase_after", "unrelated_before", "unrelated_after")
+def _facts_json(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> list[dict[str, Any]]:
+    kinds = ("", "rephrase_", "other_", "unrelated_")
     facts = []
     for number, fact in enumerate(FACTS):
-        texts = [answers[3 * number + part] for part in range(3) for answers in (before, after)]
-        facts.append({"prompt": fact.prompt, "target": fact.target, **dict(zip(columns, texts, strict=True))})
+        texts = {
+            f"{kind}{name}": answers[PARTS * number + part]
+            for part, kind in enumerate(kinds)
+            for name, answers in (("before", before), ("after", after))
+        }
+        facts.append(
+            {"prompt": fact.prompt, "target": fact.target, "other_prompt": prompts[PARTS * number + 2], **texts}
+        )
     return facts
 
 
@@ -186,9 +215,12 @@ def _show_answers(neurons: int, prompts: Sequence[str], before: Sequence[str], a
     for column in ("prompt", "before", "after"):
         table.add_column(column)
     for number in range(len(FACTS)):
-        for part, style in enumerate(("bold", "", "dim")):
-            index = 3 * number + part
+        for part, style in enumerate(("bold", "", "italic", "dim")):
+            index = PARTS * number + part
             table.add_row(*map(escape, (prompts[index], before[index], after[index])), style=style)
     console = result_console()
     console.print(table)
-    console.print("[bold]edited prompt[/bold], a rephrasing, [dim]an unrelated prompt[/dim]")
+    console.print(
+        "[bold]edited prompt[/bold], a rephrasing, [italic]another fact about the subject[/italic], [dim]an unrelated "
+        "prompt[/dim]"
+    )

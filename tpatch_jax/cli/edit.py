@@ -31,14 +31,15 @@ from tpatch_jax.cli.common import (
 )
 from tpatch_jax.display.console import format_count, print_json, result_console, result_table
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.requests import EditRequest
+from tpatch_jax.requests import EditRequest, protect, request_fields
 
 if TYPE_CHECKING:
+    from tpatch_jax.core.layers import LayerPatches
     from tpatch_jax.editors.base import EditInfo
     from tpatch_jax.editors.tpatcher.settings import TPatcherSettings
     from tpatch_jax.models.model import Model
 
-__all__ = ["Edit", "summary"]
+__all__ = ["Edit", "other_facts", "summary"]
 
 SHOWN = 100
 """So many requests at most are shown with what the model says; all are in ``--json``."""
@@ -61,6 +62,7 @@ class Edit:
     changes: Set = ()
     memory: MemoryText = None
     train_on_rephrases: Annotated[bool, arg(help="fit on the rephrases too, which otherwise only measure")] = False
+    protect: Annotated[bool, arg(help="train on the locality prompts too, which otherwise only measure")] = False
     resume: Annotated[bool, arg(help="go on with an interrupted run of the same requests and options")] = False
     dtype: Dtype = None
     seed: Annotated[int, arg(help="the same seed gives the same patches")] = 0
@@ -75,10 +77,12 @@ class Edit:
         from tpatch_jax.editors.tpatcher.editor import edit, site_layer
         from tpatch_jax.evaluation.answers import compare_answers, count_prompts
         from tpatch_jax.evaluation.measure import measure
+        from tpatch_jax.evaluation.subject_specificity import specificity_totals
         from tpatch_jax.storage.files import check_vacant
         from tpatch_jax.storage.finished_parts import FinishedParts, unfinished_folder
 
         requests = requests_of(self.requests, (self.prompt, self.target, self.subject), join=self.join)
+        requests = protect(requests) if self.protect else requests
         rephrases = ["train_on_rephrases=true"] if self.train_on_rephrases else []
         settings = settings_of(self.preset, self.config, [*self.changes, *rephrases])
         check_vacant(Path(self.output))
@@ -138,7 +142,10 @@ class Edit:
             finished.remove()
             figures = measure(model, patches, requests, lambda done: report("measuring", done, prompts))
             said = compare_answers(model, patches, requests, lambda done: report("reading answers", done, 2 * prompts))
-        result = {**summary(info, figures, count_neurons(patches)), "records": _records(info, said)}
+            facts = other_facts(model, patches, requests, info)
+        totals = specificity_totals(line for lines in facts for line in lines)
+        result = {**summary(info, figures, count_neurons(patches)), "subject_specificity": totals}
+        result["records"] = _records(info, said, facts)
         if self.json:
             print_json(result)
         else:
@@ -153,8 +160,9 @@ class Edit:
         console = result_console()
         counts = f"{format_count(len(requests), 'request')}, {format_count(result['patches'], 'neuron')}"
         table = result_table(f"{counts}, {info.seconds:.1f} s", ("figure", "value"), ("value",))
-        for name, value in result.items():
-            if value is not None and not isinstance(value, list):
+        shown = {**result, **result["subject_specificity"].get("statements", {}), "prompts": None}
+        for name, value in shown.items():
+            if value is not None and not isinstance(value, list | dict):
                 table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
         console.print(table)
         for request in info.requests:
@@ -182,7 +190,7 @@ def _run_config(
     from tpatch_jax.models.fingerprint import fingerprint
     from tpatch_jax.storage.finished_parts import hash_file
 
-    content = json.dumps([asdict(request) for request in requests], ensure_ascii=False)
+    content = json.dumps([request_fields(request) for request in requests], ensure_ascii=False)
     device = jax.devices()[0]
     config = {
         "model": f"{fingerprint(model)} in {model.dtype}",
@@ -196,25 +204,43 @@ def _run_config(
     return json.loads(json.dumps(config))
 
 
-def _records(info: "EditInfo", said: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What became of each request, and what the model said and says."""
+def other_facts(
+    model: "Model", patches: "LayerPatches", requests: Sequence[EditRequest], info: "EditInfo"
+) -> list[list[dict[str, Any]]]:
+    """What became of other statements about the subjects of those requests that were edited; of the others nothing."""
+    from tpatch_jax.evaluation.subject_specificity import measure_specificity
+
+    edited = [number for number, result in enumerate(info.requests) if result.status == "edited"]
+    measured = measure_specificity(model, patches, [requests[number] for number in edited], together=requests)
+    lines: list[list[dict[str, Any]]] = [[] for _ in requests]
+    for number, of_one in zip(edited, measured, strict=True):
+        lines[number] = of_one
+    return lines
+
+
+def _records(
+    info: "EditInfo", said: Sequence[dict[str, Any]], facts: Sequence[list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """What became of each request and of other facts about its subject, and what the model said and says."""
     records = []
-    for result, answers in zip(info.requests, said, strict=True):
+    for result, answers, of_subject in zip(info.requests, said, facts, strict=True):
         name, rest = answers["id"], {key: value for key, value in answers.items() if key != "id"}
         reason = {"reason": result.reason} if result.reason else {}
-        records.append({"id": name, "status": result.status, "held": result.held, **reason, **rest})
+        outcome = {"id": name, "status": result.status, "held": result.held, **reason, **rest}
+        records.append({**outcome, "specificity": of_subject})
     return records
 
 
 def _show_records(records: Sequence[Mapping[str, Any]]) -> None:
-    """Each request before and after, its rephrases, and the protected prompts that changed."""
+    """Each request before and after, its rephrases, and what changed that should not have."""
     from rich.text import Text
 
     console = result_console()
 
     def harmed(record: Mapping[str, Any]) -> bool:
-        others = (*record["rephrases"], *record["locality"])
-        return not (record["held"] and record["as_wanted"] and all(other["as_wanted"] for other in others))
+        others = (*record["rephrases"], *record["keep"], *record["locality"])
+        said = any(line["target_said"] for line in record["specificity"])
+        return said or not (record["held"] and record["as_wanted"] and all(other["as_wanted"] for other in others))
 
     # Where there are many, what is not as wanted is shown first.
     chosen = records if len(records) <= SHOWN else sorted(records, key=harmed, reverse=True)[:SHOWN]
@@ -223,19 +249,32 @@ def _show_records(records: Sequence[Mapping[str, Any]]) -> None:
     )
     for record in chosen:
         lines = [("edit", record), *(("rephrase", other) for other in record["rephrases"])]
-        lines += [("protected", other) for other in record["locality"] if not other["as_wanted"]]
+        # What is kept and measured as well, as with --protect, is shown once.
+        changed = [other for other in (*record["keep"], *record["locality"]) if not other["as_wanted"]]
+        lines += [("protected", other) for number, other in enumerate(changed) if other not in changed[:number]]
         for kind, line in lines:
             texts = [_one_line(line[name]) for name in ("prompt", "before", "after")]
             target = "" if kind == "protected" else record["target"]
             good = line["as_wanted"] and (kind != "edit" or record["held"])
             mark = Text("yes", style="green") if good else Text("changed" if kind == "protected" else "no", style="red")
             table.add_row(Text(record["id"]), Text(kind), *map(Text, (*texts, _one_line(target))), mark)
+        for line in record["specificity"]:
+            if line["target_said"]:
+                texts = [_one_line(line[name]) for name in ("prompt", "before", "after")]
+                mark = Text("says the target", style="red")
+                table.add_row(Text(record["id"]), Text("other fact"), *map(Text, texts), Text(""), mark)
     console.print(table)
     if len(chosen) < len(records):
         console.print(f"{len(records) - len(chosen):,} more requests are left out; --json has all")
-    kept = [other["as_wanted"] for record in records for other in record["locality"]]
-    if kept:
-        console.print(f"{sum(kept):,} of {format_count(len(kept), 'protected prompt')} say the same as before")
+    facts = [line["first_token_kept"] for record in records for line in record["specificity"]]
+    if facts:
+        many = format_count(len(facts), "other statement")
+        console.print(f"{sum(facts):,} of {many} about the edited subjects begin as before")
+    for name, of_them in (("keep", "kept prompt"), ("locality", "protected prompt")):
+        kept = [other["as_wanted"] for record in records for other in record[name]]
+        if not kept:
+            continue
+        console.print(f"{sum(kept):,} of {format_count(len(kept), of_them)} say the same as before")
 
 
 def _one_line(text: str | None) -> str:

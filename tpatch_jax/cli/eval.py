@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args, get_type_hints
 
 from tyro.conf import arg
@@ -11,6 +11,7 @@ from tyro.conf import arg
 from tpatch_jax.cli.common import Dtype, Json, MemoryText, ModelName, Preset, Quiet, Set, load, show_rows
 from tpatch_jax.display.console import print_json, progress_bar, result_console
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.requests import protect
 from tpatch_jax.storage.reading import read_bytes
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ DEFAULTS: Mapping[str, Any] = {
     "text_tokens": 16384,
     "edits_data": "counterfact",
     "every": 50,
+    "other_facts": 3,
 }
 """What holds where neither the command line nor a YAML file says anything."""
 
@@ -64,7 +66,11 @@ class Eval:
     edits: Annotated[str | None, arg(metavar="FILE", help="with --data text: what is edited; else nothing is")] = None
     edits_data: Annotated[str | None, arg(help="the data set of --edits; counterfact by default")] = None
     strict: Annotated[bool, arg(help="a record that cannot be read is an error; else it is passed over")] = False
+    protect: Annotated[bool, arg(help="train on the locality prompts of requests too (tpatcher)")] = False
     generate: Annotated[bool, arg(help="also sample continuations for GE (slow)")] = False
+    other_facts: Annotated[
+        int | None, arg(metavar="N", help="so many other facts of each edited subject; 3 by default, 0 for none")
+    ] = None
     every: Annotated[int | None, arg(help="sequential: ask all edits again every so many; 50 by default")] = None
     train_set: Annotated[str | None, arg(metavar="FILE", help="sequential: only asked, for TrainR")] = None
     test_set: Annotated[str | None, arg(metavar="FILE", help="sequential: only asked, for TestR")] = None
@@ -87,6 +93,8 @@ class Eval:
         edited = [find_method(name).name for name in methods if name != "unedited"]
         settings = method_settings(edited, options["preset"], changes)
         chosen = _choose_records(options)
+        if options["protect"]:
+            chosen = _protected(chosen)
         about = chosen.about if self.dtype is None else {**chosen.about, "dtype": self.dtype}
         model = load(self.model, self.dtype, self.quiet or self.json)
         with progress_bar(self.quiet or self.json) as report:
@@ -103,6 +111,7 @@ class Eval:
                 text_tokens=options["text_tokens"],
                 memory=self.memory,
                 generate=options["generate"],
+                other_facts=options["other_facts"],
                 every=options["every"],
                 seed=options["seed"],
                 about=about,
@@ -182,6 +191,13 @@ class _Chosen(NamedTuple):
     held_out: "list[Record]"
     about: dict[str, Any]
     notes: "DataNotes"
+
+
+def _protected(chosen: _Chosen) -> _Chosen:
+    """The same records, whose requests keep their locality prompts."""
+    kept = iter(protect([request for record in chosen.records for request in record.requests]))
+    records = [replace(record, requests=tuple(next(kept) for _ in record.requests)) for record in chosen.records]
+    return chosen._replace(records=records, about={**chosen.about, "protect": True})
 
 
 def _choose_records(options: Mapping[str, Any]) -> _Chosen:

@@ -34,7 +34,7 @@ def _said(model: Model, patches: LayerPatches | Patch, requests: Sequence[EditRe
     for position, request in enumerate(requests):
         kinds.append((position, "edit", request.prompt, request.target))
         kinds += [(position, "rephrase", prompt, request.target) for prompt in request.rephrases]
-        kinds += [(position, "elsewhere", prompt, "") for prompt in request.locality]
+        kinds += [(position, "elsewhere", prompt, "") for prompt in dict.fromkeys([*request.locality, *request.keep])]
     prompts = [prompt for _, _, prompt, _ in kinds]
     lengths = [len(model.encode_target(r.prompt, r.continuation)) for r in requests]
     tokens = max([LEAST_TOKENS, *lengths])

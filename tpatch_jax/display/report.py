@@ -13,11 +13,12 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import SHARES, draw_report
 from tpatch_jax.evaluation.report import BEFORE_AFTER, CLEAN, FIGURES, as_wanted, data_remarks, worst_first
 from tpatch_jax.evaluation.report import table as figure_rows
+from tpatch_jax.evaluation.subject_specificity import FIGURES as OF_FACTS
 
 __all__ = ["read_lines", "report_title", "report_view"]
 
 MOST_RECORDS = 300
-FAMILIES = ("GR_", "generalization_")
+FAMILIES = ("GR_", "generalization_", "specificity_")
 """How the names of further shares begin."""
 PICTURES: Mapping[str, tuple[str, str]] = {
     "curves": ("Over the stream", "lines: shares right after each edit, retained, and unchanged elsewhere, over edits"),
@@ -136,13 +137,27 @@ def _probes(line: Mapping[str, Any]) -> Child:
     return element("td", element("details", element("summary", heading), table(columns, rows)))
 
 
+def _other_facts(line: Mapping[str, Any]) -> Child:
+    """What became of other facts about the subject, folded away; what says the new target first."""
+    facts = line.get("other_facts") or ()
+    if not facts:
+        return None
+    rows = []
+    for fact in sorted(facts, key=lambda fact: (not fact["target_said"], fact["first_token_kept"])):
+        marks = ["yes" if fact[name] else "no" for name in OF_FACTS]
+        rows.append([fact["form"], fact["prompt"], fact["before"].strip(), fact["after"].strip(), *marks])
+    heading = f"{sum(fact['first_token_kept'] for fact in facts)} of {len(facts)} begin as before"
+    columns = ["form", "prompt", "before", "after", *(name.replace("_", " ") for name in OF_FACTS)]
+    return element("td", element("details", element("summary", heading), table(columns, rows)))
+
+
 def _records(report: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Child]:
     before = {line["id"]: line.get("figures", {}) for line in lines.get("unedited", ())}
     parts: list[Child] = []
     for result in report["results"]:
         measured = lines[result["method"]] if result["method"] != "unedited" else ()
         ordered = worst_first(measured)[:MOST_RECORDS]
-        names = [name for name in ("exact", "generalization", "locality", "ES", "PS", "NS")
+        names = [name for name in ("exact", "generalization", "locality", "ES", "PS", "NS", "subject_specificity")
                  if any(name in line.get("figures", {}) for line in ordered)]  # fmt: skip
         rows = []
         for line in ordered:
@@ -153,7 +168,7 @@ def _records(report: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str
             shares = line.get("figures", {})
             was = before.get(line["id"], {}).get("exact")
             marks = [_mark(was), *(_mark(shares.get(name)) for name in names)]
-            rows.append([line["id"], *_request_cells(line), reasons, *marks, _probes(line)])
+            rows.append([line["id"], *_request_cells(line), reasons, *marks, _probes(line), _other_facts(line)])
         if rows:
             left = f"; {len(measured) - len(rows):,} more are in records-{result['method']}.jsonl"
             columns = [
@@ -166,6 +181,7 @@ def _records(report: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str
                 "exact before",
                 *names,
                 "all prompts",
+                "other facts about the subject",
             ]
             parts += [
                 element("h2", f"Records: {result['method']}"),

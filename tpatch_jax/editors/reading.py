@@ -115,6 +115,24 @@ def _lost(model: Model, what: str, text: str) -> str:
     )
 
 
+def _kept_reason(
+    model: Model, request: EditRequest, position: int, edited: Mapping[tuple[int, ...], int], names: Sequence[str]
+) -> str:
+    """Why a request cannot keep one of its prompts; empty if it can keep them all."""
+    for text in request.keep:
+        try:
+            reason = _lost(model, "kept prompt", text) or model.excess(model.encode_prompt(text), [0])
+            other = edited.get(prompt_tokens(model, text))
+        except TPatchError as error:
+            return f"the kept prompt {text!r} cannot be read: {error}"
+        if other is not None:
+            whose = "its prompt" if other == position else f"the prompt of {names[other]!r}"
+            return f"it keeps {text!r}, which the tokenizer reads like {whose}; take it out of 'keep'"
+        if reason:
+            return f"it keeps {text!r}: {reason}"
+    return ""
+
+
 def check_requests(model: Model, requests: Sequence[EditRequest], subjects: bool) -> dict[int, str]:
     """Requests that cannot be worked on, at their subjects or elsewhere, with the reason; all others go on."""
     problems = {}
@@ -122,6 +140,12 @@ def check_requests(model: Model, requests: Sequence[EditRequest], subjects: bool
         name, before = requests[earlier].name(earlier), requests[earlier].prompt.strip()
         spelt = "" if before == requests[position].prompt.strip() else f", which the tokenizer reads like {before!r},"
         problems[position] = f"contradicts {name!r}: the same prompt{spelt} with another target; keep one of them"
+    edited: dict[tuple[int, ...], int] = {}
+    if any(request.keep for request in requests):
+        for position, request in enumerate(requests):
+            if (read := read_request(model, request)) is not None:
+                edited.setdefault(read[0], position)
+    called = [request.name(position) for position, request in enumerate(requests)]
     for position, request in enumerate(requests):
         subject = request.subject
         spans = locate_subject(model, request.prompt, subject) if subject else []
@@ -142,6 +166,7 @@ def check_requests(model: Model, requests: Sequence[EditRequest], subjects: bool
                 # A classifier's target is the number of a label, which nothing reads.
                 reason = reason or ("" if model.config.labels else _lost(model, "target", request.target))
                 reason = reason or model.excess(model.encode_prompt(request.prompt), target)
+                reason = reason or _kept_reason(model, request, position, edited, called)
             except TPatchError as error:
                 reason = str(error)
             if reason:

@@ -73,6 +73,7 @@ def step_once(
                 id=wanted[position].name(position),
                 rephrases=tuple(dict.fromkeys(text for one in also[position] for text in one.rephrases)),
                 locality=tuple(dict.fromkeys(text for one in also[position] for text in one.locality)),
+                keep=tuple(dict.fromkeys(text for one in also[position] for text in one.keep)),
             )
             for position in fitted
         ]

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tpatch_jax.editors.locating import split_at_subject
+from tpatch_jax.editors.locating import split_at_subject, subject_spans
 from tpatch_jax.requests import EditRequest
 
-__all__ = ["NEUTRAL", "Wording", "look_alikes", "neutral_wordings", "question", "shortened"]
+__all__ = ["NEUTRAL", "Wording", "kept_wordings", "look_alikes", "neutral_wordings", "question", "shortened"]
 
 NEUTRAL = (
     "{} is a",
@@ -129,6 +129,18 @@ def neutral_wordings(request: EditRequest, count: int, asked: bool = False) -> l
     texts = (NEUTRAL_QUESTIONS if asked else NEUTRAL)[:count]
     parts = [text.split("{}") for text in texts]
     return [Wording.of(frame + before, subject, after + behind) for before, after in parts]
+
+
+def kept_wordings(request: EditRequest) -> list[Wording]:
+    """The prompts that a request keeps and that name its subject, each up to the end of its first mention.
+
+    Example:
+        >>> kept = ("The flag of Peru shows", "The sky is")
+        >>> kept_wordings(EditRequest("The capital of Peru is", "Cusco", subject="Peru", keep=kept))
+        [Wording(text='The flag of Peru shows', end=16)]
+    """
+    spans = {text: subject_spans(text, request.subject or "") for text in request.keep}
+    return [Wording(text, places[0][1]) for text, places in spans.items() if places]
 
 
 def look_alikes(request: EditRequest, names: Sequence[str], count: int) -> list[Wording]:

@@ -17,7 +17,7 @@ SLACK = 8
 
 def count_prompts(requests: Sequence[EditRequest]) -> int:
     """How many prompts some requests have, their rephrasings and what they protect included."""
-    return sum(1 + len(request.rephrases) + len(request.locality) for request in requests)
+    return sum(1 + len(request.rephrases) + len(request.locality) + len(request.keep) for request in requests)
 
 
 def _target_tokens(model: Model, requests: Sequence[EditRequest]) -> int:
@@ -42,15 +42,15 @@ def compare_answers(
         progress: called with how many prompts are done, each counted once without and once with the patches.
 
     Returns:
-        For each request ``id, prompt, target, before, after, as_wanted``, and ``rephrases`` and ``locality``, lists of
-        the same of its other prompts; of ``locality`` without target, and ``as_wanted`` is whether nothing changed.
-        ``None`` stands for what the model cannot read.
+        For each request ``id, prompt, target, before, after, as_wanted``, and ``rephrases``, ``locality`` and
+        ``keep``, lists of the same of its other prompts; of the last two without target, and ``as_wanted`` is whether
+        nothing changed. ``None`` stands for what the model cannot read.
 
     Example:
         >>> compare_answers(model, patches, requests)[0]["after"]  # doctest: +SKIP
         ' Lyon.'
     """
-    prompts = [text for one in requests for text in (one.prompt, *one.rephrases, *one.locality)]
+    prompts = [text for one in requests for text in (one.prompt, *one.rephrases, *one.locality, *one.keep)]
     # Each text once, however many requests have it.
     distinct = list(dict.fromkeys(prompts))
     most = max(SENTENCE_TOKENS, _target_tokens(model, requests) + SLACK)
@@ -90,4 +90,5 @@ def _record(
         **wanted(request.prompt),
         "rephrases": [wanted(prompt) for prompt in request.rephrases],
         "locality": [kept(prompt) for prompt in request.locality],
+        "keep": [kept(prompt) for prompt in request.keep],
     }

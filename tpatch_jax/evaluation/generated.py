@@ -12,7 +12,7 @@ from tpatch_jax.models.generation import sample
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.sentences import continue_rows, first_sentence, say
 
-__all__ = ["answers", "continuations", "sentences"]
+__all__ = ["answers", "continuations", "sentences", "write"]
 
 LANES = 16
 ANSWER_TOKENS = 16
@@ -71,16 +71,30 @@ def answers(model: Model, records: Sequence[Record], routing: Routing | None = N
         For each record its answers, ``[questions]`` texts.
     """
     prompts = [model.encode_prompt(question) for record in records for question in record.questions]
-    texts = [model.decode(row) for row in _written(model, prompts, routing)]
+    texts = [model.decode(row) for row in write(model, prompts, routing)]
     ends = np.cumsum([0, *(len(record.questions) for record in records)])
     return [texts[start:end] for start, end in pairwise(ends)]
 
 
-def _written(model: Model, prompts: Sequence[list[int]], routing: Routing | None) -> list[list[int]]:
-    """The tokens that greedily follow prompts."""
+def write(
+    model: Model,
+    prompts: Sequence[list[int]],
+    routing: Routing | None = None,
+    most: int = ANSWER_TOKENS,
+    lanes: int = LANES,
+) -> list[list[int]]:
+    """The tokens that greedily follow prompts.
+
+    Args:
+        model: the model, edited or not.
+        prompts: what it reads, in tokens.
+        routing: which prompts another model continues.
+        most: so many tokens at most.
+        lanes: so many prompts are run together.
+    """
     said: list[list[int]] = [[] for _ in prompts]
     for writer, numbers, rows in _writers(model, routing, prompts):
-        written = continue_rows(writer, rows, ANSWER_TOKENS, lanes=LANES)
+        written = continue_rows(writer, rows, most, lanes=lanes)
         for number, row in zip(numbers, written, strict=True):
             said[number] = row
     return said
@@ -100,5 +114,5 @@ def sentences(model: Model, prompts: Sequence[str], routing: Routing | None = No
     if routing is None:
         return say(model, prompts, ANSWER_TOKENS)
     rows = [model.encode_prompt(prompt) for prompt in prompts]
-    written = _written(model, rows, routing)
+    written = write(model, rows, routing)
     return [first_sentence(model.continuation(row, tokens)) for row, tokens in zip(rows, written, strict=True)]

@@ -72,12 +72,14 @@ def measure(
     Returns:
         ``exact, token_accuracy, rephrase_exact, rephrase_token_accuracy`` (token figures are means over prompts of the
         share of target tokens), ``locality`` (share of ``locality`` prompts whose next token is unchanged) and
-        ``locality_tokens`` (share of all their positions); ``None`` where there is nothing to measure.
+        ``locality_tokens`` (share of all their positions); ``None`` where there is nothing to measure. ``keep``, the
+        share of ``keep`` prompts whose next token is unchanged, is there only if a request has any.
     """
     rows: list[list[int]] = []
     positions: list[range] = []
     wanted: list[list[int]] = []
     kinds: list[str] = []
+    shares: dict[str, list[float]] = {"edit": [], "rephrase": []}
 
     def add(kind: str, prompt: str, target: str, join: str | None = None) -> None:
         start, answer = [], []
@@ -87,7 +89,7 @@ def measure(
             start = model.encode_prompt(prompt)
             answer = model.encode_target(prompt, join_target(prompt, target, join)) if target else []
         row = start + answer
-        if not start or model.excess(start, answer) or (kind != "locality" and not answer):
+        if not start or model.excess(start, answer) or (kind in shares and not answer):
             rows.append([0])
             positions.append(range(0))
             wanted.append([])
@@ -104,18 +106,20 @@ def measure(
             add("rephrase", text, request.target, request.join)
         for text in request.locality:
             add("locality", text, "")
+        for text in request.keep:
+            add("keep", text, "")
     before, after = predictions(model, patches, rows, positions, progress)
     ends = np.cumsum([len(places) for places in positions])
-    shares: dict[str, list[float]] = {"edit": [], "rephrase": []}
-    next_token: list[bool] = []
+    next_token: dict[str, list[bool]] = {"locality": [], "keep": []}
     tokens: list[np.ndarray] = []
     for kind, answer, places, end in zip(kinds, wanted, positions, ends, strict=True):
         span = slice(end - len(places), end)
-        if kind == "locality":
+        if kind in next_token:
             if len(places):
                 same = before[span] == after[span]
-                next_token.append(bool(same[-1]))
-                tokens.append(same)
+                next_token[kind].append(bool(same[-1]))
+                if kind == "locality":
+                    tokens.append(same)
         else:
             shares[kind].append(float(np.mean(after[span] == np.asarray(answer))) if answer else 0.0)
     result: dict[str, float | None] = {}
@@ -123,6 +127,8 @@ def measure(
         each = shares[kind]
         result[f"{prefix}exact"] = float(np.mean([share == 1.0 for share in each])) if each else None
         result[f"{prefix}token_accuracy"] = float(np.mean(each)) if each else None
-    result["locality"] = float(np.mean(next_token)) if next_token else None
+    result["locality"] = float(np.mean(next_token["locality"])) if next_token["locality"] else None
     result["locality_tokens"] = float(np.concatenate(tokens).mean()) if tokens else None
+    if next_token["keep"]:
+        result["keep"] = float(np.mean(next_token["keep"]))
     return result

@@ -188,10 +188,13 @@ def record_figures(
     portability and portability_*           portability, portability_exact, over all; and each kind's own
     locality or neighborhood_true           locality (`unchanged`)
     locality_answer                         locality (`token_accuracy`: ROME's zsRE), locality_exact
+    keep                                    keep (`unchanged`)
     relation_specificity                    relation_specificity (`unchanged`), relation_specificity_acc, ..._exact
     multi_hop                               multi_hop (`token_accuracy`), multi_hop_exact
     generated texts                         GE (`generation_entropy`)
     ======================================  ====================================================================
+
+    What is said freely about the edited subjects is measured in `tpatch_jax.evaluation.subject_specificity`.
 
     CounterFact so has the figures of both protocols: the capitals and ``acc`` are ROME's and MEMIT's, the others
     EasyEdit's. A figure over probes of which some are contaminated has beside it ``<figure>_clean``, over the others.
@@ -307,6 +310,7 @@ _UNCHANGED = (
     ("neighborhood_true", "locality"),
     ("locality", "locality"),
     ("relation_specificity", "relation_specificity"),
+    ("keep", "keep"),
 )
 _KINDS = tuple(
     dict.fromkeys(

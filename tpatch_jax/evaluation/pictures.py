@@ -20,7 +20,7 @@ KINDS = (
 )
 SHARES = (
     *("exact", "generalization_exact", "reliability", "generalization", "locality", "portability", "ES", "PS", "NS"),
-    *("SR", "GR", "ER", "mquake", "next_token_agreement", "certificate_tokens"),
+    *("SR", "GR", "ER", "mquake", "subject_specificity", "next_token_agreement", "certificate_tokens"),
 )
 
 

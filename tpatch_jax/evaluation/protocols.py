@@ -37,6 +37,13 @@ from tpatch_jax.evaluation.scoring import (
     routed_scores,
     score,
 )
+from tpatch_jax.evaluation.subject_specificity import (
+    OtherFact,
+    compare_facts,
+    continue_facts,
+    specificity_figures,
+    specificity_totals,
+)
 from tpatch_jax.models.model import Model
 
 __all__ = ["MOMENTS", "PROTOCOLS", "Setup", "unedited"]
@@ -54,6 +61,7 @@ HEAT = 48
 
 Lines = list[dict[str, Any]]
 Texts = Mapping[int, Sequence[str | None]]
+Facts = Mapping[int, Lines]
 
 
 class Setup(NamedTuple):
@@ -73,6 +81,8 @@ class Setup(NamedTuple):
         every: after so many edits of a stream all edits so far are asked again.
         tell: called with what is being done, how much is done, and how much there is.
         said: what the unedited model says of its own accord after the prompts of the first records' requests.
+        facts: other facts about the edited subjects, record after record.
+        told: what the unedited model says to each, in tokens.
     """
 
     model: Model
@@ -88,6 +98,8 @@ class Setup(NamedTuple):
     every: int
     tell: Callable[[str, int, int], None]
     said: Sequence[Sequence[str | None]] = ()
+    facts: Sequence[OtherFact] = ()
+    told: Sequence[Sequence[int]] = ()
 
 
 class Edited(NamedTuple):
@@ -151,6 +163,7 @@ def _figures(
     outcome: Outcome,
     model: Model | None,
     said: Texts,
+    facts: Facts,
     replies: Sequence[str] | None = None,
     routing: Routing | None = None,
 ) -> dict[str, Any]:
@@ -161,6 +174,7 @@ def _figures(
     if setup.generate and model is not None:
         texts = continuations(model, record, jax.random.fold_in(setup.rng, number), routing)
     figures = metrics.record_figures(before, after, texts, setup.contaminated[number])
+    figures |= specificity_figures(facts.get(number, ()))
     nll = {kind: [one.nll for one in scores] for kind, scores in after.items()}
     line: dict[str, Any] = {
         "asked": _asked(setup, number, said),
@@ -172,6 +186,8 @@ def _figures(
         replies = answers(model, [record], routing)[0] if replies is None else replies
         figures["mquake"] = float(metrics.any_answered(replies, record.answers, record.questions, record.old_answers))
         line["answers"] = list(replies)
+    if number in facts:
+        line["other_facts"] = facts[number]
     if texts:
         line["texts"] = texts
     return line
@@ -185,6 +201,21 @@ def _say(setup: Setup, numbers: Sequence[int], model: Model | None, routing: Rou
     prompts = [request.prompt for number in shown for request in setup.records[number].requests]
     texts = iter(sentences(model, prompts, routing) if model is not None and prompts else ())
     return {number: [next(texts) for _ in setup.records[number].requests] for number in shown}
+
+
+def _other_facts(setup: Setup, numbers: Sequence[int], model: Model | None, routing: Routing | None) -> Facts:
+    """What became of other facts about the edited subjects of some records; of records that have any."""
+    wanted = set(numbers)
+    places = [place for place, fact in enumerate(setup.facts) if fact.number in wanted and model is not None]
+    if model is None or not places:
+        return {}
+    facts, before = [setup.facts[place] for place in places], [setup.told[place] for place in places]
+    unchanged = model is setup.model and routing is None
+    lines = compare_facts(setup.model, facts, before, before if unchanged else continue_facts(model, facts, routing))
+    of_records: dict[int, Lines] = {}
+    for fact, line in zip(facts, lines, strict=True):
+        of_records.setdefault(fact.number, []).append(line)
+    return of_records
 
 
 def _asked(setup: Setup, number: int, after: Texts) -> list[dict[str, Any]]:
@@ -300,38 +331,46 @@ def _result(metrics_: Mapping[str, float], costs: Sequence[Mapping[str, Any]], e
     return {"metrics": dict(metrics_), "cost": cost, "requests": status}
 
 
+def _with_facts(result: dict[str, Any], lines: Lines) -> dict[str, Any]:
+    """A result with what became of other facts about the edited subjects, form by form, if any were asked."""
+    totals = specificity_totals(one for line in lines for one in line.get("other_facts", ()))
+    return {**result, "subject_specificity": totals} if totals else result
+
+
 def unedited(setup: Setup, journal: Journal) -> dict[str, Any]:
     """The model as it is, on everything that the methods are asked."""
     replies = _replies(setup, setup.model)
+    facts = _other_facts(setup, range(len(setup.records)), setup.model, None)
     for number in range(len(journal.lines), len(setup.records)):
         said = _say(setup, [number], setup.model, None)
-        line = _figures(setup, number, setup.base.outcome, setup.model, said, replies[number])
+        line = _figures(setup, number, setup.base.outcome, setup.model, said, facts, replies[number])
         journal.add({"id": setup.records[number].id, **line})
         setup.tell("unedited", number + 1, len(setup.records))
     figures = metrics.summarise([line["figures"] for line in journal.lines])
     text = text_figures(setup.text, setup.text.outcome) if setup.text is not None else {}
-    return _result({**figures, **text}, [], False)
+    return _with_facts(_result({**figures, **text}, [], False), journal.lines)
 
 
 def _single(setup: Setup, method: Method, editor: Editor, journal: Journal) -> dict[str, Any]:
     count = len(setup.records)
     fresh = editor.init(setup.model, setup.rng) if len(journal.lines) < count else None
+    with_facts = {fact.number for fact in setup.facts}
     for number in range(len(journal.lines), count):
         record = setup.records[number]
         # The same key for each: what this record gives does not depend on which records stand before it.
         state, info = editor.step(fresh, record.requests, setup.rng)
         edited = Edited(method, editor, state)
         outcome = _look(setup, edited, setup.base, _texts(setup, [record]))
-        needs_model = record.questions or setup.generate or number < len(setup.said)
+        needs_model = record.questions or setup.generate or number < len(setup.said) or number in with_facts
         model, routing = edited.model if needs_model else None, edited.routing
-        said = _say(setup, [number], model, routing)
-        line = _figures(setup, number, outcome, model, said, routing=routing)
+        said, facts = _say(setup, [number], model, routing), _other_facts(setup, [number], model, routing)
+        line = _figures(setup, number, outcome, model, said, facts, routing=routing)
         line["figures"] |= _on_text(setup, edited)
         heat = _heat(setup, edited.patches, _last_neurons(setup, info.requests)) if number < HEAT else None
         journal.add({"id": record.id, **line, "cost": _cost(info), **({"activations": heat} if heat else {})})
         setup.tell("single edits", number + 1, count)
     figures = metrics.summarise([line["figures"] for line in journal.lines])
-    return _result(figures, [line["cost"] for line in journal.lines], True)
+    return _with_facts(_result(figures, [line["cost"] for line in journal.lines], True), journal.lines)
 
 
 def _batch(setup: Setup, method: Method, editor: Editor, journal: Journal) -> dict[str, Any]:
@@ -356,18 +395,21 @@ def _batch(setup: Setup, method: Method, editor: Editor, journal: Journal) -> di
             line |= {"activations": heat} if heat else {}
     journal.replace(lines)
     figures = metrics.summarise([line["figures"] for line in lines])
-    return _result({**figures, **_on_text(setup, edited)}, [about["cost"]], False)
+    return _with_facts(_result({**figures, **_on_text(setup, edited)}, [about["cost"]], False), lines)
 
 
 def _after_all(setup: Setup, edited: Edited) -> Lines:
     outcome = _look(setup, edited, setup.base)
-    asks = setup.generate or setup.said or any(record.questions for record in setup.records)
+    asks = setup.generate or setup.said or setup.facts or any(record.questions for record in setup.records)
     model = edited.model if asks else None
     routing = edited.routing
-    replies, said = _replies(setup, model, routing), _say(setup, range(len(setup.records)), model, routing)
+    every = range(len(setup.records))
+    replies, said = _replies(setup, model, routing), _say(setup, every, model, routing)
+    facts = _other_facts(setup, every, model, routing)
     lines = []
     for number, record in enumerate(setup.records):
-        lines.append({"id": record.id, **_figures(setup, number, outcome, model, said, replies[number], routing)})
+        measured = _figures(setup, number, outcome, model, said, facts, replies[number], routing)
+        lines.append({"id": record.id, **measured})
         setup.tell("measuring", number + 1, len(setup.records))
     return lines
 
@@ -437,7 +479,7 @@ def _stream_result(setup: Setup, edited: Edited, journal: Journal) -> dict[str, 
     final = _after_all(setup, edited)
     journal.replace([{**line, **measured} for line, measured in zip(stream, final, strict=True)])
     figures = {**figures, **metrics.summarise([line["figures"] for line in final]), **_on_text(setup, edited)}
-    result = _result(figures, [line["cost"] for line in edits], False)
+    result = _with_facts(_result(figures, [line["cost"] for line in edits], False), final)
     checks = [line["check"] for line in edits if "check" in line]
     if edits and "check" not in edits[-1]:
         checks.append(last)

@@ -42,6 +42,7 @@ class Record:
             - ``accuracy``: an input of a training or test set, with its true answer, which is never edited;
             - ``locality``: prompts whose argmaxes must not change; ``locality_answer``: prompts that must be answered
               right;
+            - ``keep`` (request files): prompts after which the model must go on as before, on which is trained;
             - ``portability``, or ``portability_<kind>`` in KnowEdit: questions that follow from the edit;
             - ``relation_specificity`` (KnowEdit): other facts about the edited subject, with their true answers;
             - ``multi_hop`` (MQuAKE): the questions, with the new answer.

@@ -427,6 +427,7 @@ def _request_record(request: EditRequest, position: int) -> Record:
         "reliability": (Probe(request.prompt, request.target),),
         "generalization": tuple(Probe(rephrase, request.target) for rephrase in request.rephrases),
         "locality": tuple(Probe(prompt, "") for prompt in request.locality),
+        "keep": tuple(Probe(prompt, "") for prompt in request.keep),
     }
     probes = {kind: asked for kind, asked in probes.items() if asked}
     # Named here, since its position is no longer the file's once records are left out.

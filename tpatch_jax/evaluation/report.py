@@ -7,6 +7,8 @@ from typing import Any
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import draw_report
+from tpatch_jax.evaluation.subject_specificity import FIGURES as OF_FACTS
+from tpatch_jax.evaluation.subject_specificity import FORMS
 from tpatch_jax.storage.files import write_text
 from tpatch_jax.storage.folders import REPORT, describe_folder
 
@@ -32,7 +34,10 @@ FIGURES = (
     "Figures are means within a record, then over records, teacher-forced: of single tokens, except where a target "
     "counts only whole, as greedy decoding gives it: `exact` and the other `_exact` figures, `rewrite_acc`, "
     "`paraphrase_acc`, `neighborhood_acc`, SR, GR, ER, and `generalization_` of each kind of rephrasing. `mquake` and "
-    "GE are of texts written freely. `seconds` and forward equivalents are those of editing (per request: seconds ÷ "
+    "GE are of texts written freely. `subject_specificity` is the share of other facts about the edited subjects whose "
+    "first token is as before, said, asked and asked in chat; `specificity_` figures are those of each form: first "
+    "token and first five tokens as before, and how often the new target is said within twelve tokens where it was not "
+    "(the less the better). `seconds` and forward equivalents are those of editing (per request: seconds ÷ "
     "those of one forward pass over prompt and target); `total_seconds` has the measuring too, and is of the last run "
     "if one was interrupted. `peak_memory_mib` is the most that the process held until then, for the methods before as "
     "well: evaluate a method alone to see its own. `_clean` beside a figure is the same without contaminated probes: "
@@ -50,7 +55,8 @@ MOST_RECORDS = 20
 LONGEST_TEXT = 80
 
 FIRST = (
-    *("exact", "reliability", "generalization", "generalization_exact", "locality", "portability"),
+    *("exact", "reliability", "generalization", "generalization_exact", "locality", "keep", "portability"),
+    *("subject_specificity", *(f"specificity_{form}_{figure}" for form in FORMS for figure in OF_FACTS)),
     *("ES", "PS", "NS", "S", "EM", "PM", "NM", "rewrite_acc", "paraphrase_acc", "neighborhood_acc", "GE"),
     *("SR", "GR", "ER", "TrainR", "TestR", "mquake", "relation_specificity", "relation_specificity_acc"),
     *("perplexity", "next_token_agreement", "certificate_tokens", "certificate_prompts", "silent_tokens"),

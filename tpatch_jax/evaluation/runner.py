@@ -27,8 +27,10 @@ from tpatch_jax.evaluation.records import Probe, Record
 from tpatch_jax.evaluation.report import SCHEMA, write_report
 from tpatch_jax.evaluation.running_text import WINDOW, read_windows
 from tpatch_jax.evaluation.scoring import ScoredPrompts, ask, base_scores
+from tpatch_jax.evaluation.subject_specificity import FRAMES_EACH, OtherFact, continue_facts, facts_about
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
+from tpatch_jax.requests import request_fields
 from tpatch_jax.storage.cache import cache_folder
 from tpatch_jax.storage.finished_parts import hash_file
 from tpatch_jax.typing import Progress
@@ -53,6 +55,7 @@ def evaluate(
     text_tokens: int = 16384,
     memory: str | Path | None = None,
     generate: bool = False,
+    other_facts: int = FRAMES_EACH,
     every: int = 50,
     seed: int = 0,
     cache: bool = True,
@@ -79,6 +82,8 @@ def evaluate(
         text_tokens: at most so many tokens of it, from its start.
         memory: a text file on whose queries patches stay silent; by default text is sampled from the model.
         generate: also sample continuations for GE, which is slow.
+        other_facts: so many other facts about each edited subject are asked in each form, for ``subject_specificity``
+            (`tpatch_jax.evaluation.subject_specificity`); 0 asks none.
         every: after so many edits of a stream all edits so far are asked again.
         seed: the same seed gives the same figures on one machine.
         cache: keep what the unedited model says on disk between runs.
@@ -89,7 +94,8 @@ def evaluate(
 
     Returns:
         The report: ``schema, config, seed, versions, data_sha256, data, probes, results``. Each result has ``method,
-        protocol, moment, n, metrics, cost``, and ``curves`` over the number of edits in a stream. ``probes`` has of
+        protocol, moment, n, metrics, cost``, ``subject_specificity`` with the numbers of prompts where other facts
+        were asked, and ``curves`` over the number of edits in a stream. ``probes`` has of
         each kind how many there are and how many are contaminated; figures over the others are ``<figure>_clean``.
 
     Raises:
@@ -105,6 +111,8 @@ def evaluate(
         raise TPatchError(f"there is no protocol {protocol!r}; choose from {', '.join(PROTOCOLS)}")
     if not records and text is None:
         raise TPatchError("there is nothing to measure; give records, a text file or both")
+    if isinstance(other_facts, bool) or not isinstance(other_facts, int) or other_facts < 0:
+        raise TPatchError(f"{other_facts!r} other facts a subject are impossible; give 0 or more")
     if every < 1:
         raise TPatchError(f"checks every {every} edits are impossible; give 1 or more")
     chosen = [find_method(name) for name in dict.fromkeys(methods) if name != "unedited"] if records else []
@@ -140,6 +148,8 @@ def evaluate(
         "every": every,
         "seed": seed,
     }
+    # Only what differs from the default, so that folders that do not know it can be gone on with.
+    config |= {"other_facts": other_facts} if other_facts != FRAMES_EACH else {}
     config = json.loads(json.dumps(config, default=list))
     folder = None if output is None else Path(output)
     if folder is not None:
@@ -154,7 +164,8 @@ def evaluate(
     with jax.default_matmul_precision("highest"):
         mixed = {kind for kind, count in probes.items() if count["contaminated"]}
         wanted = [{kind: mark for kind, mark in marked.items() if kind in mixed} for marked in marks]
-        setup = _prepare(model, records, train, held_out, prepared, wanted, generate, every, cache, tell)
+        facts = _facts(model, records, other_facts)
+        setup = _prepare(model, records, train, held_out, prepared, wanted, generate, facts, every, cache, tell)
         results, lines = [], {}
         for name, settled in [("unedited", None), *((method.name, method) for method in chosen)]:
             journal = Journal(name, folder)
@@ -204,6 +215,13 @@ def _askable(model: Model, records: Sequence[Record], notes: DataNotes) -> Seque
     return kept
 
 
+def _facts(model: Model, records: Sequence[Record], count: int) -> list[OtherFact]:
+    """Other facts about the edited subjects, each with the number of its record."""
+    edits = [(number, request) for number, record in enumerate(records) for request in record.requests]
+    facts = facts_about(model, [request for _, request in edits], count=count) if count else []
+    return [fact._replace(number=edits[fact.number][0]) for fact in facts]
+
+
 class _Prepared(NamedTuple):
     """Everything that will be asked, in tokens, each distinct probe once; the running text; the random key."""
 
@@ -238,6 +256,7 @@ def _prepare(
     prepared: _Prepared,
     contaminated: Sequence[Mapping[str, Sequence[bool]]],
     generate: bool,
+    facts: Sequence[OtherFact],
     every: int,
     cache: bool,
     tell: Progress,
@@ -254,7 +273,8 @@ def _prepare(
     prompts = [request.prompt for record in records[:SAID] for request in record.requests]
     texts = iter(sentences(model, prompts))
     said = [[next(texts) for _ in record.requests] for record in records[:SAID]]
-    return Setup(model, records, train, held_out, base, index, running, rng, contaminated, generate, every, tell, said)
+    asked = (model, records, train, held_out, base, index, running, rng, contaminated)
+    return Setup(*asked, generate, every, tell, said, facts, continue_facts(model, facts))
 
 
 def _activation(model: Model, methods: Sequence[Method], used: Mapping[str, Any]) -> str | None:
@@ -266,7 +286,8 @@ def _activation(model: Model, methods: Sequence[Method], used: Mapping[str, Any]
 def _content(records: Sequence[Record]) -> str:
     digest = hashlib.sha256()
     for record in records:
-        digest.update(json.dumps(asdict(record), sort_keys=True).encode())
+        fields = {**asdict(record), "requests": [request_fields(request) for request in record.requests]}
+        digest.update(json.dumps(fields, sort_keys=True).encode())
     return digest.hexdigest()
 
 

@@ -13,7 +13,7 @@ __all__ = ["read_requests"]
 def read_requests(path: str | Path) -> list[EditRequest]:
     """Read and check a file of requests, one JSON object a line.
 
-    ``{"id"?, "prompt", "target", "subject"?, "rephrases"?: [], "locality"?: []}``; other keys are an error.
+    ``{"id"?, "prompt", "target", "subject"?, "rephrases"?: [], "locality"?: [], "keep"?: []}``; other keys are errors.
 
     Args:
         path: the file, UTF-8; empty lines are passed over.

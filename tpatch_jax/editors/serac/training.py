@@ -35,7 +35,7 @@ from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
-from tpatch_jax.requests import EditRequest
+from tpatch_jax.requests import EditRequest, request_fields
 from tpatch_jax.storage.files import check_vacant
 from tpatch_jax.training.loop import FinetuneSettings, learn
 from tpatch_jax.typing import Params, Progress
@@ -227,7 +227,7 @@ def train_serac(
     record = {
         "model": fingerprint(model),
         "encoder": _content(scope),
-        "data": hashlib.sha256(json.dumps([dataclasses.asdict(one) for one in requests]).encode()).hexdigest(),
+        "data": hashlib.sha256(json.dumps([request_fields(one) for one in requests]).encode()).hexdigest(),
     }
     partial = output.with_name(f"{output.name}.partial")
 

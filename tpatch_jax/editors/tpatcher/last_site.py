@@ -393,7 +393,7 @@ def find_subject_negatives(
     """Queries on which each item's first neuron must stay silent: those after its prompt about other subjects.
 
     Where other requests ask the same about other subjects, as they do where there are thousands, their queries are
-    taken and the network is not run again.
+    taken and the network is not run again. After the prompts that a request keeps it must stay silent, too.
 
     Args:
         model: the model.
@@ -408,23 +408,29 @@ def find_subject_negatives(
         progress: called with what is being done, how much is done, and how much there is.
 
     Returns:
-        Numbers of items to queries, ``[numbers, count, d]``, which are the mean where there is no other subject.
+        Numbers of items to queries, ``[numbers, count + most kept, d]``, which are the mean where there is no other
+        subject, or nothing more is kept.
     """
     whole = () if networks.pointwise(model.config) else (LEAST_TEXT,)
     mates = _mates(items, requests, count) if not whole else {}
     # Only where each is found: all of them at once would be several times the edits' own queries.
-    taken = np.full((len(items), count), -1)
+    most = count + max((len(requests[item.position].keep) for item in items), default=0)
+    taken = np.full((len(items), most), -1)
     for at, others in mates.items():
-        taken[at] = [targets.table[other][0, 0] for other in others]
+        taken[at, :count] = [targets.table[other][0, 0] for other in others]
     # Which reading of other subjects holds an item's, and where in it.
-    readings, reading, places = [], np.full(len(items), -1), np.full((len(items), count), -1)
-    reading[list(mates)] = len(items)
+    readings, reading, places = [], np.full(len(items), -1), np.full((len(items), most), -1)
+    reading[[at for at in mates if not requests[items[at].position].keep]] = len(items)
 
     def read(chosen: np.ndarray) -> None:
-        wanted = {items[at].position: requests[items[at].position] for at in chosen}
+        wanted = {items[at].position: requests[items[at].position] for at in chosen if at not in mates}
         swapped = swapped_prompts(model, requests, names, count, wanted)
-        slots = [(at, slot) for at in chosen for slot in range(len(swapped.get(items[at].position, ())))]
-        rows = [model.encode_prompt(swapped[items[at].position][slot]) for at, slot in slots]
+        texts: dict[tuple[int, int], str] = {}
+        for at in chosen.tolist():
+            position = items[at].position
+            texts |= {(at, slot): text for slot, text in enumerate(swapped.get(position, ()))}
+            texts |= {(at, count + slot): text for slot, text in enumerate(requests[position].keep)}
+        slots, rows = list(texts), [model.encode_prompt(text) for text in texts.values()]
         reading[chosen] = len(readings)
         said: Any = np.zeros((0, *whole, mean.shape[0]), np.float32)
         if rows:
@@ -443,12 +449,12 @@ def find_subject_negatives(
 
     def negatives(numbers: np.ndarray) -> np.ndarray:
         read_new(numbers)
-        result = np.broadcast_to(mean, (len(numbers), count, *whole, mean.shape[0])).astype(np.float32)
+        result = np.broadcast_to(mean, (len(numbers), most, *whole, mean.shape[0])).astype(np.float32)
         for which, said in enumerate(readings):
             table = np.where((reading[numbers] == which)[:, None], places[numbers], -1)
             result[table >= 0] = said[table[table >= 0]]
         table = taken[numbers]
         result[table >= 0] = sites.query[table[table >= 0]]
-        return result.reshape(len(numbers), math.prod((count, *whole)), mean.shape[0])
+        return result.reshape(len(numbers), math.prod((most, *whole)), mean.shape[0])
 
     return negatives

@@ -39,7 +39,7 @@ from tpatch_jax.editors.subject_rows import (
     short_rows,
 )
 from tpatch_jax.editors.tpatcher.previous import NO_SUBJECT, PreviousEdits
-from tpatch_jax.editors.wordings import Wording, look_alikes, neutral_wordings, question
+from tpatch_jax.editors.wordings import Wording, kept_wordings, look_alikes, neutral_wordings, question
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import collect
 from tpatch_jax.models.model import Model
@@ -397,7 +397,8 @@ def _read_rows(
         contexts[number] = [*prompts[number][1:], *rows_of(model, same)]
         rows = rows_of(model, others)
         avoid[number] = [*islice(cycle(rows), AVOIDED)] if rows else []
-        rows = rows_of(model, neutral_wordings(request, settings.neutral, question(request) is not None))
+        beside = neutral_wordings(request, settings.neutral, question(request) is not None)
+        rows = rows_of(model, [*kept_wordings(request), *beside])
         # Where all are too long the prompt stands in, read at one place like them.
         rows = rows or [row._replace(places=row.places[:1], wanted=[]) for row in prompts[number][:1]]
         neutral[number] = [*islice(cycle(rows), settings.neutral)]
