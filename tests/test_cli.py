@@ -460,6 +460,14 @@ def test_the_whole_dotted_name_counts(name, words):
         change(PRESETS["default"], {name: 5})
 
 
+@pytest.mark.parametrize("name", ["rate", "value.momentum", "subject.value.decay"])
+def test_a_setting_that_is_no_more_can_still_be_read(name):
+    with pytest.warns(UserWarning, match=f"the setting '{name}' has no effect any more; leave it out"):
+        assert change(PRESETS["default"], {name: 0.2}) == PRESETS["default"]
+    with pytest.raises(TPatchError, match="there is no setting"):
+        change(Outer(), {"value.rate": 0.2})
+
+
 def test_a_name_that_several_settings_have_must_be_longer():
     with pytest.raises(TPatchError, match=r"several settings are called 'steps'; say which: one\.steps, other\.steps"):
         change(Outer(), ["steps=7"])

@@ -14,7 +14,14 @@ import tpatch_jax as tp
 import tpatch_jax.editors.tpatcher.editor as tpatcher_module
 from tpatch_jax.core.memory import create_memory, extend
 from tpatch_jax.core.recipes.whitened import whitened_key
-from tpatch_jax.core.values import TargetRows, ValueTrainingSettings, kept_close, train_values
+from tpatch_jax.core.values import (
+    TargetRows,
+    ValueTrainingSettings,
+    gauss_newton_step,
+    kept_close,
+    train_values,
+)
+from tpatch_jax.editors.frames import other_frames, same_frames
 from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import check_requests, read_item, subject_token
 from tpatch_jax.editors.subject_rows import forked_rows, rephrase_rows, row_of, runner, short_rows
@@ -217,6 +224,49 @@ def test_lanes_do_not_couple():
         ]
         alone, _ = train_values(one[0], one[1], run, scale[lane : lane + 1], settings)
         np.testing.assert_allclose(together[lane], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_is_the_damped_least_squares_solution():
+    rng = np.random.default_rng(3)
+    slope, residual, weight = rng.normal(size=(2, 4, 7)), rng.normal(size=(2, 4)), rng.uniform(0.1, 1, (2, 4))
+    weight[1, 2] = 0
+    step = gauss_newton_step(*(jnp.asarray(x, jnp.float32) for x in (slope, residual, weight)), 0.3)
+    for lane in range(2):
+        root = np.sqrt(weight[lane])
+        rows = np.concatenate([slope[lane] * root[:, None], np.sqrt(0.3) * np.eye(7)])
+        aim = np.concatenate([-residual[lane] * root, np.zeros(7)])
+        np.testing.assert_allclose(step[lane], np.linalg.lstsq(rows, aim, rcond=None)[0], rtol=1e-4, atol=1e-5)
+    traced = jax.jit(jax.vmap(gauss_newton_step, (0, 0, 0, None)))(
+        jnp.asarray(slope, jnp.float32), jnp.asarray(residual, jnp.float32), jnp.asarray(weight, jnp.float32), 0.3
+    )
+    np.testing.assert_allclose(traced, step, rtol=1e-5, atol=1e-6)
+
+
+def test_neutral_rows_hold_a_value_back():
+    targets, neutral, scale = lanes(4)
+    # What should stay as it is looks much like what should change.
+    neutral = neutral._replace(activity=0.8 * targets.activity)
+    divergence = {}
+    for closeness in (1e-6, 2.0):
+        settings = ValueTrainingSettings(steps=30, longest=8.0, closeness=closeness, near=1e-9)
+        values, info = train_values(targets, neutral, run, scale, settings)
+        added = (neutral.activity[..., None] * values[:, None]).reshape(-1, 6)
+        now = run(neutral.rows, added).reshape(4, 2, 1, -1)
+        divergence[closeness] = float(kept_close(neutral.wanted, now).mean())
+        np.testing.assert_allclose(info.closeness.mean(), divergence[closeness], rtol=0.05)
+    assert divergence[2.0] < 0.5 * divergence[1e-6]
+
+
+def test_a_start_that_says_all_needs_no_step():
+    targets, neutral, scale = lanes(3)
+    settings = ValueTrainingSettings(steps=40, longest=8.0, near=100.0)
+    values, info = train_values(targets, neutral, run, scale, settings)
+    again, told = train_values(targets, neutral, run, scale, settings, start=values)
+    assert (info.steps > 1).all()
+    # Each row has to be looked at once.
+    assert (told.steps <= 1).all()
+    assert (told.loss < 0.05).all()
+    assert (jnp.linalg.norm(again - values, axis=1) < 0.5 * jnp.linalg.norm(values, axis=1)).all()
 
 
 def test_staying_close_costs_nothing_where_nothing_changes():
@@ -493,7 +543,21 @@ def test_what_is_kept_of_the_subject_stands_before_the_neutral_prompts(tiny_mode
         assert tiny_model.decode(row.tokens[: row.subject + 1]).endswith("fox")
         assert (row.places, row.wanted) == ([len(row.tokens) - 1], [])
     assert tiny_model.decode(also.tokens[: also.subject + 1]) == "fox"
-    assert [row.tokens for row in neutral] == [
-        tiny_model.encode("fox is a"),
-        tiny_model.encode("The origin of the name fox is"),
-    ]
+    # What is kept takes no other prompt's place.
+    others = [tiny_model.encode(text) for text, _ in other_frames(request, 4)]
+    assert [row.tokens for row in neutral] == others
+
+
+def test_other_wordings_of_the_relation_are_targets_where_the_library_knows_it(tiny_model):
+    request = EditRequest("the mother tongue of fox is", "ab", subject="fox")
+    item, known = read_item(tiny_model, 0, request, [], False), SimpleNamespace(names=["hen"], prefixes=["The inn."])
+    options = SubjectSettings(neutral=1, same=3, shorter=0, value_contexts=1)
+    bare, *same = subject_site._read_rows(tiny_model, known, [item], [request], [0], options).prompts[0]
+    wordings = same_frames(request, 3)
+    assert len(wordings) == 3
+    assert [row.tokens for row in same] == [tiny_model.encode(text) + item.target for text, _ in wordings]
+    # Where it does not, the prompt itself stands in.
+    request = EditRequest("the fox ran", "ab", subject="fox")
+    item = read_item(tiny_model, 0, request, [], False)
+    bare, *same = subject_site._read_rows(tiny_model, known, [item], [request], [0], options).prompts[0]
+    assert [row.tokens for row in same] == [bare.tokens] * 3

@@ -9,6 +9,7 @@ from conftest import make_tiny_model
 from tiny_families import tiny_model as family_model
 
 from tpatch_jax.core.patch import Patch
+from tpatch_jax.editors.frames import relations
 from tpatch_jax.editors.wordings import NEUTRAL, NEUTRAL_QUESTIONS
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.other_facts import FRAMES, KINDS, choose_frames, kind_of_subject, topics_of
@@ -36,7 +37,8 @@ def test_frames_are_whole_and_none_is_one_that_values_are_trained_on():
     frames = [frame for kind in KINDS for frame in FRAMES[kind]]
     texts = [text for frame in frames for text in (frame.statement, frame.question)]
     assert len(set(texts)) == len(texts)
-    assert not set(texts) & {*NEUTRAL, *NEUTRAL_QUESTIONS}
+    trained = {text for relation in relations() for text in (*relation.statements, *relation.questions)}
+    assert not set(texts) & {*NEUTRAL, *NEUTRAL_QUESTIONS, *trained}
     assert all(text.count("{}") == 1 for text in texts)
     assert all(frame.question.endswith("?") and frame.statement[-1].isalpha() for frame in frames)
     assert all(frame.topics and frame.statement[:1] != "{" for frame in frames)

@@ -33,9 +33,6 @@ __all__ = [
 OTHERS, BESIDE = 2, 2
 """So many of a lane's targets besides the first, and of its neutral rows, are looked at in each step."""
 
-LOOK_EVERY = 2
-"""Every so many steps all targets of a lane that is ready for it are looked at."""
-
 Run = Callable[[Any, Float[Array, "rows d"]], Float[Array, "rows places vocabulary"]]
 """From what is known of some rows, and what is added to the FFN's output at their first positions, ``[rows, d]``, to
 log-probabilities at the places that are read, ``[rows, places, vocabulary]``."""
@@ -50,15 +47,17 @@ class ValueTrainingSettings(NamedTuple):
         enough: a lane stops once the mean loss of each of its targets, in nats, is below this.
         aim: the log-odds that a step aims at for each target.
         closeness: weight of the divergence from the unedited model on neutral prompts.
+        near: a lane goes on until the mean of that divergence, in nats, is below this, too.
         damping: of the steps; more makes them shorter.
         farthest: how far a step goes at most, over the value's largest length.
     """
 
-    steps: int = 14
+    steps: int = 20
     longest: float = 4.0
     enough: float = 0.05
     aim: float = 5.0
-    closeness: float = 0.25
+    closeness: float = 1.0
+    near: float = 0.2
     damping: float = 10.0
     farthest: float = 0.45
 
@@ -121,13 +120,6 @@ def _row_losses(targets: TargetRows, log_probs: Array) -> Float[Array, "lanes ro
     weight = _row_weights(targets)
     losses = jnp.where(targets.weight > 0, _unlikely(targets.wanted, log_probs), 0.0) * targets.weight
     return jnp.sum(losses, 2) / jnp.where(weight > 0, weight, 1.0)
-
-
-def _run_rows(rows: Any, activity: Float[Array, "lanes rows"], values: Float[Array, "lanes d"], run: Run) -> Array:
-    """Log-probabilities in each row with its lane's value active, ``[lanes, rows, places, vocabulary]``."""
-    added = (activity[..., None] * values[:, None]).reshape(-1, values.shape[-1])
-    log_probs = run(rows, added)
-    return log_probs.reshape(*activity.shape, *log_probs.shape[1:])
 
 
 def _take_rows(targets: TargetRows, pick: Int[Array, "lanes picked"]) -> TargetRows:
@@ -230,8 +222,8 @@ def train_values(
     ``min_v  ½ Σ_targets w (aim - log-odds)₊² + c · mean KL(unedited ‖ edited on neutral prompts)`` by damped
     Gauss-Newton steps from ``start``, with ``‖v‖`` kept to its limit. Each step looks at a lane's first row, at the two
     others that by what is known of them are farthest from their targets, and at two neutral rows in turn; what is known
-    of all others goes on as linear. Where those that were seen say their targets, all targets of a lane are looked at,
-    in every second step; the lane has ended when all do, or when its loss is no number. Lanes never couple.
+    of all others goes on as linear. A lane has ended when all its targets are said, as far as is known, and its neutral
+    rows are near enough; or when its loss is no number. Lanes never couple.
 
     Args:
         targets: where and what each lane's neuron should make the model say, the bare prompt first; the weights of a
@@ -315,13 +307,13 @@ def _rows_of_step(
 
 
 @lru_cache(maxsize=16)
-def _step(settings: ValueTrainingSettings) -> Callable[..., tuple[_State, Bool[Array, " lanes"]]]:
+def _step(settings: ValueTrainingSettings) -> Callable[..., tuple[_State, Bool[Array, " lanes"], _State]]:
     """One object for the same settings, so that ``jit`` recognises it."""
 
     def look(
         run: Partial, problem: _Problem, state: _State, number: Int[Array, ""]
-    ) -> tuple[_State, Float[Array, "lanes picked"], Int[Array, "lanes picked"]]:
-        """What the picked rows say as the lanes stand, and how that depends on the value."""
+    ) -> tuple[_State, Float[Array, "lanes picked"]]:
+        """What the picked rows say as the lanes stand, how that depends on the value, and the losses of the targets."""
         lanes, aims = state.losses.shape
         pick, turn = _rows_of_step(problem, state, number)
         seen = pick.shape[1]
@@ -360,28 +352,21 @@ def _step(settings: ValueTrainingSettings) -> Callable[..., tuple[_State, Bool[A
             divergence=state.divergence if turn is None else state.divergence.at[lane, turn].set(moved),
             age=state.age.at[lane, every].set(number),
         )
-        return state, jnp.where(counts, losses, 0.0), pick
+        return state, jnp.where(counts, losses, 0.0)
 
     def step(
         run: Partial, state: _State, problem: _Problem, number: Int[Array, ""]
     ) -> tuple[_State, Bool[Array, " lanes"], _State]:
-        state, losses, _ = look(run, problem, state, number)
-        ready = jnp.all(losses < settings.enough, 1)
-        # All targets of all lanes are looked at together, which is dear; never because of another lane alone, so that
-        # lanes do not couple.
-        due = (number % LOOK_EVERY == LOOK_EVERY - 1) & jnp.any(ready)
-
-        def look_at_all(losses: Array) -> Array:
-            values = state.move * problem.limit
-            log_probs = _run_rows(problem.targets.rows, problem.targets.activity, values, run)
-            seen = jnp.where(losses < 0, losses, _row_losses(problem.targets, log_probs))
-            return jnp.where(ready[:, None], seen, losses)
-
-        known = jax.lax.cond(due, look_at_all, lambda losses: losses, state.losses)
-        state = state._replace(losses=known)
-        ended = (ready & jnp.all(known < settings.enough, 1)) | ~jnp.all(jnp.isfinite(losses), 1)
-        aims = known.shape[1]
+        state, losses = look(run, problem, state, number)
+        aims = state.losses.shape[1]
         residual = state.offset + jnp.einsum("nrd,nd->nr", state.slope, state.move)
+        counts = _row_weights(problem.targets) > 0
+        # What was not looked at in this step says its target as far as is known.
+        known = jnp.where(counts & (state.age[:, :aims] >= 0), jax.nn.softplus(residual[:, :aims]), state.losses)
+        said = jnp.all(known < settings.enough, 1)
+        close = jnp.mean(state.divergence, 1) < settings.near if state.divergence.shape[1] else True
+        unseen = jnp.any(state.age[:, aims:] < 0, 1)
+        ended = (said & close & ~unseen) | ~jnp.all(jnp.isfinite(losses), 1)
         short = jnp.maximum(residual[:, :aims] + settings.aim, 0.0)
         weight = _row_weights(problem.targets) * (short > 0) * (state.age[:, :aims] >= 0)
         parts = [short, residual[:, aims:]]

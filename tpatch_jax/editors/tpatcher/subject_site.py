@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from tpatch_jax.core.recipes.staged import Recognised
 from tpatch_jax.core.recipes.whitened import whitened_key
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.core.values import TargetRows, ValueTrainingInfo, ValueTrainingSettings, train_values
+from tpatch_jax.editors.frames import other_frames, same_frames
 from tpatch_jax.editors.locating import split_at_subject
 from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import Item
@@ -33,6 +34,7 @@ from tpatch_jax.editors.subject_rows import (
     forked_rows,
     prompt_row,
     rephrase_rows,
+    row_of,
     rows_of,
     runner,
     said_at,
@@ -86,6 +88,7 @@ class SubjectSettings:
         key_contexts: in how many contexts a key sees its subject at most; half of them without the rest of the prompt.
         value_contexts: through how many contexts a value is trained, the bare prompt included.
         shorter: through how many shorter wordings of the prompt as well, 0 to 3.
+        same: through how many other wordings of the prompt's relation, where the library of frames knows it.
         neutral: on how many neutral prompts about the subject the edited model is kept close to the unedited one.
         key_floor: the lowest threshold of a key, where 0 is the mean query and 1 the subject's own.
         key_split: where the threshold lies between the hardest negative (0) and the edit's own queries (1).
@@ -108,7 +111,8 @@ class SubjectSettings:
     key_contexts: int = 6
     value_contexts: int = 4
     shorter: int = 3
-    neutral: int = 8
+    same: int = 4
+    neutral: int = 16
     key_floor: float = 0.7
     key_split: float = 0.4
     key_nuisance: float = 0.5
@@ -117,19 +121,19 @@ class SubjectSettings:
     question_avoidance: float = 0.02
     question_floor: float = 0.5
     question_split: float = 0.4
-    value_lanes: int = 16
+    value_lanes: int = 8
     plateau: float = 0.3
 
     def __post_init__(self) -> None:
         """Checks the values."""
         check_types(self)
         check_range(self, ("key_contexts", "value_contexts", "value_lanes"), 1)
-        check_range(self, ("neutral",), 0)
+        check_range(self, ("neutral", "same"), 0)
         check_range(self, ("shorter",), 0, 3)
         check_range(self, ("key_floor", "key_split", "question_floor", "question_split", "key_nuisance"), 0.0, 1.0)
         check_range(self, ("key_avoidance", "key_contrast", "question_avoidance", "plateau"), 0.0)
         check_range(self.value, ("steps",), 0)
-        check_positive(self.value, ("aim", "damping", "farthest"))
+        check_positive(self.value, ("aim", "damping", "farthest", "near"))
         check_positive(self.value, ("longest",), bounded=False)
         check_range(self.value, ("enough", "closeness"), 0.0)
 
@@ -269,13 +273,13 @@ def _values(
     share = weight.sum((1, 2), keepdims=True)
     targets = TargetRows(aims, jnp.asarray(activity[:, :each]), jnp.asarray(wanted), jnp.asarray(weight / share))
     close = None
-    if settings.neutral:
-        beside = _part(forked, places, lanes, each, each + settings.neutral)
+    if count_beside := len(neutral[0]):
+        beside = _part(forked, places, lanes, each, each + count_beside)
         before, table = networks.Fork(*beside[0], layer=layer), beside[1]
         if model is not unedited:
             before, table = forked_rows(unedited, [row for part in neutral for row in part], layer, 1)
-        reference = said_at(unedited, before, table[:, :1]).reshape(lanes, settings.neutral, 1, -1)
-        share = jnp.full((lanes, settings.neutral, 1), 1 / settings.neutral)
+        reference = said_at(unedited, before, table[:, :1]).reshape(lanes, count_beside, 1, -1)
+        share = jnp.full((lanes, count_beside, 1), 1 / count_beside)
         close = TargetRows(beside, jnp.asarray(activity[:, each:]), reference, share)
     return train_values(targets, close, runner(model, layer), scale, settings.value)
 
@@ -378,6 +382,21 @@ def _shorter_prompts(
     return [*shorter, *(last * settings.shorter)][: settings.shorter]
 
 
+def _other_wordings(request: EditRequest, count: int, asked: bool) -> list[Wording]:
+    """Other things about the subject, said or asked as the request does; frames of the library first."""
+    others = other_frames(request, count, form="question" if asked else "statement")
+    return [*others, *neutral_wordings(request, count - len(others), asked)][:count]
+
+
+def _same_prompts(model: Model, item: Item, request: EditRequest, settings: SubjectSettings) -> list[PromptRow]:
+    """Other wordings of the request's relation, where the library of frames knows it."""
+    if settings.token != "subject":
+        return []
+    form = "statement" if question(request) is None else "question"
+    rows = (row_of(model, wording, item.target) for wording in same_frames(request, settings.same, form=form))
+    return [row for row in rows if row is not None]
+
+
 def _read_rows(
     model: Model, known: ModelMemory, items: Sequence[Item], requests: Sequence[EditRequest], lanes: Sequence[int],
     settings: SubjectSettings
@@ -392,16 +411,23 @@ def _read_rows(
         request = requests[items[number].position]
         count = min(settings.value_contexts, len(in_context[number]) - items[number].rephrases)
         last = prompts[number][count - 1 : count]
-        shorter[number] = _shorter_prompts(model, items[number], request, last, known, settings)
+        same_relation = _same_prompts(model, items[number], request, settings)
+        shorter[number] = [
+            *_shorter_prompts(model, items[number], request, last, known, settings),
+            *islice(chain(same_relation, cycle(last)), settings.same),
+        ]
         same, others = _key_wordings(request, known.prefixes[settings.value_contexts :], names, settings)
         contexts[number] = [*prompts[number][1:], *rows_of(model, same)]
         rows = rows_of(model, others)
         avoid[number] = [*islice(cycle(rows), AVOIDED)] if rows else []
-        beside = neutral_wordings(request, settings.neutral, question(request) is not None)
+        beside = _other_wordings(request, settings.neutral, question(request) is not None)
         rows = rows_of(model, [*kept_wordings(request), *beside])
         # Where all are too long the prompt stands in, read at one place like them.
         rows = rows or [row._replace(places=row.places[:1], wanted=[]) for row in prompts[number][:1]]
-        neutral[number] = [*islice(cycle(rows), settings.neutral)]
+        neutral[number] = rows
+    # As many for each lane: what the settings say, and room for all that is kept.
+    keeps = max((len(kept_wordings(requests[items[number].position])) for number in lanes), default=0)
+    neutral = {number: [*islice(cycle(rows), settings.neutral + keeps)] for number, rows in neutral.items()}
     most = max(map(len, contexts.values()), default=0)
     contexts = {number: [*islice(cycle(rows or prompts[number][:1]), most)] for number, rows in contexts.items()}
     prompts = {number: rows + shorter[number] for number, rows in prompts.items()}
