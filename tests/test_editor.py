@@ -816,7 +816,7 @@ def test_a_key_of_the_last_layer_is_silent_after_what_is_kept(tiny_model):
     mean = np.zeros(tiny_model.config.hidden_size, np.float32)
 
     def negatives(count: int) -> np.ndarray:
-        wanted = (tiny_model, items, requests, [], count, mean, sites, targets, None)
+        wanted = (tiny_model, items, requests, [], count, mean, sites, targets, np.arange(0), None)
         return last_site.find_subject_negatives(*wanted)(np.asarray([1, 0]))
 
     rows = [tiny_model.encode(text) for text in requests[0].keep]

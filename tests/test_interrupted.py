@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation", "restored")
 MEMORY = (
     "The theory in the inn: winter thins the herd, and the hen then hides. Numbers 1 to 9, and then some more. " * 3
 )
-QUICK = ("key_steps=16", "rounds=1", "negatives=32", "lanes=4", "steps=10", "longest=16", "rate=0.2", "shorter=0")
+QUICK = ("key_steps=16", "rounds=1", "negatives=32", "lanes=4", "steps=10", "longest=16", "shorter=0")
 SUBJECTS = ("neutral=1", "value_lanes=2", "contexts=2", "other_subjects=1", "key_floor=0.5", "many_from=1000")
 LINES = (
     {

@@ -136,7 +136,7 @@ def test_rephrases_are_contexts_where_that_is_wanted(tiny_model):
 
     def read(rephrases: bool) -> tuple:
         items = [read_item(tiny_model, n, one, known.prefixes, rephrases) for n, one in enumerate(requests)]
-        subjects = read_subjects(tiny_model, known, 1, items, requests, before, SubjectSettings(shorter=0))
+        subjects = read_subjects(tiny_model, known, 1, items, requests, before, SubjectSettings(shorter=0, same=0))
         return items, subjects.prompts
 
     (item, _), prompts = read(True)

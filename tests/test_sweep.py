@@ -16,7 +16,7 @@ from tpatch_jax.requests import EditRequest
 
 PROMOTION = "standard"  # optax takes steps
 MEMORY = "The theory in the inn: winter thins the herd, and the hen then hides. Numbers 1 to 9, and then some more. "
-QUICK = ["steps=60", "longest=64", "rate=0.2", "key_floor=0.5", "contexts=2", "value_contexts=2", "neutral=1"]
+QUICK = ["steps=60", "longest=64", "key_floor=0.5", "contexts=2", "value_contexts=2", "neutral=1"]
 LINES = [
     {"prompt": "the fox sat in", "target": "b", "subject": "fox", "rephrases": ["a fox sat in"], "locality": ["who"]},
     {"prompt": "a wolf hit the", "target": "q", "subject": "wolf", "rephrases": ["the wolf hit the"]},

@@ -83,7 +83,7 @@ def write(
     most: int = ANSWER_TOKENS,
     lanes: int = LANES,
 ) -> list[list[int]]:
-    """The tokens that greedily follow prompts.
+    """The tokens that greedily follow prompts; none follow one that is too long for the model that continues it.
 
     Args:
         model: the model, edited or not.
@@ -94,9 +94,11 @@ def write(
     """
     said: list[list[int]] = [[] for _ in prompts]
     for writer, numbers, rows in _writers(model, routing, prompts):
-        written = continue_rows(writer, rows, most, lanes=lanes)
-        for number, row in zip(numbers, written, strict=True):
-            said[number] = row
+        # What stands before a prompt for another model may leave no room in it; then that says nothing.
+        fitting = [at for at, row in enumerate(rows) if not writer.excess(row, [0])]
+        written = continue_rows(writer, [rows[at] for at in fitting], most, lanes=lanes)
+        for at, row in zip(fitting, written, strict=True):
+            said[numbers[at]] = row
     return said
 
 
