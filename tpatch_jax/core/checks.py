@@ -14,7 +14,19 @@ from tpatch_jax.core.arguments import describe
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.typing import RngKey
 
-__all__ = ["as_key", "check_positive", "check_range", "check_types", "random_key"]
+__all__ = ["as_key", "check_positive", "check_range", "check_types", "random_key", "text_generator"]
+
+
+def text_generator(text: str) -> np.random.Generator:
+    """A generator of random numbers that a text alone determines.
+
+    What is drawn for a request so does not depend on its place in a list.
+
+    Example:
+        >>> int(text_generator("Peru").integers(10)) == int(text_generator("Peru").integers(10))
+        True
+    """
+    return np.random.default_rng(list(text.encode("utf-8", "replace")))
 
 
 def random_key(seed: int) -> RngKey:

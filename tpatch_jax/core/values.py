@@ -220,8 +220,9 @@ def train_values(
     """The values of some lanes, each trained for its own targets.
 
     ``min_v  ½ Σ_targets w (aim - log-odds)₊² + c · mean KL(unedited ‖ edited on neutral prompts)`` by damped
-    Gauss-Newton steps from ``start``, with ``‖v‖`` kept to its limit. Each step looks at a lane's first row, at the two
-    others that by what is known of them are farthest from their targets, and at two neutral rows in turn; what is known
+    Gauss-Newton steps from ``start``, with ``‖v‖`` kept to its limit. Each step looks at a lane's first row, at two
+    others (what by all that is known is farthest from its target, or was not looked at for longest), and at two neutral
+    rows in turn; what is known
     of all others goes on as linear. A lane has ended when all its targets are said, as far as is known, and its neutral
     rows are near enough; or when its loss is no number. Lanes never couple.
 

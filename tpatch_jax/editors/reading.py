@@ -5,8 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
+from tpatch_jax.core.checks import text_generator
 from tpatch_jax.editors.locating import locate_subject, replace_subject
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.inputs import input_contexts
@@ -280,7 +279,7 @@ def swapped_prompts(
         others = [name for name in pool if name != subject]
         if subject and others:
             # Drawn from the request's own text, so that they do not depend on its place in the list.
-            picks = np.random.default_rng(list(request.prompt.encode())).permutation(len(others))[:count]
+            picks = text_generator(request.prompt).permutation(len(others))[:count]
             texts = [replace_subject(request.prompt, subject, others[pick]) for pick in picks]
             fitting = [text for text in texts if not model.excess(model.encode_prompt(text), ())]
             if fitting:

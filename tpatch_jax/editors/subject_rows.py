@@ -1,6 +1,6 @@
 """Texts in tokens with the end of a subject in them, and the network from there on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from tpatch_jax.typing import Params
 
 __all__ = [
     "PromptRow",
+    "fitting_rows",
     "forked_rows",
     "prompt_row",
     "rephrase_rows",
@@ -84,11 +85,16 @@ def rows_of(model: Model, wordings: Sequence[Wording]) -> list[PromptRow]:
     return [] if first is None else [row or first for row in rows]
 
 
+def fitting_rows(model: Model, wordings: Iterable[Wording], target: Sequence[int]) -> list[PromptRow]:
+    """Texts in tokens with what should follow them; one that would be too long is left out."""
+    rows = (row_of(model, wording, target) for wording in wordings)
+    return [row for row in rows if row is not None]
+
+
 def short_rows(model: Model, request: EditRequest, item: Item, prefixes: Sequence[str]) -> list[PromptRow]:
     """What `shortened` gives in tokens, each after a prefix; one that would be too long is left out."""
     pairs = zip(shortened(request), prefixes, strict=False)
-    rows = (row_of(model, wording.after(prefix), item.target) for wording, prefix in pairs)
-    return [row for row in rows if row is not None]
+    return fitting_rows(model, (wording.after(prefix) for wording, prefix in pairs), item.target)
 
 
 @partial(jax.jit, static_argnames="longest")

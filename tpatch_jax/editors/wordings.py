@@ -4,8 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
+from tpatch_jax.core.checks import text_generator
 from tpatch_jax.editors.locating import split_at_subject, subject_spans
 from tpatch_jax.requests import EditRequest
 
@@ -163,6 +162,6 @@ def look_alikes(request: EditRequest, names: Sequence[str], count: int) -> list[
     others = [name.rpartition(" ")[0] for name in names]
     others = [other for other in dict.fromkeys(others) if other and other != front and f"{other} {last}" not in names]
     # Drawn from the subject itself, so that its look-alikes do not depend on its place in the list.
-    picks = np.random.default_rng(list(subject.encode())).permutation(len(others))[:count]
+    picks = text_generator(subject).permutation(len(others))[:count]
     before = split_at_subject(request)[0]
     return [Wording.of(before, f"{others[pick]} {last}", "") for pick in picks]

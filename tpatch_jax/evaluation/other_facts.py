@@ -7,8 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
+from tpatch_jax.core.checks import text_generator
 from tpatch_jax.editors.locating import subject_spans
 from tpatch_jax.requests import EditRequest
 
@@ -320,5 +319,5 @@ def choose_frames(request: EditRequest, count: int = 3, together: Iterable[EditR
     same = [other for other in together if (other.subject or "").strip().casefold() == name.casefold()]
     asked = frozenset().union(*(topics_of(one) for one in (request, *same)))
     frames: Sequence[Frame] = FRAMES[kind_of_subject(request)]
-    order = np.random.default_rng(list(request.prompt.encode("utf-8", "replace"))).permutation(len(frames))
+    order = text_generator(request.prompt).permutation(len(frames))
     return [frames[place] for place in order if not asked.intersection(frames[place].topics)][:count]

@@ -7,8 +7,7 @@ Their prompts are seen in other contexts than a decoder's: a text before them wo
 import json
 from pathlib import Path
 
-import numpy as np
-
+from tpatch_jax.core.checks import text_generator
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.wikitext import as_ordinary_text
 from tpatch_jax.storage.reading import read_text
@@ -74,7 +73,7 @@ def input_contexts(text: str, others: tuple[str, ...], count: int) -> list[str]:
         >>> input_contexts("The sun is a star.", ("Water is wet.",), 5)[3:]
         ['Water is wet. The sun is a star.', 'The sun is a star. Water is wet.']
     """
-    rng, words = np.random.default_rng(list(text.encode())), text.split()
+    rng, words = text_generator(text), text.split()
     short = sorted(range(len(words)), key=lambda number: (len(words[number]), number))[: max(1, len(words) // 2)]
 
     def without(out: set[int]) -> str:

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
+from tpatch_jax.core.checks import text_generator
 from tpatch_jax.editors.frames.library import Form, Relation, check_form, frames_of_kind
 from tpatch_jax.editors.frames.matching import Match, guess_kind, match_relation
 from tpatch_jax.editors.locating import split_at_subject
@@ -34,11 +33,6 @@ def _place(request: EditRequest, texts: Sequence[str], form: Form) -> list[Wordi
     frame, _, _, behind = (question(request) if form == "question" else None) or ("", "", "", "")
     parts = [text.split("{}") for text in texts]
     return [Wording.of(frame + before, request.subject or "", after + behind) for before, after in parts]
-
-
-def _draw(text: str) -> np.random.Generator:
-    # Drawn from the request itself, so that its frames do not depend on its place in the list.
-    return np.random.default_rng(list(text.encode()))
 
 
 def _excluded(near: Sequence[Match]) -> set[str]:
@@ -83,7 +77,7 @@ def other_frames(request: EditRequest, count: int, *, form: Form = "statement") 
     left_out = _excluded(near)
     sorts = {sort for match in near[:1] if kind in match.relation.kinds for sort in match.relation.sorts}
     others = [relation for relation in frames_of_kind(kind) if relation.id not in left_out]
-    rng = _draw(request.prompt)
+    rng = text_generator(request.prompt)
     others = [others[pick] for pick in rng.permutation(len(others))]
     # Where the sort of subject is not known, what suits all comes first.
     others.sort(key=lambda relation: bool(relation.sorts) and sorts.isdisjoint(relation.sorts))
@@ -119,7 +113,7 @@ def same_frames(request: EditRequest, count: int, *, form: Form = "statement") -
     if prompt is None or relation is None:
         return []
     texts = [text for text in relation.texts(form) if text != prompt]
-    picks = _draw(request.prompt).permutation(len(texts))[:count]
+    picks = text_generator(request.prompt).permutation(len(texts))[:count]
     return _place(request, [texts[pick] for pick in picks], form)
 
 

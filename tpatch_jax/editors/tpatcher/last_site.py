@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
+from tpatch_jax.core.checks import text_generator
 from tpatch_jax.core.devices import host
 from tpatch_jax.core.ffn import ACTIVATIONS
 from tpatch_jax.core.fit import FitProblem
@@ -369,7 +370,7 @@ def _mates(items: Sequence[Item], requests: Mapping[int, EditRequest], count: in
     for at, text in frame.items():
         pool = frames[text]
         # As in `swapped_prompts`: which they are does not depend on the request's place in the list.
-        start = int(np.random.default_rng(list(requests[items[at].position].prompt.encode())).integers(len(pool)))
+        start = int(text_generator(requests[items[at].position].prompt).integers(len(pool)))
         turned = (pool[(start + step) % len(pool)] for step in range(len(pool)))
         others = (n for n in turned if named[n] != named[at] and items[n].target != items[at].target)
         chosen = list(itertools.islice(others, count))

@@ -25,16 +25,16 @@ from tpatch_jax.core.recipes.staged import Recognised
 from tpatch_jax.core.recipes.whitened import whitened_key
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.core.values import TargetRows, ValueTrainingInfo, ValueTrainingSettings, train_values
-from tpatch_jax.editors.frames import other_frames, same_frames
+from tpatch_jax.editors.frames import Form, other_frames, same_frames
 from tpatch_jax.editors.locating import split_at_subject
 from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import Item
 from tpatch_jax.editors.subject_rows import (
     PromptRow,
+    fitting_rows,
     forked_rows,
     prompt_row,
     rephrase_rows,
-    row_of,
     rows_of,
     runner,
     said_at,
@@ -379,22 +379,21 @@ def _shorter_prompts(
     if settings.token != "subject":
         return []
     shorter = short_rows(model, request, item, known.prefixes[-settings.shorter :])
-    return [*shorter, *(last * settings.shorter)][: settings.shorter]
+    return [*islice(chain(shorter, cycle(last)), settings.shorter)]
 
 
-def _other_wordings(request: EditRequest, count: int, asked: bool) -> list[Wording]:
+def _same_prompts(
+    model: Model, item: Item, request: EditRequest, last: list[PromptRow], form: Form, settings: SubjectSettings
+) -> list[PromptRow]:
+    """Other wordings of the request's relation; where the library of frames knows fewer, the same stands in."""
+    wordings = same_frames(request, settings.same, form=form) if settings.token == "subject" else []
+    return [*islice(chain(fitting_rows(model, wordings, item.target), cycle(last)), settings.same)]
+
+
+def _other_wordings(request: EditRequest, count: int, form: Form) -> list[Wording]:
     """Other things about the subject, said or asked as the request does; frames of the library first."""
-    others = other_frames(request, count, form="question" if asked else "statement")
-    return [*others, *neutral_wordings(request, count - len(others), asked)][:count]
-
-
-def _same_prompts(model: Model, item: Item, request: EditRequest, settings: SubjectSettings) -> list[PromptRow]:
-    """Other wordings of the request's relation, where the library of frames knows it."""
-    if settings.token != "subject":
-        return []
-    form = "statement" if question(request) is None else "question"
-    rows = (row_of(model, wording, item.target) for wording in same_frames(request, settings.same, form=form))
-    return [row for row in rows if row is not None]
+    others = other_frames(request, count, form=form)
+    return [*others, *neutral_wordings(request, count - len(others), form == "question")][:count]
 
 
 def _read_rows(
@@ -403,7 +402,7 @@ def _read_rows(
 ) -> _Rows:  # fmt: skip
     """Everything that keys and values of some requests are fitted on, in tokens."""
     prompts = _value_prompts(model, items, requests, lanes, settings)
-    contexts, avoid, neutral, shorter = {}, {}, {}, {}
+    contexts, avoid, neutral, shorter, keeps = {}, {}, {}, {}, 0
     subjects = [requests[item.position].subject for item in items]
     names = list(dict.fromkeys([*known.names, *(subject for subject in subjects if subject)]))
     in_context = {n: items[n].texts for n in lanes}
@@ -411,22 +410,21 @@ def _read_rows(
         request = requests[items[number].position]
         count = min(settings.value_contexts, len(in_context[number]) - items[number].rephrases)
         last = prompts[number][count - 1 : count]
-        same_relation = _same_prompts(model, items[number], request, settings)
+        form: Form = "statement" if question(request) is None else "question"
         shorter[number] = [
             *_shorter_prompts(model, items[number], request, last, known, settings),
-            *islice(chain(same_relation, cycle(last)), settings.same),
+            *_same_prompts(model, items[number], request, last, form, settings),
         ]
         same, others = _key_wordings(request, known.prefixes[settings.value_contexts :], names, settings)
         contexts[number] = [*prompts[number][1:], *rows_of(model, same)]
         rows = rows_of(model, others)
         avoid[number] = [*islice(cycle(rows), AVOIDED)] if rows else []
-        beside = _other_wordings(request, settings.neutral, question(request) is not None)
-        rows = rows_of(model, [*kept_wordings(request), *beside])
+        kept = kept_wordings(request)
+        rows = rows_of(model, [*kept, *_other_wordings(request, settings.neutral, form)])
         # Where all are too long the prompt stands in, read at one place like them.
         rows = rows or [row._replace(places=row.places[:1], wanted=[]) for row in prompts[number][:1]]
-        neutral[number] = rows
+        neutral[number], keeps = rows, max(keeps, len(kept))
     # As many for each lane: what the settings say, and room for all that is kept.
-    keeps = max((len(kept_wordings(requests[items[number].position])) for number in lanes), default=0)
     neutral = {number: [*islice(cycle(rows), settings.neutral + keeps)] for number, rows in neutral.items()}
     most = max(map(len, contexts.values()), default=0)
     contexts = {number: [*islice(cycle(rows or prompts[number][:1]), most)] for number, rows in contexts.items()}
