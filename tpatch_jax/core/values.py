@@ -27,11 +27,15 @@ __all__ = [
     "ValueTrainingSettings",
     "gauss_newton_step",
     "kept_close",
+    "losses_of_rows",
     "train_values",
 ]
 
 OTHERS, BESIDE = 2, 2
 """So many of a lane's targets besides the first, and of its neutral rows, are looked at in each step."""
+
+TOGETHER = 8
+"""So many rows of all lanes are looked at together before the first step."""
 
 Run = Callable[[Any, Float[Array, "rows d"]], Float[Array, "rows places vocabulary"]]
 """From what is known of some rows, and what is added to the FFN's output at their first positions, ``[rows, d]``, to
@@ -86,11 +90,13 @@ class ValueTrainingInfo(NamedTuple):
         steps: steps taken.
         loss: mean negative log-likelihood of the targets at the end, in nats.
         closeness: mean divergence from the unedited model on neutral prompts when last looked at, in nats.
+        at_start: whether the first target was surely said before any step: each of its tokens likelier than not.
     """
 
     steps: Int[np.ndarray, " lanes"]
     loss: Float[np.ndarray, " lanes"]
     closeness: Float[np.ndarray, " lanes"]
+    at_start: Bool[np.ndarray, " lanes"]
 
 
 def kept_close(
@@ -115,8 +121,21 @@ def _row_weights(targets: TargetRows) -> Float[Array, "lanes rows"]:
     return jnp.sum(targets.weight, 2)
 
 
-def _row_losses(targets: TargetRows, log_probs: Array) -> Float[Array, "lanes rows"]:
-    """Mean loss of each row over its places, in nats; 0 of padding."""
+def losses_of_rows(targets: TargetRows, log_probs: Array) -> Float[Array, "lanes rows"]:
+    """Mean loss of each row over its places, in nats; 0 of padding.
+
+    Args:
+        targets: the rows and what is wanted in each.
+        log_probs: at their places, ``[lanes, rows, places, vocabulary]``.
+
+    Returns:
+        ``[lanes, rows]``.
+
+    Example:
+        >>> rows = TargetRows(None, jnp.ones((1, 1)), jnp.array([[[1]]]), jnp.ones((1, 1, 1)))
+        >>> round(float(losses_of_rows(rows, jnp.log(jnp.full((1, 1, 1, 2), 0.5)))[0, 0]), 3)
+        0.693
+    """
     weight = _row_weights(targets)
     losses = jnp.where(targets.weight > 0, _unlikely(targets.wanted, log_probs), 0.0) * targets.weight
     return jnp.sum(losses, 2) / jnp.where(weight > 0, weight, 1.0)
@@ -263,6 +282,10 @@ def train_values(
         jnp.full((lanes, count), -1, jnp.int32),
     )
     run = run if isinstance(run, Partial) else Partial(run)
+    at_start = np.zeros(lanes, bool)
+    if start is not None:
+        state = _look_everywhere(run, problem, state)
+        at_start = np.asarray(state.offset[:, 0] < 0)
     result = run_lanes(Partial(_step(settings._replace(steps=0)), run), state, problem, settings.steps)
     # Rows that were never looked at tell nothing.
     losses = result.state.losses
@@ -270,7 +293,7 @@ def train_values(
     mean = np.where(seen > 0, losses * seen, 0.0).sum(1) / np.maximum(seen.sum(1), 1e-12)
     divergence = result.state.divergence
     close = divergence.mean(1) if divergence.shape[1] else np.zeros(lanes, np.float32)
-    return jnp.asarray(result.state.move) * problem.limit, ValueTrainingInfo(result.steps, mean, close)
+    return jnp.asarray(result.state.move) * problem.limit, ValueTrainingInfo(result.steps, mean, close, at_start)
 
 
 def _within_limit(move: Float[Array, "lanes d"]) -> Float[Array, "lanes d"]:
@@ -307,6 +330,46 @@ def _rows_of_step(
     return jnp.concatenate(picks, 1), jnp.broadcast_to(turn.astype(jnp.int32), (lanes, min(BESIDE, there)))
 
 
+@jax.jit
+def _look_everywhere(run: Partial, problem: _Problem, state: _State) -> _State:
+    """What every row says where the lanes start, without slopes: some of them have nothing left to do."""
+    lanes = state.move.shape[0]
+    values = state.move * problem.limit
+    # A few rows of each lane at a time: the log-probabilities of all would be the largest array of all.
+    size = max(1, TOGETHER // lanes)
+
+    def looked(rows: TargetRows, tell: Callable[[TargetRows, Array], tuple[Array, ...]]) -> tuple[Array, ...]:
+        count = rows.activity.shape[1]
+        blocks = -(-count // size)
+        index = jnp.minimum(jnp.arange(blocks * size), count - 1).reshape(blocks, size)
+
+        def look(pick: Array) -> tuple[Array, ...]:
+            part = _take_rows(rows, jnp.broadcast_to(pick, (lanes, size)))
+            added = part.activity[..., None] * values[:, None]
+            log_probs = run(part.rows, added.reshape(-1, added.shape[-1]))
+            return tell(part, log_probs.reshape(lanes, size, *log_probs.shape[1:]))
+
+        told = jax.lax.map(look, index)
+        return tuple(jnp.swapaxes(one, 0, 1).reshape(lanes, -1)[:, :count] for one in told)
+
+    against, losses = looked(
+        problem.targets, lambda part, said: (_log_odds_against(part, said), losses_of_rows(part, said))
+    )
+    offsets, divergence = [against], state.divergence
+    if problem.neutral is not None:
+        (divergence,) = looked(
+            problem.neutral, lambda part, said: (jnp.maximum(kept_close(part.wanted[:, :, 0], said[:, :, 0]), 0.0),)
+        )
+        offsets.append(jnp.sqrt(2 * divergence))
+    counts = _row_weights(problem.targets) > 0
+    return state._replace(
+        offset=jnp.concatenate(offsets, 1),
+        losses=jnp.where(counts, losses, state.losses),
+        divergence=divergence,
+        age=jnp.zeros_like(state.age),
+    )
+
+
 @lru_cache(maxsize=16)
 def _step(settings: ValueTrainingSettings) -> Callable[..., tuple[_State, Bool[Array, " lanes"], _State]]:
     """One object for the same settings, so that ``jit`` recognises it."""
@@ -336,7 +399,7 @@ def _step(settings: ValueTrainingSettings) -> Callable[..., tuple[_State, Bool[A
                 # Its square is twice the divergence, which is zero where nothing has changed, and so is its slope.
                 parts.append(jnp.where(moved > 1e-9, jnp.sqrt(2 * jnp.maximum(moved, 1e-9)), 0.0))
             each = jnp.concatenate(parts, 1)
-            return jnp.sum(each), (each, moved, _row_losses(targets, log_probs[:, :seen]))
+            return jnp.sum(each), (each, moved, losses_of_rows(targets, log_probs[:, :seen]))
 
         added = activity[..., None] * values[:, None]
         (_, (each, moved, losses)), gradient = jax.value_and_grad(residuals, has_aux=True)(added)

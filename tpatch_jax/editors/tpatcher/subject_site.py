@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tpatch_jax.core import ffn
 from tpatch_jax.core.checks import check_positive, check_range, check_types
 from tpatch_jax.core.memory import Memory, blended, create_memory, extend, nuisance_scatter
 from tpatch_jax.core.patch import Patch, concatenate, create, sharpen, sized, take
 from tpatch_jax.core.recipes.staged import Recognised
 from tpatch_jax.core.recipes.whitened import whitened_key
 from tpatch_jax.core.sizes import power_of_two
-from tpatch_jax.core.values import TargetRows, ValueTrainingInfo, ValueTrainingSettings, train_values
+from tpatch_jax.core.start import StartParams
+from tpatch_jax.core.values import ValueTrainingSettings, train_values
 from tpatch_jax.editors.frames import Form, other_frames, same_frames
 from tpatch_jax.editors.locating import split_at_subject
 from tpatch_jax.editors.model_memory import ModelMemory
@@ -32,17 +32,15 @@ from tpatch_jax.editors.reading import Item
 from tpatch_jax.editors.subject_rows import (
     PromptRow,
     fitting_rows,
-    forked_rows,
     prompt_row,
     rephrase_rows,
     rows_of,
     runner,
-    said_at,
     short_rows,
 )
 from tpatch_jax.editors.tpatcher.previous import NO_SUBJECT, PreviousEdits
+from tpatch_jax.editors.tpatcher.subject_values import SHARPNESS, create_value_problem, level_patch, predict_start
 from tpatch_jax.editors.wordings import Wording, kept_wordings, look_alikes, neutral_wordings, question
-from tpatch_jax.models import networks
 from tpatch_jax.models.collection import collect
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
@@ -68,12 +66,6 @@ AVOIDED = 16
 
 ASIDES = 8
 """So many of them are different, where a question's key turns away from its subject in statements."""
-
-HEARD = 0.1
-"""A key hears a wording on which it fires this strongly, the bare prompt being 1."""
-
-SHARPNESS = 256.0
-"""``s`` of ``act(s·z)/s``, folded into the patch."""
 
 
 @dataclass(frozen=True)
@@ -212,89 +204,6 @@ def _keys(
     return jax.lax.map(key, (query, groups, floor, split, avoid, strength))
 
 
-def _levelled(patch: Patch, plateau: float) -> Patch:
-    """Neurons whose response rises from 0 at ``z = 0`` to 1 at ``z = plateau`` and stays there: two for each, in turn.
-
-    ``act(z)/p - act(z - p)/p``. A value then says the same however strongly a rephrasing is recognised.
-    """
-    if not plateau:
-        return patch
-    height = patch.value / plateau
-    pair = patch._replace(value=height), patch._replace(bias=patch.bias - plateau, value=-height)
-    return jax.tree.map(lambda low, high: jnp.stack([low, high], 1).reshape(-1, *low.shape[1:]), *pair)
-
-
-def _activity(model: Model, patch: Patch, forked: networks.Fork, plateau: float) -> Array:
-    """How strongly each lane's neurons fire at the subject in each of its rows, ``[lanes, rows]``."""
-    query = forked.query[:, 0].reshape(patch.key.shape[0], -1, patch.key.shape[1]).astype(jnp.float32)
-    z = jnp.einsum("nrd,nd->nr", query, patch.key) + patch.bias[:, None]
-    act = ffn.ACTIVATIONS[model.config.activation]
-    fired = act(z * SHARPNESS) / SHARPNESS
-    return (fired - act((z - plateau) * SHARPNESS) / SHARPNESS) / plateau if plateau else fired
-
-
-def _unedited_output(model: Model, unedited: Model, layer: int, forked: networks.Fork) -> Array:
-    """The unedited FFN's output at the subject of each row, ``[rows, d]``.
-
-    What a value is measured by: with the neurons of earlier edits of a subject in it, each value would be allowed to
-    be longer than the one before.
-    """
-    if model is unedited:
-        return forked.output[:, 0].astype(jnp.float32)
-    # This layer reads what no neuron of its own has changed.
-    output = ffn.apply(unedited.params["layers"][layer]["ffn"], forked.query[:, 0], unedited.config.activation)
-    return output.astype(jnp.float32)
-
-
-def _values(
-    model: Model, unedited: Model, layer: int, patch: Patch, prompts: Sequence[list[PromptRow]],
-    kept: Sequence[list[PromptRow]], neutral: Sequence[list[PromptRow]], settings: SubjectSettings
-) -> tuple[Array, ValueTrainingInfo]:  # fmt: skip
-    """The values of one chunk of lanes. ``kept`` are prompts of earlier edits of the same subject, which must go on."""
-    lanes, most = len(prompts), max((len(rows) for rows in kept), default=0)
-    # A lane without that many repeats its own bare prompt, which then counts for nothing.
-    rows = [[*part, *also, *[part[0]] * (most - len(also))] for part, also in zip(prompts, kept, strict=True)]
-    each, count = len(rows[0]), power_of_two(max(len(row.wanted) for part in rows for row in part), 2)
-    wanted, weight = np.zeros((lanes, each, count), np.int32), np.zeros((lanes, each, count), np.float32)
-    for lane, part in enumerate(rows):
-        for number, row in enumerate(part[: len(prompts[lane]) + len(kept[lane])]):
-            wanted[lane, number, : len(row.wanted)] = row.wanted
-            group = len(prompts[lane]) if number < len(prompts[lane]) else 1
-            weight[lane, number, : len(row.wanted)] = 1 / (group * len(row.wanted))
-    # Rows that aim and rows that stay close are read together, lane after lane.
-    together = [row for parts in zip(rows, neutral, strict=True) for part in parts for row in part]
-    forked, places = forked_rows(model, together, layer, count)
-    activity = np.asarray(_activity(model, patch, forked, settings.plateau))
-    scale = jnp.linalg.norm(_unedited_output(model, unedited, layer, forked), axis=-1).reshape(lanes, -1)[:, 0]
-    aims = _part(forked, places, lanes, 0, each)
-    # A wording that the key does not know can teach the value nothing.
-    recognised = activity[:, :each] > HEARD * activity[:, :1]
-    weight *= np.where(np.arange(each) < len(prompts[0]), recognised, True)[..., None]
-    share = weight.sum((1, 2), keepdims=True)
-    targets = TargetRows(aims, jnp.asarray(activity[:, :each]), jnp.asarray(wanted), jnp.asarray(weight / share))
-    close = None
-    if count_beside := len(neutral[0]):
-        beside = _part(forked, places, lanes, each, each + count_beside)
-        before, table = networks.Fork(*beside[0], layer=layer), beside[1]
-        if model is not unedited:
-            before, table = forked_rows(unedited, [row for part in neutral for row in part], layer, 1)
-        reference = said_at(unedited, before, table[:, :1]).reshape(lanes, count_beside, 1, -1)
-        share = jnp.full((lanes, count_beside, 1), 1 / count_beside)
-        close = TargetRows(beside, jnp.asarray(activity[:, each:]), reference, share)
-    return train_values(targets, close, runner(model, layer), scale, settings.value)
-
-
-def _part(forked: networks.Fork, places: Array, lanes: int, first: int, last: int) -> tuple[tuple[Any, ...], Array]:
-    """The same part of each lane's rows, as `train_values` takes them."""
-    return jax.tree.map(lambda leaf: _rows_of(leaf, lanes, first, last), (tuple(forked[:-1]), places))
-
-
-@partial(jax.jit, static_argnames=("lanes", "first", "last"))
-def _rows_of(leaf: Array, lanes: int, first: int, last: int) -> Array:
-    chosen = leaf.reshape(lanes, -1, *leaf.shape[1:])[:, first:last]
-    return chosen.reshape(-1, *leaf.shape[1:])
-
-
 class Subjects(NamedTuple):
     """The subjects of some requests, as the layer of this site sees them, with the key that recognises each.
 
@@ -309,6 +218,7 @@ class Subjects(NamedTuple):
         queries: of each item the query at every token of its bare prompt and target, ``[tokens, d]``.
         keys: the lanes' keys.
         positions: of each item the request's place in the list of requests.
+        start: what predicts values to start from; ``None`` starts from zero.
     """
 
     model: Model
@@ -321,6 +231,7 @@ class Subjects(NamedTuple):
     queries: list[np.ndarray]
     keys: Recognised | None
     positions: list[int]
+    start: StartParams | None = None
 
     def place(self, number: int) -> tuple[int, int]:
         """Where an item's subject ends in its bare prompt, and its group; -1 without a subject."""
@@ -434,7 +345,8 @@ def _read_rows(
 
 def read_subjects(
     model: Model, known: ModelMemory, layer: int, items: Sequence[Item], requests: Sequence[EditRequest],
-    previous: PreviousEdits, settings: SubjectSettings, progress: Progress | None = None
+    previous: PreviousEdits, settings: SubjectSettings, progress: Progress | None = None,
+    start: StartParams | None = None,
 ) -> Subjects:  # fmt: skip
     """What the layer sees of each subject in a few contexts, and a key that recognises it.
 
@@ -447,6 +359,7 @@ def read_subjects(
         previous: the edits of earlier steps, on which the keys stay silent unless they are of the same subject.
         settings: options.
         progress: called with what is being done, how much is done, and how much there is.
+        start: what predicts values to start from.
     """
     subjects = [requests[item.position].subject for item in items]
     # What a key stands for: queries of the same are no negatives of each other.
@@ -469,7 +382,9 @@ def read_subjects(
     upto = np.cumsum([sum(map(len, whole)), len(cut), len(beside)])
     queries = np.split(seen[: upto[0]], np.cumsum([len(row) for row in whole])[:-1])
     if not lanes:
-        return Subjects(model, layer, settings, lanes, rows.prompts, rows.neutral, groups, queries, None, positions)
+        return Subjects(
+            model, layer, settings, lanes, rows.prompts, rows.neutral, groups, queries, None, positions, start
+        )
 
     contexts = seen[upto[0] : upto[1]].reshape(len(lanes), -1, seen.shape[1])
     bare = np.stack([queries[number][rows.prompts[number][0].subject] for number in lanes])
@@ -489,7 +404,7 @@ def read_subjects(
     asks = np.asarray([question(requests[items[number].position]) is not None for number in lanes])
     positive, avoid = _shared(positive, avoid, groups[lanes], asks)
     keys = _recognised(known, positive, groups[lanes], avoid, asks, negative, answer, settings)
-    return Subjects(model, layer, settings, lanes, rows.prompts, rows.neutral, groups, queries, keys, positions)
+    return Subjects(model, layer, settings, lanes, rows.prompts, rows.neutral, groups, queries, keys, positions, start)
 
 
 def _shared(
@@ -615,18 +530,23 @@ def _fit_chunk(
     lanes = [*chunk, *[chunk[-1]] * (power_of_two(len(chunk)) - len(chunk))]
     pick = [slot[number] for number in lanes]
     silent = Patch(keys.key[pick], keys.bias[pick], jnp.zeros_like(keys.key[pick]))
-    value, info = _values(
+    problem = create_value_problem(
         present, read.model, read.layer, silent, [read.prompts[n] for n in lanes], [kept[n] for n in lanes],
-        [read.neutral[n] for n in lanes], settings,
+        [read.neutral[n] for n in lanes], settings.plateau,
     )  # fmt: skip
+    start = None if read.start is None else predict_start(read.start, problem, settings.value.longest)
+    run = runner(present, read.layer)
+    value, info = train_values(problem.targets, problem.neutral, run, problem.scale, settings.value, start)
     each = 2 if settings.plateau else 1
     neurons = []
     for number, lane in enumerate(chunk):
         key_losses = {name: float(loss[slot[lane]]) for name, loss in keys.losses.items()}
         losses = {"l_e": float(info.loss[number]), **key_losses}
+        if start is not None:
+            losses["said_at_start"] = float(info.at_start[number])
         steps, margin, position = int(info.steps[number]), float(keys.margin[slot[lane]]), read.positions[lane]
         neurons += [SubjectNeuron(position, number * each + n, steps, margin, losses) for n in range(each)]
-    new = sharpen(_levelled(silent._replace(value=value), settings.plateau), SHARPNESS)
+    new = sharpen(level_patch(silent._replace(value=value), settings.plateau), SHARPNESS)
     return FittedSubjects(take(jax.tree.map(np.asarray, new), np.arange(len(chunk) * each)), neurons)
 
 

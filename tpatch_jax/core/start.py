@@ -1,0 +1,147 @@
+"""Values predicted before any step: a small network that has learnt from many edits how a value says its target.
+
+What it is trained on is what values are trained on: prompts that should say the target, and prompts that should stay.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from tpatch_jax.core.values import Run, TargetRows, kept_close, losses_of_rows
+
+__all__ = ["StartParams", "create_start", "predict_values", "start_features", "start_loss"]
+
+PRESSED = 0.1
+"""A target need not be said with a smaller loss than this, in nats."""
+
+
+class StartParams(NamedTuple):
+    """A network of one inner layer.
+
+    Attributes:
+        inner: ``[features, width]``.
+        bias: ``[width]``.
+        outer: ``[width, d]``.
+    """
+
+    inner: Float[Array, "features width"]
+    bias: Float[Array, " width"]
+    outer: Float[Array, "width d"]
+
+
+def create_start(rng: PRNGKeyArray, hidden_size: int, width: int) -> StartParams:
+    """A network that predicts zero.
+
+    Args:
+        rng: a typed random key.
+        hidden_size: ``d``; there are five times as many features.
+        width: of the inner layer.
+
+    Example:
+        >>> params = create_start(jax.random.key(0), 4, 8)
+        >>> params.inner.shape, float(jnp.abs(predict_values(params, jnp.ones((1, 20)), jnp.ones(1))).max())
+        ((20, 8), 0.0)
+    """
+    features = 5 * hidden_size
+    inner = jax.random.normal(rng, (features, width), jnp.float32) / features**0.5
+    return StartParams(inner, jnp.zeros(width), jnp.zeros((width, hidden_size)))
+
+
+def start_features(
+    query: Float[Array, "lanes d"],
+    end: Float[Array, "lanes d"],
+    hidden: Float[Array, "lanes d"],
+    target: Float[Array, "lanes tokens d"],
+    weight: Float[Array, "lanes tokens"],
+) -> Float[Array, "lanes features"]:
+    """What is known of an edit before any step, each part scaled to a mean square of 1.
+
+    Args:
+        query: at the subject, ``[lanes, d]``.
+        end: the query at the prompt's last token, ``[lanes, d]``.
+        hidden: the residual stream after the last block there: what the model says now, ``[lanes, d]``.
+        target: the unembedding rows of the target's tokens, ``[lanes, tokens, d]``.
+        weight: of each token; 0 is padding.
+
+    Returns:
+        ``[lanes, 5·d]``: the three, the target's first token, and the mean of all its tokens.
+
+    Example:
+        >>> one = jnp.ones((1, 2))
+        >>> start_features(one, one, one, jnp.ones((1, 3, 2)), jnp.ones((1, 3))).shape
+        (1, 10)
+    """
+    mean = jnp.einsum("ntd,nt->nd", target, weight) / jnp.maximum(jnp.sum(weight, 1, keepdims=True), 1e-12)
+    parts = [part.astype(jnp.float32) for part in (query, end, hidden, target[:, 0], mean)]
+    return jnp.concatenate([x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-12) for x in parts], -1)
+
+
+def predict_values(
+    params: StartParams, features: Float[Array, "lanes features"], limit: Float[Array, " lanes"]
+) -> Float[Array, "lanes d"]:
+    """``limit · y / √(1 + ‖y‖²)`` with ``y = gelu(features · inner + bias) · outer``.
+
+    Args:
+        params: the network.
+        features: what `start_features` gives.
+        limit: each value's largest length.
+
+    Returns:
+        Values to start from, ``[lanes, d]``, none longer than its limit.
+
+    Example:
+        >>> params = StartParams(jnp.ones((5, 1)), jnp.zeros(1), jnp.ones((1, 1)) * 1e3)
+        >>> float(predict_values(params, jnp.ones((1, 5)), jnp.array([2.0]))[0, 0].round(3))
+        2.0
+    """
+    y = jax.nn.gelu(features @ params.inner + params.bias) @ params.outer
+    return limit[:, None] * y * jax.lax.rsqrt(1 + jnp.sum(y * y, -1, keepdims=True))
+
+
+def start_loss(
+    params: StartParams,
+    features: Float[Array, "lanes features"],
+    limit: Float[Array, " lanes"],
+    targets: TargetRows,
+    neutral: TargetRows,
+    run: Run,
+    closeness: float,
+) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""]]]:
+    """What the network is trained on: mean ``softplus(2·(loss - 0.1))/2`` of targets and ``closeness · KL`` of others.
+
+    Args:
+        params: the network.
+        features: of each lane.
+        limit: each value's largest length.
+        targets: where and what each lane's value should make the model say.
+        neutral: where it should change little.
+        run: the network after the cut, as `tpatch_jax.core.values.train_values` takes it.
+        closeness: weight of the divergence from the unedited model.
+
+    Returns:
+        The loss, and its two parts as they are: the targets' mean loss and the mean divergence, in nats.
+
+    Example:
+        >>> run = lambda rows, added: jax.nn.log_softmax(rows + added)[:, None]
+        >>> one = jnp.ones((1, 1, 1))
+        >>> targets = TargetRows(jnp.zeros((1, 4)), one[0], jnp.array([[[2]]]), one)
+        >>> neutral = TargetRows(jnp.zeros((1, 4)), one[0], jnp.full((1, 1, 1, 4), jnp.log(0.25)), one)
+        >>> params = create_start(jax.random.key(0), 4, 8)
+        >>> round(start_loss(params, jnp.ones((1, 20)), jnp.ones(1), targets, neutral, run, 1.0)[1][0].item(), 3)
+        1.386
+    """
+    values = predict_values(params, features, limit)
+
+    def said(rows: TargetRows) -> Array:
+        added = rows.activity[..., None] * values[:, None]
+        log_probs = run(rows.rows, added.reshape(-1, added.shape[-1]))
+        return log_probs.reshape(*rows.activity.shape, *log_probs.shape[1:])
+
+    losses = losses_of_rows(targets, said(targets))
+    counts = jnp.sum(targets.weight, 2) > 0
+    number = jnp.maximum(jnp.sum(counts), 1)
+    short = jnp.sum(jnp.where(counts, jax.nn.softplus(2 * (losses - PRESSED)) / 2, 0.0)) / number
+    moved = jnp.mean(kept_close(neutral.wanted[:, :, 0], said(neutral)[:, :, 0]))
+    return short + closeness * moved, (jnp.sum(jnp.where(counts, losses, 0.0)) / number, moved)
