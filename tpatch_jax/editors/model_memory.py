@@ -50,6 +50,7 @@ class ModelMemory(NamedTuple):
             need not stay silent there.
         rewordings: of an encoder-decoder the wordings that its memory has for one question; see
             `tpatch_jax.editors.rewordings`.
+        cache: folder where what else is derived from the model is kept; ``None`` keeps nothing.
     """
 
     query: Array
@@ -59,6 +60,7 @@ class ModelMemory(NamedTuple):
     centres: Array | None = None
     answers: Array | None = None
     rewordings: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    cache: Path | None = None
 
 
 def collect_model_memory(
@@ -92,7 +94,7 @@ def collect_model_memory(
     mark = text_mark(model, text) if cache is not None else ""
     folder = memory_folder(cache, f"{mark} {layer}")
     if folder is not None and (known := _recall(model, folder)):
-        return known
+        return known._replace(cache=cache)
     rows = texts or memory_texts(model, text, memory_folder(cache, mark), progress)
     if texts is not None:
         texts[:] = rows
@@ -103,7 +105,7 @@ def collect_model_memory(
         result = ModelMemory(*collect_inputs(model, layer, rows, read_inputs(text), report))
     if folder is not None:
         _save(folder, result)
-    return result
+    return result._replace(cache=cache)
 
 
 def _collect(model: Model, layer: int, rows: list[list[int]], progress: Progress | None) -> ModelMemory:

@@ -257,7 +257,9 @@ def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int 
     result = np.zeros(total, np.int32)
     weights = networks.final_weights(model.config, model.params)
     mesh = mesh_of(model.params)
-    patch = sized(create(model.config.hidden_size) if patch is None else patch, NEURONS)
+    # On the host, where padding compiles nothing.
+    none = jax.tree.map(host, create(model.config.hidden_size)) if patch is None else patch
+    patch = sized(none, NEURONS)
     if mesh is None:
         # Once, not again with each part.
         patch = jax.device_put(patch)
