@@ -13,7 +13,7 @@ from jax import Array
 from tpatch_jax.core.devices import host, mesh_of, shard_rows
 from tpatch_jax.core.ffn import ACTIVATIONS
 from tpatch_jax.core.patch import Patch, contribution, create, sized
-from tpatch_jax.core.sizes import in_steps, power_of_two
+from tpatch_jax.core.sizes import few_or_most, in_steps, power_of_two
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
@@ -265,7 +265,7 @@ def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int 
         patch = jax.device_put(patch)
     for first in range(0, total, rows):
         count = min(rows, total - first)
-        missing = power_of_two(count, min(64, rows), rows) - count
+        missing = few_or_most(count, rows) - count
         part = Sites(*(pad_rows(array[first : first + count], missing) for array in sites))
         result[first : first + count] = host(_predicted(model.config, weights, patch, shard_rows(part, mesh)))[:count]
     return result
