@@ -38,7 +38,7 @@ class Rounds(NamedTuple):
 
 
 FULL = Rounds({"last": (1, 32), "subject": (1, 32)}, rounds=3, warm=2, timed=3)
-QUICK = Rounds({"last": (1, 8), "subject": (1, 8)}, rounds=1, warm=1, timed=2)
+QUICK = Rounds({"last": (1, 8), "subject": (1, 4)}, rounds=1, warm=1, timed=2)
 
 
 def check_build(folder: str | Path) -> Path:
