@@ -93,8 +93,8 @@ def collect_model_memory(
     """
     mark = text_mark(model, text) if cache is not None else ""
     folder = memory_folder(cache, f"{mark} {layer}")
-    if folder is not None and (known := _recall(model, folder)):
-        return known._replace(cache=cache)
+    if folder is not None and (known := _recall(model, folder, cache)):
+        return known
     rows = texts or memory_texts(model, text, memory_folder(cache, mark), progress)
     if texts is not None:
         texts[:] = rows
@@ -146,14 +146,19 @@ def _save(folder: Path, result: ModelMemory) -> None:
     keep_folder(folder, write)
 
 
-def _recall(model: Model, folder: Path) -> ModelMemory | None:
+def _recall(model: Model, folder: Path, cache: Path | None) -> ModelMemory | None:
     """What `_save` wrote, read once for a model as long as the files stay what they are."""
+
+    def load() -> ModelMemory | None:
+        known = _load(folder)
+        return None if known is None else known._replace(cache=cache)
+
     try:
         stats = [(folder / name).stat() for name in FILES]
     except OSError:
-        return _load(folder)
+        return load()
     state = tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
-    return derive_once(model, "memory", (folder, state), lambda: _load(folder))
+    return derive_once(model, "memory", (folder, state), load)
 
 
 def _load(folder: Path) -> ModelMemory | None:
