@@ -13,7 +13,7 @@ import pytest
 from conftest import make_tiny_model, write_tiny_folder
 
 from tpatch_jax.benchmarks import bench as bench_
-from tpatch_jax.benchmarks import gauges
+from tpatch_jax.benchmarks import gauges, side_by_side
 from tpatch_jax.benchmarks import probe as probe_
 from tpatch_jax.benchmarks.bench import FULL, QUICK, Plan
 from tpatch_jax.benchmarks.edits_to_time import edits_to_time
@@ -220,3 +220,98 @@ def test_compilations_are_counted_where_they_happen():
             run(jnp.ones(3))
     assert outer[0] >= 1
     assert inner[0] == 0
+
+
+OTHER_BUILD = """
+import dataclasses
+from types import SimpleNamespace
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    site: str = "auto"
+
+@dataclasses.dataclass(frozen=True)
+class EditRequest:
+    prompt: str
+    target: str
+    subject: str
+
+PRESETS = {"default": Settings()}
+load_model = lambda name, dtype=None: name
+
+def edit(model, requests, settings):
+    assert settings.site in ("last", "subject") and model == "a model"
+    if "fails" in __file__:
+        raise ValueError("an older mistake")
+    return {}, SimpleNamespace(requests=[SimpleNamespace(held=number == 0) for number, _ in enumerate(requests)])
+"""
+
+
+@pytest.fixture
+def build(tmp_path):
+    """``build(name)`` is the folder of a build that has only the public names that a comparison uses."""
+
+    def make(name: str) -> Path:
+        (tmp_path / name / "tpatch_jax").mkdir(parents=True)
+        (tmp_path / name / "tpatch_jax" / "__init__.py").write_text(OTHER_BUILD, "utf-8")
+        return tmp_path / name
+
+    return make
+
+
+def test_another_build_runs_in_a_process_that_imports_it(build):
+    calls = [[{"prompt": "a", "target": "b", "subject": "a"}] * 4] * 3
+    given = {"model": "a model", "dtype": None, "site": "last", "calls": calls}
+    told = side_by_side._run(build("older"), given)
+    assert told["package"] == str(build("another").parent / "older" / "tpatch_jax")
+    assert told["held"] == [1, 1, 1]
+    assert len(told["cpu_seconds"]) == len(told["seconds"]) == 3
+    assert told["peak"] > 2**20
+    with pytest.raises(TPatchError, match=r"the build in .*fails failed: ValueError: an older mistake; see that it"):
+        side_by_side._run(build("fails"), given)
+
+
+def test_builds_take_turns_on_the_same_edits(place, build, monkeypatch, capsys):
+    other, ran = build("older"), []
+
+    def run(folder: Path, given: dict) -> dict:
+        ran.append((folder, given["site"], json.dumps(given["calls"])))
+        times = [30.0, 4.0, 8.0, 6.0] if folder == other else [20.0, 1.0, 2.0, 3.0]
+        of_each = len(given["calls"][0])
+        held = [0] + [of_each] * 2 + [0] if folder == other else [of_each] * 4
+        return {"device": "a device", "cpu_seconds": times, "held": held, "peak": 2**30 if folder == other else None}
+
+    monkeypatch.setattr(side_by_side, "_run", run)
+    monkeypatch.setattr(side_by_side, "FULL", side_by_side.Rounds({"last": (1, 2), "subject": (1,)}, 2, 1, 3))
+    arguments = ["bench", "a model", "--against", str(other)]
+    assert cli.main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["device"] == "a device"
+    assert told["edits"]["last"]["2"]["cpu_seconds_per_edit"] == {"this": 1.0, "other": 3.0, "ratio": 1 / 3}
+    assert told["edits"]["subject"]["1"]["first_cpu_seconds"] == {"this": 20.0, "other": 30.0, "ratio": 2 / 3}
+    assert told["edits"]["last"]["1"]["held"]["other"] == pytest.approx(2 / 3)
+    assert told["edits"]["last"]["1"]["peak_memory"] == {"this": 0, "other": 2**30, "ratio": 0.0}
+    here = Path(side_by_side.tpatch_jax.__path__[0]).parent
+    assert [folder for folder, _, _ in ran] == 3 * [here, other] + 3 * [other, here]
+    assert len({calls for _, site, calls in ran if site == "subject"}) == 1
+    calls = json.loads(ran[2][2])
+    assert [len(call) for call in calls] == [2] * 4
+    assert len({request["prompt"] for call in calls for request in call}) == 8
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "last, 2 in a call" in said
+    assert "0.333" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--against", "nowhere"], "nowhere holds no package tpatch_jax; give the folder of a checkout"),
+        (["--against", ".", "--plan"], "--against goes without --plan"),
+        (["--against", ".", "--output", "bench.png"], "--against goes without --output"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused(monkeypatch, tmp_path, capsys, more, words):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", *more]) == 1
+    assert words in " ".join(capsys.readouterr().err.split())

@@ -155,3 +155,15 @@ def test_hardest_finds_the_maximum_wherever_it_stands():
     for row in range(13):
         found, counts = run(memory.query.at[row].set(100.0))
         assert row in np.asarray(found)[np.asarray(counts)]
+
+
+def test_a_whitener_is_the_lower_factor_of_the_inverse():
+    rng = np.random.default_rng(0)
+    rows, groups = rng.normal(size=(60, 6)) * [1, 2, 5, 0.1, 1, 1], rng.normal(size=(60, 6))
+    covariance, nuisance = rows.T @ rows / 60, groups.T @ groups / 60
+    whitener = whitening(jnp.asarray(covariance, jnp.float32), jnp.asarray(nuisance, jnp.float32), weight=0.3)
+    normalised = lambda matrix: matrix / (np.trace(matrix) / 6)  # noqa: E731
+    mixed = normalised(0.7 * normalised(covariance) + 0.3 * normalised(nuisance))
+    expected = np.linalg.cholesky(np.linalg.inv(normalised(mixed + 0.1 * np.eye(6))))
+    np.testing.assert_allclose(whitener, expected, rtol=1e-4, atol=1e-5)
+    assert not np.triu(whitener, 1).any()

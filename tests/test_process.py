@@ -23,7 +23,7 @@ def test_memory_is_asked_back_after_a_compilation_and_not_after_a_call(monkeypat
     library = SimpleNamespace(mallopt=lambda *given: calls.append(given), malloc_trim=lambda pad: calls.append((pad,)))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     return_freed_memory()
-    assert calls == [(process.MAPPED_FROM, 2**20)]
+    assert calls == [(process.MAPPED_FROM, process.LARGE), (process.KEPT, process.AT_HAND)]
     run, x = jax.jit(lambda x: x * 5 - 2), jnp.ones(11)
     run(x)
     assert calls[-1] == (0,)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from tpatch_jax.cli.common import Dtype, Json, Quiet, load
+from tpatch_jax.cli.common import Dtype, Json, Quiet, load, show_rows
 from tpatch_jax.display.console import print_json, progress_bar, result_console
 from tpatch_jax.errors import TPatchError
 
@@ -25,16 +25,35 @@ class Bench:
     output: Annotated[str | None, arg(aliases=["-o"], metavar="PICTURE", help="also draw it, e.g. bench.png")] = None
     quick: Annotated[bool, arg(help="fewer edits and repeats: under five minutes on two CPU cores")] = False
     plan: Annotated[bool, arg(help="measure nothing: what many edits of large models would cost, on paper")] = False
+    against: Annotated[
+        str | None, arg(metavar="FOLDER", help="time the same edits in another checkout of this library, side by side")
+    ] = None
     dtype: Dtype = None
     json: Json = False
     quiet: Quiet = False
 
     def run(self) -> None:
         """Measure, print a table, and draw a picture if one is asked for; or show the costs on paper."""
-        if self.plan:
+        if self.against is not None:
+            self._compare(self.against)
+        elif self.plan:
             _show_plan(self.json)
         else:
             self._measure()
+
+    def _compare(self, folder: str) -> None:
+        from tpatch_jax.benchmarks.side_by_side import FULL, QUICK, check_build, compare_builds
+
+        if self.plan or self.output:
+            raise TPatchError(f"--against goes without {'--plan' if self.plan else '--output'}; leave one of them out")
+        check_build(folder)
+        plan = QUICK if self.quick else FULL
+        with progress_bar(self.quiet or self.json) as report:
+            result = compare_builds(folder, self.model, plan, self.file, self.dtype, report)
+        if self.json:
+            print_json(result)
+        else:
+            _show_builds(result, folder)
 
     def _measure(self) -> None:
         from tpatch_jax.benchmarks.bench import FULL, QUICK, bench
@@ -106,6 +125,21 @@ def _show(result: dict[str, Any]) -> None:
         f"peak memory of the most edits over that of 16: {result['peak_memory_ratio']:.2f}; programs compiled for new "
         f"numbers of edits: {result['recompilations']}; {result['seconds']:.0f} s in all"
     )
+
+
+def _show_builds(result: dict[str, Any], folder: str) -> None:
+    """Show what edits cost in this build and in another one."""
+    rows = [["", "CPU seconds per edit", "other", "ratio", "first call", "other", "peak GiB", "other", "held", "other"]]
+    for site, by_count in result["edits"].items():
+        for count, figures in by_count.items():
+            time, first = figures["cpu_seconds_per_edit"], figures["first_cpu_seconds"]
+            peak, held = figures["peak_memory"], figures["held"]
+            cells = [f"{time['this']:.2f}", f"{time['other']:.2f}", f"{time['ratio']:.3f}"]
+            cells += [f"{first['this']:.2f}", f"{first['other']:.2f}"]
+            cells += [f"{peak[build] / 2**30:.2f}" for build in ("this", "other")]
+            cells += [f"{held[build]:.2f}" for build in ("this", "other")]
+            rows.append([f"{site}, {count} in a call", *cells])
+    show_rows(f"editing {result['model']} on {result['device']}: this build, and the other one in {folder}", rows)
 
 
 def _show_plan(json: bool) -> None:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.core.arguments import describe
@@ -53,6 +54,7 @@ class Memory(NamedTuple):
     whitener: Float[Array, "d d"]
 
 
+@jax.jit
 def second_moments(query: Float[Array, "rows d"]) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
     """Mean and covariance of queries.
 
@@ -116,6 +118,7 @@ def nuisance_scatter(groups: Float[Array, "groups contexts d"]) -> Float[Array, 
     return centred.T @ centred / centred.shape[0]
 
 
+@jax.jit
 def blended(special: Float[Array, "d d"], general: Float[Array, "d d"], share: float) -> Float[Array, "d d"]:
     """A mixture of two scatters, each taken at a trace of one: ``s·A/tr A + (1-s)·B/tr B``; zeros stay so.
 
@@ -157,6 +160,11 @@ def whitening(
         >>> whitening(jnp.eye(4)).shape
         (4, 4)
     """
+    return _whitening(covariance, nuisance, weight, shrinkage)
+
+
+@jax.jit
+def _whitening(covariance: Array, nuisance: Array | None, weight: float, shrinkage: float) -> Array:
     hidden_size = covariance.shape[0]
 
     def normalised(matrix: Array) -> Array:
@@ -165,9 +173,12 @@ def whitening(
     mixed = normalised(covariance)
     if nuisance is not None:
         mixed = (1 - weight) * mixed + weight * normalised(nuisance)
-    mixed = normalised(mixed + shrinkage * jnp.eye(hidden_size, dtype=mixed.dtype))
-    inverse = jnp.linalg.inv(mixed)
-    return jnp.linalg.cholesky((inverse + inverse.T) / 2)
+    eye = jnp.eye(hidden_size, dtype=mixed.dtype)
+    mixed = normalised(mixed + shrinkage * eye)
+    # With rows and columns in reverse the Cholesky factor of C is the upper U with U·Uᵀ = C, so U⁻ᵀ is the lower
+    # factor of C⁻¹, which is never formed.
+    upper = jnp.linalg.cholesky(mixed[::-1, ::-1])[::-1, ::-1]
+    return solve_triangular(upper, eye, trans="T")
 
 
 def create_memory(

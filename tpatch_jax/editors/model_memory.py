@@ -50,6 +50,7 @@ class ModelMemory(NamedTuple):
             need not stay silent there.
         rewordings: of an encoder-decoder the wordings that its memory has for one question; see
             `tpatch_jax.editors.rewordings`.
+        cache: folder where what else is derived from the model is kept; ``None`` keeps nothing.
     """
 
     query: Array
@@ -59,6 +60,7 @@ class ModelMemory(NamedTuple):
     centres: Array | None = None
     answers: Array | None = None
     rewordings: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    cache: Path | None = None
 
 
 def collect_model_memory(
@@ -91,7 +93,7 @@ def collect_model_memory(
     """
     mark = text_mark(model, text) if cache is not None else ""
     folder = memory_folder(cache, f"{mark} {layer}")
-    if folder is not None and (known := _recall(model, folder)):
+    if folder is not None and (known := _recall(model, folder, cache)):
         return known
     rows = texts or memory_texts(model, text, memory_folder(cache, mark), progress)
     if texts is not None:
@@ -103,7 +105,7 @@ def collect_model_memory(
         result = ModelMemory(*collect_inputs(model, layer, rows, read_inputs(text), report))
     if folder is not None:
         _save(folder, result)
-    return result
+    return result._replace(cache=cache)
 
 
 def _collect(model: Model, layer: int, rows: list[list[int]], progress: Progress | None) -> ModelMemory:
@@ -144,14 +146,19 @@ def _save(folder: Path, result: ModelMemory) -> None:
     keep_folder(folder, write)
 
 
-def _recall(model: Model, folder: Path) -> ModelMemory | None:
+def _recall(model: Model, folder: Path, cache: Path | None) -> ModelMemory | None:
     """What `_save` wrote, read once for a model as long as the files stay what they are."""
+
+    def load() -> ModelMemory | None:
+        known = _load(folder)
+        return None if known is None else known._replace(cache=cache)
+
     try:
         stats = [(folder / name).stat() for name in FILES]
     except OSError:
-        return _load(folder)
+        return load()
     state = tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
-    return derive_once(model, "memory", (folder, state), lambda: _load(folder))
+    return derive_once(model, "memory", (folder, state), load)
 
 
 def _load(folder: Path) -> ModelMemory | None:

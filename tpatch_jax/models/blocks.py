@@ -104,12 +104,16 @@ def _rotate(
     angles = positions[..., None].astype(jnp.float32) * frequencies
     cos, sin = (jnp.cos(angles) * config.rope_scale)[:, :, None], (jnp.sin(angles) * config.rope_scale)[:, :, None]
     pairs = len(rope_frequencies)
-    turned, rest = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :]
-    split = (pairs, 2) if config.rope_adjacent else (2, pairs)
-    axis = -1 if config.rope_adjacent else -2
-    first, second = jnp.moveaxis(turned.reshape(*x.shape[:-1], *split), axis, 0)
-    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis)
-    return jnp.concatenate([turned.reshape(*x.shape[:-1], 2 * pairs).astype(x.dtype), rest], -1)
+    if config.rope_adjacent:
+        turned, rest = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :]
+        first, second = jnp.moveaxis(turned.reshape(*x.shape[:-1], pairs, 2), -1, 0)
+        turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], -1)
+        return jnp.concatenate([turned.reshape(*x.shape[:-1], 2 * pairs).astype(x.dtype), rest], -1)
+    first, second = x[..., :pairs].astype(jnp.float32), x[..., pairs : 2 * pairs].astype(jnp.float32)
+    # Written into place: a CPU puts halves together element by element.
+    for start, half in ((0, first * cos - second * sin), (pairs, second * cos + first * sin)):
+        x = jax.lax.dynamic_update_slice_in_dim(x, half.astype(x.dtype), start, -1)
+    return x
 
 
 def _buckets(buckets: int, furthest: int) -> Int[np.ndarray, " distances"]:
@@ -157,13 +161,17 @@ def _attend(
     hide: Callable[[Array], Array],
 ) -> Float[Array, "batch tokens inner"]:
     """Weighted values of ``[batch, seen, key_value_heads, width]`` for queries ``[batch, tokens, heads, width]``."""
-    batch, tokens, _, width = query.shape
-    query = query.reshape(batch, tokens, key.shape[2], -1, width)
-    scores = jnp.einsum("btkgh,bskh->bkgts", query, key, preferred_element_type=jnp.float32)
+    (batch, tokens, heads, width), (_, seen, groups, _) = query.shape, key.shape
+    # Groups of heads that read the same keys side by side, so that each product is of two plain matrices.
+    query = jnp.moveaxis(query.reshape(batch, tokens, groups, -1, width), 1, 3)
+    query = query.reshape(batch, groups, -1, width)
+    key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+    scores = jnp.einsum("bkqh,bksh->bkqs", query, key, preferred_element_type=jnp.float32)
     scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
-    scores = hide(softcap(scores * scale, config.attention_cap))
-    weights = jax.nn.softmax(scores, -1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(batch, tokens, -1)
+    scores = scores.reshape(batch, groups, -1, tokens, seen)
+    weights = jax.nn.softmax(hide(softcap(scores * scale, config.attention_cap)), -1).astype(value.dtype)
+    mixed = jnp.einsum("bkqs,bksh->bkqh", weights.reshape(batch, groups, -1, seen), value)
+    return jnp.moveaxis(mixed.reshape(batch, heads, tokens, width), 1, 2).reshape(batch, tokens, -1)
 
 
 def _by_group(bias: Float[Array, "batch heads tokens seen"], groups: int) -> Float[Array, "batch ..."]:

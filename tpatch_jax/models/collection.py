@@ -13,7 +13,7 @@ from jax import Array
 from tpatch_jax.core.devices import host, mesh_of, shard_rows
 from tpatch_jax.core.ffn import ACTIVATIONS
 from tpatch_jax.core.patch import Patch, contribution, create, sized
-from tpatch_jax.core.sizes import in_steps, power_of_two
+from tpatch_jax.core.sizes import few_or_most, in_steps, power_of_two
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
@@ -257,13 +257,15 @@ def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int 
     result = np.zeros(total, np.int32)
     weights = networks.final_weights(model.config, model.params)
     mesh = mesh_of(model.params)
-    patch = sized(create(model.config.hidden_size) if patch is None else patch, NEURONS)
+    # On the host, where padding compiles nothing.
+    none = jax.tree.map(host, create(model.config.hidden_size)) if patch is None else patch
+    patch = sized(none, NEURONS)
     if mesh is None:
         # Once, not again with each part.
         patch = jax.device_put(patch)
     for first in range(0, total, rows):
         count = min(rows, total - first)
-        missing = power_of_two(count, min(64, rows), rows) - count
+        missing = few_or_most(count, rows) - count
         part = Sites(*(pad_rows(array[first : first + count], missing) for array in sites))
         result[first : first + count] = host(_predicted(model.config, weights, patch, shard_rows(part, mesh)))[:count]
     return result

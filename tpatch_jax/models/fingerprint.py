@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import operator
+import re
 from typing import Any
 
 import jax
@@ -15,11 +16,18 @@ from tpatch_jax.core import ffn
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.tokenizer import describe_tokenizer
+from tpatch_jax.storage.kept_text import keep_text
 
-__all__ = ["fingerprint", "tokenizer_fingerprint"]
+__all__ = ["fingerprint", "remember_files", "tokenizer_fingerprint"]
 
 _FIRST_NAMES = {"hidden_size": "width"}
 """What fields of the description were called when fingerprints were first taken, which stay what they are."""
+
+VERSION = 1
+LARGE_MODEL = 2**26
+"""Of so many bytes of parameters it takes longer to read them once more than to look up what they gave."""
+
+LARGE_TOKENIZER = 2**18
 
 
 @jax.jit
@@ -65,13 +73,41 @@ def fingerprint(model: Model) -> str:
         for field in dataclasses.fields(model.config)
         if getattr(model.config, field.name) != field.default
     }
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=_described).encode())
-    sums = [(jax.tree_util.keystr(path), leaf, _mix(leaf)) for path, leaf in leaves]
-    for path, leaf, mixed in sums:
-        digest.update(f"{path} {leaf.shape} {leaf.dtype} {np.asarray(mixed).tolist()}".encode())
-    result = digest.hexdigest()[:32]
+    description = json.dumps(told, sort_keys=True, default=_described)
+
+    def take() -> str:
+        digest = hashlib.sha256(description.encode())
+        sums = [(jax.tree_util.keystr(path), leaf, _mix(leaf)) for path, leaf in leaves]
+        for path, leaf, mixed in sums:
+            digest.update(f"{path} {leaf.shape} {leaf.dtype} {np.asarray(mixed).tolist()}".encode())
+        return digest.hexdigest()[:32]
+
+    files = _files_of(model, arrays)
+    result = take() if files is None else keep_text("fingerprints", f"{VERSION} {files} {description}", take, _is_hex)
     object.__setattr__(model, "_fingerprint", (arrays, result))
     return result
+
+
+def remember_files(model: Model, files: str) -> None:
+    """Let a model know which files its parameters were read from, so that its fingerprint is taken once for them.
+
+    Args:
+        model: as it was read; what is made of it knows nothing of files.
+        files: names them, and says when they changed; see `tpatch_jax.models.checkpoints.folder.mark_files`.
+    """
+    object.__setattr__(model, "_files", (jax.tree.leaves(model.params), files))
+
+
+def _files_of(model: Model, arrays: list[Any]) -> str | None:
+    """The files that a large model's arrays were read from; none if another array has come in."""
+    read, files = vars(model).get("_files", ([], None))
+    if len(read) != len(arrays) or not all(map(operator.is_, read, arrays)):
+        return None
+    return files if sum(array.nbytes for array in arrays) > LARGE_MODEL else None
+
+
+def _is_hex(text: str) -> bool:
+    return re.fullmatch("[0-9a-f]{32}", text) is not None
 
 
 def tokenizer_fingerprint(model: Model) -> str:
@@ -89,7 +125,14 @@ def tokenizer_fingerprint(model: Model) -> str:
     known = vars(model).get("_tokenizer_fingerprint")
     if known is not None and known[0] is model.tokenizer and known[1] == size:
         return known[2]
-    told = describe_tokenizer(model.tokenizer)
-    result = hashlib.sha256(json.dumps([told, model.start], sort_keys=True).encode()).hexdigest()[:32]
+
+    def take() -> str:
+        told = [describe_tokenizer(model.tokenizer), model.start]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+
+    # Putting a large tokenizer in order takes longer than recognising it.
+    text = "" if fast is None else fast.to_str()
+    mark = f"{VERSION} {model.start} {text}"
+    result = keep_text("fingerprints", mark, take, _is_hex) if len(text) > LARGE_TOKENIZER else take()
     object.__setattr__(model, "_tokenizer_fingerprint", (model.tokenizer, size, result))
     return result

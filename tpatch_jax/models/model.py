@@ -479,6 +479,7 @@ def load_model(
         ' Paris'
     """
     from tpatch_jax.models.checkpoints.sources import resolve_model
+    from tpatch_jax.models.fingerprint import remember_files
 
     if isinstance(model, Model):
         raise TPatchError(f"{model.name!r} is loaded already; use it as it is")
@@ -490,8 +491,11 @@ def load_model(
     # Before the weights, which take longer.
     settings = checkpoint.read_settings(folder)
     tokenizer = read_tokenizer(folder, configure(settings))
+    files = checkpoint.mark_files(folder)
     config, params, settings = checkpoint.read_folder(folder, dtype, mesh, settings=settings)
-    return Model(config, params, tokenizer, str(model), folder, settings)
+    loaded = Model(config, params, tokenizer, str(model), folder, settings)
+    remember_files(loaded, f"{dtype} {files}")
+    return loaded
 
 
 @automatically

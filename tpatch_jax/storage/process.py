@@ -15,8 +15,13 @@ __all__ = ["COMPILED", "prepare_process"]
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """What JAX calls the event that a program is compiled, or read from the persistent cache."""
 
-MAPPED_FROM = -3
-"""glibc's name for the size from which memory is taken from the system piece by piece (``M_MMAP_THRESHOLD``)."""
+MAPPED_FROM, KEPT = -3, -1
+"""glibc's names for the size from which memory is taken from the system piece by piece (``M_MMAP_THRESHOLD``), and for
+how much of it stays at hand after it was freed (``M_TRIM_THRESHOLD``)."""
+
+LARGE, AT_HAND = 2**24, 2**26
+"""What a program needs for its steps is less than this, and there again for the next one: taking it from the system
+anew, page by page, took up to a quarter of a forward pass."""
 
 
 def prepare_process() -> None:
@@ -45,7 +50,8 @@ def _return_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError, ValueError):
         library = ctypes.CDLL(None)
-        library.mallopt(MAPPED_FROM, 2**20)
+        library.mallopt(MAPPED_FROM, LARGE)
+        library.mallopt(KEPT, AT_HAND)
         trim = library.malloc_trim
 
         def compiled(event: str, duration_secs: float, **_: Any) -> None:

@@ -1,6 +1,5 @@
 """This library's recipe: the key first, then the threshold, then the value, each by the cheapest means that works."""
 
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -105,19 +104,21 @@ def recognise(
         rows = jnp.concatenate([memory.query[index], particular]) - mean
         return rows, jnp.concatenate([counts, always])
 
-    optimiser = transform.init(params)
-    bounds = [settings.key_steps * round_ // settings.rounds for round_ in range(settings.rounds + 1)]
-    for first, last in itertools.pairwise(bounds):
-        negative, counts = mine(params)
+    def round_(number: Array, carry: Any) -> Any:
+        negative, counts = mine(carry[0])
 
-        def step(number: Array, carry: Any, negative: Array = negative, counts: Array = counts) -> Any:
+        def step(number: Array, carry: Any) -> Any:
             params, optimiser = carry
             gradient, _ = jax.grad(key_loss, has_aux=True)(params, negative, counts)
             update, optimiser = transform.update(gradient, optimiser, params)
             slower = 0.5 * (1.0 + jnp.cos(jnp.pi * number / (settings.key_steps * times)))
             return optax.apply_updates(params, jax.tree.map(lambda leaf: slower * leaf, update)), optimiser
 
-        params, optimiser = jax.lax.fori_loop(first * times, last * times, step, (params, optimiser))
+        first, last = (settings.key_steps * edge // settings.rounds * times for edge in (number, number + 1))
+        return jax.lax.fori_loop(first, last, step, carry)
+
+    # A loop of loops, so that a step is traced once and not again for each round.
+    params, _ = jax.lax.fori_loop(0, settings.rounds, round_, (params, transform.init(params)))
 
     # The threshold goes between the hardest negative and the edit's own queries, of which one then has z = 1.
     negative, counts = mine(params)

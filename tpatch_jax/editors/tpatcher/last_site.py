@@ -6,9 +6,11 @@ needs is collected once.
 
 import itertools
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.tree_util import Partial
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from tpatch_jax.core.checks import text_generator
 from tpatch_jax.core.devices import host
@@ -52,6 +56,8 @@ from tpatch_jax.models.collection import (
 )
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.derived import derive_once
+from tpatch_jax.models.fingerprint import fingerprint
+from tpatch_jax.models.memory_text import keep_folder, memory_folder
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage.rows_on_disk import RowsOnDisk, chosen_rows
@@ -80,6 +86,8 @@ INNER_ROWS = 8192
 
 CONTEXT_ROWS = 4096
 """So many queries of other edits behind their contexts are negatives at most; those of all bare prompts are."""
+
+MOMENT = "moment.safetensors"
 
 SCATTERED = 16
 """Groups of queries whose scatter is taken at a time, where they are few."""
@@ -173,8 +181,22 @@ def start_values(model: Model, known: ModelMemory) -> Array:
     """What values are started with: `moment` of the unembedding, or the mean of each label of a classifier."""
     if known.centres is not None:
         return known.centres
-    made = lambda: moment(networks.unembedding(model.config, model.params))  # noqa: E731
-    return derive_once(model, "start values", matmul_precision(), made)
+    return derive_once(model, "start values", matmul_precision(), lambda: _kept_moment(model, known.cache))
+
+
+def _kept_moment(model: Model, cache: Path | None) -> Array:
+    """`moment` of a model's unembedding, from the cache if an earlier process has put it there."""
+    folder = memory_folder(cache, f"moment of the unembedding {fingerprint(model)} {matmul_precision()}")
+    if folder is not None and folder.exists():
+        try:
+            return jax.device_put(load_file(folder / MOMENT)["moment"])
+        except (OSError, ValueError, KeyError, SafetensorError):
+            shutil.rmtree(folder, ignore_errors=True)
+    result = moment(networks.unembedding(model.config, model.params))
+    if folder is not None:
+        array = host(result)
+        keep_folder(folder, lambda temporary: save_file({"moment": array}, temporary / MOMENT))
+    return result
 
 
 @jax.jit

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.numpy import save_file
 
 from tpatch_jax.core.devices import host
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.checkpoints.completed_settings import complete_settings
 from tpatch_jax.models.checkpoints.layout import flatten, insert, join, layout, split
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.registry import configure, family_of
@@ -25,7 +27,7 @@ from tpatch_jax.storage.files import replace_folder
 from tpatch_jax.storage.processes import one_process_writes
 from tpatch_jax.typing import Params
 
-__all__ = ["check_no_adapter", "read_folder", "read_settings", "write_folder"]
+__all__ = ["check_no_adapter", "mark_files", "read_folder", "read_settings", "write_folder"]
 
 
 NEURONS_KEY = "tpatch_neurons"
@@ -52,7 +54,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     check_no_adapter(folder)
     try:
-        raw = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        raw = json.loads(text)
     except FileNotFoundError:
         raise TPatchError(
             f"{folder} has no config.json; a model is a folder with config.json and safetensors"
@@ -62,10 +65,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise TPatchError(f"{path} names no 'model_type'; copy the model's original config.json beside its weights")
     family_of(raw)
-    from transformers import AutoConfig
-
     try:
-        completed = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+        completed = complete_settings(folder, text)
     # transformers checks the kinds of settings with errors of its own
     except Exception as error:
         reason = " ".join(str(error).split())
@@ -179,6 +180,19 @@ def _shards(folder: Path) -> dict[str, Path]:
                 )
             file_of[name] = path
     return file_of
+
+
+def mark_files(folder: Path) -> str:
+    """What changes when a model's settings or weights on disk change: name, place, size and times of each file.
+
+    Args:
+        folder: the model's.
+    """
+    marks = []
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        state = path.stat()
+        marks.append((str(path.resolve()), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+    return json.dumps(marks)
 
 
 def _names(path: Path) -> list[str]:
@@ -322,9 +336,10 @@ def read_folder(
         elif not (config.tied and name == head):
             problems.append(f"{name} is not part of a {config.family} model")
     sizes = {}
-    for name, stored in sorted(names.items()):
-        with safe_open(shards[stored], "np") as file:
-            part, expected = file.get_slice(stored), wanted[name].shape
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(safe_open(path, "np")) for path in sorted(set(shards.values()))}
+        for name, stored in sorted(names.items()):
+            part, expected = files[shards[stored]].get_slice(stored), wanted[name].shape
             shape = tuple(part.get_shape())
             if shape != expected:
                 if labels is not None and _in_head(wanted[name].paths[0]):
