@@ -171,7 +171,8 @@ def saved_requests(saved: SavedPatches) -> list[EditRequest]:
         names = ("id", "prompt", "target", "subject", "keep", "form", "system", "turns", "aliases")
         fields = {name: edit[name] for name in names if name in edit}
         continuation, target = str(edit.get("continuation", "")), str(edit.get("target", ""))
-        if continuation.startswith((target, f" {target}")) and target:
+        # In a chat it is the template that joins them.
+        if edit.get("form") != "chat" and target and continuation.startswith((target, f" {target}")):
             fields["join"] = "none" if continuation.startswith(target) else "space"
         requests.append(parse_request(fields, f"edit {edit.get('id')!r}"))
     return requests

@@ -5,12 +5,17 @@ knows a role's marks or the token that ends a turn.
 """
 
 import functools
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from tpatch_jax.core.arguments import describe
+from tpatch_jax.core.checks import random_key
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models import generation
 from tpatch_jax.models.tokenizer import Tokenizer
 from tpatch_jax.requests import EditRequest
 
@@ -19,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COMPLETE",
+    "answer_chat",
     "as_messages",
     "as_turn",
     "chat_stops",
@@ -257,6 +263,54 @@ def chat_stops(model: "Model") -> tuple[int, ...]:
     return tuple(dict.fromkeys([*model.stops, *ends[-1:]]))
 
 
+def answer_chat(
+    model: "Model",
+    messages: Sequence[Mapping[str, str]],
+    most: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stream: Callable[[str], None] | None = None,
+) -> tuple[list[int], list[int]]:
+    """What a model answers in a chat, in tokens; `tpatch_jax.Model.chat` has it as text.
+
+    Args:
+        model: a decoder with a chat template.
+        messages: the conversation, the user's message last.
+        most: so many tokens at most.
+        temperature: divides the logits before a token is drawn; 0 is greedy.
+        seed: the same seed draws the same answer.
+        stream: called with each new piece of the text as soon as it is said.
+
+    Returns:
+        What the model read, and what it said, without the token that ends the turn.
+
+    Raises:
+        TPatchError: as `render_chat`; or the conversation is longer than the context, or the temperature negative.
+    """
+    if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
+        raise TPatchError(f"temperature is {describe(temperature)}; give 0 for the most probable token, or more")
+    row, shown = encode_chat(model, render_chat(model, messages)), ""
+
+    def tell(lane: int, tokens: list[int]) -> bool:
+        nonlocal shown
+        text = model.continuation(row, tokens).lstrip()
+        # A letter of which some bytes are still to come is told when it is whole.
+        if stream is not None and not text.endswith("\ufffd") and len(text) > len(shown):
+            stream(text[len(shown) :])
+            shown = text
+        return False
+
+    watch, stops = None if stream is None else tell, chat_stops(model)
+    given = (model.config, model.params, [row], most)
+    if temperature:
+        rng = random_key(seed)
+        (said,) = generation.sample(*given, rng, temperature=float(temperature), stops=stops, ended=watch)
+    else:
+        (said,) = generation.greedy(*given, stops, watch)
+    return row, said
+
+
 def as_turn(prompt: str) -> str:
     """What a user says in a chat to ask for what follows a prompt.
 
@@ -349,15 +403,18 @@ def render_request(model: "Model", request: EditRequest) -> EditRequest:
     return in_chat(model, request)
 
 
-def in_chat(model: "Model", request: EditRequest) -> EditRequest:
+def in_chat(model: "Model", request: EditRequest, *, turn: str | None = None) -> EditRequest:
     """A request as it is asked in a chat, whatever its form says; see `render_request`.
 
     Args:
         model: a decoder with a chat template.
         request: with a prompt and a target.
+        turn: what the user says; by default what `as_turn` makes of the prompt.
     """
     said = request.target.strip()
     messages = messages_of(request)
+    if turn is not None:
+        messages[-1] = {"role": "user", "content": turn}
     prompt = render_chat(model, messages)
     return replace(
         request,

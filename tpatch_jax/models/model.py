@@ -2,11 +2,10 @@
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,11 +16,10 @@ from jaxtyping import Array, Float
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.arguments import as_count, as_path, check_call, check_kind, describe
-from tpatch_jax.core.checks import random_key
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation, networks
-from tpatch_jax.models.chat import as_messages, chat_stops, encode_chat, is_rendered, render_chat
+from tpatch_jax.models.chat import answer_chat, as_messages, is_rendered
 from tpatch_jax.models.checkpoints import folder as checkpoint
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.registry import configure
@@ -382,27 +380,8 @@ class Model:
         as_count(max_new_tokens, "max_new_tokens")
         check_kind(system, str | None, "model.chat(messages, system=…)", "a text")
         check_call(stream=stream)
-        if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
-            raise TPatchError(f"temperature is {describe(temperature)}; give 0 for the most probable token, or more")
         conversation = as_messages(messages, system, "model.chat(messages)")
-        row = encode_chat(self, render_chat(self, conversation))
-        stops, shown = chat_stops(self), ""
-
-        def tell(lane: int, tokens: list[int]) -> bool:
-            nonlocal shown
-            text = self.continuation(row, tokens).lstrip()
-            # A letter of which some bytes are still to come is told when it is whole.
-            if stream is not None and not text.endswith("\ufffd") and len(text) > len(shown):
-                stream(text[len(shown) :])
-                shown = text
-            return False
-
-        watch = None if stream is None else tell
-        if temperature:
-            given = (self.config, self.params, [row], max_new_tokens, random_key(seed))
-            (said,) = generation.sample(*given, temperature=float(temperature), stops=stops, ended=watch)
-        else:
-            (said,) = generation.greedy(self.config, self.params, [row], max_new_tokens, stops, watch)
+        row, said = answer_chat(self, conversation, max_new_tokens, temperature=temperature, seed=seed, stream=stream)
         return self.continuation(row, said).strip()
 
     @automatically
