@@ -107,7 +107,7 @@ class SessionCorrections:
         return {layer: patch for layer, patch in whole.items() if patch.key.shape[0]}
 
     def _beside(self, made: Mapping[int, Patch]) -> bool:
-        """Whether the patches that the session began with are in layers that the editor edits, so that it knows them."""
+        """Whether the patches that the session began with are in layers that the editor edits, and so knows."""
         return set(self.begun) <= set(made)
 
     def _init(self) -> Any:

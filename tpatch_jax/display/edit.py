@@ -11,7 +11,7 @@ from tpatch_jax.display.patch import check_requests
 from tpatch_jax.display.view import Rows, Shown, compose
 from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.models import generation
-from tpatch_jax.models.chat import render_requests
+from tpatch_jax.models.chat import render_requests, stops_after
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest
@@ -26,7 +26,7 @@ def answers(model: Model, prompts: Sequence[str], tokens: int) -> list[str]:
     if model.config.labels:
         return model.classify(prompts)
     rows = [model.encode_prompt(prompt) for prompt in prompts]
-    said = generation.greedy(model.config, model.params, rows, tokens, model.stops)
+    said = generation.greedy(model.config, model.params, rows, tokens, stops_after(model, prompts))
     return [model.continuation(read, new) for read, new in zip(rows, said, strict=True)]
 
 

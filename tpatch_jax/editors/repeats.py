@@ -66,8 +66,8 @@ def step_once(
     """
     asked = as_requests(requests)
     # Where each shall hold is settled here, for every method: from now on prompts are what the model reads.
-    forms = [form_of(model, request) for request in asked]
     wanted = render_requests(model, asked)
+    forms = [form_of(model, request) for request in asked]
     repeats = find_repeats(model, wanted)
     fitted = [position for position in range(len(wanted)) if position not in repeats]
     given = wanted

@@ -8,6 +8,7 @@ from jax import Array
 
 from tpatch_jax.editors.base import Routing
 from tpatch_jax.evaluation.records import Record
+from tpatch_jax.models.chat import stops_after
 from tpatch_jax.models.generation import sample
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.sentences import continue_rows, first_sentence, say
@@ -123,5 +124,5 @@ def sentences(model: Model, prompts: Sequence[str], routing: Routing | None = No
     if routing is None:
         return say(model, prompts, ANSWER_TOKENS)
     rows = [model.encode_prompt(prompt) for prompt in prompts]
-    written = write(model, rows, routing)
+    written = write(model, rows, routing, stops=stops_after(model, prompts))
     return [first_sentence(model.continuation(row, tokens)) for row, tokens in zip(rows, written, strict=True)]

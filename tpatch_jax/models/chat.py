@@ -39,6 +39,7 @@ __all__ = [
     "render_chat",
     "render_request",
     "render_requests",
+    "stops_after",
 ]
 
 COMPLETE = "Complete the sentence with a few words: "
@@ -261,6 +262,18 @@ def chat_stops(model: "Model") -> tuple[int, ...]:
     """
     ends = model.encode(end_of_turn(model))
     return tuple(dict.fromkeys([*model.stops, *ends[-1:]]))
+
+
+def stops_after(model: "Model", prompts: Sequence[str]) -> tuple[int, ...]:
+    """The tokens at which what follows prompts ends: also that of a turn, where one of them is a rendered chat.
+
+    Args:
+        model: the model.
+        prompts: texts, bare or rendered.
+    """
+    if model.config.architecture == "decoder" and any(is_rendered(model.tokenizer, text) for text in prompts):
+        return chat_stops(model)
+    return model.stops
 
 
 def answer_chat(

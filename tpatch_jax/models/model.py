@@ -19,7 +19,7 @@ from tpatch_jax.core.arguments import as_count, as_path, check_call, check_kind,
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation, networks
-from tpatch_jax.models.chat import answer_chat, as_messages, is_rendered
+from tpatch_jax.models.chat import answer_chat, as_messages, is_rendered, stops_after
 from tpatch_jax.models.checkpoints import folder as checkpoint
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.registry import configure
@@ -325,8 +325,8 @@ class Model:
         """Greedy continuation of a prompt, or of several at once, up to the end-of-text token.
 
         Args:
-            prompt: the text to continue, as it is: no chat template is applied. A list of texts is run as one batch, in
-                which each gets what it gets alone.
+            prompt: the text to continue, as it is: no chat template is applied (`chat` does that). A list of texts is
+                run as one batch, in which each gets what it gets alone.
             max_new_tokens: at most so many tokens are added to each.
 
         Returns:
@@ -340,7 +340,7 @@ class Model:
         texts = _texts(prompt)
         as_count(max_new_tokens, "max_new_tokens")
         rows = [self.encode_prompt(text) for text in texts]
-        said = generation.greedy(self.config, self.params, rows, max_new_tokens, self.stops)
+        said = generation.greedy(self.config, self.params, rows, max_new_tokens, stops_after(self, texts))
         answers = [self.continuation(row, tokens) for row, tokens in zip(rows, said, strict=True)]
         return answers[0] if isinstance(prompt, str) else answers
 

@@ -11,6 +11,7 @@ from jax import Array
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation
+from tpatch_jax.models.chat import stops_after
 from tpatch_jax.models.model import Model
 from tpatch_jax.typing import TokenIds
 
@@ -179,7 +180,8 @@ def say(
         for number, label in zip(numbers, labels, strict=True):
             texts[number] = label
         return texts
-    said = continue_rows(model, rows, most, sentence=True, progress=progress)
+    stops = stops_after(model, [prompts[number] for number in numbers])
+    said = continue_rows(model, rows, most, sentence=True, progress=progress, stops=stops)
     for number, row, tokens in zip(numbers, rows, said, strict=True):
         texts[number] = first_sentence(model.continuation(row, tokens))
     return texts
@@ -194,8 +196,8 @@ def say_tokens(model: Model, prompts: Sequence[str], most: int = SENTENCE_TOKENS
         most: so many tokens at most.
     """
     rows = [model.encode_prompt(prompt) for prompt in prompts]
-    sentences = []
-    for row, tokens in zip(rows, continue_rows(model, rows, most, sentence=True), strict=True):
+    said, sentences = continue_rows(model, rows, most, sentence=True, stops=stops_after(model, prompts)), []
+    for row, tokens in zip(rows, said, strict=True):
         text = first_sentence(model.continuation(row, tokens))
         needed = (n for n in range(len(tokens) + 1) if model.continuation(row, tokens[:n]).startswith(text))
         sentences.append(tokens[: next(needed, len(tokens))])
