@@ -19,6 +19,7 @@ from tpatch_jax.cli import main as cli
 from tpatch_jax.editors import model_memory
 from tpatch_jax.editors.repeats import step_once
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation import forms
 from tpatch_jax.evaluation.answers import compare_answers
 from tpatch_jax.evaluation.measure import measure
 from tpatch_jax.models import memory_text
@@ -135,7 +136,7 @@ def test_a_model_that_holds_no_chats_says_so(model, monkeypatch):
     request = EditRequest("the hen?", "in", form="chat", id="mine")
     plain, label = make_tiny_model(), family_model("bert")
     for form in ("chat", "both"):
-        with pytest.raises(TPatchError, match="request 'mine': 'tiny' has no chat template.*form 'bare'"):
+        with pytest.raises(TPatchError, match=r"request 'mine': 'tiny' has no chat template.*form 'bare'"):
             render_requests(plain, [EditRequest("a", "b"), dataclasses.replace(request, form=form)])
     with pytest.raises(TPatchError, match="request 'mine': 'tiny' has no chat template"):
         tp.edit(plain, [request])
@@ -150,7 +151,7 @@ def test_a_model_that_holds_no_chats_says_so(model, monkeypatch):
         raise ImportError("apply_chat_template requires jinja2")
 
     monkeypatch.setattr(type(model.tokenizer), "apply_chat_template", missing)
-    with pytest.raises(TPatchError, match="needs jinja2.*pip install jinja2"):
+    with pytest.raises(TPatchError, match=r"needs jinja2.*pip install jinja2"):
         render_chat(model, ASKED)
 
 
@@ -304,7 +305,8 @@ def last_json(capsys):
 
 
 @pytest.mark.usefixtures("small")
-def test_commands_edit_ask_and_verify_in_a_chat(place, letters, capsys):
+def test_commands_edit_ask_and_verify_in_a_chat(place, letters, capsys, monkeypatch):
+    monkeypatch.setattr(forms, "CHAT_QUESTIONS", forms.CHAT_QUESTIONS[:6])
     tiny, out = str(place / "tiny"), str(place / "out")
     single = ["--prompt", "the hen?", "--target", "ab", "--form", "chat", "--system", "Be brief."]
     command = ["edit", tiny, *single, "-o", out, "--memory", str(letters), *SET, "--json"]
@@ -405,6 +407,7 @@ def test_a_chat_says_what_it_lacks(place, capsys, monkeypatch):
 
 @pytest.mark.usefixtures("small")
 def test_a_chat_with_a_bank_keeps_what_it_corrects(place, model, letters, capsys, monkeypatch):
+    monkeypatch.setattr(forms, "CHAT_QUESTIONS", forms.CHAT_QUESTIONS[:6])
     folder = place / "bank"
     loaded = tp.load_model(place / "tiny")
     tp.create_bank(folder, loaded, settings=QUICK, memory=letters)
@@ -419,6 +422,7 @@ def test_a_chat_with_a_bank_keeps_what_it_corrects(place, model, letters, capsys
     told = last_json(capsys)
     assert told["broken"] == []
     assert told["forms"]["chat"]["said"] == 1.0
+    assert told["chat_questions"]["n"] == 6
     assert converse(monkeypatch, [*given, "--preset", "paper"], "hi") == 1
     assert "leave --preset out" in capsys.readouterr().err
 

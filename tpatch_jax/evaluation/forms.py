@@ -340,11 +340,14 @@ def compare_forms(model: Model, prompts: Sequence[FormPrompt], said: Sequence[Se
         ends, turns = len(tokens) < TOKENS, _loops(tokens)
         whole = answer if prompt.chat or ends else first_sentence(answer)
         stopped = ends or (not prompt.chat and len(whole.rstrip()) < len(answer.rstrip()))
+        spoken = turns
         if not prompt.chat:
+            # What follows the sentence is no part of it.
             whole = first_sentence(answer)
+            spoken = _loops(model.encode(whole))
         line: dict[str, Any] = {"form": prompt.form, "prompt": prompt.text, "answer": answer, "wanted": prompt.wanted}
         line |= {
-            "free_running": stopped and target in whole.casefold() and not turns,
+            "free_running": stopped and target in whole.casefold() and not spoken,
             "said": target in first.casefold(),
             "said_first": list(tokens[: len(prompt.tokens)]) == prompt.tokens,
             "ends": ends,
@@ -422,16 +425,17 @@ def form_totals(
 
 
 def answer_questions(
-    model: Model, questions: Sequence[str] = CHAT_QUESTIONS, routing: Routing | None = None
+    model: Model, questions: Sequence[str] | None = None, routing: Routing | None = None
 ) -> list[list[int]]:
     """What a model answers in a chat to questions that no edit is about: the first 24 tokens, greedily.
 
     Args:
         model: a model with a chat template, edited or not.
-        questions: what is asked.
+        questions: what is asked; by default `tpatch_jax.evaluation.chat_questions.CHAT_QUESTIONS`.
         routing: which questions another model answers.
     """
-    rows = [encode_chat(model, render_chat(model, [{"role": "user", "content": text}])) for text in questions]
+    asked = CHAT_QUESTIONS if questions is None else questions
+    rows = [encode_chat(model, render_chat(model, [{"role": "user", "content": text}])) for text in asked]
     return write(model, rows, routing, SAME_TOKENS, LANES, stops=chat_stops(model))
 
 
