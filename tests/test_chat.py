@@ -29,6 +29,7 @@ from tpatch_jax.models.chat import (
     as_turn,
     chat_stops,
     check_chat,
+    conversation,
     encode_chat,
     end_of_turn,
     form_of,
@@ -240,6 +241,13 @@ def test_a_chat_edit_holds_in_the_chat_and_is_kept(model, letters, tmp_path):
     assert again[0] == requests[0]
     assert again[1:] == [dataclasses.replace(one, join="space") for one in requests[1:]]
     assert "one" in str(tp.show(info, requests=requests, model=model, patch=patches))
+    # Which tokens of a chat make its neurons fire: the first is said behind the opening of the assistant's turn.
+    messages = [{"role": "user", "content": "the hen?"}, {"role": "assistant", "content": "ab"}]
+    shown = str(tp.show(patches, info=info, requests=requests, model=model, text=messages))
+    assert shown == str(tp.show(patches, info=info, requests=requests, model=model, text=conversation(model, messages)))
+    assert "one" in shown
+    with pytest.raises(TPatchError, match="message 0 is 'hi'"):
+        tp.show(patches, model=model, text=["hi"])
 
 
 @pytest.mark.usefixtures("small")

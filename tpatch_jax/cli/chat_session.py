@@ -313,8 +313,8 @@ class ChatSession:
         patches, owners = self.corrections.neurons()
         if not count_neurons(patches):
             return []
-        conversation = as_messages(self.messages[:-1], self.options.system, "the chat")
-        base, asked = self.corrections.base, render_chat(self.model, conversation)
+        messages = as_messages(self.messages[:-1], self.options.system, "the chat")
+        base, asked = self.corrections.base, render_chat(self.model, messages)
         begin = len(encode_chat(self.model, asked))
         tokens, strengths = activations_on(base, patches, asked + self.messages[-1]["content"])
         texts, layers = token_texts(base.tokenizer, tokens), arrays_of(patches)[1]

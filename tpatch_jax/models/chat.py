@@ -29,6 +29,7 @@ __all__ = [
     "as_turn",
     "chat_stops",
     "check_chat",
+    "conversation",
     "encode_chat",
     "end_of_turn",
     "form_of",
@@ -132,6 +133,27 @@ def render_chat(model: "Model", messages: Sequence[Mapping[str, str]], *, prompt
     """
     check_chat(model)
     return _apply(model.tokenizer, messages, prompt, model.name)
+
+
+def conversation(model: "Model", messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation in the model's chat template, up to where the assistant answers, or with the answer as it stands.
+
+    Args:
+        model: a decoder with a chat template.
+        messages: ``{"role", "content"}`` each; the last is the user's, or what the assistant answered.
+
+    Raises:
+        TPatchError: it is no conversation; or as `render_chat`.
+
+    Example:
+        >>> messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+        >>> conversation(model, messages)[-3:]  # doctest: +SKIP
+        'Yes'
+    """
+    last = messages[-1] if len(messages) else {}
+    if not isinstance(last, Mapping) or last.get("role") != "assistant":
+        return render_chat(model, as_messages(messages))
+    return render_chat(model, as_messages(messages[:-1])) + str(last.get("content", ""))
 
 
 def check_chat(model: "Model") -> None:
