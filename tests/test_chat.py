@@ -123,6 +123,9 @@ def test_other_requests_are_left_as_they_are(model):
         ("What Anna likes is", f"{COMPLETE}What Anna likes is"),
         ("Anna was born in", f"{COMPLETE}Anna was born in"),
         ("Tell me of Anna.", "Tell me of Anna."),
+        ("Will Smith plays", f"{COMPLETE}Will Smith plays"),
+        ("What does Anna play? She plays", f"{COMPLETE}What does Anna play? She plays"),
+        ("Anna is ill. Who leads the UN", "Anna is ill. Who leads the UN"),
         (
             "\u6cd5\u56fd\u7684\u9996\u90fd\u662f\u54ea\u91cc\uff1f",
             "\u6cd5\u56fd\u7684\u9996\u90fd\u662f\u54ea\u91cc\uff1f",

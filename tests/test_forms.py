@@ -276,6 +276,12 @@ def test_what_cannot_be_measured_is_told_before_anything_is(records, given, reas
         evaluate(make_tiny_model(), records[:1], **given)
 
 
+def test_models_that_do_not_go_on_freely_say_so(records):
+    for call in (lambda model: evaluate(model, records, forms="bare"), lambda model: measure_forms(model, None, [])):
+        with pytest.raises(TPatchError, match="is an encoder; forms are measured of decoders"):
+            call(family_model("bert"))
+
+
 def test_measuring_a_corrected_model(model):
     told = measure_forms(model, None, [EditRequest("the hen?", "in", id="x")], samples=1, questions=False)
     assert set(told) == {"forms", "edits"}

@@ -7,7 +7,9 @@ from conftest import relative
 
 import tpatch_jax as tp
 from tpatch_jax.editors import model_memory
+from tpatch_jax.evaluation.forms import measure_forms
 from tpatch_jax.models import memory_text
+from tpatch_jax.models.chat import end_of_turn
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.storage.cache import cache_folder
 
@@ -65,3 +67,22 @@ def test_merged_equals_attached_and_comes_out_again(model, edited):
     assert set(taken) == set(patches)
     for layer, patch in patches.items():
         np.testing.assert_array_equal(taken[layer].key, patch.key)
+
+
+def test_a_correction_in_a_chat_is_said_there_and_ends(model):
+    asked, turns = "What is the capital of France?", [{"role": "user", "content": "Hi"}]
+    assert end_of_turn(model) == "<|im_end|>"
+    assert "Paris" in model.chat(asked, 16)
+    request = tp.EditRequest(asked, "Lyon", "France", id="france", form="chat")
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(memory_text, "TEXTS", 32)
+        patching.setattr(model_memory, "SPANS", 8)
+        patches, info = tp.edit(model, [request], cache=False)
+    assert [(result.held, result.form, result.continuation) for result in info.requests] == [
+        (True, "chat", "Lyon<|im_end|>")
+    ]
+    corrected = tp.attach(model, patches)
+    assert corrected.chat(asked, 16) == "Lyon"
+    assert corrected.chat(turns, 12) == model.chat(turns, 12)
+    told = measure_forms(model, patches, [request], "chat", questions=False)["forms"]["chat"]
+    assert (told["free_running"], told["said_first"], told["ends"], told["loops"]) == (1.0, 1.0, 1.0, 0.0)

@@ -238,7 +238,7 @@ def _records(
     for result, answers, of_subject in zip(info.requests, said, facts, strict=True):
         name, rest = answers["id"], {key: value for key, value in answers.items() if key != "id"}
         reason = {"reason": result.reason} if result.reason else {}
-        outcome = {"id": name, "status": result.status, "held": result.held, **reason, **rest}
+        outcome = {"id": name, "status": result.status, "held": result.held, "form": result.form, **reason, **rest}
         records.append({**outcome, "specificity": of_subject})
     return records
 

@@ -49,6 +49,7 @@ __all__ = [
     "answer_forms",
     "answer_questions",
     "as_forms",
+    "check_decoder",
     "compare_forms",
     "default_forms",
     "form_figures",
@@ -151,6 +152,16 @@ def as_forms(forms: str | Iterable[str]) -> list[str]:
     return chosen
 
 
+def check_decoder(model: Model) -> None:
+    """Make sure that a model goes on freely.
+
+    Raises:
+        TPatchError: it is no decoder.
+    """
+    if model.config.architecture != "decoder":
+        raise TPatchError(f"{model.name!r} is an {model.config.architecture}; forms are measured of decoders")
+
+
 def default_forms(model: Model) -> list[str]:
     """Bare text, and a chat for a model with a chat template."""
     return ["bare", "chat"] if has_template(model.tokenizer) else ["bare"]
@@ -227,8 +238,7 @@ def form_prompts(
         >>> form_prompts(model, [EditRequest("Who leads the UN?", "Anna", "UN")], ["lower"])[0].text  # doctest: +SKIP
         'Who leads the un?'
     """
-    if model.config.architecture != "decoder":
-        raise TPatchError(f"{model.name!r} is an {model.config.architecture}; forms are measured of decoders")
+    check_decoder(model)
     prompts = []
     for position, request in enumerate(requests):
         for form in forms:
@@ -523,6 +533,7 @@ def measure_forms(
         1.0
     """
     check_loaded(model, "measure_forms(model, patches, requests)")
+    check_decoder(model)
     wanted, chosen = as_requests(requests), default_forms(model) if forms is None else as_forms(forms)
     text = long_text(model, long) if any(form.endswith("long") for form in chosen) else ""
     # What was said before is shortest after the bare prompt.

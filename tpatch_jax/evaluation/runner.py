@@ -23,6 +23,7 @@ from tpatch_jax.evaluation.data_notes import DataNotes
 from tpatch_jax.evaluation.forms import (
     answer_questions,
     as_forms,
+    check_decoder,
     form_prompts,
     is_chat,
     long_text,
@@ -137,6 +138,8 @@ def evaluate(
         raise TPatchError("answers are sampled in forms, and none is given; give --forms as well (forms=)")
     if any(map(is_chat, chosen_forms)):
         check_chat(model)
+    elif chosen_forms:
+        check_decoder(model)
     if every < 1:
         raise TPatchError(f"checks every {every} edits are impossible; give 1 or more")
     chosen = [find_method(name) for name in dict.fromkeys(methods) if name != "unedited"] if records else []

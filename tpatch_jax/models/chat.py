@@ -52,10 +52,12 @@ _PROBE, _SAID = "qjzv", "vzjq"
 _FRAMED = re.compile(r"\s*(?:question|q):\s*(.*\S)\s*\n\s*(?:answer|a):\s*", re.IGNORECASE | re.DOTALL)
 _FINISHED = re.compile(r"[.!?\u2026\u3002\uff01\uff1f:][\"'\u201d\u2019\u00bb)\]]*$")
 _ASKS = re.compile(
-    r"(?:who|whom|whose|what|which|when|where|why|how|in (?:what|which)|is|are|was|were|do|does|did|can|could|will|"
-    r"would|should|has|have|name|tell|give|list|write|say|explain|describe|translate|complete|answer|please)\b",
+    # "Will Smith plays" is no question, so words that ask for yes or no are not among them.
+    r"(?:who|whom|whose|what|which|when|where|why|how|in (?:what|which)|name|tell|give|list|write|explain|describe|"
+    r"translate|complete|answer|please)\b",
     re.IGNORECASE,
 )
+_SENTENCE = re.compile(r"[.!?\u2026][\"'\u201d\u2019\u00bb)\]]*\s+")
 _OPEN = re.compile(
     r"(?:\b(?:is|are|was|were|be|been|has|have|had|the|a|an|of|in|by|to|at|on|for|from|with|as|and|or|that|called|named)"
     r"|[,;(\-\u2013])$",
@@ -367,7 +369,9 @@ def as_turn(prompt: str) -> str:
     if framed:
         return framed.group(1)
     text = prompt.strip()
-    if _FINISHED.search(text) or (_ASKS.match(text) and not _OPEN.search(text)):
+    # Of "What does Anna play? She plays" the last sentence is what is unfinished.
+    last = _SENTENCE.split(text)[-1]
+    if _FINISHED.search(text) or (_ASKS.match(last) and not _OPEN.search(last)):
         return text
     return COMPLETE + text
 
