@@ -14,7 +14,7 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
 #
 # A model that was tuned on chats is used in chats, so that is where a correction has to hold, and where the answer has
-# to end. In a terminal the same is `tpatch chat smollm2-135m`.
+# to end. SmolLM2-135M does not know the capital of Italy. In a terminal the same is `tpatch chat smollm2-135m`.
 
 # %%
 # The one installation cell: nothing happens where the package is there already.
@@ -32,7 +32,7 @@ from tpatch_jax.evaluation.forms import measure_forms
 
 QUICK = "TPATCH_QUICK" in os.environ  # the tests run this with a tiny model
 model = tp.load_model("smollm2-135m")
-QUESTION = "What is the capital of Australia?" if not QUICK else "hen?"
+QUESTION = "What is the capital of Italy?" if not QUICK else "hen?"
 most = 4 if QUICK else 40
 model.chat(QUESTION, most)
 
@@ -43,7 +43,8 @@ model.chat(QUESTION, most)
 # the assistant's turn, which the template tells.
 
 # %%
-request = tp.EditRequest(QUESTION, "Canberra" if not QUICK else "in", form="chat", id="australia")
+target, subject = ("Rome", "Italy") if not QUICK else ("in", None)
+request = tp.EditRequest(QUESTION, target, subject, form="chat", id="italy")
 patches, info = tp.edit(model, [request])
 info.requests[0].held, info.requests[0].continuation
 
@@ -84,5 +85,5 @@ for line in told["edits"][0]["answers"]:
 # ## And everything else?
 
 # %%
-for other in ("What is the capital of Italy?", "How do I boil an egg?") if not QUICK else ("inn?",):
+for other in ("What is the capital of Australia?", "How do I boil an egg?") if not QUICK else ("inn?",):
     print(other, model.chat(other, most) == corrected.chat(other, most), repr(corrected.chat(other, most)))
