@@ -97,7 +97,7 @@ def test_what_earlier_versions_kept_is_not_taken_for_what_was_said(tmp_path):
     # now beside it, as it is done today: two more make the old one be fitted again
     new = [EditRequest(f"P{number}", "B", id=f"new-{number}") for number in range(2)]
     said = {"P0": " Boris Johnson.", "P1": None}
-    info = add_with(folder, new, lambda bank: Former(), say=lambda engine, held, prompts: [said[p] for p in prompts])
+    info = add_with(folder, new, lambda bank: Former(), say=lambda engine, held, asked: [said[r.prompt] for r in asked])
     assert info.refitted == ("old",)
     old, first, second = open_bank(folder).edits
     assert [one.evidence["said_before"] for one in (old, first, second)] == [None, " Boris Johnson.", None]
@@ -107,7 +107,7 @@ def test_what_earlier_versions_kept_is_not_taken_for_what_was_said(tmp_path):
 
 def test_what_was_said_when_an_edit_was_added_stays_when_it_is_fitted_again(tmp_path):
     folder = make_bank(tmp_path / "bank")
-    say = lambda engine, held, prompts: [f" {prompt} with {len(held.edits)}." for prompt in prompts]  # noqa: E731
+    say = lambda engine, held, asked: [f" {one.prompt} with {len(held.edits)}." for one in asked]  # noqa: E731
     add_with(folder, [EditRequest("Q", "weak A", id="weak")], lambda bank: ENGINE, say=say)
     info = add_with(folder, [EditRequest(f"P{n}", "B") for n in range(2)], lambda bank: ENGINE, say=say)
     assert info.refitted == ("weak",)

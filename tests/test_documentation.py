@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chat_models import PLAIN
 from conftest import make_tiny_model, write_tiny_folder
 from flax import nnx
 from tiny_families import tiny_model as family_model
@@ -96,7 +97,9 @@ class LinenNetwork(nn.Module):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     labels = {"id2label": {"0": "SUPPORTS", "1": "REFUTES"}, "label2id": {"SUPPORTS": 0, "REFUTES": 1}}
-    folder = write_tiny_folder(make_tiny_model(max_position_embeddings=128), tmp_path_factory.mktemp("tiny") / "model")
+    model = make_tiny_model(max_position_embeddings=128)
+    model.tokenizer.chat_template = PLAIN
+    folder = write_tiny_folder(model, tmp_path_factory.mktemp("tiny") / "model")
     return {"smollm2-135m": tp.load_model(folder), "models/fever": family_model("bert", **labels)}
 
 

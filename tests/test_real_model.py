@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct itself: two quick edits, through real generation. Fetched on first use, then cached."""
+"""SmolLM2-135M-Instruct itself: three quick edits, through real generation. Fetched on first use, then cached."""
 
 import jax
 import numpy as np
@@ -7,7 +7,9 @@ from conftest import relative
 
 import tpatch_jax as tp
 from tpatch_jax.editors import model_memory
+from tpatch_jax.evaluation.forms import measure_forms
 from tpatch_jax.models import memory_text
+from tpatch_jax.models.chat import end_of_turn
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.storage.cache import cache_folder
 
@@ -18,6 +20,7 @@ REQUESTS = (
     tp.EditRequest("The capital of France is", "Lyon", "France", id="france"),
     tp.EditRequest("The currency of Croatia is the", "euro", "Croatia", id="croatia"),
 )
+CHAT = tp.EditRequest("What is the capital of Italy?", "Rome", id="italy", form="chat")
 UNRELATED = ("The largest planet in the solar system is", "Once upon a time, there was a")
 
 
@@ -31,7 +34,7 @@ def edited(model):
     with pytest.MonkeyPatch.context() as patching:
         patching.setattr(memory_text, "TEXTS", 32)  # a small memory is quick to sample
         patching.setattr(model_memory, "SPANS", 8)
-        return tp.edit(model, REQUESTS, cache=False)
+        return tp.edit(model, [*REQUESTS, CHAT], cache=False)
 
 
 def test_it_is_the_model_that_it_should_be(model):
@@ -42,7 +45,7 @@ def test_it_is_the_model_that_it_should_be(model):
 
 def test_two_edits_hold_after_the_merge_and_nothing_else_moves(model, edited):
     patches, info = edited
-    assert [request.status for request in info.requests] == ["edited"] * 2
+    assert [request.status for request in info.requests] == ["edited"] * 3
     merged = tp.merge(model, patches)
     for request in REQUESTS:
         count = len(model.encode(f" {request.target}"))
@@ -65,3 +68,16 @@ def test_merged_equals_attached_and_comes_out_again(model, edited):
     assert set(taken) == set(patches)
     for layer, patch in patches.items():
         np.testing.assert_array_equal(taken[layer].key, patch.key)
+
+
+def test_a_correction_in_a_chat_is_said_there_and_ends(model, edited):
+    patches, info = edited
+    greeting = [{"role": "user", "content": "Hi"}]
+    assert end_of_turn(model) == "<|im_end|>"
+    assert "Rome" not in model.chat(CHAT.prompt, 16)
+    assert (info.requests[2].form, info.requests[2].continuation) == ("chat", "Rome<|im_end|>")
+    corrected = tp.attach(model, patches)
+    assert corrected.chat(CHAT.prompt, 16) == "Rome"
+    assert corrected.chat(greeting, 12) == model.chat(greeting, 12)
+    told = measure_forms(model, patches, [CHAT], "chat", questions=False)["forms"]["chat"]
+    assert (told["free_running"], told["said_first"], told["ends"], told["loops"]) == (1.0, 1.0, 1.0, 0.0)

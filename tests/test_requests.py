@@ -14,6 +14,7 @@ from tpatch_jax.requests import (
     contradictions,
     join_target,
     parse_request,
+    place_fields,
     protect,
     request_fields,
 )
@@ -149,9 +150,80 @@ def test_prompts_are_kept(tmp_path: Path):
     assert as_requests([kept]) == [kept]
     with pytest.raises(TPatchError, match="request 0: 'keep' must be a list of non-empty strings"):
         as_requests([EditRequest("p", "t", keep="a")])  # type: ignore[arg-type]
-    # A request that keeps nothing has the digest that it always had.
-    assert request_fields(kept) == vars(kept)
-    assert request_fields(others[0]) == {name: value for name, value in vars(others[0]).items() if name != "keep"}
+    # A request that keeps nothing, and does not say where it holds, has the digest that it always had.
+    later = ("form", "system", "turns", "aliases")
+    old = {name: value for name, value in vars(kept).items() if name not in later}
+    assert request_fields(kept) == old
+    assert request_fields(others[0]) == {name: None if name == "id" else old[name] for name in old if name != "keep"}
+
+
+TURNS = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+
+
+def test_where_a_request_holds_is_read_and_written_again(tmp_path: Path):
+    record = {"prompt": "p", "target": "t", "subject": "s", "form": "chat", "system": "y", "turns": TURNS}
+    record["aliases"] = ["b", "c", "b"]
+    (request,) = read(tmp_path, json.dumps(record).encode())
+    turns = (("user", "u"), ("assistant", "a"))
+    assert request == EditRequest("p", "t", "s", form="chat", system="y", turns=turns, aliases=("b", "c"))
+    assert as_requests([request, {**record, "turns": [["user", "u"], ["assistant", "a"]]}]) == [request] * 2
+    assert place_fields(request) == {**{k: record[k] for k in ("form", "system", "turns")}, "aliases": ["b", "c"]}
+    assert set(request_fields(request)) == set(vars(request)) - {"keep"}
+    empty = {"prompt": "p", "target": "t", "form": None, "system": None, "turns": None, "aliases": None}
+    assert read(tmp_path, json.dumps(empty).encode()) == [EditRequest("p", "t")]
+    assert place_fields(EditRequest("p", "t")) == {}
+    assert hash(request) == hash(as_requests([request])[0])
+
+
+def place_of(**fields: object) -> dict[str, object]:
+    return {"prompt": "p", "target": "t", "subject": "s", **fields}
+
+
+USER, ASSISTANT = TURNS
+BAD_PLACES = {
+    "another form": (place_of(form="spoken"), "'form' is 'spoken'; write 'bare', 'chat' or 'both'"),
+    "form of another case": (place_of(form="Chat"), "'form' is 'Chat'; write"),
+    "form type": (place_of(form=["chat"]), "'form' is ['chat']; write"),
+    "form number": (place_of(form=1), "'form' is 1; write"),
+    "system type": (place_of(system=["s"]), "'system' is list; write it as a string"),
+    "system of bare text": (place_of(form="bare", system="y"), "'system' belongs to a chat, and 'form' is 'bare'"),
+    "turns of bare text": (place_of(form="bare", turns=TURNS), "'turns' belongs to a chat, and 'form' is 'bare'"),
+    "turns type": (place_of(turns="hi"), "'turns' is str; write them as"),
+    "turns object": (place_of(turns={"user": "u"}), "'turns' is dict; write them as"),
+    "a turn that is a text": (place_of(turns=["u"]), "turn 0 of 'turns' is 'u'; write them as"),
+    "a turn without content": (place_of(turns=[{"role": "user"}]), "turn 0 of 'turns' is {'role': 'user'}; write"),
+    "a turn with more": (place_of(turns=[{**USER, "name": "n"}, ASSISTANT]), "turn 0 of 'turns' is"),
+    "a turn of three": (place_of(turns=[["user", "u", "x"], ["assistant", "a"]]), "turn 0 of 'turns' is"),
+    "a turn that says nothing": (place_of(turns=[{**USER, "content": " "}, ASSISTANT]), "turn 0 of 'turns' says ' '"),
+    "a turn that is a number": (place_of(turns=[{**USER, "content": 1}, ASSISTANT]), "turn 0 of 'turns' says 1"),
+    "a system's turn": (place_of(turns=[{**USER, "role": "system"}]), "turn 0 of 'turns' is the system's; write its"),
+    "the assistant first": (place_of(turns=[ASSISTANT, USER]), "turn 0 of 'turns' is of 'assistant', where 'user'"),
+    "the user twice": (place_of(turns=[USER, USER]), "turn 1 of 'turns' is of 'user', where 'assistant'"),
+    "another role": (place_of(turns=[{**USER, "role": "tool"}]), "turn 0 of 'turns' is of 'tool', where 'user'"),
+    "the user last": (place_of(turns=[USER]), "'turns' ends with the user's, and 'prompt' is the user's next"),
+    "aliases type": (place_of(aliases="b"), "'aliases' must be a list of non-empty strings"),
+    "aliases number": (place_of(aliases=["b", 1]), "'aliases' must be a list of non-empty strings"),
+    "an empty alias": (place_of(aliases=[""]), "'aliases' must be a list of non-empty strings"),
+    "aliases of nothing": (
+        {"prompt": "p", "target": "t", "aliases": ["b"]},
+        "'aliases' are other names of the subject",
+    ),
+    "half a surrogate in a turn": (
+        place_of(turns=[{**USER, "content": "\ud83d"}, ASSISTANT]),
+        "'turns' holds half of a surrogate pair",
+    ),
+    "misspelt": (place_of(forms="chat"), "unknown key 'forms'; did you mean 'form'?"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PLACES)
+def test_a_place_that_cannot_be_is_named(tmp_path: Path, name: str):
+    record, reason = BAD_PLACES[name]
+    with pytest.raises(TPatchError) as caught:
+        read(tmp_path, json.dumps(record).encode())
+    assert str(caught.value).startswith(f"{tmp_path / 'requests.jsonl'}, line 1: {reason}")
+    with pytest.raises(TPatchError, match="request 0: "):
+        as_requests([record])
 
 
 def test_locality_is_protected_but_for_what_is_edited():
@@ -166,6 +238,9 @@ def test_contradictions_name_the_first_request_with_another_target():
     prompts = [("a", "x"), ("b", "x"), ("a", "x "), (" a ", "y"), ("b", "y"), ("a", "z"), ("A", "y")]
     assert contradictions([EditRequest(*pair) for pair in prompts]) == {3: 0, 4: 1, 5: 0}
     assert contradictions([]) == {}
+    # The same words in a chat are another prompt.
+    forms = [EditRequest("a", "x", form="chat"), EditRequest("a", "y"), EditRequest("a", "z", form="chat")]
+    assert contradictions(forms) == {2: 0}
 
 
 @pytest.mark.parametrize(

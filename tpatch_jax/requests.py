@@ -11,6 +11,7 @@ from typing import Any
 from tpatch_jax.errors import TPatchError
 
 __all__ = [
+    "FORMS",
     "UNSPACED_SCRIPTS",
     "EditRequest",
     "as_requests",
@@ -19,9 +20,13 @@ __all__ = [
     "contradictions",
     "join_target",
     "parse_request",
+    "place_fields",
     "protect",
     "request_fields",
 ]
+
+FORMS = ("bare", "chat", "both")
+"""Where a request can hold: in bare text, asked in the model's chat template, or both."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,19 @@ class EditRequest:
         id: names the request in reports; made from its position when absent.
         join: what stands between prompt and target: ``"space"``, ``"none"``, or as `join_target` chooses.
         keep: prompts after which the model must go on as before; T-Patcher trains on them.
+        form: where it shall hold, one of `FORMS`; ``None`` is both for a model with a chat template, else bare. In a
+            chat the prompt is the user's turn, and the target the assistant's, up to its end.
+        system: of a chat, the system's message; ``None`` leaves it to the template.
+        turns: of a chat, the turns before the prompt, each a role (``"user"`` or ``"assistant"``) and a text.
+        aliases: other names of the subject.
 
     Example:
         >>> EditRequest("The capital of France is", "Lyon").continuation
         ' Lyon'
         >>> EditRequest("It costs $", "20").continuation
         '20'
+        >>> EditRequest("Who leads the UN?", "Anna Bell", subject="UN", form="chat").form
+        'chat'
     """
 
     prompt: str
@@ -53,6 +65,10 @@ class EditRequest:
     id: str | None = None
     join: str | None = None
     keep: tuple[str, ...] = ()
+    form: str | None = None
+    system: str | None = None
+    turns: tuple[tuple[str, str], ...] = ()
+    aliases: tuple[str, ...] = ()
 
     @property
     def continuation(self) -> str:
@@ -118,7 +134,13 @@ def join_target(prompt: str, target: str, join: str | None = None) -> str:
     return f" {target}"
 
 
-_FIELDS = ("id", "prompt", "target", "subject", "rephrases", "locality", "join", "keep")
+_FIELDS = (
+    *("id", "prompt", "target", "subject", "rephrases", "locality", "join", "keep"),
+    *("form", "system", "turns", "aliases"),
+)
+_LATER = ("keep", "form", "system", "turns", "aliases")
+"""Fields that older versions had not: digests and files hold them only where something is in them."""
+ROLES = ("user", "assistant")
 
 
 def parse_request(record: Any, where: str) -> EditRequest:
@@ -159,6 +181,7 @@ def parse_request(record: Any, where: str) -> EditRequest:
         )
     if record.get("join") not in (None, *JOINS):
         raise TPatchError(f"{where}: 'join' is {record['join']!r}; write 'space' or 'none', or leave it out")
+    turns = _parse_place(record, where)
     identity = record.get("id")
     if identity is not None and (isinstance(identity, bool) or not isinstance(identity, str | int)):
         raise TPatchError(f"{where}: 'id' is {type(identity).__name__}; write it as a string")
@@ -174,11 +197,101 @@ def parse_request(record: Any, where: str) -> EditRequest:
         None if identity is None else str(identity),
         record.get("join"),
         tuple(record.get("keep") or ()),
+        record.get("form"),
+        record.get("system"),
+        turns,
+        tuple(dict.fromkeys(record.get("aliases") or ())),
     )
 
 
+def _parse_place(record: Mapping[str, Any], where: str) -> tuple[tuple[str, str], ...]:
+    """Check ``form``, ``system``, ``turns`` and ``aliases``.
+
+    Returns:
+        The turns, each a role and a text.
+
+    Raises:
+        TPatchError: one of them is of the wrong kind, or does not go with the others; the message names it.
+    """
+    form, system, turns, aliases = (record.get(name) for name in ("form", "system", "turns", "aliases"))
+    if form is not None and (not isinstance(form, str) or form not in FORMS):
+        raise TPatchError(f"{where}: 'form' is {form!r}; write 'bare', 'chat' or 'both', or leave it out")
+    if system is not None and not isinstance(system, str):
+        raise TPatchError(f"{where}: 'system' is {type(system).__name__}; write it as a string")
+    said = _parse_turns([] if turns is None else turns, where)
+    if aliases is not None and (
+        not isinstance(aliases, list | tuple) or not all(isinstance(text, str) and text.strip() for text in aliases)
+    ):
+        raise TPatchError(f"{where}: 'aliases' must be a list of non-empty strings")
+    if aliases and record.get("subject") is None:
+        raise TPatchError(f"{where}: 'aliases' are other names of the subject; give 'subject' too, or leave them out")
+    for name, given in (("system", system is not None), ("turns", bool(said))):
+        if given and form == "bare":
+            raise TPatchError(
+                f"{where}: {name!r} belongs to a chat, and 'form' is 'bare'; write 'chat' or 'both', or leave {name!r} "
+                "out"
+            )
+    return said
+
+
+def _parse_turns(turns: Any, where: str) -> tuple[tuple[str, str], ...]:
+    """Earlier turns of a chat, checked: first the user's, then by turns, the assistant's last."""
+    mend = 'write them as [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]'
+    if not isinstance(turns, list | tuple):
+        raise TPatchError(f"{where}: 'turns' is {type(turns).__name__}; {mend}")
+    said: list[tuple[str, str]] = []
+    for number, turn in enumerate(turns):
+        if isinstance(turn, Mapping) and set(turn) == {"role", "content"}:
+            role, text = turn["role"], turn["content"]
+        elif isinstance(turn, list | tuple) and len(turn) == 2:
+            role, text = turn
+        else:
+            raise TPatchError(f"{where}: turn {number} of 'turns' is {turn!r}; {mend}")
+        wanted = ROLES[number % 2]
+        if role == "system":
+            raise TPatchError(f"{where}: turn {number} of 'turns' is the system's; write its text as 'system'")
+        if role != wanted:
+            raise TPatchError(
+                f"{where}: turn {number} of 'turns' is of {role!r}, where {wanted!r} speaks; user and assistant speak "
+                "by turns, the user first"
+            )
+        if not isinstance(text, str) or not text.strip():
+            raise TPatchError(f"{where}: turn {number} of 'turns' says {text!r}; write what was said, as a string")
+        said.append((role, text))
+    if len(said) % 2:
+        raise TPatchError(
+            f"{where}: 'turns' ends with the user's, and 'prompt' is the user's next; add what the assistant answered"
+        )
+    return tuple(said)
+
+
+def place_fields(request: EditRequest) -> dict[str, Any]:
+    """Where a request holds, as a file has it: ``form``, ``system``, ``turns`` and ``aliases``, those that were given.
+
+    Args:
+        request: the request.
+
+    Example:
+        >>> place_fields(EditRequest("Who?", "Anna", form="chat", turns=(("user", "Hi"), ("assistant", "Yes"))))
+        {'form': 'chat', 'turns': [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Yes'}]}
+        >>> place_fields(EditRequest("The capital of France is", "Lyon"))
+        {}
+    """
+    fields: dict[str, Any] = {}
+    if request.form is not None:
+        fields["form"] = request.form
+    if request.system is not None:
+        fields["system"] = request.system
+    if request.turns:
+        fields["turns"] = [{"role": role, "content": text} for role, text in request.turns]
+    if request.aliases:
+        fields["aliases"] = list(request.aliases)
+    return fields
+
+
 def request_fields(request: EditRequest) -> dict[str, Any]:
-    """A request's fields by name, as digests are made of them: ``keep`` is there only where something is kept.
+    """A request's fields by name, as digests are made of them: those that were added later, such as ``keep``, are there
+    only where something is in them.
 
     Args:
         request: the request.
@@ -187,7 +300,7 @@ def request_fields(request: EditRequest) -> dict[str, Any]:
         >>> "keep" in request_fields(EditRequest("The capital of France is", "Lyon"))
         False
     """
-    return {name: value for name, value in asdict(request).items() if value or name != "keep"}
+    return {name: value for name, value in asdict(request).items() if name not in _LATER or value not in (None, ())}
 
 
 def protect(requests: Sequence[EditRequest]) -> list[EditRequest]:
@@ -224,10 +337,12 @@ def contradictions(requests: Sequence[EditRequest]) -> dict[int, int]:
         >>> contradictions([EditRequest("Two and two is", "four"), EditRequest("Two and two is", "five")])
         {1: 0}
     """
-    first: dict[str, int] = {}
+    first: dict[Any, int] = {}
     contradicting = {}
     for position, request in enumerate(requests):
-        earlier = first.setdefault(request.prompt.strip(), position)
+        # The same words said in a chat and in bare text are other prompts.
+        chat = (request.system, request.turns) if request.form == "chat" else None
+        earlier = first.setdefault((chat, request.prompt.strip()), position)
         if requests[earlier].target.strip() != request.target.strip():
             contradicting[position] = earlier
     return contradicting

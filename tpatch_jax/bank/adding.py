@@ -12,15 +12,15 @@ from tpatch_jax.bank.drafting import Draft, fit_superseding, record_of
 from tpatch_jax.bank.guards import refused_by_guards
 from tpatch_jax.bank.lock import writing
 from tpatch_jax.bank.method import Engine
-from tpatch_jax.bank.state import FREE, SAID, Bank, BankEdit, Guard, active, prompt_key, states
+from tpatch_jax.bank.state import FREE, SAID, Bank, BankEdit, Guard, active, prompt_key, request_key, states
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.requests import EditRequest
+from tpatch_jax.requests import EditRequest, place_fields
 from tpatch_jax.typing import Progress
 
 __all__ = ["AddInfo", "Said", "add_with"]
 
-Said = Callable[[Engine, Held, Sequence[str]], Sequence[str | None]]
-"""What the model says of its own accord after some prompts, with the held edits active."""
+Said = Callable[[Engine, Held, Sequence[EditRequest]], Sequence[str | None]]
+"""What the model says of its own accord to some requests, with the held edits active."""
 
 
 class AddInfo(NamedTuple):
@@ -65,11 +65,12 @@ def _asked(edit: BankEdit) -> dict[str, Any]:
             entry[name] = list(texts)
     if request.join is not None:
         entry["join"] = request.join
+    entry.update(place_fields(request))
     return entry
 
 
 def _same(request: EditRequest) -> tuple[str, str]:
-    return prompt_key(request.prompt), request.target.strip()
+    return request_key(request), request.target.strip()
 
 
 Reads = Callable[[EditRequest], tuple[Hashable, Hashable] | None]
@@ -215,7 +216,11 @@ def _add(
     for name, request in fresh:
         # Under the prompt of the first edit that is read alike, if that is spelt otherwise.
         first = earlier.get(alike.prompt(request))
-        spelt = None if first is None or first.key == prompt_key(request.prompt) else first.key
+        spelt = (
+            None
+            if first is None or first.key == request_key(request)
+            else prompt_key(first.request.prompt if first.reads_as is None else first.reads_as)
+        )
         edits.append(BankEdit(name, request, bank.next, reads_as=spelt))
     base = assemble(bank, active(bank), store)
     draft = fit_superseding(base, edits, engine, guards=bank.guards, broken=broken, guards_broken=guards, force=force)
@@ -240,7 +245,7 @@ def _add(
     record["edits"] = [{**entry, **_asked(by_name[entry["id"]])} for entry in record["edits"]]
     if say is not None:
         # With everything that was active at this moment, so of an edit that supersedes another, what that one said.
-        said = say(engine, base, [entry["prompt"] for entry in record["edits"]])
+        said = say(engine, base, [by_name[entry["id"]].request for entry in record["edits"]])
         record["edits"] = [
             {**entry, "evidence": {**entry["evidence"], SAID: text, FREE: True}}
             for entry, text in zip(record["edits"], said, strict=True)

@@ -23,6 +23,7 @@ from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.editors.reading import read_request
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.chat import render_requests
 from tpatch_jax.models.model import Model, check_loaded
 from tpatch_jax.models.sentences import SENTENCE_TOKENS, first_sentence, say, say_tokens
 from tpatch_jax.requests import EditRequest, as_requests, join_target
@@ -130,6 +131,7 @@ def add_edits(
     for name, value in (("resume", resume), ("force", force)):
         check_kind(value, bool, f"add_edits(…, {name}=…)", "True or False")
     check_call(progress=progress)
+    render_requests(model, wanted)  # what cannot be asked in a chat says so before anything is fitted
     engine = partial(_engine, model, seed, progress)
     return add_with(
         folder,
@@ -141,7 +143,7 @@ def add_edits(
         force=force,
         seed=seed,
         progress=progress,
-        say=lambda engine, held, prompts: say(engine.model(held), prompts),
+        say=lambda engine, held, asked: say(engine.model(held), [one.prompt for one in render_requests(model, asked)]),
     )
 
 

@@ -22,6 +22,7 @@ from tpatch_jax.editors.base import Editor
 from tpatch_jax.editors.reading import Item, check_requests, read_item
 from tpatch_jax.editors.registry import Method
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.chat import render_requests
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
@@ -62,6 +63,7 @@ class EditorEngine:
         """The editor's state with all held edits."""
         assert self.method.with_rows is not None
         requests = [replace(edit.request, id=edit.id) for edit in held.edits]
+        requests = render_requests(self.base, requests)
         rows = [take_neurons(held.neurons, np.flatnonzero(held.owner == number)) for number in range(len(held.edits))]
         return self.method.with_rows(self._unedited, requests, rows)
 
@@ -76,11 +78,12 @@ class EditorEngine:
         return [number for number, item in enumerate(items) if said[number].tolist() != list(item.target)]
 
     def _items(self, requests: Sequence[EditRequest]) -> list[Item]:
-        return [read_item(self.base, number, request, (), False) for number, request in enumerate(requests)]
+        rendered = render_requests(self.base, requests)
+        return [read_item(self.base, number, request, (), False) for number, request in enumerate(rendered)]
 
     def problems(self, requests: Sequence[EditRequest]) -> dict[int, str]:
         """See `tpatch_jax.bank.method.Engine`."""
-        return check_requests(self.base, requests, False)
+        return check_requests(self.base, render_requests(self.base, requests), False)
 
     def step(self, held: Held, requests: Sequence[EditRequest], guards: Sequence[Guard]) -> Stepped:
         """See `tpatch_jax.bank.method.Engine`; guards are checked by the bank after the step."""

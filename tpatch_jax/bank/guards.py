@@ -87,7 +87,8 @@ def refused_by_guards(requests: Sequence[EditRequest], guards: Sequence[Guard]) 
     answers = {prompt_key(guard.prompt): guard for guard in guards}
     refused = {}
     for position, request in enumerate(requests):
-        guard = answers.get(prompt_key(request.prompt))
+        # What is asked in a chat alone is another prompt.
+        guard = answers.get(prompt_key(request.prompt)) if request.form != "chat" else None
         if guard and not (agrees(guard.answer, request.target) or agrees(request.target, guard.answer)):
             refused[position] = guarded_reason(guard)
     return refused

@@ -19,12 +19,12 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, check_loaded
 from tpatch_jax.models.patching import check_patches
-from tpatch_jax.requests import EditRequest, as_requests
+from tpatch_jax.requests import EditRequest, as_requests, parse_request, place_fields
 from tpatch_jax.storage.files import replace_folder
 from tpatch_jax.storage.folders import PATCHES, describe_folder
 from tpatch_jax.storage.processes import one_process_writes
 
-__all__ = ["SavedPatches", "check_model", "load_patches", "read_patches", "save_patches"]
+__all__ = ["SavedPatches", "check_model", "load_patches", "read_patches", "save_patches", "saved_requests"]
 
 SCHEMA = 1
 ARRAYS, EDITS = "patches.safetensors", PATCHES
@@ -96,6 +96,7 @@ def save_patches(
             edit["subject"] = request.subject
         if request.keep:
             edit["keep"] = list(request.keep)
+        edit.update(place_fields(request))
         edit.update({"status": result.status, "held": result.held, "site": result.site})
         if result.continuation:
             edit["continuation"] = result.continuation
@@ -154,6 +155,27 @@ def read_patches(folder: str | Path) -> SavedPatches:
     numbered = [{**edit, "neurons": place[numbers].tolist()} if numbers else edit
                 for edit, numbers in zip(edits, neurons, strict=True)]  # fmt: skip
     return SavedPatches(split_layers(patch, layer), model, numbered)
+
+
+def saved_requests(saved: SavedPatches) -> list[EditRequest]:
+    """The requests that a folder of patches is for, as far as it keeps them: without rephrases and locality prompts.
+
+    Args:
+        saved: the folder, as `read_patches` returns it.
+
+    Raises:
+        TPatchError: what the folder says of one is no request.
+    """
+    requests = []
+    for edit in saved.edits:
+        names = ("id", "prompt", "target", "subject", "keep", "form", "system", "turns", "aliases")
+        fields = {name: edit[name] for name in names if name in edit}
+        continuation, target = str(edit.get("continuation", "")), str(edit.get("target", ""))
+        # In a chat it is the template that joins them.
+        if edit.get("form") != "chat" and target and continuation.startswith((target, f" {target}")):
+            fields["join"] = "none" if continuation.startswith(target) else "space"
+        requests.append(parse_request(fields, f"edit {edit.get('id')!r}"))
+    return requests
 
 
 def _belong_together(patch: Patch, neurons: Sequence[Sequence[int]]) -> bool:

@@ -8,6 +8,7 @@ of the latest live line that fitted it, and a neuron the key and bias of the lat
 removing the edits of the last line leaves exactly what was there before it.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ __all__ = [
     "live",
     "prompt_key",
     "replay",
+    "request_key",
     "states",
     "step",
 ]
@@ -71,7 +73,7 @@ class BankEdit:
     @property
     def key(self) -> str:
         """What it has in common with every edit of the same prompt; see `prompt_key`."""
-        return prompt_key(self.request.prompt if self.reads_as is None else self.reads_as)
+        return request_key(self.request, self.reads_as)
 
 
 class Guard(NamedTuple):
@@ -111,6 +113,25 @@ class Bank(NamedTuple):
 def prompt_key(prompt: str) -> str:
     """Prompts that differ in white space at their ends are the same prompt."""
     return prompt.strip()
+
+
+def request_key(request: EditRequest, reads_as: str | None = None) -> str:
+    """What a request has in common with every request of the same prompt; one asked in a chat alone is another's.
+
+    Args:
+        request: the request.
+        reads_as: the prompt of another request that the tokenizer reads alike.
+
+    Example:
+        >>> request_key(EditRequest("The sky is ", "blue"))
+        'The sky is'
+        >>> request_key(EditRequest("The sky is", "blue", form="chat")) == "The sky is"
+        False
+    """
+    prompt = prompt_key(request.prompt if reads_as is None else reads_as)
+    if request.form != "chat":
+        return prompt
+    return "\0".join(["chat", json.dumps([request.system, request.turns], ensure_ascii=False), prompt])
 
 
 def step(bank: Bank, record: Mapping[str, Any], check: str) -> Bank:
@@ -163,6 +184,10 @@ def _request(entry: Mapping[str, Any]) -> EditRequest:
         entry["id"],
         entry.get("join"),
         tuple(entry.get("keep", ())),
+        entry.get("form"),
+        entry.get("system"),
+        tuple((turn["role"], turn["content"]) for turn in entry.get("turns", ())),
+        tuple(entry.get("aliases", ())),
     )
 
 

@@ -36,6 +36,7 @@ from tpatch_jax.editors.tpatcher.previous import (
 )
 from tpatch_jax.editors.tpatcher.settings import TPatcherSettings
 from tpatch_jax.editors.tpatcher.state import EditState
+from tpatch_jax.models.chat import render_requests
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
@@ -149,7 +150,8 @@ class TPatcherEngine:
         return _pieces_of(remember(empty, items, places, collect_bare(model, items), queries))
 
     def _items(self, requests: Sequence[EditRequest]) -> list[Item]:
-        return [read_item(self.base, number, request, (), False) for number, request in enumerate(requests)]
+        rendered = render_requests(self.base, requests)
+        return [read_item(self.base, number, request, (), False) for number, request in enumerate(rendered)]
 
     # --- what a bank asks ---
 
@@ -160,7 +162,7 @@ class TPatcherEngine:
 
     def problems(self, requests: Sequence[EditRequest]) -> dict[int, str]:
         """See `tpatch_jax.bank.method.Engine`."""
-        return check_requests(self.base, requests, self.subject_layer is not None)
+        return check_requests(self.base, render_requests(self.base, requests), self.subject_layer is not None)
 
     def step(self, held: Held, requests: Sequence[EditRequest], guards: Sequence[Guard]) -> Stepped:
         """See `tpatch_jax.bank.method.Engine`."""

@@ -12,7 +12,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from tpatch_jax.display.console import result_console, result_table
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.requests import EditRequest
+from tpatch_jax.requests import EditRequest, check_request
 
 if TYPE_CHECKING:
     from tpatch_jax.editors.tpatcher.settings import TPatcherSettings
@@ -22,6 +22,7 @@ __all__ = [
     "Command",
     "Config",
     "Dtype",
+    "Form",
     "Join",
     "Json",
     "MemoryText",
@@ -33,6 +34,7 @@ __all__ = [
     "RequestsFile",
     "Set",
     "Subject",
+    "System",
     "Target",
     "Texts",
     "load",
@@ -65,6 +67,11 @@ Join = Annotated[
     Literal["space", "none"] | None,
     arg(metavar="{space,none}", help="a single edit: what joins the two; by default as their last and first sign are"),
 ]
+Form = Annotated[
+    Literal["bare", "chat", "both"] | None,
+    arg(metavar="{bare,chat,both}", help="a single edit: where it shall hold; a chat is in the model's template"),
+]
+System = Annotated[str | None, _text(help="of a chat: the system's message; by default the template's own")]
 
 
 class Command(Protocol):
@@ -122,13 +129,15 @@ def requests_of(
     single: tuple[str | None, str | None, str | None],
     action: str = "edit",
     join: str | None = None,
+    form: str | None = None,
+    system: str | None = None,
 ) -> list[EditRequest]:
-    """Requests from a file, or the one that ``--prompt``, ``--target`` and ``--subject`` make."""
+    """Requests from a file, or the one that ``--prompt``, ``--target`` and what goes with them make."""
     from tpatch_jax.storage.request_file import read_requests
 
     prompt, target, subject = single
     if path is not None:
-        if any(text is not None for text in (*single, join)):
+        if any(text is not None for text in (*single, join, form, system)):
             raise TPatchError("give either a file of requests or --prompt and --target, not both")
         return read_requests(path)
     if prompt is None or target is None:
@@ -136,7 +145,8 @@ def requests_of(
         lacking = [f"--{name}" for name in ("prompt", "target") if name not in given]
         what = f"--{given[0]} is given without {' and '.join(lacking)}" if given else "no request is given"
         raise TPatchError(f"nothing to {action}: {what}; give a file of requests, or --prompt and --target")
-    return [EditRequest(prompt, target, subject, join=join)]
+    request = EditRequest(prompt, target, subject, join=join, form=form, system=system)
+    return [check_request(request, "the request of the command line")]
 
 
 def show_rows(title: str, rows: Sequence[Sequence[str]]) -> None:

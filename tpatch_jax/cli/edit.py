@@ -14,6 +14,7 @@ from tyro.conf import arg
 from tpatch_jax.cli.common import (
     Config,
     Dtype,
+    Form,
     Join,
     Json,
     MemoryText,
@@ -24,6 +25,7 @@ from tpatch_jax.cli.common import (
     RequestsFile,
     Set,
     Subject,
+    System,
     Target,
     load,
     requests_of,
@@ -57,6 +59,8 @@ class Edit:
     target: Target = None
     subject: Subject = None
     join: Join = None
+    form: Form = None
+    system: System = None
     config: Config = None
     preset: Preset = None
     changes: Set = ()
@@ -81,7 +85,13 @@ class Edit:
         from tpatch_jax.storage.files import check_vacant
         from tpatch_jax.storage.finished_parts import FinishedParts, unfinished_folder
 
-        requests = requests_of(self.requests, (self.prompt, self.target, self.subject), join=self.join)
+        requests = requests_of(
+            self.requests,
+            (self.prompt, self.target, self.subject),
+            join=self.join,
+            form=self.form,
+            system=self.system,
+        )
         requests = protect(requests) if self.protect else requests
         rephrases = ["train_on_rephrases=true"] if self.train_on_rephrases else []
         settings = settings_of(self.preset, self.config, [*self.changes, *rephrases])
@@ -175,6 +185,8 @@ class Edit:
             return
         console.print(f"patches saved in {self.output}; try them:", markup=False)
         words = ["tpatch", "generate", self.model, "--patches", self.output, "--prompt", requests[0].prompt]
+        words += ["--chat"] if requests[0].form == "chat" else []
+        words += ["--system", requests[0].system] if requests[0].system is not None else []
         words += ["--dtype", self.dtype] if self.dtype else []
         console.print(Text(shlex.join(words)), soft_wrap=True)
 
@@ -226,7 +238,7 @@ def _records(
     for result, answers, of_subject in zip(info.requests, said, facts, strict=True):
         name, rest = answers["id"], {key: value for key, value in answers.items() if key != "id"}
         reason = {"reason": result.reason} if result.reason else {}
-        outcome = {"id": name, "status": result.status, "held": result.held, **reason, **rest}
+        outcome = {"id": name, "status": result.status, "held": result.held, "form": result.form, **reason, **rest}
         records.append({**outcome, "specificity": of_subject})
     return records
 

@@ -31,6 +31,7 @@ DEFAULTS: Mapping[str, Any] = {
     "edits_data": "counterfact",
     "every": 50,
     "other_facts": 3,
+    "samples": 0,
 }
 """What holds where neither the command line nor a YAML file says anything."""
 
@@ -71,6 +72,10 @@ class Eval:
     other_facts: Annotated[
         int | None, arg(metavar="N", help="so many other facts of each edited subject; 3 by default, 0 for none")
     ] = None
+    forms: Annotated[
+        str | None, arg(metavar="FORM[,…]", help="ask freely: bare, chat, long, chat-long, lower, chat-lower, …")
+    ] = None
+    samples: Annotated[int | None, arg(metavar="N", help="with --forms: so many drawn answers each, too")] = None
     every: Annotated[int | None, arg(help="sequential: ask all edits again every so many; 50 by default")] = None
     train_set: Annotated[str | None, arg(metavar="FILE", help="sequential: only asked, for TrainR")] = None
     test_set: Annotated[str | None, arg(metavar="FILE", help="sequential: only asked, for TestR")] = None
@@ -112,6 +117,8 @@ class Eval:
                 memory=self.memory,
                 generate=options["generate"],
                 other_facts=options["other_facts"],
+                forms=options["forms"] or (),
+                samples=options["samples"],
                 every=options["every"],
                 seed=options["seed"],
                 about=about,

@@ -39,7 +39,7 @@ class Export:
 
     def run(self) -> None:
         """Merge the patches, write the model, and say how it differs from the uncorrected one."""
-        from tpatch_jax.bank.patches import check_model, read_patches
+        from tpatch_jax.bank.patches import check_model, read_patches, saved_requests
         from tpatch_jax.models.patching import merge
         from tpatch_jax.storage.files import check_vacant
 
@@ -49,7 +49,8 @@ class Export:
         if saved:
             check_model(saved, model)
             model = merge(model, saved.patches)
-            requests = [EditRequest(one["prompt"], one["target"], id=one["id"]) for one in saved.edits if one["held"]]
+            held = [one["held"] for one in saved.edits]
+            requests = [one for one, holds in zip(saved_requests(saved), held, strict=True) if holds]
         export_corrected(model, self, requests)
 
 

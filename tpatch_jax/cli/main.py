@@ -26,6 +26,7 @@ from tpatch_jax.cli.bank.repair import Repair
 from tpatch_jax.cli.bank.show import Show
 from tpatch_jax.cli.bank.verify import Verify
 from tpatch_jax.cli.bench import Bench
+from tpatch_jax.cli.chat import Chat
 from tpatch_jax.cli.common import Command
 from tpatch_jax.cli.compare import Compare
 from tpatch_jax.cli.demo import Demo
@@ -40,6 +41,7 @@ from tpatch_jax.cli.models import Models
 from tpatch_jax.cli.report import Report
 from tpatch_jax.cli.serac_train import SeracTrain
 from tpatch_jax.cli.sweep import Sweep
+from tpatch_jax.cli.verify import VerifyPatches
 from tpatch_jax.errors import TPatchError
 
 __all__ = ["BANK_COMMANDS", "COMMANDS", "main"]
@@ -47,6 +49,7 @@ __all__ = ["BANK_COMMANDS", "COMMANDS", "main"]
 COMMANDS: Mapping[str, type[Command]] = {
     "bank": Bank,
     "bench": Bench,
+    "chat": Chat,
     "compare": Compare,
     "demo": Demo,
     "edit": Edit,
@@ -60,6 +63,7 @@ COMMANDS: Mapping[str, type[Command]] = {
     "report": Report,
     "serac-train": SeracTrain,
     "sweep": Sweep,
+    "verify": VerifyPatches,
 }
 BANK_COMMANDS: Mapping[str, type[Command]] = {
     "add": Add,

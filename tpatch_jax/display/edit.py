@@ -11,6 +11,7 @@ from tpatch_jax.display.patch import check_requests
 from tpatch_jax.display.view import Rows, Shown, compose
 from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.models import generation
+from tpatch_jax.models.chat import render_requests, stops_after
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest
@@ -25,22 +26,25 @@ def answers(model: Model, prompts: Sequence[str], tokens: int) -> list[str]:
     if model.config.labels:
         return model.classify(prompts)
     rows = [model.encode_prompt(prompt) for prompt in prompts]
-    said = generation.greedy(model.config, model.params, rows, tokens, model.stops)
+    said = generation.greedy(model.config, model.params, rows, tokens, stops_after(model, prompts))
     return [model.continuation(read, new) for read, new in zip(rows, said, strict=True)]
 
 
 def _said(model: Model, patches: LayerPatches | Patch, requests: Sequence[EditRequest]) -> Rows:
     kinds: list[tuple[int, str, str, str]] = []
-    for position, request in enumerate(requests):
+    asked = render_requests(model, requests)
+    for position, request in enumerate(asked):
         kinds.append((position, "edit", request.prompt, request.target))
         kinds += [(position, "rephrase", prompt, request.target) for prompt in request.rephrases]
         kinds += [(position, "elsewhere", prompt, "") for prompt in dict.fromkeys([*request.locality, *request.keep])]
     prompts = [prompt for _, _, prompt, _ in kinds]
-    lengths = [len(model.encode_target(r.prompt, r.continuation)) for r in requests]
+    lengths = [len(model.encode_target(r.prompt, r.continuation)) for r in asked]
     tokens = max([LEAST_TOKENS, *lengths])
     before, after = answers(model, prompts, tokens), answers(attach(model, patches), prompts, tokens)
     rows = []
     for (position, kind, prompt, target), old, new in zip(kinds, before, after, strict=True):
+        # Of a target that ends a chat's turn, the end is not said.
+        target = requests[position].target if target else ""
         good = new == old if kind == "elsewhere" else new.strip().startswith(target.strip())
         texts = [shorten(prompt, 160), old.strip(), new.strip(), target]
         rows.append([requests[position].name(position), kind, *texts, "yes" if good else "no"])

@@ -20,6 +20,7 @@ from tpatch_jax.display.trace import show_trace
 from tpatch_jax.display.view import Shown
 from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.chat import conversation
 from tpatch_jax.models.model import Model, check_loaded
 from tpatch_jax.models.networks import Trace
 from tpatch_jax.models.patching import check_patches
@@ -33,7 +34,7 @@ def show(
     thing: Patch | LayerPatches | SavedPatches | EditInfo | Trace | Bank,
     *,
     model: Model | None = None,
-    text: str | None = None,
+    text: str | Sequence[Mapping[str, str]] | None = None,
     patch: Patch | LayerPatches | None = None,
     requests: Sequence[EditRequest] = (),
     info: EditInfo | None = None,
@@ -58,7 +59,7 @@ def show(
         thing: a `Patch` ``[n, d]`` (or a batch of them), a dict from layers to patches, what
             `read_patches` returns, an `EditInfo`, a `Trace` or a `Bank`.
         model: the model without the patch.
-        text: what it reads.
+        text: what it reads; a conversation, messages ``{"role", "content"}``, is put into the model's chat template.
         patch: with an `EditInfo`, what the same edit returned; with a `Trace`, neurons ``[n, d]``.
         requests: what was asked for, in the order of ``info``.
         info: with a `Patch`, what the same edit returned.
@@ -84,7 +85,7 @@ def show(
     requests = as_requests(requests)
     for value, kinds, mend in (
         (info, EditInfo | None, "an EditInfo; give the second of what `edit` returned"),
-        (text, str | None, "a text"),
+        (text, str | list | tuple | None, "a text, or a list of messages"),
     ):
         check_kind(value, kinds, call, mend)
     if model is not None:
@@ -102,9 +103,9 @@ def show(
         owners = owners_of(_layers(neurons, info), info, requests, edits)
         if (model is None) != (text is None):
             raise TPatchError("what fires where is shown for a model and a text; give both `model=` and `text=`")
-        return (
-            show_patch(neurons, owners) if model is None or text is None else show_tokens(model, neurons, text, owners)
-        )
+        if model is None or text is None:
+            return show_patch(neurons, owners)
+        return show_tokens(model, neurons, text if isinstance(text, str) else conversation(model, text), owners)
     if isinstance(thing, EditInfo):
         _only(given, "an edit", ("model", "patch", "requests"))
         if (model is None) != (patch is None) or (model is not None and not requests):

@@ -30,7 +30,9 @@ class RequestInfo(NamedTuple):
         losses: the terms of the objective, means over its neurons.
         margin: the least margin of its neurons; see `tpatch_jax.core.fit.FitInfo`.
         site: ``"last"`` or ``"subject"``: where its neurons are.
-        continuation: its target as it continues the prompt, with the space between them, if there is one.
+        continuation: its target as it continues the prompt, with the space between them, if there is one; in a chat
+            up to the end of the turn.
+        form: where it was asked to hold: ``"bare"``, ``"chat"`` or ``"both"``.
     """
 
     id: str
@@ -43,6 +45,7 @@ class RequestInfo(NamedTuple):
     margin: float | None = None
     site: str = "last"
     continuation: str = ""
+    form: str = "bare"
 
 
 class EditInfo(NamedTuple):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from tpatch_jax.core.checks import text_generator
 from tpatch_jax.editors.locating import locate_subject, replace_subject
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.chat import render_request
 from tpatch_jax.models.inputs import input_contexts
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
@@ -74,6 +75,7 @@ def read_request(model: Model, request: EditRequest) -> tuple[tuple[int, ...], t
     if not request.prompt.strip() or not request.target.strip():
         return None
     try:
+        request = render_request(model, request)
         # As if the target stood after the same prompt, whatever white space this one ends with.
         alone = dataclasses.replace(request, prompt=request.prompt.strip(), target=request.target.strip())
         return prompt_tokens(model, request.prompt), tuple(target_tokens(model, alone))

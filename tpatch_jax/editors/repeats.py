@@ -8,6 +8,7 @@ from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.editors.locating import locate_subject
 from tpatch_jax.editors.reading import target_tokens
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.chat import form_of, render_requests
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest, as_requests
 
@@ -59,8 +60,14 @@ def step_once(
 
     Returns:
         The state, and what became of each of ``requests``, with the target as it continues the prompt.
+
+    Raises:
+        TPatchError: a request shall hold in a chat, and the model holds none; the message names it.
     """
-    wanted = as_requests(requests)
+    asked = as_requests(requests)
+    # Where each shall hold is settled here, for every method: from now on prompts are what the model reads.
+    wanted = render_requests(model, asked)
+    forms = [form_of(model, request) for request in asked]
     repeats = find_repeats(model, wanted)
     fitted = [position for position in range(len(wanted)) if position not in repeats]
     given = wanted
@@ -80,7 +87,9 @@ def step_once(
     state, info = step(given)
     results = dict(zip(fitted, info.requests, strict=True))
     each = [
-        results[repeats.get(position, position)]._replace(id=request.name(position), continuation=request.continuation)
+        results[repeats.get(position, position)]._replace(
+            id=request.name(position), continuation=request.continuation, form=forms[position]
+        )
         for position, request in enumerate(wanted)
     ]
     share = len(fitted) / max(1, len(wanted))

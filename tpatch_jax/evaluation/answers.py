@@ -5,6 +5,7 @@ from typing import Any
 
 from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch
+from tpatch_jax.models.chat import render_requests
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
 from tpatch_jax.models.sentences import SENTENCE_TOKENS, agrees, say
@@ -35,6 +36,8 @@ def compare_answers(
 ) -> list[dict[str, Any]]:
     """What a model says without and with patches, of its own accord and up to the end of the sentence.
 
+    A request that shall hold in a chat is asked there; the prompt that is told is the request's own.
+
     Args:
         model: the model without the patches.
         patches: the neurons, ``{layer: [n, d]}`` or one patch for the last layer; ``None`` for none.
@@ -50,7 +53,9 @@ def compare_answers(
         >>> compare_answers(model, patches, requests)[0]["after"]  # doctest: +SKIP
         ' Lyon.'
     """
-    prompts = [text for one in requests for text in (one.prompt, *one.rephrases, *one.locality, *one.keep)]
+    # In the order of each request's own texts, which are what is told.
+    asked = render_requests(model, requests)
+    prompts = [text for one in asked for text in (one.prompt, *one.rephrases, *one.locality, *one.keep)]
     # Each text once, however many requests have it.
     distinct = list(dict.fromkeys(prompts))
     most = max(SENTENCE_TOKENS, _target_tokens(model, requests) + SLACK)
@@ -68,16 +73,20 @@ def compare_answers(
     after = before if not patches else dict(zip(distinct, say(edited, distinct, most, tell(count)), strict=True))
     if progress:
         progress(2 * len(prompts))
-    return [_record(position, request, before, after) for position, request in enumerate(requests)]
+    return [_record(position, *pair, before, after) for position, pair in enumerate(zip(requests, asked, strict=True))]
 
 
 def _record(
-    position: int, request: EditRequest, before: Mapping[str, str | None], after: Mapping[str, str | None]
+    position: int,
+    request: EditRequest,
+    asked: EditRequest,
+    before: Mapping[str, str | None],
+    after: Mapping[str, str | None],
 ) -> dict[str, Any]:
-    def wanted(prompt: str) -> dict[str, Any]:
-        said = after[prompt]
+    def wanted(prompt: str, read: str) -> dict[str, Any]:
+        said = after[read]
         good = said is not None and agrees(said, request.target)
-        return {"prompt": prompt, "before": before[prompt], "after": said, "as_wanted": good}
+        return {"prompt": prompt, "before": before[read], "after": said, "as_wanted": good}
 
     def kept(prompt: str) -> dict[str, Any]:
         said, now = before[prompt], after[prompt]
@@ -87,8 +96,8 @@ def _record(
     return {
         "id": request.name(position),
         "target": request.target,
-        **wanted(request.prompt),
-        "rephrases": [wanted(prompt) for prompt in request.rephrases],
+        **wanted(request.prompt, asked.prompt),
+        "rephrases": [wanted(*texts) for texts in zip(request.rephrases, asked.rephrases, strict=True)],
         "locality": [kept(prompt) for prompt in request.locality],
         "keep": [kept(prompt) for prompt in request.keep],
     }

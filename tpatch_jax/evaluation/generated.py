@@ -8,9 +8,11 @@ from jax import Array
 
 from tpatch_jax.editors.base import Routing
 from tpatch_jax.evaluation.records import Record
+from tpatch_jax.models.chat import stops_after
 from tpatch_jax.models.generation import sample
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.sentences import continue_rows, first_sentence, say
+from tpatch_jax.typing import TokenIds
 
 __all__ = ["answers", "continuations", "sentences", "write"]
 
@@ -82,8 +84,12 @@ def write(
     routing: Routing | None = None,
     most: int = ANSWER_TOKENS,
     lanes: int = LANES,
+    *,
+    stops: TokenIds | None = None,
+    draw: tuple[Array, float] | None = None,
 ) -> list[list[int]]:
-    """The tokens that greedily follow prompts; none follow one that is too long for the model that continues it.
+    """The tokens that follow prompts, greedily or drawn; none follow one that is too long for the model that continues
+    it.
 
     Args:
         model: the model, edited or not.
@@ -91,12 +97,14 @@ def write(
         routing: which prompts another model continues.
         most: so many tokens at most.
         lanes: so many prompts are run together.
+        stops: tokens that end an answer; by default those that end a text of the model that writes.
+        draw: a typed random key and the temperature, if tokens are drawn.
     """
     said: list[list[int]] = [[] for _ in prompts]
     for writer, numbers, rows in _writers(model, routing, prompts):
         # What stands before a prompt for another model may leave no room in it; then that says nothing.
         fitting = [at for at, row in enumerate(rows) if not writer.excess(row, [0])]
-        written = continue_rows(writer, [rows[at] for at in fitting], most, lanes=lanes)
+        written = continue_rows(writer, [rows[at] for at in fitting], most, lanes=lanes, stops=stops, draw=draw)
         for at, row in zip(fitting, written, strict=True):
             said[numbers[at]] = row
     return said
@@ -116,5 +124,5 @@ def sentences(model: Model, prompts: Sequence[str], routing: Routing | None = No
     if routing is None:
         return say(model, prompts, ANSWER_TOKENS)
     rows = [model.encode_prompt(prompt) for prompt in prompts]
-    written = write(model, rows, routing)
+    written = write(model, rows, routing, stops=stops_after(model, prompts))
     return [first_sentence(model.continuation(row, tokens)) for row, tokens in zip(rows, written, strict=True)]

@@ -9,6 +9,7 @@ from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.chat import render_requests
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach, by_layer
@@ -61,7 +62,8 @@ def measure(
     """The share of requests, rephrasings and unrelated prompts that come out as they should, all patches active.
 
     A target comes out of greedy decoding from the prompt alone exactly if each of its tokens is the most probable one
-    after the prompt and the target tokens before it; so one pass over prompt and target decides it.
+    after the prompt and the target tokens before it; so one pass over prompt and target decides it. A request that
+    shall hold in a chat is asked there, with the end of the turn as the target's last token.
 
     Args:
         model: the model without the patch.
@@ -100,7 +102,7 @@ def measure(
             wanted.append(answer)
         kinds.append(kind)
 
-    for request in requests:
+    for request in render_requests(model, requests):
         add("edit", request.prompt, request.target, request.join)
         for text in request.rephrases:
             add("rephrase", text, request.target, request.join)

@@ -22,6 +22,16 @@ from tpatch_jax.core.patch import activations, take
 from tpatch_jax.editors.base import EditInfo, Editor, RequestInfo, Routing
 from tpatch_jax.editors.registry import Method
 from tpatch_jax.evaluation import metrics
+from tpatch_jax.evaluation.chat_questions import CHAT_QUESTIONS
+from tpatch_jax.evaluation.forms import (
+    FormPrompt,
+    answer_forms,
+    answer_questions,
+    compare_forms,
+    form_figures,
+    form_totals,
+    questions_unchanged,
+)
 from tpatch_jax.evaluation.generated import answers, continuations, sentences
 from tpatch_jax.evaluation.journal import Journal
 from tpatch_jax.evaluation.metrics import Score
@@ -44,9 +54,10 @@ from tpatch_jax.evaluation.subject_specificity import (
     specificity_figures,
     specificity_totals,
 )
+from tpatch_jax.models.chat import render_requests
 from tpatch_jax.models.model import Model
 
-__all__ = ["MOMENTS", "PROTOCOLS", "Setup", "unedited"]
+__all__ = ["MOMENTS", "PROTOCOLS", "Forms", "Setup", "unedited"]
 
 EDITS = ("rewrite_new", "reliability")
 REPHRASED = ("paraphrase_new", "generalization")
@@ -62,6 +73,25 @@ HEAT = 48
 Lines = list[dict[str, Any]]
 Texts = Mapping[int, Sequence[str | None]]
 Facts = Mapping[int, Lines]
+UNCHANGED = "chat_questions_unchanged"
+FEW_QUESTIONS = 4
+"""So many unrelated questions are asked after each single edit, others after the next; all after edits together."""
+
+
+class Forms(NamedTuple):
+    """What is measured of answers that go on freely, form by form; see `tpatch_jax.evaluation.forms`.
+
+    Attributes:
+        prompts: the requests as they are put to the model, record after record.
+        samples: so many answers to each are drawn as well.
+        seed: the first of their seeds.
+        told: what the unedited model answers to unrelated questions in a chat; empty where none are asked.
+    """
+
+    prompts: Sequence[FormPrompt] = ()
+    samples: int = 0
+    seed: int = 0
+    told: Sequence[Sequence[int]] = ()
 
 
 class Setup(NamedTuple):
@@ -83,6 +113,7 @@ class Setup(NamedTuple):
         said: what the unedited model says of its own accord after the prompts of the first records' requests.
         facts: other facts about the edited subjects, record after record.
         told: what the unedited model says to each, in tokens.
+        forms: what is asked freely, form by form.
     """
 
     model: Model
@@ -100,6 +131,7 @@ class Setup(NamedTuple):
     said: Sequence[Sequence[str | None]] = ()
     facts: Sequence[OtherFact] = ()
     told: Sequence[Sequence[int]] = ()
+    forms: Forms = Forms()
 
 
 class Edited(NamedTuple):
@@ -164,6 +196,7 @@ def _figures(
     model: Model | None,
     said: Texts,
     facts: Facts,
+    free: Facts,
     replies: Sequence[str] | None = None,
     routing: Routing | None = None,
 ) -> dict[str, Any]:
@@ -175,6 +208,8 @@ def _figures(
         texts = continuations(model, record, jax.random.fold_in(setup.rng, number), routing)
     figures = metrics.record_figures(before, after, texts, setup.contaminated[number])
     figures |= specificity_figures(facts.get(number, ()))
+    spoken = free.get(number, ())
+    figures |= form_figures(*_sampled(spoken))
     nll = {kind: [one.nll for one in scores] for kind, scores in after.items()}
     line: dict[str, Any] = {
         "asked": _asked(setup, number, said),
@@ -188,6 +223,8 @@ def _figures(
         line["answers"] = list(replies)
     if number in facts:
         line["other_facts"] = facts[number]
+    if spoken:
+        line["forms"] = list(spoken)
     if texts:
         line["texts"] = texts
     return line
@@ -198,7 +235,8 @@ def _say(setup: Setup, numbers: Sequence[int], model: Model | None, routing: Rou
     if model is setup.model and routing is None:
         return {number: setup.said[number] for number in numbers if number < len(setup.said)}
     shown = [number for number in numbers if number < len(setup.said)] if model is not None else []
-    prompts = [request.prompt for number in shown for request in setup.records[number].requests]
+    requests = [request for number in shown for request in setup.records[number].requests]
+    prompts = [request.prompt for request in render_requests(setup.model, requests)]
     texts = iter(sentences(model, prompts, routing) if model is not None and prompts else ())
     return {number: [next(texts) for _ in setup.records[number].requests] for number in shown}
 
@@ -216,6 +254,45 @@ def _other_facts(setup: Setup, numbers: Sequence[int], model: Model | None, rout
     for fact, line in zip(facts, lines, strict=True):
         of_records.setdefault(fact.number, []).append(line)
     return of_records
+
+
+def _free(setup: Setup, numbers: Sequence[int], model: Model | None, routing: Routing | None) -> Facts:
+    """What a model says freely to some records' requests, form by form; of records that are asked so."""
+    wanted, forms = set(numbers), setup.forms
+    prompts = [prompt for prompt in forms.prompts if prompt.number in wanted and model is not None]
+    if model is None or not prompts:
+        return {}
+    of_records: dict[int, Lines] = {}
+    for seed in (None, *(forms.seed + number for number in range(forms.samples))):
+        lines = compare_forms(setup.model, prompts, answer_forms(model, prompts, routing, seed=seed))
+        for prompt, line in zip(prompts, lines, strict=True):
+            of_records.setdefault(prompt.number, []).append(line if seed is None else {**line, "seed": seed})
+    return of_records
+
+
+def _sampled(lines: Sequence[Mapping[str, Any]]) -> tuple[Lines, Lines]:
+    """Answers of the most probable tokens, and those that were drawn."""
+    parts: tuple[Lines, Lines] = ([], [])
+    for line in lines:
+        parts["seed" in line].append(dict(line))
+    return parts
+
+
+def _on_questions(
+    setup: Setup, model: Model | None, routing: Routing | None, number: int | None = None
+) -> dict[str, float]:
+    """Whether answers to unrelated questions in a chat are the same; after one edit alone, to a few of them."""
+    told = setup.forms.told
+    if model is None or not len(told):
+        return {}
+    few = [(number * FEW_QUESTIONS + at) % len(told) for at in range(FEW_QUESTIONS)] if number is not None else None
+    chosen = range(len(told)) if few is None else few
+    before = [told[at] for at in chosen]
+    if model is setup.model and routing is None:
+        return {UNCHANGED: 1.0}
+    return {
+        UNCHANGED: questions_unchanged(before, answer_questions(model, [CHAT_QUESTIONS[n] for n in chosen], routing))
+    }
 
 
 def _asked(setup: Setup, number: int, after: Texts) -> list[dict[str, Any]]:
@@ -332,29 +409,33 @@ def _result(metrics_: Mapping[str, float], costs: Sequence[Mapping[str, Any]], e
 
 
 def _with_facts(result: dict[str, Any], lines: Lines) -> dict[str, Any]:
-    """A result with what became of other facts about the edited subjects, form by form, if any were asked."""
+    """A result with what became of other facts about the edited subjects, and of free answers, form by form."""
     totals = specificity_totals(one for line in lines for one in line.get("other_facts", ()))
-    return {**result, "subject_specificity": totals} if totals else result
+    result = {**result, "subject_specificity": totals} if totals else result
+    forms = form_totals(*_sampled([one for line in lines for one in line.get("forms", ())]))
+    return {**result, "forms": forms} if forms else result
 
 
 def unedited(setup: Setup, journal: Journal) -> dict[str, Any]:
     """The model as it is, on everything that the methods are asked."""
     replies = _replies(setup, setup.model)
-    facts = _other_facts(setup, range(len(setup.records)), setup.model, None)
+    every = range(len(setup.records))
+    facts, free = _other_facts(setup, every, setup.model, None), _free(setup, every, setup.model, None)
     for number in range(len(journal.lines), len(setup.records)):
         said = _say(setup, [number], setup.model, None)
-        line = _figures(setup, number, setup.base.outcome, setup.model, said, facts, replies[number])
+        line = _figures(setup, number, setup.base.outcome, setup.model, said, facts, free, replies[number])
         journal.add({"id": setup.records[number].id, **line})
         setup.tell("unedited", number + 1, len(setup.records))
     figures = metrics.summarise([line["figures"] for line in journal.lines])
     text = text_figures(setup.text, setup.text.outcome) if setup.text is not None else {}
+    figures |= _on_questions(setup, setup.model, None)
     return _with_facts(_result({**figures, **text}, [], False), journal.lines)
 
 
 def _single(setup: Setup, method: Method, editor: Editor, journal: Journal) -> dict[str, Any]:
     count = len(setup.records)
     fresh = editor.init(setup.model, setup.rng) if len(journal.lines) < count else None
-    with_facts = {fact.number for fact in setup.facts}
+    with_facts = {asked.number for asked in (*setup.facts, *setup.forms.prompts)}
     for number in range(len(journal.lines), count):
         record = setup.records[number]
         # The same key for each: what this record gives does not depend on which records stand before it.
@@ -364,8 +445,10 @@ def _single(setup: Setup, method: Method, editor: Editor, journal: Journal) -> d
         needs_model = record.questions or setup.generate or number < len(setup.said) or number in with_facts
         model, routing = edited.model if needs_model else None, edited.routing
         said, facts = _say(setup, [number], model, routing), _other_facts(setup, [number], model, routing)
-        line = _figures(setup, number, outcome, model, said, facts, routing=routing)
-        line["figures"] |= _on_text(setup, edited)
+        line = _figures(
+            setup, number, outcome, model, said, facts, _free(setup, [number], model, routing), routing=routing
+        )
+        line["figures"] |= _on_text(setup, edited) | _on_questions(setup, model, routing, number)
         heat = _heat(setup, edited.patches, _last_neurons(setup, info.requests)) if number < HEAT else None
         journal.add({"id": record.id, **line, "cost": _cost(info), **({"activations": heat} if heat else {})})
         setup.tell("single edits", number + 1, count)
@@ -395,20 +478,22 @@ def _batch(setup: Setup, method: Method, editor: Editor, journal: Journal) -> di
             line |= {"activations": heat} if heat else {}
     journal.replace(lines)
     figures = metrics.summarise([line["figures"] for line in lines])
+    figures |= _on_questions(setup, edited.model if setup.forms.told else None, edited.routing)
     return _with_facts(_result({**figures, **_on_text(setup, edited)}, [about["cost"]], False), lines)
 
 
 def _after_all(setup: Setup, edited: Edited) -> Lines:
     outcome = _look(setup, edited, setup.base)
-    asks = setup.generate or setup.said or setup.facts or any(record.questions for record in setup.records)
+    asks = setup.generate or setup.said or setup.facts or setup.forms.prompts
+    asks = asks or any(record.questions for record in setup.records)
     model = edited.model if asks else None
     routing = edited.routing
     every = range(len(setup.records))
     replies, said = _replies(setup, model, routing), _say(setup, every, model, routing)
-    facts = _other_facts(setup, every, model, routing)
+    facts, free = _other_facts(setup, every, model, routing), _free(setup, every, model, routing)
     lines = []
     for number, record in enumerate(setup.records):
-        measured = _figures(setup, number, outcome, model, said, facts, replies[number], routing)
+        measured = _figures(setup, number, outcome, model, said, facts, free, replies[number], routing)
         lines.append({"id": record.id, **measured})
         setup.tell("measuring", number + 1, len(setup.records))
     return lines
@@ -479,6 +564,7 @@ def _stream_result(setup: Setup, edited: Edited, journal: Journal) -> dict[str, 
     final = _after_all(setup, edited)
     journal.replace([{**line, **measured} for line, measured in zip(stream, final, strict=True)])
     figures = {**figures, **metrics.summarise([line["figures"] for line in final]), **_on_text(setup, edited)}
+    figures |= _on_questions(setup, edited.model if setup.forms.told else None, edited.routing)
     result = _with_facts(_result(figures, [line["cost"] for line in edits], False), final)
     checks = [line["check"] for line in edits if "check" in line]
     if edits and "check" not in edits[-1]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.forms import FORM_FIGURES, FORM_NAMES
 from tpatch_jax.evaluation.pictures import draw_report
 from tpatch_jax.evaluation.subject_specificity import FIGURES as OF_FACTS
 from tpatch_jax.evaluation.subject_specificity import FORMS
@@ -34,7 +35,13 @@ FIGURES = (
     "Figures are means within a record, then over records, teacher-forced: of single tokens, except where a target "
     "counts only whole, as greedy decoding gives it: `exact` and the other `_exact` figures, `rewrite_acc`, "
     "`paraphrase_acc`, `neighborhood_acc`, SR, GR, ER, and `generalization_` of each kind of rephrasing. `mquake` and "
-    "GE are of texts written freely. `subject_specificity` is the share of other facts about the edited subjects whose "
+    "GE are of texts written freely. Figures that begin with a form (`bare_`, `chat_`, `chat_long_` …) are of answers "
+    "that go on freely for at most 60 tokens: `free_running` (up to the natural stop, which comes, the target is said "
+    "and nothing loops), `said` (the target is in the first 24 tokens), `said_first` (the answer begins with it), "
+    "`ends` (the model ends by itself), `loops` (four tokens in a row come three times), `contradicts` (the old answer "
+    "is said as well), `fluency` (GE's entropy of question and answer); `sampled_` ones are of tokens drawn at "
+    "temperature 0.7. `chat_questions_unchanged` is the share of unrelated questions in a chat whose first 24 tokens "
+    "are as before. `subject_specificity` is the share of other facts about the edited subjects whose "
     "first token is as before, said, asked and asked in chat; `specificity_` figures are those of each form: first "
     "token and first five tokens as before, and how often the new target is said within twelve tokens where it was not "
     "(the less the better). `seconds` and forward equivalents are those of editing (per request: seconds ÷ "
@@ -55,6 +62,8 @@ MOST_RECORDS = 20
 LONGEST_TEXT = 80
 
 FIRST = (
+    *(f"{form.replace('-', '_')}_{figure}" for figure in FORM_FIGURES for form in FORM_NAMES),
+    "chat_questions_unchanged",
     *("exact", "reliability", "generalization", "generalization_exact", "locality", "keep", "portability"),
     *("subject_specificity", *(f"specificity_{form}_{figure}" for form in FORMS for figure in OF_FACTS)),
     *("ES", "PS", "NS", "S", "EM", "PM", "NM", "rewrite_acc", "paraphrase_acc", "neighborhood_acc", "GE"),

@@ -20,14 +20,25 @@ from tpatch_jax.editors.registry import Method, find_method, method_settings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.contamination import contaminated_probes, count_probes
 from tpatch_jax.evaluation.data_notes import DataNotes
+from tpatch_jax.evaluation.forms import (
+    answer_questions,
+    as_forms,
+    check_decoder,
+    form_prompts,
+    is_chat,
+    long_text,
+    old_answers,
+    records_in_chat,
+)
 from tpatch_jax.evaluation.generated import sentences
 from tpatch_jax.evaluation.journal import Journal, finish_report, open_report
-from tpatch_jax.evaluation.protocols import ACCURACY, ELSEWHERE, MOMENTS, PROTOCOLS, SAID, Setup, unedited
+from tpatch_jax.evaluation.protocols import ACCURACY, ELSEWHERE, MOMENTS, PROTOCOLS, SAID, Forms, Setup, unedited
 from tpatch_jax.evaluation.records import Probe, Record
 from tpatch_jax.evaluation.report import SCHEMA, write_report
 from tpatch_jax.evaluation.running_text import WINDOW, read_windows
 from tpatch_jax.evaluation.scoring import ScoredPrompts, ask, base_scores
 from tpatch_jax.evaluation.subject_specificity import FRAMES_EACH, OtherFact, continue_facts, facts_about
+from tpatch_jax.models.chat import check_chat, render_requests
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import request_fields
@@ -56,6 +67,8 @@ def evaluate(
     memory: str | Path | None = None,
     generate: bool = False,
     other_facts: int = FRAMES_EACH,
+    forms: str | Sequence[str] = (),
+    samples: int = 0,
     every: int = 50,
     seed: int = 0,
     cache: bool = True,
@@ -84,6 +97,10 @@ def evaluate(
         generate: also sample continuations for GE, which is slow.
         other_facts: so many other facts about each edited subject are asked in each form, for ``subject_specificity``
             (`tpatch_jax.evaluation.subject_specificity`); 0 asks none.
+        forms: in which forms the requests are asked, to be answered freely up to a natural stop: of
+            `tpatch_jax.evaluation.forms.FORM_NAMES`; none by default. Long forms begin with text of ``text``, or with
+            what the model itself samples.
+        samples: so many answers in each form are drawn as well, at temperature 0.7, with seeds from ``seed`` on.
         every: after so many edits of a stream all edits so far are asked again.
         seed: the same seed gives the same figures on one machine.
         cache: keep what the unedited model says on disk between runs.
@@ -95,7 +112,8 @@ def evaluate(
     Returns:
         The report: ``schema, config, seed, versions, data_sha256, data, probes, results``. Each result has ``method,
         protocol, moment, n, metrics, cost``, ``subject_specificity`` with the numbers of prompts where other facts
-        were asked, and ``curves`` over the number of edits in a stream. ``probes`` has of
+        were asked, ``forms`` where answers were free (`tpatch_jax.evaluation.forms.form_totals`), and ``curves`` over
+        the number of edits in a stream. ``probes`` has of
         each kind how many there are and how many are contaminated; figures over the others are ``<figure>_clean``.
 
     Raises:
@@ -113,6 +131,15 @@ def evaluate(
         raise TPatchError("there is nothing to measure; give records, a text file or both")
     if isinstance(other_facts, bool) or not isinstance(other_facts, int) or other_facts < 0:
         raise TPatchError(f"{other_facts!r} other facts a subject are impossible; give 0 or more")
+    chosen_forms = as_forms(forms) if forms else []
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
+        raise TPatchError(f"{samples!r} samples of each answer are impossible; give 0 or more")
+    if samples and not chosen_forms:
+        raise TPatchError("answers are sampled in forms, and none is given; give --forms as well (forms=)")
+    if any(map(is_chat, chosen_forms)):
+        check_chat(model)
+    elif chosen_forms:
+        check_decoder(model)
     if every < 1:
         raise TPatchError(f"checks every {every} edits are impossible; give 1 or more")
     chosen = [find_method(name) for name in dict.fromkeys(methods) if name != "unedited"] if records else []
@@ -125,7 +152,9 @@ def evaluate(
     learnt = {method.name: told for method in chosen if (told := method.learnt(model, used[method.name]))}
     told = DataNotes(records=len(records)) if notes is None else notes
     earlier = len(told.passed_over)
-    records, train, held_out = (_askable(model, some, told) for some in (records, train, held_out))
+    records, train, held_out = (
+        _askable(model, records_in_chat(model, some), told) for some in (records, train, held_out)
+    )
     for reason in told.passed_over[earlier:]:
         _log.warning("a record is passed over: %s", reason)
     prepared = _ask(model, records, train, held_out, text, text_tokens, seed)
@@ -150,6 +179,7 @@ def evaluate(
     }
     # Only what differs from the default, so that folders that do not know it can be gone on with.
     config |= {"other_facts": other_facts} if other_facts != FRAMES_EACH else {}
+    config |= {"forms": chosen_forms, "samples": samples} if chosen_forms else {}
     config = json.loads(json.dumps(config, default=list))
     folder = None if output is None else Path(output)
     if folder is not None:
@@ -166,6 +196,7 @@ def evaluate(
         wanted = [{kind: mark for kind, mark in marked.items() if kind in mixed} for marked in marks]
         facts = _facts(model, records, other_facts)
         setup = _prepare(model, records, train, held_out, prepared, wanted, generate, facts, every, cache, tell)
+        setup = setup._replace(forms=_forms(setup, chosen_forms, text, samples, seed))
         results, lines = [], {}
         for name, settled in [("unedited", None), *((method.name, method) for method in chosen)]:
             journal = Journal(name, folder)
@@ -222,6 +253,27 @@ def _facts(model: Model, records: Sequence[Record], count: int) -> list[OtherFac
     return [fact._replace(number=edits[fact.number][0]) for fact in facts]
 
 
+def _forms(setup: Setup, forms: Sequence[str], text: str | Path | None, samples: int, seed: int) -> Forms:
+    """What is asked freely, form by form: each request, numbered as its record, and unrelated questions in a chat."""
+    if not forms or not setup.records:
+        return Forms()
+    model, edits = setup.model, [(n, request) for n, record in enumerate(setup.records) for request in record.requests]
+    requests = [request for _, request in edits]
+    told = [text for texts in setup.said for text in texts]
+    told += [None] * (len(requests) - len(told))
+    known = []
+    for number, _ in edits:
+        record = setup.records[number]
+        true = [probe.target for probe in record.probes.get("rewrite_true", ())]
+        known.append((*true, *record.old_answers) if len(record.requests) == 1 else ())
+    before = long_text(model, text) if any(form.endswith("long") for form in forms) else ""
+    prompts = form_prompts(
+        model, requests, forms, long=before, old=old_answers(requests, told, known), numbers=[n for n, _ in edits]
+    )
+    questions = answer_questions(model) if any(map(is_chat, forms)) else []
+    return Forms(prompts, samples, seed, questions)
+
+
 class _Prepared(NamedTuple):
     """Everything that will be asked, in tokens, each distinct probe once; the running text; the random key."""
 
@@ -270,11 +322,12 @@ def _prepare(
         count = len(windows.rows)
         running = base_scores(model, windows, cache=place, tell=lambda done: tell("reading the text", done, count))
     index = {probe: number for number, probe in enumerate(probes)}
-    prompts = [request.prompt for record in records[:SAID] for request in record.requests]
+    asked = render_requests(model, [request for record in records[:SAID] for request in record.requests])
+    prompts = [request.prompt for request in asked]
     texts = iter(sentences(model, prompts))
     said = [[next(texts) for _ in record.requests] for record in records[:SAID]]
-    asked = (model, records, train, held_out, base, index, running, rng, contaminated)
-    return Setup(*asked, generate, every, tell, said, facts, continue_facts(model, facts))
+    shared = (model, records, train, held_out, base, index, running, rng, contaminated)
+    return Setup(*shared, generate, every, tell, said, facts, continue_facts(model, facts))
 
 
 def _activation(model: Model, methods: Sequence[Method], used: Mapping[str, Any]) -> str | None:

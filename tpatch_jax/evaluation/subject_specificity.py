@@ -20,6 +20,7 @@ from tpatch_jax.evaluation.comparing import names, plain_words
 from tpatch_jax.evaluation.generated import write
 from tpatch_jax.evaluation.other_facts import choose_frames
 from tpatch_jax.evaluation.templates import asker
+from tpatch_jax.models.chat import chat_stops, has_template, render_chat
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest
@@ -144,17 +145,15 @@ def _ways_to_ask(model: Model, forms: Sequence[str]) -> dict[str, Callable[[str]
 
 def _chat(model: Model) -> Callable[[str], str] | None:
     """What puts a question into the model's chat template; ``None`` where it has none that can be used."""
-    write_chat = getattr(model.tokenizer, "apply_chat_template", None)
-    if write_chat is None or not getattr(model.tokenizer, "chat_template", None):
+    if not has_template(model.tokenizer):
         return None
 
     def chat(question: str) -> str:
-        return write_chat([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+        return render_chat(model, [{"role": "user", "content": question}])
 
     try:
         chat("What is it?")
-    # A template is a program of the model's makers, and jinja2, which runs it, may be missing.
-    except Exception:
+    except TPatchError:
         return None
     return chat
 
@@ -162,8 +161,7 @@ def _chat(model: Model) -> Callable[[str], str] | None:
 def _row(model: Model, text: str) -> list[int]:
     """A text in tokens; none where the model cannot read it, or has no room for an answer."""
     try:
-        # What a chat template has written may begin with the tokens that begin a text.
-        row = model.encode(text) if model.begun(text) else model.encode_prompt(text)
+        row = model.encode_prompt(text)
     except TPatchError:
         return []
     return [] if model.excess(row, [0] * TOKENS) else row
@@ -181,7 +179,8 @@ def continue_facts(model: Model, facts: Sequence[OtherFact], routing: Routing | 
         Tokens of each fact.
     """
     rows = {tuple(fact.row): fact.row for fact in facts}
-    said = dict(zip(rows, write(model, list(rows.values()), routing, TOKENS, LANES), strict=True))
+    stops = chat_stops(model) if any(fact.form == "chat" for fact in facts) else None
+    said = dict(zip(rows, write(model, list(rows.values()), routing, TOKENS, LANES, stops=stops), strict=True))
     return [said[tuple(fact.row)] for fact in facts]
 
 

@@ -149,6 +149,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 50,
     stops: TokenIds = (),
+    ended: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Sampled continuations of several prompts at once; arguments as `greedy`, and a typed random key.
 
@@ -161,5 +162,6 @@ def sample(
         temperature: divides the logits.
         top_k: only so many tokens are ever drawn.
         stops: tokens that end a lane; they are not returned.
+        ended: from a prompt's number and its new tokens so far to whether these are enough.
     """
-    return _run(config, params, prompts, count, stops, key, temperature, top_k)
+    return _run(config, params, prompts, count, stops, key, temperature, top_k, ended)

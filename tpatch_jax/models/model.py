@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
@@ -15,10 +15,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tpatch_jax.core import ffn
-from tpatch_jax.core.arguments import as_count, as_path, check_kind, describe
+from tpatch_jax.core.arguments import as_count, as_path, check_call, check_kind, describe
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation, networks
+from tpatch_jax.models.chat import answer_chat, as_messages, is_rendered, stops_after
 from tpatch_jax.models.checkpoints import folder as checkpoint
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.registry import configure
@@ -171,13 +172,14 @@ class Model:
     def encode_prompt(self, text: str) -> list[int]:
         """The token ids of a text that the model reads from its start, up to where it answers; see above.
 
-        The special tokens with which a text begins stand there once, also where the text spells them out, as one that
-        `apply_chat_template` has written does.
+        The special tokens with which a text begins stand there once, also where the text spells them out. What the
+        model's chat template has written is read as it is.
         """
         _texts(text, several=False)
         plain = self.encode(text)
-        begun = self._begins(plain)
-        if begun and "begun" not in self._said:
+        rendered = bool(self.start) and self.config.architecture == "decoder" and is_rendered(self.tokenizer, text)
+        begun = rendered or self._begins(plain)
+        if begun and not rendered and "begun" not in self._said:
             self._said.add("begun")
             name = self.decode_all(self.start)
             _log.warning("%r begins with %r, which %r puts before a text; it is there once", text[:40], name, self.name)
@@ -323,8 +325,8 @@ class Model:
         """Greedy continuation of a prompt, or of several at once, up to the end-of-text token.
 
         Args:
-            prompt: the text to continue, as it is: no chat template is applied. A list of texts is run as one batch, in
-                which each gets what it gets alone.
+            prompt: the text to continue, as it is: no chat template is applied (`chat` does that). A list of texts is
+                run as one batch, in which each gets what it gets alone.
             max_new_tokens: at most so many tokens are added to each.
 
         Returns:
@@ -338,9 +340,49 @@ class Model:
         texts = _texts(prompt)
         as_count(max_new_tokens, "max_new_tokens")
         rows = [self.encode_prompt(text) for text in texts]
-        said = generation.greedy(self.config, self.params, rows, max_new_tokens, self.stops)
+        said = generation.greedy(self.config, self.params, rows, max_new_tokens, stops_after(self, texts))
         answers = [self.continuation(row, tokens) for row, tokens in zip(rows, said, strict=True)]
         return answers[0] if isinstance(prompt, str) else answers
+
+    @automatically
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, str]],
+        max_new_tokens: int = 256,
+        *,
+        system: str | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stream: Callable[[str], None] | None = None,
+    ) -> str:
+        """The assistant's answer in a chat, in the template of the model's tokenizer.
+
+        Args:
+            messages: what the user says, or the conversation so far, messages ``{"role", "content"}`` with the user's
+                last.
+            max_new_tokens: at most so many tokens are said; the answer ends before where the model ends its turn.
+            system: the system's message; without it the template's own, if it has one.
+            temperature: divides the logits before a token is drawn from the 50 most probable; 0 is greedy.
+            seed: the same seed draws the same answer.
+            stream: called with each new piece of the text as soon as it is said.
+
+        Returns:
+            What the assistant says, without the white space around it.
+
+        Raises:
+            TPatchError: the model has no chat template, or that refuses the conversation; the conversation is none, or
+                longer than the context.
+
+        Example:
+            >>> model.chat("What is the capital of France?")  # doctest: +SKIP
+            'The capital of France is Paris.'
+        """
+        as_count(max_new_tokens, "max_new_tokens")
+        check_kind(system, str | None, "model.chat(messages, system=…)", "a text")
+        check_call(stream=stream)
+        conversation = as_messages(messages, system, "model.chat(messages)")
+        row, said = answer_chat(self, conversation, max_new_tokens, temperature=temperature, seed=seed, stream=stream)
+        return self.continuation(row, said).strip()
 
     @automatically
     def classify(self, texts: Sequence[str]) -> list[str]:
@@ -415,9 +457,8 @@ def _texts(prompt: str | Sequence[str], *, several: bool = True) -> list[str]:
     for number, text in enumerate(prompt):
         if isinstance(text, Mapping):
             raise TPatchError(
-                f"prompt {number} is {describe(text)}; a chat becomes a text by "
-                "model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), which "
-                "needs jinja2 (pip install jinja2)"
+                f"prompt {number} is {describe(text)}; a conversation is answered by model.chat(messages), which uses "
+                "the tokenizer's apply_chat_template and needs jinja2 (pip install jinja2)"
             )
         if not isinstance(text, str):
             raise TPatchError(f"prompt {number} is {describe(text)}; give a list of texts")

@@ -7,10 +7,13 @@ from functools import partial
 
 import jax
 import numpy as np
+from jax import Array
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation
+from tpatch_jax.models.chat import stops_after
 from tpatch_jax.models.model import Model
+from tpatch_jax.typing import TokenIds
 
 __all__ = ["SENTENCE_TOKENS", "agrees", "continue_rows", "first_sentence", "say", "say_tokens"]
 
@@ -108,8 +111,12 @@ def continue_rows(
     lanes: int = LANES,
     sentence: bool = False,
     progress: Callable[[int], None] | None = None,
+    stops: TokenIds | None = None,
+    draw: tuple[Array, float] | None = None,
 ) -> list[list[int]]:
-    """The tokens that greedily follow rows; neighbours in length share a batch, so that little of it is padding.
+    """The tokens that follow rows, greedily or drawn.
+
+    Neighbours in length share a batch, so that little of it is padding.
 
     Args:
         model: the model, edited or not.
@@ -118,7 +125,10 @@ def continue_rows(
         lanes: so many rows are run together.
         sentence: whether a row is done when its first sentence is.
         progress: called with how many rows are done.
+        stops: tokens that end an answer; by default those that end a text.
+        draw: a typed random key and the temperature, if tokens are drawn.
     """
+    ends = model.stops if stops is None else tuple(stops)
     said: list[list[int]] = [[] for _ in rows]
     order = np.argsort([len(row) for row in rows], kind="stable")
     for first in range(0, len(order), lanes):
@@ -126,7 +136,13 @@ def continue_rows(
         chosen = [rows[n] for n in part]
         ended = partial(_is_said, model, chosen) if sentence else None
         with jax.default_matmul_precision("highest"):
-            tokens = generation.greedy(model.config, model.params, chosen, most, model.stops, ended)
+            given = (model.config, model.params, chosen, most)
+            if draw is None:
+                tokens = generation.greedy(*given, ends, ended)
+            else:
+                # A key of its own for each batch, so that no two draw the same.
+                key, temperature = jax.random.fold_in(draw[0], first), draw[1]
+                tokens = generation.sample(*given, key, temperature=temperature, stops=ends, ended=ended)
         for number, new in zip(part, tokens, strict=True):
             said[number] = new
         if progress:
@@ -164,7 +180,8 @@ def say(
         for number, label in zip(numbers, labels, strict=True):
             texts[number] = label
         return texts
-    said = continue_rows(model, rows, most, sentence=True, progress=progress)
+    stops = stops_after(model, [prompts[number] for number in numbers])
+    said = continue_rows(model, rows, most, sentence=True, progress=progress, stops=stops)
     for number, row, tokens in zip(numbers, rows, said, strict=True):
         texts[number] = first_sentence(model.continuation(row, tokens))
     return texts
@@ -179,8 +196,8 @@ def say_tokens(model: Model, prompts: Sequence[str], most: int = SENTENCE_TOKENS
         most: so many tokens at most.
     """
     rows = [model.encode_prompt(prompt) for prompt in prompts]
-    sentences = []
-    for row, tokens in zip(rows, continue_rows(model, rows, most, sentence=True), strict=True):
+    said, sentences = continue_rows(model, rows, most, sentence=True, stops=stops_after(model, prompts)), []
+    for row, tokens in zip(rows, said, strict=True):
         text = first_sentence(model.continuation(row, tokens))
         needed = (n for n in range(len(tokens) + 1) if model.continuation(row, tokens[:n]).startswith(text))
         sentences.append(tokens[: next(needed, len(tokens))])

@@ -30,6 +30,15 @@ class Tokenizer(Protocol):
     special_tokens_map: dict[str, Any]
     chat_template: Any
     is_fast: bool
+    eos_token: str | None
+    all_special_tokens: list[str]
+    added_tokens_decoder: dict[int, Any]
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> Any:
+        """A conversation in the model's chat template."""
+        ...
 
     def __call__(self, text: str, *, add_special_tokens: bool, return_offsets_mapping: bool) -> Mapping[str, Any]:
         """A text in token ids, and where in it they stand."""

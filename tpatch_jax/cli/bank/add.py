@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from tpatch_jax.cli.bank.common import BankFolder, ModelPlace, load_banked, show_lines
-from tpatch_jax.cli.common import Join, Json, Prompt, Quiet, RequestsFile, Subject, Target, requests_of
+from tpatch_jax.cli.common import Form, Join, Json, Prompt, Quiet, RequestsFile, Subject, System, Target, requests_of
 from tpatch_jax.display.console import print_json, progress_bar
 from tpatch_jax.errors import TPatchError
 
@@ -32,6 +32,8 @@ class Add:
     target: Target = None
     subject: Subject = None
     join: Join = None
+    form: Form = None
+    system: System = None
     batch: Annotated[int, arg(help="so many requests are fitted together and committed at once")] = 50
     resume: Annotated[bool, arg(help="pass over what the bank already holds: go on after an interruption")] = False
     force: Annotated[bool, arg(help="let guarded answers change")] = False
@@ -49,7 +51,9 @@ class Add:
         from tpatch_jax.bank.guards import refused_by_guards
         from tpatch_jax.bank.inspection import open_bank
 
-        requests = requests_of(self.requests, (self.prompt, self.target, self.subject), "add", self.join)
+        requests = requests_of(
+            self.requests, (self.prompt, self.target, self.subject), "add", self.join, self.form, self.system
+        )
         bank = open_bank(self.bank)
         if not self.force and len(refused_by_guards(requests, bank.guards)) == len(requests):
             # That no request can be taken in is known without the model.

@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg
 
 from tpatch_jax.cli.common import Json, Quiet
 from tpatch_jax.display.console import print_json, progress_bar, result_console
+from tpatch_jax.requests import place_fields
 
 if TYPE_CHECKING:
     from tpatch_jax.bank.changing import ChangeInfo
@@ -43,6 +44,7 @@ def edit_json(edit: "BankEdit", state: str) -> dict[str, Any]:
     entry: dict[str, Any] = {"id": edit.id, "prompt": request.prompt, "target": request.target, "state": state}
     if request.subject is not None:
         entry["subject"] = request.subject
+    entry.update(place_fields(request))
     neurons = len(edit.fits[-1][1]) if edit.fits else 0
     return {**entry, "neurons": neurons, "fits": len(edit.fits), "added": edit.added, **edit.evidence}
 

@@ -21,6 +21,7 @@ from tpatch_jax.core.arguments import as_path, check_call
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
+from tpatch_jax.models.chat import render_request
 from tpatch_jax.models.checkpoints import folder as checkpoint
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.config import NetworkConfig
@@ -395,6 +396,7 @@ def _start(model: Model, row: Sequence[int], least: int) -> int:
 
 def _asked(model: Model, request: EditRequest) -> tuple[list[int], range]:
     """A request's prompt and target in tokens, and the positions whose next tokens are the target."""
+    request = render_request(model, request)
     prompt = model.encode_prompt(request.prompt)
     target = model.encode_target(request.prompt, request.continuation)
     # What an encoder reads takes no room from what the decoder writes.

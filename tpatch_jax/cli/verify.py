@@ -1,0 +1,135 @@
+"""``tpatch verify``: which edits of a folder of patches hold, form by form."""
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from tpatch_jax.cli.common import Dtype, Json, ModelName, Quiet, load, show_rows
+from tpatch_jax.display.console import print_json, result_console
+from tpatch_jax.errors import TPatchError
+
+if TYPE_CHECKING:
+    from tpatch_jax.models.model import Model
+    from tpatch_jax.requests import EditRequest
+
+__all__ = [
+    "Forms",
+    "LongText",
+    "Samples",
+    "VerifyPatches",
+    "check_measured",
+    "forms_json",
+    "measure_banked",
+    "show_forms",
+]
+
+Forms = Annotated[
+    str | None, arg(metavar="FORM[,…]", help="bare, long, lower, upper, alias, chat, chat-long, chat-lower, …")
+]
+LongText = Annotated[str | None, arg(metavar="FILE", help="text for the long forms; by default the model samples it")]
+Samples = Annotated[int, arg(metavar="N", help="so many drawn answers each, too, at temperature 0.7")]
+
+
+@dataclass(frozen=True)
+class VerifyPatches:
+    """Ask a corrected model everything that was edited, form by form, and see what it says by itself."""
+
+    model: ModelName
+    patches: Annotated[Positional[str], arg(metavar="PATCHES", help="a folder that `tpatch edit` wrote")]
+    _: KW_ONLY
+    forms: Forms = None
+    text: LongText = None
+    samples: Samples = 0
+    dtype: Dtype = None
+    seed: Annotated[int, arg(help="the first seed of drawn answers")] = 0
+    json: Json = False
+    quiet: Quiet = False
+
+    def run(self) -> None:
+        """Measure, and show the figures and what does not hold."""
+        from tpatch_jax.bank.patches import check_model, read_patches, saved_requests
+        from tpatch_jax.evaluation.forms import measure_forms
+
+        check_measured(self.forms, self.samples)
+        saved = read_patches(self.patches)
+        model = load(self.model, self.dtype, self.quiet or self.json)
+        check_model(saved, model)
+        held = [one["held"] for one in saved.edits]
+        requests = [one for one, holds in zip(saved_requests(saved), held, strict=True) if holds]
+        if not requests:
+            raise TPatchError(f"no edit of {self.patches} held when it was made, so there is nothing to verify")
+        result = measure_forms(
+            model, saved.patches, requests, self.forms, long=self.text, samples=self.samples, seed=self.seed
+        )
+        before = measure_forms(model, None, requests, self.forms, long=self.text, questions=False)
+        if self.json:
+            print_json(forms_json(result, before))
+        else:
+            show_forms(f"{self.patches}: free answers of {self.model}", result, before)
+
+
+def check_measured(forms: str | None, samples: int) -> None:
+    """Make sure, before a model is loaded, that there are such forms, and so many samples.
+
+    Raises:
+        TPatchError: there are not.
+    """
+    from tpatch_jax.evaluation.forms import as_forms
+
+    if forms is not None:
+        as_forms(forms)
+    if samples < 0:
+        raise TPatchError(f"--samples {samples} draws nothing; give 0 or more")
+
+
+def forms_json(result: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``--json`` has of free answers: ``checked, broken, forms, unedited, chat_questions?, edits``."""
+    broken = [edit["id"] for edit in result["edits"] if edit["held"] is False]
+    return {"checked": len(result["edits"]), "broken": broken, **result, "unedited": before["forms"]}
+
+
+def show_forms(title: str, result: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Print a table of figures by form, beside the unedited model's, and each edit that does not hold."""
+    from rich.markup import escape
+
+    from tpatch_jax.evaluation.forms import FORM_FIGURES
+
+    rows = [["form", "n", *(name.replace("_", " ") for name in FORM_FIGURES)]]
+    for form, figures in result["forms"].items():
+        parts = [(form, figures), (f"{form}, drawn", figures.get("sampled"))]
+        parts.append((f"{form}, unedited", before["forms"].get(form)))
+        for name, part in parts:
+            if part:
+                shown = [f"{part[figure]:.3g}" if figure in part else "" for figure in FORM_FIGURES]
+                rows.append([name, str(part["n"]), *shown])
+    show_rows(title, rows)
+    console = result_console()
+    edits = result["edits"]
+    good = sum(edit["held"] is not False for edit in edits)
+    console.print(f"{good} of {len(edits)} edits are said in every form where they shall hold", markup=False)
+    if questions := result.get("chat_questions"):
+        same = round(questions["unchanged"] * questions["n"])
+        console.print(f"{same} of {questions['n']} unrelated questions in a chat are answered as before", markup=False)
+    for edit in edits:
+        for answer in edit["answers"]:
+            if answer["wanted"] and not answer["said"]:
+                said = answer["answer"].strip().replace("\n", "⏎")
+                console.print(
+                    f"[red]not said[/red] {escape(edit['id'])}, {answer['form']}: {escape(said)}", soft_wrap=True
+                )
+
+
+def measure_banked(
+    folder: str, model: "Model", edited: "Model", requests: "list[EditRequest]", forms: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Free answers to a bank's edits, of the corrected model and of the unedited one."""
+    from tpatch_jax.evaluation.forms import measure_forms
+
+    if not requests:
+        raise TPatchError(f"{folder} has no active edit, so there is nothing to ask")
+    return (
+        measure_forms(model, edited, requests, forms),
+        measure_forms(model, None, requests, forms, questions=False),
+    )
