@@ -36,6 +36,7 @@ from tpatch_jax.cli.export import Export
 from tpatch_jax.cli.finetune import Finetune
 from tpatch_jax.cli.generate import Generate
 from tpatch_jax.cli.inspect import Inspect
+from tpatch_jax.cli.learn import Learn
 from tpatch_jax.cli.merge import Merge
 from tpatch_jax.cli.models import Models
 from tpatch_jax.cli.report import Report
@@ -61,6 +62,7 @@ COMMANDS: Mapping[str, type[Command]] = {
     "merge": Merge,
     "models": Models,
     "report": Report,
+    "learn": Learn,
     "serac-train": SeracTrain,
     "sweep": Sweep,
     "verify": VerifyPatches,

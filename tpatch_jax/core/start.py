@@ -17,6 +17,10 @@ PRESSED = 0.1
 """A target need not be said with a smaller loss than this, in nats."""
 
 
+DIVISOR = 16.0
+"""What makes steps of one size suit both layers."""
+
+
 class StartParams(NamedTuple):
     """A network of one inner layer.
 
@@ -24,11 +28,13 @@ class StartParams(NamedTuple):
         inner: ``[features, width]``.
         bias: ``[width]``.
         outer: ``[width, d]``.
+        direct: from the features past the inner layer, ``[features, d]``.
     """
 
     inner: Float[Array, "features width"]
     bias: Float[Array, " width"]
     outer: Float[Array, "width d"]
+    direct: Float[Array, "features d"]
 
 
 def create_start(rng: PRNGKeyArray, hidden_size: int, width: int) -> StartParams:
@@ -46,7 +52,8 @@ def create_start(rng: PRNGKeyArray, hidden_size: int, width: int) -> StartParams
     """
     features = 5 * hidden_size
     inner = jax.random.normal(rng, (features, width), jnp.float32) / features**0.5
-    return StartParams(inner, jnp.zeros(width), jnp.zeros((width, hidden_size)))
+    outer, direct = jnp.zeros((width, hidden_size)), jnp.zeros((features, hidden_size))
+    return StartParams(inner, jnp.zeros(width), outer, direct)
 
 
 def start_features(
@@ -81,7 +88,7 @@ def start_features(
 def predict_values(
     params: StartParams, features: Float[Array, "lanes features"], limit: Float[Array, " lanes"]
 ) -> Float[Array, "lanes d"]:
-    """``limit · y / √(1 + ‖y‖²)`` with ``y = gelu(features · inner + bias) · outer``.
+    """``limit · y / √(1 + ‖y‖²)`` with ``y = (gelu(features · inner + bias) · outer + features · direct) / 16``.
 
     Args:
         params: the network.
@@ -92,11 +99,11 @@ def predict_values(
         Values to start from, ``[lanes, d]``, none longer than its limit.
 
     Example:
-        >>> params = StartParams(jnp.ones((5, 1)), jnp.zeros(1), jnp.ones((1, 1)) * 1e3)
+        >>> params = StartParams(jnp.ones((5, 1)), jnp.zeros(1), jnp.ones((1, 1)) * 1e4, jnp.zeros((5, 1)))
         >>> float(predict_values(params, jnp.ones((1, 5)), jnp.array([2.0]))[0, 0].round(3))
         2.0
     """
-    y = jax.nn.gelu(features @ params.inner + params.bias) @ params.outer
+    y = (jax.nn.gelu(features @ params.inner + params.bias) @ params.outer + features @ params.direct) / DIVISOR
     return limit[:, None] * y * jax.lax.rsqrt(1 + jnp.sum(y * y, -1, keepdims=True))
 
 

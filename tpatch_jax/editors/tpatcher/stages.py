@@ -42,6 +42,7 @@ from tpatch_jax.editors.tpatcher.rounds import (
     find_target_tokens,
     fit_rounds,
 )
+from tpatch_jax.editors.tpatcher.start_file import find_start
 from tpatch_jax.editors.tpatcher.state import EditState
 from tpatch_jax.editors.tpatcher.subject_site import fit_subjects, read_subjects
 from tpatch_jax.models.collection import Sites, predicted, wrong_rows
@@ -75,8 +76,9 @@ def fit_at_subjects(
     said = predicted(model, collect_bare(model, plan.items, progress), last)
     ends = np.cumsum([len(item.target) for item in plan.items])[:-1]
     wrong = [tokens.tolist() != item.target for item, tokens in zip(plan.items, np.split(said, ends), strict=True)]
+    start = find_start(unedited, layer, settings.subject.start)
     subjects = read_subjects(
-        unedited, state.subject_memory, layer, plan.items, plan.requests, previous, settings.subject, progress
+        unedited, state.subject_memory, layer, plan.items, plan.requests, previous, settings.subject, progress, start
     )
     fitted = fit_subjects(subjects, before, wrong, previous, progress, finished)
     patch = jax.tree.map(np.asarray, fitted.patch)

@@ -56,6 +56,7 @@ __all__ = [
     "Subjects",
     "fit_subjects",
     "read_subjects",
+    "read_value_rows",
     "subject_layer",
 ]
 
@@ -93,6 +94,8 @@ class SubjectSettings:
         value_lanes: how many values are trained together at most.
         plateau: the response stops growing here, where 1 is that of the edit's own queries; it takes a second neuron.
             0 lets it grow.
+        start: what predicts the values that training starts from: ``"auto"``, what comes with the library for this
+            model, if anything; ``"none"``, which starts from zero; or a file that ``tpatch learn`` made.
 
     Raises:
         TPatchError: a value makes no sense.
@@ -115,6 +118,7 @@ class SubjectSettings:
     question_split: float = 0.4
     value_lanes: int = 8
     plateau: float = 0.3
+    start: str = "auto"
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -341,6 +345,24 @@ def _read_rows(
     contexts = {number: [*islice(cycle(rows or prompts[number][:1]), most)] for number, rows in contexts.items()}
     prompts = {number: rows + shorter[number] for number, rows in prompts.items()}
     return _Rows(prompts, contexts, avoid, neutral)
+
+
+def read_value_rows(
+    model: Model, known: ModelMemory, items: Sequence[Item], requests: Sequence[EditRequest], lanes: Sequence[int],
+    settings: SubjectSettings
+) -> tuple[dict[int, list[PromptRow]], dict[int, list[PromptRow]]]:  # fmt: skip
+    """Of each lane the rows that should say its target, the bare prompt first, and those that should stay.
+
+    Args:
+        model: the unedited model.
+        known: what is known about it at the layer.
+        items: the requests in tokens.
+        requests: all requests, by ``Item.position``.
+        lanes: which items.
+        settings: options.
+    """
+    rows = _read_rows(model, known, items, requests, lanes, settings)
+    return rows.prompts, rows.neutral
 
 
 def read_subjects(

@@ -1,0 +1,342 @@
+"""Learning where values start: from many requests a network that predicts the value of the next one before any step.
+
+Each step draws a few requests, a few wordings of each that should say its target, and a few frames about its subject
+that should stay as they are; what the predicted values do to all of them is what the network is trained on. No request
+is edited for it.
+"""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.tree_util import Partial
+
+from tpatch_jax.core.checks import check_positive, check_range, check_types, random_key
+from tpatch_jax.core.devices import automatically
+from tpatch_jax.core.patch import Patch
+from tpatch_jax.core.start import StartParams, create_start, start_loss
+from tpatch_jax.core.values import ValueTrainingSettings, train_values
+from tpatch_jax.editors.frames import other_frames, same_frames
+from tpatch_jax.editors.locating import with_spelling
+from tpatch_jax.editors.model_memory import ModelMemory, collect_model_memory
+from tpatch_jax.editors.reading import check_requests, read_item
+from tpatch_jax.editors.subject_rows import PromptRow, row_of, runner
+from tpatch_jax.editors.tpatcher.start_file import Start
+from tpatch_jax.editors.tpatcher.subject_site import SubjectSettings, read_value_rows
+from tpatch_jax.editors.tpatcher.subject_values import ValueProblem, create_value_problem, predict_start
+from tpatch_jax.editors.wordings import Wording, question
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.chat import as_turn, has_template, render_chat
+from tpatch_jax.models.fingerprint import fingerprint
+from tpatch_jax.models.model import Model, check_loaded
+from tpatch_jax.requests import EditRequest
+from tpatch_jax.storage.cache import cache_folder
+from tpatch_jax.typing import Progress
+
+__all__ = ["LearningInfo", "LearningSettings", "learn_start"]
+
+LONGEST, SPAN, MOST = 32, 16, 4
+"""Rows of so many tokens at most, so many of them from the subject on, and targets of so many: few programs."""
+
+ASKING = ("Complete the sentence: {}", "Please finish this sentence. {}", "Continue with a few words: {}")
+
+
+class LearningSettings(NamedTuple):
+    """Options of `learn_start`.
+
+    Attributes:
+        steps: of the optimiser.
+        lanes: requests a step.
+        targets: so many wordings of each that should say its target, the bare prompt first.
+        neutral: so many frames about its subject that should stay as they are.
+        chat: of so many of them a step asks in the model's chat template as well, if it has one.
+        width: of the network's inner layer.
+        rate: the highest learning rate.
+        closeness: weight of the divergence from the unedited model.
+        held_out: at most so many requests only measure what was learnt.
+    """
+
+    steps: int = 400
+    lanes: int = 8
+    targets: int = 2
+    neutral: int = 2
+    chat: int = 4
+    width: int = 256
+    rate: float = 8e-4
+    closeness: float = 1.0
+    held_out: int = 32
+
+
+class LearningInfo(NamedTuple):
+    """What was learnt.
+
+    Attributes:
+        requests: so many were learnt from.
+        steps: steps taken.
+        loss: mean loss of targets over the last steps, in nats.
+        divergence: mean divergence of frames that should stay over the last steps, in nats.
+        held_out: so many requests were kept to measure.
+        said_at_start: the share of those whose target is said with no step at all.
+        divergence_at_start: their mean divergence on other frames, in nats.
+        seconds: how long it took.
+    """
+
+    requests: int
+    steps: int
+    loss: float
+    divergence: float
+    held_out: int
+    said_at_start: float
+    divergence_at_start: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``tpatch learn --json`` prints."""
+        return dict(self._asdict())
+
+
+class _Example(NamedTuple):
+    """What is known of one request: rows that should say its target, and rows that should stay."""
+
+    targets: list[PromptRow]
+    neutral: list[PromptRow]
+    chat: list[PromptRow]
+    chat_neutral: list[PromptRow]
+
+
+def _always(hidden_size: int, lanes: int) -> Patch:
+    """Neurons that fire fully everywhere: what a value says is learnt apart from where its key fires."""
+    return Patch(jnp.zeros((lanes, hidden_size)), jnp.ones(lanes), jnp.zeros((lanes, hidden_size)))
+
+
+def _fits(row: PromptRow, longest: int, span: int) -> bool:
+    return len(row.tokens) <= longest and len(row.tokens) - row.subject <= span
+
+
+def _in_chat(model: Model, request: EditRequest, texts: Sequence[str], target: str) -> list[PromptRow]:
+    """Texts asked in the model's chat template, with a target that begins the answer."""
+    subject, rows = request.subject or "", []
+    for text in texts:
+        rendered = render_chat(model, [{"role": "user", "content": text}])
+        begin = rendered.find(subject)
+        if begin < 0:
+            continue
+        tokens = model.encode_target(rendered, target) if target else []
+        row = row_of(model, Wording(rendered, begin + len(subject)), tokens)
+        if row is not None and _fits(row, 4 * LONGEST, 2 * SPAN):
+            rows.append(row)
+    return rows
+
+
+def _example(
+    model: Model, known: ModelMemory, request: EditRequest, settings: SubjectSettings, rng: np.random.Generator
+) -> _Example | None:
+    """The rows of one request; ``None`` if it cannot be learnt from."""
+    if not request.subject or check_requests(model, [request], True):
+        return None
+    item = read_item(model, 0, request, known.prefixes[:3], False)
+    if len(item.target) > MOST:
+        return None
+    prompts, neutral = read_value_rows(model, known, [item], [request], [0], settings)
+    rows = [row for row in prompts[0] if _fits(row, LONGEST, SPAN)]
+    beside = [row for row in neutral[0] if _fits(row, LONGEST, SPAN)]
+    if not rows or rows[0] is not prompts[0][0] or not beside:
+        return None
+    if not has_template(model.tokenizer):
+        return _Example(rows, beside, [], [])
+    form = "statement" if question(request) is None else "question"
+    same = [request.prompt, *(text for text, _ in same_frames(request, 2, form=form))]
+    others = [text for text, _ in other_frames(request, 3, form=form)]
+
+    def ask(text: str) -> str:
+        return as_turn(text) if form == "question" else ASKING[rng.integers(len(ASKING))].format(text)
+
+    chat = _in_chat(model, request, list(map(ask, same)), request.target.strip())
+    return _Example(rows, beside, chat, _in_chat(model, request, list(map(ask, others)), ""))
+
+
+def _draw(rows: Sequence[PromptRow], count: int, rng: np.random.Generator, first: bool) -> list[PromptRow]:
+    """Some rows, the first one among them if it has to be."""
+    picks = rng.integers(len(rows), size=count)
+    if first:
+        picks[0] = 0
+    return [rows[pick] for pick in picks]
+
+
+@partial(jax.jit, static_argnames="closeness")
+def _gradient(
+    params: StartParams, problem: ValueProblem, run: Partial, longest: float, closeness: float
+) -> tuple[tuple[Array, Array], StartParams]:
+    def loss(params: StartParams) -> tuple[Array, tuple[Array, Array]]:
+        assert problem.neutral is not None
+        limit = (longest * problem.scale).astype(jnp.float32)
+        return start_loss(params, problem.features, limit, problem.targets, problem.neutral, run, closeness)
+
+    (_, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return parts, gradient
+
+
+def _optimiser(settings: LearningSettings) -> optax.GradientTransformation:
+    warm = min(10, settings.steps // 2)
+    rate = optax.warmup_cosine_decay_schedule(0.0, settings.rate, warm, settings.steps, settings.rate / 20)
+    return optax.chain(optax.clip_by_global_norm(5.0), optax.adam(rate))
+
+
+def _check(settings: LearningSettings) -> None:
+    check_types(settings)
+    check_range(settings, ("steps", "lanes", "targets", "neutral", "width"), 1)
+    check_range(settings, ("chat", "held_out"), 0)
+    check_positive(settings, ("rate",))
+    check_range(settings, ("closeness",), 0.0)
+
+
+@automatically
+def learn_start(
+    model: Model,
+    requests: Sequence[EditRequest],
+    layer: int,
+    *,
+    settings: LearningSettings | None = None,
+    subject: SubjectSettings | None = None,
+    memory: str | Path | None = None,
+    seed: int = 0,
+    start: Start | None = None,
+    progress: Progress | None = None,
+) -> tuple[Start, LearningInfo]:
+    """Learn from requests where the values of later edits start.
+
+    Args:
+        model: the model, a decoder; not changed.
+        requests: what to learn from; those without a subject, or too long, are left out. Nothing of them is edited.
+        layer: of the subject site, whose values are predicted.
+        settings: options of learning.
+        subject: options of the subject site.
+        memory: a text file for the contexts that prompts are seen in; by default text is sampled from the model.
+        seed: the same seed gives the same network on one machine.
+        start: a network to go on from, as a bank does that grows; by default a new one.
+        progress: called with what is being done, how much is done, and how much there is.
+
+    Returns:
+        The `tpatch_jax.editors.tpatcher.start_file.Start`, and what came of it on requests that were held out.
+
+    Raises:
+        TPatchError: nothing can be learnt from the requests, or the network to go on from is of another model.
+    """
+    check_loaded(model, "learn_start(model, requests, layer)")
+    settings, subject = settings or LearningSettings(), subject or SubjectSettings(same=8, neutral=8)
+    _check(settings)
+    if model.config.architecture != "decoder":
+        raise TPatchError(f"{model.name!r} is an {model.config.architecture}; only decoders are edited at subjects")
+    began, rng = time.perf_counter(), np.random.default_rng(seed)
+    known = collect_model_memory(model, layer, memory, cache=cache_folder(), progress=progress)
+    hidden_size = model.config.hidden_size
+    if start is None:
+        params = create_start(random_key(seed), hidden_size, settings.width)
+    else:
+        start.check(model, layer)
+        params = start.params
+    given = [request for request in with_spelling(model, list(requests)) if request.subject]
+    order = [given[place] for place in rng.permutation(len(given))]
+    aside, learnt = _hold_out(order, settings)
+    examples: dict[int, _Example | None] = {}
+
+    def example(place: int) -> _Example | None:
+        if place not in examples:
+            examples[place] = _example(model, known, learnt[place], subject, rng)
+        return examples[place]
+
+    run, longest = runner(model, layer), subject.value.longest
+    optimiser = _optimiser(settings)
+    state, losses = optimiser.init(params), []
+    always, queue = _always(hidden_size, settings.lanes), []
+    with jax.default_matmul_precision("highest"):
+        for step in range(settings.steps):
+            drawn: list[_Example] = []
+            while len(drawn) < settings.lanes:
+                if not queue:
+                    if examples and not any(examples.values()):
+                        break
+                    queue = rng.permutation(len(learnt)).tolist()
+                if not queue:
+                    break
+                if (one := example(queue.pop())) is not None:
+                    drawn.append(one)
+            if len(drawn) < settings.lanes:
+                raise TPatchError(
+                    "there is no request to learn from; give some with a subject, a prompt that names it, and a "
+                    f"target of at most {MOST} tokens"
+                )
+            problem = create_value_problem(
+                model, model, layer, always, [_draw(one.targets, settings.targets, rng, True) for one in drawn],
+                [[] for _ in drawn], [_draw(one.neutral, settings.neutral, rng, False) for one in drawn], 1.0,
+            )  # fmt: skip
+            parts, gradient = _gradient(params, problem, run, longest, settings.closeness)
+            lanes = [lane for lane, one in enumerate(drawn) if one.chat and one.chat_neutral][: settings.chat]
+            if settings.chat and len(lanes) == settings.chat:
+                asked = create_value_problem(
+                    model, model, layer, _always(hidden_size, len(lanes)),
+                    [_draw(drawn[lane].chat, 1, rng, False) for lane in lanes], [[] for _ in lanes],
+                    [_draw(drawn[lane].chat_neutral, 1, rng, False) for lane in lanes], 1.0,
+                )  # fmt: skip
+                # A value is predicted from the bare prompt, wherever it is asked for.
+                asked = asked._replace(
+                    features=problem.features[np.asarray(lanes)], scale=problem.scale[np.asarray(lanes)]
+                )
+                _, also = _gradient(params, asked, run, longest, settings.closeness)
+                gradient = jax.tree.map(lambda a, b: a + b / 2, gradient, also)
+            params, state = _update(params, state, gradient, Partial(optimiser.update))
+            losses.append(jnp.stack(parts))
+            if progress:
+                progress("learning where values start", step + 1, settings.steps)
+    last = np.asarray(jnp.stack(losses[-20:])).mean(0)
+    made = Start(jax.tree.map(np.asarray, params), layer, fingerprint(model))
+    said, moved, count = _measure(model, known, aside, layer, params, subject, rng)
+    seconds = time.perf_counter() - began
+    figures = float(last[0]), float(last[1]), count, said, moved, seconds
+    return made, LearningInfo(sum(one is not None for one in examples.values()), settings.steps, *figures)
+
+
+def _hold_out(requests: list[EditRequest], settings: LearningSettings) -> tuple[list[EditRequest], list[EditRequest]]:
+    """Requests about some subjects, which only measure, and all about the others."""
+    subjects = list(dict.fromkeys(request.subject for request in requests))
+    aside = set(subjects[: min(settings.held_out, len(subjects) // 10)])
+    return [r for r in requests if r.subject in aside], [r for r in requests if r.subject not in aside]
+
+
+@jax.jit
+def _update(
+    params: StartParams, state: optax.OptState, gradient: StartParams, update: Partial
+) -> tuple[StartParams, optax.OptState]:
+    changes, state = update(gradient, state, params)
+    return optax.apply_updates(params, changes), state  # type: ignore[return-value]
+
+
+def _measure(
+    model: Model, known: ModelMemory, requests: Sequence[EditRequest], layer: int, params: StartParams,
+    subject: SubjectSettings, rng: np.random.Generator,
+) -> tuple[float, float, int]:  # fmt: skip
+    """Of requests that were held out: the share said with no step, the mean divergence on other frames, how many."""
+    examples = [_example(model, known, request, subject, rng) for request in requests]
+    drawn = [one for one in examples if one is not None]
+    said, moved, run = [], [], runner(model, layer)
+    settings = ValueTrainingSettings(steps=0, longest=subject.value.longest)
+    with jax.default_matmul_precision("highest"):
+        for first in range(0, len(drawn), 8):
+            part = drawn[first : first + 8]
+            lanes = [*part, *[part[-1]] * (8 - len(part))]
+            problem = create_value_problem(
+                model, model, layer, _always(model.config.hidden_size, 8), [one.targets[:1] for one in lanes],
+                [[] for _ in lanes], [_draw(one.neutral, 4, rng, False) for one in lanes], 1.0,
+            )  # fmt: skip
+            start = predict_start(params, problem, settings.longest)
+            _, info = train_values(problem.targets, problem.neutral, run, problem.scale, settings, start)
+            said += info.at_start[: len(part)].tolist()
+            moved += info.closeness[: len(part)].tolist()
+    return float(np.mean(said or [0.0])), float(np.mean(moved or [0.0])), len(drawn)
