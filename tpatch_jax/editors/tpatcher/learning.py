@@ -7,6 +7,7 @@ is edited for it.
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +49,8 @@ LONGEST, SPAN, MOST = 32, 16, 4
 ASKING = ("Complete the sentence: {}", "Please finish this sentence. {}", "Continue with a few words: {}")
 
 
-class LearningSettings(NamedTuple):
+@dataclass(frozen=True)
+class LearningSettings:
     """Options of `learn_start`.
 
     Attributes:
