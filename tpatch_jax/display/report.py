@@ -10,6 +10,7 @@ from xml.etree.ElementTree import Element
 
 from tpatch_jax.display.markup import Child, bar, code, element, figures, number, shorten, table
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.forms import FORM_FIGURES
 from tpatch_jax.evaluation.pictures import SHARES, draw_report
 from tpatch_jax.evaluation.report import BEFORE_AFTER, CLEAN, FIGURES, as_wanted, data_remarks, worst_first
 from tpatch_jax.evaluation.report import table as figure_rows
@@ -20,6 +21,8 @@ __all__ = ["read_lines", "report_title", "report_view"]
 MOST_RECORDS = 300
 FAMILIES = ("GR_", "generalization_", "specificity_")
 """How the names of further shares begin."""
+FREE = (*(f"_{figure}" for figure in FORM_FIGURES if figure != "fluency"), "_unchanged")
+"""How the names of shares of free answers end."""
 PICTURES: Mapping[str, tuple[str, str]] = {
     "curves": ("Over the stream", "lines: shares right after each edit, retained, and unchanged elsewhere, over edits"),
     "before-after": ("Probability per target token", "histograms: the edit, rephrasings and elsewhere, by method"),
@@ -63,7 +66,7 @@ def _figures(report: Mapping[str, Any]) -> Element:
     for name, *values in figure_rows([(result["method"], result) for result in results])[1:]:
         row: list[Child] = [element("td", code(name))]
         for value, result in zip(values, results, strict=True):
-            is_share = name.removesuffix(CLEAN) in SHARES or name.startswith(FAMILIES)
+            is_share = name.removesuffix(CLEAN) in SHARES or name.startswith(FAMILIES) or name.endswith(FREE)
             share = result["metrics"].get(name) if is_share else None
             row.append(element("td", value, class_="number", style=None if share is None else bar(share)))
         parts[name in costs].append(row)
