@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from tpatch_jax.core.checks import text_generator
 from tpatch_jax.editors.frames.library import Form, Relation, check_form, frames_of_kind
 from tpatch_jax.editors.frames.matching import Match, guess_kind, match_relation
+from tpatch_jax.editors.frames.recognising import known_relation
 from tpatch_jax.editors.locating import split_at_subject
 from tpatch_jax.editors.wordings import Wording, question
 from tpatch_jax.requests import EditRequest
@@ -117,12 +118,5 @@ def same_frames(request: EditRequest, count: int, *, form: Form = "statement") -
     return _place(request, [texts[pick] for pick in picks], form)
 
 
-def _known_relation(prompt: str, subject: str = "") -> Relation | None:
-    near = match_relation(prompt, 8, SURE)
-    if not near:
-        return None
-    best, score = near[0]
-    if guess_kind(prompt, subject) not in best.kinds and len(best.kinds) == 1:
-        return None
-    rivals = [match for match in near[1:] if match.relation.id not in best.near]
-    return best if all(rival.score <= CLEAR * score for rival in rivals) else None
+def _known_relation(prompt: str, subject: str = "", target: str = "") -> Relation | None:
+    return known_relation(prompt, subject, target)

@@ -1,0 +1,226 @@
+"""Which relation a request is about: by its words, by what its target is, and by what its subject is."""
+
+import math
+import re
+import tomllib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+from tpatch_jax.editors.frames.answering import answer_kinds, brands, fits, is_person_name, looks_like_title
+from tpatch_jax.editors.frames.library import KINDS, Relation, relations
+from tpatch_jax.editors.frames.matching import EMPTY_WORDS, QUESTION_WORDS, kind_of_name, stem_word
+
+__all__ = ["Likely", "known_relation", "likely_relations"]
+
+SMOOTHING = 2.5
+"""As many wordings as this are added to each relation, with words as they are in the whole library."""
+NAME_WORDINGS, WORDS_WORDINGS = 4, 3
+"""The words of a relation's name count like so many wordings, and its further words like so many."""
+OTHER_NAME = 0.3
+"""What a word counts in a wording of one relation, if it is the name of another."""
+NONE = 0.25
+"""The share of texts that are of no relation of the library."""
+FIT, MISFIT = 0.95, 0.04
+"""How often a target is of the kind that answers its relation, and how often it is of the kind but the relation is not."""
+SURE = 0.7
+"""The least probability of a relation that is taken for the request's, with those that are almost the same."""
+LEADING = 0.4
+"""The least probability of that relation alone."""
+POSSIBLE = 0.02
+"""A relation may be the request's if its probability is this share of the best one's."""
+
+
+class Likely(NamedTuple):
+    """A relation, and how probable it is that a text is about it."""
+
+    relation: Relation
+    probability: float
+
+
+@cache
+def _synonyms() -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """What stands for each stem, and for each phrase."""
+    content = tomllib.loads(files("tpatch_jax.editors.frames").joinpath("synonyms.toml").read_text("utf-8"))
+    words: dict[str, str] = {}
+    phrases: dict[str, str] = {}
+    for line in content["words"]:
+        first, *texts = [text.strip() for text in line.split(",")]
+        for text in (first, *texts):
+            if " " in text:
+                phrases[text] = first
+            else:
+                words[text] = first
+    # A word that is listed itself means what its line says, whatever shares its stem.
+    return {stem_word(word): first for word, first in reversed(words.items())} | words, phrases
+
+
+@cache
+def _phrase() -> re.Pattern[str]:
+    return re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(_synonyms()[1], key=len, reverse=True)))})\b")
+
+
+@cache
+def _bare() -> Mapping[str, str]:
+    content = tomllib.loads(files("tpatch_jax.editors.frames").joinpath("synonyms.toml").read_text("utf-8"))
+    return content["bare"]
+
+
+@cache
+def _concept(word: str) -> str:
+    words = _synonyms()[0]
+    return words.get(word) or words.get(stem := stem_word(word)) or stem
+
+
+def _features(text: str) -> set[str]:
+    """What the words of a text mean, each synonym alike, and the words that ask."""
+    phrases = _synonyms()[1]
+    text = _phrase().sub(lambda phrase: f" {phrases[phrase[0]]} ", text.lower())
+    words = re.findall(r"\{\}|[a-z]+", text.replace("'s", " "))
+    features = {_concept(word) for word in words if word != "{}" and word not in EMPTY_WORDS}
+    if not features:
+        # Nothing but a preposition or so: it says where, from where or by whom.
+        features = {_bare()[word] for word in words if word in _bare()}
+    return features | {f"{word}?" for word in words if word in QUESTION_WORDS}
+
+
+def _named(relation: Relation) -> set[str]:
+    return _features(relation.id.partition(".")[2].replace("_", " "))
+
+
+class _Index(NamedTuple):
+    """For each feature the relations that have it and in how many wordings, how many wordings each relation has, and
+    how often each is asked of, as shares of all."""
+
+    features: Mapping[str, Mapping[int, float]]
+    sizes: Sequence[int]
+    shares: Sequence[float]
+
+
+@cache
+def _index() -> _Index:
+    index: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    sizes = []
+    names = {feature for relation in relations() for feature in _named(relation)}
+    for position, relation in enumerate(relations()):
+        texts = relation.statements + relation.questions
+        for text in texts:
+            for feature in _features(text):
+                index[feature][position] += 1
+        named = _named(relation)
+        for feature in named:
+            index[feature][position] += NAME_WORDINGS
+        for feature in _features(" ".join(relation.words)) - named:
+            index[feature][position] += WORDS_WORDINGS
+        sizes.append(len(texts) + NAME_WORDINGS)
+        said = named | _features(" ".join(relation.words))
+        for feature in names - said:
+            # "the father of" in a wording that asks for the child.
+            if position in index.get(feature, ()):
+                index[feature][position] *= OTHER_NAME
+    weights = _weights()
+    total = sum(weights.get(relation.id, 1.0) for relation in relations())
+    return _Index(dict(index), sizes, [weights.get(relation.id, 1.0) / total for relation in relations()])
+
+
+@cache
+def _weights() -> Mapping[str, float]:
+    """How often a relation is asked of, where it is not as often as others."""
+    content = tomllib.loads(files("tpatch_jax.editors.frames").joinpath("asked.toml").read_text("utf-8"))
+    return {name: level["weight"] for level in content.values() for name in level["relations"].split()}
+
+
+def _kind_support(prompt: str, subject: str) -> Mapping[str, float]:
+    """How much more probable each kind of subject is, as logarithms."""
+    support = dict.fromkeys(KINDS, 0.0)
+
+    def add(kind: str, weight: float) -> None:
+        for other in KINDS:
+            support[other] += weight if other == kind else -weight
+
+    lower = prompt.lower()
+    if is_person_name(subject):
+        add("person", 1.0)
+    elif subject.split(" ")[0] in brands():
+        add("work", 0.7)
+    elif not (told := kind_of_name(subject)) and looks_like_title(subject):
+        add("work", 0.5)
+    elif not told and re.fullmatch(r"\w[\w.'-]+( (de|von|van|der|of|al|el|la|du|da|di|\w\.|[A-Z][\w.'-]+))+", subject):
+        add("person", 0.3)
+    else:
+        for kind in told:
+            add(kind, 0.8)
+    if re.search(r"\{\},? who\b|\b(he|she|his|her|him)\b", lower):
+        add("person", 1.5)
+    if re.search(r"\{\}, (which|that)\b", lower):
+        support["person"] -= 1.5
+    if re.search(r"\bin \{\}", lower):
+        support["person"] -= 1.5
+        support["place"] += 0.5
+    before = re.search(r"(\w+) \{\}", lower)
+    for kind in kind_of_name(before[1], before=True) if before else ():
+        add(kind, 1.5)
+    return support
+
+
+@cache
+def likely_relations(prompt: str, subject: str = "", target: str = "", count: int = 12) -> tuple[Likely, ...]:
+    r"""The relations that a text is probably about.
+
+    A relation $r$ with $n_r$ wordings, of which $n_{rw}$ have the word $w$, is more probable than chance by
+
+    $$\prod_w \frac{(n_{rw} + s\,q_w) / (n_r + s)}{q_w}$$
+
+    where $q_w$ is the share of all wordings that have $w$ and $s$ is `SMOOTHING`; by how often it is asked of; and by
+    whether the target and the subject are of the kinds that it has. Synonyms are one word.
+
+    Args:
+        prompt: the text, with ``{}`` where its subject stands.
+        subject: its name.
+        target: what the text is to be answered with.
+        count: how many at most.
+
+    Returns:
+        The most probable first. Their probabilities sum to less than 1: the text may be of no relation here.
+
+    Example:
+        >>> [one.relation.id for one in likely_relations("{} plays", "Anna Bell", "hockey", 1)]
+        ['person.sport']
+        >>> [one.relation.id for one in likely_relations("{} plays", "Anna Bell", "violin", 1)]
+        ['person.instrument']
+    """
+    index = _index()
+    wordings = sum(index.sizes)
+    kinds = answer_kinds(target)
+    fitting = [fits(one.answer, kinds) for one in relations()]
+    share = sum(share * fit for share, fit in zip(index.shares, fitting, strict=True))
+    known = bool(kinds) and share > 0
+    support = _kind_support(prompt, subject)
+    scores = []
+    features = [(index.features.get(feature, {}), feature) for feature in _features(prompt)]
+    rates = [(having, (sum(having.values()) + 1) / wordings) for having, _ in features]
+    for position, relation in enumerate(relations()):
+        score = math.log(index.shares[position])
+        if known:
+            fit = fitting[position]
+            score += math.log(FIT * fit / max(share, 0.005) if fit else MISFIT / (1 - share))
+        score += max(support[kind] for kind in relation.kinds) if len(relation.kinds) < 4 else 0.0
+        for having, rate in rates:
+            expected = (having.get(position, 0) + SMOOTHING * rate) / (index.sizes[position] + SMOOTHING)
+            score += max(math.log(expected / rate), -0.5 if not having else -2.0)
+        scores.append(score)
+    most = max(scores)
+    odds = [math.exp(score - most) for score in scores]
+    total = sum(odds) + math.exp(min(math.log(NONE / (1 - NONE)) - most, 50.0))
+    order = sorted(range(len(odds)), key=lambda position: (-odds[position], position))[:count]
+    return tuple(Likely(relations()[position], odds[position] / total) for position in order)
+
+
+def known_relation(prompt: str, subject: str = "", target: str = "") -> Relation | None:
+    """The relation that a text is surely about, or nothing."""
+    likely = likely_relations(prompt, subject, target)
+    best, probability = likely[0]
+    alike = sum(one.probability for one in likely[1:] if one.relation.id in best.near and one.relation.answer == best.answer)
+    return best if probability >= LEADING and probability + alike >= SURE else None
