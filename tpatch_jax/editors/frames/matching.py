@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
 
+from tpatch_jax.editors.frames.answering import is_person_name
 from tpatch_jax.editors.frames.library import KINDS, Relation, relations
 
 __all__ = ["THRESHOLD", "Match", "guess_kind", "match_relation"]
@@ -92,6 +93,11 @@ _KIND_WORDS = {
     "championships revolution paralympics treaty gene protein flight killings",
 }
 """Words in a name that tell what it names."""
+_LEADING = frozenset(
+    "lake mount cape fort port river castle mr mrs dr sir lady king queen pope saint prince princess president baron lord sultan emperor shah "
+    "radio battle".split()
+)
+"""Those of them that may stand before a name."""
 _CLASS_WORDS = {
     "person": "actor actress singer writer author poet painter politician player scientist musician composer character "
     "architect artist athlete philosopher journalist bishop emperor man woman boy girl",
@@ -211,8 +217,14 @@ def match_relation(prompt: str, count: int = 5, threshold: float = THRESHOLD) ->
 
 def kind_of_name(name: str, *, before: bool = False) -> set[str]:
     """The kinds that the words of a name tell, or, ``before`` a name, the words that say what stands behind them."""
-    kinds = _KIND_OF_CLASS if before else _KIND_OF_WORD
-    return {kinds[word] for word in re.findall(r"\w+", name.lower()) if word in kinds}
+    if before:
+        return {_KIND_OF_CLASS[name.lower()]} if name.lower() in _KIND_OF_CLASS else set()
+    words = re.findall(r"[^\W\d_]+", name.lower())
+    told = {_KIND_OF_WORD[word] for word in words[1:] if word in _KIND_OF_WORD}
+    # "Lake Anna" and "University of Anna", but not "Park Chung-hee".
+    if words and words[0] in _KIND_OF_WORD and (words[0] in _LEADING or words[1:2] == ["of"] or len(words) == 1):
+        told.add(_KIND_OF_WORD[words[0]])
+    return told
 
 
 def guess_kind(prompt: str, subject: str = "") -> str:
@@ -236,7 +248,7 @@ def guess_kind(prompt: str, subject: str = "") -> str:
         # A relation of all kinds says nothing about the subject.
         for kind in relation.kinds if len(relation.kinds) < len(KINDS) else ():
             votes[kind] += score**2 / len(relation.kinds)
-    for kind in {_KIND_OF_WORD[word] for word in re.findall(r"\w+", subject.lower()) if word in _KIND_OF_WORD}:
+    for kind in {"person"} if is_person_name(subject) else kind_of_name(subject):
         votes[kind] += _NAME_VOTE
     before = re.search(r"(\w+) \{\}", prompt.lower())
     if before and before[1] in _KIND_OF_CLASS:

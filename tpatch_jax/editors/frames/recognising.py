@@ -17,11 +17,13 @@ __all__ = ["Likely", "known_relation", "likely_relations"]
 
 SMOOTHING = 2.5
 """As many wordings as this are added to each relation, with words as they are in the whole library."""
+DISCOUNT = 0.5
+"""What is taken from the number of wordings that have a word: one wording may have it by chance."""
 NAME_WORDINGS, WORDS_WORDINGS = 4, 3
 """The words of a relation's name count like so many wordings, and its further words like so many."""
 OTHER_NAME = 0.3
 """What a word counts in a wording of one relation, if it is the name of another."""
-NONE = 0.25
+NONE = 0.12
 """The share of texts that are of no relation of the library."""
 FIT, MISFIT = 0.95, 0.04
 """How often a target is of the kind that answers its relation, and how often it is of the kind but the relation is not."""
@@ -69,6 +71,12 @@ def _bare() -> Mapping[str, str]:
 
 
 @cache
+def _ignored() -> frozenset[str]:
+    content = tomllib.loads(files("tpatch_jax.editors.frames").joinpath("synonyms.toml").read_text("utf-8"))
+    return frozenset(content["ignored"])
+
+
+@cache
 def _concept(word: str) -> str:
     words = _synonyms()[0]
     return words.get(word) or words.get(stem := stem_word(word)) or stem
@@ -79,15 +87,19 @@ def _features(text: str) -> set[str]:
     phrases = _synonyms()[1]
     text = _phrase().sub(lambda phrase: f" {phrases[phrase[0]]} ", text.lower())
     words = re.findall(r"\{\}|[a-z]+", text.replace("'s", " "))
-    features = {_concept(word) for word in words if word != "{}" and word not in EMPTY_WORDS}
+    content = {word for word in words if word != "{}" and word not in EMPTY_WORDS | _ignored()}
+    if text.endswith("?") and len(content) > 1:
+        # "What is the name of the river" asks for no name.
+        content.discard("name")
+    features = {_concept(word) for word in content}
     if not features:
         # Nothing but a preposition or so: it says where, from where or by whom.
         features = {_bare()[word] for word in words if word in _bare()}
-    return features | {f"{word}?" for word in words if word in QUESTION_WORDS}
+    return features | {f"{word.replace('whom', 'who')}?" for word in words if word in QUESTION_WORDS}
 
 
 def _named(relation: Relation) -> set[str]:
-    return _features(relation.id.partition(".")[2].replace("_", " "))
+    return {feature for feature in _features(relation.id.partition(".")[2].replace("_", " ")) if feature[-1] != "?"}
 
 
 class _Index(NamedTuple):
@@ -120,6 +132,9 @@ def _index() -> _Index:
             # "the father of" in a wording that asks for the child.
             if position in index.get(feature, ()):
                 index[feature][position] *= OTHER_NAME
+    for having in index.values():
+        for position, number in having.items():
+            having[position] = max(number - DISCOUNT, 0.0)
     weights = _weights()
     total = sum(weights.get(relation.id, 1.0) for relation in relations())
     return _Index(dict(index), sizes, [weights.get(relation.id, 1.0) / total for relation in relations()])
@@ -161,7 +176,7 @@ def _kind_support(prompt: str, subject: str) -> Mapping[str, float]:
         support["place"] += 0.5
     before = re.search(r"(\w+) \{\}", lower)
     for kind in kind_of_name(before[1], before=True) if before else ():
-        add(kind, 1.5)
+        add(kind, 2.5)
     return support
 
 
@@ -219,8 +234,36 @@ def likely_relations(prompt: str, subject: str = "", target: str = "", count: in
 
 
 def known_relation(prompt: str, subject: str = "", target: str = "") -> Relation | None:
-    """The relation that a text is surely about, or nothing."""
+    """The relation that a text is surely about, or nothing.
+
+    Where it asks one thing of a subject of unknown kind, that is the relation whose wordings suit all kinds.
+    """
     likely = likely_relations(prompt, subject, target)
-    best, probability = likely[0]
-    alike = sum(one.probability for one in likely[1:] if one.relation.id in best.near and one.relation.answer == best.answer)
-    return best if probability >= LEADING and probability + alike >= SURE else None
+    if not _supported(prompt, target, likely[0].relation):
+        return None
+    probability = {one.relation.id: one.probability for one in likely}
+
+    def with_alike(relation: Relation) -> float:
+        alike = (one for one in likely if one.relation.id in relation.near and _same_answer(one.relation, relation))
+        suited = (one for one in alike if not set(relation.kinds).isdisjoint(one.relation.kinds))
+        return probability[relation.id] + sum(one.probability for one in suited)
+
+    best, most = likely[0]
+    if most >= LEADING and with_alike(best) >= SURE:
+        return best
+    general = [one.relation for one in likely if len(one.relation.kinds) > 1 and one.probability >= POSSIBLE * most]
+    covering = max(general, key=with_alike, default=None)
+    return covering if covering and best.id in (covering.id, *covering.near) and with_alike(covering) >= SURE else None
+
+
+def _same_answer(one: Relation, other: Relation) -> bool:
+    return one.answer == other.answer or one.answer == "place"
+
+
+def _supported(prompt: str, target: str, relation: Relation) -> bool:
+    """Whether more than one word in one wording speaks for a relation."""
+    if fits(relation.answer, answer_kinds(target)):
+        return True
+    position = relations().index(relation)
+    having = [_index().features.get(feature, {}).get(position, 0.0) for feature in _features(prompt)]
+    return sum(number > 0 for number in having) > 1 or any(number >= 2 - DISCOUNT for number in having)
