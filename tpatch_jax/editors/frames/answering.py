@@ -1,13 +1,13 @@
 """What kind of thing a name or a noun is, and whether a relation is answered by such things."""
 
 import re
-import tomllib
 from collections import defaultdict
-from collections.abc import Mapping
-from functools import cache
-from importlib.resources import files
+from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
 
-__all__ = ["answer_kinds", "brands", "fits", "is_person_name", "looks_like_title"]
+from tpatch_jax.editors.frames.library import compiled, read_toml
+
+__all__ = ["answer_kinds", "brands", "build_names", "fits", "is_person_name", "looks_like_title"]
 
 _MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
 _DATE = re.compile(rf"\d{{3,4}}|(\d{{1,2}} )?({_MONTHS})( \d{{1,2}},?)? \d{{2,4}}|\d{{3,4}}s|\d+(st|nd|rd|th) century")
@@ -32,7 +32,7 @@ _GENERAL: Mapping[str, str] = {
     "movement": "genre religion",
     "culture": "country people",
     "industry": "field",
-    "team": "country organisation",
+    "team": "country",
     "subject": "field",
     "theme": "field genre",
     "cause": "disease",
@@ -73,14 +73,17 @@ _ENDINGS = {
 _ENDING_KINDS = {word: kind for kind, words in _ENDINGS.items() for word in words.split()}
 
 
-@cache
-def _names() -> Mapping[str, frozenset[str]]:
-    content = tomllib.loads(files("tpatch_jax.editors.frames").joinpath("answers.toml").read_text("utf-8"))
+def build_names() -> dict[str, list[str]]:
+    """For each name of ``answers.toml`` the kinds of thing that it may be."""
     kinds: dict[str, set[str]] = defaultdict(set)
-    for kind, names in content.items():
+    for kind, names in read_toml("answers").items():
         for name in names.replace("\n", " ").split(","):
             kinds[name.strip()].add(kind)
-    return {name: frozenset(of_name) for name, of_name in kinds.items()}
+    return {name: sorted(of_name) for name, of_name in kinds.items() if name}
+
+
+def _names() -> Mapping[str, Sequence[str]]:
+    return compiled()["names"]
 
 
 def is_person_name(name: str) -> bool:
@@ -116,7 +119,7 @@ def looks_like_title(name: str) -> bool:
     )
 
 
-@cache
+@lru_cache(4096)
 def answer_kinds(text: str) -> frozenset[str]:
     """The kinds of thing that a name or a noun may be; none where it is not known.
 
@@ -129,9 +132,11 @@ def answer_kinds(text: str) -> frozenset[str]:
     text = text.strip().rstrip(".")
     if not text:
         return frozenset()
-    for form in (text, text.removeprefix("the "), text.removeprefix("The "), text[:1].lower() + text[1:]):
-        if kinds := _names().get(form, frozenset()) - {"given_name"}:
+    for form in (text, text.removeprefix("the "), text.removeprefix("The "), text[:1].lower() + text[1:], text.lower()):
+        if kinds := frozenset(_names().get(form, ())) - {"given_name"}:
             return kinds
+    if text.lower().startswith("member of the "):
+        return frozenset(("office",))
     if _DATE.fullmatch(text.lower()):
         return frozenset(("date",))
     if _NUMBER.fullmatch(text):

@@ -9,14 +9,14 @@ in many wordings and less if it has it in one.
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
 from tpatch_jax.editors.frames.answering import is_person_name
-from tpatch_jax.editors.frames.library import KINDS, Relation, relations
+from tpatch_jax.editors.frames.library import KINDS, Relation, compiled, relations
 
-__all__ = ["THRESHOLD", "Match", "guess_kind", "match_relation"]
+__all__ = ["EMPTY_WORDS", "QUESTION_WORDS", "THRESHOLD", "Match", "build_words", "guess_kind", "kind_of_name", "match_relation", "stem_word"]
 
 THRESHOLD = 0.3
 """The least score of a relation that is near."""
@@ -149,18 +149,22 @@ def _features(text: str) -> dict[str, float]:
     return features | {f"{one} {other}": _PAIR_WEIGHT for one, other, *empty in pairs if not all(empty)}
 
 
-@cache
-def _index() -> Mapping[str, Counter[int]]:
+def build_words(of: Sequence[Relation]) -> dict[str, dict[int, int]]:
     """For each feature the relations that have it, by position, and in how many wordings."""
     index: dict[str, Counter[int]] = defaultdict(Counter)
-    for position, relation in enumerate(relations()):
+    for position, relation in enumerate(of):
         for text in (*relation.statements, *relation.questions):
             for feature in _features(text):
                 index[feature][position] += 1
         name = relation.id.partition(".")[2].replace("_", " ")
         for feature, weight in _features(" ".join((name, *relation.words))).items():
             index[feature][position] += _NAME_WORDINGS * (weight == 1)
-    return dict(index)
+    return {feature: dict(having) for feature, having in index.items()}
+
+
+def _index(feature: str) -> Mapping[int, int]:
+    """The relations that have a feature, by position, and in how many wordings."""
+    return {int(position): number for position, number in compiled()["words"].get(feature, {}).items()}
 
 
 @cache
@@ -195,12 +199,12 @@ def match_relation(prompt: str, count: int = 5, threshold: float = THRESHOLD) ->
         >>> match_relation("{} and then the rain")
         []
     """
-    index, total = _index(), len(relations())
+    total = len(relations())
     scores: dict[int, float] = defaultdict(float)
     support: Counter[int] = Counter()
     most = 0.0
     for feature, weight in _features(prompt).items():
-        having = index.get(feature, {})
+        having = _index(feature)
         value = weight * math.log((total + 1) / (len(having) + 1)) ** 1.5
         most += value
         for position, wordings in having.items():

@@ -2,18 +2,16 @@
 
 import math
 import re
-import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib.resources import files
-from typing import NamedTuple
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 from tpatch_jax.editors.frames.answering import answer_kinds, brands, fits, is_person_name, looks_like_title
-from tpatch_jax.editors.frames.library import KINDS, Relation, relations
+from tpatch_jax.editors.frames.library import KINDS, Relation, compiled, read_toml, relations
 from tpatch_jax.editors.frames.matching import EMPTY_WORDS, QUESTION_WORDS, kind_of_name, stem_word
 
-__all__ = ["Likely", "known_relation", "likely_relations"]
+__all__ = ["Likely", "build_concepts", "build_synonyms", "known_relation", "likely_relations"]
 
 SMOOTHING = 2.5
 """As many wordings as this are added to each relation, with words as they are in the whole library."""
@@ -42,109 +40,91 @@ class Likely(NamedTuple):
     probability: float
 
 
+class _Synonyms(NamedTuple):
+    """What stands for each word and stem, and for each phrase; what a bare preposition means; what says nothing."""
+
+    words: Mapping[str, str]
+    phrases: Mapping[str, str]
+    bare: Mapping[str, str]
+    ignored: Sequence[str]
+
+    def features(self, text: str) -> set[str]:
+        """What the words of a text mean, each synonym alike, and the words that ask."""
+        text = _any_of(tuple(self.phrases)).sub(lambda phrase: f" {self.phrases[phrase[0]]} ", text.lower())
+        words = re.findall(r"\{\}|[a-z]+", text.replace("'s", " "))
+        content = {word for word in words if word != "{}" and word not in EMPTY_WORDS and word not in self.ignored}
+        if text.endswith("?") and len(content) > 1:
+            # "What is the name of the river" asks for no name.
+            content.discard("name")
+        features = {self.words.get(word) or self.words.get(stem := stem_word(word)) or stem for word in content}
+        if not features:
+            # Nothing but a preposition or so: it says where, from where or by whom.
+            features = {self.bare[word] for word in words if word in self.bare}
+        return features | {f"{word.replace('whom', 'who')}?" for word in words if word in QUESTION_WORDS}
+
+
 @cache
-def _synonyms() -> tuple[Mapping[str, str], Mapping[str, str]]:
-    """What stands for each stem, and for each phrase."""
-    content = tomllib.loads(files("tpatch_jax.editors.frames").joinpath("synonyms.toml").read_text("utf-8"))
+def _any_of(phrases: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(phrases, key=len, reverse=True)))})\b")
+
+
+def build_synonyms() -> dict[str, Any]:
+    """The synonyms as they are looked up, of ``synonyms.toml``."""
+    content = read_toml("synonyms")
     words: dict[str, str] = {}
     phrases: dict[str, str] = {}
     for line in content["words"]:
-        first, *texts = [text.strip() for text in line.split(",")]
-        for text in (first, *texts):
-            if " " in text:
-                phrases[text] = first
-            else:
-                words[text] = first
+        texts = [text.strip() for text in line.split(",")]
+        for text in texts:
+            (phrases if " " in text else words)[text] = texts[0]
     # A word that is listed itself means what its line says, whatever shares its stem.
-    return {stem_word(word): first for word, first in reversed(words.items())} | words, phrases
-
-
-@cache
-def _phrase() -> re.Pattern[str]:
-    return re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(_synonyms()[1], key=len, reverse=True)))})\b")
-
-
-@cache
-def _bare() -> Mapping[str, str]:
-    content = tomllib.loads(files("tpatch_jax.editors.frames").joinpath("synonyms.toml").read_text("utf-8"))
-    return content["bare"]
-
-
-@cache
-def _ignored() -> frozenset[str]:
-    content = tomllib.loads(files("tpatch_jax.editors.frames").joinpath("synonyms.toml").read_text("utf-8"))
-    return frozenset(content["ignored"])
-
-
-@cache
-def _concept(word: str) -> str:
-    words = _synonyms()[0]
-    return words.get(word) or words.get(stem := stem_word(word)) or stem
-
-
-def _features(text: str) -> set[str]:
-    """What the words of a text mean, each synonym alike, and the words that ask."""
-    phrases = _synonyms()[1]
-    text = _phrase().sub(lambda phrase: f" {phrases[phrase[0]]} ", text.lower())
-    words = re.findall(r"\{\}|[a-z]+", text.replace("'s", " "))
-    content = {word for word in words if word != "{}" and word not in EMPTY_WORDS | _ignored()}
-    if text.endswith("?") and len(content) > 1:
-        # "What is the name of the river" asks for no name.
-        content.discard("name")
-    features = {_concept(word) for word in content}
-    if not features:
-        # Nothing but a preposition or so: it says where, from where or by whom.
-        features = {_bare()[word] for word in words if word in _bare()}
-    return features | {f"{word.replace('whom', 'who')}?" for word in words if word in QUESTION_WORDS}
-
-
-def _named(relation: Relation) -> set[str]:
-    return {feature for feature in _features(relation.id.partition(".")[2].replace("_", " ")) if feature[-1] != "?"}
+    words = {stem_word(word): first for word, first in reversed(words.items())} | words
+    return _Synonyms(words, phrases, content["bare"], content["ignored"])._asdict()
 
 
 class _Index(NamedTuple):
-    """For each feature the relations that have it and in how many wordings, how many wordings each relation has, and
-    how often each is asked of, as shares of all."""
+    """For each feature the relations that have it, by position, and in how many wordings; of each relation, how many
+    wordings it has, and the share of all requests that ask it."""
 
-    features: Mapping[str, Mapping[int, float]]
+    features: Mapping[str, Mapping[str, float]]
     sizes: Sequence[int]
     shares: Sequence[float]
 
 
+def build_concepts(of: Sequence[Relation], synonyms: Mapping[str, Any]) -> dict[str, Any]:
+    """The index of relations by what the words of their wordings mean."""
+    features_of = _Synonyms(**synonyms).features
+    index: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    named = [
+        {feature for feature in features_of(one.id.partition(".")[2].replace("_", " ")) if feature[-1] != "?"} for one in of
+    ]
+    names = set().union(*named)
+    for position, relation in enumerate(of):
+        texts = relation.statements + relation.questions
+        further = features_of(" ".join(relation.words)) - named[position]
+        counts = Counter(feature for text in texts for feature in features_of(text))
+        for feature in names - named[position] - further:
+            # "the father of" in a wording that asks for the child.
+            counts[feature] *= OTHER_NAME
+        counts.update(dict.fromkeys(named[position], NAME_WORDINGS) | dict.fromkeys(further, WORDS_WORDINGS))
+        for feature, number in counts.items():
+            if number > DISCOUNT:
+                index[feature][str(position)] = round(number - DISCOUNT, 3)
+    levels = read_toml("asked").values()
+    weights = {name: level["weight"] for level in levels for name in level["relations"].split()}
+    total = sum(weights.get(relation.id, 1.0) for relation in of)
+    sizes = [len(one.statements) + len(one.questions) + NAME_WORDINGS for one in of]
+    return _Index(dict(sorted(index.items())), sizes, [weights.get(one.id, 1.0) / total for one in of])._asdict()
+
+
+@cache
+def _synonyms() -> _Synonyms:
+    return _Synonyms(**compiled()["synonyms"])
+
+
 @cache
 def _index() -> _Index:
-    index: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
-    sizes = []
-    names = {feature for relation in relations() for feature in _named(relation)}
-    for position, relation in enumerate(relations()):
-        texts = relation.statements + relation.questions
-        for text in texts:
-            for feature in _features(text):
-                index[feature][position] += 1
-        named = _named(relation)
-        for feature in named:
-            index[feature][position] += NAME_WORDINGS
-        for feature in _features(" ".join(relation.words)) - named:
-            index[feature][position] += WORDS_WORDINGS
-        sizes.append(len(texts) + NAME_WORDINGS)
-        said = named | _features(" ".join(relation.words))
-        for feature in names - said:
-            # "the father of" in a wording that asks for the child.
-            if position in index.get(feature, ()):
-                index[feature][position] *= OTHER_NAME
-    for having in index.values():
-        for position, number in having.items():
-            having[position] = max(number - DISCOUNT, 0.0)
-    weights = _weights()
-    total = sum(weights.get(relation.id, 1.0) for relation in relations())
-    return _Index(dict(index), sizes, [weights.get(relation.id, 1.0) / total for relation in relations()])
-
-
-@cache
-def _weights() -> Mapping[str, float]:
-    """How often a relation is asked of, where it is not as often as others."""
-    content = tomllib.loads(files("tpatch_jax.editors.frames").joinpath("asked.toml").read_text("utf-8"))
-    return {name: level["weight"] for level in content.values() for name in level["relations"].split()}
+    return _Index(**compiled()["concepts"])
 
 
 def _kind_support(prompt: str, subject: str) -> Mapping[str, float]:
@@ -163,7 +143,7 @@ def _kind_support(prompt: str, subject: str) -> Mapping[str, float]:
     elif not (told := kind_of_name(subject)) and looks_like_title(subject):
         add("work", 0.5)
     elif not told and re.fullmatch(r"\w[\w.'-]+( (de|von|van|der|of|al|el|la|du|da|di|\w\.|[A-Z][\w.'-]+))+", subject):
-        add("person", 0.3)
+        add("person", 0.4)
     else:
         for kind in told:
             add(kind, 0.8)
@@ -172,15 +152,15 @@ def _kind_support(prompt: str, subject: str) -> Mapping[str, float]:
     if re.search(r"\{\}, (which|that)\b", lower):
         support["person"] -= 1.5
     if re.search(r"\bin \{\}", lower):
-        support["person"] -= 1.5
-        support["place"] += 0.5
+        support["person"] -= 2.5
+        support["place"] += 0.8
     before = re.search(r"(\w+) \{\}", lower)
     for kind in kind_of_name(before[1], before=True) if before else ():
         add(kind, 2.5)
     return support
 
 
-@cache
+@lru_cache(1024)
 def likely_relations(prompt: str, subject: str = "", target: str = "", count: int = 12) -> tuple[Likely, ...]:
     r"""The relations that a text is probably about.
 
@@ -214,8 +194,9 @@ def likely_relations(prompt: str, subject: str = "", target: str = "", count: in
     known = bool(kinds) and share > 0
     support = _kind_support(prompt, subject)
     scores = []
-    features = [(index.features.get(feature, {}), feature) for feature in _features(prompt)]
-    rates = [(having, (sum(having.values()) + 1) / wordings) for having, _ in features]
+    # In order: sums of numbers are then the same in every process.
+    having_each = [index.features.get(feature, {}) for feature in sorted(_synonyms().features(prompt))]
+    rates = [(having, (sum(having.values()) + 1) / wordings) for having in having_each]
     for position, relation in enumerate(relations()):
         score = math.log(index.shares[position])
         if known:
@@ -223,7 +204,7 @@ def likely_relations(prompt: str, subject: str = "", target: str = "", count: in
             score += math.log(FIT * fit / max(share, 0.005) if fit else MISFIT / (1 - share))
         score += max(support[kind] for kind in relation.kinds) if len(relation.kinds) < 4 else 0.0
         for having, rate in rates:
-            expected = (having.get(position, 0) + SMOOTHING * rate) / (index.sizes[position] + SMOOTHING)
+            expected = (having.get(str(position), 0.0) + SMOOTHING * rate) / (index.sizes[position] + SMOOTHING)
             score += max(math.log(expected / rate), -0.5 if not having else -2.0)
         scores.append(score)
     most = max(scores)
@@ -264,6 +245,6 @@ def _supported(prompt: str, target: str, relation: Relation) -> bool:
     """Whether more than one word in one wording speaks for a relation."""
     if fits(relation.answer, answer_kinds(target)):
         return True
-    position = relations().index(relation)
-    having = [_index().features.get(feature, {}).get(position, 0.0) for feature in _features(prompt)]
+    position = str(relations().index(relation))
+    having = [_index().features.get(feature, {}).get(position, 0.0) for feature in _synonyms().features(prompt)]
     return sum(number > 0 for number in having) > 1 or any(number >= 2 - DISCOUNT for number in having)
