@@ -54,7 +54,8 @@ _GENERAL: Mapping[str, str] = {
 }
 """Further kinds of thing that answer a relation of a kind of answer."""
 _ENDINGS = {
-    "company": "inc ltd corporation company corp gmbh ag motors aircraft shipyard shipbuilding industries entertainment studios pictures productions games press books publishing publishers",
+    "company": "inc ltd corporation company corp gmbh ag motors aircraft shipyard shipbuilding industries "
+    "entertainment studios pictures productions games press books publishing publishers",
     "label": "records recordings music",
     "school": "university college school academy institute",
     "team": "fc united city sc rovers wanderers athletic sox yankees giants canucks",
@@ -151,7 +152,7 @@ def answer_kinds(text: str) -> frozenset[str]:
 
 @cache
 def fits(answer: str, kinds: frozenset[str]) -> float:
-    """How well what is of these kinds answers a relation with such an answer: 1, or less where it is more special, or 0.
+    """How well what is of these kinds answers a relation with such an answer: 1, less where it is more special, or 0.
 
     Example:
         >>> fits("place", frozenset(("city",))), fits("language", frozenset(("city",)))

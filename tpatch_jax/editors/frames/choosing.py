@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from tpatch_jax.core.checks import text_generator
-from tpatch_jax.editors.frames.library import Form, check_form, frames_of_kind
+from tpatch_jax.editors.frames.answering import answer_kinds, fits
+from tpatch_jax.editors.frames.library import Form, check_form, frames_of_kind, relations
 from tpatch_jax.editors.frames.matching import guess_kind, match_relation
 from tpatch_jax.editors.frames.recognising import known_relation, likely_relations
 from tpatch_jax.editors.locating import split_at_subject
@@ -52,6 +53,9 @@ def _excluded(request: EditRequest, prompt: str) -> set[str]:
     probable = [match.relation for match in near if match.score >= CLEAR * best]
     probable += [one.relation for one in likely if one.probability >= PROBABLE * most]
     probable += [known] if known else []
+    if not known and (kinds := answer_kinds(request.target)):
+        # Nothing but the target is known: whatever it could answer may be what is asked.
+        possible += [relation for relation in relations() if fits(relation.answer, kinds)]
     return {relation.id for relation in possible} | {name for relation in probable for name in relation.near}
 
 
@@ -124,7 +128,8 @@ def same_frames(request: EditRequest, count: int, *, form: Form = "statement") -
         >>> request = EditRequest("The mother tongue of Anna is", "Greek", subject="Anna")
         >>> len(same_frames(request, 4)), same_frames(EditRequest("Anna and then", "rain", subject="Anna"), 4)
         (4, [])
-        >>> hockey, violin = (same_frames(EditRequest("Anna plays", to, subject="Anna"), 20) for to in ("hockey", "violin"))
+        >>> requests = (EditRequest("Anna plays", target, subject="Anna") for target in ("hockey", "violin"))
+        >>> hockey, violin = (same_frames(request, 20) for request in requests)
         >>> len(hockey) > 4 < len(violin), set(hockey) & set(violin)
         (True, set())
     """

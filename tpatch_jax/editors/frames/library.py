@@ -115,8 +115,10 @@ def relations() -> tuple[Relation, ...]:
         >>> next(relation.answer for relation in relations() if relation.id == "person.native_language")
         'language'
     """
-    fields = (tuple(tuple(part) if isinstance(part, list) else part for part in entry) for entry in compiled()["relations"])
-    return tuple(Relation(*entry) for entry in fields)
+    return tuple(
+        Relation(name, tuple(kinds), answer, *(tuple(texts) for texts in further))
+        for name, kinds, answer, *further in compiled()["relations"]
+    )
 
 
 def frames_of_kind(kind: str, sort: str | None = None) -> tuple[Relation, ...]:

@@ -16,7 +16,17 @@ from typing import NamedTuple
 from tpatch_jax.editors.frames.answering import is_person_name
 from tpatch_jax.editors.frames.library import KINDS, Relation, compiled, relations
 
-__all__ = ["EMPTY_WORDS", "QUESTION_WORDS", "THRESHOLD", "Match", "build_words", "guess_kind", "kind_of_name", "match_relation", "stem_word"]
+__all__ = [
+    "EMPTY_WORDS",
+    "QUESTION_WORDS",
+    "THRESHOLD",
+    "Match",
+    "build_words",
+    "guess_kind",
+    "kind_of_name",
+    "match_relation",
+    "stem_word",
+]
 
 THRESHOLD = 0.3
 """The least score of a relation that is near."""
@@ -76,27 +86,28 @@ _PAIR_WEIGHT = 0.1
 _NAME_WORDINGS = 2
 
 _KIND_WORDS = {
-    "person": "mr mrs dr sir lady king queen pope saint prince princess president jr baron baroness earl count countess duke duchess "
-    "archbishop bishop emperor empress sultan shah lord marquess viscount ibn bin",
-    "place": "county lake river island islands mount mountain mountains bay airport station bridge street castle tower city "
-    "kingdom republic province district park valley peninsula sea glacier cape creek falls canyon desert forest ridge hill hills "
-    "volcano reef basin plateau coast harbour harbor port dam tunnel parish governorate oblast raion municipality township village town "
-    "prefecture voivodeship canton commune zoo garden gardens museum church cathedral palace tavern hall house theatre "
-    "theater stadium arena square road avenue inlet nunatak nunataks monastery abbey temple mosque region territory territories territorial fort beach "
-    "railway motorway highway nebula",
+    "person": "mr mrs dr sir lady king queen pope saint prince princess president jr baron baroness earl count "
+    "countess duke duchess archbishop bishop emperor empress sultan shah lord marquess viscount ibn bin",
+    "place": "county lake river island islands mount mountain mountains bay airport station bridge street castle "
+    "tower city kingdom republic province district park valley peninsula sea glacier cape creek falls "
+    "canyon desert forest ridge hill hills volcano reef basin plateau coast harbour harbor port dam "
+    "tunnel parish governorate oblast raion municipality township village town prefecture voivodeship "
+    "canton commune zoo garden gardens museum church cathedral palace tavern hall house theatre theater "
+    "stadium arena square road avenue inlet nunatak nunataks monastery abbey temple mosque region "
+    "territory territories territorial fort beach railway motorway highway nebula",
     "organisation": "university college school institute inc ltd corporation company group bank party club fc airlines "
-    "orchestra band association society agency ministry records league council center centre foundation studios press radio "
-    "television broadcasting federation committee commission authority board secretariat hospital organization organisation union "
-    "brothers motors airways media boys",
+    "orchestra band association society agency ministry records league council center centre foundation "
+    "studios press radio television broadcasting federation committee commission authority board "
+    "secretariat hospital organization organisation union brothers motors airways media boys",
     "work": "symphony sonata",
-    "thing": "disease syndrome war battle language award prize virus massacre festival games olympics cup championship "
-    "championships revolution paralympics treaty gene protein flight killings",
+    "thing": "disease syndrome war battle language award prize virus massacre festival games olympics cup "
+    "championship championships revolution paralympics treaty gene protein flight killings",
 }
 """Words in a name that tell what it names."""
-_LEADING = frozenset(
-    "lake mount cape fort port river castle mr mrs dr sir lady king queen pope saint prince princess president baron lord sultan emperor shah "
-    "radio battle".split()
-)
+_LEADING = """
+    lake mount cape fort port river castle mr mrs dr sir lady king queen pope saint prince princess president
+    baron lord sultan emperor shah radio battle
+"""
 """Those of them that may stand before a name."""
 _CLASS_WORDS = {
     "person": "actor actress singer writer author poet painter politician player scientist musician composer character "
@@ -226,7 +237,11 @@ def kind_of_name(name: str, *, before: bool = False) -> set[str]:
     words = re.findall(r"[^\W\d_]+", name.lower())
     told = {_KIND_OF_WORD[word] for word in words[1:] if word in _KIND_OF_WORD}
     # "Lake Anna" and "University of Anna", but not "Park Chung-hee".
-    if words and words[0] in _KIND_OF_WORD and (words[0] in _LEADING or words[1:2] == ["of"] or len(words) == 1):
+    if (
+        words
+        and words[0] in _KIND_OF_WORD
+        and (words[0] in _LEADING.split() or words[1:2] == ["of"] or len(words) == 1)
+    ):
         told.add(_KIND_OF_WORD[words[0]])
     return told
 

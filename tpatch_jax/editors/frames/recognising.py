@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ OTHER_NAME = 0.3
 NONE = 0.12
 """The share of texts that are of no relation of the library."""
 FIT, MISFIT = 0.95, 0.04
-"""How often a target is of the kind that answers its relation, and how often it is of the kind but the relation is not."""
+"""How often a target of a known kind is of the kind that answers its relation, and how often it is not."""
 SURE = 0.7
 """The least probability of a relation that is taken for the request's, with those that are almost the same."""
 LEADING = 0.4
@@ -84,7 +84,8 @@ def build_synonyms() -> dict[str, Any]:
 
 class _Index(NamedTuple):
     """For each feature the relations that have it, by position, and in how many wordings; of each relation, how many
-    wordings it has, and the share of all requests that ask it."""
+    wordings it has, and the share of all requests that ask it.
+    """
 
     features: Mapping[str, Mapping[str, float]]
     sizes: Sequence[int]
@@ -96,17 +97,22 @@ def build_concepts(of: Sequence[Relation], synonyms: Mapping[str, Any]) -> dict[
     features_of = _Synonyms(**synonyms).features
     index: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     named = [
-        {feature for feature in features_of(one.id.partition(".")[2].replace("_", " ")) if feature[-1] != "?"} for one in of
+        {feature for feature in features_of(one.id.partition(".")[2].replace("_", " ")) if feature[-1] != "?"}
+        for one in of
     ]
     names = set().union(*named)
     for position, relation in enumerate(of):
         texts = relation.statements + relation.questions
         further = features_of(" ".join(relation.words)) - named[position]
-        counts = Counter(feature for text in texts for feature in features_of(text))
+        counts: dict[str, float] = defaultdict(float)
+        for feature in (feature for text in texts for feature in features_of(text)):
+            counts[feature] += 1
         for feature in names - named[position] - further:
             # "the father of" in a wording that asks for the child.
-            counts[feature] *= OTHER_NAME
-        counts.update(dict.fromkeys(named[position], NAME_WORDINGS) | dict.fromkeys(further, WORDS_WORDINGS))
+            if feature in counts:
+                counts[feature] *= OTHER_NAME
+        for feature in named[position] | further:
+            counts[feature] += NAME_WORDINGS if feature in named[position] else WORDS_WORDINGS
         for feature, number in counts.items():
             if number > DISCOUNT:
                 index[feature][str(position)] = round(number - DISCOUNT, 3)
@@ -129,7 +135,7 @@ def _index() -> _Index:
 
 def _kind_support(prompt: str, subject: str) -> Mapping[str, float]:
     """How much more probable each kind of subject is, as logarithms."""
-    support = dict.fromkeys(KINDS, 0.0)
+    support: dict[str, float] = dict.fromkeys(KINDS, 0.0)
 
     def add(kind: str, weight: float) -> None:
         for other in KINDS:
