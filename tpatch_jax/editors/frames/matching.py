@@ -95,7 +95,8 @@ _KIND_WORDS = {
     "canton commune zoo garden gardens museum church cathedral palace tavern hall house theatre theater "
     "stadium arena square road avenue inlet nunatak nunataks monastery abbey temple mosque region "
     "territory territories territorial fort beach railway motorway highway nebula",
-    "organisation": "university college school institute inc ltd corporation company group bank party club fc airlines "
+    "organisation": "ministry cabinet government regiment squadron "
+    "university college school institute inc ltd corporation company group bank party club fc airlines "
     "orchestra band association society agency ministry records league council center centre foundation "
     "studios press radio television broadcasting federation committee commission authority board "
     "secretariat hospital organization organisation union brothers motors airways media boys",
