@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tpatch_jax.editors import frames
 from tpatch_jax.editors.frames import (
     KINDS,
     frames_of_kind,
@@ -14,6 +15,9 @@ from tpatch_jax.editors.frames import (
     relations,
     same_frames,
 )
+from tpatch_jax.editors.frames.answering import answer_kinds, fits
+from tpatch_jax.editors.frames.compiling import compile_library
+from tpatch_jax.editors.frames.recognising import known_relation, likely_relations
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest
 
@@ -29,8 +33,8 @@ KNOWN = [(ids.split(), phrase) for ids, phrase in PHRASES if ids != "-"]
 UNKNOWN = [phrase for ids, phrase in PHRASES if ids == "-"]
 
 
-def request(template: str, subject: str = "Anna Bell") -> EditRequest:
-    return EditRequest(template.replace("{}", subject), "x", subject=subject)
+def request(template: str, subject: str = "Anna Bell", target: str = "x") -> EditRequest:
+    return EditRequest(template.replace("{}", subject), target, subject=subject)
 
 
 def relation_of(text: str, subject: str = "Anna Bell") -> str:
@@ -52,8 +56,8 @@ def test_a_relation_is_well_formed(relation):
     assert set(relation.kinds) <= set(KINDS)
     assert relation.kinds == (file,) or (file == "any" and len(relation.kinds) > 1)
     assert relation.answer.isalpha()
-    assert 5 <= len(relation.statements) <= 8
-    assert 3 <= len(relation.questions) <= 4
+    assert 5 <= len(relation.statements) <= 14
+    assert 3 <= len(relation.questions) <= 6
     for text in relation.statements + relation.questions:
         assert text.count("{}") == 1
         assert "  " not in text
@@ -70,6 +74,11 @@ def test_a_relation_is_well_formed(relation):
 def test_no_text_stands_twice_in_the_library():
     texts = Counter(text.lower() for one in relations() for text in one.statements + one.questions)
     assert [text for text, count in texts.items() if count > 1] == []
+
+
+def test_the_compiled_library_is_that_of_the_files_written_by_hand():
+    shipped = Path(frames.__file__).with_name("compiled.json").read_text("utf-8")
+    assert shipped == compile_library(), "run python -m tpatch_jax.editors.frames.compiling"
 
 
 def test_frames_of_a_sort_leave_out_what_suits_others():
@@ -188,7 +197,7 @@ def test_a_second_wording_of_a_relation_comes_after_all_relations():
     ],
 )
 def test_same_frames_ask_the_same(template, name, form):
-    frames = same_frames(request(template), 10, form=form)
+    frames = same_frames(request(template), 20, form=form)
     texts = RELATIONS[name].texts(form)
     assert {text.replace("Anna Bell", "{}") for text, _ in frames} == set(texts) - {template}
     assert all(text[:end].endswith("Anna Bell") for text, end in frames)
@@ -212,3 +221,119 @@ def test_without_a_subject_there_are_no_frames_and_other_forms_are_refused(choos
     assert choose(request("The mother tongue of {} is"), 0) == []
     with pytest.raises(TPatchError, match=r"form is 'chat'; it is 'statement' or 'question'"):
         choose(request("The mother tongue of {} is"), 3, form="chat")
+
+
+# The same words ask for different things, as the target tells.
+BY_TARGET = [
+    ("{} plays", "hockey", "person.sport"),
+    ("{} plays", "violin", "person.instrument"),
+    ("{} plays", "jazz", "person.genre"),
+    ("{} plays as a", "goalkeeper", "person.position"),
+    ("{} worked in", "Vienna", "person.work_location"),
+    ("{} worked in", "botany", "person.field"),
+    ("{} works for the", "BBC", "person.employer"),
+    ("{} is a follower of", "Islam", "person.religion"),
+    ("{} perished in", "Oslo", "person.deathplace"),
+    ("{} perished on", "4 May 1821", "person.death_date"),
+    ("{} was born around", "1821", "person.birth_date"),
+    ("{} was born around", "Oslo", "person.birthplace"),
+]
+# And as the subject tells.
+BY_SUBJECT = [
+    ("{} lies in", "Bell Island", "Norway", "place.country any.located_country"),
+    ("{} lies in", "Bell Island", "Africa", "place.continent"),
+    ("{} lies in", "Bell Island", "Ontario", "place.region any.located_region"),
+    ("{} came from", "Anna Bell", "Boston", "person.birthplace any.origin_place"),
+    ("{} was started in", "The Bells Orchestra", "Boston", "organisation.place_founded any.origin_place"),
+    ("{} was thought up in", "The Bells on the Roof", "Japan", "work.country any.origin_country"),
+    ("People in {} speak", "Bell County", "Welsh", "place.spoken_language"),
+    ("{} was shown on", "The Bells on the Roof", "NBC", "work.network"),
+]
+
+
+@pytest.mark.parametrize(("template", "target", "name"), BY_TARGET)
+def test_the_target_tells_what_is_asked(template, target, name):
+    relation = known_relation(template, "Anna Bell", target)
+    assert relation is not None
+    assert relation.id == name
+    wordings = same_frames(request(template, target=target), 20)
+    assert {text.replace("Anna Bell", "{}") for text, _ in wordings} == set(relation.statements) - {template}
+
+
+@pytest.mark.parametrize(("template", "subject", "target", "names"), BY_SUBJECT)
+def test_the_subject_tells_what_is_asked(template, subject, target, names):
+    relation = known_relation(template, subject, target)
+    assert relation is not None
+    assert relation.id in names.split()
+
+
+@pytest.mark.parametrize("target", ["x", "hockey", "Boston", "1821"])
+@pytest.mark.parametrize(
+    "template", ["{} said with a smile that", "We were waiting for {} when", "{} and then the rain"]
+)
+def test_a_target_alone_makes_no_relation_known(template, target):
+    assert known_relation(template, "Bell", target) is None
+    assert same_frames(request(template, target=target), 5) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("template", "target", "name"), BY_TARGET)
+def test_what_the_target_answers_is_not_held_against_it(template, target, name, form):
+    ids = {relation_of(text) for text, _ in other_frames(request(template, target=target), 500, form=form)}
+    assert len(ids) > 40
+    assert not ids & {name, *RELATIONS[name].near}
+
+
+def test_nothing_that_the_target_could_answer_is_held_where_no_relation_is_known():
+    one = request("{} and then", target="Welsh")
+    ids = {relation_of(text) for text, _ in other_frames(one, 500)}
+    assert len(ids) > 40
+    assert not [name for name in ids if RELATIONS[name].answer == "language"]
+
+
+def test_probabilities_are_in_order_and_leave_room_for_none():
+    likely = likely_relations("{} plays", "Anna Bell", "hockey", 500)
+    shares = [one.probability for one in likely]
+    assert len({one.relation.id for one in likely}) == len(likely) == len(RELATIONS)
+    assert shares == sorted(shares, reverse=True)
+    assert 0.9 < sum(shares) < 1
+    assert sum(one.probability for one in likely_relations("Perhaps {} and perhaps", count=500)) < 0.95
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("Welsh", "language"),
+        ("Georgia", "country region"),
+        ("the United States", "country"),
+        ("Football", "sport"),
+        ("bass", "instrument voice"),
+        ("12 May 1821", "date"),
+        ("May 12, 1821", "date"),
+        ("1821", "date"),
+        ("12", "number"),
+        ("Anna Bell", "person"),
+        ("Bell Records", "label"),
+        ("University of Bell", ""),
+        ("Bell University", "school"),
+        ("Bellidae", "taxon"),
+        ("Data Deficient", "status"),
+        ("member of the Bell House", "office"),
+        ("xyzzy", ""),
+        ("", ""),
+    ],
+)
+def test_a_target_is_of_the_kinds_that_its_name_tells(text, kinds):
+    assert answer_kinds(text) == set(kinds.split())
+
+
+def test_a_special_answer_fits_a_general_question_less_well():
+    city, sport = frozenset({"city"}), frozenset({"sport"})
+    assert fits("city", city) > fits("place", city) > fits("language", city) == 0
+    assert fits("sport", sport) == 1
+
+
+def test_an_unlisted_target_leaves_the_words_to_tell():
+    relation = known_relation("The mother tongue of {} is", "Anna Bell", "xyzzy")
+    assert relation is not None
+    assert relation.id == "person.native_language"

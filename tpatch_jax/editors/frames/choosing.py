@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 from tpatch_jax.core.checks import text_generator
-from tpatch_jax.editors.frames.library import Form, Relation, check_form, frames_of_kind
-from tpatch_jax.editors.frames.matching import Match, guess_kind, match_relation
+from tpatch_jax.editors.frames.answering import answer_kinds, fits
+from tpatch_jax.editors.frames.library import Form, check_form, frames_of_kind, relations
+from tpatch_jax.editors.frames.matching import guess_kind, match_relation
+from tpatch_jax.editors.frames.recognising import known_relation, likely_relations
 from tpatch_jax.editors.locating import split_at_subject
 from tpatch_jax.editors.wordings import Wording, question
 from tpatch_jax.requests import EditRequest
@@ -13,10 +15,12 @@ __all__ = ["other_frames", "same_frames"]
 
 CLOSE = 0.6
 """A relation may be the request's if its score is this share of the best one's."""
-SURE = 0.5
-"""The least score of a relation that is taken for the request's."""
 CLEAR = 0.8
-"""No relation but those near it may have more than this share of its score."""
+"""What is the same fact as a relation with this share of the best score is left out, too."""
+POSSIBLE = 0.02
+"""A relation may be the request's if its probability is this share of the most probable one's."""
+PROBABLE = 0.3
+"""What is the same fact as a relation with this share of that probability is left out, too."""
 
 
 def _prompt(request: EditRequest) -> str | None:
@@ -35,11 +39,24 @@ def _place(request: EditRequest, texts: Sequence[str], form: Form) -> list[Wordi
     return [Wording.of(frame + before, request.subject or "", after + behind) for before, after in parts]
 
 
-def _excluded(near: Sequence[Match]) -> set[str]:
-    """The relations that may be the request's, and those that are the same fact seen from another side."""
-    close = [match.relation for match in near if match.score >= CLOSE * near[0].score]
-    best = [match.relation for match in near if match.score >= CLEAR * near[0].score]
-    return {relation.id for relation in close} | {name for relation in best for name in relation.near}
+def _excluded(request: EditRequest, prompt: str) -> set[str]:
+    """The relations that may be the request's, and those that are the same fact seen from another side.
+
+    By the words alone, and by words, target and subject: what either takes for possible is not held against the target.
+    """
+    near = match_relation(prompt, 8)
+    likely = likely_relations(prompt, request.subject or "", request.target)
+    known = known_relation(prompt, request.subject or "", request.target)
+    most, best = likely[0].probability, near[0].score if near else 0.0
+    possible = [match.relation for match in near if match.score >= CLOSE * best]
+    possible += [one.relation for one in likely if one.probability >= POSSIBLE * most]
+    probable = [match.relation for match in near if match.score >= CLEAR * best]
+    probable += [one.relation for one in likely if one.probability >= PROBABLE * most]
+    probable += [known] if known else []
+    if not known and (kinds := answer_kinds(request.target)):
+        # Nothing but the target is known: whatever it could answer may be what is asked.
+        possible += [relation for relation in relations() if fits(relation.answer, kinds)]
+    return {relation.id for relation in possible} | {name for relation in probable for name in relation.near}
 
 
 def other_frames(request: EditRequest, count: int, *, form: Form = "statement") -> list[Wording]:
@@ -72,10 +89,12 @@ def other_frames(request: EditRequest, count: int, *, form: Form = "statement") 
     prompt = _prompt(request)
     if prompt is None:
         return []
-    near = match_relation(prompt, 8)
-    kind = guess_kind(prompt, request.subject or "")
-    left_out = _excluded(near)
-    sorts = {sort for match in near[:1] if kind in match.relation.kinds for sort in match.relation.sorts}
+    relation = known_relation(prompt, request.subject or "", request.target)
+    known = relation is not None and len(relation.kinds) == 1
+    kind = relation.kinds[0] if relation and known else guess_kind(prompt, request.subject or "")
+    left_out = _excluded(request, prompt)
+    nearest = [relation] if relation else [match.relation for match in match_relation(prompt, 1)]
+    sorts = {sort for one in nearest if kind in one.kinds for sort in one.sorts}
     others = [relation for relation in frames_of_kind(kind) if relation.id not in left_out]
     rng = text_generator(request.prompt)
     others = [others[pick] for pick in rng.permutation(len(others))]
@@ -90,6 +109,9 @@ def other_frames(request: EditRequest, count: int, *, form: Form = "statement") 
 
 def same_frames(request: EditRequest, count: int, *, form: Form = "statement") -> list[Wording]:
     """Other wordings of what the request asks, where the library surely knows its relation.
+
+    The relation is known by the request's words, by what its target is (a language, a city, a sport) and by what its
+    subject is.
 
     Args:
         request: with a subject; one without has none.
@@ -106,23 +128,16 @@ def same_frames(request: EditRequest, count: int, *, form: Form = "statement") -
         >>> request = EditRequest("The mother tongue of Anna is", "Greek", subject="Anna")
         >>> len(same_frames(request, 4)), same_frames(EditRequest("Anna and then", "rain", subject="Anna"), 4)
         (4, [])
+        >>> requests = (EditRequest("Anna plays", target, subject="Anna") for target in ("hockey", "violin"))
+        >>> hockey, violin = (same_frames(request, 20) for request in requests)
+        >>> len(hockey) > 4 < len(violin), set(hockey) & set(violin)
+        (True, set())
     """
     check_form(form)
     prompt = _prompt(request)
-    relation = None if prompt is None else _known_relation(prompt, request.subject or "")
+    relation = None if prompt is None else known_relation(prompt, request.subject or "", request.target)
     if prompt is None or relation is None:
         return []
     texts = [text for text in relation.texts(form) if text != prompt]
     picks = text_generator(request.prompt).permutation(len(texts))[:count]
     return _place(request, [texts[pick] for pick in picks], form)
-
-
-def _known_relation(prompt: str, subject: str = "") -> Relation | None:
-    near = match_relation(prompt, 8, SURE)
-    if not near:
-        return None
-    best, score = near[0]
-    if guess_kind(prompt, subject) not in best.kinds and len(best.kinds) == 1:
-        return None
-    rivals = [match for match in near[1:] if match.relation.id not in best.near]
-    return best if all(rival.score <= CLEAR * score for rival in rivals) else None

@@ -1,13 +1,30 @@
-"""The relations of the library, read from the files beside this module once they are needed."""
+"""The relations of the library, read once they are needed.
 
+They are written in the ``.toml`` files beside this module; what is read is ``compiled.json``, made of them by
+``python -m tpatch_jax.editors.frames.compiling``, which takes a hundredth of a second to read.
+"""
+
+import json
 import tomllib
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal, NamedTuple
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["KINDS", "Form", "Relation", "check_form", "check_kind", "frames_of_kind", "relations"]
+__all__ = [
+    "KINDS",
+    "Form",
+    "Relation",
+    "check_form",
+    "check_kind",
+    "compiled",
+    "frames_of_kind",
+    "read_relations",
+    "read_toml",
+    "relations",
+]
 
 Form = Literal["statement", "question"]
 
@@ -74,6 +91,22 @@ def _relation(file: str, name: str, entry: dict[str, Any]) -> Relation:
     return Relation(f"{file}.{name}", kinds, entry.pop("answer"), **{key: tuple(value) for key, value in entry.items()})
 
 
+def read_toml(name: str) -> dict[str, Any]:
+    """One of the files that are written by hand."""
+    return tomllib.loads(files("tpatch_jax.editors.frames").joinpath(f"{name}.toml").read_text("utf-8"))
+
+
+def read_relations() -> tuple[Relation, ...]:
+    """All relations as they are written by hand, in the order of the files."""
+    return tuple(_relation(file, name, entry) for file in (*KINDS, "any") for name, entry in read_toml(file).items())
+
+
+@cache
+def compiled() -> Mapping[str, Any]:
+    """What is made of the files that are written by hand."""
+    return json.loads(files("tpatch_jax.editors.frames").joinpath("compiled.json").read_text("utf-8"))
+
+
 @cache
 def relations() -> tuple[Relation, ...]:
     """All relations of the library, in the order of its files.
@@ -82,11 +115,10 @@ def relations() -> tuple[Relation, ...]:
         >>> next(relation.answer for relation in relations() if relation.id == "person.native_language")
         'language'
     """
-    entries = []
-    for file in (*KINDS, "any"):
-        content = tomllib.loads(files("tpatch_jax.editors.frames").joinpath(f"{file}.toml").read_text("utf-8"))
-        entries += [_relation(file, name, entry) for name, entry in content.items()]
-    return tuple(entries)
+    return tuple(
+        Relation(name, tuple(kinds), answer, *(tuple(texts) for texts in further))
+        for name, kinds, answer, *further in compiled()["relations"]
+    )
 
 
 def frames_of_kind(kind: str, sort: str | None = None) -> tuple[Relation, ...]:

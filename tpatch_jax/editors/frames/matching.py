@@ -9,25 +9,36 @@ in many wordings and less if it has it in one.
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
-from tpatch_jax.editors.frames.library import KINDS, Relation, relations
+from tpatch_jax.editors.frames.answering import is_person_name
+from tpatch_jax.editors.frames.library import KINDS, Relation, compiled, relations
 
-__all__ = ["THRESHOLD", "Match", "guess_kind", "match_relation"]
+__all__ = [
+    "EMPTY_WORDS",
+    "QUESTION_WORDS",
+    "THRESHOLD",
+    "Match",
+    "build_words",
+    "guess_kind",
+    "kind_of_name",
+    "match_relation",
+    "stem_word",
+]
 
 THRESHOLD = 0.3
 """The least score of a relation that is near."""
 
-_QUESTION_WORDS = frozenset(("where", "when", "who", "whom", "whose", "how", "why"))
+QUESTION_WORDS = frozenset(("where", "when", "who", "whom", "whose", "how", "why"))
 _EMPTY = """
     a an the of in on at by to for from with as and or is are was were be been being has have had do does did it its
     their they them his her he she this that these those there what which must one not no can could will would may s
     into up out about after before under over than then also so if but only any some all most more much very each every
     i you we my your our me us question answer
 """
-_EMPTY_WORDS = _QUESTION_WORDS | frozenset(_EMPTY.split())
+EMPTY_WORDS = QUESTION_WORDS | frozenset(_EMPTY.split())
 _IRREGULAR = {
     form: base
     for base, forms in {
@@ -75,19 +86,34 @@ _PAIR_WEIGHT = 0.1
 _NAME_WORDINGS = 2
 
 _KIND_WORDS = {
-    "person": "mr mrs dr sir lady king queen pope saint prince princess president jr",
-    "place": "county lake river island islands mount mountain bay airport station bridge street castle tower city "
-    "kingdom republic province district park valley peninsula sea glacier",
-    "organisation": "university college school institute inc ltd corporation company group bank party club fc airlines "
-    "orchestra band association society agency ministry records league council",
-    "work": "symphony",
-    "thing": "disease syndrome war battle language award prize virus",
+    "person": "mr mrs dr sir lady king queen pope saint prince princess president jr baron baroness earl count "
+    "countess duke duchess archbishop bishop emperor empress sultan shah lord marquess viscount ibn bin",
+    "place": "county lake river island islands mount mountain mountains bay airport station bridge street castle "
+    "tower city kingdom republic province district park valley peninsula sea glacier cape creek falls "
+    "canyon desert forest ridge hill hills volcano reef basin plateau coast harbour harbor port dam "
+    "tunnel parish governorate oblast raion municipality township village town prefecture voivodeship "
+    "canton commune zoo garden gardens museum church cathedral palace tavern hall house theatre theater "
+    "stadium arena square road avenue inlet nunatak nunataks monastery abbey temple mosque region "
+    "territory territories territorial fort beach railway motorway highway nebula",
+    "organisation": "ministry cabinet government regiment squadron "
+    "university college school institute inc ltd corporation company group bank party club fc airlines "
+    "orchestra band association society agency ministry records league council center centre foundation "
+    "studios press radio television broadcasting federation committee commission authority board "
+    "secretariat hospital organization organisation union brothers motors airways media boys",
+    "work": "symphony sonata",
+    "thing": "disease syndrome war battle language award prize virus massacre festival games olympics cup "
+    "championship championships revolution paralympics treaty gene protein flight killings",
 }
 """Words in a name that tell what it names."""
+_LEADING = """
+    lake mount cape fort port river castle mr mrs dr sir lady king queen pope saint prince princess president
+    baron lord sultan emperor shah radio battle
+"""
+"""Those of them that may stand before a name."""
 _CLASS_WORDS = {
     "person": "actor actress singer writer author poet painter politician player scientist musician composer character "
     "architect artist athlete philosopher journalist bishop emperor man woman boy girl",
-    "place": "country town village state region building mountains stadium cathedral church museum capital",
+    "place": "country state building mountains stadium cathedral church museum capital",
     "organisation": "team firm newspaper airline organisation organization brand label channel",
     "work": "film movie book novel song album series show game opera play poem painting car software program website",
     "thing": "animal plant species dish food metal element substance drug illness currency planet sport holiday god",
@@ -105,7 +131,7 @@ class Match(NamedTuple):
     score: float
 
 
-def _stem(word: str) -> str:
+def stem_word(word: str) -> str:
     """A word without its ending, so that "designed", "designer" and "designs" are one."""
     if word.endswith("ies") and len(word) > 4:
         word = word[:-3] + "y"
@@ -127,26 +153,30 @@ def _stem(word: str) -> str:
 def _features(text: str) -> dict[str, float]:
     """The words of a text that say what it is about, the words that ask, and, for little, neighbours; their weights."""
     words = re.findall(r"\{\}|[a-z]+", text.lower().replace("'s", " "))
-    plain = [word == "{}" or word in _EMPTY_WORDS for word in words]
-    stems = [word if empty else _stem(word) for word, empty in zip(words, plain, strict=True)]
+    plain = [word == "{}" or word in EMPTY_WORDS for word in words]
+    stems = [word if empty else stem_word(word) for word, empty in zip(words, plain, strict=True)]
     features = {stem: 1.0 for stem, empty in zip(stems, plain, strict=True) if not empty}
-    features |= {f"{word}?": 1.0 for word in words if word in _QUESTION_WORDS}
+    features |= {f"{word}?": 1.0 for word in words if word in QUESTION_WORDS}
     pairs = zip(stems, stems[1:], plain, plain[1:], strict=False)
     return features | {f"{one} {other}": _PAIR_WEIGHT for one, other, *empty in pairs if not all(empty)}
 
 
-@cache
-def _index() -> Mapping[str, Counter[int]]:
+def build_words(of: Sequence[Relation]) -> dict[str, dict[int, int]]:
     """For each feature the relations that have it, by position, and in how many wordings."""
     index: dict[str, Counter[int]] = defaultdict(Counter)
-    for position, relation in enumerate(relations()):
+    for position, relation in enumerate(of):
         for text in (*relation.statements, *relation.questions):
             for feature in _features(text):
                 index[feature][position] += 1
         name = relation.id.partition(".")[2].replace("_", " ")
         for feature, weight in _features(" ".join((name, *relation.words))).items():
             index[feature][position] += _NAME_WORDINGS * (weight == 1)
-    return dict(index)
+    return {feature: dict(having) for feature, having in index.items()}
+
+
+def _index(feature: str) -> Mapping[int, int]:
+    """The relations that have a feature, by position, and in how many wordings."""
+    return {int(position): number for position, number in compiled()["words"].get(feature, {}).items()}
 
 
 @cache
@@ -181,12 +211,12 @@ def match_relation(prompt: str, count: int = 5, threshold: float = THRESHOLD) ->
         >>> match_relation("{} and then the rain")
         []
     """
-    index, total = _index(), len(relations())
+    total = len(relations())
     scores: dict[int, float] = defaultdict(float)
     support: Counter[int] = Counter()
     most = 0.0
     for feature, weight in _features(prompt).items():
-        having = index.get(feature, {})
+        having = _index(feature)
         value = weight * math.log((total + 1) / (len(having) + 1)) ** 1.5
         most += value
         for position, wordings in having.items():
@@ -199,6 +229,22 @@ def match_relation(prompt: str, count: int = 5, threshold: float = THRESHOLD) ->
     near = [(score / most, position) for position, score in scores.items() if score and support[position] > 1]
     near.sort(key=lambda pair: (-pair[0], pair[1]))
     return [Match(relations()[position], score) for score, position in near[:count] if score >= threshold]
+
+
+def kind_of_name(name: str, *, before: bool = False) -> set[str]:
+    """The kinds that the words of a name tell, or, ``before`` a name, the words that say what stands behind them."""
+    if before:
+        return {_KIND_OF_CLASS[name.lower()]} if name.lower() in _KIND_OF_CLASS else set()
+    words = re.findall(r"[^\W\d_]+", name.lower())
+    told = {_KIND_OF_WORD[word] for word in words[1:] if word in _KIND_OF_WORD}
+    # "Lake Anna" and "University of Anna", but not "Park Chung-hee".
+    if (
+        words
+        and words[0] in _KIND_OF_WORD
+        and (words[0] in _LEADING.split() or words[1:2] == ["of"] or len(words) == 1)
+    ):
+        told.add(_KIND_OF_WORD[words[0]])
+    return told
 
 
 def guess_kind(prompt: str, subject: str = "") -> str:
@@ -222,7 +268,7 @@ def guess_kind(prompt: str, subject: str = "") -> str:
         # A relation of all kinds says nothing about the subject.
         for kind in relation.kinds if len(relation.kinds) < len(KINDS) else ():
             votes[kind] += score**2 / len(relation.kinds)
-    for kind in {_KIND_OF_WORD[word] for word in re.findall(r"\w+", subject.lower()) if word in _KIND_OF_WORD}:
+    for kind in {"person"} if is_person_name(subject) else kind_of_name(subject):
         votes[kind] += _NAME_VOTE
     before = re.search(r"(\w+) \{\}", prompt.lower())
     if before and before[1] in _KIND_OF_CLASS:
