@@ -199,6 +199,7 @@ def _run_config(
 
     import jax
 
+    from tpatch_jax.editors.tpatcher.start_file import AUTO, NONE
     from tpatch_jax.models.fingerprint import fingerprint
     from tpatch_jax.storage.finished_parts import hash_file
 
@@ -209,6 +210,7 @@ def _run_config(
         "requests": f"{len(requests)} with SHA-256 {hashlib.sha256(content.encode()).hexdigest()[:16]}",
         "seed": seed,
         "memory": None if memory is None else hash_file(memory),
+        **({} if settings.subject.start in (AUTO, NONE) else {"start": hash_file(settings.subject.start)}),
         **{f"setting {name}": value for name, value in asdict(settings).items()},
         **{name: version(name) for name in ("tpatch-jax", "jax")},
         "device": f"{len(jax.devices())} {device.device_kind}",
@@ -302,6 +304,7 @@ def summary(info: "EditInfo", figures: dict[str, float | None], neurons: int) ->
         "seconds": round(info.seconds, 3),
         "forward_equivalents": round(info.forward_equivalents, 3),
         "fit_forward_equivalents": round(info.fit_forward_equivalents, 3),
+        "held_at_start": info.held_at_start,
         "parameters_added": info.parameters_added,
         "already": [request.id for request in info.requests if request.status == "already"],
         "failed": [{"id": request.id, "reason": request.reason} for request in info.failed],

@@ -1,6 +1,7 @@
 """``tpatch learn``: learns from many requests where the values of later edits start."""
 
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, arg
@@ -42,18 +43,23 @@ class Learn:
     def run(self) -> None:
         """Learn, save, and show the figures."""
         from tpatch_jax.editors.tpatcher.learning import LearningSettings, learn_start
-        from tpatch_jax.editors.tpatcher.start_file import load_start, save_start
+        from tpatch_jax.editors.tpatcher.start_file import check_start_path, load_start, save_start
         from tpatch_jax.editors.tpatcher.subject_site import subject_layer
         from tpatch_jax.storage.request_file import read_requests
 
         settings = settings_from(LearningSettings, self)
+        check_start_path(self.output)
         start = None if self.begin is None else load_start(self.begin)
-        files = [text for text in self.requests if ":" not in text]
+        if self.memory is not None and not Path(self.memory).is_file():
+            raise TPatchError(f"there is no memory text at {self.memory}; give a text file")
+        files = [text for text in self.requests if ":" not in text or Path(text).is_file()]
+        if files and self.exclude:
+            raise TPatchError(
+                f"--exclude belongs to KIND:FILE; leave requests out of {files[0]} itself, or give requests:{files[0]}"
+            )
         requests = [request for file in files for request in read_requests(file)]
         if len(files) < len(self.requests):
-            requests += read_training([text for text in self.requests if ":" in text], self.exclude, None)
-        elif self.exclude:
-            raise TPatchError("--exclude belongs to KIND:FILE; leave requests out of the file itself")
+            requests += read_training([text for text in self.requests if text not in files], self.exclude, None)
         model = load(self.model, self.dtype, self.quiet or self.json)
         layer = model.layer(subject_layer(model.config.layers, self.layer))
         with progress_bar(self.quiet or self.json) as report:

@@ -52,8 +52,10 @@ def create_start(rng: PRNGKeyArray, hidden_size: int, width: int) -> StartParams
     """
     features = 5 * hidden_size
     inner = jax.random.normal(rng, (features, width), jnp.float32) / features**0.5
-    outer, direct = jnp.zeros((width, hidden_size)), jnp.zeros((features, hidden_size))
-    return StartParams(inner, jnp.zeros(width), outer, direct)
+    bias, outer, direct = (
+        jnp.zeros(shape, jnp.float32) for shape in ((width,), (width, hidden_size), (features, hidden_size))
+    )
+    return StartParams(inner, bias, outer, direct)
 
 
 def start_features(
@@ -80,6 +82,8 @@ def start_features(
         >>> start_features(one, one, one, jnp.ones((1, 3, 2)), jnp.ones((1, 3))).shape
         (1, 10)
     """
+    # Those of a model in bfloat16 as well: its rows have another type than their weights.
+    target, weight = target.astype(jnp.float32), weight.astype(jnp.float32)
     mean = jnp.einsum("ntd,nt->nd", target, weight) / jnp.maximum(jnp.sum(weight, 1, keepdims=True), 1e-12)
     parts = [part.astype(jnp.float32) for part in (query, end, hidden, target[:, 0], mean)]
     return jnp.concatenate([x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-12) for x in parts], -1)

@@ -77,6 +77,8 @@ def show_edit(
         f"{info.seconds:.1f} s, {number(info.forward_equivalents)} forward equivalents per request (fitting "
         f"{number(info.fit_forward_equivalents)}), {info.parameters_added:,} parameters"
     ]
+    if info.held_at_start is not None:
+        notes.append(f"{info.held_at_start:.0%} of predicted values said their target before any step")
     tables = [_said(model, patches, requests)] if requests and model is not None and patches is not None else []
     # What the first table says already, the second need not.
     texts_too = requests and not tables

@@ -27,7 +27,8 @@ class RequestInfo(NamedTuple):
             it is in the last layer where the subject was asked for; else empty.
         neurons: positions of its neurons, by layer, in the patch of that layer.
         steps: optimiser steps, the most of any of its neurons.
-        losses: the terms of the objective, means over its neurons.
+        losses: the terms of the objective, means over its neurons; where values are predicted, ``said_at_start``, too:
+            1 if the target was surely said before any step, else 0.
         margin: the least margin of its neurons; see `tpatch_jax.core.fit.FitInfo`.
         site: ``"last"`` or ``"subject"``: where its neurons are.
         continuation: its target as it continues the prompt, with the space between them, if there is one; in a chat
@@ -46,6 +47,15 @@ class RequestInfo(NamedTuple):
     site: str = "last"
     continuation: str = ""
     form: str = "bare"
+
+    @property
+    def held_at_start(self) -> bool | None:
+        """Whether the value that was predicted for its subject said the target before any step on it.
+
+        ``None`` where nothing was predicted.
+        """
+        said = self.losses.get("said_at_start")
+        return None if said is None else self.held and len(self.neurons) == 1 and said == 1.0
 
 
 class EditInfo(NamedTuple):
@@ -71,6 +81,15 @@ class EditInfo(NamedTuple):
     def failed(self) -> tuple[RequestInfo, ...]:
         """The requests that did not hold."""
         return tuple(request for request in self.requests if request.status == "failed")
+
+    @property
+    def held_at_start(self) -> float | None:
+        """The share of edits with a predicted value that said their target before any step on it.
+
+        ``None`` where no value was predicted; see ``tpatch learn``.
+        """
+        held = [request.held_at_start for request in self.requests if request.held_at_start is not None]
+        return sum(held) / len(held) if held else None
 
 
 @runtime_checkable

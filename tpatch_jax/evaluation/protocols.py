@@ -331,7 +331,12 @@ def _replies(setup: Setup, model: Model | None, routing: Routing | None = None) 
 def _cost(info: EditInfo) -> dict[str, Any]:
     names = ("seconds", "fit_seconds", "forward_equivalents", "fit_forward_equivalents", "parameters_added")
     requests = [
-        {"id": request.id, "status": request.status, **({"reason": request.reason} if request.reason else {})}
+        {
+            "id": request.id,
+            "status": request.status,
+            **({"reason": request.reason} if request.reason else {}),
+            **({} if request.held_at_start is None else {"held_at_start": request.held_at_start}),
+        }
         for request in info.requests
     ]
     return {**{name: getattr(info, name) for name in names}, "requests": requests}
@@ -405,6 +410,8 @@ def _result(metrics_: Mapping[str, float], costs: Sequence[Mapping[str, Any]], e
     parameters = sum(cost["parameters_added"] for cost in costs)
     status = {name: sum(r["status"] == name for r in requests) for name in ("edited", "already", "failed")}
     cost = {**total, **weighted, "parameters_added": parameters / max(1, len(costs)) if each else parameters}
+    if started := [request["held_at_start"] for request in requests if "held_at_start" in request]:
+        cost["held_at_start"] = sum(started) / len(started)
     return {"metrics": dict(metrics_), "cost": cost, "requests": status}
 
 

@@ -71,7 +71,7 @@ FIRST = (
     *("perplexity", "next_token_agreement", "certificate_tokens", "certificate_prompts", "silent_tokens"),
 )
 COSTS = (
-    *("seconds", "forward_equivalents", "fit_forward_equivalents", "parameters_added"),
+    *("seconds", "forward_equivalents", "fit_forward_equivalents", "held_at_start", "parameters_added"),
     *("total_seconds", "peak_memory_mib"),
 )
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import optax
 from jax import Array
 from jax.tree_util import Partial
 
+from tpatch_jax.core.arguments import describe
 from tpatch_jax.core.checks import check_positive, check_range, check_types, random_key
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.patch import Patch
@@ -37,7 +38,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.chat import as_turn, has_template, render_chat
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, check_loaded
-from tpatch_jax.requests import EditRequest
+from tpatch_jax.requests import EditRequest, as_requests
 from tpatch_jax.storage.cache import cache_folder
 from tpatch_jax.typing import Progress
 
@@ -45,6 +46,11 @@ __all__ = ["LearningInfo", "LearningSettings", "learn_start"]
 
 LONGEST, SPAN, MOST = 32, 16, 4
 """Rows of so many tokens at most, so many of them from the subject on, and targets of so many: few programs."""
+
+NOTHING = (
+    "there is no request to learn from; give some with a subject, a short prompt that names it once, and a target of "
+    f"at most {MOST} tokens"
+)
 
 ASKING = ("Complete the sentence: {}", "Please finish this sentence. {}", "Continue with a few words: {}")
 
@@ -62,7 +68,10 @@ class LearningSettings:
         width: of the network's inner layer.
         rate: the highest learning rate.
         closeness: weight of the divergence from the unedited model.
-        held_out: at most so many requests only measure what was learnt.
+        held_out: requests about at most so many subjects, and a tenth of all, only measure what was learnt.
+
+    Raises:
+        TPatchError: a value makes no sense.
     """
 
     steps: int = 400
@@ -74,6 +83,13 @@ class LearningSettings:
     rate: float = 8e-4
     closeness: float = 1.0
     held_out: int = 32
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_types(self)
+        check_range(self, ("steps", "lanes", "targets", "neutral", "width"), 1)
+        check_range(self, ("chat", "held_out", "closeness"), 0)
+        check_positive(self, ("rate",))
 
 
 class LearningInfo(NamedTuple):
@@ -185,18 +201,20 @@ def _gradient(
     return parts, gradient
 
 
+T = TypeVar("T")
+
+
+def _of_type(name: str, value: T | None, default: T) -> T:
+    """An argument, or what stands for it by default."""
+    if value is not None and not isinstance(value, type(default)):
+        raise TPatchError(f"{name} is {describe(value)}; give a {type(default).__name__}")
+    return default if value is None else value
+
+
 def _optimiser(settings: LearningSettings) -> optax.GradientTransformation:
     warm = min(10, settings.steps // 2)
     rate = optax.warmup_cosine_decay_schedule(0.0, settings.rate, warm, settings.steps, settings.rate / 20)
     return optax.chain(optax.clip_by_global_norm(5.0), optax.adam(rate))
-
-
-def _check(settings: LearningSettings) -> None:
-    check_types(settings)
-    check_range(settings, ("steps", "lanes", "targets", "neutral", "width"), 1)
-    check_range(settings, ("chat", "held_out"), 0)
-    check_positive(settings, ("rate",))
-    check_range(settings, ("closeness",), 0.0)
 
 
 @automatically
@@ -217,34 +235,38 @@ def learn_start(
     Args:
         model: the model, a decoder; not changed.
         requests: what to learn from; those without a subject, or too long, are left out. Nothing of them is edited.
-        layer: of the subject site, whose values are predicted.
+        layer: of the subject site, whose values are predicted; not the last one.
         settings: options of learning.
         subject: options of the subject site.
         memory: a text file for the contexts that prompts are seen in; by default text is sampled from the model.
         seed: the same seed gives the same network on one machine.
-        start: a network to go on from, as a bank does that grows; by default a new one.
+        start: a network to go on from, whose width it keeps; by default a new one.
         progress: called with what is being done, how much is done, and how much there is.
 
     Returns:
         The `tpatch_jax.editors.tpatcher.start_file.Start`, and what came of it on requests that were held out.
 
     Raises:
-        TPatchError: nothing can be learnt from the requests, or the network to go on from is of another model.
+        TPatchError: nothing can be learnt from the requests, the model is no decoder, the network to go on from is of
+            another model or layer, or learning went astray.
     """
     check_loaded(model, "learn_start(model, requests, layer)")
-    settings, subject = settings or LearningSettings(), subject or SubjectSettings(same=8, neutral=8)
-    _check(settings)
+    settings = _of_type("settings", settings, LearningSettings())
+    subject = _of_type("subject", subject, SubjectSettings(same=8, neutral=8))
+    check_range(subject, ("neutral",), 1)
+    wanted, key = as_requests(requests), random_key(seed)
     if model.config.architecture != "decoder":
         raise TPatchError(f"{model.name!r} is an {model.config.architecture}; only decoders are edited at subjects")
-    began, rng = time.perf_counter(), np.random.default_rng(seed)
+    layer, hidden_size = model.layer(layer), model.config.hidden_size
+    if layer == model.layer(None):
+        raise TPatchError(f"layer {layer} is the last one of {model.name!r}; values at subjects need a lower layer")
+    start = _of_type("start", start, Start(create_start(key, hidden_size, settings.width), layer, fingerprint(model)))
+    start.check(model, layer)
+    given = [request for request in with_spelling(model, wanted) if request.subject]
+    if not given:
+        raise TPatchError(NOTHING)
+    began, rng, params = time.perf_counter(), np.random.default_rng(seed), start.params
     known = collect_model_memory(model, layer, memory, cache=cache_folder(), progress=progress)
-    hidden_size = model.config.hidden_size
-    if start is None:
-        params = create_start(random_key(seed), hidden_size, settings.width)
-    else:
-        start.check(model, layer)
-        params = start.params
-    given = [request for request in with_spelling(model, list(requests)) if request.subject]
     order = [given[place] for place in rng.permutation(len(given))]
     aside, learnt = _hold_out(order, settings)
     examples: dict[int, _Example | None] = {}
@@ -271,10 +293,7 @@ def learn_start(
                 if (one := example(queue.pop())) is not None:
                     drawn.append(one)
             if len(drawn) < settings.lanes:
-                raise TPatchError(
-                    "there is no request to learn from; give some with a subject, a prompt that names it, and a "
-                    f"target of at most {MOST} tokens"
-                )
+                raise TPatchError(NOTHING)
             problem = create_value_problem(
                 model, model, layer, always, [_draw(one.targets, settings.targets, rng, True) for one in drawn],
                 [[] for _ in drawn], [_draw(one.neutral, settings.neutral, rng, False) for one in drawn], 1.0,
@@ -298,6 +317,8 @@ def learn_start(
             if progress:
                 progress("learning where values start", step + 1, settings.steps)
     last = np.asarray(jnp.stack(losses[-20:])).mean(0)
+    if not (np.isfinite(last).all() and all(np.isfinite(leaf).all() for leaf in params)):
+        raise TPatchError(f"learning went astray: the loss is {last[0]}; give a rate below {settings.rate:g}")
     made = Start(jax.tree.map(np.asarray, params), layer, fingerprint(model))
     said, moved, count = _measure(model, known, aside, layer, params, subject, rng)
     seconds = time.perf_counter() - began

@@ -310,6 +310,12 @@ def number_neurons(
     return neurons, notes
 
 
+def _mean_losses(fits: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each term's mean over the neurons that have it: those at a subject have one more where a start was used."""
+    terms = dict.fromkeys(term for losses in fits for term in losses)
+    return {term: float(np.mean([losses[term] for losses in fits if term in losses])) for term in terms}
+
+
 def report(
     names: Sequence[str],
     problems: Mapping[int, str],
@@ -348,7 +354,7 @@ def report(
                 "edited",
                 neurons={layer: tuple(chosen) for layer, chosen in neurons[position].items()},
                 steps=max(fit.steps for fit in fits),
-                losses={term: float(np.mean([fit.losses[term] for fit in fits])) for term in fits[0].losses},
+                losses=_mean_losses([fit.losses for fit in fits]),
                 margin=min(fit.margin for fit in fits),
                 site="subject" if any(fit.site == "subject" for fit in fits) else "last",
             )

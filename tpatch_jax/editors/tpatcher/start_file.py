@@ -1,11 +1,13 @@
 """What predicts where values start, for one model and layer: its file, and those that come with the library."""
 
+import os
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError
 
 from tpatch_jax.core.start import StartParams
 from tpatch_jax.errors import TPatchError
@@ -13,11 +15,13 @@ from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.storage.finished_parts import load_arrays, save_arrays
 
-__all__ = ["AUTO", "NONE", "Start", "find_start", "load_start", "save_start"]
+__all__ = ["AUTO", "NONE", "Start", "check_start_path", "find_start", "load_start", "save_start"]
 
 AUTO, NONE = "auto", "none"
 
 SCHEMA = "tpatch-jax-start-1"
+
+SHIPPED = Path(str(files("tpatch_jax.editors") / "starts"))
 
 
 class Start(NamedTuple):
@@ -49,18 +53,63 @@ def save_start(path: str | Path, start: Start) -> None:
     """Write a start to one safetensors file, in half precision.
 
     Args:
-        path: of the file.
+        path: of the file; a start that is there already is replaced.
         start: what to write.
 
     Raises:
-        TPatchError: it cannot be written.
+        TPatchError: it cannot be written, or something else stands there.
     """
+    check_start_path(path)
     arrays = {name: np.asarray(array, np.float16) for name, array in start.params._asdict().items()}
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_arrays(Path(path), arrays, {"schema": SCHEMA, "layer": start.layer, "model": start.model})
-    except OSError as error:
-        raise TPatchError(f"the start cannot be written to {path}: {error}") from error
+    except (OSError, SafetensorError) as error:
+        # A full disk is an OSError from Python and a SafetensorError from safetensors.
+        raise TPatchError(
+            f"the start cannot be written to {path}: {getattr(error, 'strerror', None) or error}"
+        ) from None
+
+
+def check_start_path(path: str | Path) -> None:
+    """Make sure that a start can be written there, before any work begins.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        TPatchError: what stands there is no start, or its folder is no folder or cannot be written.
+    """
+    path = Path(path).absolute()
+    if path.exists() and _read(path) is None:
+        raise TPatchError(f"{path} already exists and is no start; choose another output")
+    above = next(place for place in path.parents if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise TPatchError(f"the start cannot be written to {path}: {above} is no folder to write in; choose another")
+
+
+def _read(path: Path) -> Start | None:
+    """The start in a file; ``None`` if it holds anything else."""
+    read = load_arrays(path)
+    if read is None or not _is_about_start(read[1]) or set(read[0]) != set(StartParams._fields):
+        return None
+    arrays, about = read
+    params = StartParams(*(np.asarray(arrays[name], np.float32) for name in StartParams._fields))  # type: ignore[arg-type]
+    (features, width), hidden_size = (
+        np.shape(params.inner) if params.inner.ndim == 2 else (0, 0),
+        params.direct.shape[-1],
+    )
+    shapes = (features, width), (width,), (width, hidden_size), (features, hidden_size)
+    fits = features == 5 * hidden_size and tuple(leaf.shape for leaf in params) == shapes
+    if not fits or not all(np.isfinite(leaf).all() for leaf in params):
+        return None
+    return Start(params, about["layer"], about["model"])
+
+
+def _is_about_start(about: Any) -> bool:
+    if not isinstance(about, dict) or about.get("schema") != SCHEMA:
+        return False
+    return isinstance(about.get("layer"), int) and isinstance(about.get("model"), str)
 
 
 def load_start(path: str | Path) -> Start:
@@ -74,23 +123,16 @@ def load_start(path: str | Path) -> Start:
     """
     if not Path(path).is_file():
         raise TPatchError(f"there is no start at {path}; tpatch learn MODEL REQUESTS -o {path} makes one")
-    read = load_arrays(Path(path))
-    if read is None or read[1].get("schema") != SCHEMA or set(read[0]) != set(StartParams._fields):
+    if (start := _read(Path(path))) is None:
         raise TPatchError(f"{path} is no start that tpatch learn wrote; make one: tpatch learn MODEL REQUESTS -o …")
-    arrays, about = read
-    params = StartParams(*(np.asarray(arrays[name], np.float32) for name in StartParams._fields))  # type: ignore[arg-type]
-    return Start(params, int(about["layer"]), str(about["model"]))
+    return start
 
 
 @lru_cache(maxsize=1)
-def _shipped() -> dict[tuple[str, int], Path]:
+def _shipped() -> dict[tuple[str, int], Start]:
     """The starts that come with the library, by model and layer."""
-    folder = Path(str(files("tpatch_jax.editors") / "starts"))
-    starts = {}
-    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        if (read := load_arrays(path)) is not None:
-            starts[str(read[1]["model"]), int(read[1]["layer"])] = path
-    return starts
+    starts = map(load_start, sorted(SHIPPED.glob("*.safetensors")))
+    return {(start.model, start.layer): start for start in starts}
 
 
 def find_start(model: Model, layer: int, wanted: str) -> StartParams | None:
@@ -107,8 +149,8 @@ def find_start(model: Model, layer: int, wanted: str) -> StartParams | None:
     if wanted == NONE:
         return None
     if wanted == AUTO:
-        path = _shipped().get((fingerprint(model), layer))
-        return None if path is None else load_start(path).params
+        shipped = _shipped().get((fingerprint(model), layer)) if any(SHIPPED.glob("*.safetensors")) else None
+        return None if shipped is None else shipped.params
     start = load_start(wanted)
     start.check(model, layer)
     return start.params

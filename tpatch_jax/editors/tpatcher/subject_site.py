@@ -41,6 +41,7 @@ from tpatch_jax.editors.subject_rows import (
 from tpatch_jax.editors.tpatcher.previous import NO_SUBJECT, PreviousEdits
 from tpatch_jax.editors.tpatcher.subject_values import SHARPNESS, create_value_problem, level_patch, predict_start
 from tpatch_jax.editors.wordings import Wording, kept_wordings, look_alikes, neutral_wordings, question
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import collect
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
@@ -159,10 +160,15 @@ def subject_layer(layers: int, wanted: str = "auto") -> int:
         layers: how many layers the model has.
         wanted: ``"auto"`` or a number.
 
+    Raises:
+        TPatchError: it is something else.
+
     Example:
         >>> subject_layer(30), subject_layer(30, "4")
         (10, 4)
     """
+    if wanted != "auto" and not wanted.isdecimal():
+        raise TPatchError(f"layer {wanted!r} is not a layer; use auto or a number, 0 being the lowest")
     return round(layers / 3) if wanted == "auto" else int(wanted)
 
 
