@@ -34,6 +34,7 @@ from tpatch_jax.editors.tpatcher.rounds import Note, number_neurons, report
 from tpatch_jax.editors.tpatcher.settings import TPatcherSettings, as_settings, check_settings
 from tpatch_jax.editors.tpatcher.stages import commit_draft, fit_at_subjects, fit_in_last_layer, verify_draft
 from tpatch_jax.editors.tpatcher.state import EditState
+from tpatch_jax.editors.tpatcher.start_file import AUTO, find_start
 from tpatch_jax.editors.tpatcher.subject_site import subject_layer
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
@@ -104,6 +105,8 @@ def _init(
 ) -> EditState:
     """A model without any edit."""
     last, layer, hidden_size = model.layer(None), site_layer(model, settings), model.config.hidden_size
+    if layer is not None and settings.subject.start != AUTO:
+        find_start(model, layer, settings.subject.start)  # before the work begins
     texts: list[list[int]] = []
     known = collect_model_memory(model, last, memory, cache=cache, progress=progress, texts=texts)
     patches, at_subjects = {last: create(hidden_size)}, None
