@@ -49,6 +49,7 @@ class Learn:
 
         settings = settings_from(LearningSettings, self)
         check_start_path(self.output)
+        subject_layer(1, self.layer)  # a layer that is none is a mistake before the model is loaded
         start = None if self.begin is None else load_start(self.begin)
         if self.memory is not None and not Path(self.memory).is_file():
             raise TPatchError(f"there is no memory text at {self.memory}; give a text file")

@@ -152,7 +152,7 @@ def start_loss(
 
     losses = losses_of_rows(targets, said(targets))
     counts = jnp.sum(targets.weight, 2) > 0
-    number = jnp.maximum(jnp.sum(counts), 1)
+    number = jnp.maximum(jnp.sum(counts), 1).astype(losses.dtype)
     short = jnp.sum(jnp.where(counts, jax.nn.softplus(2 * (losses - PRESSED)) / 2, 0.0)) / number
     moved = jnp.mean(kept_close(neutral.wanted[:, :, 0], said(neutral)[:, :, 0]))
     return short + closeness * moved, (jnp.sum(jnp.where(counts, losses, 0.0)) / number, moved)

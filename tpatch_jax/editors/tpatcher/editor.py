@@ -33,8 +33,8 @@ from tpatch_jax.editors.tpatcher.previous import create_empty
 from tpatch_jax.editors.tpatcher.rounds import Note, number_neurons, report
 from tpatch_jax.editors.tpatcher.settings import TPatcherSettings, as_settings, check_settings
 from tpatch_jax.editors.tpatcher.stages import commit_draft, fit_at_subjects, fit_in_last_layer, verify_draft
-from tpatch_jax.editors.tpatcher.state import EditState
 from tpatch_jax.editors.tpatcher.start_file import AUTO, find_start
+from tpatch_jax.editors.tpatcher.state import EditState
 from tpatch_jax.editors.tpatcher.subject_site import subject_layer
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
