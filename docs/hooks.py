@@ -13,6 +13,8 @@ PUBLIC_MODULES = (
     "bank.repair",
     "bank.sharing",
     "editors.registry",
+    "editors.tpatcher.learning",
+    "editors.tpatcher.start_file",
     "evaluation.metrics",
     "evaluation.records",
     "evaluation.report",
@@ -23,6 +25,7 @@ PUBLIC_MODULES = (
     "core.memory",
     "core.objective",
     "core.patch",
+    "core.start",
 )
 """The modules whose every name in ``__all__`` is public, beside the names of ``tpatch_jax`` itself."""
 

@@ -17,7 +17,11 @@ from tpatch_jax.storage.finished_parts import load_arrays, save_arrays
 
 __all__ = ["AUTO", "NONE", "Start", "check_start_path", "find_start", "load_start", "save_start"]
 
-AUTO, NONE = "auto", "none"
+AUTO = "auto"
+"""The setting that takes a start that comes with the library for this very model, if there is one."""
+
+NONE = "none"
+"""The setting that starts from zero."""
 
 SCHEMA = "tpatch-jax-start-1"
 
