@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax import Array
 
 from tpatch_jax.bank.assembly import Store, assemble
 from tpatch_jax.bank.editing import add_edits, bank_model, bank_patch, remove_edits
@@ -21,6 +22,7 @@ from tpatch_jax.core.layers import concatenate_layers, count_neurons
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.display.patch import Owner, arrays_of, owners_of
 from tpatch_jax.display.tokens import activations_on, token_texts
+from tpatch_jax.editors.base import Editor
 from tpatch_jax.editors.tpatcher.editor import tpatcher
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.measure import measure
@@ -87,8 +89,9 @@ class SessionCorrections:
 
     def __init__(self, base: Model, options: ChatOptions):
         settings = settings_of(options.preset, None, list(options.changes))
-        self.base, self.rng = base, random_key(options.seed)
-        self.editor = tpatcher(settings, memory=options.memory, cache=cache_folder())
+        self.base: Model = base
+        self.rng: Array = random_key(options.seed)
+        self.editor: Editor = tpatcher(settings, memory=options.memory, cache=cache_folder())
         self.begun: dict[int, Patch] = {}
         self.saved: Sequence[Mapping[str, Any]] = ()
         if options.patches is not None:
@@ -97,7 +100,7 @@ class SessionCorrections:
             self.begun, self.saved = saved.patches, saved.edits
         # Of each state the requests so far, and where their neurons are.
         self.states: list[tuple[Any, list[EditRequest], list[Mapping[int, Sequence[int]]]]] = []
-        self.count = 0
+        self.count: int = 0
 
     def _patches(self) -> dict[int, Patch]:
         if not self.states:
@@ -170,7 +173,9 @@ class BankCorrections:
     """Corrections in a bank, which keeps them."""
 
     def __init__(self, base: Model, folder: str, seed: int):
-        self.base, self.folder, self.seed = base, Path(folder), seed
+        self.base: Model = base
+        self.folder: Path = Path(folder)
+        self.seed: int = seed
 
     def model(self) -> Model:
         """See `Corrections`."""
@@ -209,8 +214,9 @@ class ChatSession:
     """
 
     def __init__(self, corrections: Corrections, options: ChatOptions):
-        self.corrections, self.options = corrections, options
-        self.model = corrections.model()
+        self.corrections: Corrections = corrections
+        self.options: ChatOptions = options
+        self.model: Model = corrections.model()
         check_chat(self.model)
         self.messages: list[dict[str, str]] = []
         self.edits: list[dict[str, str]] = []
