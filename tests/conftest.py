@@ -65,6 +65,12 @@ LLAMA = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that run the real model come first: a worker that began one of them last would keep all others waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("real_model")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache() -> Iterator[None]:
     """A process compiles a program once, though modules let go of theirs and networks are traced again and again.
