@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from tpatch_jax.core.values import Run, TargetRows, kept_close, losses_of_rows
+from tpatch_jax.core.values import Run, TargetRows, kept_close, losses_of_rows, run_rows
 
 __all__ = ["StartParams", "create_start", "predict_values", "start_features", "start_loss"]
 
@@ -144,15 +144,9 @@ def start_loss(
         1.386
     """
     values = predict_values(params, features, limit)
-
-    def said(rows: TargetRows) -> Array:
-        added = rows.activity[..., None] * values[:, None]
-        log_probs = run(rows.rows, added.reshape(-1, added.shape[-1]))
-        return log_probs.reshape(*rows.activity.shape, *log_probs.shape[1:])
-
-    losses = losses_of_rows(targets, said(targets))
+    losses = losses_of_rows(targets, run_rows(run, targets, values))
     counts = jnp.sum(targets.weight, 2) > 0
     number = jnp.maximum(jnp.sum(counts), 1).astype(losses.dtype)
     short = jnp.sum(jnp.where(counts, jax.nn.softplus(2 * (losses - PRESSED)) / 2, 0.0)) / number
-    moved = jnp.mean(kept_close(neutral.wanted[:, :, 0], said(neutral)[:, :, 0]))
+    moved = jnp.mean(kept_close(neutral.wanted[:, :, 0], run_rows(run, neutral, values)[:, :, 0]))
     return short + closeness * moved, (jnp.sum(jnp.where(counts, losses, 0.0)) / number, moved)

@@ -28,6 +28,7 @@ __all__ = [
     "gauss_newton_step",
     "kept_close",
     "losses_of_rows",
+    "run_rows",
     "train_values",
 ]
 
@@ -139,6 +140,30 @@ def losses_of_rows(targets: TargetRows, log_probs: Array) -> Float[Array, "lanes
     weight = _row_weights(targets)
     losses = jnp.where(targets.weight > 0, _unlikely(targets.wanted, log_probs), 0.0) * targets.weight
     return jnp.sum(losses, 2) / jnp.where(weight > 0, weight, 1.0)
+
+
+def run_rows(
+    run: Run, rows: TargetRows, values: Float[Array, "lanes d"]
+) -> Float[Array, "lanes rows places vocabulary"]:
+    """What each row says with its lane's value added, as strongly as the lane's neuron fires there.
+
+    Args:
+        run: the network after the cut.
+        rows: the rows.
+        values: of each lane, ``[lanes, d]``.
+
+    Returns:
+        Log-probabilities at the rows' places, ``[lanes, rows, places, vocabulary]``.
+
+    Example:
+        >>> run = lambda rows, added: jax.nn.log_softmax(rows + added)[:, None]
+        >>> rows = TargetRows(jnp.zeros((1, 2)), jnp.ones((1, 1)), jnp.array([[[1]]]), jnp.ones((1, 1, 1)))
+        >>> int(run_rows(run, rows, jnp.array([[0.0, 1.0]]))[0, 0, 0].argmax())
+        1
+    """
+    added = rows.activity[..., None] * values[:, None]
+    log_probs = run(rows.rows, added.reshape(-1, added.shape[-1]))
+    return log_probs.reshape(*rows.activity.shape, *log_probs.shape[1:])
 
 
 def _take_rows(targets: TargetRows, pick: Int[Array, "lanes picked"]) -> TargetRows:
@@ -345,9 +370,7 @@ def _look_everywhere(run: Partial, problem: _Problem, state: _State) -> _State:
 
         def look(pick: Array) -> tuple[Array, ...]:
             part = _take_rows(rows, jnp.broadcast_to(pick, (lanes, size)))
-            added = part.activity[..., None] * values[:, None]
-            log_probs = run(part.rows, added.reshape(-1, added.shape[-1]))
-            return tell(part, log_probs.reshape(lanes, size, *log_probs.shape[1:]))
+            return tell(part, run_rows(run, part, values))
 
         told = jax.lax.map(look, index)
         return tuple(jnp.swapaxes(one, 0, 1).reshape(lanes, -1)[:, :count] for one in told)

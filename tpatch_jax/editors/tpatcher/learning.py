@@ -194,7 +194,8 @@ def _gradient(
 ) -> tuple[tuple[Array, Array], StartParams]:
     def loss(params: StartParams) -> tuple[Array, tuple[Array, Array]]:
         assert problem.neutral is not None
-        limit = (longest * problem.scale).astype(jnp.float32)
+        assert problem.features is not None
+        limit = problem.limit(longest)
         return start_loss(params, problem.features, limit, problem.targets, problem.neutral, run, closeness)
 
     (_, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params)
@@ -304,12 +305,11 @@ def learn_start(
                 asked = create_value_problem(
                     model, model, layer, _always(hidden_size, len(lanes)),
                     [_draw(drawn[lane].chat, 1, rng, False) for lane in lanes], [[] for _ in lanes],
-                    [_draw(drawn[lane].chat_neutral, 1, rng, False) for lane in lanes], 1.0,
+                    [_draw(drawn[lane].chat_neutral, 1, rng, False) for lane in lanes], 1.0, False,
                 )  # fmt: skip
                 # A value is predicted from the bare prompt, wherever it is asked for.
-                asked = asked._replace(
-                    features=problem.features[np.asarray(lanes)], scale=problem.scale[np.asarray(lanes)]
-                )
+                features, scale = (jnp.asarray(of)[np.asarray(lanes)] for of in (problem.features, problem.scale))
+                asked = asked._replace(features=features, scale=scale)
                 _, also = _gradient(params, asked, run, longest, settings.closeness)
                 gradient = jax.tree.map(lambda a, b: a + b / 2, gradient, also)
             params, state = _update(params, state, gradient, Partial(optimiser.update))

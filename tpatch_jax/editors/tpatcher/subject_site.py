@@ -560,7 +560,7 @@ def _fit_chunk(
     silent = Patch(keys.key[pick], keys.bias[pick], jnp.zeros_like(keys.key[pick]))
     problem = create_value_problem(
         present, read.model, read.layer, silent, [read.prompts[n] for n in lanes], [kept[n] for n in lanes],
-        [read.neutral[n] for n in lanes], settings.plateau,
+        [read.neutral[n] for n in lanes], settings.plateau, read.start is not None,
     )  # fmt: skip
     start = None if read.start is None else predict_start(read.start, problem, settings.value.longest)
     run = runner(present, read.layer)

@@ -38,13 +38,17 @@ class ValueProblem(NamedTuple):
         neutral: where it should change little; ``None`` is nowhere.
         scale: the length of the unedited FFN's output at each lane's subject, ``[lanes]``.
         features: what is known of each lane before any step, ``[lanes, features]``; see
-            `tpatch_jax.core.start.start_features`.
+            `tpatch_jax.core.start.start_features`. ``None`` where nothing is predicted.
     """
 
     targets: TargetRows
     neutral: TargetRows | None
     scale: Float[Array, " lanes"]
-    features: Float[Array, "lanes features"]
+    features: Float[Array, "lanes features"] | None
+
+    def limit(self, longest: float) -> Float[Array, " lanes"]:
+        """Each value's largest length: ``longest`` times the FFN's output at its subject."""
+        return (longest * self.scale).astype(jnp.float32)
 
 
 def level_patch(patch: Patch, plateau: float) -> Patch:
@@ -90,6 +94,7 @@ def create_value_problem(
     kept: Sequence[list[PromptRow]],
     neutral: Sequence[list[PromptRow]],
     plateau: float,
+    predicted: bool = True,
 ) -> ValueProblem:
     """The rows of one chunk of lanes, run up to the layer.
 
@@ -102,6 +107,7 @@ def create_value_problem(
         kept: of each lane prompts of earlier edits of the same subject, which must go on.
         neutral: of each lane prompts after which little should change, equally many.
         plateau: see `level_patch`.
+        predicted: whether values are predicted, for which features are read.
     """
     lanes, most = len(prompts), max((len(rows) for rows in kept), default=0)
     # A lane without that many repeats its own bare prompt, which then counts for nothing.
@@ -133,7 +139,8 @@ def create_value_problem(
         reference = said_at(unedited, before, table[:, :1]).reshape(lanes, count_beside, 1, -1)
         share = jnp.full((lanes, count_beside, 1), 1 / count_beside)
         close = TargetRows(beside, jnp.asarray(activity[:, each:]), reference, share)
-    return ValueProblem(targets, close, scale, _features(unedited, forked, places, targets, lanes))
+    features = _features(unedited, forked, places, targets, lanes) if predicted else None
+    return ValueProblem(targets, close, scale, features)
 
 
 def predict_start(params: StartParams, problem: ValueProblem, longest: float) -> Float[Array, "lanes d"]:
@@ -144,7 +151,8 @@ def predict_start(params: StartParams, problem: ValueProblem, longest: float) ->
         problem: what they are to be trained on.
         longest: see `tpatch_jax.core.values.ValueTrainingSettings`.
     """
-    return predict_values(params, problem.features, (longest * problem.scale).astype(jnp.float32))
+    assert problem.features is not None
+    return predict_values(params, problem.features, problem.limit(longest))
 
 
 def _features(
