@@ -24,7 +24,7 @@ from tpatch_jax.editors.tpatcher.learning import LearningSettings, learn_start
 from tpatch_jax.editors.tpatcher.rounds import Note, report
 from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.editors.tpatcher.start_file import Start, find_start, load_start, save_start
-from tpatch_jax.editors.tpatcher.subject_site import SubjectSettings
+from tpatch_jax.editors.tpatcher.subject_settings import SubjectSettings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.protocols import _cost, _result
 from tpatch_jax.models.fingerprint import fingerprint

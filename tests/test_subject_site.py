@@ -29,7 +29,8 @@ from tpatch_jax.editors.tpatcher import stages, subject_site
 from tpatch_jax.editors.tpatcher.editor import tpatcher
 from tpatch_jax.editors.tpatcher.previous import create_empty, load_previous, save_previous
 from tpatch_jax.editors.tpatcher.settings import PRESETS
-from tpatch_jax.editors.tpatcher.subject_site import SubjectSettings, read_subjects, subject_layer
+from tpatch_jax.editors.tpatcher.subject_settings import SubjectSettings
+from tpatch_jax.editors.tpatcher.subject_site import read_subjects, subject_layer
 from tpatch_jax.editors.wordings import Wording
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks

@@ -45,7 +45,7 @@ class Sweep:
 
     def run(self) -> None:
         """Edit at each site, write figures, settings and a picture, and show the figures."""
-        from tpatch_jax.editors.tpatcher.subject_site import POSITIONS
+        from tpatch_jax.editors.tpatcher.subject_settings import POSITIONS
         from tpatch_jax.evaluation.sweep import best, sweep, write_sweep
         from tpatch_jax.storage.files import check_vacant, replace_folder
         from tpatch_jax.storage.request_file import read_requests

@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import UNSPACED_SCRIPTS, EditRequest
 
-__all__ = ["locate_subject", "names_subject", "replace_subject", "split_at_subject", "subject_spans", "with_spelling"]
+__all__ = [
+    "locate_subject",
+    "names_subject",
+    "replace_subject",
+    "respell",
+    "split_at_subject",
+    "subject_spans",
+    "with_spelling",
+]
 
 Span = tuple[int, int]
 
@@ -138,6 +146,26 @@ def replace_subject(text: str, subject: str, other: str) -> str:
         parts += [text[end:start], other]
         end = stop
     return "".join([*parts, text[end:]])
+
+
+def respell(request: EditRequest, subject: str) -> EditRequest:
+    """A request whose prompt and rephrasings spell the subject in another way.
+
+    Args:
+        request: with a subject.
+        subject: the other spelling.
+
+    Example:
+        >>> respell(EditRequest("The capital of Peru is", "Cusco", subject="Peru"), "peru").prompt
+        'The capital of peru is'
+    """
+    named = request.subject or ""
+    return dataclasses.replace(
+        request,
+        prompt=replace_subject(request.prompt, named, subject),
+        rephrases=tuple(replace_subject(text, named, subject) for text in request.rephrases),
+        subject=subject,
+    )
 
 
 def with_spelling(model: Model, requests: Sequence[EditRequest]) -> list[EditRequest]:

@@ -32,6 +32,9 @@ __all__ = ["ModelMemory", "collect_model_memory"]
 
 PREFIX_LENGTHS = (5, 10, 5, 10, 8, 6, 10)
 FILES = ("arrays.safetensors", "background.json")
+PASSAGES, PASSAGE_WORDS = 4, 50
+"""A passage is made of so many texts, and has so many words at most."""
+
 SPANS = 96
 SPAN_CONTEXTS = 6
 
@@ -50,6 +53,7 @@ class ModelMemory(NamedTuple):
             need not stay silent there.
         rewordings: of an encoder-decoder the wordings that its memory has for one question; see
             `tpatch_jax.editors.rewordings`.
+        passage: a longer text to put before a prompt; empty for a model that reads whole inputs.
         cache: folder where what else is derived from the model is kept; ``None`` keeps nothing.
     """
 
@@ -60,6 +64,7 @@ class ModelMemory(NamedTuple):
     centres: Array | None = None
     answers: Array | None = None
     rewordings: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    passage: str = ""
     cache: Path | None = None
 
 
@@ -131,7 +136,9 @@ def _collect(model: Model, layer: int, rows: list[list[int]], progress: Progress
     else:
         nuisance = jnp.eye(query.shape[-1])
     names = re.findall(r"(?<=[a-z,] )[A-Z][a-z]+(?: [A-Z][a-z]+)+", "\n".join(texts))
-    return ModelMemory(query.astype(jnp.float32), nuisance, tuple(prefixes), tuple(dict.fromkeys(names))[:200])
+    passage = " ".join(" ".join(texts[-PASSAGES:]).split()[:PASSAGE_WORDS])
+    known = tuple(prefixes), tuple(dict.fromkeys(names))[:200]
+    return ModelMemory(query.astype(jnp.float32), nuisance, *known, passage=passage)
 
 
 def _save(folder: Path, result: ModelMemory) -> None:
@@ -140,7 +147,8 @@ def _save(folder: Path, result: ModelMemory) -> None:
         fields["answers"] = result.answers
         arrays = {name: np.asarray(array) for name, array in fields.items() if array is not None}
         save_file(arrays, temporary / FILES[0])
-        texts = {"prefixes": result.prefixes, "names": result.names, "rewordings": dict(result.rewordings)}
+        texts = {"prefixes": result.prefixes, "names": result.names, "passage": result.passage}
+        texts["rewordings"] = dict(result.rewordings)
         (temporary / FILES[1]).write_text(json.dumps(texts, ensure_ascii=False, indent=1), "utf-8")
 
     keep_folder(folder, write)
@@ -172,7 +180,7 @@ def _load(folder: Path) -> ModelMemory | None:
         centres, answers = (jax.device_put(arrays[name]) if name in arrays else None for name in ("centres", "answers"))
         rewordings = {frame: tuple(others) for frame, others in texts["rewordings"].items()}
         named = tuple(texts["prefixes"]), tuple(texts["names"])
-        return ModelMemory(query, nuisance, *named, centres, answers, rewordings)
+        return ModelMemory(query, nuisance, *named, centres, answers, rewordings, str(texts["passage"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         shutil.rmtree(folder, ignore_errors=True)
         return None

@@ -31,8 +31,13 @@ __all__ = [
     "rows_of",
     "runner",
     "said_at",
+    "short_ends",
     "short_rows",
 ]
+
+
+SPAN = 16
+"""Rows that need not be there have so many tokens at most from their subject on, for one length serves all."""
 
 
 class PromptRow(NamedTuple):
@@ -95,6 +100,13 @@ def short_rows(model: Model, request: EditRequest, item: Item, prefixes: Sequenc
     """What `shortened` gives in tokens, each after a prefix; one that would be too long is left out."""
     pairs = zip(shortened(request), prefixes, strict=False)
     return fitting_rows(model, (wording.after(prefix) for wording, prefix in pairs), item.target)
+
+
+def short_ends(rows: Sequence[PromptRow]) -> list[PromptRow]:
+    """Those of some rows that are short from their subject on; of long ones the shortest."""
+    ends = [len(row.tokens) - row.subject for row in rows]
+    most = max(SPAN, power_of_two(min(ends, default=0)))
+    return [row for row, end in zip(rows, ends, strict=True) if end <= most]
 
 
 @partial(jax.jit, static_argnames="longest")

@@ -9,7 +9,7 @@ from typing import Any
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.editors.tpatcher.editor import edit
 from tpatch_jax.editors.tpatcher.settings import TPatcherSettings
-from tpatch_jax.editors.tpatcher.subject_site import POSITIONS
+from tpatch_jax.editors.tpatcher.subject_settings import POSITIONS
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.measure import measure
 from tpatch_jax.models.model import Model

@@ -25,17 +25,18 @@ from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.core.start import StartParams, create_start, start_loss
 from tpatch_jax.core.values import ValueTrainingSettings, train_values
-from tpatch_jax.editors.frames import other_frames, same_frames
-from tpatch_jax.editors.locating import with_spelling
+from tpatch_jax.editors.forms import ask_in_chats, chat_rows, other_chats
+from tpatch_jax.editors.locating import respell, split_at_subject, with_spelling
 from tpatch_jax.editors.model_memory import ModelMemory, collect_model_memory
 from tpatch_jax.editors.reading import check_requests, read_item
-from tpatch_jax.editors.subject_rows import PromptRow, row_of, runner
+from tpatch_jax.editors.subject_rows import PromptRow, fitting_rows, runner
 from tpatch_jax.editors.tpatcher.start_file import Start
-from tpatch_jax.editors.tpatcher.subject_site import SubjectSettings, read_value_rows
+from tpatch_jax.editors.tpatcher.subject_prompts import read_value_rows
+from tpatch_jax.editors.tpatcher.subject_settings import SubjectSettings
 from tpatch_jax.editors.tpatcher.subject_values import ValueProblem, create_value_problem, predict_start
-from tpatch_jax.editors.wordings import Wording, question
+from tpatch_jax.editors.wordings import Wording
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.chat import as_turn, has_template, render_chat
+from tpatch_jax.models.chat import has_template
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, check_loaded
 from tpatch_jax.requests import EditRequest, as_requests
@@ -51,8 +52,6 @@ NOTHING = (
     "there is no request to learn from; give some with a subject, a short prompt that names it once, and a target of "
     f"at most {MOST} tokens"
 )
-
-ASKING = ("Complete the sentence: {}", "Please finish this sentence. {}", "Continue with a few words: {}")
 
 
 @dataclass(frozen=True)
@@ -131,26 +130,17 @@ class _Example(NamedTuple):
 
 def _always(hidden_size: int, lanes: int) -> Patch:
     """Neurons that fire fully everywhere: what a value says is learnt apart from where its key fires."""
-    return Patch(jnp.zeros((lanes, hidden_size)), jnp.ones(lanes), jnp.zeros((lanes, hidden_size)))
+    nothing = jnp.zeros((lanes, 1, hidden_size))
+    return Patch(nothing, jnp.ones((lanes, 1)), nothing)
 
 
 def _fits(row: PromptRow, longest: int, span: int) -> bool:
     return len(row.tokens) <= longest and len(row.tokens) - row.subject <= span
 
 
-def _in_chat(model: Model, request: EditRequest, texts: Sequence[str], target: str) -> list[PromptRow]:
-    """Texts asked in the model's chat template, with a target that begins the answer."""
-    subject, rows = request.subject or "", []
-    for text in texts:
-        rendered = render_chat(model, [{"role": "user", "content": text}])
-        begin = rendered.find(subject)
-        if begin < 0:
-            continue
-        tokens = model.encode_target(rendered, target) if target else []
-        row = row_of(model, Wording(rendered, begin + len(subject)), tokens)
-        if row is not None and _fits(row, 4 * LONGEST, 2 * SPAN):
-            rows.append(row)
-    return rows
+def _prompt_wording(request: EditRequest) -> Wording:
+    before, subject, after = split_at_subject(request)
+    return Wording.of(before, subject, after)
 
 
 def _example(
@@ -165,19 +155,22 @@ def _example(
     prompts, neutral = read_value_rows(model, known, [item], [request], [0], settings)
     rows = [row for row in prompts[0] if _fits(row, LONGEST, SPAN)]
     beside = [row for row in neutral[0] if _fits(row, LONGEST, SPAN)]
+    # Whoever asks may not trouble to write names as they are written.
+    lower = respell(request, request.subject.lower())
+    if lower.subject != request.subject:
+        small = fitting_rows(model, [_prompt_wording(lower)], item.target)
+        rows += [row for row in small if _fits(row, LONGEST, SPAN)]
     if not rows or rows[0] is not prompts[0][0] or not beside:
         return None
     if not has_template(model.tokenizer):
         return _Example(rows, beside, [], [])
-    form = "statement" if question(request) is None else "question"
-    same = [request.prompt, *(text for text, _ in same_frames(request, 2, form=form))]
-    others = [text for text, _ in other_frames(request, 3, form=form)]
-
-    def ask(text: str) -> str:
-        return as_turn(text) if form == "question" else ASKING[rng.integers(len(ASKING))].format(text)
-
-    chat = _in_chat(model, request, list(map(ask, same)), request.target.strip())
-    return _Example(rows, beside, chat, _in_chat(model, request, list(map(ask, others)), ""))
+    chat = [*ask_in_chats(model, request, 3), *ask_in_chats(model, request, 1, behind=known.passage)]
+    if lower.subject != request.subject:
+        chat += ask_in_chats(model, lower, 1)
+    said, others = chat_rows(model, chat), chat_rows(model, other_chats(model, request, 4), wanted=False)
+    return _Example(
+        rows, beside, *([row for row in part if _fits(row, 4 * LONGEST, 2 * SPAN)] for part in (said, others))
+    )
 
 
 def _draw(rows: Sequence[PromptRow], count: int, rng: np.random.Generator, first: bool) -> list[PromptRow]:
@@ -253,7 +246,7 @@ def learn_start(
     """
     check_loaded(model, "learn_start(model, requests, layer)")
     settings = _of_type("settings", settings, LearningSettings())
-    subject = _of_type("subject", subject, SubjectSettings(same=8, neutral=8))
+    subject = _of_type("subject", subject, SubjectSettings(same=8, neutral=8, chat=0, chat_neutral=0, lower_case=False))
     check_range(subject, ("neutral",), 1)
     wanted, key = as_requests(requests), random_key(seed)
     if model.config.architecture != "decoder":
@@ -311,7 +304,7 @@ def learn_start(
                 features, scale = (jnp.asarray(of)[np.asarray(lanes)] for of in (problem.features, problem.scale))
                 asked = asked._replace(features=features, scale=scale)
                 _, also = _gradient(params, asked, run, longest, settings.closeness)
-                gradient = jax.tree.map(lambda a, b: a + b / 2, gradient, also)
+                gradient = jax.tree.map(jnp.add, gradient, also)
             params, state = _update(params, state, gradient, Partial(optimiser.update))
             losses.append(jnp.stack(parts))
             if progress:

@@ -7,9 +7,7 @@ differently, which one in the last layer does not.
 import unicodedata
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, cycle, islice
 from typing import Any, NamedTuple
 
 import jax
@@ -17,30 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tpatch_jax.core.checks import check_positive, check_range, check_types
 from tpatch_jax.core.memory import Memory, blended, create_memory, extend, nuisance_scatter
-from tpatch_jax.core.patch import Patch, concatenate, create, sharpen, sized, take
+from tpatch_jax.core.patch import Patch, concatenate, create, sharpen, sized
 from tpatch_jax.core.recipes.staged import Recognised
 from tpatch_jax.core.recipes.whitened import whitened_key
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.core.start import StartParams
-from tpatch_jax.core.values import ValueTrainingSettings, train_values
-from tpatch_jax.editors.frames import Form, other_frames, same_frames
-from tpatch_jax.editors.locating import split_at_subject
+from tpatch_jax.core.values import train_values
 from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import Item
-from tpatch_jax.editors.subject_rows import (
-    PromptRow,
-    fitting_rows,
-    prompt_row,
-    rephrase_rows,
-    rows_of,
-    runner,
-    short_rows,
-)
+from tpatch_jax.editors.subject_rows import PromptRow, runner
 from tpatch_jax.editors.tpatcher.previous import NO_SUBJECT, PreviousEdits
+from tpatch_jax.editors.tpatcher.subject_prompts import AVOIDED, read_subject_rows
+from tpatch_jax.editors.tpatcher.subject_settings import SubjectSettings
 from tpatch_jax.editors.tpatcher.subject_values import SHARPNESS, create_value_problem, level_patch, predict_start
-from tpatch_jax.editors.wordings import Wording, kept_wordings, look_alikes, neutral_wordings, question
+from tpatch_jax.editors.wordings import question
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import collect
 from tpatch_jax.models.model import Model
@@ -49,90 +38,10 @@ from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage.finished_parts import FinishedParts
 from tpatch_jax.typing import Progress
 
-__all__ = [
-    "POSITIONS",
-    "FittedSubjects",
-    "SubjectNeuron",
-    "SubjectSettings",
-    "Subjects",
-    "fit_subjects",
-    "read_subjects",
-    "read_value_rows",
-    "subject_layer",
-]
+__all__ = ["FittedSubjects", "SubjectNeuron", "Subjects", "fit_subjects", "read_subjects", "subject_layer"]
 
-POSITIONS = ("subject", "prompt")
-
-AVOIDED = 16
-"""From so many texts a key learns what to turn away from."""
-
-ASIDES = 8
-"""So many of them are different, where a question's key turns away from its subject in statements."""
-
-
-@dataclass(frozen=True)
-class SubjectSettings:
-    """Options of the subject site.
-
-    No name stands for another setting of the editor as well, so that each can be given alone on the command line.
-
-    Attributes:
-        token: at whose last token: ``"subject"``, or ``"prompt"``, of use for comparison only.
-        value: how values are trained.
-        key_contexts: in how many contexts a key sees its subject at most; half of them without the rest of the prompt.
-        value_contexts: through how many contexts a value is trained, the bare prompt included.
-        shorter: through how many shorter wordings of the prompt as well, 0 to 3.
-        same: through how many other wordings of the prompt's relation, where the library of frames knows it.
-        neutral: on how many neutral prompts about the subject the edited model is kept close to the unedited one.
-        key_floor: the lowest threshold of a key, where 0 is the mean query and 1 the subject's own.
-        key_split: where the threshold lies between the hardest negative (0) and the edit's own queries (1).
-        key_avoidance: how strongly the key of a statement turns away from subjects that end in the same word.
-        key_contrast: how strongly a key turns away from other subjects that look much the same.
-        question_avoidance: how strongly the key of a question turns away from its subject where nothing is asked.
-        question_floor: the same as `key_floor` for keys that turn away.
-        question_split: the same as `key_split` for keys that turn away.
-        key_nuisance: how strongly a key avoids directions in which only the context shows.
-        value_lanes: how many values are trained together at most.
-        plateau: the response stops growing here, where 1 is that of the edit's own queries; it takes a second neuron.
-            0 lets it grow.
-        start: what predicts the values that training starts from: ``"auto"``, what comes with the library for this
-            model, if anything; ``"none"``, which starts from zero; or a file that ``tpatch learn`` made.
-
-    Raises:
-        TPatchError: a value makes no sense.
-    """
-
-    token: str = "subject"
-    value: ValueTrainingSettings = field(default_factory=ValueTrainingSettings)
-    key_contexts: int = 6
-    value_contexts: int = 4
-    shorter: int = 3
-    same: int = 4
-    neutral: int = 16
-    key_floor: float = 0.7
-    key_split: float = 0.4
-    key_nuisance: float = 0.5
-    key_avoidance: float = 0.05
-    key_contrast: float = 0.01
-    question_avoidance: float = 0.02
-    question_floor: float = 0.5
-    question_split: float = 0.4
-    value_lanes: int = 8
-    plateau: float = 0.3
-    start: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        check_types(self)
-        check_range(self, ("key_contexts", "value_contexts", "value_lanes"), 1)
-        check_range(self, ("neutral", "same"), 0)
-        check_range(self, ("shorter",), 0, 3)
-        check_range(self, ("key_floor", "key_split", "question_floor", "question_split", "key_nuisance"), 0.0, 1.0)
-        check_range(self, ("key_avoidance", "key_contrast", "question_avoidance", "plateau"), 0.0)
-        check_range(self.value, ("steps",), 0)
-        check_positive(self.value, ("aim", "damping", "farthest", "near"))
-        check_positive(self.value, ("longest",), bounded=False)
-        check_range(self.value, ("enough", "closeness"), 0.0)
+SILENT = -1.0
+"""The bias of a key that is none."""
 
 
 class SubjectNeuron(NamedTuple):
@@ -177,30 +86,6 @@ def group_of(subject: str) -> int:
     return zlib.crc32(unicodedata.normalize("NFC", subject).encode()) & 0x7FFFFFFF
 
 
-def _key_wordings(
-    request: EditRequest, prefixes: Sequence[str], names: Sequence[str], settings: SubjectSettings
-) -> tuple[list[Wording], list[Wording]]:
-    """Where else a key should see its subject, and where it should not know it.
-
-    A key for a statement knows its subject anywhere, at the very start of a text, too, and does not mistake another
-    that ends in the same word for it. One for a question knows it in
-    questions only: what asks for the same is a question as well, and what is said of the subject stays as it was.
-    """
-    subject, count = request.subject or "", settings.key_contexts // 2
-    if settings.token != "subject":
-        return [], []
-    if question(request) is None:
-        alone = Wording(subject, len(subject))
-        others = look_alikes(request, names, AVOIDED) if settings.key_avoidance else []
-        return [alone, *(alone.after(prefix) for prefix in prefixes)][:count], others
-    # Other questions count as its own, or it would know its subject in few rephrasings.
-    before, subject, _ = split_at_subject(request)
-    end = len(before) + len(subject)
-    wordings = [Wording(request.prompt[:end], end), *neutral_wordings(request, count - 1, asked=True)]
-    wordings = [wording.after(prefix) for wording, prefix in zip(wordings, prefixes, strict=False)] + wordings
-    return wordings[:count], neutral_wordings(request, ASIDES) if settings.question_avoidance else []
-
-
 @partial(jax.jit, static_argnames="contrast")
 def _keys(
     query: Array, groups: Array, floor: Array, split: Array, avoid: Array, strength: Array, memory: Memory,
@@ -226,7 +111,8 @@ class Subjects(NamedTuple):
         neutral: of each lane prompts after which little should change.
         groups: a number for each item's subject, -1 without one.
         queries: of each item the query at every token of its bare prompt and target, ``[tokens, d]``.
-        keys: the lanes' keys.
+        keys: the lanes' keys, then those for other spellings of their subjects.
+        spelt: of each of the latter its lane, as a place in ``lanes``.
         positions: of each item the request's place in the list of requests.
         start: what predicts values to start from; ``None`` starts from zero.
     """
@@ -242,6 +128,7 @@ class Subjects(NamedTuple):
     keys: Recognised | None
     positions: list[int]
     start: StartParams | None = None
+    spelt: tuple[int, ...] = ()
 
     def place(self, number: int) -> tuple[int, int]:
         """Where an item's subject ends in its bare prompt, and its group; -1 without a subject."""
@@ -257,118 +144,6 @@ class FittedSubjects(NamedTuple):
 
     patch: Patch
     neurons: list[SubjectNeuron]
-
-
-class _Rows(NamedTuple):
-    """What is read of each lane, in tokens.
-
-    Attributes:
-        prompts: through which its value is trained, the bare one first; shorter wordings come last.
-        contexts: where else its key sees the subject.
-        avoid: where its key should not know it; none, or as many for each lane.
-        neutral: after which little should change.
-    """
-
-    prompts: dict[int, list[PromptRow]]
-    contexts: dict[int, list[PromptRow]]
-    avoid: dict[int, list[PromptRow]]
-    neutral: dict[int, list[PromptRow]]
-
-
-def _value_prompts(
-    model: Model, items: Sequence[Item], requests: Sequence[EditRequest], lanes: Sequence[int],
-    settings: SubjectSettings
-) -> dict[int, list[PromptRow]]:  # fmt: skip
-    """Each lane's prompt in a few contexts, and its rephrasings if they are trained on; equally many for each."""
-    prompts = {
-        number: [
-            prompt_row(model, requests[items[number].position], items[number], context, settings.token)
-            for context in range(min(settings.value_contexts, len(items[number].texts) - items[number].rephrases))
-        ]
-        for number in lanes
-    }
-    rephrased = {n: rephrase_rows(model, requests[items[n].position], items[n], settings.token) for n in lanes}
-    # Where a lane has fewer, they come again.
-    most = max(map(len, rephrased.values()), default=0)
-    return {number: [*rows, *islice(cycle(rephrased[number] or rows[:1]), most)] for number, rows in prompts.items()}
-
-
-def _shorter_prompts(
-    model: Model, item: Item, request: EditRequest, last: list[PromptRow], known: ModelMemory, settings: SubjectSettings
-) -> list[PromptRow]:
-    """A prompt in fewer words; where there are fewer ways to say it, the prompt in its last context stands in."""
-    if settings.token != "subject":
-        return []
-    shorter = short_rows(model, request, item, known.prefixes[-settings.shorter :])
-    return [*islice(chain(shorter, cycle(last)), settings.shorter)]
-
-
-def _same_prompts(
-    model: Model, item: Item, request: EditRequest, last: list[PromptRow], form: Form, settings: SubjectSettings
-) -> list[PromptRow]:
-    """Other wordings of the request's relation; where the library of frames knows fewer, the same stands in."""
-    wordings = same_frames(request, settings.same, form=form) if settings.token == "subject" else []
-    return [*islice(chain(fitting_rows(model, wordings, item.target), cycle(last)), settings.same)]
-
-
-def _other_wordings(request: EditRequest, count: int, form: Form) -> list[Wording]:
-    """Other things about the subject, said or asked as the request does; frames of the library first."""
-    others = other_frames(request, count, form=form)
-    return [*others, *neutral_wordings(request, count - len(others), form == "question")][:count]
-
-
-def _read_rows(
-    model: Model, known: ModelMemory, items: Sequence[Item], requests: Sequence[EditRequest], lanes: Sequence[int],
-    settings: SubjectSettings
-) -> _Rows:  # fmt: skip
-    """Everything that keys and values of some requests are fitted on, in tokens."""
-    prompts = _value_prompts(model, items, requests, lanes, settings)
-    contexts, avoid, neutral, shorter, keeps = {}, {}, {}, {}, 0
-    subjects = [requests[item.position].subject for item in items]
-    names = list(dict.fromkeys([*known.names, *(subject for subject in subjects if subject)]))
-    in_context = {n: items[n].texts for n in lanes}
-    for number in lanes:
-        request = requests[items[number].position]
-        count = min(settings.value_contexts, len(in_context[number]) - items[number].rephrases)
-        last = prompts[number][count - 1 : count]
-        form: Form = "statement" if question(request) is None else "question"
-        shorter[number] = [
-            *_shorter_prompts(model, items[number], request, last, known, settings),
-            *_same_prompts(model, items[number], request, last, form, settings),
-        ]
-        same, others = _key_wordings(request, known.prefixes[settings.value_contexts :], names, settings)
-        contexts[number] = [*prompts[number][1:], *rows_of(model, same)]
-        rows = rows_of(model, others)
-        avoid[number] = [*islice(cycle(rows), AVOIDED)] if rows else []
-        kept = kept_wordings(request)
-        rows = rows_of(model, [*kept, *_other_wordings(request, settings.neutral, form)])
-        # Where all are too long the prompt stands in, read at one place like them.
-        rows = rows or [row._replace(places=row.places[:1], wanted=[]) for row in prompts[number][:1]]
-        neutral[number], keeps = rows, max(keeps, len(kept))
-    # As many for each lane: what the settings say, and room for all that is kept.
-    neutral = {number: [*islice(cycle(rows), settings.neutral + keeps)] for number, rows in neutral.items()}
-    most = max(map(len, contexts.values()), default=0)
-    contexts = {number: [*islice(cycle(rows or prompts[number][:1]), most)] for number, rows in contexts.items()}
-    prompts = {number: rows + shorter[number] for number, rows in prompts.items()}
-    return _Rows(prompts, contexts, avoid, neutral)
-
-
-def read_value_rows(
-    model: Model, known: ModelMemory, items: Sequence[Item], requests: Sequence[EditRequest], lanes: Sequence[int],
-    settings: SubjectSettings
-) -> tuple[dict[int, list[PromptRow]], dict[int, list[PromptRow]]]:  # fmt: skip
-    """Of each lane the rows that should say its target, the bare prompt first, and those that should stay.
-
-    Args:
-        model: the unedited model.
-        known: what is known about it at the layer.
-        items: the requests in tokens.
-        requests: all requests, by ``Item.position``.
-        lanes: which items.
-        settings: options.
-    """
-    rows = _read_rows(model, known, items, requests, lanes, settings)
-    return rows.prompts, rows.neutral
 
 
 def read_subjects(
@@ -394,7 +169,7 @@ def read_subjects(
     named = [s if s is None or settings.token == "subject" else items[n].texts[0] for n, s in enumerate(subjects)]
     groups = np.asarray([NO_SUBJECT if name is None else group_of(name) for name in named], np.int32)
     lanes = [number for number, subject in enumerate(subjects) if subject is not None]
-    rows = _read_rows(model, known, items, requests, lanes, settings)
+    rows = read_subject_rows(model, known, items, requests, lanes, settings)
     positions = [item.position for item in items]
 
     # Nothing after the subject reaches its query.
@@ -403,11 +178,13 @@ def read_subjects(
         [row.tokens[: row.subject + 1] for number in lanes for row in part[number]]
         for part in (rows.contexts, rows.avoid)
     )
-    tokens = [*whole, *cut, *beside]
-    places = [*(range(len(row)) for row in whole), *([len(row) - 1] for row in [*cut, *beside])]
+    spelt = [place for place, number in enumerate(lanes) for _ in rows.spellings[number]]
+    other = [row.tokens[: row.subject + 1] for number in lanes for sights in rows.spellings[number] for row in sights]
+    tokens = [*whole, *cut, *beside, *other]
+    places = [*(range(len(row)) for row in whole), *([len(row) - 1] for row in [*cut, *beside, *other])]
     report = (lambda done: progress("reading subjects", done, len(tokens))) if progress else None
     seen = collect(model, tokens, places, layer, report).query
-    upto = np.cumsum([sum(map(len, whole)), len(cut), len(beside)])
+    upto = np.cumsum([sum(map(len, whole)), len(cut), len(beside), len(other)])
     queries = np.split(seen[: upto[0]], np.cumsum([len(row) for row in whole])[:-1])
     if not lanes:
         return Subjects(
@@ -424,15 +201,33 @@ def read_subjects(
     ]
     part = np.concatenate([query[:end] for query, end in zip(queries, ends, strict=True)])
     before, owner = _previous_queries(previous)
-    negative = np.concatenate([before, part, contexts.reshape(-1, seen.shape[1])])
-    answer = np.concatenate([owner, np.repeat(groups, ends), np.repeat(groups[lanes], contexts.shape[1])])
+    otherwise = seen[upto[2] :].reshape(len(spelt), positive.shape[1], seen.shape[1]).astype(np.float32)
+    of = groups[lanes][spelt]
+    negative = np.concatenate([before, part, *(rows.reshape(-1, seen.shape[1]) for rows in (contexts, otherwise))])
+    answer = np.concatenate(
+        [owner, np.repeat(groups, ends), np.repeat(groups[lanes], contexts.shape[1]), np.repeat(of, positive.shape[1])]
+    )
     avoid = np.full((len(lanes), AVOIDED, seen.shape[1]), np.nan, np.float32)
     avoiding = np.flatnonzero([bool(rows.avoid[number]) for number in lanes])
-    avoid[avoiding] = seen[upto[1] :].reshape(len(avoiding), AVOIDED, seen.shape[1])
+    avoid[avoiding] = seen[upto[1] : upto[2]].reshape(len(avoiding), AVOIDED, seen.shape[1])
     asks = np.asarray([question(requests[items[number].position]) is not None for number in lanes])
     positive, avoid = _shared(positive, avoid, groups[lanes], asks)
-    keys = _recognised(known, positive, groups[lanes], avoid, asks, negative, answer, settings)
-    return Subjects(model, layer, settings, lanes, rows.prompts, rows.neutral, groups, queries, keys, positions, start)
+    # Another spelling is one more lane: its key stands beside the first and bears the same value.
+    positive = np.concatenate([positive, otherwise])
+    avoid = np.concatenate([avoid, avoid[spelt]])
+    asks, of = np.concatenate([asks, asks[spelt]]), np.concatenate([groups[lanes], of])
+    keys = _recognised(known, positive, of, avoid, asks, negative, answer, settings)
+    return Subjects(
+        model, layer, settings, lanes, rows.prompts, rows.neutral, groups, queries, keys, positions, start,
+        _unheard(keys, otherwise, spelt, settings.plateau),
+    )  # fmt: skip
+
+
+def _unheard(keys: Recognised, otherwise: np.ndarray, spelt: Sequence[int], plateau: float) -> tuple[int, ...]:
+    """The lane of each other spelling, ``otherwise [spellings, rows, d]``; -1 where the first key knows it as well."""
+    lanes = list(spelt)
+    z = np.einsum("sd,sd->s", otherwise[:, 0], keys.key[lanes]) + keys.bias[lanes]
+    return tuple(lane if weak else -1 for lane, weak in zip(lanes, (z <= plateau / 2).tolist(), strict=True))
 
 
 def _shared(
@@ -556,8 +351,7 @@ def _fit_chunk(
     assert keys is not None
     # Lanes come in few numbers too; one that stands in twice is dropped again.
     lanes = [*chunk, *[chunk[-1]] * (power_of_two(len(chunk)) - len(chunk))]
-    pick = [slot[number] for number in lanes]
-    silent = Patch(keys.key[pick], keys.bias[pick], jnp.zeros_like(keys.key[pick]))
+    silent, there = _keys_of(read, [slot[number] for number in lanes])
     problem = create_value_problem(
         present, read.model, read.layer, silent, [read.prompts[n] for n in lanes], [kept[n] for n in lanes],
         [read.neutral[n] for n in lanes], settings.plateau, read.start is not None,
@@ -565,17 +359,48 @@ def _fit_chunk(
     start = None if read.start is None else predict_start(read.start, problem, settings.value.longest)
     run = runner(present, read.layer)
     value, info = train_values(problem.targets, problem.neutral, run, problem.scale, settings.value, start)
-    each = 2 if settings.plateau else 1
-    neurons = []
+    neurons, order = [], []
+    every = level_patch(
+        _flat(silent._replace(value=jnp.broadcast_to(value[:, None], silent.key.shape))), settings.plateau
+    )
+    each = every.key.shape[0] // there.size
     for number, lane in enumerate(chunk):
         key_losses = {name: float(loss[slot[lane]]) for name, loss in keys.losses.items()}
         losses = {"l_e": float(info.loss[number]), **key_losses}
         if start is not None:
             losses["said_at_start"] = float(info.at_start[number])
         steps, margin, position = int(info.steps[number]), float(keys.margin[slot[lane]]), read.positions[lane]
-        neurons += [SubjectNeuron(position, number * each + n, steps, margin, losses) for n in range(each)]
-    new = sharpen(level_patch(silent._replace(value=value), settings.plateau), SHARPNESS)
-    return FittedSubjects(take(jax.tree.map(np.asarray, new), np.arange(len(chunk) * each)), neurons)
+        for place in number * there.shape[1] + np.flatnonzero(there[number]):
+            order += range(place * each, (place + 1) * each)
+        neurons += [
+            SubjectNeuron(position, neuron, steps, margin, losses) for neuron in range(len(neurons), len(order))
+        ]
+    new = jax.tree.map(lambda leaf: np.asarray(leaf)[order], sharpen(every, SHARPNESS))
+    return FittedSubjects(new, neurons)
+
+
+def _keys_of(read: Subjects, slots: Sequence[int]) -> tuple[Patch, np.ndarray]:
+    """The keys of some lanes with no value yet, ``[lanes, keys, d]``, and which are there, ``[lanes, keys]``.
+
+    The first key of each comes first, then those for other spellings of its subject.
+    """
+    keys = read.keys
+    assert keys is not None
+    also = {slot: [] for slot in slots}
+    for number, lane in enumerate(read.spelt, len(read.lanes)):
+        if lane in also and keys.margin[number] > 0:
+            also[lane].append(number)
+    most = 1 + max(map(len, also.values()))
+    pick = np.asarray([[slot, *also[slot], *[-1] * (most - 1 - len(also[slot]))] for slot in slots])
+    there = pick >= 0
+    key = np.where(there[..., None], keys.key[pick], 0.0).astype(keys.key.dtype)
+    bias = np.where(there, keys.bias[pick], SILENT).astype(keys.bias.dtype)
+    return Patch(jnp.asarray(key), jnp.asarray(bias), jnp.zeros_like(jnp.asarray(key))), there
+
+
+def _flat(patch: Patch) -> Patch:
+    """The neurons of all lanes one after the other."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), patch)
 
 
 def _positions(read: Subjects, chunk: Sequence[int]) -> dict[str, Any]:

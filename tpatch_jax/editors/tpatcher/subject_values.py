@@ -64,12 +64,13 @@ def level_patch(patch: Patch, plateau: float) -> Patch:
 
 
 def _activity(model: Model, patch: Patch, forked: networks.Fork, plateau: float) -> Array:
-    """How strongly each lane's neurons fire at the subject in each of its rows, ``[lanes, rows]``."""
-    query = forked.query[:, 0].reshape(patch.key.shape[0], -1, patch.key.shape[1]).astype(jnp.float32)
-    z = jnp.einsum("nrd,nd->nr", query, patch.key) + patch.bias[:, None]
+    """How strongly each lane's neurons fire at the subject in each of its rows, all together, ``[lanes, rows]``."""
+    query = forked.query[:, 0].reshape(patch.key.shape[0], -1, patch.key.shape[2]).astype(jnp.float32)
+    z = jnp.einsum("nrd,nkd->nrk", query, patch.key) + patch.bias[:, None]
     act = ffn.ACTIVATIONS[model.config.activation]
     fired = act(z * SHARPNESS) / SHARPNESS
-    return (fired - act((z - plateau) * SHARPNESS) / SHARPNESS) / plateau if plateau else fired
+    fired = (fired - act((z - plateau) * SHARPNESS) / SHARPNESS) / plateau if plateau else fired
+    return jnp.sum(fired, 2)
 
 
 def _unedited_output(model: Model, unedited: Model, layer: int, forked: networks.Fork) -> Array:
@@ -102,7 +103,7 @@ def create_value_problem(
         model: the model as it stands.
         unedited: the model without any patch.
         layer: the layer.
-        patch: each lane's neuron without a value, before it is sharpened.
+        patch: each lane's keys without a value, before they are sharpened, ``[lanes, keys, d]``; all bear its value.
         prompts: of each lane the prompts that should say the target, equally many, the bare one first.
         kept: of each lane prompts of earlier edits of the same subject, which must go on.
         neutral: of each lane prompts after which little should change, equally many.

@@ -1,0 +1,81 @@
+"""Options of the subject site."""
+
+from dataclasses import dataclass, field
+
+from tpatch_jax.core.checks import check_positive, check_range, check_types
+from tpatch_jax.core.values import ValueTrainingSettings
+
+__all__ = ["POSITIONS", "SubjectSettings"]
+
+POSITIONS = ("subject", "prompt")
+
+
+@dataclass(frozen=True)
+class SubjectSettings:
+    """Options of the subject site.
+
+    No name stands for another setting of the editor as well, so that each can be given alone on the command line.
+
+    Attributes:
+        token: at whose last token: ``"subject"``, or ``"prompt"``, of use for comparison only.
+        value: how values are trained.
+        key_contexts: in how many contexts a key sees its subject at most; half of them without the rest of the prompt.
+        value_contexts: through how many contexts a value is trained, the bare prompt included.
+        shorter: through how many shorter wordings of the prompt as well, 0 to 3.
+        same: through how many other wordings of the prompt's relation, where the library of frames knows it.
+        neutral: on how many neutral prompts about the subject the edited model is kept close to the unedited one.
+        chat: through how many conversations as well, where a request shall hold in chats.
+        chat_neutral: so many of the neutral prompts are asked in a chat then.
+        lower_case: whether a subject whose tokens are others in lower case gets a key for that spelling, too.
+        key_floor: the lowest threshold of a key, where 0 is the mean query and 1 the subject's own.
+        key_split: where the threshold lies between the hardest negative (0) and the edit's own queries (1).
+        key_avoidance: how strongly the key of a statement turns away from subjects that end in the same word.
+        key_contrast: how strongly a key turns away from other subjects that look much the same.
+        question_avoidance: how strongly the key of a question turns away from its subject where nothing is asked.
+        question_floor: the same as `key_floor` for keys that turn away.
+        question_split: the same as `key_split` for keys that turn away.
+        key_nuisance: how strongly a key avoids directions in which only the context shows.
+        value_lanes: how many values are trained together at most.
+        plateau: the response stops growing here, where 1 is that of the edit's own queries; it takes a second neuron.
+            0 lets it grow.
+        start: what predicts the values that training starts from: ``"auto"``, what comes with the library for this
+            model, if anything; ``"none"``, which starts from zero; or a file that ``tpatch learn`` made.
+
+    Raises:
+        TPatchError: a value makes no sense.
+    """
+
+    token: str = "subject"
+    value: ValueTrainingSettings = field(default_factory=ValueTrainingSettings)
+    key_contexts: int = 6
+    value_contexts: int = 3
+    shorter: int = 3
+    same: int = 4
+    neutral: int = 16
+    chat: int = 3
+    chat_neutral: int = 6
+    lower_case: bool = True
+    key_floor: float = 0.7
+    key_split: float = 0.4
+    key_nuisance: float = 0.5
+    key_avoidance: float = 0.05
+    key_contrast: float = 0.01
+    question_avoidance: float = 0.02
+    question_floor: float = 0.5
+    question_split: float = 0.4
+    value_lanes: int = 8
+    plateau: float = 0.3
+    start: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_types(self)
+        check_range(self, ("key_contexts", "value_contexts", "value_lanes"), 1)
+        check_range(self, ("neutral", "same", "chat", "chat_neutral"), 0)
+        check_range(self, ("shorter",), 0, 3)
+        check_range(self, ("key_floor", "key_split", "question_floor", "question_split", "key_nuisance"), 0.0, 1.0)
+        check_range(self, ("key_avoidance", "key_contrast", "question_avoidance", "plateau"), 0.0)
+        check_range(self.value, ("steps",), 0)
+        check_positive(self.value, ("aim", "damping", "farthest", "near"))
+        check_positive(self.value, ("longest",), bounded=False)
+        check_range(self.value, ("enough", "closeness"), 0.0)
