@@ -32,7 +32,7 @@ __all__ = ["ModelMemory", "collect_model_memory"]
 
 PREFIX_LENGTHS = (5, 10, 5, 10, 8, 6, 10)
 FILES = ("arrays.safetensors", "background.json")
-PASSAGES, PASSAGE_WORDS = 4, 50
+PASSAGES, PASSAGE_WORDS = 4, 32
 """A passage is made of so many texts, and has so many words at most."""
 
 SPANS = 96

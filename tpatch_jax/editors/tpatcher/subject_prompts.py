@@ -131,8 +131,8 @@ def _long_prompts(
     prompt = Wording.of(*split_at_subject(request)).after(known.passage)
     rows = fitting_rows(model, [prompt], item.target)
     if chats and holds_in_chats(model, request):
-        rows += short_ends(chat_rows(model, ask_in_chats(model, request, 1, behind=known.passage)))
-    return [*islice(cycle(rows or last), 2 if chats else 1)]
+        rows += chat_rows(model, ask_in_chats(model, request, 1, behind=known.passage))
+    return [*islice(cycle(short_ends(rows) or last), 2 if chats else 1)]
 
 
 def _spelt_prompts(model: Model, request: EditRequest, last: list[PromptRow], count: int) -> list[PromptRow]:
