@@ -28,16 +28,19 @@ from tpatch_jax.models.shapes import parameter_shapes
 # Workers share the cores: with a pool of threads in each torch is many times slower, most threads waiting for a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-PLAIN_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+QUICK_COMPILER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 """The tests compile thousands of small programs and run each a few times. XLA's older emitters compile them in two
-thirds of the time. (`test_devices` compiles in the usual way, in processes of their own.)"""
+thirds of the time, and a program that is not cut into parts for several threads in three quarters of that."""
 
 if "XLA_FLAGS" not in os.environ:
     # XLA ends a process that names a flag it does not know, so a process of its own tries; workers inherit the answer.
-    trial = {**os.environ, "XLA_FLAGS": PLAIN_EMITTERS, "JAX_PLATFORMS": "cpu"}
+    trial = {**os.environ, "XLA_FLAGS": QUICK_COMPILER, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", "import jax.numpy; jax.numpy.zeros(2)"]
     known = subprocess.run(command, env=trial, capture_output=True, check=False).returncode == 0
-    os.environ["XLA_FLAGS"] = PLAIN_EMITTERS if known else ""
+    os.environ["XLA_FLAGS"] = QUICK_COMPILER if known else ""
+
+# Processes that tests start compile as the tests do: see `quick_compilation`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 hypothesis_settings.register_profile("ci", deadline=None, derandomize=True, max_examples=20, database=None)
 hypothesis_settings.load_profile("ci")
@@ -172,11 +175,11 @@ def tiny_folder(tiny_model: Model) -> Callable[[Path], Path]:
     return lambda path: write_tiny_folder(tiny_model, path / "tiny")
 
 
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Where nearly all the time is compilation, small networks do without most optimisations."""
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Nearly all the time of small networks is compilation, so they do without most optimisations."""
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("real_model") is None)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 
