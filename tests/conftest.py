@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -184,21 +185,25 @@ def tiny_folder(tiny_model: Model) -> Callable[[Path], Path]:
     return lambda path: write_tiny_folder(tiny_model, path / "tiny")
 
 
+def is_optimised(node: pytest.Module | pytest.Item, module: ModuleType) -> bool:
+    """Real models take longer to run than to compile, unless a module says ``OPTIMISED = False``: it runs few steps."""
+    return node.get_closest_marker("real_model") is not None and getattr(module, "OPTIMISED", True)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
     """Nearly all the time of small networks is compilation, so they do without most optimisations."""
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("real_model") is None)
+    jax.config.update("jax_disable_most_optimizations", not is_optimised(request.node, request.module))
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(autouse=True)
 def optimised_real_models(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Real models take longer to run than to compile, so their programs are optimised in every module."""
+    """The programs of a real model are optimised in the modules of small networks as well."""
     before = jax.config.read("jax_disable_most_optimizations")
-    if request.node.get_closest_marker("real_model"):
-        jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before and not is_optimised(request.node, request.module))
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 
