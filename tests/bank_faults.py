@@ -5,6 +5,8 @@ python tests/bank_faults.py --kills 50 --model FOLDER     # `tpatch bank add` it
 """
 
 import argparse
+import contextlib
+import multiprocessing
 import os
 import random
 import shutil
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from bank_engine import fake, make_bank
@@ -38,14 +41,33 @@ def contents(folder: Path) -> dict[Path, bytes]:
     }
 
 
-def child(folder: str) -> None:
+def child(folder: Path, told: Connection) -> None:
     """Add requests until killed, saying what is done."""
+    add_with(folder, REQUESTS, fake, batch=BATCH, resume=True, progress=lambda what, done, total: told.send(done))
 
-    def tell(what: str, done: int, total: int) -> None:
-        sys.stdout.write(f"{done}\n")
-        sys.stdout.flush()
 
-    add_with(Path(folder), REQUESTS, fake, batch=BATCH, resume=True, progress=tell)
+def kill_child(folder: Path, wait: float, grown: Path | None) -> tuple[int, bool]:
+    """As `kill_once`, for `child`: each is forked by one process that has imported all already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "tpatch_jax.bank.adding"])
+    size = grown.stat().st_size if grown is not None else 0
+    told, tells = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(folder, tells))
+    process.start()
+    tells.close()
+    while grown is not None and grown.stat().st_size == size and process.is_alive():
+        time.sleep(0.001)
+    time.sleep(wait)
+    process.kill()
+    process.join()
+    done = 0
+    with told, contextlib.suppress(EOFError, OSError):
+        while True:
+            done = told.recv()
+    ended = process.exitcode == 0
+    assert ended or process.exitcode == -signal.SIGKILL, f"it ended by itself, with {process.exitcode}"
+    process.close()
+    return done, ended
 
 
 def kill_once(command: Sequence[str], wait: float, grown: Path | None) -> tuple[int, bool]:
@@ -82,7 +104,6 @@ def kills(count: int, seed: int, folder: Path) -> dict[str, int]:
     rng = random.Random(seed)
     make_bank(folder)
     counts = {"kills": 0, "committed": 0, "unclean": 0}
-    command = [sys.executable, __file__, "--child", str(folder)]
     while counts["kills"] < count:
         before = open_bank(folder)
         # now and then from the start, so that banks of all sizes are hit
@@ -91,7 +112,7 @@ def kills(count: int, seed: int, folder: Path) -> dict[str, int]:
             before = open_bank(make_bank(folder))
         # a few while it starts, most of them once it writes
         grown = folder / "journal.jsonl" if rng.random() < 0.9 else None
-        done, ended = kill_once(command, rng.uniform(0, 0.15), grown)
+        done, ended = kill_child(folder, rng.uniform(0, 0.15), grown)
         if ended:
             continue
         counts["kills"] += 1
@@ -189,11 +210,7 @@ def main() -> None:
     parser.add_argument("--damages", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model")
-    parser.add_argument("--child")
     options = parser.parse_args()
-    if options.child:
-        child(options.child)
-        return
     with tempfile.TemporaryDirectory() as place:
         if options.model:
             print(command_kills(options.kills, options.seed, Path(options.model), Path(place) / "bank"))

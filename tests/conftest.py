@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -28,16 +29,19 @@ from tpatch_jax.models.shapes import parameter_shapes
 # Workers share the cores: with a pool of threads in each torch is many times slower, most threads waiting for a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-PLAIN_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+QUICK_COMPILER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 """The tests compile thousands of small programs and run each a few times. XLA's older emitters compile them in two
-thirds of the time. (`test_devices` compiles in the usual way, in processes of their own.)"""
+thirds of the time, and a program that is not cut into parts for several threads in three quarters of that."""
 
 if "XLA_FLAGS" not in os.environ:
     # XLA ends a process that names a flag it does not know, so a process of its own tries; workers inherit the answer.
-    trial = {**os.environ, "XLA_FLAGS": PLAIN_EMITTERS, "JAX_PLATFORMS": "cpu"}
+    trial = {**os.environ, "XLA_FLAGS": QUICK_COMPILER, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", "import jax.numpy; jax.numpy.zeros(2)"]
     known = subprocess.run(command, env=trial, capture_output=True, check=False).returncode == 0
-    os.environ["XLA_FLAGS"] = PLAIN_EMITTERS if known else ""
+    os.environ["XLA_FLAGS"] = QUICK_COMPILER if known else ""
+
+# Processes that tests start compile as the tests do: see `quick_compilation`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 hypothesis_settings.register_profile("ci", deadline=None, derandomize=True, max_examples=20, database=None)
 hypothesis_settings.load_profile("ci")
@@ -86,12 +90,21 @@ def compilation_cache() -> Iterator[None]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+MANY_MAPPINGS = 16_000
+"""Linux lets a process map 65,530 pieces of memory, of which a compiled program takes several."""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled_programs() -> Iterator[None]:
-    """Let go of what a module compiled: a process can map only so many programs before the compiler fails."""
+    """Let go of compiled programs before there are too many: a process can map only so many before the compiler fails.
+
+    Until then a module uses what those before it traced and compiled.
+    """
     yield
-    jax.clear_caches()
-    gc.collect()
+    mappings = Path("/proc/self/maps")
+    if not mappings.exists() or mappings.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -172,21 +185,25 @@ def tiny_folder(tiny_model: Model) -> Callable[[Path], Path]:
     return lambda path: write_tiny_folder(tiny_model, path / "tiny")
 
 
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Where nearly all the time is compilation, small networks do without most optimisations."""
+def is_optimised(node: pytest.Module | pytest.Item, module: ModuleType) -> bool:
+    """Real models take longer to run than to compile, unless a module says ``OPTIMISED = False``: it runs few steps."""
+    return node.get_closest_marker("real_model") is not None and getattr(module, "OPTIMISED", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Nearly all the time of small networks is compilation, so they do without most optimisations."""
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", not is_optimised(request.node, request.module))
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(autouse=True)
 def optimised_real_models(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Real models take longer to run than to compile, so their programs are optimised in every module."""
+    """The programs of a real model are optimised in the modules of small networks as well."""
     before = jax.config.read("jax_disable_most_optimizations")
-    if request.node.get_closest_marker("real_model"):
-        jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before and not is_optimised(request.node, request.module))
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 

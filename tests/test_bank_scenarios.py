@@ -9,6 +9,7 @@ import tpatch_jax as tp
 
 PROMOTION = "standard"  # optax takes steps
 pytestmark = pytest.mark.real_model
+OPTIMISED = False
 
 # English that is at hand, instead of text sampled for a minute from the model.
 MEMORY = Path(__file__).parents[1] / "CONTRIBUTING.md"

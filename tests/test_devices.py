@@ -30,7 +30,7 @@ def start(folder: Path, name: str, count: int, *more: str) -> subprocess.Popen[s
     """`on_devices` in a process of its own that has ``count`` devices."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH")])),
     }

@@ -42,6 +42,7 @@ from tpatch_jax.models.sentences import say
 from tpatch_jax.requests import join_target
 
 PROMOTION = "standard"
+OPTIMISED = False
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 QUICK = {"contexts": 1, "other_subjects": 0, "attempts": 1, "rounds": 1}

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,8 +71,6 @@ print(json.dumps(found))
 
 
 def run(script: str, *arguments: str, **environment: str) -> Any:
-    import os
-
     finished = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         env={**os.environ, **environment},
@@ -92,7 +91,7 @@ def test_loading_needs_little_more_than_the_parameters(dtype):
 
 
 def test_every_device_gets_its_part(tiny_folder, tmp_path):
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     found = run(SHARDED, str(tiny_folder(tmp_path)), XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     assert found["same"]
     assert found["close"] < 1e-5
