@@ -310,7 +310,7 @@ def train_values(
     at_start = np.zeros(lanes, bool)
     if start is not None:
         state = _look_everywhere(run, problem, state)
-        at_start = np.asarray(state.offset[:, 0] < 0)
+        at_start = np.asarray(_log_odds_of_first(state) < 0)
     result = run_lanes(Partial(_step(settings._replace(steps=0)), run), state, problem, settings.steps)
     # Rows that were never looked at tell nothing.
     losses = result.state.losses
@@ -319,6 +319,12 @@ def train_values(
     divergence = result.state.divergence
     close = divergence.mean(1) if divergence.shape[1] else np.zeros(lanes, np.float32)
     return jnp.asarray(result.state.move) * problem.limit, ValueTrainingInfo(result.steps, mean, close, at_start)
+
+
+@jax.jit
+def _log_odds_of_first(state: _State) -> Float[Array, " lanes"]:
+    """The log-odds against each lane's first target, where it stands."""
+    return state.offset[:, 0] + jnp.einsum("nd,nd->n", state.slope[:, 0], state.move)
 
 
 def _within_limit(move: Float[Array, "lanes d"]) -> Float[Array, "lanes d"]:
@@ -355,38 +361,59 @@ def _rows_of_step(
     return jnp.concatenate(picks, 1), jnp.broadcast_to(turn.astype(jnp.int32), (lanes, min(BESIDE, there)))
 
 
+def _target_residuals(rows: TargetRows, log_probs: Array) -> tuple[Array, Array]:
+    """Of rows that should say their target: what a step brings down, and the loss in nats, both ``[lanes, rows]``."""
+    return _log_odds_against(rows, log_probs), losses_of_rows(rows, log_probs)
+
+
+def _neutral_residuals(rows: TargetRows, log_probs: Array) -> tuple[Array, Array]:
+    """Of rows that should stay: what a step brings down, and the divergence in nats, both ``[lanes, rows]``."""
+    moved = jnp.maximum(kept_close(rows.wanted[:, :, 0], log_probs[:, :, 0]), 0.0)
+    # Its square is twice the divergence, which is zero where nothing has changed, and so is its slope.
+    return jnp.where(moved > 1e-9, jnp.sqrt(2 * jnp.maximum(moved, 1e-9)), 0.0), moved
+
+
 @jax.jit
 def _look_everywhere(run: Partial, problem: _Problem, state: _State) -> _State:
-    """What every row says where the lanes start, without slopes: some of them have nothing left to do."""
+    """What every row says where the lanes start, and how that depends on the value: steps then know all from the first.
+
+    A step that knows the slopes of a few rows alone would undo in the others what the start has learnt of them.
+    """
     lanes = state.move.shape[0]
     values = state.move * problem.limit
     # A few rows of each lane at a time: the log-probabilities of all would be the largest array of all.
     size = max(1, TOGETHER // lanes)
 
-    def looked(rows: TargetRows, tell: Callable[[TargetRows, Array], tuple[Array, ...]]) -> tuple[Array, ...]:
+    def looked(rows: TargetRows, tell: Callable[[TargetRows, Array], tuple[Array, Array]]) -> tuple[Array, ...]:
         count = rows.activity.shape[1]
         blocks = -(-count // size)
         index = jnp.minimum(jnp.arange(blocks * size), count - 1).reshape(blocks, size)
 
         def look(pick: Array) -> tuple[Array, ...]:
             part = _take_rows(rows, jnp.broadcast_to(pick, (lanes, size)))
-            return tell(part, run_rows(run, part, values))
+
+            def told(added: Array) -> tuple[Array, tuple[Array, Array]]:
+                log_probs = run(part.rows, added.reshape(-1, added.shape[-1]))
+                each, known = tell(part, log_probs.reshape(*part.activity.shape, *log_probs.shape[1:]))
+                return jnp.sum(each), (each, known)
+
+            added = part.activity[..., None] * values[:, None]
+            # No row reaches another, so the gradient of their sum is each row's.
+            (_, (each, known)), gradient = jax.value_and_grad(told, has_aux=True)(added)
+            return each, known, gradient * (part.activity * problem.limit)[..., None]
 
         told = jax.lax.map(look, index)
-        return tuple(jnp.swapaxes(one, 0, 1).reshape(lanes, -1)[:, :count] for one in told)
+        return tuple(jnp.swapaxes(one, 0, 1).reshape(lanes, -1, *one.shape[3:])[:, :count] for one in told)
 
-    against, losses = looked(
-        problem.targets, lambda part, said: (_log_odds_against(part, said), losses_of_rows(part, said))
-    )
-    offsets, divergence = [against], state.divergence
+    each, losses, slope = looked(problem.targets, _target_residuals)
+    divergence = state.divergence
     if problem.neutral is not None:
-        (divergence,) = looked(
-            problem.neutral, lambda part, said: (jnp.maximum(kept_close(part.wanted[:, :, 0], said[:, :, 0]), 0.0),)
-        )
-        offsets.append(jnp.sqrt(2 * divergence))
+        beside, divergence, also = looked(problem.neutral, _neutral_residuals)
+        each, slope = jnp.concatenate([each, beside], 1), jnp.concatenate([slope, also], 1)
     counts = _row_weights(problem.targets) > 0
     return state._replace(
-        offset=jnp.concatenate(offsets, 1),
+        slope=slope,
+        offset=each - jnp.einsum("nrd,nd->nr", slope, state.move),
         losses=jnp.where(counts, losses, state.losses),
         divergence=divergence,
         age=jnp.zeros_like(state.age),
@@ -415,14 +442,12 @@ def _step(settings: ValueTrainingSettings) -> Callable[..., tuple[_State, Bool[A
         def residuals(added: Float[Array, "lanes picked d"]) -> tuple[Array, tuple[Array, Array, Array]]:
             log_probs = run(rows, added.reshape(-1, added.shape[-1]))
             log_probs = log_probs.reshape(*activity.shape, *log_probs.shape[1:])
-            against = _log_odds_against(targets, log_probs[:, :seen])
-            parts, moved = [against], jnp.zeros((lanes, 0), against.dtype)
+            each, losses = _target_residuals(targets, log_probs[:, :seen])
+            moved = jnp.zeros((lanes, 0), each.dtype)
             if beside is not None:
-                moved = jnp.maximum(kept_close(beside.wanted[:, :, 0], log_probs[:, seen:, 0]), 0.0)
-                # Its square is twice the divergence, which is zero where nothing has changed, and so is its slope.
-                parts.append(jnp.where(moved > 1e-9, jnp.sqrt(2 * jnp.maximum(moved, 1e-9)), 0.0))
-            each = jnp.concatenate(parts, 1)
-            return jnp.sum(each), (each, moved, losses_of_rows(targets, log_probs[:, :seen]))
+                further, moved = _neutral_residuals(beside, log_probs[:, seen:])
+                each = jnp.concatenate([each, further], 1)
+            return jnp.sum(each), (each, moved, losses)
 
         added = activity[..., None] * values[:, None]
         (_, (each, moved, losses)), gradient = jax.value_and_grad(residuals, has_aux=True)(added)
