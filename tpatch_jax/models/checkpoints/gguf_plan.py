@@ -1,5 +1,6 @@
 """What goes into a GGUF file: every tensor of a corrected model, with its type and where its bytes come from."""
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -249,6 +250,7 @@ class FilePlan(Plan):
         for setting in self.architecture.biases:
             expected |= self.architecture.expected(layers, setting)
         present = {tensor.name for tensor in self.reader.tensors}
+        self._check_names(present, expected)
         for tensor in self.reader.tensors:
             if tensor.name in self.architecture.settings:
                 yield _copied(tensor)
@@ -259,6 +261,20 @@ class FilePlan(Plan):
                 pattern, name = expected[bias]
                 if _added_along(pattern):
                     yield self._vector(bias, pattern, name)
+
+    def _check_names(self, present: set[str], expected: dict[str, tuple[str, str]]) -> None:
+        """Make sure that the file holds the tensors that the model has."""
+        source, mend = self.metadata.source, "load the file again, and merge patches that were made for it"
+        wanted = {
+            name for name in self.architecture.expected(self.model.config.layers) if expected[name][1] in self._stored
+        }
+        if missing := sorted(wanted - present - ({self.architecture.tied} if self.model.config.tied else set())):
+            raise TPatchError(f"{source} does not hold '{missing[0]}', which the model has; {mend}")
+        known = {name for name, (_, other) in expected.items() if other in self._stored} | set(
+            self.architecture.settings
+        )
+        if unknown := sorted(present - known):
+            raise TPatchError(f"{source} holds '{unknown[0]}', which the model does not have; {mend}")
 
     def _vector(self, planned: str, pattern: str, name: str) -> PlannedTensor:
         import gguf
@@ -272,6 +288,15 @@ class FilePlan(Plan):
         kind = self._chosen(tensor.name, old, tensor.tensor_type)
         axis = _added_along(pattern) - 1
         new = tuple(self.target.ffn_width if place == axis else size for place, size in enumerate(old))
+        ours = self._stored[name].shape
+        ours = ours[::-1] if self.architecture.fixes.get(pattern, UNCHANGED).turned else ours
+        if axis >= 0:
+            ours = (*ours[:axis], self.model.config.ffn_width, *ours[axis + 1 :])
+        if old != ours:
+            raise TPatchError(
+                f"'{tensor.name}' in {self.metadata.source} is {list(old)}, and in the model {list(ours)}; load the "
+                "file again, and merge patches that were made for it"
+            )
         if kind == tensor.tensor_type and new == old:
             self._check(tensor, self._weights(pattern, name))
             return _copied(tensor)
@@ -375,10 +400,12 @@ class ModelPlan(Plan):
     def _check_description(self) -> None:
         """Make sure that who reads the file's keys gets the network that the model is."""
         read = self.architecture.config(self.metadata)
-        if self.factors is not None:
-            read |= self.architecture.settings["rope_freqs.weight"](self.factors, self.metadata, read)
         biases = {setting: bool(self.settings.get(setting)) for setting in self.architecture.biases}
         described = configure({**read, **biases, "tie_word_embeddings": self.target.tied})
+        if self.factors is not None:
+            turned = np.asarray(described.rope_frequencies) / self.factors
+            if np.allclose(turned, self.target.rope_frequencies, rtol=1e-6, atol=0):
+                described = dataclasses.replace(described, rope_frequencies=self.target.rope_frequencies)
         if described != self.target:
             names = [field for field in vars(described) if getattr(described, field) != getattr(self.target, field)]
             raise TPatchError(
