@@ -549,7 +549,7 @@ def test_llama_cpp_reads_blocks_as_we_do(kind, tmp_path):
     model = load_model(source)
     export_gguf(merge(model, {PATCHED: draw_patch(model.config.hidden_size)}), tmp_path / "out.gguf")
     # llama.cpp rounds what is multiplied with such blocks to eight bits
-    check_llama_cpp(tmp_path / "out.gguf", load_model(tmp_path / "out.gguf"), 0.1)
+    check_llama_cpp(tmp_path / "out.gguf", load_model(tmp_path / "out.gguf"), 0.3)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

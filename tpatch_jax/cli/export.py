@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["Approximate", "Export", "ExportFormat", "ExportMemory", "TensorType", "check_export", "export_corrected"]
 
 ExportFormat = Annotated[
-    Literal["transformers", "gguf"], arg(help="a folder for transformers, or a GGUF file for llama.cpp")
+    Literal["transformers", "gguf"],
+    arg(metavar="{transformers,gguf}", help="a folder for transformers, or a GGUF file for llama.cpp"),
 ]
 TensorType = Annotated[
     Literal["keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None,

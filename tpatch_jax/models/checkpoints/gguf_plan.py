@@ -370,7 +370,7 @@ class ModelPlan(Plan):
         import gguf
 
         kinds = gguf.GGMLQuantizationType
-        self.plain = {"float32": kinds.F32, "bfloat16": kinds.BF16, "float16": kinds.F16}[model.dtype]
+        self.plain = {"float32": kinds.F32, "bfloat16": kinds.BF16, "float16": kinds.F16}.get(model.dtype, kinds.F32)
         self.kind = kind
         width = model.config.ffn_width
         chosen = self._chosen("ffn_down.weight", (model.config.hidden_size, width), self.plain)
