@@ -15,7 +15,7 @@ from jaxtyping import Float
 from tpatch_jax.core.devices import host
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.export import common_width, describe_exact
-from tpatch_jax.models.checkpoints.gguf import ARCHITECTURES, UNCHANGED, open_gguf
+from tpatch_jax.models.checkpoints.gguf import ARCHITECTURES, UNCHANGED, Architecture, open_gguf
 from tpatch_jax.models.checkpoints.gguf_blocks import block_width, decode, encode
 from tpatch_jax.models.checkpoints.gguf_metadata import Metadata
 from tpatch_jax.models.checkpoints.gguf_tokenizer import tokenizer_keys
@@ -26,7 +26,7 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.models.shapes import merged_neurons
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, GGUFWriter, ReaderTensor
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, ReaderTensor
 
 __all__ = ["FilePlan", "ModelPlan", "Plan", "PlannedTensor"]
 
@@ -77,8 +77,16 @@ class Plan(ABC):
         metadata: the keys of the file that is copied or made.
         merged: how many patch neurons are in which layers.
         target: the description of the network in the file.
-        rounding: how far the patches' weights are off in what was made so far, relative to themselves.
+        kind: what all matrices are stored as; ``None`` keeps their types.
+        architecture: what is known of the file's.
     """
+
+    model: Model
+    metadata: Metadata
+    merged: dict[int, int]
+    target: NetworkConfig
+    kind: "GGMLQuantizationType | None"
+    architecture: Architecture
 
     def __init__(
         self,
@@ -194,7 +202,13 @@ def _added_along(pattern: str) -> int:
 
 
 class FilePlan(Plan):
-    """A copy of the GGUF file that a model was read from, with the model's patches in it."""
+    """A copy of the GGUF file that a model was read from, with the model's patches in it.
+
+    Attributes:
+        reader: the file, as the gguf package reads it.
+    """
+
+    reader: "GGUFReader"
 
     def __init__(self, model: Model, source: Path, kind: "GGMLQuantizationType | None") -> None:
         """Open the file and settle the width.
@@ -354,7 +368,17 @@ def file_type(kind: "GGMLQuantizationType") -> int:
 
 
 class ModelPlan(Plan):
-    """A file made of a model that was read from a folder: keys and tokenizer too."""
+    """A file made of a model that was read from a folder: keys and tokenizer too.
+
+    Attributes:
+        plain: the type of matrices in the model's precision.
+        settings: the ``config.json`` of the network in the file.
+        factors: by how much Llama 3's rule divides the frequencies, where the model has it.
+    """
+
+    plain: "GGMLQuantizationType"
+    settings: dict[str, Any]
+    factors: Float[np.ndarray, "pairs"] | None
 
     def __init__(self, model: Model, kind: "GGMLQuantizationType | None") -> None:
         """Settle keys, width and settings.
