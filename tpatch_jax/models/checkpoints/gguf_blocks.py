@@ -79,7 +79,7 @@ def encode(rows: Rows, kind: "GGMLQuantizationType", name: str) -> np.ndarray:
     if packer := _PACKERS.get(kind.name):
         return packer(rows.reshape(-1, size)).reshape(rows.shape[0], -1)
     try:
-        # What is too large for the type is found below.
+        # What is too large for the type is seen below.
         with np.errstate(over="ignore", invalid="ignore"):
             blocks = gguf.quantize(rows, kind)
     except NotImplementedError as error:

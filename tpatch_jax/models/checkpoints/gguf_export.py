@@ -2,7 +2,7 @@
 
 The patch neurons of a layer become more rows of its gate and up projections and more columns of its down projection,
 whole blocks behind the original's. llama.cpp wants one width for all layers, so the others get neurons of zeros. Their
-biases are tensors of their own, ``blk.N.ffn_gate.bias`` and ``blk.N.ffn_up.bias``, which llama.cpp adds where they are.
+biases are separate tensors, ``blk.N.ffn_gate.bias`` and ``blk.N.ffn_up.bias``, which llama.cpp adds where they are.
 """
 
 from collections import Counter
@@ -30,14 +30,14 @@ class GGUFInfo(NamedTuple):
 
     Attributes:
         architecture: as llama.cpp calls it.
-        type: what was asked for, ``"keep"`` or the type of all matrices.
+        type: ``"keep"``, or the type of all matrices.
         neurons: how many patch neurons it holds.
         silent_neurons: how many neurons of zeros were added so that all layers have one width, of whole blocks.
         ffn_width: that width.
         copied: tensors that are those of the source, byte for byte.
         widened: tensors that hold all of the source's blocks as they were, and more.
         added: tensors that the source does not have, such as the patches' biases.
-        converted: matrices that were stored anew, in the type that was asked for.
+        converted: matrices that were stored anew, in that type.
         rounding: how far the patches' weights are off in the file, relative to themselves.
         bytes: the size of the file.
         bytes_added: so many more than the GGUF file has that the model was read from; 0 if it was read from a folder.

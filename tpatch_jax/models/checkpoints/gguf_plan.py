@@ -297,7 +297,7 @@ class FilePlan(Plan):
         return PlannedTensor(planned, gguf.GGMLQuantizationType.F32, weights.shape, lambda: weights, "added")
 
     def _planned(self, tensor: "ReaderTensor", pattern: str, name: str) -> PlannedTensor:
-        """A tensor of the file: as it is, with new blocks behind its own, or in another type."""
+        """A tensor of the file: as it is, with new blocks behind it, or in another type."""
         old = _shape(tensor)
         kind = self._chosen(tensor.name, old, tensor.tensor_type)
         axis = _added_along(pattern) - 1

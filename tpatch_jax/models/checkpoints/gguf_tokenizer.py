@@ -268,7 +268,7 @@ def tokenizer_keys(tokenizer: Tokenizer, vocabulary: int, longest: int, model: s
     """A tokenizer as the keys of a GGUF file: the inverse of `tokenizer_files` for byte-level BPE.
 
     Args:
-        tokenizer: a model's own.
+        tokenizer: the model's.
         vocabulary: how many tokens the model has; those beyond the tokenizer's are marked as unused.
         longest: how many tokens the model takes.
         model: what messages call the model.
