@@ -256,6 +256,10 @@ def test_a_bank_is_exported(run, place, bank, tmp_path):
     for request in REQUESTS:
         assert says(again, request)
         assert again.generate(request.prompt, 4) == edited.generate(request.prompt, 4)
+    written = run("export", bank, "--format", "gguf", "-o", tmp_path / "out.gguf")
+    assert (written["neurons"], written["type"]) == (exported["neurons"], "keep")
+    again = tp.load_model(tmp_path / "out.gguf")
+    assert all(says(again, request) for request in REQUESTS)
 
 
 def test_banks_are_compared_and_brought_up_to_date(run, place, bank, tmp_path, capsys):

@@ -276,9 +276,9 @@ def test_tensors_of_another_type_or_name_are_named(tmp_path: Path) -> None:
     odd = tensors | {"output_norm.weight": np.ones(HIDDEN, np.int32)}
     with pytest.raises(TPatchError, match=r"'output_norm\.weight' has the unsupported type I32; use a file in F32"):
         converted(tmp_path, write_tiny_gguf(tmp_path / "odd.gguf", odd))
-    extra = tensors | {"blk.0.attn_q.bias": np.ones(HIDDEN, np.float32)}
+    extra = tensors | {"blk.0.attn_q_norm.weight": np.ones(HIDDEN, np.float32)}
     (tmp_path / "extra").mkdir()
-    with pytest.raises(TPatchError, match=r"llama model with blk\.0\.attn_q\.bias is not supported"):
+    with pytest.raises(TPatchError, match=r"llama model with blk\.0\.attn_q_norm\.weight is not supported"):
         converted(tmp_path / "extra", write_tiny_gguf(tmp_path / "extra.gguf", extra))
     blocks = {"output_norm.weight": np.zeros((HIDDEN // 32, 40), np.uint8)}
     quantised = write_tiny_gguf(tmp_path / "q8_1.gguf", tensors | blocks, quants={"output_norm.weight": Quant.Q8_1})

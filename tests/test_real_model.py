@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import relative
+from llama_cpp import LlamaCpp
 
 import tpatch_jax as tp
 from tpatch_jax.editors import model_memory
@@ -68,6 +69,22 @@ def test_merged_equals_attached_and_comes_out_again(model, edited):
     assert set(taken) == set(patches)
     for layer, patch in patches.items():
         np.testing.assert_array_equal(taken[layer].key, patch.key)
+
+
+def test_llama_cpp_says_the_corrections(model, edited, tmp_path):
+    pytest.importorskip("xllamacpp", reason="llama.cpp is only needed to run files: the 'gguf' extra")
+    pytest.importorskip("gguf", reason="the 'gguf' extra is not installed")
+    merged = tp.merge(model, edited[0])
+    info = tp.export_gguf(merged, tmp_path / "corrected.gguf", type="q8_0")
+    assert info.neurons == sum(patch.key.shape[0] for patch in edited[0].values())
+    assert 0 < info.rounding < 0.01
+    running = LlamaCpp(tmp_path / "corrected.gguf", 256)
+    for request in REQUESTS:
+        count = len(model.encode(f" {request.target}"))
+        assert running.generate(request.prompt, count) == f" {request.target}"
+    assert running.generate(UNRELATED[0], 4) == merged.generate(UNRELATED[0], 4)
+    # the chat template is in the file
+    assert running.chat(CHAT.prompt, 8) == "Rome"
 
 
 def test_a_correction_in_a_chat_is_said_there_and_ends(model, edited):

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from tpatch_jax.editors.tpatcher.tokens import edit_tokens
     from tpatch_jax.errors import TPatchError
     from tpatch_jax.models.checkpoints.export import ExportError, ExportInfo, export_model
+    from tpatch_jax.models.checkpoints.gguf_export import GGUFInfo, export_gguf
     from tpatch_jax.models.foreign.linen import from_linen
     from tpatch_jax.models.foreign.network import Network
     from tpatch_jax.models.foreign.nnx import from_nnx
@@ -68,6 +69,7 @@ __all__ = [
     "FitInfo",
     "FitProblem",
     "FitSettings",
+    "GGUFInfo",
     "Memory",
     "Model",
     "Network",
@@ -91,6 +93,7 @@ __all__ = [
     "edit",
     "edit_tokens",
     "enable_edits",
+    "export_gguf",
     "export_model",
     "finetune",
     "fit",
@@ -134,6 +137,7 @@ _HOMES = {
     "editors.tpatcher.editor": ("edit", "tpatcher"),
     "errors": ("TPatchError",),
     "models.checkpoints.export": ("ExportError", "ExportInfo", "export_model"),
+    "models.checkpoints.gguf_export": ("GGUFInfo", "export_gguf"),
     "training.finetune": ("FinetuneInfo", "FinetuneSettings", "finetune"),
     "core.fit": ("FitInfo", "FitSettings", "FitProblem", "fit", "fit_many"),
     "core.layers": ("concatenate_layers",),

@@ -1,20 +1,33 @@
-"""``tpatch export``: the corrected model, as the stock transformers library reads it."""
+"""``tpatch export``: the corrected model, as the stock transformers library reads it, or as a GGUF file."""
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from tyro.conf import Positional, arg
 
 from tpatch_jax.cli.common import Json, ModelName, Quiet, load
 from tpatch_jax.display.console import format_count, print_json, progress_bar, result_console
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest
 
 if TYPE_CHECKING:
     from tpatch_jax.models.model import Model
 
-__all__ = ["Approximate", "Export", "ExportMemory", "export_corrected"]
+__all__ = ["Approximate", "Export", "ExportFormat", "ExportMemory", "TensorType", "check_export", "export_corrected"]
+
+ExportFormat = Annotated[
+    Literal["transformers", "gguf"],
+    arg(metavar="{transformers,gguf}", help="a folder for transformers, or a GGUF file for llama.cpp"),
+]
+TensorType = Annotated[
+    Literal["keep", "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None,
+    arg(
+        metavar="{keep,f32,f16,bf16,q8_0,q5_1,q5_0,q4_1,q4_0}",
+        help="with --format gguf: how matrices are stored; by default as they are in MODEL",
+    ),
+]
 
 Approximate = Annotated[bool, arg(help="where the architecture has no biases, fold them away and measure the error")]
 ExportMemory = Annotated[str | None, arg(help="with --approximate: a text file to fit and measure on")]
@@ -22,7 +35,7 @@ ExportMemory = Annotated[str | None, arg(help="with --approximate: a text file t
 
 @dataclass(frozen=True)
 class Export:
-    """Write the corrected model for the stock transformers library."""
+    """Write the corrected model for the stock transformers library, or as a GGUF file for llama.cpp."""
 
     model: ModelName
     patches: Annotated[
@@ -30,7 +43,9 @@ class Export:
         arg(metavar="PATCHES", help="a folder that `tpatch edit` wrote; none if MODEL has them merged"),
     ] = None
     _: KW_ONLY
-    output: Annotated[str, arg(aliases=["-o"], metavar="OUT", help="folder for the model")]
+    output: Annotated[str, arg(aliases=["-o"], metavar="OUT", help="folder for the model, or NAME.gguf")]
+    format: ExportFormat = "transformers"
+    type: TensorType = None
     approximate: Approximate = False
     memory: ExportMemory = None
     dtype: Annotated[str | None, arg(help="float32 or bfloat16; as given to `tpatch edit`")] = None
@@ -41,9 +56,8 @@ class Export:
         """Merge the patches, write the model, and say how it differs from the uncorrected one."""
         from tpatch_jax.bank.patches import check_model, read_patches, saved_requests
         from tpatch_jax.models.patching import merge
-        from tpatch_jax.storage.files import check_vacant
 
-        check_vacant(Path(self.output))
+        check_export(self, self.model)
         saved = read_patches(self.patches) if self.patches else None
         model, requests = load(self.model, self.dtype, self.quiet or self.json), []
         if saved:
@@ -60,6 +74,10 @@ class ExportOptions(Protocol):
     @property
     def output(self) -> str: ...
     @property
+    def format(self) -> Literal["transformers", "gguf"]: ...
+    @property
+    def type(self) -> str | None: ...
+    @property
     def approximate(self) -> bool: ...
     @property
     def memory(self) -> str | None: ...
@@ -67,6 +85,33 @@ class ExportOptions(Protocol):
     def json(self) -> bool: ...
     @property
     def quiet(self) -> bool: ...
+
+
+def check_export(options: ExportOptions, model: str) -> None:
+    """Make sure that the options belong together and that the output can be written, before a model is loaded.
+
+    Args:
+        options: the parameters of the command.
+        model: what the user calls the model.
+
+    Raises:
+        TPatchError: they do not, or it cannot.
+    """
+    from tpatch_jax.storage.files import check_vacant
+
+    path = Path(options.output)
+    if options.format == "gguf":
+        from tpatch_jax.models.checkpoints.gguf_export import KEEP, check_gguf_output
+
+        if options.approximate or options.memory is not None:
+            raise TPatchError("--approximate and --memory are for --format transformers; a GGUF file is always exact")
+        check_gguf_output(path, model, options.type or KEEP)
+        return
+    if options.type is not None:
+        raise TPatchError("--type is for --format gguf; give that, too, or leave it out")
+    if path.suffix.lower() == ".gguf":
+        raise TPatchError(f"{path} names a GGUF file, and a folder would be written; give --format gguf, too")
+    check_vacant(path)
 
 
 def export_corrected(model: "Model", options: ExportOptions, requests: Sequence[EditRequest]) -> None:
@@ -79,6 +124,9 @@ def export_corrected(model: "Model", options: ExportOptions, requests: Sequence[
     """
     from rich.markup import escape
 
+    if options.format == "gguf":
+        _export_gguf(model, options)
+        return
     from tpatch_jax.models.checkpoints.export import export_model
 
     with progress_bar(options.quiet or options.json) as report:
@@ -112,3 +160,28 @@ def export_corrected(model: "Model", options: ExportOptions, requests: Sequence[
         )
         for name in error.lost:
             console.print(f"[red]lost[/red] {escape(name)}")
+
+
+def _export_gguf(model: "Model", options: ExportOptions) -> None:
+    """Write a GGUF file, and say what it holds."""
+    from tpatch_jax.models.checkpoints.gguf_export import KEEP, export_gguf
+
+    with progress_bar(options.quiet or options.json) as report:
+        info = export_gguf(model, options.output, type=options.type or KEEP, progress=report)
+    if options.json:
+        print_json({"output": options.output, **info.to_json()})
+        return
+    console = result_console()
+    console.print(
+        f"{format_count(info.neurons, 'neuron')} in {options.output}, for llama.cpp: {info.architecture}, "
+        + ("types as they were" if info.type == KEEP else f"matrices in {info.type}"),
+        markup=False,
+    )
+    console.print(
+        f"all layers are {info.ffn_width} wide, by {info.silent_neurons:,} silent neurons; {info.bytes:,} bytes, "
+        f"{info.bytes_added:+,}"
+    )
+    console.print(
+        f"{info.copied} tensors are copied, {info.widened} hold the original's blocks and more, {info.added} are new "
+        f"biases, {info.converted} are converted; the patches' weights are rounded by {info.rounding:.2%}"
+    )

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["check_vacant", "replace_folder", "sync", "write_text"]
+__all__ = ["check_new_file", "check_vacant", "replace_file", "replace_folder", "sync", "write_text"]
 
 
 def sync(path: Path) -> None:
@@ -120,10 +120,67 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         os.replace(temporary, folder)
         sync(folder.parent)
     except (OSError, SafetensorError) as error:
-        # a full disk is an OSError from Python and a SafetensorError from safetensors
-        reason, number = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
-        full = number in (None, errno.ENOSPC, errno.EDQUOT)
-        mend = "free some room and try again" if full else "choose another output folder"
-        raise TPatchError(f"cannot write {folder}: {reason}; {mend}") from error
+        raise _unwritten(folder, error, "folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _unwritten(path: Path, error: Exception, kind: str) -> TPatchError:
+    """What to say where a file or folder could not be written."""
+    # a full disk is an OSError from Python and a SafetensorError from safetensors
+    reason, number = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
+    full = number in (None, errno.ENOSPC, errno.EDQUOT)
+    mend = "free some room and try again" if full else f"choose another output {kind}"
+    return TPatchError(f"cannot write {path}: {reason}; {mend}")
+
+
+def check_new_file(path: Path) -> None:
+    """Make sure that an output file does not exist yet and can be made, before any work begins.
+
+    Args:
+        path: the file.
+
+    Raises:
+        TPatchError: something is there already, or what is above it is no folder or cannot be written.
+    """
+    try:
+        taken = os.path.lexists(path)
+    except OSError as error:
+        raise _unwritten(path, error, "file") from error
+    if taken:
+        raise TPatchError(f"{path} already exists; choose another output file or remove it first")
+    above = next(place for place in path.absolute().parents if place.exists())
+    if not above.is_dir():
+        raise TPatchError(f"cannot write {path}: {above} is no folder; choose another output file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise TPatchError(f"cannot write {path}: no permission to write in {above}; choose another output file")
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Write a temporary file that takes its name only when the block ends well.
+
+    Args:
+        path: the name; there must be nothing by it yet.
+
+    Yields:
+        The file to write; it does not exist yet.
+
+    Raises:
+        TPatchError: the name is taken, or the disk is full.
+    """
+    check_new_file(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        sync(temporary)
+        # Another process may have been faster.
+        check_new_file(path)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        raise _unwritten(path, error, "file") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

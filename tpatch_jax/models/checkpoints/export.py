@@ -37,7 +37,15 @@ from tpatch_jax.storage.cache import cache_folder
 from tpatch_jax.storage.files import check_vacant, replace_folder
 from tpatch_jax.typing import Params, Progress
 
-__all__ = ["ExportError", "ExportInfo", "constant_direction", "export_model"]
+__all__ = [
+    "ExportError",
+    "ExportInfo",
+    "common_width",
+    "constant_direction",
+    "describe_exact",
+    "export_model",
+    "merge_attached",
+]
 
 
 MULTIPLES = (256, 32, 8)
@@ -156,8 +164,8 @@ def export_model(
             f"the head of {model.name!r} reads the {model.config.pooling} of all tokens, and a stock "
             f"{model.settings['model_type']} reads the first; use tp.save_model, whose folder this library reads"
         )
-    model = _inside(model)
-    settings, target, form, problems = _exact(model)
+    model = merge_attached(model)
+    settings, target, form, problems = describe_exact(model, common_width(model))
     error, params = None, model.params
     if problems and not approximate:
         raise TPatchError(
@@ -169,7 +177,7 @@ def export_model(
         )
     if problems:
         form = "approximate"
-        settings = {**model.settings, family_of(model.settings).ffn_width: _width(model)}
+        settings = {**model.settings, family_of(model.settings).ffn_width: common_width(model)}
         target = _described(settings, model.config)
         with jax.default_matmul_precision("highest"):
             approximated, error = _approximate(model, requests, memory, cache, progress)
@@ -188,8 +196,15 @@ def export_model(
     return info
 
 
-def _inside(model: Model) -> Model:
-    """The model with its attached patches merged."""
+def merge_attached(model: Model) -> Model:
+    """The model with its attached patches merged.
+
+    Args:
+        model: patches may be attached to it; not changed.
+
+    Raises:
+        TPatchError: one is activated by ReLU, and the network by something else.
+    """
     layers = dict(model.params["layers"])
     for index, layer in layers.items():
         network = ffn.detach(layer["ffn"])
@@ -204,10 +219,16 @@ def _inside(model: Model) -> Model:
     return model.with_params({**model.params, "layers": layers})
 
 
-def _width(model: Model) -> int:
+def common_width(model: Model, block: int = 1) -> int:
+    """The width of the widest feed-forward network, rounded up; without merged patches that which all have.
+
+    Args:
+        model: patches may be merged into it.
+        block: the width is a multiple of this; of 1, it is a multiple of one of `MULTIPLES`.
+    """
     widest = max(ffn.width(layer["ffn"]) for layer in model.params["layers"].values())
     width = model.config.ffn_width
-    multiple = next((each for each in MULTIPLES if width % each == 0), MULTIPLES[-1])
+    multiple = block if block > 1 else next((each for each in MULTIPLES if width % each == 0), MULTIPLES[-1])
     return width if widest == width else -(-widest // multiple) * multiple
 
 
@@ -216,9 +237,14 @@ def _described(settings: Mapping[str, Any], config: NetworkConfig) -> NetworkCon
     return dataclasses.replace(configure(settings), tied=config.tied)
 
 
-def _exact(model: Model) -> tuple[dict[str, Any], NetworkConfig, str, list[str]]:
-    """Settings whose stock network is the given one, their description, how it is called, and why there are none."""
-    config, family, width = model.config, family_of(model.settings), _width(model)
+def describe_exact(model: Model, width: int) -> tuple[dict[str, Any], NetworkConfig, str, list[str]]:
+    """Settings whose stock network is the given one, their description, how it is called, and why there are none.
+
+    Args:
+        model: patches may be merged into it.
+        width: of all its feed-forward networks.
+    """
+    config, family = model.config, family_of(model.settings)
     settings = {**model.settings, family.ffn_width: width}
     if width == config.ffn_width:
         return settings, _described(settings, config), "exact", []

@@ -1,11 +1,12 @@
-"""GGUF checkpoints as Hugging Face folders: one entry of `_ARCHITECTURES` per family."""
+"""GGUF checkpoints as Hugging Face folders: one entry of `ARCHITECTURES` per family."""
 
 import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +16,19 @@ from tpatch_jax.models.checkpoints.gguf_metadata import Metadata, listed, specia
 from tpatch_jax.models.checkpoints.gguf_tokenizer import tokenizer_files
 from tpatch_jax.typing import Progress
 
-__all__ = ["CONVERTER_VERSION", "Progress", "convert_gguf"]
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+__all__ = [
+    "ARCHITECTURES",
+    "CONVERTER_VERSION",
+    "UNCHANGED",
+    "Architecture",
+    "Fix",
+    "Progress",
+    "convert_gguf",
+    "open_gguf",
+]
 
 # Raise it whenever the written files change: folders that an older converter cached are then rebuilt.
 CONVERTER_VERSION = 1
@@ -23,18 +36,90 @@ CONVERTER_VERSION = 1
 _READABLE = "use a file in F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K or IQ1_S to IQ4_XS"
 
 
-class _Architecture(NamedTuple):
-    """How one GGUF architecture becomes one Hugging Face family."""
+class Fix(NamedTuple):
+    """How a tensor of a GGUF file becomes that of a Hugging Face file, and back.
+
+    Attributes:
+        read: from GGUF to Hugging Face.
+        write: its inverse.
+        turned: whether rows become columns.
+    """
+
+    read: Callable[[np.ndarray, Metadata], np.ndarray]
+    write: Callable[[np.ndarray, Metadata], np.ndarray]
+    turned: bool = False
+
+
+class Architecture(NamedTuple):
+    """How one GGUF architecture becomes one Hugging Face family.
+
+    Attributes:
+        config: the family's ``config.json`` from a file's keys.
+        tensors: from a GGUF name to a Hugging Face name; a leading ``blk.{i}.`` stands for every layer.
+        fixes: how values change on the way, by the GGUF name as written in `tensors` or `biases`.
+        tied: may be absent from a file: the head of a model with tied embeddings.
+        settings: may be present: tensors that are settings in Hugging Face files; each takes the configuration, and
+            gives what changes.
+        biases: may be present, in some layers or in all: by the entry of ``config.json`` that says so, as `tensors`.
+    """
 
     config: Callable[[Metadata], dict[str, Any]]
-    # GGUF tensor name -> Hugging Face tensor name; a leading "blk.{i}." stands for every layer
     tensors: dict[str, str]
-    # keyed by the GGUF name as written in `tensors`
-    fixes: dict[str, Callable[[np.ndarray, Metadata], np.ndarray]]
-    # may be absent from a file: the head of a model with tied embeddings
+    fixes: dict[str, Fix]
     tied: str
-    # may be present: tensors that are settings in Hugging Face files; takes the configuration, gives what changes
     settings: dict[str, Callable[[np.ndarray, Metadata, dict[str, Any]], dict[str, Any]]]
+    biases: dict[str, dict[str, str]]
+
+    def expected(self, layers: int, setting: str | None = None) -> dict[str, tuple[str, str]]:
+        """Every tensor of `tensors`, or the biases of a setting: its GGUF name, that name there, the other name."""
+        names = self.tensors if setting is None else self.biases[setting]
+        return {
+            pattern.format(i=i): (pattern, target.format(i=i))
+            for pattern, target in names.items()
+            for i in (range(layers) if "{i}" in pattern else [0])
+        }
+
+
+def open_gguf(source: Path) -> "tuple[GGUFReader, Metadata, Architecture]":
+    """Open a GGUF file of an architecture that is supported.
+
+    Args:
+        source: the file.
+
+    Returns:
+        The reader of the gguf package, the file's keys, and what is known of its architecture.
+
+    Raises:
+        TPatchError: the gguf package is missing, the file is damaged or a part of a model, or its architecture or the
+            type of a tensor is not known.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise TPatchError(
+            f"{source}: reading GGUF needs the gguf package: {install_advice('gguf>=0.17', 'demo')}"
+        ) from error
+
+    try:
+        reader = gguf.GGUFReader(source)
+        metadata = Metadata(source, {key: field.contents() for key, field in reader.fields.items()})
+    # gguf checks little: a cut or foreign file surfaces as whatever its parsing stumbled on
+    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        if unknown := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error)):
+            raise TPatchError(
+                f"{source}: a tensor has type {unknown[1]}, which the installed gguf package does not know; "
+                f"update that package, or {_READABLE}"
+            ) from error
+        raise TPatchError(f"{source}: not a readable GGUF file ({error}); download or export it again") from error
+
+    name = metadata["general.architecture"]
+    if name not in ARCHITECTURES:
+        raise TPatchError(f"{source}: architecture '{name}' is not supported; supported: {listed(ARCHITECTURES)}")
+    if (parts := metadata.get("split.count", 0)) > 1:
+        raise TPatchError(
+            f"{source}: one of {parts} parts of a model; join them with llama.cpp's llama-gguf-split --merge"
+        )
+    return reader, metadata, ARCHITECTURES[name]
 
 
 def convert_gguf(source: Path, folder: Path, *, progress: Progress | None = None) -> None:
@@ -52,49 +137,29 @@ def convert_gguf(source: Path, folder: Path, *, progress: Progress | None = None
     Example:
         >>> convert_gguf(Path("SmolLM2-135M-Instruct.Q4_1.gguf"), Path("smollm2"))  # doctest: +SKIP
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise TPatchError(
-            f"{source}: reading GGUF needs the gguf package: {install_advice('gguf>=0.17', 'demo')}"
-        ) from error
+    reader, metadata, architecture = open_gguf(source)
+    import gguf
     from safetensors.numpy import save_file
 
-    try:
-        reader = gguf.GGUFReader(source)
-        metadata = Metadata(source, {key: field.contents() for key, field in reader.fields.items()})
-    # gguf checks little: a cut or foreign file surfaces as whatever its parsing stumbled on
-    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-        if unknown := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error)):
-            raise TPatchError(
-                f"{source}: a tensor has type {unknown[1]}, which the installed gguf package does not know; "
-                f"update that package, or {_READABLE}"
-            ) from error
-        raise TPatchError(f"{source}: not a readable GGUF file ({error}); download or export it again") from error
-
     name = metadata["general.architecture"]
-    if name not in _ARCHITECTURES:
-        raise TPatchError(f"{source}: architecture '{name}' is not supported; supported: {listed(_ARCHITECTURES)}")
-    if (parts := metadata.get("split.count", 0)) > 1:
-        raise TPatchError(
-            f"{source}: one of {parts} parts of a model; join them with llama.cpp's llama-gguf-split --merge"
-        )
-    architecture = _ARCHITECTURES[name]
     config = architecture.config(metadata)
     for file, content in tokenizer_files(metadata, metadata.count(f"{name}.context_length")).items():
         (folder / file).write_text(content, encoding="utf-8")
 
     layers = metadata.count(f"{name}.block_count")
-    expected = {
-        pattern.format(i=i): (pattern, target.format(i=i))
-        for pattern, target in architecture.tensors.items()
-        for i in (range(layers) if "{i}" in pattern else [0])
-    }
+    expected = architecture.expected(layers)
     present = {tensor.name for tensor in reader.tensors}
+    missing = expected.keys() - present - {architecture.tied}
+    biases: dict[str, tuple[str, str]] = {}
+    for setting in architecture.biases:
+        possible = architecture.expected(layers, setting)
+        config[setting] = not possible.keys().isdisjoint(present)
+        biases |= possible if config[setting] else {}
+    expected |= biases
     if unknown := sorted(present - expected.keys() - architecture.settings.keys()):
         raise TPatchError(f"{source}: a {name} model with {listed(unknown)} is not supported; use a plain {name} model")
-    if missing := sorted(expected.keys() - present - {architecture.tied}):
-        raise TPatchError(f"{source}: the tensors {listed(missing)} are missing; download or export it again")
+    if missing:
+        raise TPatchError(f"{source}: the tensors {listed(sorted(missing))} are missing; download or export it again")
 
     weights: dict[str, np.ndarray] = {}
     for done, tensor in enumerate(reader.tensors, 1):
@@ -109,9 +174,13 @@ def convert_gguf(source: Path, folder: Path, *, progress: Progress | None = None
         else:
             pattern, target = expected[tensor.name]
             # safetensors stores the buffer as it lies, so a transposed view has to be copied first
-            weights[target] = np.ascontiguousarray(architecture.fixes.get(pattern, _unchanged)(weight, metadata))
+            weights[target] = np.ascontiguousarray(architecture.fixes.get(pattern, UNCHANGED).read(weight, metadata))
         if progress is not None:
             progress("converting", done, len(reader.tensors))
+    # llama.cpp adds a bias where a layer has one; a Hugging Face network has it in all layers or in none.
+    for _, target in biases.values():
+        if target not in weights:
+            weights[target] = np.zeros(weights[target.removesuffix("bias") + "weight"].shape[:1], np.float32)
 
     special = {f"{role}_token_id": id for role, id in special_ids(metadata).items() if role != "unk"}
     tied = {"tie_word_embeddings": architecture.tied not in present}
@@ -122,12 +191,8 @@ def convert_gguf(source: Path, folder: Path, *, progress: Progress | None = None
     _write_json(folder / "generation_config.json", {key: id for key, id in special.items() if id is not None})
 
 
-def _unchanged(weight: np.ndarray, metadata: Metadata) -> np.ndarray:
-    return weight
-
-
-def _transposed(weight: np.ndarray, metadata: Metadata) -> np.ndarray:
-    return weight.T
+UNCHANGED = Fix(lambda weight, metadata: weight, lambda weight, metadata: weight)
+_TRANSPOSED = Fix(lambda weight, metadata: weight.T, lambda weight, metadata: weight.T, True)
 
 
 def _decimal(value: float) -> float:
@@ -205,19 +270,19 @@ def _llama3_scaling(factors: np.ndarray, metadata: Metadata, config: dict[str, A
     return {"rope_parameters": rope | llama3 | {"original_max_position_embeddings": original}}
 
 
-def _half_split(heads: str) -> Callable[[np.ndarray, Metadata], np.ndarray]:
+def _half_split(heads: str) -> Fix:
     """Undo llama.cpp's row order: its rope turns rows (2j, 2j+1) of a head together, Hugging Face's (j, j+d/2)."""
 
-    def fix(weight: np.ndarray, metadata: Metadata) -> np.ndarray:
+    def reordered(weight: np.ndarray, metadata: Metadata, *, write: bool) -> np.ndarray:
         count = metadata.get(heads, metadata["llama.attention.head_count"])
-        rows, columns = weight.shape
-        pairs = weight.reshape(count, rows // count // 2, 2, columns)
-        return pairs.swapaxes(1, 2).reshape(rows, columns)
+        half = weight.shape[0] // count // 2
+        halves = (2, half) if write else (half, 2)
+        return weight.reshape(count, *halves, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
-    return fix
+    return Fix(partial(reordered, write=False), partial(reordered, write=True))
 
 
-_LLAMA = _Architecture(
+_LLAMA = Architecture(
     config=_llama_config,
     tensors={
         "token_embd.weight": "model.embed_tokens.weight",
@@ -234,11 +299,24 @@ _LLAMA = _Architecture(
         "blk.{i}.ffn_down.weight": "model.layers.{i}.mlp.down_proj.weight",
     },
     fixes={
-        "blk.{i}.attn_q.weight": _half_split("llama.attention.head_count"),
-        "blk.{i}.attn_k.weight": _half_split("llama.attention.head_count_kv"),
+        f"blk.{{i}}.attn_{name}.{part}": _half_split(f"llama.attention.{heads}")
+        for name, heads in (("q", "head_count"), ("k", "head_count_kv"))
+        for part in ("weight", "bias")
     },
     tied="output.weight",
     settings={"rope_freqs.weight": _llama3_scaling},
+    biases={
+        setting: {f"blk.{{i}}.{name}.bias": f"model.layers.{{i}}.{target}_proj.bias" for name, target in names.items()}
+        for setting, names in {
+            "mlp_bias": {"ffn_gate": "mlp.gate", "ffn_up": "mlp.up", "ffn_down": "mlp.down"},
+            "attention_bias": {
+                "attn_q": "self_attn.q",
+                "attn_k": "self_attn.k",
+                "attn_v": "self_attn.v",
+                "attn_output": "self_attn.o",
+            },
+        }.items()
+    },
 )
 
 
@@ -275,7 +353,7 @@ _GPT2_NORMS = {
     "blk.{i}.ffn_norm": "transformer.h.{i}.ln_2",
 }
 
-_GPT2 = _Architecture(
+_GPT2 = Architecture(
     config=_gpt2_config,
     tensors={
         "token_embd.weight": "transformer.wte.weight",
@@ -287,9 +365,11 @@ _GPT2 = _Architecture(
         for name, target in (_GPT2_MATRICES | _GPT2_NORMS).items()
         for part in ("weight", "bias")
     },
-    fixes={f"{name}.weight": _transposed for name in _GPT2_MATRICES},
+    fixes={f"{name}.weight": _TRANSPOSED for name in _GPT2_MATRICES},
     tied="output.weight",
     settings={},
+    biases={},
 )
 
-_ARCHITECTURES = {"llama": _LLAMA, "gpt2": _GPT2}
+ARCHITECTURES = {"llama": _LLAMA, "gpt2": _GPT2}
+"""The architectures that are read and written, by GGUF's names."""

@@ -6,10 +6,10 @@ from typing import Any
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["Metadata", "listed", "special_ids"]
+__all__ = ["ROLES", "Metadata", "listed", "special_ids"]
 
-# the name in Hugging Face files -> the name in GGUF keys
-_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+"""From the name of a special token in Hugging Face files to that in GGUF keys."""
 
 # what llama.cpp takes where a file with a SentencePiece vocabulary names none
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unk": 0}
@@ -48,7 +48,7 @@ def special_ids(metadata: Metadata) -> dict[str, int | None]:
     """
     known = len(metadata["tokenizer.ggml.tokens"])
     defaults = _SENTENCEPIECE_IDS if metadata["tokenizer.ggml.model"] == "llama" else {}
-    ids = {role: metadata.get(f"tokenizer.ggml.{key}_token_id", -1) for role, key in _ROLES.items()}
+    ids = {role: metadata.get(f"tokenizer.ggml.{key}_token_id", -1) for role, key in ROLES.items()}
     return {role: id if 0 <= id < known else defaults.get(role) for role, id in ids.items()}
 
 

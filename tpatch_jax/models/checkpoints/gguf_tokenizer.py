@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file as `tokenizer.json` and `tokenizer_config.json`.
+"""The tokenizer of a GGUF file as `tokenizer.json` and `tokenizer_config.json`, and byte-level ones back again.
 
 One entry of `_KINDS` per algorithm, one of `_PRE_TOKENIZERS` per rule that splits text before byte-level BPE.
 """
@@ -6,16 +6,18 @@ One entry of `_KINDS` per algorithm, one of `_PRE_TOKENIZERS` per rule that spli
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.checkpoints.gguf_metadata import Metadata, listed, special_ids
+from tpatch_jax.models.checkpoints.gguf_metadata import ROLES, Metadata, listed, special_ids
+from tpatch_jax.models.tokenizer import Tokenizer
 
-__all__ = ["tokenizer_files"]
+__all__ = ["tokenizer_files", "tokenizer_keys"]
 
 _log = logging.getLogger(__name__)
 
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -247,3 +249,94 @@ def _sentencepiece(metadata: Metadata) -> _Kind:
 
 # `tokenizer.ggml.model` -> its part of tokenizer.json
 _KINDS = {"gpt2": _byte_level, "llama": _sentencepiece}
+
+
+_NAMES = ("gpt-2", "smollm", "llama-bpe")
+"""Which name of a rule that splits text is written."""
+
+_PROBES = (
+    "The capital of France is Paris.",
+    "  two  spaces,\ttabs\n\nand lines \n",
+    "it's 1234567 or 3.14; I'LL see",
+    "naïve café, 日本語 и русский, 🎉🎉",
+    "def f(x):\n    return x**2 + a_b[1:]",
+)
+"""Texts of which a tokenizer that was written must make the same tokens as before."""
+
+
+def tokenizer_keys(tokenizer: Tokenizer, vocabulary: int, longest: int, model: str) -> dict[str, Any]:
+    """A tokenizer as the keys of a GGUF file: the inverse of `tokenizer_files` for byte-level BPE.
+
+    Args:
+        tokenizer: the model's.
+        vocabulary: how many tokens the model has; those beyond the tokenizer's are marked as unused.
+        longest: how many tokens the model takes.
+        model: what messages call the model.
+
+    Raises:
+        TPatchError: it is of another kind, or who reads the keys would make other tokens of some text.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    told = {} if backend is None else json.loads(backend.to_str())
+    kind = told.get("model") or {}
+    pre = next((name for name in _NAMES if _splits(told.get("pre_tokenizer")) == _splits(_PRE_TOKENIZERS[name])), None)
+    if kind.get("type") != "BPE" or pre is None or told.get("normalizer") is not None:
+        raise _unwritten(
+            model, f"is no byte-level BPE that splits text as one of {', '.join(_NAMES)}", "the only ones written"
+        )
+    added = {entry["id"]: entry for entry in told["added_tokens"]}
+    names = {id: token for token, id in kind["vocab"].items()} | {id: entry["content"] for id, entry in added.items()}
+    if max(names) >= vocabulary:
+        raise _unwritten(model, f"has tokens from {vocabulary} on, which the model does not know", "and")
+    types = {id: _CONTROL if entry["special"] else _USER_DEFINED for id, entry in added.items()}
+    template = tokenizer.chat_template
+    keys: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [names.get(id, f"[PAD{id}]") for id in range(vocabulary)],
+        "tokenizer.ggml.token_type": [types.get(id, _NORMAL if id in names else _UNUSED) for id in range(vocabulary)],
+        "tokenizer.ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in kind["merges"]],
+    }
+    ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ROLES}
+    keys |= {f"tokenizer.ggml.{ROLES[role]}_token_id": int(id) for role, id in ids.items() if id is not None}
+    plain, whole = (tokenizer.encode("a", add_special_tokens=added) for added in (False, True))
+    first = next((first for first in range(len(whole)) if whole[first : first + len(plain)] == plain), 0)
+    keys |= {
+        "tokenizer.ggml.add_bos_token": first > 0,
+        "tokenizer.ggml.add_eos_token": len(whole) > first + len(plain),
+    }
+    keys |= {"tokenizer.chat_template": template} if isinstance(template, str) and template else {}
+    _check_written(tokenizer, keys, longest, model)
+    return keys
+
+
+def _unwritten(model: str, reason: str, what: str) -> TPatchError:
+    return TPatchError(
+        f"the tokenizer of {model!r} {reason}, {what}; make a GGUF file of the model with llama.cpp's "
+        "convert_hf_to_gguf.py, and edit and export that (tpatch edit model.gguf)"
+    )
+
+
+def _splits(rule: Any) -> Any:
+    """A rule that splits text without what changes no token."""
+    if isinstance(rule, dict):
+        return {name: _splits(entry) for name, entry in rule.items() if name != "trim_offsets"}
+    return [_splits(entry) for entry in rule] if isinstance(rule, list) else rule
+
+
+def _check_written(tokenizer: Tokenizer, keys: dict[str, Any], longest: int, model: str) -> None:
+    """Make sure that who reads the keys makes the same tokens of texts."""
+    from tokenizers import Tokenizer as Backend
+
+    metadata = Metadata(Path(model), {"general.architecture": "", **keys})
+    read = Backend.from_str(tokenizer_files(metadata, longest)["tokenizer.json"])
+    special = [
+        token
+        for token, kind in zip(keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"], strict=True)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    for text in (*_PROBES, "a".join(["", *special[:32], ""])):
+        for whole in (False, True):
+            wanted = tokenizer.encode(text, add_special_tokens=whole)
+            if read.encode(text, add_special_tokens=whole).ids != wanted:
+                raise _unwritten(model, f"makes other tokens of {text[:40]!r} than the keys of a GGUF file say", "so")
