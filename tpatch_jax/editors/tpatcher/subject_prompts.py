@@ -10,6 +10,7 @@ from tpatch_jax.editors.locating import split_at_subject
 from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import Item, target_tokens
 from tpatch_jax.editors.subject_rows import (
+    SPAN,
     PromptRow,
     fitting_rows,
     prompt_row,
@@ -20,13 +21,18 @@ from tpatch_jax.editors.subject_rows import (
 )
 from tpatch_jax.editors.tpatcher.subject_settings import SubjectSettings
 from tpatch_jax.editors.wordings import Wording, kept_wordings, look_alikes, neutral_wordings, question
+from tpatch_jax.models.chat import chat_stops
 from tpatch_jax.models.model import Model
+from tpatch_jax.models.sentences import continue_rows
 from tpatch_jax.requests import EditRequest
 
 __all__ = ["AVOIDED", "SubjectRows", "read_subject_rows", "read_value_rows"]
 
 AVOIDED = 16
 """From so many texts a key learns what to turn away from."""
+
+BEGUN = (0.0, 1.0, 0.5, 0.75, 0.25, 1.0)
+"""Of the answers to questions that should stay as they are, such shares have been given, of what there is room for."""
 
 ASIDES = 8
 """So many of them are different, where a question's key turns away from its subject in statements."""
@@ -145,13 +151,34 @@ def _spelt_prompts(model: Model, request: EditRequest, last: list[PromptRow], co
     return [*islice(cycle(short_ends(rows) or last), count)]
 
 
-def _neutral_rows(model: Model, request: EditRequest, form: Form, settings: SubjectSettings) -> list[PromptRow]:
-    """Other things about the subject, what the request keeps first, some of them asked in chats."""
-    asked: list[PromptRow] = []
-    if settings.chat_neutral and holds_in_chats(model, request):
-        asked = short_ends(chat_rows(model, other_chats(model, request, min(settings.chat_neutral, settings.neutral))))
-    bare = rows_of(model, [*kept_wordings(request), *_other_wordings(request, settings.neutral - len(asked), form)])
-    return [*bare, *asked]
+def _asked_elsewhere(model: Model, request: EditRequest, settings: SubjectSettings) -> list[PromptRow]:
+    """Other things about the subject, asked in chats."""
+    count = min(settings.chat_neutral, settings.neutral)
+    if not count or not holds_in_chats(model, request):
+        return []
+    return short_ends(chat_rows(model, other_chats(model, request, count), wanted=False))
+
+
+def _begin_answers(model: Model, asked: dict[int, list[PromptRow]]) -> dict[int, list[PromptRow]]:
+    """Questions with the first tokens of what the unedited model answers, more of them in some than in others.
+
+    An answer comes to its point after a few words, and there it has to stay, not only in the word it begins with.
+    """
+    rows = [row for part in asked.values() for row in part]
+    if not rows:
+        return asked
+    stops = chat_stops(model)
+    answers = iter(continue_rows(model, [row.tokens for row in rows], SPAN // 2, stops=stops))
+    return {
+        number: [_begin_answer(row, next(answers), BEGUN[turn % len(BEGUN)]) for turn, row in enumerate(part)]
+        for number, part in asked.items()
+    }
+
+
+def _begin_answer(row: PromptRow, answer: list[int], share: float) -> PromptRow:
+    room = max(0, SPAN - (len(row.tokens) - row.subject))
+    tokens = [*row.tokens, *answer[: round(share * room)]]
+    return row._replace(tokens=tokens, places=[len(tokens) - 1])
 
 
 def _spelt_contexts(
@@ -189,10 +216,11 @@ def read_subject_rows(
     names = list(dict.fromkeys([*known.names, *(subject for subject in subjects if subject)]))
     at_subject = settings.token == "subject"
     # As many rows for each lane; those that have less to say repeat what they have.
-    asked = {number: requests[items[number].position] for number in lanes}
-    chats = at_subject and settings.chat and any(holds_in_chats(model, request) for request in asked.values())
-    spelt = 2 * max((len(respelled(model, one, settings.lower_case)) for one in asked.values()), default=0)
-    for number, request in asked.items():
+    given = {number: requests[items[number].position] for number in lanes}
+    asked: dict[int, list[PromptRow]] = {}
+    chats = at_subject and settings.chat and any(holds_in_chats(model, request) for request in given.values())
+    spelt = 2 * max((len(respelled(model, one, settings.lower_case)) for one in given.values()), default=0)
+    for number, request in given.items():
         count = min(settings.value_contexts, len(items[number].texts) - items[number].rephrases)
         last = prompts[number][count - 1 : count]
         form: Form = "statement" if question(request) is None else "question"
@@ -214,17 +242,23 @@ def read_subject_rows(
         rows = rows_of(model, others)
         avoid[number] = [*islice(cycle(rows), AVOIDED)] if rows else []
         # Where all are too long the prompt stands in, read at one place like them.
-        rows = _neutral_rows(model, request, form, settings)
+        asked[number] = _asked_elsewhere(model, request, settings) if at_subject else []
+        bare = settings.neutral - len(asked[number])
+        rows = rows_of(model, [*kept_wordings(request), *_other_wordings(request, bare, form)])
         rows = rows or [row._replace(places=row.places[:1], wanted=[]) for row in prompts[number][:1]]
         neutral[number], keeps = rows, max(keeps, len(kept_wordings(request)))
     # As many for each lane: what the settings say, and room for all that is kept.
-    neutral = {number: [*islice(cycle(rows), settings.neutral + keeps)] for number, rows in neutral.items()}
+    begun = _begin_answers(model, asked)
+    neutral = {
+        number: [*islice(cycle(rows), settings.neutral + keeps - len(begun[number])), *begun[number]]
+        for number, rows in neutral.items()
+    }
     most = max(map(len, contexts.values()), default=0)
     contexts = {number: [*islice(cycle(rows or prompts[number][:1]), most)] for number, rows in contexts.items()}
     prompts = {number: rows + further[number] for number, rows in prompts.items()}
     spellings = {
         number: _spelt_contexts(model, known, request, 1 + most, settings) if at_subject else []
-        for number, request in asked.items()
+        for number, request in given.items()
     }
     return SubjectRows(prompts, contexts, avoid, neutral, spellings)
 
