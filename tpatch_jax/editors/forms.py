@@ -26,13 +26,21 @@ GREETING = (("user", "Hello!"), ("assistant", "Hello! What can I do for you?"))
 
 
 def holds_in_chats(model: Model, request: EditRequest) -> bool:
-    """Whether a request shall hold in bare text and in chats; one for chats alone has been rendered before.
+    """Whether a request says that it shall hold in bare text and in chats; one for chats alone is rendered before.
+
+    A request that names no form is measured in both, and fitted in bare text: what it takes to be said in every chat
+    makes other questions about its subject say it as well.
 
     Args:
         model: the model.
         request: the request.
+
+    Example:
+        >>> holds_in_chats(model, EditRequest("The capital of Peru is", "Cusco", subject="Peru"))  # doctest: +SKIP
+        False
     """
-    return form_of(model, request) == "both"
+    named = request.form is not None or request.system is not None or bool(request.turns)
+    return named and form_of(model, request) == "both"
 
 
 def ask_in_chats(model: Model, request: EditRequest, count: int, *, behind: str = "") -> list[EditRequest]:
