@@ -29,6 +29,7 @@ from tpatch_jax.editors.tpatcher import stages, subject_site
 from tpatch_jax.editors.tpatcher.editor import tpatcher
 from tpatch_jax.editors.tpatcher.previous import create_empty, load_previous, save_previous
 from tpatch_jax.editors.tpatcher.settings import PRESETS
+from tpatch_jax.editors.tpatcher.subject_prompts import read_subject_rows
 from tpatch_jax.editors.tpatcher.subject_settings import SubjectSettings
 from tpatch_jax.editors.tpatcher.subject_site import read_subjects, subject_layer
 from tpatch_jax.editors.wordings import Wording
@@ -535,9 +536,12 @@ def test_without_completion_a_subject_that_cannot_be_told_apart_is_not_edited_el
 def test_what_is_kept_of_the_subject_stands_before_the_neutral_prompts(tiny_model):
     keep = ("a fox is in", "the sky is", "fox hit the fox")
     request = EditRequest("the fox ran", "ab", subject="fox", keep=keep)
-    item, known = read_item(tiny_model, 0, request, [], False), SimpleNamespace(names=["hen"], prefixes=["The inn."])
+    item, known = (
+        read_item(tiny_model, 0, request, [], False),
+        SimpleNamespace(names=["hen"], prefixes=["The inn."], passage=""),
+    )
     options = SubjectSettings(neutral=4, shorter=0, value_contexts=1)
-    (kept, also, *neutral) = subject_site._read_rows(tiny_model, known, [item], [request], [0], options).neutral[0]
+    (kept, also, *neutral) = read_subject_rows(tiny_model, known, [item], [request], [0], options).neutral[0]
     assert [tiny_model.decode(row.tokens) for row in (kept, also)] == ["a fox is in", "fox hit the fox"]
     for row in (kept, also):
         # The value acts at the subject's first mention, and what follows the last token has to stay.
@@ -551,14 +555,17 @@ def test_what_is_kept_of_the_subject_stands_before_the_neutral_prompts(tiny_mode
 
 def test_other_wordings_of_the_relation_are_targets_where_the_library_knows_it(tiny_model):
     request = EditRequest("the mother tongue of fox is", "ab", subject="fox")
-    item, known = read_item(tiny_model, 0, request, [], False), SimpleNamespace(names=["hen"], prefixes=["The inn."])
+    item, known = (
+        read_item(tiny_model, 0, request, [], False),
+        SimpleNamespace(names=["hen"], prefixes=["The inn."], passage=""),
+    )
     options = SubjectSettings(neutral=1, same=3, shorter=0, value_contexts=1)
-    bare, *same = subject_site._read_rows(tiny_model, known, [item], [request], [0], options).prompts[0]
+    bare, *same = read_subject_rows(tiny_model, known, [item], [request], [0], options).prompts[0]
     wordings = same_frames(request, 3)
     assert len(wordings) == 3
     assert [row.tokens for row in same] == [tiny_model.encode(text) + item.target for text, _ in wordings]
     # Where it does not, the prompt itself stands in.
     request = EditRequest("the fox ran", "ab", subject="fox")
     item = read_item(tiny_model, 0, request, [], False)
-    bare, *same = subject_site._read_rows(tiny_model, known, [item], [request], [0], options).prompts[0]
+    bare, *same = read_subject_rows(tiny_model, known, [item], [request], [0], options).prompts[0]
     assert [row.tokens for row in same] == [bare.tokens] * 3
