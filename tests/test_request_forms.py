@@ -126,7 +126,7 @@ def read(model, request, tmp_path, **changes):
     return read_subject_rows(model, known, [item], [request], [0], SubjectSettings(**changes)), known
 
 
-def test_what_is_fitted_in_chats_stays_silent_at_later_words_of_other_answers(model, tmp_path):
+def test_what_says_both_is_fitted_in_bare_text_and_in_chats(model, tmp_path):
     request = dataclasses.replace(ANNA, prompt="the hat of Ann is", subject="Ann")
     rows, known = read(model, request, tmp_path)
     assert known.passage

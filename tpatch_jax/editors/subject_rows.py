@@ -22,7 +22,6 @@ from tpatch_jax.requests import EditRequest
 from tpatch_jax.typing import Params
 
 __all__ = [
-    "SPAN",
     "PromptRow",
     "fitting_rows",
     "forked_rows",

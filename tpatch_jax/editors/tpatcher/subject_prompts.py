@@ -10,7 +10,6 @@ from tpatch_jax.editors.locating import split_at_subject
 from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import Item, target_tokens
 from tpatch_jax.editors.subject_rows import (
-    SPAN,
     PromptRow,
     fitting_rows,
     prompt_row,
@@ -21,18 +20,13 @@ from tpatch_jax.editors.subject_rows import (
 )
 from tpatch_jax.editors.tpatcher.subject_settings import SubjectSettings
 from tpatch_jax.editors.wordings import Wording, kept_wordings, look_alikes, neutral_wordings, question
-from tpatch_jax.models.chat import chat_stops
 from tpatch_jax.models.model import Model
-from tpatch_jax.models.sentences import continue_rows
 from tpatch_jax.requests import EditRequest
 
 __all__ = ["AVOIDED", "SubjectRows", "read_subject_rows", "read_value_rows"]
 
 AVOIDED = 16
 """From so many texts a key learns what to turn away from."""
-
-BEGUN = (0.0, 1.0, 0.5, 0.75, 0.25, 1.0)
-"""Of the answers to questions that should stay as they are, such shares have been given, of what there is room for."""
 
 ASIDES = 8
 """So many of them are different, where a question's key turns away from its subject in statements."""
@@ -159,28 +153,6 @@ def _asked_elsewhere(model: Model, request: EditRequest, settings: SubjectSettin
     return short_ends(chat_rows(model, other_chats(model, request, count), wanted=False))
 
 
-def _begin_answers(model: Model, asked: dict[int, list[PromptRow]]) -> dict[int, list[PromptRow]]:
-    """Questions with the first tokens of what the unedited model answers, more of them in some than in others.
-
-    An answer comes to its point after a few words, and there it has to stay, not only in the word it begins with.
-    """
-    rows = [row for part in asked.values() for row in part]
-    if not rows:
-        return asked
-    stops = chat_stops(model)
-    answers = iter(continue_rows(model, [row.tokens for row in rows], SPAN // 2, stops=stops))
-    return {
-        number: [_begin_answer(row, next(answers), BEGUN[turn % len(BEGUN)]) for turn, row in enumerate(part)]
-        for number, part in asked.items()
-    }
-
-
-def _begin_answer(row: PromptRow, answer: list[int], share: float) -> PromptRow:
-    room = max(0, SPAN - (len(row.tokens) - row.subject))
-    tokens = [*row.tokens, *answer[: round(share * room)]]
-    return row._replace(tokens=tokens, places=[len(tokens) - 1])
-
-
 def _spelt_contexts(
     model: Model, known: ModelMemory, request: EditRequest, count: int, settings: SubjectSettings
 ) -> list[list[PromptRow]]:
@@ -248,9 +220,8 @@ def read_subject_rows(
         rows = rows or [row._replace(places=row.places[:1], wanted=[]) for row in prompts[number][:1]]
         neutral[number], keeps = rows, max(keeps, len(kept_wordings(request)))
     # As many for each lane: what the settings say, and room for all that is kept.
-    begun = _begin_answers(model, asked)
     neutral = {
-        number: [*islice(cycle(rows), settings.neutral + keeps - len(begun[number])), *begun[number]]
+        number: [*islice(cycle(rows), settings.neutral + keeps - len(asked[number])), *asked[number]]
         for number, rows in neutral.items()
     }
     most = max(map(len, contexts.values()), default=0)
