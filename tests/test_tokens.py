@@ -26,7 +26,7 @@ from tpatch_jax.editors.reading import check_requests, read_item, subject_token
 from tpatch_jax.editors.subject_rows import rephrase_rows
 from tpatch_jax.editors.wordings import shortened
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.checkpoints.export import _width
+from tpatch_jax.models.checkpoints.export import common_width
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, load_model
 from tpatch_jax.models.tokenizer import lost_characters
@@ -375,5 +375,5 @@ def test_nnx_layers_that_share_a_kernel_share_it_again():
 def test_widths_are_such_that_a_quantiser_takes_them():
     for width, neurons, wanted in ((512, 3, 768), (96, 3, 128), (40, 3, 48), (20, 3, 24)):
         model = make_tiny_model(intermediate_size=width)
-        assert _width(tp.merge(model, create(16, neurons))) == wanted
-        assert _width(model) == width
+        assert common_width(tp.merge(model, create(16, neurons))) == wanted
+        assert common_width(model) == width
