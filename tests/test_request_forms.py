@@ -140,6 +140,15 @@ def test_what_says_both_is_fitted_in_bare_text_and_in_chats(model, tmp_path):
     assert {tuple(row.wanted) for row in without.prompts[0]} == {bare}
 
 
+def test_a_spelling_that_has_no_key_trains_no_value(tmp_path):
+    request = EditRequest("so the hat of Ann is", " red", subject="Ann", aliases=("Bo",), form="bare")
+    rows, _ = read(chat_model(None), request, tmp_path, lower_case=False)
+    texts = {chat_model(None).decode(row.tokens[: row.subject + 1]) for row in rows.prompts[0]}
+    assert any(text.endswith("hat of Bo") for text in texts)
+    assert not any("ann" in text for text in texts)
+    assert len(rows.spellings[0]) == 1
+
+
 def test_another_spelling_has_a_key_of_its_own_unless_the_first_knows_it():
     model = chat_model(None)
     requests = [EditRequest("so the hat of Ann is", " red", subject="Ann"), EditRequest("bo is", " red", subject="bo")]

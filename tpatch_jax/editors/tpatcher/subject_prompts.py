@@ -135,12 +135,12 @@ def _long_prompts(
     return [*islice(cycle(short_ends(rows) or last), 2 if chats else 1)]
 
 
-def _spelt_prompts(model: Model, request: EditRequest, last: list[PromptRow], count: int) -> list[PromptRow]:
+def _spelt_prompts(model: Model, others: Sequence[EditRequest], last: list[PromptRow], count: int) -> list[PromptRow]:
     """The prompt with its subject spelt otherwise, bare and in a chat; where there is no such spelling, the same."""
     rows: list[PromptRow] = []
-    for other in respelled(model, request, count > 0):
+    for other in others:
         rows += fitting_rows(model, [Wording.of(*split_at_subject(other))], target_tokens(model, other))
-        if holds_in_chats(model, request):
+        if holds_in_chats(model, other):
             rows += chat_rows(model, ask_in_chats(model, other, 1))
     return [*islice(cycle(short_ends(rows) or last), count)]
 
@@ -154,11 +154,11 @@ def _asked_elsewhere(model: Model, request: EditRequest, settings: SubjectSettin
 
 
 def _spelt_contexts(
-    model: Model, known: ModelMemory, request: EditRequest, count: int, settings: SubjectSettings
+    model: Model, known: ModelMemory, others: Sequence[EditRequest], count: int, settings: SubjectSettings
 ) -> list[list[PromptRow]]:
     """Of each other spelling of a subject so many texts up to it, the bare prompt first."""
     sights = []
-    for other in respelled(model, request, settings.lower_case):
+    for other in others:
         prompt = Wording.of(*split_at_subject(other))
         prefixes = known.prefixes[: settings.value_contexts - 1]
         same, _ = _key_wordings(other, known.prefixes[settings.value_contexts :], [], settings)
@@ -191,7 +191,8 @@ def read_subject_rows(
     given = {number: requests[items[number].position] for number in lanes}
     asked: dict[int, list[PromptRow]] = {}
     chats = at_subject and settings.chat and any(holds_in_chats(model, request) for request in given.values())
-    spelt = 2 * max((len(respelled(model, one, settings.lower_case)) for one in given.values()), default=0)
+    others = {n: respelled(model, one, settings.lower_case) if at_subject else [] for n, one in given.items()}
+    spelt = 2 * max(map(len, others.values()), default=0)
     for number, request in given.items():
         count = min(settings.value_contexts, len(items[number].texts) - items[number].rephrases)
         last = prompts[number][count - 1 : count]
@@ -205,18 +206,18 @@ def read_subject_rows(
                 if at_subject and known.passage
                 else []
             ),
-            *(_spelt_prompts(model, request, last, spelt) if at_subject else []),
+            *_spelt_prompts(model, others[number], last, spelt),
         ]
-        same, others = _key_wordings(request, known.prefixes[settings.value_contexts :], names, settings)
+        same, avoided = _key_wordings(request, known.prefixes[settings.value_contexts :], names, settings)
         if at_subject and known.passage:
             same = [*same, Wording.of(*split_at_subject(request)).after(known.passage)]
         contexts[number] = [*prompts[number][1:], *rows_of(model, same)]
-        rows = rows_of(model, others)
+        rows = rows_of(model, avoided)
         avoid[number] = [*islice(cycle(rows), AVOIDED)] if rows else []
-        # Where all are too long the prompt stands in, read at one place like them.
         asked[number] = _asked_elsewhere(model, request, settings) if at_subject else []
         bare = settings.neutral - len(asked[number])
         rows = rows_of(model, [*kept_wordings(request), *_other_wordings(request, bare, form)])
+        # Where all are too long the prompt stands in, read at one place like them.
         rows = rows or [row._replace(places=row.places[:1], wanted=[]) for row in prompts[number][:1]]
         neutral[number], keeps = rows, max(keeps, len(kept_wordings(request)))
     # As many for each lane: what the settings say, and room for all that is kept.
@@ -227,10 +228,7 @@ def read_subject_rows(
     most = max(map(len, contexts.values()), default=0)
     contexts = {number: [*islice(cycle(rows or prompts[number][:1]), most)] for number, rows in contexts.items()}
     prompts = {number: rows + further[number] for number, rows in prompts.items()}
-    spellings = {
-        number: _spelt_contexts(model, known, request, 1 + most, settings) if at_subject else []
-        for number, request in given.items()
-    }
+    spellings = {n: _spelt_contexts(model, known, spelled, 1 + most, settings) for n, spelled in others.items()}
     return SubjectRows(prompts, contexts, avoid, neutral, spellings)
 
 
