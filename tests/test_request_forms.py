@@ -184,30 +184,30 @@ def test_keys_of_a_lane_stand_together_and_what_is_none_is_silent():
     assert patch.value.shape == patch.key.shape
 
 
-def test_slopes_at_the_start_are_those_of_the_residuals():
-    def run(rows, added):
-        return jax.nn.log_softmax(jnp.sin(rows + added))[:, None]
+def test_slopes_are_those_of_the_residuals():
+    def run(known, added):
+        return jax.nn.log_softmax(jnp.sin(known + added))
 
-    draw = np.random.default_rng(0).normal
-    rows, others = (jnp.asarray(draw(size=(6, 4)), jnp.float32) for _ in range(2))
+    known = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 4)), jnp.float32)
     activity = jnp.asarray([[1.0, 0.5, 0.8], [1.0, 0.9, 0.3]])
-    targets = values.TargetRows(rows, activity, jnp.full((2, 3, 1), 1), jnp.full((2, 3, 1), 1 / 3))
-    stays = jax.nn.log_softmax(jnp.sin(others)).reshape(2, 3, 1, 4)
-    neutral = values.TargetRows(others, activity, stays, jnp.full((2, 3, 1), 1 / 3))
-    problem = values._Problem(targets, neutral, jnp.asarray([[1.0], [2.0]]))
+    targets = values.TargetRows(activity, jnp.full((2, 3, 1), 1), jnp.full((2, 3, 1), 1 / 3))
+    kept = values.KeptRows(activity, jax.nn.log_softmax(jnp.sin(known[:, 3:])))
+    problem = values._Problem(known, targets, kept, jnp.asarray([[1.0], [2.0]]))
     none = jnp.zeros((2, 6))
-    state = values._State(
-        jnp.full((2, 4), 0.3), jnp.zeros((2, 6, 4)), none, none[:, :3], none[:, :3], none.astype(jnp.int32) - 1
-    )
-    looked = values._look_everywhere(Partial(run), problem, state)
+    move = jnp.full((2, 4), 0.3)
+    state = values._State(move, 0 * move, jnp.zeros((2, 6, 4)), none, none[:, :3], none[:, :3], none[:, 0] > 0)
+    looked = values._look_again(Partial(run), problem, state, jnp.int32(0), 1)
 
-    def residual(move, part, tell):
-        return tell(part, values.run_rows(run, part, move * problem.limit))[0]
+    def residual(move):
+        added = jnp.concatenate([activity, activity], 1)[..., None] * (move * problem.limit)[:, None]
+        return values._look(Partial(run), problem, added)[1][0]
 
-    parts = ((targets, values._target_residuals), (neutral, values._neutral_residuals))
-    expected = [jax.jacobian(residual)(state.move, *part) for part in parts]
-    slope = np.concatenate([np.stack([part[lane, :, lane] for lane in range(2)]) for part in expected], 1)
-    np.testing.assert_allclose(looked.slope, slope, rtol=2e-3, atol=1e-5)
-    here = np.concatenate([residual(state.move, *part) for part in parts], 1)
-    np.testing.assert_allclose(looked.offset + np.einsum("nrd,nd->nr", slope, state.move), here, rtol=2e-3, atol=1e-4)
-    assert looked.age.max() == looked.age.min() == 0
+    slope = jax.jacobian(residual)(move)
+    np.testing.assert_allclose(looked.slope, [slope[lane, :, lane] for lane in range(2)], rtol=2e-3, atol=1e-5)
+    np.testing.assert_allclose(looked.residual, residual(move), rtol=1e-5, atol=1e-6)
+    # a step later they are asked for again, or reckoned from what the step did
+    after = looked._replace(move=move + 0.01, step=jnp.full((2, 4), 0.01))
+    reckoned = values._look_again(Partial(run), problem, after, jnp.int32(1), 2)
+    change = np.asarray(reckoned.residual - looked.residual)
+    np.testing.assert_allclose(np.einsum("nrd,nd->nr", reckoned.slope, after.step), change, atol=1e-5)
+    np.testing.assert_allclose(reckoned.slope, slope[jnp.arange(2), :, jnp.arange(2)], rtol=0.1, atol=0.02)

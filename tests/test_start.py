@@ -16,7 +16,7 @@ import tpatch_jax as tp
 from tpatch_jax.cli import main as cli
 from tpatch_jax.cli.edit import summary
 from tpatch_jax.core.start import StartParams, create_start, predict_values, start_features, start_loss
-from tpatch_jax.core.values import TargetRows, ValueTrainingSettings, train_values
+from tpatch_jax.core.values import KeptRows, TargetRows, ValueTrainingSettings, train_values
 from tpatch_jax.display.edit import show_edit
 from tpatch_jax.editors.base import EditInfo, RequestInfo
 from tpatch_jax.editors.tpatcher import start_file
@@ -115,25 +115,25 @@ def test_features_are_five_parts_of_one_size(dtype):
     assert np.isfinite(start_features(*(0 * x for x in (query, end, hidden, target, weight)))).all()
 
 
-def toy_run(rows, added):
-    return jax.nn.log_softmax(rows + added)[:, None]
+def toy_run(known, added):
+    return jax.nn.log_softmax(known[:, None] + added)
 
 
 def toy(wanted, beside=True):
     """Lanes that should each say a token right away, where the network is nothing but a softmax."""
     lanes, one = len(wanted), jnp.ones((len(wanted), 1))
-    targets = TargetRows(jnp.zeros((lanes, 4)), one, jnp.asarray(wanted)[:, None, None], one[..., None])
-    neutral = TargetRows(jnp.zeros((lanes, 4)), 0.1 * one, jnp.full((lanes, 1, 1, 4), jnp.log(0.25)), one[..., None])
-    return targets, neutral if beside else None
+    targets = TargetRows(one, jnp.asarray(wanted)[:, None, None], one[..., None])
+    kept = KeptRows(0.1 * one, jnp.full((lanes, 1, 4), jnp.log(0.25)))
+    return jnp.zeros((lanes, 4)), targets, kept if beside else None
 
 
 def test_the_loss_goes_down_its_gradient():
-    targets, neutral = toy([2, 1, 3])
+    known, targets, kept = toy([2, 1, 3])
     features, limit = jax.random.normal(jax.random.key(2), (3, 20)), jnp.full(3, 8.0)
     params = create_start(jax.random.key(0), 4, 8)
 
     def loss(params):
-        return start_loss(params, features, limit, targets, neutral, toy_run, 1.0)
+        return start_loss(params, features, limit, known, targets, kept, toy_run, 1.0)
 
     with jax.numpy_dtype_promotion("strict"):
         whole, (said, moved) = jax.jit(loss)(params)
@@ -148,7 +148,7 @@ def test_the_loss_goes_down_its_gradient():
     assert float(moved_after) > 0
     # of a target that counts for nothing nothing is learnt
     silent = targets._replace(weight=targets.weight.at[0].set(0.0))
-    only = start_loss(params, features, limit, silent, neutral, toy_run, 1.0)[1][0]
+    only = start_loss(params, features, limit, known, silent, kept, toy_run, 1.0)[1][0]
     assert float(only) == pytest.approx(np.log(4), rel=1e-5)
 
 
@@ -156,28 +156,27 @@ def test_the_loss_goes_down_its_gradient():
 
 
 def test_a_start_that_says_everything_is_left_as_it_is():
-    targets, neutral = toy([2, 1])
+    rows = toy([2, 1])
     start = 7.0 * jax.nn.one_hot(jnp.asarray([2, 1]), 4)
     settings = ValueTrainingSettings(longest=20.0)
-    values, info = train_values(targets, neutral, toy_run, jnp.ones(2), settings, start)
+    values, info = train_values(*rows, toy_run, jnp.ones(2), settings, start)
     assert info.steps.tolist() == [0, 0]
     assert info.at_start.tolist() == [True, True]
     np.testing.assert_allclose(values, start, rtol=1e-6)
     np.testing.assert_allclose(info.loss, np.log1p(3 * np.exp(-7.0)), rtol=1e-3)
     assert (info.closeness > 0).all()
     # without one, and with one that says something else, there is something to do
-    for other in (None, jnp.zeros((2, 4)), 7.0 * jax.nn.one_hot(jnp.asarray([0, 0]), 4)):
-        _, info = train_values(targets, neutral, toy_run, jnp.ones(2), settings, other)
+    for other in (jnp.zeros((2, 4)), 7.0 * jax.nn.one_hot(jnp.asarray([0, 0]), 4)):
+        _, info = train_values(*rows, toy_run, jnp.ones(2), settings, other)
         assert (info.steps > 0).all()
         assert not info.at_start.any()
         assert (info.loss < 0.06).all()
 
 
 def test_what_is_short_of_its_limit_is_cut_to_it():
-    targets, _ = toy([2], beside=False)
     settings = ValueTrainingSettings(longest=2.0, steps=0)
     values, info = train_values(
-        targets, None, toy_run, jnp.ones(1), settings, 50.0 * jax.nn.one_hot(jnp.asarray([2]), 4)
+        *toy([2], beside=False), toy_run, jnp.ones(1), settings, 50.0 * jax.nn.one_hot(jnp.asarray([2]), 4)
     )
     np.testing.assert_allclose(values, [[0, 0, 2, 0]], atol=1e-6)
     assert info.loss[0] == pytest.approx(np.log1p(3 * np.exp(-2.0)), rel=1e-4)
@@ -186,10 +185,9 @@ def test_what_is_short_of_its_limit_is_cut_to_it():
 
 def test_whatever_starts_beside_a_lane_it_ends_where_it_would_alone():
     wanted = [2, 1, 3, 0]
-    targets, neutral = toy(wanted)
     start = jnp.asarray([[0, 0, 7.0, 0], [0, 0, 0, 0], [3.0, 0, 0, 0], [np.nan, 0, 0, 0]])
     settings = ValueTrainingSettings(longest=20.0)
-    values, info = train_values(targets, neutral, toy_run, jnp.ones(4), settings, start)
+    values, info = train_values(*toy(wanted), toy_run, jnp.ones(4), settings, start)
     assert info.at_start.tolist() == [True, False, False, False]
     assert info.steps[3] == 0
     for lane in range(3):

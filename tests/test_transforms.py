@@ -170,8 +170,11 @@ def test_another_layer_is_another_program(model, tokens):
 
 
 def test_a_fork_that_crossed_jit_is_resumed(model, tokens):
-    first = jnp.asarray([2, 0, 1, 3], jnp.int32)
-    run = lambda params: networks.fork(model.config, params, tokens, 1, first, 4)  # noqa: E731
+    count = tokens.shape[1]
+    places = jnp.broadcast_to(jnp.arange(count), tokens.shape)
+    sees = jnp.broadcast_to(jnp.tri(count, dtype=bool), (*tokens.shape, count))
+    pack = networks.Pack(tokens, places, sees, places[:, 2:])
+    run = lambda params: networks.fork(model.config, params, pack, 1)  # noqa: E731
     forked, expected = jax.jit(run)(model.params), run(model.params)
     assert forked.layer == 1
     assert isinstance(forked.layer, int)

@@ -3,13 +3,13 @@
 What it is trained on is what values are trained on: prompts that should say the target, and prompts that should stay.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from tpatch_jax.core.values import Run, TargetRows, kept_close, losses_of_rows, run_rows
+from tpatch_jax.core.values import KeptRows, Run, TargetRows, kept_close, losses_of_rows, run_rows
 
 __all__ = ["StartParams", "create_start", "predict_values", "start_features", "start_loss"]
 
@@ -115,8 +115,9 @@ def start_loss(
     params: StartParams,
     features: Float[Array, "lanes features"],
     limit: Float[Array, " lanes"],
+    known: Any,
     targets: TargetRows,
-    neutral: TargetRows,
+    kept: KeptRows,
     run: Run,
     closeness: float,
 ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Float[Array, ""]]]:
@@ -126,8 +127,9 @@ def start_loss(
         params: the network.
         features: of each lane.
         limit: each value's largest length.
+        known: what ``run`` knows of the lanes.
         targets: where and what each lane's value should make the model say.
-        neutral: where it should change little.
+        kept: where it should change little.
         run: the network after the cut, as `tpatch_jax.core.values.train_values` takes it.
         closeness: weight of the divergence from the unedited model.
 
@@ -135,18 +137,21 @@ def start_loss(
         The loss, and its two parts as they are: the targets' mean loss and the mean divergence, in nats.
 
     Example:
-        >>> run = lambda rows, added: jax.nn.log_softmax(rows + added)[:, None]
-        >>> one = jnp.ones((1, 1, 1))
-        >>> targets = TargetRows(jnp.zeros((1, 4)), one[0], jnp.array([[[2]]]), one)
-        >>> neutral = TargetRows(jnp.zeros((1, 4)), one[0], jnp.full((1, 1, 1, 4), jnp.log(0.25)), one)
+        >>> run = lambda known, added: jax.nn.log_softmax(known[:, None] + added)
+        >>> one, known = jnp.ones((1, 1)), jnp.zeros((1, 4))
+        >>> targets = TargetRows(one, jnp.array([[[2]]]), one[None])
+        >>> kept = KeptRows(one, jnp.full((1, 1, 4), jnp.log(0.25)))
         >>> params = create_start(jax.random.key(0), 4, 8)
-        >>> round(start_loss(params, jnp.ones((1, 20)), jnp.ones(1), targets, neutral, run, 1.0)[1][0].item(), 3)
+        >>> parts = start_loss(params, jnp.ones((1, 20)), jnp.ones(1), known, targets, kept, run, 1.0)[1]
+        >>> round(parts[0].item(), 3)
         1.386
     """
     values = predict_values(params, features, limit)
-    losses = losses_of_rows(targets, run_rows(run, targets, values))
+    activity = jnp.concatenate([targets.activity, kept.activity], 1)
+    said, others = run_rows(run, known, targets, kept, activity[..., None] * values[:, None])
+    losses = losses_of_rows(targets, said)
     counts = jnp.sum(targets.weight, 2) > 0
     number = jnp.maximum(jnp.sum(counts), 1).astype(losses.dtype)
     short = jnp.sum(jnp.where(counts, jax.nn.softplus(2 * (losses - PRESSED)) / 2, 0.0)) / number
-    moved = jnp.mean(kept_close(neutral.wanted[:, :, 0], run_rows(run, neutral, values)[:, :, 0]))
+    moved = jnp.mean(kept_close(kept.before, others))
     return short + closeness * moved, (jnp.sum(jnp.where(counts, losses, 0.0)) / number, moved)

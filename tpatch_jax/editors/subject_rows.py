@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +11,24 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from tpatch_jax.core.sizes import power_of_two, round_up
+from tpatch_jax.core.sizes import in_quarters, power_of_two
 from tpatch_jax.editors.locating import locate_subject
 from tpatch_jax.editors.reading import Item, subject_token
 from tpatch_jax.editors.wordings import Wording, shortened
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
-from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.typing import Params
 
 __all__ = [
+    "ForkedRows",
+    "KnownRows",
     "PromptRow",
     "fitting_rows",
-    "forked_rows",
+    "fork_rows",
+    "known_rows",
+    "pack_lanes",
     "prompt_row",
     "rephrase_rows",
     "row_of",
@@ -109,65 +113,118 @@ def short_ends(rows: Sequence[PromptRow]) -> list[PromptRow]:
     return [row for row, end in zip(rows, ends, strict=True) if end <= most]
 
 
-@partial(jax.jit, static_argnames="longest")
-def _concatenate(leaves: Sequence[Array], order: Int[Array, " rows"], longest: int | None = None) -> Array:
-    """Rows of several parts in another order, padded to ``longest``. Most leaves are alike, so few are compiled."""
-    if longest is not None:
-        width = [[(0, 0), (0, longest - leaf.shape[1]), (0, 0), (0, 0)] for leaf in leaves]
-        leaves = list(map(jnp.pad, leaves, width))
-    return jnp.concatenate(list(leaves))[order]
+class ForkedRows(NamedTuple):
+    """Rows of some lanes, run up to a layer's FFN, and what of them is run again.
+
+    Attributes:
+        fork: one pack for each lane.
+        first: the token at which each row's subject ends, among the ends of its pack, ``[lanes, rows]`` int.
+        places: where tokens are wanted in each row, among the same, ``[lanes, rows, places]`` int.
+    """
+
+    fork: networks.Fork
+    first: Int[Array, "lanes rows"]
+    places: Int[Array, "lanes rows places"]
 
 
-def _join(parts: Sequence[networks.Fork], order: Int[Array, " rows"], layer: int) -> networks.Fork:
-    """Rows of several lengths together, in another order; caches are padded to the longest."""
-    longest = max(leaf.shape[1] for part in parts for leaf in jax.tree.leaves(part.caches))
+class _Packed(NamedTuple):
+    """One lane's rows: tokens, their positions, the token before each or -1, and for each row its ends' numbers."""
 
-    def join(*leaves: Array) -> Array:
-        return _concatenate(leaves, order)
-
-    fields = {name: join(*(getattr(part, name) for part in parts)) for name in networks.Fork._fields[:4]}
-    caches = jax.tree.map(lambda *leaves: _concatenate(leaves, order, longest), *(part.caches for part in parts))
-    return networks.Fork(**fields, caches=caches, hidden=join(*(part.hidden for part in parts)), layer=layer)
+    tokens: list[int]
+    positions: list[int]
+    before: list[int]
+    ends: list[list[int]]
 
 
-def forked_rows(
-    model: Model, rows: Sequence[PromptRow], layer: int, places: int
-) -> tuple[networks.Fork, Int[Array, "rows places"]]:
-    """Rows run up to a layer's FFN, from their subject on, and where in that part tokens are wanted.
+def _pack_rows(rows: Sequence[PromptRow]) -> _Packed:
+    """Rows of which all that stands before their subjects' ends, and is the same, is there once."""
+    packed, known = _Packed([], [], [], []), {}
+    for number, row in enumerate(rows):
+        last, ends = -1, []
+        for position, token in enumerate(row.tokens):
+            # From its subject's end on each row is changed by itself.
+            name = last, token, number if position >= row.subject else -1
+            if (node := known.get(name)) is None:
+                node = known[name] = len(packed.tokens)
+                packed.tokens.append(token)
+                packed.positions.append(position)
+                packed.before.append(last)
+            if position >= row.subject:
+                ends.append(node)
+            last = node
+        packed.ends.append(ends)
+    return packed
+
+
+def pack_lanes(lanes: Sequence[Sequence[PromptRow]]) -> tuple[networks.Pack, list[list[int]]]:
+    """The rows of some lanes, each lane's in one pack.
+
+    Args:
+        lanes: the rows of each.
+
+    Returns:
+        The packs, and for each row of each lane where its ends begin among those of its pack.
+    """
+    parts = [_pack_rows(rows) for rows in lanes]
+    counts = [sum(map(len, part.ends)) for part in parts]
+    # Few sizes, so that another prompt seldom compiles anything; at least one token is padding.
+    size, ends = in_quarters(max(len(part.tokens) for part in parts) + 1, 64), in_quarters(max(counts), 32)
+    shape = (len(parts), size)
+    tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    sees = np.broadcast_to(np.eye(size, dtype=bool), (*shape, size)).copy()
+    again = np.full((len(parts), ends), size - 1, np.int32)
+    begins = []
+    for lane, part in enumerate(parts):
+        tokens[lane, : len(part.tokens)], positions[lane, : len(part.tokens)] = part.tokens, part.positions
+        for node, before in enumerate(part.before):
+            if before >= 0:
+                sees[lane, node] |= sees[lane, before]
+        again[lane, : counts[lane]] = [*chain(*part.ends)]
+        begins.append([0, *np.cumsum([len(row) for row in part.ends])[:-1].tolist()])
+    return networks.Pack(*map(jnp.asarray, (tokens, positions, sees, again))), begins
+
+
+def fork_rows(model: Model, lanes: Sequence[Sequence[PromptRow]], layer: int, places: int) -> ForkedRows:
+    """Rows of some lanes, equally many each, run up to a layer's FFN, and from their subjects' ends on.
 
     Args:
         model: the model.
-        rows: the rows.
+        lanes: the rows of each.
         layer: the layer.
-        places: as many places for each row; those it has not are place 0.
-
-    Returns:
-        A `tpatch_jax.models.networks.Fork` and the places, ``[rows, places]``, counted from the subject.
+        places: as many places for each row; those it has not are its subject's end.
     """
-    # Few sizes, so that another prompt seldom compiles anything.
-    span = power_of_two(max(len(row.tokens) - row.subject for row in rows), 8)
-    order: list[int] = []
-    parts: list[networks.Fork] = []
-    # Rows of like length together: a few with a long context would else lengthen all.
-    lengths = np.asarray([power_of_two(len(row.tokens), 16) for row in rows])
-    for length in np.unique(lengths):
-        part = np.flatnonzero(lengths == length).tolist()
-        there = [*part, *[part[-1]] * (round_up(len(part), 8) - len(part))]
-        tokens = tokens_array([rows[row].tokens for row in there], int(length))
-        first = jnp.asarray([rows[row].subject for row in there], jnp.int32)
-        parts.append(networks.fork(model.config, model.params, tokens, layer, first, span))
-        order += there
-    back = np.zeros(len(rows), int)
-    back[order[::-1]] = np.arange(len(order))[::-1]
-    joined = _join(parts, jnp.asarray(back), layer)
-    table = np.zeros((len(rows), places), np.int32)
-    for number, row in enumerate(rows):
-        table[number, : len(row.places)] = np.asarray(row.places) - row.subject
-    return joined, jnp.asarray(table)
+    pack, begins = pack_lanes(lanes)
+    table = np.zeros((len(lanes), len(lanes[0]), places), np.int32)
+    for lane, rows in enumerate(lanes):
+        for number, row in enumerate(rows):
+            there = np.asarray(row.places[:places]) - row.subject
+            table[lane, number] = begins[lane][number]
+            table[lane, number, : len(there)] += there.astype(np.int32)
+    forked = networks.fork(model.config, model.params, pack, layer)
+    return ForkedRows(forked, jnp.asarray(begins, jnp.int32), jnp.asarray(table))
+
+
+class KnownRows(NamedTuple):
+    """What the network after a cut knows of some lanes' rows.
+
+    Attributes:
+        fork: the fields of a `tpatch_jax.models.networks.Fork` but for its layer.
+        first: see `ForkedRows`.
+        places: where log-probabilities are read, among the ends of each lane's pack, ``[lanes, places]`` int.
+    """
+
+    fork: tuple[Any, ...]
+    first: Int[Array, "lanes rows"]
+    places: Int[Array, "lanes places"]
+
+
+def known_rows(forked: ForkedRows, places: Int[Array, "lanes places"]) -> KnownRows:
+    """Forked rows as `runner` takes them, read at some places of each lane."""
+    return KnownRows(tuple(forked.fork[:-1]), forked.first, places)
 
 
 def runner(model: Model, layer: int, *, stream: bool = False) -> Partial:
-    """The network from a layer's FFN on: from `forked_rows` and what is added at their subjects to log-probabilities.
+    """The network from a layer's FFN on: from what is added at the ends of some rows' subjects to log-probabilities.
 
     Args:
         model: the model.
@@ -176,7 +233,7 @@ def runner(model: Model, layer: int, *, stream: bool = False) -> Partial:
             the FFN's output is normed; by default to the FFN's output.
 
     Returns:
-        ``((fork's fields, places), added [rows, d]) -> [rows, places, vocabulary]``, as
+        ``(a KnownRows, added [lanes, rows, d]) -> [lanes, places, vocabulary]``, as
         `tpatch_jax.core.values.train_values` runs it.
     """
     return Partial(_runner(model.config, layer, stream), networks.after(model.params, layer))
@@ -188,23 +245,25 @@ def _runner(config: NetworkConfig, layer: int, stream: bool) -> Callable[..., Ar
 
     @jax.jit
     def run(
-        params: Params, rows: tuple[tuple, Array], added: Float[Array, "rows d"]
-    ) -> Float[Array, "rows places vocabulary"]:
-        forked, places = networks.Fork(*rows[0], layer=layer), rows[1]
-        changed = (forked.residual if stream else forked.output).at[:, 0].add(added.astype(forked.output.dtype))
+        params: Params, known: KnownRows, added: Float[Array, "lanes rows d"]
+    ) -> Float[Array, "lanes places vocabulary"]:
+        forked = networks.Fork(*known.fork, layer=layer)
+        place = forked.residual if stream else forked.output
+        lane = jnp.arange(place.shape[0])[:, None]
+        changed = place.at[lane, known.first].add(added.astype(place.dtype))
         forked, output = (forked._replace(residual=changed), forked.output) if stream else (forked, changed)
-        return _log_probs(config, params, networks.resume_fork(config, params, forked, output), places)
+        return _log_probs(config, params, networks.resume_fork(config, params, forked, output), known.places)
 
     return run
 
 
-def said_at(model: Model, forked: networks.Fork, places: Int[Array, "rows places"]) -> Array:
-    """Log-probabilities of what comes next as rows stand, at places counted from the subject: ``[rows, places, v]``."""
+def said_at(model: Model, forked: networks.Fork, places: Int[Array, "lanes places"]) -> Array:
+    """Log-probabilities of what comes next as rows stand, at places among their ends: ``[lanes, places, v]``."""
     return _log_probs(model.config, networks.final_weights(model.config, model.params), forked.hidden, places)
 
 
 @partial(jax.jit, static_argnames="config")
 def _log_probs(config: NetworkConfig, params: Params, hidden: Array, places: Array) -> Array:
-    """From the residual stream after the last block, ``[rows, span, d]``, to log-probabilities at some places."""
+    """From the residual stream after the last block, ``[lanes, ends, d]``, to log-probabilities at some places."""
     end = jnp.take_along_axis(hidden, places[..., None], 1)
     return jax.nn.log_softmax(networks.logits(config, params, end))

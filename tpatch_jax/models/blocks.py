@@ -9,12 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import LayerKind, NetworkConfig
 
-__all__ = ["HIDDEN", "Around", "Attention", "Block", "Cache", "CrossAttention", "Norm", "relative_bias", "softcap"]
+__all__ = [
+    "HIDDEN",
+    "Around",
+    "Attention",
+    "Block",
+    "Cache",
+    "CrossAttention",
+    "Norm",
+    "Seen",
+    "relative_bias",
+    "softcap",
+]
 
 HIDDEN = -1e30
 """Added to the scores of what attention must not see. Not minus infinity: a padded position may see nothing at all."""
@@ -41,6 +52,18 @@ class Cache(NamedTuple):
     states: States | None = None
 
 
+class Seen(NamedTuple):
+    """What each token looks at, where rows that begin alike share tokens; see `tpatch_jax.models.forks.Pack`.
+
+    Attributes:
+        visible: which of the tokens that were read, those of the cache first, ``[batch, tokens, seen]`` bool.
+        positions: of these, ``[batch, seen]`` int.
+    """
+
+    visible: Bool[Array, "batch tokens seen"]
+    positions: Int[Array, "batch seen"]
+
+
 class Around(NamedTuple):
     """What all blocks of a stack read besides the residual stream.
 
@@ -49,11 +72,14 @@ class Around(NamedTuple):
             and `HIDDEN` at the padding of an encoder.
         states: the encoder's states, ``[batch, source, d]``.
         states_bias: added to the scores of cross-attention, ``[batch, 1, 1, source]``: `HIDDEN` at padding.
+        seen: what each token looks at, where it is not all that comes before it. A cache then holds tokens in the order
+            in which they were read, and grows by those that are read now.
     """
 
     bias: Float[Array, "batch heads tokens seen"] | None = None
     states: Float[Array, "batch source hidden"] | None = None
     states_bias: Float[Array, "batch 1 1 source"] | None = None
+    seen: Seen | None = None
 
 
 class Norm(nnx.Module):
@@ -208,10 +234,10 @@ class Attention(nnx.Module):
         x: Float[Array, "batch tokens hidden"],
         positions: Int[Array, "batch tokens"],
         cache: Cache | None,
-        bias: Float[Array, "batch heads tokens seen"] | None,
+        around: Around,
     ) -> tuple[Float[Array, "batch tokens hidden"], Cache | None]:
         """Mix ``x [batch, tokens, d]`` at the given positions; a cache is read and grown."""
-        config, (batch, tokens, _) = self.config, x.shape
+        config, bias, seen, (batch, tokens, _) = self.config, around.bias, around.seen, x.shape
         query = self.query(x).reshape(batch, tokens, config.heads, config.head_width)
         key = self.key(x).reshape(batch, tokens, config.key_value_heads, config.head_width)
         value = self.value(x).reshape(batch, tokens, config.key_value_heads, config.head_width)
@@ -219,7 +245,11 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if frequencies := self.kind.rope_frequencies:
             query, key = (_rotate(part, positions, config, frequencies) for part in (query, key))
-        if cache is not None:
+        if seen is not None:
+            if cache is not None:
+                key, value = (jnp.concatenate(pair, 1) for pair in ((cache.key, key), (cache.value, value)))
+            cache = Cache(key, value)
+        elif cache is not None:
             lane = jnp.arange(batch)[:, None]
             # Positions past the cache's end belong to padding; dropping them keeps real entries whole.
             key = cache.key.at[lane, positions].set(key.astype(cache.key.dtype), mode="drop")
@@ -233,8 +263,10 @@ class Attention(nnx.Module):
                 scores = scores + _by_group(bias, config.heads // config.key_value_heads)
             if not config.causal:
                 return scores
-            back = positions[:, :, None] - jnp.arange(key.shape[1])[None, None, :]
-            visible = (back >= 0) & (back < self.kind.window) if self.kind.window else back >= 0
+            there = jnp.arange(key.shape[1])[None] if seen is None else seen.positions
+            back = positions[:, :, None] - there[:, None, :]
+            visible = back >= 0 if seen is None else seen.visible
+            visible = visible & (back < self.kind.window) if self.kind.window else visible
             return jnp.where(visible[:, None, None], scores, HIDDEN)
 
         return self.output(_attend(config, query, key, value, hide)), cache
@@ -302,13 +334,13 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"], Cache | None]:
         """From the residual stream to the stream beside the FFN, the FFN's input, and the grown cache."""
         if self.config.post_norm:
-            mixed, cache = self.attention(x, positions, cache, around.bias)
+            mixed, cache = self.attention(x, positions, cache, around)
             x = self.norm_1(x + mixed)
             if self.config.encoder:
                 x = self.norm_cross(x + self._from_states(x, cache, around))
             return x, x, cache
         read = self.norm_1(x)
-        mixed, cache = self.attention(read, positions, cache, around.bias)
+        mixed, cache = self.attention(read, positions, cache, around)
         if self.config.sandwich:
             mixed = self.norm_attention(mixed)
         residual = x + mixed

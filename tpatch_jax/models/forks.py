@@ -1,64 +1,71 @@
-"""Rows that are cut at one layer, of which only the end is run again."""
+"""Rows that begin alike, packed and cut at one layer, of which only the ends are run again."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.blocks import Around, Cache
-from tpatch_jax.models.caches import empty_cache
+from tpatch_jax.models.blocks import Around, Cache, Seen
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.pytrees import with_static_fields
-from tpatch_jax.models.stack import leave_block, run_block, without_ffn
-from tpatch_jax.models.tracing import trace
+from tpatch_jax.models.stack import embed_tokens, enter_block, leave_block, run_block, without_ffn
 from tpatch_jax.typing import Params
 
-__all__ = ["Fork", "after", "fork", "resume_fork"]
+__all__ = ["Fork", "Pack", "after", "fork", "resume_fork"]
+
+
+class Pack(NamedTuple):
+    """Rows of text in one sequence: what some of them begin with stands once, and each token sees its rows alone.
+
+    Attributes:
+        tokens: ``[packs, tokens]`` int; padding is anything.
+        positions: of each in its rows, ``[packs, tokens]`` int.
+        sees: which tokens each looks at, itself among them, ``[packs, tokens, tokens]`` bool; padding sees itself.
+        ends: the tokens that are run again, ``[packs, ends]`` int; what fills up is padding.
+    """
+
+    tokens: Int[Array, "packs tokens"]
+    positions: Int[Array, "packs tokens"]
+    sees: Bool[Array, "packs tokens tokens"]
+    ends: Int[Array, "packs ends"]
 
 
 @with_static_fields("layer")
 class Fork(NamedTuple):
-    """Rows cut at one layer, of which only the end is run again: a change at a token reaches no earlier one.
+    """Packed rows cut at one layer, of which only the ends are run again: a change at a token reaches no earlier one.
 
     A pytree, of which the layer is static.
 
     Attributes:
-        query: the FFN's input from each row's first position on, ``[rows, span, d]``.
-        output: the FFN's output there, ``[rows, span, d]``.
-        residual: the residual stream beside the FFN there, ``[rows, span, d]``.
-        positions: where that is, ``[rows, span]``; positions past a row's end are padding.
+        query: the FFN's input at the ends, ``[packs, ends, d]``.
+        output: the FFN's output there, ``[packs, ends, d]``.
+        residual: the residual stream beside the FFN there, ``[packs, ends, d]``.
+        positions: of the ends in their rows, ``[packs, ends]``.
+        seen: what the ends look at: tokens before them, and each other.
         caches: keys and values of all tokens in each layer after the cut.
-        hidden: the residual stream after the last block there, as the row stands, ``[rows, span, d]``.
+        hidden: the residual stream after the last block at the ends, as the rows stand, ``[packs, ends, d]``.
         layer: the cut.
     """
 
-    query: Float[Array, "rows span hidden"]
-    output: Float[Array, "rows span hidden"]
-    residual: Float[Array, "rows span hidden"]
-    positions: Int[Array, "rows span"]
+    query: Float[Array, "packs ends hidden"]
+    output: Float[Array, "packs ends hidden"]
+    residual: Float[Array, "packs ends hidden"]
+    positions: Int[Array, "packs ends"]
+    seen: Seen
     caches: list[Cache]
-    hidden: Float[Array, "rows span hidden"]
+    hidden: Float[Array, "packs ends hidden"]
     layer: int
 
 
-def fork(
-    config: NetworkConfig,
-    params: Params,
-    tokens: Int[Array, "rows tokens"],
-    layer: int,
-    first: Int[Array, "rows"],
-    span: int,
-) -> Fork:
-    """Run rows through the network once and keep what running their ends again needs.
+def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int) -> Fork:
+    """Run packed rows through the network once and keep what running their ends again needs.
 
     Args:
         config: the network's description.
         params: the network's parameters.
-        tokens: ``[rows, tokens]`` int, padded on the right.
+        pack: the rows.
         layer: where to cut.
-        first: the position in each row from which on the FFN's output may change, ``[rows]`` int.
-        span: how many positions from there are looked at.
 
     Returns:
         The `Fork`.
@@ -68,38 +75,42 @@ def fork(
     """
     if config.architecture != "decoder":
         raise TPatchError(f"rows of an {config.architecture} cannot be forked; only those of a decoder can")
-    traced = trace(config, params, tokens, layer)
-    positions = first[:, None] + jnp.arange(span)
-    index = jnp.minimum(positions, tokens.shape[1] - 1)[..., None]
-    end = lambda x: jnp.take_along_axis(x, index, 1)  # noqa: E731
-    residual = traced.context["residual"]
-    x = leave_block(config, config.kind(layer), without_ffn(params["layers"][layer]), residual, traced.output)
-    empty = empty_cache(config, params, tokens.shape[0], tokens.shape[1])
+    tokens, positions, sees, ends = pack
+    around, layers = Around(seen=Seen(sees, positions)), params["layers"]
+    x = embed_tokens(config, params, tokens, positions)
+    for number in range(layer):
+        x, _ = run_block(config, config.kind(number), layers[number], x, positions, None, around)
+    residual, query, output = enter_block(config, config.kind(layer), layers[layer], x, positions, None, around)
+    x = leave_block(config, config.kind(layer), without_ffn(layers[layer]), residual, output)
     caches = []
     for number in range(layer + 1, config.layers):
-        kind = config.kind(number)
-        x, cache = run_block(
-            config, kind, params["layers"][number], x, traced.context["positions"], empty[number], Around()
-        )
+        x, cache = run_block(config, config.kind(number), layers[number], x, positions, None, around)
         caches.append(cache)
-    return Fork(end(traced.query), end(traced.output), end(residual), positions, caches, end(x), layer)
+    end = lambda x: jnp.take_along_axis(x, ends[..., None], 1)  # noqa: E731
+    rows = end(sees)
+    # An end looks at the ends before it as they are run again, not as they stood.
+    again = jnp.any(ends[..., None] == jnp.arange(tokens.shape[1]), 1)
+    visible = jnp.concatenate([rows & ~again[:, None], jnp.take_along_axis(rows, ends[:, None], 2)], 2)
+    where = jnp.take_along_axis(positions, ends, 1)
+    seen = Seen(visible, jnp.concatenate([positions, where], 1))
+    return Fork(end(query), end(output), end(residual), where, seen, caches, end(x), layer)
 
 
 def resume_fork(
-    config: NetworkConfig, params: Params, forked: Fork, output: Float[Array, "rows span hidden"]
-) -> Float[Array, "rows span hidden"]:
-    """Run the rows' ends after the cut from a given FFN output: the residual stream, ``[rows, span, d]``.
+    config: NetworkConfig, params: Params, forked: Fork, output: Float[Array, "packs ends hidden"]
+) -> Float[Array, "packs ends hidden"]:
+    """Run the rows' ends after the cut from a given FFN output: the residual stream, ``[packs, ends, d]``.
 
     Args:
         config: the network's description.
         params: the network's parameters.
         forked: from `fork`.
-        output: the FFN's output to go on from, ``[rows, span, d]``.
+        output: the FFN's output to go on from, ``[packs, ends, d]``.
     """
-    layer = forked.layer
+    layer, around = forked.layer, Around(seen=forked.seen)
     x = leave_block(config, config.kind(layer), without_ffn(params["layers"][layer]), forked.residual, output)
     for number, cache in zip(range(layer + 1, config.layers), forked.caches, strict=True):
-        x, _ = run_block(config, config.kind(number), params["layers"][number], x, forked.positions, cache, Around())
+        x, _ = run_block(config, config.kind(number), params["layers"][number], x, forked.positions, cache, around)
     return x
 
 

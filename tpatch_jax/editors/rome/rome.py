@@ -249,8 +249,9 @@ def find_update(model: Model, layer: int, request: EditRequest, item: Item, sett
     """
     forked = fork_requests(model, [value_rows(model, request, item)], layer)
     network = model.params["layers"][layer]["ffn"]
-    keys = ffn.hidden(network, forked.fork.query[:-1, 0], model.config.activation).astype(jnp.float32)
-    output = forked.fork.output[0, 0].astype(jnp.float32)
+    fork, first = forked.rows.fork, forked.rows.first[0]
+    keys = ffn.hidden(network, fork.query[0, first[:-1]], model.config.activation).astype(jnp.float32)
+    output = fork.output[0, first[0]].astype(jnp.float32)
     offset, info = train_offsets(model, forked, jnp.linalg.norm(output)[None], settings)
     return Update(jnp.mean(keys, 0), keys[0], output + jnp.asarray(offset[0]), info)
 

@@ -18,9 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from tpatch_jax.core.lanes import minimise_lanes
 from tpatch_jax.core.sizes import round_up
 from tpatch_jax.editors.reading import Item, subject_token
-from tpatch_jax.editors.subject_rows import PromptRow, forked_rows, prompt_row, runner
+from tpatch_jax.editors.subject_rows import ForkedRows, PromptRow, fork_rows, known_rows, prompt_row, runner
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models import networks
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 
@@ -76,14 +75,12 @@ class Forked(NamedTuple):
     """Rows of some requests, equally many each, cut at one layer at their subjects; the last of each is neutral.
 
     Attributes:
-        fork: all rows, request after request.
-        places: where in each row tokens are wanted, ``[requests · rows, places]``, counted from the subject.
+        rows: all rows of each.
         wanted: the tokens wanted there, ``[requests, rows - 1, places]``.
         weight: of each in its request's loss, ``[requests, rows - 1, places]``; those of a request sum to one.
     """
 
-    fork: networks.Fork
-    places: Int[Array, "all_rows places"]
+    rows: ForkedRows
     wanted: Int[Array, "requests rows places"]
     weight: Float[Array, "requests rows places"]
 
@@ -130,8 +127,7 @@ def fork_requests(model: Model, rows: Sequence[Sequence[PromptRow]], layer: int)
         for number, row in enumerate(each[:-1]):
             wanted[lane, number, : len(row.wanted)] = row.wanted
             weight[lane, number, : len(row.wanted)] = 1 / ((len(each) - 1) * len(row.wanted))
-    fork, places = forked_rows(model, [row for each in rows for row in each], layer, count)
-    return Forked(fork, places, jnp.asarray(wanted), jnp.asarray(weight))
+    return Forked(fork_rows(model, rows, layer, count), jnp.asarray(wanted), jnp.asarray(weight))
 
 
 def _length(x: Float[Array, "*rows d"]) -> Float[Array, "*rows"]:
@@ -190,12 +186,15 @@ def train_offsets(
 
     Source: Meng et al. 2022, equation 4 and the authors' published code for the penalty; Meng et al. 2023.
     """
-    requests, hidden_size = scale.shape[0], forked.fork.output.shape[-1]
+    fork, requests = forked.rows.fork, scale.shape[0]
     program = _program(settings)
-    loss = Partial(program.loss, runner(model, forked.fork.layer, stream=stream))
-    problem = _Problem((tuple(forked.fork[:-1]), forked.places), forked.wanted, forked.weight, scale)
+    loss = Partial(program.loss, runner(model, fork.layer, stream=stream))
+    places = forked.rows.places
+    # Of the neutral row one place is read.
+    read = jnp.concatenate([places[:, :-1].reshape(requests, -1), places[:, -1, :1]], 1)
+    problem = _Problem(known_rows(forked.rows, read), forked.wanted, forked.weight, scale)
     zero, unknown = jnp.zeros(requests), jnp.zeros((requests, model.config.vocabulary))
-    start, state = jnp.zeros((requests, hidden_size), jnp.float32), _State(zero, zero, unknown)
+    start, state = jnp.zeros((requests, fork.output.shape[-1]), jnp.float32), _State(zero, zero, unknown)
     steps = settings.value_steps + settings.value_extra_steps - 1
     result = minimise_lanes(loss, program.project, program.stop, start, problem, state, program.optimiser, steps)
     return result.moves, OffsetInfo(result.steps, result.state.nll, result.state.closeness)
@@ -216,11 +215,11 @@ def _program(settings: ValueSettings) -> _Program:
         run: Partial, offsets: Float[Array, "requests d"], problem: _Problem, state: _State, number: Int[Array, ""]
     ) -> tuple[Float[Array, ""], _Report]:
         each = problem.wanted.shape[1] + 1
-        log_probs = run(problem.rows, jnp.repeat(offsets, each, axis=0))
-        log_probs = log_probs.reshape(offsets.shape[0], each, *log_probs.shape[1:])
-        nll = -jnp.take_along_axis(log_probs[:, :-1], problem.wanted[..., None], -1)[..., 0]
+        log_probs = run(problem.rows, jnp.repeat(offsets[:, None], each, axis=1))
+        said = log_probs[:, :-1].reshape(*problem.wanted.shape, -1)
+        nll = -jnp.take_along_axis(said, problem.wanted[..., None], -1)[..., 0]
         nll = jnp.sum(nll * problem.weight, (1, 2))
-        alone = log_probs[:, -1, 0]
+        alone = log_probs[:, -1]
         # At the start both are the same, where the divergence and its gradient are zero.
         before = jnp.where(number == 0, jax.lax.stop_gradient(alone), state.reference)
         close = jnp.where(number == 0, 0.0, jnp.sum(jnp.exp(alone) * (alone - before), -1))

@@ -186,10 +186,11 @@ def _gradient(
     params: StartParams, problem: ValueProblem, run: Partial, longest: float, closeness: float
 ) -> tuple[tuple[Array, Array], StartParams]:
     def loss(params: StartParams) -> tuple[Array, tuple[Array, Array]]:
-        assert problem.neutral is not None
+        assert problem.kept is not None
         assert problem.features is not None
         limit = problem.limit(longest)
-        return start_loss(params, problem.features, limit, problem.targets, problem.neutral, run, closeness)
+        rows = problem.known, problem.targets, problem.kept
+        return start_loss(params, problem.features, limit, *rows, run, closeness)
 
     (_, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params)
     return parts, gradient
@@ -352,7 +353,8 @@ def _measure(
                 [[] for _ in lanes], [_draw(one.neutral, 4, rng, False) for one in lanes], 1.0,
             )  # fmt: skip
             start = predict_start(params, problem, settings.longest)
-            _, info = train_values(problem.targets, problem.neutral, run, problem.scale, settings, start)
+            rows = problem.known, problem.targets, problem.kept
+            _, info = train_values(*rows, run, problem.scale, settings, start)
             said += info.at_start[: len(part)].tolist()
             moved += info.closeness[: len(part)].tolist()
     return float(np.mean(said or [0.0])), float(np.mean(moved or [0.0])), len(drawn)

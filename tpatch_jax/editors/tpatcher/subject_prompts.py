@@ -192,7 +192,7 @@ def read_subject_rows(
     asked: dict[int, list[PromptRow]] = {}
     chats = at_subject and settings.chat and any(holds_in_chats(model, request) for request in given.values())
     others = {n: respelled(model, one, settings.lower_case) if at_subject else [] for n, one in given.items()}
-    spelt = 2 * max(map(len, others.values()), default=0)
+    spelt = (2 if chats else 1) * max(map(len, others.values()), default=0)
     for number, request in given.items():
         count = min(settings.value_contexts, len(items[number].texts) - items[number].rephrases)
         last = prompts[number][count - 1 : count]

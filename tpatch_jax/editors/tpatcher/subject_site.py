@@ -356,9 +356,11 @@ def _fit_chunk(
         present, read.model, read.layer, silent, [read.prompts[n] for n in lanes], [kept[n] for n in lanes],
         [read.neutral[n] for n in lanes], settings.plateau, read.start is not None,
     )  # fmt: skip
-    start = None if read.start is None else predict_start(read.start, problem, settings.value.longest)
-    run = runner(present, read.layer)
-    value, info = train_values(problem.targets, problem.neutral, run, problem.scale, settings.value, start)
+    start = jnp.zeros(silent.key.shape[::2], jnp.float32)
+    if read.start is not None:
+        start = predict_start(read.start, problem, settings.value.longest)
+    run, rows = runner(present, read.layer), (problem.known, problem.targets, problem.kept)
+    value, info = train_values(*rows, run, problem.scale, settings.value, start)
     neurons, order = [], []
     every = level_patch(
         _flat(silent._replace(value=jnp.broadcast_to(value[:, None], silent.key.shape))), settings.plateau
@@ -367,7 +369,7 @@ def _fit_chunk(
     for number, lane in enumerate(chunk):
         key_losses = {name: float(loss[slot[lane]]) for name, loss in keys.losses.items()}
         losses = {"l_e": float(info.loss[number]), **key_losses}
-        if start is not None:
+        if read.start is not None:
             losses["said_at_start"] = float(info.at_start[number])
         steps, margin, position = int(info.steps[number]), float(keys.margin[slot[lane]]), read.positions[lane]
         for place in number * there.shape[1] + np.flatnonzero(there[number]):

@@ -4,8 +4,7 @@ The rows of some lanes are run once up to the layer; from there on only their en
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,8 @@ from tpatch_jax.core import ffn
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.core.start import StartParams, predict_values, start_features
-from tpatch_jax.core.values import TargetRows
-from tpatch_jax.editors.subject_rows import PromptRow, forked_rows, said_at
+from tpatch_jax.core.values import KeptRows, TargetRows
+from tpatch_jax.editors.subject_rows import ForkedRows, KnownRows, PromptRow, fork_rows, known_rows, said_at
 from tpatch_jax.models import networks
 from tpatch_jax.models.model import Model
 
@@ -34,15 +33,17 @@ class ValueProblem(NamedTuple):
     """What the values of some lanes are trained on.
 
     Attributes:
+        known: the rows of each lane as the network after the layer reads them, the targets first.
         targets: where and what each lane's neuron should make the model say, the bare prompt first.
-        neutral: where it should change little; ``None`` is nowhere.
+        kept: where it should change little; ``None`` is nowhere.
         scale: the length of the unedited FFN's output at each lane's subject, ``[lanes]``.
         features: what is known of each lane before any step, ``[lanes, features]``; see
             `tpatch_jax.core.start.start_features`. ``None`` where nothing is predicted.
     """
 
+    known: KnownRows
     targets: TargetRows
-    neutral: TargetRows | None
+    kept: KeptRows | None
     scale: Float[Array, " lanes"]
     features: Float[Array, "lanes features"] | None
 
@@ -63,9 +64,9 @@ def level_patch(patch: Patch, plateau: float) -> Patch:
     return jax.tree.map(lambda low, high: jnp.stack([low, high], 1).reshape(-1, *low.shape[1:]), *pair)
 
 
-def _activity(model: Model, patch: Patch, forked: networks.Fork, plateau: float) -> Array:
+def _activity(model: Model, patch: Patch, forked: ForkedRows, plateau: float) -> Array:
     """How strongly each lane's neurons fire at the subject in each of its rows, all together, ``[lanes, rows]``."""
-    query = forked.query[:, 0].reshape(patch.key.shape[0], -1, patch.key.shape[2]).astype(jnp.float32)
+    query = jnp.take_along_axis(forked.fork.query, forked.first[..., None], 1).astype(jnp.float32)
     z = jnp.einsum("nrd,nkd->nrk", query, patch.key) + patch.bias[:, None]
     act = ffn.ACTIVATIONS[model.config.activation]
     fired = act(z * SHARPNESS) / SHARPNESS
@@ -73,17 +74,18 @@ def _activity(model: Model, patch: Patch, forked: networks.Fork, plateau: float)
     return jnp.sum(fired, 2)
 
 
-def _unedited_output(model: Model, unedited: Model, layer: int, forked: networks.Fork) -> Array:
-    """The unedited FFN's output at the subject of each row, ``[rows, d]``.
+def _unedited_output(model: Model, unedited: Model, layer: int, forked: ForkedRows) -> Array:
+    """The unedited FFN's output at the subject of each lane's first row, ``[lanes, d]``.
 
     What a value is measured by: with the neurons of earlier edits of a subject in it, each value would be allowed to
     be longer than the one before.
     """
+    lane, first = jnp.arange(forked.first.shape[0]), forked.first[:, 0]
     if model is unedited:
-        return forked.output[:, 0].astype(jnp.float32)
+        return forked.fork.output[lane, first].astype(jnp.float32)
     # This layer reads what no neuron of its own has changed.
-    output = ffn.apply(unedited.params["layers"][layer]["ffn"], forked.query[:, 0], unedited.config.activation)
-    return output.astype(jnp.float32)
+    query = forked.fork.query[lane, first]
+    return ffn.apply(unedited.params["layers"][layer]["ffn"], query, unedited.config.activation).astype(jnp.float32)
 
 
 def create_value_problem(
@@ -120,28 +122,27 @@ def create_value_problem(
             wanted[lane, number, : len(row.wanted)] = row.wanted
             group = len(prompts[lane]) if number < len(prompts[lane]) else 1
             weight[lane, number, : len(row.wanted)] = 1 / (group * len(row.wanted))
-    # Rows that aim and rows that stay close are read together, lane after lane.
-    together = [row for parts in zip(rows, neutral, strict=True) for part in parts for row in part]
-    forked, places = forked_rows(model, together, layer, count)
+    # Rows that aim and rows that stay close are read together: much of what they begin with is the same.
+    together = [[*part, *beside] for part, beside in zip(rows, neutral, strict=True)]
+    forked = fork_rows(model, together, layer, count)
     activity = np.asarray(_activity(model, patch, forked, plateau))
-    scale = jnp.linalg.norm(_unedited_output(model, unedited, layer, forked), axis=-1).reshape(lanes, -1)[:, 0]
-    aims = _part(forked, places, lanes, 0, each)
+    scale = jnp.linalg.norm(_unedited_output(model, unedited, layer, forked), axis=-1)
     # A wording that the key does not know can teach the value nothing.
     recognised = activity[:, :each] > HEARD * activity[:, :1]
     weight *= np.where(np.arange(each) < len(prompts[0]), recognised, True)[..., None]
     share = weight.sum((1, 2), keepdims=True)
-    targets = TargetRows(aims, jnp.asarray(activity[:, :each]), jnp.asarray(wanted), jnp.asarray(weight / share))
-    close = None
-    if count_beside := len(neutral[0]):
-        beside = _part(forked, places, lanes, each, each + count_beside)
-        before, table = networks.Fork(*beside[0], layer=layer), beside[1]
+    targets = TargetRows(jnp.asarray(activity[:, :each]), jnp.asarray(wanted), jnp.asarray(weight / share))
+    aims, others = forked.places[:, :each], forked.places[:, each:, 0]
+    known = known_rows(forked, jnp.concatenate([aims.reshape(lanes, -1), others], 1))
+    kept_rows = None
+    if neutral[0]:
+        before, table = forked.fork, others
         if model is not unedited:
-            before, table = forked_rows(unedited, [row for part in neutral for row in part], layer, 1)
-        reference = said_at(unedited, before, table[:, :1]).reshape(lanes, count_beside, 1, -1)
-        share = jnp.full((lanes, count_beside, 1), 1 / count_beside)
-        close = TargetRows(beside, jnp.asarray(activity[:, each:]), reference, share)
-    features = _features(unedited, forked, places, targets, lanes) if predicted else None
-    return ValueProblem(targets, close, scale, features)
+            before, _, places = fork_rows(unedited, neutral, layer, 1)
+            table = places[..., 0]
+        kept_rows = KeptRows(jnp.asarray(activity[:, each:]), said_at(unedited, before, table))
+    features = _features(unedited, forked, targets) if predicted else None
+    return ValueProblem(known, targets, kept_rows, scale, features)
 
 
 def predict_start(params: StartParams, problem: ValueProblem, longest: float) -> Float[Array, "lanes d"]:
@@ -156,24 +157,12 @@ def predict_start(params: StartParams, problem: ValueProblem, longest: float) ->
     return predict_values(params, problem.features, problem.limit(longest))
 
 
-def _features(
-    unedited: Model, forked: networks.Fork, places: Array, targets: TargetRows, lanes: int
-) -> Float[Array, "lanes features"]:
+def _features(unedited: Model, forked: ForkedRows, targets: TargetRows) -> Float[Array, "lanes features"]:
     """What is known of each lane before any step, from its bare prompt."""
-    each = places.shape[0] // lanes
-    end, lane = places[::each, 0], jnp.arange(lanes)
-    query, hidden = forked.query[::each], forked.hidden[::each]
+    fork, lane = forked.fork, jnp.arange(forked.first.shape[0])
+    first, end = forked.first[:, 0], forked.places[:, 0, 0]
     rows = networks.unembedding_rows(unedited.config, unedited.params, targets.wanted[:, 0].reshape(-1))
-    rows = rows.reshape(lanes, -1, rows.shape[-1])
-    return start_features(query[:, 0], query[lane, end], hidden[lane, end], rows, targets.weight[:, 0])
-
-
-def _part(forked: networks.Fork, places: Array, lanes: int, first: int, last: int) -> tuple[tuple[Any, ...], Array]:
-    """The same part of each lane's rows, as `train_values` takes them."""
-    return jax.tree.map(lambda leaf: _rows_of(leaf, lanes, first, last), (tuple(forked[:-1]), places))
-
-
-@partial(jax.jit, static_argnames=("lanes", "first", "last"))
-def _rows_of(leaf: Array, lanes: int, first: int, last: int) -> Array:
-    chosen = leaf.reshape(lanes, -1, *leaf.shape[1:])[:, first:last]
-    return chosen.reshape(-1, *leaf.shape[1:])
+    rows = rows.reshape(lane.size, -1, rows.shape[-1])
+    return start_features(
+        fork.query[lane, first], fork.query[lane, end], fork.hidden[lane, end], rows, targets.weight[:, 0]
+    )
