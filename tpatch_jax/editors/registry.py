@@ -32,6 +32,9 @@ _MODULES = (
     "rome.method",
     "serac.editor",
     "grace",
+    "retrieval",
+    "locft",
+    "wise",
 )
 """The modules of this package that register methods, in the order in which they are listed."""
 
