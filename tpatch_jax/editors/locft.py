@@ -366,5 +366,7 @@ register_editor(
         save=save_kernel,
         restore=restore_kernel,
         check=check_locft,
+        undo="none",
+        stock_checkpoint=True,
     )
 )

@@ -605,5 +605,7 @@ register_editor(
         restore=restore_memory,
         routing=routing,
         check=check_wise,
+        undo="none",
+        stock_checkpoint=False,
     )
 )

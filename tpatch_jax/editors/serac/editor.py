@@ -314,5 +314,7 @@ register_editor(
         restore=restore_memory,
         routing=routing,
         learnt=_learnt,
+        undo="exact",
+        stock_checkpoint=False,
     )
 )
