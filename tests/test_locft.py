@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import bits, make_tiny_model, relative, same
+from conftest import bits, make_tiny_model, relative, same, tiny_tokenizer
 from tiny_families import tiny_model as family
 
 from tpatch_jax.core.patch import create
@@ -198,6 +198,11 @@ def test_layers_and_values_that_make_no_sense_are_named(model):
         locft(LocftSettings(layer="7")).init(model, KEY)
     with pytest.raises(TPatchError, match="something is attached to layer 0, which LocFT trains"):
         locft(QUICK).init(attach(model, {0: create(16, 1)}), KEY)
+    endless = dataclasses.replace(model, settings={**model.settings, "eos_token_id": None}, tokenizer=tiny_tokenizer())
+    endless.tokenizer.eos_token = None
+    with pytest.raises(TPatchError, match=r"no token that ends a text; train without it \(end_token=false\)"):
+        locft(QUICK).init(endless, KEY)
+    assert check_locft(endless, dataclasses.replace(QUICK, end_token=False)) == 0
     for name, wrong in (("layer", "top"), ("epochs", 0), ("batch_size", 0), ("adam_rate", 0.0), ("loss_enough", -1.0)):
         with pytest.raises(TPatchError, match=f"{name} (is )?'?{wrong}"):
             method_settings(["locft"], changes={name: wrong})

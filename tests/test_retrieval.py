@@ -87,9 +87,9 @@ def test_the_default_embedding_is_its_formula(fresh):
     states = np.asarray(networks.residuals(model.config, model.params, jnp.asarray(rows[None]))[0][0], np.float64)
     states /= np.linalg.norm(states, axis=-1, keepdims=True)
     weight = retriever.weight[rows].astype(np.float64)
-    found = weight @ states / weight.sum() - retriever.mean
-    found -= (found @ retriever.direction) * retriever.direction
-    np.testing.assert_allclose(embed_texts(retriever, [text])[0], found / np.linalg.norm(found), atol=1e-5)
+    embedded = weight @ states / weight.sum() - retriever.mean
+    embedded -= (embedded @ retriever.direction) * retriever.direction
+    np.testing.assert_allclose(embed_texts(retriever, [text])[0], embedded / np.linalg.norm(embedded), atol=1e-5)
     assert np.linalg.norm(retriever.direction) == pytest.approx(1, abs=1e-5)
     # What is frequent in the held texts counts less than what is not there.
     common, rare = (retriever.weight[model.encode(letter)[0]] for letter in "n9")
@@ -100,9 +100,9 @@ def test_the_default_embedding_is_its_formula(fresh):
 def test_an_encoder_embeds_if_it_is_given(model, text, tmp_path):
     folder = write_tiny_folder(family("bert", num_hidden_layers=1), tmp_path / "bert")
     retriever = read_retriever(model, RetrievalSettings(encoder=str(folder)), memory=text)
-    found = embed_texts(retriever, ["a cat", "the inn", "a cat"])
+    embedded = embed_texts(retriever, ["a cat", "the inn", "a cat"])
     np.testing.assert_allclose(
-        found * RADIUS, embeddings(read_encoder(folder), ["a cat", "the inn", "a cat"]), atol=1e-4
+        embedded * RADIUS, embeddings(read_encoder(folder), ["a cat", "the inn", "a cat"]), atol=1e-4
     )
     assert retriever.held.shape[1] == 16
     with pytest.raises(TPatchError, match="nowhere"):

@@ -83,14 +83,14 @@ def test_copies_are_merged_by_trimming_voting_and_averaging(count, seed, density
     rng = np.random.default_rng(seed)
     main = rng.normal(size=(3, 4)).astype(np.float32)
     changes = rng.normal(size=(count, 3, 4)).astype(np.float32)
-    found = np.asarray(merge_shards(jnp.asarray(main), [jnp.asarray(main + one) for one in changes], density)) - main
+    merged = np.asarray(merge_shards(jnp.asarray(main), [jnp.asarray(main + one) for one in changes], density)) - main
     changes = (main + changes) - main
     kept = max(1, round(density * 12))
     trimmed = np.stack([np.where(np.abs(one) >= np.sort(np.abs(one).ravel())[-kept], one, 0) for one in changes])
     for place in np.ndindex(3, 4):
         column = trimmed[(slice(None), *place)]
         agreeing = [one for one in column if one * column.sum() > 0]
-        assert found[place] == pytest.approx(np.mean(agreeing) if agreeing else 0.0, abs=1e-5)
+        assert merged[place] == pytest.approx(np.mean(agreeing) if agreeing else 0.0, abs=1e-5)
 
 
 def test_an_edit_is_gradient_descent_on_its_loss_within_its_mask(model, fresh):
@@ -152,8 +152,8 @@ def test_without_edits_it_is_the_unedited_model_bit_for_bit(model, fresh):
 def test_the_activation_is_the_mean_change_over_a_prompt(model, edited):
     state, _ = edited
     prompts = [model.encode_prompt(text) for text in (WANTED[0].prompt, OTHER, "a")]
-    found = routing_activations(state, prompts)
-    for prompt, one in zip(prompts, found, strict=True):
+    moves = routing_activations(state, prompts)
+    for prompt, one in zip(prompts, moves, strict=True):
         query = model.trace(jnp.asarray([prompt]), 0).query[0]
         hidden = ffn.hidden(model.params["layers"][0]["ffn"], query, model.config.activation)
         change = np.linalg.norm(np.asarray(hidden @ (side_memory(state) - state.main), np.float64), axis=-1)

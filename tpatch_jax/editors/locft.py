@@ -6,10 +6,10 @@ edits, in mini-batches that are drawn anew for each epoch, one optimiser for all
 
 Where the authors' paper leaves a choice, or a stream of edits asks for one, this file reads them so:
 
-- A step trains on its own edits and on those of earlier steps (``replay``), from the parameters that the step before
-  left: so a stream is breadth first, too. Without replay it is what the authors show to fail.
+- A step trains on the edits that it is given and on those of earlier steps (``replay``), from the parameters that the
+  step before left: so a stream is breadth first, too. Without replay it is what the authors show to fail.
 - A mini-batch whose loss is below ``loss_enough`` makes no step, and training ends after an epoch whose mean is below
-  it, as in their code. A target that is a whole turn of a chat has its own end, and gets no other.
+  it, as in their code. A target that is a whole turn of a chat ends already, and gets no other end.
 - Which layer is best they find by trying all (22 of 32 of Llama-3-8B, 6 of 28 of Qwen2.5-7B); ``auto`` is 0.7 of the
   way up, as in the former.
 
@@ -161,7 +161,7 @@ def check_locft(model: Model, settings: LocftSettings) -> int:
         The layer.
 
     Raises:
-        TPatchError: it has no such layer, or something is attached there.
+        TPatchError: it has no such layer, something is attached there, or no token ends a text.
     """
     last = model.config.layers - 1
     layer = round(HEIGHT * last) if settings.layer == "auto" else int(settings.layer)
@@ -169,6 +169,8 @@ def check_locft(model: Model, settings: LocftSettings) -> int:
         raise TPatchError(f"layer {settings.layer!r} does not exist; use layer=auto or 0 to {last}")
     if ffn.attached(model.params["layers"][layer]["ffn"]):
         raise TPatchError(f"something is attached to layer {layer}, which LocFT trains; merge or detach it first")
+    if settings.end_token and model.config.architecture == "decoder" and not model.stops:
+        raise TPatchError(f"{model.name!r} names no token that ends a text; train without it (end_token=false)")
     return layer
 
 

@@ -9,8 +9,8 @@ its context. Any other prompt is read as it is, bit for bit, and an empty index 
   little, without their common direction (Arora et al. 2017). They are taken behind the first layer, which did better
   on SmolLM2-135M than later ones, and costs next to nothing.
 - **Near enough** is more similar than any held text: pieces of running text, and the edit's prompt about other
-  subjects, which is what a retriever mistakes for it. So each edit has a threshold of its own, ``similarity`` one for
-  all.
+  subjects, which is what a retriever mistakes for it. So thresholds differ from edit to edit; ``similarity``
+  is one for all.
 - IKE puts up to 32 demonstrations before the fact, drawn from a training set of edits. There is none here: the user has
   the edits alone.
 
@@ -95,7 +95,7 @@ class RetrievalSettings:
     Attributes:
         encoder: a folder or hub id of a BERT, RoBERTa or DistilBERT that embeds texts; by default the model does.
         layer: without an encoder: hidden states behind this layer are taken; ``"auto"`` is 0, the first.
-        similarity: the least cosine at which an edit is retrieved, -1 to 1; 0 is each edit's own, from held texts.
+        similarity: the least cosine at which an edit is retrieved, -1 to 1; 0 takes it from held texts, for each edit.
         margin: with ``similarity=0``: so much more similar than any held text a prompt has to be.
         nearest: at most so many edits are put into a prompt.
         fact: how an edit stands in a prompt, with ``{}`` for its prompt and target.
@@ -199,12 +199,12 @@ def embed_texts(retriever: Retriever, texts: Sequence[str]) -> np.ndarray:
     if not written:
         return result
     if retriever.encoder is not None:
-        found = embeddings(retriever.encoder, written)
+        embedded = embeddings(retriever.encoder, written)
     else:
-        found = _means(retriever.model, retriever.layer, retriever.weight, written)
-    found = found - retriever.mean
-    found -= np.outer(found @ retriever.direction, retriever.direction)
-    result[chosen] = found / np.maximum(np.linalg.norm(found, axis=-1, keepdims=True), 1e-12)
+        embedded = _means(retriever.model, retriever.layer, retriever.weight, written)
+    embedded = embedded - retriever.mean
+    embedded -= np.outer(embedded @ retriever.direction, retriever.direction)
+    result[chosen] = embedded / np.maximum(np.linalg.norm(embedded, axis=-1, keepdims=True), 1e-12)
     return result
 
 
@@ -381,13 +381,13 @@ def routing(state: RetrievalState) -> Routing:
 
     def contexts(prompts: Sequence[Sequence[int]]) -> list[list[int] | None]:
         chosen = retrieve(state, [_asked(model, model.decode_all(prompt)) for prompt in prompts])
-        found: list[list[int] | None] = []
+        read: list[list[int] | None] = []
         for prompt, picks in zip(prompts, chosen, strict=True):
             facts = "".join(settings.fact.replace("{}", _statement(model, state.requests[pick])) for pick in picks)
             context = model.encode(facts + settings.question) if picks else None
             # What leaves no room for the prompt is left out.
-            found.append(None if context is None or model.excess([*prompt, *context], [0]) else context)
-        return found
+            read.append(None if context is None or model.excess([*prompt, *context], [0]) else context)
+        return read
 
     return Routing(model, contexts, partial(_place, model))
 

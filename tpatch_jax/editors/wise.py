@@ -332,13 +332,13 @@ def routing_activations(state: WiseState, prompts: Sequence[Sequence[int]]) -> n
         prompts: token ids of each.
     """
     config, network = state.model.config, ffn.detach(state.model.params["layers"][state.layer]["ffn"])
-    change, found = side_memory(state) - state.main, np.zeros(len(prompts))
+    change, moves = side_memory(state) - state.main, np.zeros(len(prompts))
     for numbers, batch in batches(config, prompts):
         traced = state.model.trace(batch, state.layer)
         counted = _counted([len(prompts[number]) for number in numbers], traced.query.shape[:2])
         moved = _moves(_hidden(network, traced.query, config.activation), change, jnp.asarray(counted))
-        found[numbers] = np.asarray(moved)[: len(numbers)]
-    return found
+        moves[numbers] = np.asarray(moved)[: len(numbers)]
+    return moves
 
 
 @partial(jax.jit, static_argnames="activation")

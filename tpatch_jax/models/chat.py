@@ -237,6 +237,11 @@ def last_turn(model: "Model", text: str) -> tuple[int, int] | None:
 
     Returns:
         Its first character and the one behind its last; ``None`` of a text that is no conversation of this template.
+
+    Example:
+        >>> text = render_chat(model, [{"role": "user", "content": "Hello"}])  # doctest: +SKIP
+        >>> text[slice(*last_turn(model, text))]  # doctest: +SKIP
+        'Hello'
     """
     if model.config.architecture != "decoder" or not is_rendered(model.tokenizer, text):
         return None

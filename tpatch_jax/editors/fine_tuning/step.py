@@ -133,7 +133,13 @@ def _mean(each: Array, weight: Array) -> Array:
 
 
 def edit_losses(config: NetworkConfig, params: Params, lesson: Lesson) -> tuple[Array, Array]:
-    """``−log p(wanted)`` and whether it is the most probable, ``[rows]`` each."""
+    """``−log p(wanted)`` and whether it is the most probable, ``[rows]`` each.
+
+    Args:
+        config: the network's description.
+        params: all parameters, what is trained among them.
+        lesson: what shall be said.
+    """
     logits = _said(config, params, lesson.seen)
     hit = jnp.take_along_axis(logits, lesson.wanted[:, None], -1)[:, 0]
     return jax.nn.logsumexp(logits, -1) - hit, jnp.argmax(logits, -1) == lesson.wanted
