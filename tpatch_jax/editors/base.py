@@ -174,9 +174,16 @@ class Routing(NamedTuple):
 
     Attributes:
         model: the other model; it has the base model's tokenizer.
-        contexts: from prompts in tokens to what the other model reads before each, or ``None`` where the base model
+        contexts: from prompts in tokens to what the other model reads beside each, or ``None`` where the base model
             answers.
+        place: from a prompt in tokens to where in it the context stands; by default before all of it.
     """
 
     model: Model
     contexts: Callable[[Sequence[Sequence[int]]], list[list[int] | None]]
+    place: Callable[[Sequence[int]], int] = lambda prompt: 0
+
+    def joined(self, prompt: Sequence[int], context: Sequence[int], row: Sequence[int]) -> list[int]:
+        """A row that begins with a prompt, with the prompt's context in its place."""
+        at = self.place(prompt)
+        return [*row[:at], *context, *row[at:]]

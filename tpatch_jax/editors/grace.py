@@ -684,5 +684,7 @@ register_editor(
         check=check_grace,
         rows=edit_rows,
         with_rows=with_edit_rows,
+        undo="exact",
+        stock_checkpoint=False,
     )
 )

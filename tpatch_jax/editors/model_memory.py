@@ -7,7 +7,7 @@ cached.
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from tpatch_jax.models.memory_text import keep_folder, memory_folder, memory_tex
 from tpatch_jax.models.model import Model
 from tpatch_jax.typing import Progress
 
-__all__ = ["ModelMemory", "collect_model_memory"]
+__all__ = ["ModelMemory", "collect_model_memory", "find_names"]
 
 PREFIX_LENGTHS = (5, 10, 5, 10, 8, 6, 10)
 FILES = ("arrays.safetensors", "background.json")
@@ -135,10 +135,24 @@ def _collect(model: Model, layer: int, rows: list[list[int]], progress: Progress
         nuisance = nuisance_scatter(groups)
     else:
         nuisance = jnp.eye(query.shape[-1])
-    names = re.findall(r"(?<=[a-z,] )[A-Z][a-z]+(?: [A-Z][a-z]+)+", "\n".join(texts))
+    names = find_names(texts)
     passage = " ".join(" ".join(texts[-PASSAGES:]).split()[:PASSAGE_WORDS])
-    known = tuple(prefixes), tuple(dict.fromkeys(names))[:200]
+    known = tuple(prefixes), names
     return ModelMemory(query.astype(jnp.float32), nuisance, *known, passage=passage)
+
+
+def find_names(texts: Sequence[str]) -> tuple[str, ...]:
+    """Names of several words in texts, each once, at most 200 of them.
+
+    Args:
+        texts: running text.
+
+    Example:
+        >>> find_names(["In Rome she met Ada Lovelace, who knew Charles Babbage."])
+        ('Ada Lovelace', 'Charles Babbage')
+    """
+    names = re.findall(r"(?<=[a-z,] )[A-Z][a-z]+(?: [A-Z][a-z]+)+", "\n".join(texts))
+    return tuple(dict.fromkeys(names))[:200]
 
 
 def _save(folder: Path, result: ModelMemory) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tpatch_jax.core.adapters import Adapter
 from tpatch_jax.core.layers import LayerPatches
@@ -32,6 +32,9 @@ _MODULES = (
     "rome.method",
     "serac.editor",
     "grace",
+    "retrieval",
+    "locft",
+    "wise",
 )
 """The modules of this package that register methods, in the order in which they are listed."""
 
@@ -65,6 +68,10 @@ class Method:
         rows: ``state -> {request's id: arrays}``, what each edit is made of: rows of ``key [n, d]``, ``bias [n]``,
             ``value [n, d]``, ``layer [n]``. With ``with_rows`` its edits can be kept in a bank.
         with_rows: ``(fresh state, requests, arrays of each) -> state``, its inverse, for any choice of the edits.
+        undo: whether one edit can be taken out again, others staying: ``"exact"``, ``"approximate"`` or ``"none"``;
+            empty where it is not said.
+        stock_checkpoint: whether an edited model can be a checkpoint of its family, which needs nothing of this
+            library; ``None`` where it is not said.
     """
 
     name: str
@@ -81,6 +88,14 @@ class Method:
     activation: Callable[[Model, Any], str | None] = lambda model, settings: None
     rows: Callable[[Any], Mapping[str, Arrays]] | None = None
     with_rows: Callable[[Any, Sequence[EditRequest], Sequence[Arrays]], Any] | None = None
+    undo: Literal["", "exact", "approximate", "none"] = ""
+    stock_checkpoint: bool | None = None
+
+    @property
+    def properties(self) -> dict[str, Any]:
+        """What a report says of the method besides its figures; what is not said is left out."""
+        said = {"undo": self.undo or None, "stock_checkpoint": self.stock_checkpoint}
+        return {name: value for name, value in said.items() if value is not None}
 
 
 _REGISTERED: dict[str, Method] = {}

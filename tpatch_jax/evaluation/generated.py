@@ -25,10 +25,11 @@ TOP_K = 5
 def _writers(
     model: Model, routing: Routing | None, prompts: Sequence[list[int]]
 ) -> Iterator[tuple[Model, list[int], list[list[int]]]]:
-    """Which model continues which prompts, and what it reads: the prompt, behind an edit where there is one."""
+    """Which model continues which prompts, and what it reads: the prompt, with an edit where there is one."""
     contexts = [None] * len(prompts) if routing is None else routing.contexts(prompts)
     rows = [
-        prompt if context is None else [*context, *prompt] for context, prompt in zip(contexts, prompts, strict=True)
+        prompt if context is None or routing is None else routing.joined(prompt, context, prompt)
+        for context, prompt in zip(contexts, prompts, strict=True)
     ]
     unrouted = [number for number, context in enumerate(contexts) if context is None]
     if unrouted:

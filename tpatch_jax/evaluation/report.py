@@ -48,7 +48,9 @@ FIGURES = (
     "those of one forward pass over prompt and target); `total_seconds` has the measuring too, and is of the last run "
     "if one was interrupted. `peak_memory_mib` is the most that the process held until then, for the methods before as "
     "well: evaluate a method alone to see its own. `_clean` beside a figure is the same without contaminated probes: "
-    "prompts about something else that are edited themselves, and questions about what follows that name a new object."
+    "prompts about something else that are edited themselves, and questions about what follows that name a new object. "
+    "`undo` is whether one edit can be taken out again while others stay; `stock_checkpoint`, whether an edited model "
+    "can be a checkpoint that needs nothing of this library."
 )
 """What the figures of every report mean."""
 
@@ -134,8 +136,10 @@ def _ordered(names: Sequence[str], first: Sequence[str]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    if value is None:
-        return ""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -153,6 +157,9 @@ def table(columns: Sequence[tuple[str, Mapping[str, Any]]]) -> Rows:
         names = list(dict.fromkeys(name for _, result in columns for name in result[part]))
         for name in _ordered(names, first):
             rows.append([name, *(_shown(result[part].get(name)) for _, result in columns)])
+    said = [result.get("properties") or {} for _, result in columns]
+    for name in dict.fromkeys(name for properties in said for name in properties):
+        rows.append([name, *(_shown(properties.get(name)) for properties in said)])
     return rows
 
 

@@ -113,7 +113,8 @@ def evaluate(
         The report: ``schema, config, seed, versions, data_sha256, data, probes, results``. Each result has ``method,
         protocol, moment, n, metrics, cost``, ``subject_specificity`` with the numbers of prompts where other facts
         were asked, ``forms`` where answers were free (`tpatch_jax.evaluation.forms.form_totals`), and ``curves`` over
-        the number of edits in a stream. ``probes`` has of
+        the number of edits in a stream; ``properties`` says of most methods whether edits can be undone and whether an
+        edited model can be a stock checkpoint (`tpatch_jax.editors.registry.Method`). ``probes`` has of
         each kind how many there are and how many are contaminated; figures over the others are ``<figure>_clean``.
 
     Raises:
@@ -208,7 +209,10 @@ def evaluate(
                 else:
                     result = PROTOCOLS[protocol](setup, settled, editors[name], journal)
                 cost = {**result["cost"], "total_seconds": time.perf_counter() - began, "peak_memory_mib": _peak()}
-                common = {"method": name, "protocol": protocol, "moment": MOMENTS[protocol], "n": len(records)}
+                common: dict[str, Any] = {"method": name, "protocol": protocol}
+                common |= {"moment": MOMENTS[protocol], "n": len(records)}
+                if settled is not None and settled.properties:
+                    common["properties"] = settled.properties
                 result = json.loads(json.dumps({**common, **result, "cost": cost}))
                 journal.finish(result)
             results.append(result)

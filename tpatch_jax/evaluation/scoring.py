@@ -447,13 +447,11 @@ def routed_scores(base: Base, routing: Routing, texts: Sequence[int] | None = No
     log_p, predicted, fires, _ = (array.copy() for array in base.outcome)
     chosen = list(range(len(asked.rows)) if texts is None else texts)
     prompts = [asked.rows[text] if whole else asked.rows[text][: asked.positions[text].start + 1] for text in chosen]
-    routed = [
-        (text, context)
-        for text, context in zip(chosen, routing.contexts(prompts), strict=True)
-        if context is not None and not other.excess([*context, *asked.rows[text]], ())
-    ]
+    contexts = zip(chosen, prompts, routing.contexts(prompts), strict=True)
+    read = [(text, c, routing.joined(prompt, c, asked.rows[text])) for text, prompt, c in contexts if c is not None]
+    routed = [(text, context) for text, context, row in read if not other.excess(row, ())]
     if routed:
-        rows = [[*context, *asked.rows[text]] for text, context in routed]
+        rows = [row for _, _, row in read if not other.excess(row, ())]
         positions = [range(p.start + len(c), p.stop + len(c)) for t, c in routed for p in [asked.positions[t]]]
         sites = collect(other, rows, positions, other.layer(None))
         places = _of(asked, [text for text, _ in routed])

@@ -36,6 +36,7 @@ __all__ = [
     "has_template",
     "in_chat",
     "is_rendered",
+    "last_turn",
     "messages_of",
     "render_chat",
     "render_request",
@@ -225,6 +226,50 @@ def is_rendered(tokenizer: Tokenizer, text: str) -> bool:
 def _known_openings(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
     del template  # A tokenizer whose template is changed is another one here.
     return _openings(tokenizer)
+
+
+def last_turn(model: "Model", text: str) -> tuple[int, int] | None:
+    """Where in a rendered conversation the user's last message stands, up to where the assistant answers.
+
+    Args:
+        model: the model.
+        text: a prompt, bare or rendered.
+
+    Returns:
+        Its first character and the one behind its last; ``None`` of a text that is no conversation of this template.
+
+    Example:
+        >>> text = render_chat(model, [{"role": "user", "content": "Hello"}])  # doctest: +SKIP
+        >>> text[slice(*last_turn(model, text))]  # doctest: +SKIP
+        'Hello'
+    """
+    if model.config.architecture != "decoder" or not is_rendered(model.tokenizer, text):
+        return None
+    opening, mark, closing = _known_marks(model.tokenizer, str(model.tokenizer.chat_template), model.name)
+    begin = text.rfind(mark) + len(mark) if mark.strip() and mark in text else 0
+    if not begin and opening and text.startswith(opening):
+        begin = len(opening)
+    end = len(text) - len(closing)
+    return (begin, end) if 0 < begin <= end and text.endswith(closing) else None
+
+
+@functools.lru_cache(maxsize=16)
+def _known_marks(tokenizer: Tokenizer, template: str, name: str) -> tuple[str, str, str]:
+    """What a conversation begins with, what stands before any message of the user's, and what after the last one."""
+    del template
+    user = {"role": "user", "content": _PROBE}
+    try:
+        alone = _apply(tokenizer, [user], True, name)
+        longer = _apply(
+            tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": _SAID}, user], True, name
+        )
+    except TPatchError:
+        return "", "", ""
+    opening, _, closing = alone.rpartition(_PROBE)
+    # What ends the turn before it is no part of the mark.
+    between = longer.rpartition(_SAID)[2].partition(_PROBE)[0]
+    shared = next((n for n in range(min(len(opening), len(between)), 0, -1) if opening[-n:] == between[-n:]), 0)
+    return opening, between[len(between) - shared :], closing
 
 
 def encode_chat(model: "Model", text: str) -> list[int]:

@@ -330,6 +330,8 @@ def _register(name: str, presets: Mapping[str, FineTuningSettings]) -> None:
             save=save_trained,
             restore=restore_trained,
             check=check_fine_tuning,
+            undo="none",
+            stock_checkpoint=True,
         )
     )
 

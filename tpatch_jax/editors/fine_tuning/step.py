@@ -19,7 +19,7 @@ from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.networks import Batch
 from tpatch_jax.typing import Params
 
-__all__ = ["ADAM", "Calm", "Cut", "Lesson", "Whole", "beginning", "look", "rounded", "splice", "update"]
+__all__ = ["ADAM", "Calm", "Cut", "Lesson", "Whole", "beginning", "edit_losses", "look", "rounded", "splice", "update"]
 
 ADAM = optax.scale_by_adam()
 """The optimiser; each step of editing begins it anew."""
@@ -132,8 +132,14 @@ def _mean(each: Array, weight: Array) -> Array:
     return jnp.sum(each * weight) / jnp.sum(weight)
 
 
-def _edit_losses(config: NetworkConfig, params: Params, lesson: Lesson) -> tuple[Array, Array]:
-    """``−log p(wanted)`` and whether it is the most probable, ``[rows]`` each."""
+def edit_losses(config: NetworkConfig, params: Params, lesson: Lesson) -> tuple[Array, Array]:
+    """``−log p(wanted)`` and whether it is the most probable, ``[rows]`` each.
+
+    Args:
+        config: the network's description.
+        params: all parameters, what is trained among them.
+        lesson: what shall be said.
+    """
     logits = _said(config, params, lesson.seen)
     hit = jnp.take_along_axis(logits, lesson.wanted[:, None], -1)[:, 0]
     return jax.nn.logsumexp(logits, -1) - hit, jnp.argmax(logits, -1) == lesson.wanted
@@ -178,7 +184,7 @@ def update(
 
     def loss_of(trained: Params) -> tuple[Array, dict[str, Array]]:
         params = splice(frozen, rounded(frozen, trained))
-        losses = {"l_e": _mean(_edit_losses(config, params, lesson)[0], lesson.weight)}
+        losses = {"l_e": _mean(edit_losses(config, params, lesson)[0], lesson.weight)}
         if calm is None:
             return losses["l_e"], losses
         losses["kl"] = _divergence(config, params, frozen, calm)
@@ -207,4 +213,4 @@ def look(config: NetworkConfig, trained: Params, frozen: Params, lesson: Lesson)
     Returns:
         ``−log p(wanted)`` and whether it is the most probable, ``[rows]`` each.
     """
-    return _edit_losses(config, splice(frozen, rounded(frozen, trained)), lesson)
+    return edit_losses(config, splice(frozen, rounded(frozen, trained)), lesson)

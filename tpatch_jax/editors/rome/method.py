@@ -27,6 +27,8 @@ def _register(
             save=save,
             restore=restore,
             check=check,
+            undo="none",
+            stock_checkpoint=True,
         )
     )
 

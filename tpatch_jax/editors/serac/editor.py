@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -13,15 +12,14 @@ from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions, RequestIn
 from tpatch_jax.editors.reading import check_requests, read_item
 from tpatch_jax.editors.registry import Method, register_editor
 from tpatch_jax.editors.repeats import step_once
+from tpatch_jax.editors.routed import apply_routed, routed_answers
 from tpatch_jax.editors.serac.networks import SeracNetworks, context_tokens, edit_text, embeddings, read_networks
 from tpatch_jax.editors.stored import name_request, requests_from_array, requests_to_array
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
-from tpatch_jax.models.rows import row_length
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.typing import Progress
 
@@ -210,22 +208,6 @@ def _stored(request: EditRequest) -> tuple[str, str, str | None]:
 # --- what is said ---
 
 
-def _answered(model: Model, contexts: Sequence[Sequence[int]], requests: Sequence[EditRequest]) -> list[bool]:
-    """Whether a model says each request's target after its context and prompt."""
-    if not requests:
-        return []
-    rows, places, wanted = [], [], []
-    for context, request in zip(contexts, requests, strict=True):
-        before = [*context, *model.encode_prompt(request.prompt)]
-        target = model.encode_target(request.prompt, request.continuation)
-        rows.append(before + target)
-        places.append(range(len(before) - 1, len(before) + len(target) - 1))
-        wanted.append(target)
-    said = predicted(model, collect(model, rows, places, model.layer(None)))
-    parts = np.split(said, np.cumsum([len(target) for target in wanted])[:-1])
-    return [part.tolist() == target for part, target in zip(parts, wanted, strict=True)]
-
-
 def says(state: SeracState, requests: Sequence[EditRequest], picks: Sequence[int | None]) -> list[bool]:
     """Whether each request's target comes out after its prompt, where it is known which edit answers.
 
@@ -234,27 +216,13 @@ def says(state: SeracState, requests: Sequence[EditRequest], picks: Sequence[int
         requests: what is asked.
         picks: for each the position of an edit in the memory, or ``None`` where the base model answers.
     """
-    small, held = state.networks.counterfactual, np.zeros(len(requests), bool)
-    for model, there in ((small, True), (state.model, False)):
-        chosen = [number for number, pick in enumerate(picks) if (pick is not None) == there]
-        stored = [state.requests[picks[n]] for n in chosen] if there else []  # pyright: ignore
-        contexts = [context_tokens(small, *_stored(one)) for one in stored] if there else [[]] * len(chosen)
-        held[chosen] = _answered(model, contexts, [requests[number] for number in chosen])
-    return held.tolist()
+    small = state.networks.counterfactual
+    contexts = [None if pick is None else context_tokens(small, *_stored(state.requests[pick])) for pick in picks]
+    return routed_answers(state.model, routing(state), requests, contexts)
 
 
 def _apply(state: SeracState, batch: Batch) -> Array:
-    base = state.model.apply(batch)
-    rows = [np.trim_zeros(row, "b").tolist() for row in np.asarray(batch)]
-    small, contexts = routing(state)
-    for lane, context in enumerate(contexts(rows)):
-        if context is None or not rows[lane]:
-            continue
-        row = [*context, *rows[lane]]
-        padded = np.pad(np.asarray(row, np.int32), (0, row_length(len(row)) - len(row)))
-        logits = small.apply(jnp.asarray(padded[None]))[0, len(context) : len(row)]
-        base = base.at[lane, : len(rows[lane])].set(logits)
-    return base
+    return apply_routed(state.model, routing(state), batch)
 
 
 # --- one step ---
@@ -346,5 +314,7 @@ register_editor(
         restore=restore_memory,
         routing=routing,
         learnt=_learnt,
+        undo="exact",
+        stock_checkpoint=False,
     )
 )

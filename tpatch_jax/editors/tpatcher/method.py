@@ -63,5 +63,7 @@ register_editor(
         patches=_patches,
         check=site_layer,
         activation=lambda model, settings: "relu" if is_silent(model, settings) else model.config.activation,
+        undo="exact",
+        stock_checkpoint=True,
     )
 )
