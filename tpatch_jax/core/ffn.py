@@ -239,7 +239,7 @@ def neuron_shares(patch: Patch) -> Float[Array, "neurons"]:
 
 
 def _times(value: Float[Array, "neurons hidden"], factor: Float[Array, "neurons"]) -> Float[Array, "neurons hidden"]:
-    """Each value times a factor; those whose factor is one are not touched, for that can change what is next to zero."""
+    """Each value times a factor; those whose factor is one stay, for numbers next to zero could change."""
     return jnp.where(factor[:, None] == 1, value, value * factor[:, None].astype(value.dtype))
 
 
