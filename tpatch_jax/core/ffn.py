@@ -21,6 +21,7 @@ from jax import Array
 from jaxtyping import Float
 
 from tpatch_jax.core.adapters import Adapter
+from tpatch_jax.core.int8 import is_int8, plain
 from tpatch_jax.core.patch import Patch, concatenate, contribution, product
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.typing import Activation, Params
@@ -72,7 +73,7 @@ def width(params: Params) -> int:
 
 
 def _linear(params: Params, x: Float[Array, "*rows inner"]) -> Float[Array, "*rows outer"]:
-    y = product(x, params["kernel"].astype(x.dtype))
+    y = product(x, plain(params["kernel"]).astype(x.dtype))
     return y + params["bias"].astype(x.dtype) if "bias" in params else y
 
 
@@ -203,6 +204,15 @@ def _check(params: Params, patch: Patch) -> None:
         )
 
 
+def _check_plain(params: Params) -> None:
+    """Make sure that neurons can stand among a network's weights."""
+    if any(is_int8(params[name]["kernel"]) for name in ("gate", "up", "down") if name in params):
+        raise TPatchError(
+            "the network's weights are in INT8, whose scales new neurons would change; keep the patch attached beside "
+            "it (tp.attach), or merge it into plain weights (tp.dequantize_base)"
+        )
+
+
 def _longer(down: Params, value: Float[Array, "neurons hidden"]) -> Params:
     return {**down, "kernel": jnp.concatenate([down["kernel"], value.astype(down["kernel"].dtype)])}
 
@@ -258,7 +268,7 @@ def merge(params: Params, patch: Patch) -> Params:
         New parameters of a network that is ``n`` neurons wider.
 
     Raises:
-        TPatchError: the patch has another width than the network.
+        TPatchError: the patch has another width than the network, or the network's weights are in INT8.
 
     Example:
         >>> from tpatch_jax.core.patch import create
@@ -267,6 +277,7 @@ def merge(params: Params, patch: Patch) -> Params:
         19
     """
     _check(params, patch)
+    _check_plain(params)
     neurons = patch.key.shape[0]
 
     def widen(entry: Params, columns: Float[Array, "hidden neurons"], bias: Float[Array, "neurons"]) -> Params:
@@ -312,6 +323,7 @@ def merge_without_bias(params: Params, patch: Patch, constant: Float[Array, "hid
         ['kernel']
     """
     _check(params, patch)
+    _check_plain(params)
     columns = {"gate" if "gate" in params else "up": (patch.key + patch.bias[:, None] * constant).T}
     value = patch.value
     if "gate" in params:
