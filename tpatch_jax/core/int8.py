@@ -28,7 +28,7 @@ def has_int8(tree: Any) -> bool:
 
 
 def quantise(array: Float[Array, "rows columns"], channels: int) -> Any:
-    """A matrix in INT8: ``q = round(w / s)``, with ``s = max|w| / 127`` of each channel.
+    """A matrix in INT8: ``q = round(w / s)``, with ``s = max|w| / 127.5`` of each channel, and none beyond ±127.
 
     Args:
         array: the matrix.

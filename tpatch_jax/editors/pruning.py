@@ -391,24 +391,26 @@ class _Pruner:
 
     def _level(self) -> None:
         """One neuron in place of two, where the response need not be level: as strong as it was where it was asked."""
-        pairs = [n for n, unit in enumerate(self.now) if unit is not None and len(unit.bias) == 2]
+        pairs = self._of_two(range(len(self.now)))
         if not pairs or self.model.config.architecture != "decoder":
             return
         heard = self._heard(pairs)
-        for way in (np.median, np.min, np.max):
-            for place in range(max((len(self._siblings(pairs, n)) for n in pairs), default=0)):
-                changes = []
-                for number in pairs:
-                    unit, brothers = self.now[number], self._siblings(pairs, number)
-                    if unit is None or len(unit.bias) != 2 or place >= len(brothers) or brothers[place] != number:
-                        continue
-                    if (single := self._single(unit, heard.get(number), way)) is not None:
-                        changes.append({number: single})
-                self.attempt("levelled", changes)
+        for way in (np.median, np.min):
+            singles = {n: self._single(self._at(n), heard.get(n), way) for n in self._of_two(pairs)}
+            by_component: dict[int, _Change] = {}
+            for number, single in singles.items():
+                if single is not None:
+                    component = self.component(self.group[number])
+                    by_component[component] = {**by_component.get(component, {}), number: single}
+            # All of an edit at once, then what is left one after the other.
+            self.attempt("levelled", list(by_component.values()))
+            for place in range(max(map(len, by_component.values()), default=0)):
+                parts = [list(change.items())[place] for change in by_component.values() if len(change) > max(place, 1)]
+                self.attempt("levelled", [{n: single} for n, single in parts if self._of_two([n])])
 
-    def _siblings(self, pairs: Sequence[int], number: int) -> list[int]:
-        component = self.component(self.group[number])
-        return [n for n in pairs if self.component(self.group[n]) == component]
+    def _of_two(self, numbers: Sequence[int]) -> list[int]:
+        """Those of some units that are still a pair."""
+        return [n for n in numbers if (unit := self.now[n]) is not None and len(unit.bias) == 2]
 
     def _heard(self, pairs: Sequence[int]) -> dict[int, Float[np.ndarray, "rows hidden"]]:
         """Of each pair the query of each of its prompts at which it responds most strongly."""

@@ -18,7 +18,7 @@ __all__ = ["check_float", "dequantize_base", "quantize_base"]
 def quantize_base(model: Model) -> Model:
     """The model with its matrices in INT8, a scale for each output channel and for each token's embedding.
 
-    ``w ≈ q·s`` with ``q = round(w / s)`` and ``s = max|w| / 127``. Weights alone: what is computed stays in float.
+    ``w ≈ q·s`` with ``q = round(w / s)`` and ``s = max|w| / 127.5``. Weights alone: what is computed stays in float.
     Norms, biases, a classifier's head and what is attached stay as they are. An edit of such a model is fitted through
     the quantised network.
 
