@@ -439,7 +439,8 @@ class Model:
     @property
     def dtype(self) -> str:
         """The precision of the parameters; ``"int8"`` of a model whose matrices are in INT8."""
-        return "int8" if is_int8(self.params["embed"]["embedding"]) else str(float_type(self.params))
+        embedding = self.params.get("embed", {}).get("embedding")
+        return "int8" if is_int8(embedding) else str(float_type(self.params))
 
     @property
     def parameter_count(self) -> int:
