@@ -111,7 +111,7 @@ def test_what_needs_plain_weights_says_so(small, tmp_path):
         with pytest.raises(TPatchError, match=f"has weights in INT8, and {name} needs plain ones"):
             call()
     assert not list(tmp_path.iterdir())
-    with pytest.raises(TPatchError, match="use 'float32', 'bfloat16' or 'int8'"):
+    with pytest.raises(TPatchError, match="use 'float32' or 'bfloat16', or 'int8'"):
         load_model("smollm2-135m", dtype="int4")
 
 

@@ -530,7 +530,9 @@ def load_model(
     as_path(model, "load_model(model)", "the name of a model; give one, a folder, or a hub id")
     check_kind(mesh, jax.sharding.Mesh | None, "load_model(model, mesh=…)", "a mesh; give what jax.make_mesh returned")
     if dtype not in (None, *DTYPES):
-        raise TPatchError(f"dtype {dtype!r} is not supported; use 'float32', 'bfloat16' or 'int8'")
+        raise TPatchError(
+            f"dtype {dtype!r} is not supported; use 'float32' or 'bfloat16', or 'int8' for weights in INT8"
+        )
     folder = resolve_model(str(model), quiet=quiet)
     # Before the weights, which take longer.
     settings = checkpoint.read_settings(folder)
