@@ -20,10 +20,7 @@ __all__ = ["Prune"]
 
 @dataclass(frozen=True)
 class Prune:
-    """Write a folder of patches with fewer neurons for the same edits; each step is checked on all that they say.
-
-    A bank stays as it is: what is written are the pruned patches of its active edits.
-    """
+    """Write a folder of patches with fewer neurons for the same edits; what is pruned stays as it is."""
 
     patches: Annotated[
         Positional[str], arg(metavar="PATCHES", help="a folder that `tpatch edit` wrote, or a bank of T-Patcher edits")

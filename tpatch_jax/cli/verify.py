@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from tpatch_jax.cli.common import Dtype, Json, ModelName, Quiet, load, show_rows
+from tpatch_jax.cli.common import Dtype, Json, Quiet, load, show_rows
 from tpatch_jax.display.console import print_json, result_console
 from tpatch_jax.errors import TPatchError
 
@@ -40,13 +40,12 @@ Base = Annotated[
 
 @dataclass(frozen=True)
 class VerifyPatches:
-    """Ask a corrected model everything that was edited, form by form, and see what it says by itself.
+    """Ask a corrected model, or whatever was made of it, everything that was edited, and see which edits hold."""
 
-    MODEL is the one that the edits were made for, or any folder or GGUF file that was made of it: merged, exported,
-    quantised, by this library or by others.
-    """
-
-    model: ModelName
+    model: Annotated[
+        Positional[str],
+        arg(metavar="MODEL", help="the model, or any folder or GGUF file made of it: merged, exported, quantised"),
+    ]
     patches: Annotated[Positional[str], arg(metavar="PATCHES", help="a folder that `tpatch edit` wrote, or a bank")]
     _: KW_ONLY
     base: Base = None
