@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative, same
+from conftest import bits, relative, same
 from hypothesis import given
 from hypothesis import strategies as st
 from test_patch import DTYPES, NAMES, SEEDS, make, normal
@@ -110,6 +110,41 @@ def test_merging_two_patches_is_merging_both_at_once(seed, kind, name):
 def test_unmerge_gives_back_parameters_and_patch_bit_for_bit(seed, kind, dtype, neurons):
     params, patch = network(seed, kind, dtype), make(seed, neurons, WIDTH, dtype)
     assert same(ffn.unmerge(ffn.merge(params, patch), neurons), (params, patch))
+
+
+def tiny_values(patch: Patch) -> Patch:
+    """The same neurons, the first with a value that has numbers next to zero, the second with none but zeros."""
+    return patch._replace(value=patch.value.at[0, 0].set(1e-40).at[1].set(0))
+
+
+@given(SEEDS, st.sampled_from(["gated", "gated_bias"]), NAMES, DTYPES, st.sampled_from([1.0, 8.0, 256.0]))
+def test_the_strength_of_a_sharp_neuron_is_divided_without_a_bit_of_difference(seed, kind, name, dtype, sharpness):
+    params, query = network(seed, kind, dtype), normal(seed, 5, WIDTH, dtype=dtype)
+    patch = sharpen(make(seed, 3, WIDTH, dtype), sharpness)
+    merged, reader = ffn.merge(params, patch), params["gate"]["kernel"].shape[1]
+    shares = np.asarray(merged["up"]["bias"][reader:], np.float32)
+    largest = [np.abs(np.asarray(leaf, np.float32)).max(1) for leaf in (patch.key, patch.value)]
+    ratio = largest[0] / largest[1]
+    assert shares.tolist() == np.where(ratio >= 16, 1 / 4, np.where(ratio >= 4, 1 / 2, 1)).tolist()
+    assert sharpness < 256 or set(shares) == {1 / 4}
+    # The same neurons with everything in `down`, as they were merged before.
+    bias = jnp.concatenate([merged["up"]["bias"][:reader], jnp.ones(3, dtype)])
+    down = jnp.concatenate([params["down"]["kernel"], patch.value])
+    undivided = {**merged, "up": {**merged["up"], "bias": bias}, "down": {**params["down"], "kernel": down}}
+    assert same(ffn.apply(merged, query, name), ffn.apply(undivided, query, name))
+    assert same(ffn.unmerge(merged, 3), (params, patch))
+    # What was merged so is taken out as ever.
+    assert same(ffn.unmerge(undivided, 3), (params, patch))
+
+
+@pytest.mark.parametrize("kind", ["gated", "two"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_numbers_next_to_zero_come_back_bit_for_bit(kind, compiled):
+    params, patch = network(0, kind), tiny_values(sharpen(make(0, 3, WIDTH), 256.0))
+    merged = (jax.jit(ffn.merge) if compiled else ffn.merge)(params, patch)
+    assert bits(ffn.unmerge(merged, 3)) == bits((params, patch))
+    if kind == "gated":
+        assert merged["up"]["bias"][-3:].tolist() == [1.0, 1.0, 0.25]
 
 
 @given(SEEDS, KINDS)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from tpatch_jax.display.show import show
     from tpatch_jax.display.view import Shown
     from tpatch_jax.editors.base import EditInfo, Editor, RequestInfo
+    from tpatch_jax.editors.pruning import PruneInfo, prune_patches
     from tpatch_jax.editors.tpatcher.editor import edit, tpatcher
     from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
     from tpatch_jax.editors.tpatcher.tokens import edit_tokens
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from tpatch_jax.models.model import Model, load_model, save_model
     from tpatch_jax.models.networks import Trace
     from tpatch_jax.models.patching import attach, detach, merge, unmerge
+    from tpatch_jax.models.quantising import dequantize_base, quantize_base
     from tpatch_jax.requests import EditRequest
     from tpatch_jax.storage.request_file import read_requests
     from tpatch_jax.training.finetune import FinetuneInfo, FinetuneSettings, finetune
@@ -74,6 +76,7 @@ __all__ = [
     "Model",
     "Network",
     "Patch",
+    "PruneInfo",
     "RequestInfo",
     "Shown",
     "TPatchError",
@@ -88,6 +91,7 @@ __all__ = [
     "concatenate_layers",
     "create_bank",
     "create_memory",
+    "dequantize_base",
     "detach",
     "disable_edits",
     "edit",
@@ -105,6 +109,8 @@ __all__ = [
     "load_patches",
     "merge",
     "open_bank",
+    "prune_patches",
+    "quantize_base",
     "read_requests",
     "remove_edits",
     "save_model",
@@ -132,6 +138,7 @@ _HOMES = {
     "bank.inspection": ("open_bank",),
     "bank.state": ("Bank",),
     "editors.base": ("EditInfo", "Editor", "RequestInfo"),
+    "editors.pruning": ("PruneInfo", "prune_patches"),
     "editors.tpatcher.tokens": ("edit_tokens",),
     "editors.tpatcher.settings": ("PRESETS", "TPatcherSettings"),
     "editors.tpatcher.editor": ("edit", "tpatcher"),
@@ -148,6 +155,7 @@ _HOMES = {
     "models.foreign.nnx": ("from_nnx",),
     "models.model": ("Model", "load_model", "save_model"),
     "models.patching": ("attach", "detach", "merge", "unmerge"),
+    "models.quantising": ("dequantize_base", "quantize_base"),
     "core.objective": ("Weights",),
     "core.patch": ("Patch", "concatenate"),
     "requests": ("EditRequest",),

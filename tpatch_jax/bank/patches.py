@@ -14,7 +14,7 @@ from tpatch_jax.core.arguments import as_path, check_kind
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.layers import LayerPatches, flat_positions, flatten_layers, split_layers
 from tpatch_jax.core.patch import Patch, create
-from tpatch_jax.editors.base import EditInfo
+from tpatch_jax.editors.base import EditInfo, RequestInfo
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, check_loaded
@@ -24,7 +24,15 @@ from tpatch_jax.storage.files import replace_folder
 from tpatch_jax.storage.folders import PATCHES, describe_folder
 from tpatch_jax.storage.processes import one_process_writes
 
-__all__ = ["SavedPatches", "check_model", "load_patches", "read_patches", "save_patches", "saved_requests"]
+__all__ = [
+    "SavedPatches",
+    "check_model",
+    "load_patches",
+    "read_patches",
+    "save_patches",
+    "saved_info",
+    "saved_requests",
+]
 
 SCHEMA = 1
 ARRAYS, EDITS = "patches.safetensors", PATCHES
@@ -176,6 +184,38 @@ def saved_requests(saved: SavedPatches) -> list[EditRequest]:
             fields["join"] = "none" if continuation.startswith(target) else "space"
         requests.append(parse_request(fields, f"edit {edit.get('id')!r}"))
     return requests
+
+
+def saved_info(saved: SavedPatches) -> EditInfo:
+    """What became of the requests of a folder of patches, as far as it keeps that: without what it cost.
+
+    Args:
+        saved: the folder, as `read_patches` returns it.
+    """
+    # Neurons are numbered through all layers, lower ones first.
+    places = [(layer, n) for layer in sorted(saved.patches) for n in range(saved.patches[layer].key.shape[0])]
+    results = []
+    for edit in saved.edits:
+        neurons: dict[int, list[int]] = {}
+        for number in edit["neurons"]:
+            layer, place = places[number]
+            neurons.setdefault(layer, []).append(place)
+        results.append(
+            RequestInfo(
+                str(edit["id"]),
+                held=bool(edit["held"]),
+                status=str(edit.get("status", "edited" if edit["held"] else "failed")),
+                reason=str(edit.get("reason", "")),
+                neurons={layer: tuple(some) for layer, some in neurons.items()},
+                steps=int(edit.get("steps", 0)),
+                losses=dict(edit.get("losses", {})),
+                margin=edit.get("margin"),
+                site=str(edit.get("site", "last")),
+                continuation=str(edit.get("continuation", "")),
+            )
+        )
+    size = sum(leaf.size for patch in saved.patches.values() for leaf in patch)
+    return EditInfo(tuple(results), 0.0, 0.0, 0.0, 0.0, size)
 
 
 def _belong_together(patch: Patch, neurons: Sequence[Sequence[int]]) -> bool:

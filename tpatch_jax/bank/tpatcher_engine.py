@@ -16,6 +16,7 @@ from tpatch_jax.bank.pieces import join_pieces, split_pieces
 from tpatch_jax.bank.segments import Arrays
 from tpatch_jax.bank.state import Guard, Ref
 from tpatch_jax.core.checks import random_key
+from tpatch_jax.core.int8 import float_type
 from tpatch_jax.core.layers import split_layers
 from tpatch_jax.core.patch import Patch, create, sized
 from tpatch_jax.editors.base import EditInfo, Editor
@@ -87,7 +88,7 @@ class TPatcherEngine:
         self.base, self.progress, self.rng = model, progress, random_key(seed)
         self.editor = tpatcher(settings, memory=memory, cache=cache, progress=progress)
         self.last, self.subject_layer = model.layer(None), site_layer(model, settings)
-        self.dtype = jax.tree.leaves(model.params)[0].dtype
+        self.dtype = float_type(model.params)
         self._pieces: dict[str, tuple[frozenset[Ref], Arrays]] = {}
         self._answers = GuardedAnswers(model)
 

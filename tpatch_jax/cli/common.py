@@ -43,6 +43,7 @@ __all__ = [
     "settings_from",
     "settings_of",
     "show_rows",
+    "split_base",
 ]
 
 Texts = UseAppendAction[tuple[str, ...]]
@@ -54,7 +55,7 @@ Config = Annotated[str | None, arg(metavar="FILE", help="a YAML file of settings
 Preset = Annotated[str | None, arg(help="default, paper or paper-fever")]
 Set = Annotated[Texts, arg(name="set", metavar="NAME=VALUE", help="change a setting")]
 MemoryText = Annotated[str | None, arg(help="a text file on which patches stay silent")]
-Dtype = Annotated[str | None, arg(help="float32 or bfloat16; by default the checkpoint's")]
+Dtype = Annotated[str | None, arg(help="float32, bfloat16 or int8 (weights alone); by default the checkpoint's")]
 Json = Annotated[bool, arg(help="print one JSON object as the last line")]
 Quiet = Annotated[bool, arg(help="show no progress bar")]
 
@@ -100,6 +101,33 @@ def load(name: str, dtype: str | None, quiet: bool) -> "Model":
 
     prepare_process()
     return load_model(name, dtype=dtype, quiet=quiet)
+
+
+BASES = {"base=int8": "int8", "base=float32": "float32", "base=bfloat16": "bfloat16"}
+"""``--set base=…`` says in which precision the model is loaded, as ``--dtype`` does."""
+
+
+def split_base(changes: Sequence[str], dtype: str | None) -> tuple[list[str], str | None]:
+    """The changes of settings without the one that says how the base model is loaded, and that.
+
+    Args:
+        changes: as ``--set`` has them.
+        dtype: what ``--dtype`` says.
+
+    Raises:
+        TPatchError: there is no such precision, or the two say different things.
+    """
+    rest = [change for change in changes if change.partition("=")[0].strip() != "base"]
+    for change in (change for change in changes if change not in rest):
+        name = BASES.get("base=" + change.partition("=")[2].strip())
+        if name is None:
+            raise TPatchError(
+                f"{change!r} is no precision of a base model; give base=int8, base=float32 or base=bfloat16"
+            )
+        if dtype not in (None, name):
+            raise TPatchError(f"--set {change} and --dtype {dtype} say different things; leave one of them out")
+        dtype = name
+    return rest, dtype
 
 
 def settings_of(preset: str | None, config: str | None, changes: Sequence[str]) -> "TPatcherSettings":

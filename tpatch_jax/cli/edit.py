@@ -30,6 +30,7 @@ from tpatch_jax.cli.common import (
     load,
     requests_of,
     settings_of,
+    split_base,
 )
 from tpatch_jax.display.console import format_count, print_json, result_console, result_table
 from tpatch_jax.errors import TPatchError
@@ -94,9 +95,10 @@ class Edit:
         )
         requests = protect(requests) if self.protect else requests
         rephrases = ["train_on_rephrases=true"] if self.train_on_rephrases else []
-        settings = settings_of(self.preset, self.config, [*self.changes, *rephrases])
+        changes, dtype = split_base(self.changes, self.dtype)
+        settings = settings_of(self.preset, self.config, [*changes, *rephrases])
         check_vacant(Path(self.output))
-        model = load(self.model, self.dtype, self.quiet or self.json)
+        model = load(self.model, dtype, self.quiet or self.json)
         folder = unfinished_folder(Path(self.output).absolute())
         finished = FinishedParts(
             folder, _run_config(model, requests, settings, self.memory, self.seed), resume=self.resume
@@ -187,7 +189,8 @@ class Edit:
         words = ["tpatch", "generate", self.model, "--patches", self.output, "--prompt", requests[0].prompt]
         words += ["--chat"] if requests[0].form == "chat" else []
         words += ["--system", requests[0].system] if requests[0].system is not None else []
-        words += ["--dtype", self.dtype] if self.dtype else []
+        dtype = split_base(self.changes, self.dtype)[1]
+        words += ["--dtype", dtype] if dtype else []
         console.print(Text(shlex.join(words)), soft_wrap=True)
 
 

@@ -48,7 +48,7 @@ class Export:
     type: TensorType = None
     approximate: Approximate = False
     memory: ExportMemory = None
-    dtype: Annotated[str | None, arg(help="float32 or bfloat16; as given to `tpatch edit`")] = None
+    dtype: Annotated[str | None, arg(help="float32, bfloat16 or int8; as given to `tpatch edit`")] = None
     json: Json = False
     quiet: Quiet = False
 
@@ -56,13 +56,14 @@ class Export:
         """Merge the patches, write the model, and say how it differs from the uncorrected one."""
         from tpatch_jax.bank.patches import check_model, read_patches, saved_requests
         from tpatch_jax.models.patching import merge
+        from tpatch_jax.models.quantising import dequantize_base
 
         check_export(self, self.model)
         saved = read_patches(self.patches) if self.patches else None
         model, requests = load(self.model, self.dtype, self.quiet or self.json), []
         if saved:
             check_model(saved, model)
-            model = merge(model, saved.patches)
+            model = merge(dequantize_base(model), saved.patches)
             held = [one["held"] for one in saved.edits]
             requests = [one for one, holds in zip(saved_requests(saved), held, strict=True) if holds]
         export_corrected(model, self, requests)

@@ -36,7 +36,7 @@ class Generate:
     chat: Annotated[bool, arg(help="ask each prompt as a user's turn, in the model's chat template")] = False
     system: System = None
     max_new_tokens: Annotated[int, arg(help="at most so many tokens are added")] = 32
-    dtype: Annotated[str | None, arg(help="float32 or bfloat16")] = None
+    dtype: Annotated[str | None, arg(help="float32, bfloat16 or int8; as given to `tpatch edit`")] = None
     json: Json = False
     quiet: Quiet = False
 

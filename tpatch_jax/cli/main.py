@@ -39,6 +39,7 @@ from tpatch_jax.cli.inspect import Inspect
 from tpatch_jax.cli.learn import Learn
 from tpatch_jax.cli.merge import Merge
 from tpatch_jax.cli.models import Models
+from tpatch_jax.cli.prune import Prune
 from tpatch_jax.cli.report import Report
 from tpatch_jax.cli.serac_train import SeracTrain
 from tpatch_jax.cli.sweep import Sweep
@@ -61,6 +62,7 @@ COMMANDS: Mapping[str, type[Command]] = {
     "inspect": Inspect,
     "merge": Merge,
     "models": Models,
+    "prune": Prune,
     "report": Report,
     "learn": Learn,
     "serac-train": SeracTrain,

@@ -19,7 +19,7 @@ class Merge:
     model: ModelName
     patches: Patches
     output: Annotated[str, arg(aliases=["-o"], metavar="OUT", help="folder for the model")]
-    dtype: Annotated[str | None, arg(help="float32 or bfloat16")] = None
+    dtype: Annotated[str | None, arg(help="float32, bfloat16 or int8; as given to `tpatch edit`")] = None
     json: Json = False
     quiet: Quiet = False
 
@@ -29,12 +29,15 @@ class Merge:
         from tpatch_jax.core.layers import count_neurons
         from tpatch_jax.models.model import save_model
         from tpatch_jax.models.patching import merge
+        from tpatch_jax.models.quantising import dequantize_base
         from tpatch_jax.storage.files import check_vacant
 
         check_vacant(Path(self.output))
         saved = read_patches(self.patches)
         model = load(self.model, self.dtype, self.quiet or self.json)
         check_model(saved, model)
+        # The plain weights that those in INT8 stand for, through which the edits were fitted.
+        model = dequantize_base(model)
         merged = merge(model, saved.patches)
         save_model(merged, self.output)
         neurons, added = count_neurons(saved.patches), merged.parameter_count - model.parameter_count

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from tpatch_jax.cli.common import Dtype, Json, ModelName, Quiet, load, show_rows
+from tpatch_jax.cli.common import Dtype, Json, Quiet, load, show_rows
 from tpatch_jax.display.console import print_json, result_console
 from tpatch_jax.errors import TPatchError
 
@@ -32,13 +32,23 @@ LongText = Annotated[str | None, arg(metavar="FILE", help="text for the long for
 Samples = Annotated[int, arg(metavar="N", help="so many drawn answers each, too, at temperature 0.7")]
 
 
+Base = Annotated[
+    str | None,
+    arg(metavar="MODEL", help="the model that the edits were made for, to compare with what was made of it"),
+]
+
+
 @dataclass(frozen=True)
 class VerifyPatches:
-    """Ask a corrected model everything that was edited, form by form, and see what it says by itself."""
+    """Ask a corrected model, or whatever was made of it, everything that was edited, and see which edits hold."""
 
-    model: ModelName
-    patches: Annotated[Positional[str], arg(metavar="PATCHES", help="a folder that `tpatch edit` wrote")]
+    model: Annotated[
+        Positional[str],
+        arg(metavar="MODEL", help="the model, or any folder or GGUF file made of it: merged, exported, quantised"),
+    ]
+    patches: Annotated[Positional[str], arg(metavar="PATCHES", help="a folder that `tpatch edit` wrote, or a bank")]
     _: KW_ONLY
+    base: Base = None
     forms: Forms = None
     text: LongText = None
     samples: Samples = 0
@@ -49,25 +59,71 @@ class VerifyPatches:
 
     def run(self) -> None:
         """Measure, and show the figures and what does not hold."""
-        from tpatch_jax.bank.patches import check_model, read_patches, saved_requests
+        from tpatch_jax.editors.holding import requests_held
         from tpatch_jax.evaluation.forms import measure_forms
+        from tpatch_jax.evaluation.verifying import place_edits, read_edits
 
         check_measured(self.forms, self.samples)
-        saved = read_patches(self.patches)
-        model = load(self.model, self.dtype, self.quiet or self.json)
-        check_model(saved, model)
-        held = [one["held"] for one in saved.edits]
-        requests = [one for one, holds in zip(saved_requests(saved), held, strict=True) if holds]
-        if not requests:
-            raise TPatchError(f"no edit of {self.patches} held when it was made, so there is nothing to verify")
+        edits, quiet = read_edits(self.patches), self.quiet or self.json
+        model = load(self.model, self.dtype, quiet)
+        base = None if self.base is None else load(self.base, edits.model.get("dtype"), quiet)
+        asked, requests = place_edits(edits, model, base), edits.requests
+        held = requests_held(asked.model, requests)
+        names = [request.name(number) for number, request in enumerate(requests)]
+        state = {
+            "state": asked.state,
+            "held": [name for name, holds in zip(names, held, strict=True) if holds],
+            "lost": [name for name, holds in zip(names, held, strict=True) if not holds],
+        }
+        if asked.model.config.architecture != "decoder":
+            # What an encoder says is one answer: there is nothing that it says by itself.
+            if self.forms is not None or self.samples:
+                raise TPatchError(
+                    f"{self.model!r} is no decoder, which alone has forms; leave --forms and --samples out"
+                )
+            told = {"checked": len(requests), "broken": state["lost"], **state}
+            if self.json:
+                print_json(told)
+            else:
+                show_state(self.model, edits.folder, state, len(requests))
+            return
+        known, other = (asked.unedited, asked.model) if asked.unedited else (asked.model, None)
         result = measure_forms(
-            model, saved.patches, requests, self.forms, long=self.text, samples=self.samples, seed=self.seed
-        )
-        before = measure_forms(model, None, requests, self.forms, long=self.text, questions=False)
+            known, other, requests, self.forms, long=self.text, samples=self.samples, seed=self.seed,
+            questions=other is not None,
+        )  # fmt: skip
+        before: dict[str, Any] = {"forms": {}}
+        if asked.unedited:
+            before = measure_forms(known, None, requests, self.forms, long=self.text, questions=False)
         if self.json:
-            print_json(forms_json(result, before))
+            print_json({**forms_json(result, before), **state})
         else:
             show_forms(f"{self.patches}: free answers of {self.model}", result, before)
+            show_state(self.model, edits.folder, state, len(requests))
+
+
+def show_state(model: str, folder: Any, state: Mapping[str, Any], count: int) -> None:
+    """Print how a model stands to the edits, and which of them it does not hold.
+
+    Args:
+        model: what the user calls it.
+        folder: of the edits.
+        state: ``state``, ``held`` and ``lost``.
+        count: how many edits there are.
+    """
+    from rich.markup import escape
+
+    console = result_console()
+    told = {
+        "attached": f"the edits of {folder} were put beside {model}, for which they were made",
+        "merged": f"the edits of {folder} are among the weights of {model}",
+        "as it is": f"{model} has other weights than the edits of {folder} were made for, so that it was asked as it "
+        "is; if it is the uncorrected model in another precision, give --dtype",
+    }[state["state"]]
+    console.print(told, markup=False)
+    console.print(f"{len(state['held'])} of {count} edits hold, token for token behind their prompts", markup=False)
+    for name in state["lost"]:
+        console.print(f"[red]lost[/red] {escape(name)}")
 
 
 def check_measured(forms: str | None, samples: int) -> None:

@@ -21,6 +21,7 @@ from jax import Array
 from jaxtyping import Float
 
 from tpatch_jax.core.adapters import Adapter
+from tpatch_jax.core.int8 import is_int8, plain
 from tpatch_jax.core.patch import Patch, concatenate, contribution, product
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.typing import Activation, Params
@@ -35,6 +36,7 @@ __all__ = [
     "hidden",
     "merge",
     "merge_without_bias",
+    "neuron_shares",
     "unmerge",
     "width",
 ]
@@ -46,6 +48,12 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "silu": jax.nn.silu,
 }
 """The activations that feed-forward networks use, by name."""
+
+SHARES = {16.0: 0.25, 4.0: 0.5}
+"""By how much a neuron's largest weight in ``gate`` has to exceed that of its value for its share to be smaller than
+one; see `neuron_shares`. A sixteenth would suit INT8 activations still better, and makes values the largest weights of
+``down``, whose scales of four or eight bits they then set.
+"""
 
 _BESIDE = ("patch", "relu_patch")
 _ADAPTER = "adapter"
@@ -65,7 +73,7 @@ def width(params: Params) -> int:
 
 
 def _linear(params: Params, x: Float[Array, "*rows inner"]) -> Float[Array, "*rows outer"]:
-    y = product(x, params["kernel"].astype(x.dtype))
+    y = product(x, plain(params["kernel"]).astype(x.dtype))
     return y + params["bias"].astype(x.dtype) if "bias" in params else y
 
 
@@ -196,15 +204,61 @@ def _check(params: Params, patch: Patch) -> None:
         )
 
 
+def _check_plain(params: Params) -> None:
+    """Make sure that neurons can stand among a network's weights."""
+    if any(is_int8(params[name]["kernel"]) for name in ("gate", "up", "down") if name in params):
+        raise TPatchError(
+            "the network's weights are in INT8, whose scales new neurons would change; keep the patch attached beside "
+            "it (tp.attach), or merge it into plain weights (tp.dequantize_base)"
+        )
+
+
 def _longer(down: Params, value: Float[Array, "neurons hidden"]) -> Params:
     return {**down, "kernel": jnp.concatenate([down["kernel"], value.astype(down["kernel"].dtype)])}
+
+
+def neuron_shares(patch: Patch) -> Float[Array, "neurons"]:
+    """How a merged neuron's strength is divided between ``up`` and ``down`` of a gated network: ``c`` of each neuron.
+
+    ``act(z)·v = (act(z)·c)·(v/c)``. A sharp neuron has a large key and a small value, so that a firing one's hidden
+    value would be hundreds of times that of the network's, which sets the scale where activations are rounded to
+    INT8, and its value is what pruning by magnitude takes first. With ``c`` below one both come nearer to the others.
+
+    Args:
+        patch: ``n`` neurons.
+
+    Returns:
+        1, 1/2 or 1/4 of each, a power of two, which costs no bit; 1 where it would.
+
+    Example:
+        >>> from tpatch_jax.core.patch import sharpen
+        >>> sharp = sharpen(Patch(jnp.ones((1, 4)), jnp.ones(1), jnp.ones((1, 4))), 256.0)
+        >>> float(neuron_shares(sharp)[0])
+        0.25
+    """
+    key, value = (jnp.max(jnp.abs(leaf), 1, initial=0).astype(jnp.float32) for leaf in (patch.key, patch.value))
+    shares = jnp.ones_like(value)
+    for ratio, share in sorted(SHARES.items()):
+        shares = jnp.where((key >= ratio * value) & (value > 0), jnp.float32(share), shares)
+    shares = shares.astype(patch.value.dtype)
+    # Numbers next to zero lose bits on some devices, whatever they are multiplied by.
+    kind = {2: jnp.uint16, 8: jnp.uint64}.get(patch.value.dtype.itemsize, jnp.uint32)
+    there_and_back = patch.value / shares[:, None] * shares[:, None]
+    back, before = (jax.lax.bitcast_convert_type(each, kind) for each in (there_and_back, patch.value))
+    return jnp.where(jnp.all(back == before, 1), shares, jnp.ones_like(shares))
+
+
+def _times(value: Float[Array, "neurons hidden"], factor: Float[Array, "neurons"]) -> Float[Array, "neurons hidden"]:
+    """Each value times a factor; those whose factor is one stay, for numbers next to zero could change."""
+    return jnp.where(factor[:, None] == 1, value, value * factor[:, None].astype(value.dtype))
 
 
 def merge(params: Params, patch: Patch) -> Params:
     """Put a patch inside the parameters of a feed-forward network, which keeps its kind and activation.
 
-    A neuron becomes one more column of ``up`` (of ``gate`` when gated, where its ``up`` column is zero with bias one)
-    and one more row of ``down``. Bias vectors that the network lacks are added, zero for the neurons it had.
+    A neuron becomes one more column of ``up`` (of ``gate`` when gated, where its ``up`` column is zero with its share
+    ``c`` as bias) and one more row of ``down``, its value, when gated divided by that share (`neuron_shares`), which
+    changes no bit of what it adds. Bias vectors that the network lacks are added, zero for the neurons it had.
 
     Args:
         params: the network's parameters; not changed.
@@ -214,7 +268,7 @@ def merge(params: Params, patch: Patch) -> Params:
         New parameters of a network that is ``n`` neurons wider.
 
     Raises:
-        TPatchError: the patch has another width than the network.
+        TPatchError: the patch has another width than the network, or the network's weights are in INT8.
 
     Example:
         >>> from tpatch_jax.core.patch import create
@@ -223,6 +277,7 @@ def merge(params: Params, patch: Patch) -> Params:
         19
     """
     _check(params, patch)
+    _check_plain(params)
     neurons = patch.key.shape[0]
 
     def widen(entry: Params, columns: Float[Array, "hidden neurons"], bias: Float[Array, "neurons"]) -> Params:
@@ -234,10 +289,13 @@ def merge(params: Params, patch: Patch) -> Params:
     gated = "gate" in params
     reader = "gate" if gated else "up"
     merged = {**params, reader: widen(params[reader], patch.key.T, patch.bias)}
+    value = patch.value.astype(params["down"]["kernel"].dtype)
     if gated:
         zeros = jnp.zeros((patch.key.shape[1], neurons), patch.key.dtype)
-        merged["up"] = widen(params["up"], zeros, jnp.ones(neurons, patch.key.dtype))
-    merged["down"] = _longer(params["down"], patch.value)
+        shares = neuron_shares(patch._replace(value=value))
+        merged["up"] = widen(params["up"], zeros, shares)
+        value = _times(value, 1 / shares)
+    merged["down"] = _longer(params["down"], value)
     return merged
 
 
@@ -245,7 +303,7 @@ def merge_without_bias(params: Params, patch: Patch, constant: Float[Array, "hid
     """Put a patch inside a feed-forward network that has no biases and shall get none: nearly what `merge` does.
 
     With a direction ``u`` on which queries have ``q·u ≈ 1``, ``q·k + b ≈ q·(k + b·u)``; a gated network's ``up``
-    column, which `merge` makes the constant one, is ``u`` itself.
+    column, which `merge` makes the constant ``c`` (`neuron_shares`), is ``c·u``.
 
     Args:
         params: the network's parameters; not changed.
@@ -265,14 +323,18 @@ def merge_without_bias(params: Params, patch: Patch, constant: Float[Array, "hid
         ['kernel']
     """
     _check(params, patch)
+    _check_plain(params)
     columns = {"gate" if "gate" in params else "up": (patch.key + patch.bias[:, None] * constant).T}
+    value = patch.value
     if "gate" in params:
-        columns["up"] = jnp.broadcast_to(constant[:, None], columns["gate"].shape)
+        shares = neuron_shares(patch)
+        columns["up"] = constant[:, None] * shares.astype(constant.dtype)
+        value = _times(value, 1 / shares)
     merged = dict(params)
     for name, added in columns.items():
         kernel = params[name]["kernel"]
         merged[name] = {**params[name], "kernel": jnp.concatenate([kernel, added.astype(kernel.dtype)], 1)}
-    merged["down"] = _longer(params["down"], patch.value)
+    merged["down"] = _longer(params["down"], value)
     return merged
 
 
@@ -303,7 +365,10 @@ def unmerge(params: Params, neurons: int, *, added_bias: bool | None = None) -> 
     keep = width(params) - neurons
     if not 0 <= keep <= width(params) or "bias" not in params[reader]:
         raise TPatchError(f"{neurons} neurons cannot be taken out of a network of {width(params)}: not merged there")
-    patch = Patch(params[reader]["kernel"][:, keep:].T, params[reader]["bias"][keep:], params["down"]["kernel"][keep:])
+    value = params["down"]["kernel"][keep:]
+    if reader == "gate":
+        value = _times(value, params["up"]["bias"][keep:])
+    patch = Patch(params[reader]["kernel"][:, keep:].T, params[reader]["bias"][keep:], value)
     readers = [reader, "up"] if reader == "gate" else [reader]
     if added_bias is None:
         added_bias = "bias" not in params["down"] and not any(params[name]["bias"][:keep].any() for name in readers)

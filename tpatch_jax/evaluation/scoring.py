@@ -25,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.adapters import Adapter
+from tpatch_jax.core.int8 import float_type
 from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch, contribution, preactivations, sized
 from tpatch_jax.core.sizes import power_of_two
@@ -205,7 +206,7 @@ def _padded(array: np.ndarray, missing: int, dtype: Any = None) -> Array:
 
 
 def _dtype(model: Model) -> Any:
-    return jax.tree.leaves(model.params)[0].dtype
+    return float_type(model.params)
 
 
 def _read_all(

@@ -12,6 +12,7 @@ from jax import Array
 
 from tpatch_jax.core.devices import host, mesh_of, shard_rows
 from tpatch_jax.core.ffn import ACTIVATIONS
+from tpatch_jax.core.int8 import float_type
 from tpatch_jax.core.patch import Patch, contribution, create, sized
 from tpatch_jax.core.sizes import few_or_most, in_steps, power_of_two
 from tpatch_jax.models import networks
@@ -135,7 +136,7 @@ def collect(
     """
     config = model.config
     offsets = np.cumsum([0, *(len(chosen) for chosen in positions)])
-    dtype = jax.tree.leaves(model.params)[0].dtype
+    dtype = float_type(model.params)
     shape = (int(offsets[-1]), config.hidden_size)
     if not networks.pointwise(config):
         longest = max((row_length(len(row)) for row in rows), default=0)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tpatch_jax.core.int8 import is_int8, plain
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.blocks import softcap
 from tpatch_jax.models.config import NetworkConfig
@@ -76,9 +77,9 @@ def _logits(config: NetworkConfig, params: Params, hidden: Array, valid: Array |
     if config.head_scale != 1:
         x = x * jnp.asarray(config.head_scale, x.dtype)
     if config.tied:
-        result = jnp.einsum("...d,vd->...v", x, params["embed"]["embedding"], preferred_element_type=jnp.float32)
+        result = jnp.einsum("...d,vd->...v", x, plain(params["embed"]["embedding"]), preferred_element_type=jnp.float32)
     else:
-        result = jnp.einsum("...d,dv->...v", x, params["head"]["kernel"], preferred_element_type=jnp.float32)
+        result = jnp.einsum("...d,dv->...v", x, plain(params["head"]["kernel"]), preferred_element_type=jnp.float32)
     if config.head_bias:
         result = result + params["head"]["bias"].astype(jnp.float32)
     return softcap(result, config.logit_cap)
@@ -148,7 +149,12 @@ def unembedding_rows(
         TPatchError: the network is a classifier, which has none.
     """
     embed, head = params.get("embed"), params.get("head")
-    table = embed["embedding"][tokens] if config.tied and embed else head["kernel"].T[tokens] if head else None
+    if config.tied and embed:
+        rows = embed["embedding"]
+        # Of a table in INT8 none but these rows is turned back.
+        table = rows.qvalue[tokens].astype(rows.scale.dtype) * rows.scale[tokens] if is_int8(rows) else rows[tokens]
+    else:
+        table = plain(head["kernel"]).T[tokens] if head else None
     if table is None:
         raise TPatchError(f"this {config.architecture} has no unembedding; it tells labels apart")
     if config.post_norm:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from tpatch_jax.core import ffn
 from tpatch_jax.core.arguments import as_count, as_path, check_call, check_kind, describe
 from tpatch_jax.core.devices import automatically
+from tpatch_jax.core.int8 import float_type, is_int8
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation, networks
 from tpatch_jax.models.chat import answer_chat, as_messages, is_rendered, stops_after
@@ -33,8 +34,8 @@ __all__ = ["DTYPES", "Model", "check_loaded", "load_model", "read_tokenizer", "s
 
 _log = logging.getLogger(__name__)
 
-DTYPES = ("float32", "bfloat16")
-"""The precisions in which a model is loaded on demand."""
+DTYPES = ("float32", "bfloat16", "int8")
+"""The precisions in which a model is loaded on demand; `tpatch_jax.quantize_base` says what INT8 is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -437,8 +438,9 @@ class Model:
 
     @property
     def dtype(self) -> str:
-        """The precision of the parameters."""
-        return str(jax.tree.leaves(self.params)[0].dtype)
+        """The precision of the parameters; ``"int8"`` of a model whose matrices are in INT8."""
+        embedding = self.params.get("embed", {}).get("embedding")
+        return "int8" if is_int8(embedding) else str(float_type(self.params))
 
     @property
     def parameter_count(self) -> int:
@@ -504,7 +506,8 @@ def load_model(
     Args:
         model: a registered name such as ``"smollm2-135m"`` (fetched once, then cached), a folder with ``config.json``
             and safetensors, or a hub id ``owner/name``.
-        dtype: ``"float32"`` or ``"bfloat16"``; ``None`` keeps the checkpoint's.
+        dtype: ``"float32"``, ``"bfloat16"``, or ``"int8"`` for matrices in INT8 (`quantize_base`); ``None`` keeps the
+            checkpoint's.
         mesh: devices to which the parameters go directly, split over its axis ``"model"`` if it has one.
         quiet: show no progress bar while fetching.
 
@@ -527,14 +530,21 @@ def load_model(
     as_path(model, "load_model(model)", "the name of a model; give one, a folder, or a hub id")
     check_kind(mesh, jax.sharding.Mesh | None, "load_model(model, mesh=…)", "a mesh; give what jax.make_mesh returned")
     if dtype not in (None, *DTYPES):
-        raise TPatchError(f"dtype {dtype!r} is not supported; use 'float32' or 'bfloat16'")
+        raise TPatchError(
+            f"dtype {dtype!r} is not supported; use 'float32' or 'bfloat16', or 'int8' for weights in INT8"
+        )
     folder = resolve_model(str(model), quiet=quiet)
     # Before the weights, which take longer.
     settings = checkpoint.read_settings(folder)
     tokenizer = read_tokenizer(folder, configure(settings))
     files = checkpoint.mark_files(folder)
-    config, params, settings = checkpoint.read_folder(folder, dtype, mesh, settings=settings)
+    read = "float32" if dtype == "int8" else dtype
+    config, params, settings = checkpoint.read_folder(folder, read, mesh, settings=settings)
     loaded = Model(config, params, tokenizer, str(model), folder, settings)
+    if dtype == "int8":
+        from tpatch_jax.models.quantising import quantize_base
+
+        loaded = quantize_base(loaded)
     remember_files(loaded, f"{dtype} {files}")
     return loaded
 
@@ -554,7 +564,10 @@ def save_model(model: Model, folder: PathLike) -> None:
         TPatchError: patches are attached, the folder is taken, or the disk is full.
     """
     check_loaded(model, "save_model(model, folder)")
+    from tpatch_jax.models.quantising import check_float
+
     folder = as_path(folder, "save_model(model, folder)", "a folder; give its path")
+    check_float(model, "save_model")
     for index, layer in model.params["layers"].items():
         if ffn.attached(layer["ffn"]):
             raise TPatchError(f"a patch is attached to layer {index}; merge it before saving the model")

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tpatch_jax.core import ffn
+from tpatch_jax.core.int8 import plain_tree, take_rows
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.blocks import HIDDEN, Around, Block, Cache, Norm, relative_bias
 from tpatch_jax.models.config import LayerKind, NetworkConfig
@@ -60,7 +61,8 @@ def _norm_graph(config: NetworkConfig) -> nnx.GraphDef:
 
 
 def _block(config: NetworkConfig, kind: LayerKind, params: Params) -> Block:
-    return nnx.merge(_block_graph(config, kind), {name: params[name] for name in params if name != "ffn"})
+    weights = plain_tree({name: params[name] for name in params if name != "ffn"})
+    return nnx.merge(_block_graph(config, kind), weights)
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
@@ -133,7 +135,7 @@ def embed_tokens(
 def _embedded(config: NetworkConfig, params: Params, tokens: Array, positions: Array) -> Array:
     tokens = tokens if config.causal else jnp.maximum(tokens, 0)
     # What stands for padding may be no token at all; `take` alone would make it NaN, which attention carries to others.
-    x = jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="clip")
+    x = take_rows(params["embed"]["embedding"], tokens)
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     if config.positions:

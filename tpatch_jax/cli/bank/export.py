@@ -40,9 +40,10 @@ class ExportBank:
         from tpatch_jax.bank.inspection import open_bank
         from tpatch_jax.bank.state import active
         from tpatch_jax.models.patching import merge
+        from tpatch_jax.models.quantising import dequantize_base
 
         bank = open_bank(self.bank)
         check_export(self, self.model or bank.manifest["model"]["name"])
         model = load_banked(bank, self.model, self.quiet or self.json)
-        merged = merge(model, bank_patch(self.bank, model))
+        merged = merge(dequantize_base(model), bank_patch(self.bank, model))
         export_corrected(merged, self, [edit.request for edit in active(bank)])

@@ -32,11 +32,12 @@ class MergeBank:
         from tpatch_jax.core.layers import count_neurons
         from tpatch_jax.models.model import save_model
         from tpatch_jax.models.patching import merge
+        from tpatch_jax.models.quantising import dequantize_base
         from tpatch_jax.storage.files import check_vacant
 
         check_vacant(Path(self.output))
         model = load_banked(open_bank(self.bank), self.model, self.quiet or self.json)
-        patches = bank_patch(self.bank, model)
+        patches, model = bank_patch(self.bank, model), dequantize_base(model)
         neurons, merged = count_neurons(patches), merge(model, patches)
         save_model(merged, self.output)
         added = merged.parameter_count - model.parameter_count

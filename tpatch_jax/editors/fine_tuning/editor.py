@@ -27,6 +27,7 @@ from tpatch_jax.editors.tpatcher.last_site import forward_seconds
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
+from tpatch_jax.models.quantising import check_float
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.typing import Params, Progress
 
@@ -111,6 +112,7 @@ def check_fine_tuning(model: Model, settings: FineTuningSettings) -> Params:
     Raises:
         TPatchError: the model has no such layer, or is too coarse for ``max_change``.
     """
+    check_float(model, "fine-tuning")
     first = _part(model, settings.scope)
     if settings.max_change and any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(first)):
         raise TPatchError(

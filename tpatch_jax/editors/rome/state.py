@@ -20,6 +20,7 @@ from tpatch_jax.editors.tpatcher.last_site import collect_bare
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import predicted
 from tpatch_jax.models.model import Model
+from tpatch_jax.models.quantising import check_float
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.typing import Arrays, Params
 
@@ -96,8 +97,9 @@ def check_model(model: Model, method: str, layers: Sequence[int]) -> None:
     """Make sure that a model can be edited this way.
 
     Raises:
-        TPatchError: it is no decoder, or a patch is attached to one of the layers.
+        TPatchError: it is no decoder, a patch is attached to one of the layers, or its weights are in INT8.
     """
+    check_float(model, method)
     if model.config.architecture != "decoder":
         raise TPatchError(
             f"{method} needs a decoder, and {model.name!r} is an {model.config.architecture}; use method tpatcher"

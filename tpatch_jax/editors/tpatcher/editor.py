@@ -19,6 +19,7 @@ from jax import Array
 from tpatch_jax.core.arguments import as_path, check_call, check_kind
 from tpatch_jax.core.checks import as_key, random_key
 from tpatch_jax.core.devices import automatically
+from tpatch_jax.core.int8 import float_type
 from tpatch_jax.core.patch import Patch, create, sized
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions
 from tpatch_jax.editors.locating import with_spelling
@@ -115,7 +116,7 @@ def _init(
         patches[layer] = create(hidden_size)
     if model.config.architecture != "decoder":
         settings = settings.for_inputs(bool(model.config.encoder), networks.pointwise(model.config))
-    dtype = jax.tree.leaves(model.params)[0].dtype
+    dtype = float_type(model.params)
     empty = create_empty(hidden_size, dtype)
     return EditState(model, patches, known, empty, at_subjects, layer, settings)
 

@@ -30,6 +30,7 @@ from tpatch_jax.models.families.registry import configure, family_of
 from tpatch_jax.models.memory_text import memory_rows
 from tpatch_jax.models.model import Model, check_loaded
 from tpatch_jax.models.patching import unmerge
+from tpatch_jax.models.quantising import check_float
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.models.shapes import merged_neurons, parameter_shapes
 from tpatch_jax.requests import EditRequest, as_requests
@@ -154,6 +155,7 @@ def export_model(
     """
     call = "export_model(model, folder)"
     check_loaded(model, call)
+    check_float(model, "export_model")
     folder = as_path(folder, call, "a folder; give its path")
     requests = as_requests(requests)
     memory = None if memory is None else as_path(memory, call, "a text file; give its path")

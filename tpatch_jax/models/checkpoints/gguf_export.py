@@ -16,6 +16,7 @@ from tpatch_jax.models.checkpoints.export import merge_attached
 from tpatch_jax.models.checkpoints.gguf_blocks import TYPES, type_named
 from tpatch_jax.models.checkpoints.gguf_plan import FilePlan, ModelPlan, Plan, PlannedTensor
 from tpatch_jax.models.model import Model, check_loaded
+from tpatch_jax.models.quantising import check_float
 from tpatch_jax.storage.files import check_new_file, replace_file
 from tpatch_jax.typing import Progress
 
@@ -96,6 +97,7 @@ def export_gguf(model: Model, path: str | Path, *, type: str = KEEP, progress: P
     """
     call = "export_gguf(model, path)"
     check_loaded(model, call)
+    check_float(model, "export_gguf")
     path = as_path(path, call, "a file; give its path")
     check_kind(type, str, "export_gguf(model, path, type=…)", "the name of a type; give 'keep', 'f16' or 'q8_0'")
     check_call(progress=progress)

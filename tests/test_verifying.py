@@ -1,0 +1,102 @@
+"""`tpatch verify`: which edits hold in a model, and in what was made of it."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_tiny_model, write_tiny_folder
+from hand_patches import saved_folder, spoken_patch
+
+import tpatch_jax as tp
+from tpatch_jax.cli import main as cli
+from tpatch_jax.editors.holding import requests_held
+from tpatch_jax.evaluation.verifying import place_edits, read_edits
+from tpatch_jax.models.model import load_model, save_model
+from tpatch_jax.requests import EditRequest
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+REQUESTS = [EditRequest("the hen", "q", join="none", id="hen"), EditRequest("a big cat", "x", join="none", id="cat")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verify")
+    model = make_tiny_model(hidden_size=32, head_dim=16, intermediate_size=64, max_position_embeddings=128)
+    write_tiny_folder(model, folder / "base")
+    base = load_model(str(folder / "base"))
+    patch = spoken_patch(base, REQUESTS)
+    saved_folder(folder / "patches", base, REQUESTS, patch)
+    corrected = tp.merge(base, patch)
+    save_model(corrected, folder / "merged")
+    tp.export_model(corrected, folder / "stock")
+    tp.export_gguf(corrected, folder / "q8.gguf", type="q8_0")
+    # Somebody's tool has rounded every weight of the stock folder, and lost the second neuron.
+    stock = load_model(str(folder / "stock"))
+    last = stock.params["layers"][2]["ffn"]
+    down = {**last["down"], "kernel": last["down"]["kernel"].at[65].set(0)}
+    layers = {**stock.params["layers"], 2: {**stock.params["layers"][2], "ffn": {**last, "down": down}}}
+    save_model(stock.with_params({**stock.params, "layers": layers}), folder / "pruned")
+    write_tiny_folder(make_tiny_model(), folder / "other")
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setenv("TPATCH_CACHE", str(folder / "cache"))
+        patching.setenv("COLUMNS", "200")
+        yield folder
+
+
+def run(capsys, *arguments):
+    code = cli.main(["verify", *map(str, arguments), "--json"])
+    assert code == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+STATES = {"base": "attached", "merged": "merged", "stock": "as it is", "q8.gguf": "as it is"}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_edits_hold_in_the_model_and_in_what_was_made_of_it(place, capsys, name):
+    told = run(capsys, place / name, place / "patches")
+    assert (told["state"], told["held"], told["lost"]) == (STATES[name], ["hen", "cat"], [])
+    assert (told["checked"], told["broken"]) == (2, [])
+    # What the model says without the edits is known where it is at hand.
+    assert ("bare" in told["unedited"]) == (STATES[name] != "as it is")
+    assert name == "q8.gguf" or told["forms"]["bare"]["said_first"] == 1
+
+
+def test_what_was_lost_is_named(place, capsys):
+    told = run(capsys, place / "pruned", place / "patches", "--base", place / "base")
+    assert (told["state"], told["held"], told["lost"], told["broken"]) == ("as it is", ["hen"], ["cat"], ["cat"])
+    assert told["unedited"]["bare"]["said"] == 0
+    assert cli.main(["verify", str(place / "pruned"), str(place / "patches")]) == 0
+    shown = capsys.readouterr().out
+    assert "has other weights than the edits" in shown
+    assert "1 of 2 edits hold" in shown
+    assert "lost cat" in shown
+
+
+def test_a_bank_is_verified_on_what_was_exported(place, capsys, tmp_path):
+    base = load_model(str(place / "base"))
+    edits = read_edits(place / "patches")
+    assert requests_held(base, edits.requests) == [False, False]
+    assert requests_held(place_edits(edits, base).model, edits.requests) == [True, True]
+    assert requests_held(load_model(str(place / "pruned")), edits.requests) == [True, False]
+    assert requests_held(base, []) == []
+
+
+def test_models_that_cannot_have_the_edits_are_refused(place, capsys):
+    patches = str(place / "patches")
+    assert cli.main(["verify", str(place / "other"), patches]) == 1
+    assert "is for a model that is 32 wide and the model 16" in capsys.readouterr().err
+    assert cli.main(["verify", str(place / "stock"), patches, "--base", str(place / "merged")]) == 1
+    assert "is not the model that" in capsys.readouterr().err
+    assert cli.main(["verify", str(place / "base"), str(place / "other")]) == 1
+    assert "has no patches.json" in capsys.readouterr().err
+
+
+def test_the_uncorrected_model_in_another_precision_is_asked_as_it_is(place):
+    edits, rough = read_edits(place / "patches"), load_model(str(place / "base"), dtype="bfloat16")
+    asked = place_edits(edits, rough)
+    assert (asked.state, asked.unedited) == ("as it is", None)
+    assert np.all(np.asarray(asked.model.params["embed"]["embedding"] == rough.params["embed"]["embedding"]))
+    assert jnp.bfloat16 == rough.params["embed"]["embedding"].dtype
