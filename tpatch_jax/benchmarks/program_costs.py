@@ -26,6 +26,7 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
                 "collective-broadcast")  # fmt: skip
+_COPIES = {"copy-start", "slice-start", "dynamic-slice-start"}
 _PASSES = {"highest": 6, "high": 3}
 """A product of float32 in so many products of bfloat16."""
 
@@ -196,6 +197,12 @@ def _sent(kind: str, line: _Instruction, operands: float) -> float:
     return operands * share * (2 if kind == "all-reduce" else 1)
 
 
+def _copied(line: _Instruction) -> float:
+    """Bytes of a copy, both of whose ends stand in its type; of a slice of a larger array the slice."""
+    ends = line.arrays[:2]
+    return min(end.bytes for end in ends) * sum(end.in_memory for end in ends)
+
+
 class _Reader:
     """Adds up a program's costs, each computation once."""
 
@@ -232,9 +239,8 @@ class _Reader:
         if kind is not None:
             size = sum(array.bytes for operand in given for array in operand.arrays)
             return ProgramCosts(collective_bytes=_sent(kind, line, size), collectives=((kind, 1.0),))
-        if code == "copy-start":
-            # Both ends of a copy stand in its type.
-            return ProgramCosts(bytes=0.0 if inside else line.traffic)
+        if code in _COPIES:
+            return ProgramCosts(bytes=0.0 if inside else _copied(line))
         within = ProgramCosts()
         if code == "fusion":
             within = self.cost(line.attribute("calls"), True)

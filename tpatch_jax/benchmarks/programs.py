@@ -18,7 +18,7 @@ from tpatch_jax.core import fit as fitting
 from tpatch_jax.core import lanes as stepping
 from tpatch_jax.core import memory as memories
 from tpatch_jax.core import values
-from tpatch_jax.core.devices import DATA_AXIS
+from tpatch_jax.core.devices import DATA_AXIS, automatic
 from tpatch_jax.core.ffn import ACTIVATIONS
 from tpatch_jax.core.fit import FitProblem, FitSettings
 from tpatch_jax.core.memory import Memory
@@ -34,7 +34,7 @@ from tpatch_jax.models.blocks import Around, Cache
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.rows import row_length
 from tpatch_jax.models.shapes import parameter_shapes
-from tpatch_jax.models.sharding import MODEL_AXIS, spec
+from tpatch_jax.models.sharding import MODEL_AXIS, neuron_spec, spec
 from tpatch_jax.typing import Params
 
 __all__ = ["Places", "Program", "Workload", "edit_programs", "sites_of"]
@@ -109,7 +109,7 @@ class Places:
     """
 
     def __init__(self, config: NetworkConfig, mesh: Mesh, dtype: str = "bfloat16"):
-        self.config, self.mesh, self.dtype = config, mesh, jnp.dtype(dtype)
+        self.config, self.mesh, self.dtype = config, automatic(mesh), jnp.dtype(dtype)
 
     @property
     def data(self) -> int:
@@ -169,14 +169,10 @@ class Places:
         part = self.array(shape, self.dtype, PartitionSpec(*names))
         return Cache(part, part)
 
-    def patch(self, *shape: int) -> Patch:
-        """Neurons, whole on every device."""
-        return Patch(
-            *(
-                self.array(part)
-                for part in ((*shape, self.config.hidden_size), shape, (*shape, self.config.hidden_size))
-            )
-        )
+    def patch(self, neurons: int) -> Patch:
+        """Neurons, split as `tpatch_jax.models.sharding.split_neurons` does it."""
+        spec, width = neuron_spec(neurons, self.mesh), self.config.hidden_size
+        return Patch(*(self.array(shape, spec=spec) for shape in ((neurons, width), (neurons,), (neurons, width))))
 
     def memory(self, rows: int) -> Memory:
         """A memory with its rows split."""
