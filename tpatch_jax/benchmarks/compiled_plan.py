@@ -1,6 +1,6 @@
 """What editing a large network would cost on TPUs that are not here: its programs, compiled for them by their compiler.
 
-Compiled, not run. Memory is the compiler's own count. Time is a roofline: the longest of what a program's products, its
+Compiled, not run. Memory is the compiler's count. Time is a roofline: the longest of what a program's products, its
 traffic with memory and its traffic with other chips take at the chips' published peaks. What the host does between
 programs is not in it.
 """

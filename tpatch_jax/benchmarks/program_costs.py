@@ -1,6 +1,6 @@
 """What a compiled program costs: products, traffic with memory and between devices, every loop as often as it runs.
 
-The compiler's own count takes the body of a loop once, and all traffic alike. So the program that it has made is read
+The compiler's summary takes the body of a loop once, and all traffic alike. So the program that it has made is read
 here: its text says how large each array is, where it lies, and how often a loop goes round.
 """
 
@@ -135,14 +135,14 @@ def _numbers(text: str, default: int, sides: int) -> list[int]:
     return [int(part) for part in text.split("x")] if text else [default] * sides
 
 
-def _meetings(out: int, size: int, stride: int, low: int, base: int, dilate: int, spread: int) -> int:
+def _meetings(out: int, size: int, stride: int, low: int, base: int, dilate: int, dilated: int) -> int:
     """How many pairs of an output's place and a kernel's place meet an entry of the input, along one side."""
-    reach = (base - 1) * spread + 1
+    reach = (base - 1) * dilated + 1
     count = 0
     for place in range(out):
         for offset in range(size):
             at = place * stride - low + offset * dilate
-            count += 0 <= at < reach and at % spread == 0
+            count += 0 <= at < reach and at % dilated == 0
     return count
 
 
@@ -157,7 +157,7 @@ def _convolution(line: _Instruction, left: _Array, right: _Array) -> float:
     fields = dict(part.split("=") for part in window.group(1).split()) if window else {}
     sides = sum(label.isdigit() for label in of_out)
     size, stride = _numbers(fields.get("size", ""), 1, sides), _numbers(fields.get("stride", ""), 1, sides)
-    spread, dilate = _numbers(fields.get("lhs_dilate", ""), 1, sides), _numbers(fields.get("rhs_dilate", ""), 1, sides)
+    dilated, dilate = _numbers(fields.get("lhs_dilate", ""), 1, sides), _numbers(fields.get("rhs_dilate", ""), 1, sides)
     pads = fields.get("pad", "")
     low = [int(part.split("_")[0]) for part in pads.split("x")] if pads else [0] * sides
     met = 1
@@ -165,7 +165,7 @@ def _convolution(line: _Instruction, left: _Array, right: _Array) -> float:
         label = str(side)
         met *= _meetings(
             out[of_out.index(label)], size[side], stride[side], low[side], left.shape[of_left.index(label)],
-            dilate[side], spread[side],
+            dilate[side], dilated[side],
         )  # fmt: skip
     return 2.0 * met * out[of_out.index("b")] * out[of_out.index("f")] * right.shape[of_right.index("i")]
 
@@ -316,7 +316,7 @@ def program_costs(text: str, trips: int = 1) -> ProgramCosts:
 
     Args:
         text: the program as the compiler writes it, ``jax.stages.Compiled.as_text()``.
-        trips: how often a loop goes round whose end is found only as it runs.
+        trips: how often a loop goes round whose end shows only as it runs.
 
     Returns:
         The `ProgramCosts`. Elementwise work is not counted, which beside products and traffic takes no time.

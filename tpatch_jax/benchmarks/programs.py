@@ -85,7 +85,7 @@ class Program(NamedTuple):
         function: from ``jax.jit``.
         args: what it is called with, structures of `jax.ShapeDtypeStruct` and static values.
         kwargs: the same by name.
-        trips: how often a loop in it goes round whose end is found as it runs.
+        trips: how often a loop in it goes round whose end shows only as it runs.
         runs: how often it is called, by site (``"subject"``, ``"last"``); none is once for a model, or another method.
         resident: arrays that lie in memory meanwhile, whether or not they are arguments.
     """

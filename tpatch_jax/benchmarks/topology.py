@@ -95,7 +95,7 @@ class Compiled(NamedTuple):
         arguments: bytes of what goes in, on each device.
         results: bytes of what comes out and is no argument that was given up.
         temporary: bytes in between, at the peak.
-        flops: of one pass through the program, in the compiler's own count, loops once.
+        flops: of one pass through the program, as the compiler counts them, loops once.
         text: the program after all passes, as each device runs it.
     """
 
