@@ -25,6 +25,16 @@ class Bench:
     output: Annotated[str | None, arg(aliases=["-o"], metavar="PICTURE", help="also draw it, e.g. bench.png")] = None
     quick: Annotated[bool, arg(help="fewer edits and repeats: under five minutes on two CPU cores")] = False
     plan: Annotated[bool, arg(help="measure nothing: what many edits of large models would cost, on paper")] = False
+    topology: Annotated[
+        str | None,
+        arg(metavar="CHIPS", help="with --plan: compile MODEL, a shape such as Llama-3-8B, for TPUs such as v5e:2x4"),
+    ] = None
+    edits: Annotated[
+        tuple[int, ...] | None, arg(metavar="N", help="with --topology: how many edits in a call; 1 100 10000")
+    ] = None
+    every: Annotated[
+        bool, arg(help="with --topology: other methods, generation and evaluation as well, which takes longer")
+    ] = False
     against: Annotated[
         str | None, arg(metavar="FOLDER", help="time the same edits in another checkout of this library, side by side")
     ] = None
@@ -33,13 +43,39 @@ class Bench:
     quiet: Quiet = False
 
     def run(self) -> None:
-        """Measure, print a table, and draw a picture if one is asked for; or show the costs on paper."""
+        """Measure, print a table, and draw a picture if one is asked for; or show what it would cost elsewhere."""
+        for name, given in (("topology", self.topology), ("edits", self.edits), ("every", self.every)):
+            beside, flag = ("plan", self.plan) if name == "topology" else ("topology", self.topology)
+            if given and not flag:
+                raise TPatchError(f"--{name} goes with --{beside}; give both, or leave it out")
         if self.against is not None:
             self._compare(self.against)
+        elif self.topology is not None:
+            self._compile(self.topology)
         elif self.plan:
             _show_plan(self.json)
         else:
             self._measure()
+
+    def _compile(self, topology: str) -> None:
+        from tpatch_jax.benchmarks.compiled_plan import EDITS, compile_plan
+        from tpatch_jax.benchmarks.network_shapes import network_shape
+
+        for name, given in (("output", self.output), ("file", self.file), ("quick", self.quick)):
+            if given:
+                raise TPatchError(f"--topology goes without --{name}; leave one of them out")
+        edits = self.edits or EDITS
+        if min(edits) < 1:
+            raise TPatchError(f"--edits is {min(edits)}; give whole numbers, 1 or more")
+        name, config = network_shape(self.model)
+        with progress_bar(self.quiet or self.json) as report:
+            result = compile_plan(
+                name, config, topology, dtype=self.dtype or "bfloat16", edits=edits, every=self.every, progress=report
+            )
+        if self.json:
+            print_json(result)
+        else:
+            _show_compiled(result)
 
     def _compare(self, folder: str) -> None:
         from tpatch_jax.benchmarks.side_by_side import FULL, QUICK, check_build, compare_builds
@@ -140,6 +176,53 @@ def _show_builds(result: dict[str, Any], folder: str) -> None:
             cells += [f"{held[build]:.2f}" for build in ("this", "other")]
             rows.append([f"{site}, {count} in a call", *cells])
     show_rows(f"editing {result['model']} on {result['device']}: this build, and the other one in {folder}", rows)
+
+
+def _show_compiled(result: dict[str, Any]) -> None:
+    """Show what compiled programs say editing would cost."""
+    from rich.table import Table
+
+    console = result_console()
+    mesh = " x ".join(f"{size} {axis}" for axis, size in result["mesh"].items())
+    title = f"{result['model']} in {result['dtype']} on {result['topology']} ({mesh}): compiled, not run"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    columns = ("program", "edits", "GiB", "fits", "GFLOP", "MB", "sent MB", "ms", "bound", "compiled in")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("program", "bound") else "right")
+    for row in result["programs"]:
+        edits = str(row.get("edits", ""))
+        if not row["compiled"]:
+            table.add_row(row["name"], edits, "", "no", "", "", "", "", row["error"], "")
+            continue
+        numbers = (row["flops"] / 1e9, row["bytes"] / 1e6, row["collective_bytes"] / 1e6, row["seconds"] * 1e3)
+        table.add_row(
+            row["name"],
+            edits,
+            f"{row['memory_bytes_per_chip'] / 2**30:.2f}",
+            "yes" if row["fits"] else "no",
+            *(f"{number:,.1f}" for number in numbers),
+            row["bound"],
+            f"{row['compile_seconds']:.1f} s",
+        )
+    table.caption = (
+        "of one run on one chip; memory with all weights; ms and what bounds it at the chip's published peaks"
+    )
+    console.print(table)
+    table = Table(title="whole edits", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    columns = ("site", "edits in a call", "GiB of a chip", "fits", "edits per second", "forward equivalents per edit")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "site" else "right")
+    for site, by_count in result["plan"].items():
+        for count, figures in by_count.items():
+            if figures["seconds"] is None:
+                table.add_row(site, count, "", "no", "", "")
+                continue
+            memory = f"{figures['memory_bytes_per_chip'] / 2**30:.2f}"
+            forwards = figures["forward_equivalents"]
+            shown = "" if forwards is None else f"{forwards:.1f}"
+            fits = "yes" if figures["fits"] else "no"
+            table.add_row(site, count, memory, fits, f"{figures['edits_per_second']:.1f}", shown)
+    console.print(table)
 
 
 def _show_plan(json: bool) -> None:

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.core.arguments import describe
+from tpatch_jax.core.positive import cholesky, solve_lower
 from tpatch_jax.core.sizes import pieces
 from tpatch_jax.errors import TPatchError
 
@@ -177,8 +177,8 @@ def _whitening(covariance: Array, nuisance: Array | None, weight: float, shrinka
     mixed = normalised(mixed + shrinkage * eye)
     # With rows and columns in reverse the Cholesky factor of C is the upper U with U·Uᵀ = C, so U⁻ᵀ is the lower
     # factor of C⁻¹, which is never formed.
-    upper = jnp.linalg.cholesky(mixed[::-1, ::-1])[::-1, ::-1]
-    return solve_triangular(upper, eye, trans="T")
+    upper = cholesky(mixed[::-1, ::-1])[::-1, ::-1]
+    return solve_lower(upper.T, eye)
 
 
 def create_memory(

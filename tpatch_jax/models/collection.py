@@ -20,6 +20,7 @@ from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch, Pair, Trace
 from tpatch_jax.models.rows import ASK, place_in, row_length, split_row, tokens_array
+from tpatch_jax.models.sharding import split_neurons
 from tpatch_jax.storage.rows_on_disk import RowsOnDisk
 
 __all__ = [
@@ -261,9 +262,8 @@ def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int 
     # On the host, where padding compiles nothing.
     none = jax.tree.map(host, create(model.config.hidden_size)) if patch is None else patch
     patch = sized(none, NEURONS)
-    if mesh is None:
-        # Once, not again with each part.
-        patch = jax.device_put(patch)
+    # Once, not again with each part.
+    patch = jax.device_put(patch) if mesh is None else split_neurons(patch, mesh)
     for first in range(0, total, rows):
         count = min(rows, total - first)
         missing = few_or_most(count, rows) - count

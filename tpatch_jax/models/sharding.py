@@ -9,8 +9,9 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpatch_jax.core.devices import automatic
+from tpatch_jax.core.patch import Patch
 
-__all__ = ["MODEL_AXIS", "place", "spec"]
+__all__ = ["MODEL_AXIS", "neuron_spec", "place", "spec", "split_neurons"]
 
 MODEL_AXIS = "model"
 """The mesh axis over which base weights are split; over every other axis they are repeated."""
@@ -64,6 +65,32 @@ def place(path: str, array: np.ndarray, dtype: str | None, mesh: Mesh | None) ->
         return jax.device_put(_aligned(array, wanted))
     sharding = NamedSharding(automatic(mesh), spec(path, array.shape, mesh))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: _aligned(array[index], wanted))
+
+
+def neuron_spec(neurons: int, mesh: Mesh) -> PartitionSpec:
+    """How the neurons of a patch are split: like those of the network, where the mesh axis divides them.
+
+    Args:
+        neurons: how many.
+        mesh: with an axis ``"model"``, or nothing is split.
+
+    Example:
+        >>> neuron_spec(512, jax.make_mesh((1,), ("model",))) == jax.sharding.PartitionSpec("model")
+        True
+    """
+    divided = MODEL_AXIS in mesh.axis_names and neurons % mesh.shape[MODEL_AXIS] == 0
+    return PartitionSpec(MODEL_AXIS) if divided else PartitionSpec()
+
+
+def split_neurons(patch: Patch, mesh: Mesh) -> Patch:
+    """A patch of which each device along ``"model"`` has a part: ten thousand neurons are as large as a layer.
+
+    Args:
+        patch: neurons, ``[n, d]``, the same in every process.
+        mesh: the devices.
+    """
+    sharding = NamedSharding(automatic(mesh), neuron_spec(patch.key.shape[0], mesh))
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), patch)
 
 
 def _aligned(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tpatch_jax.core.ffn import width
+from tpatch_jax.core.positive import solve_positive
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.typing import Params
 
@@ -39,8 +40,7 @@ def damped(
 def _solve(matrix: Array, columns: Array) -> Array:
     """A symmetric positive system, its unknowns scaled alike first: neurons differ much in how loud they are."""
     scale = jax.lax.rsqrt(jnp.maximum(jnp.diag(matrix), jnp.finfo(jnp.float32).tiny))
-    factor = jax.scipy.linalg.cho_factor(matrix * scale[:, None] * scale)
-    return scale[:, None] * jax.scipy.linalg.cho_solve(factor, scale[:, None] * columns)
+    return scale[:, None] * solve_positive(matrix * scale[:, None] * scale, scale[:, None] * columns)
 
 
 def _check(params: Params, keys: Array, values: Array, moment: Array) -> None:

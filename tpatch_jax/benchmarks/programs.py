@@ -1,0 +1,537 @@
+"""The compiled programs that an edit runs, each with arguments that are only said to exist: shapes, types, places.
+
+What is listed is what the library calls, not a copy: the jitted functions themselves. The T-Patcher editor's are here,
+`tpatch_jax.benchmarks.other_programs` has those of the other methods, of generation and of evaluation.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
+
+from tpatch_jax.core import fit as fitting
+from tpatch_jax.core import lanes as stepping
+from tpatch_jax.core import memory as memories
+from tpatch_jax.core import values
+from tpatch_jax.core.devices import DATA_AXIS, automatic
+from tpatch_jax.core.ffn import ACTIVATIONS
+from tpatch_jax.core.fit import FitProblem, FitSettings
+from tpatch_jax.core.memory import Memory
+from tpatch_jax.core.patch import Patch
+from tpatch_jax.core.sizes import in_blocks, in_quarters, in_steps, power_of_two, round_up
+from tpatch_jax.core.values import KeptRows, TargetRows
+from tpatch_jax.editors import subject_rows
+from tpatch_jax.editors.subject_rows import KnownRows
+from tpatch_jax.editors.tpatcher import last_site, subject_site
+from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
+from tpatch_jax.editors.tpatcher.subject_prompts import AVOIDED
+from tpatch_jax.models import collection, networks, stack, tracing
+from tpatch_jax.models.blocks import Around, Cache, Seen
+from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.rows import row_length
+from tpatch_jax.models.shapes import parameter_shapes
+from tpatch_jax.models.sharding import MODEL_AXIS, neuron_spec, spec
+from tpatch_jax.typing import Params
+
+__all__ = ["Places", "Program", "Workload", "edit_programs", "sites_of"]
+
+Struct: TypeAlias = Any
+"""A `jax.ShapeDtypeStruct`, which stands where an array would."""
+
+NO_RUNS: Mapping[str, float] = MappingProxyType({})
+"""Of a program that the editor runs at no site, or once for a model."""
+
+
+NOTHING = Around()
+"""Blocks of a decoder read nothing besides the stream, but for packed rows."""
+
+
+class Workload(NamedTuple):
+    """What an average request asks for. Measured on CounterFact where nothing else is said.
+
+    Attributes:
+        prompt: tokens of a bare prompt with its target.
+        context: of one behind a prefix.
+        row: of one among those that a value is trained on, of which what they begin with is read once.
+        end: of such a one from the end of its subject on.
+        target: tokens of a target.
+        neurons: in the last layer, for a request.
+        missing: of these, how many need steps on their value.
+        attempts: how often a neuron in the last layer is fitted.
+        value_steps: that a value at a subject takes in the mean; a batch goes on until its last value has ended, in
+            smaller and smaller batches.
+        completed: of the requests at subjects, how many need a neuron in the last layer as well.
+        memory: rows of unrelated text.
+        others: of a request, texts about other subjects that are read for it.
+        inside: places inside its prompt on which others stay silent.
+    """
+
+    prompt: int = 16
+    context: int = 32
+    row: float = 9.5
+    end: float = 4.5
+    target: int = 2
+    neurons: float = 1.06
+    missing: float = 0.1
+    attempts: float = 1.3
+    value_steps: int = 20
+    completed: float = 0.25
+    memory: int = 16_384
+    others: float = 4.0
+    inside: float = 8.0
+
+
+class Program(NamedTuple):
+    """A program, what it is called with, and how often.
+
+    Attributes:
+        name: what it does.
+        function: from ``jax.jit``.
+        args: what it is called with, structures of `jax.ShapeDtypeStruct` and static values.
+        kwargs: the same by name.
+        trips: how often a loop in it goes round whose end shows only as it runs.
+        runs: how often it is called, by site (``"subject"``, ``"last"``); none is once for a model, or another method.
+        resident: arrays that lie in memory meanwhile, whether or not they are arguments.
+    """
+
+    name: str
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = MappingProxyType({})
+    trips: int = 1
+    runs: Mapping[str, float] = NO_RUNS
+    resident: Any = ()
+
+
+class Places:
+    """A network's parameters and other arrays on a mesh, without any of them.
+
+    Attributes:
+        config: the network's description.
+        mesh: with the axes ``"data"`` and ``"model"``.
+        dtype: of the parameters.
+    """
+
+    def __init__(self, config: NetworkConfig, mesh: Mesh, dtype: str = "bfloat16"):
+        self.config, self.mesh, self.dtype = config, automatic(mesh), jnp.dtype(dtype)
+
+    @property
+    def data(self) -> int:
+        """Over how many devices rows are split."""
+        return self.mesh.shape[DATA_AXIS]
+
+    @property
+    def model(self) -> int:
+        """Over how many devices weights are split."""
+        return self.mesh.shape[MODEL_AXIS]
+
+    def array(self, shape: tuple[int, ...], dtype: Any = jnp.float32, spec: PartitionSpec | None = None) -> Struct:
+        """An array that lies as it is said, by default whole on every device."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec or PartitionSpec()))
+
+    def rows(self, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Struct:
+        """An array split by its rows, as `tpatch_jax.core.devices.shard_rows` does it."""
+        split = bool(shape) and shape[0] % self.data == 0
+        return self.array(shape, dtype, PartitionSpec(DATA_AXIS) if split else None)
+
+    def over_vocabulary(self, shape: tuple[int, ...]) -> Struct:
+        """Rows of logits, split by rows and vocabulary."""
+        names: list[Any] = [None] * len(shape)
+        names[0] = DATA_AXIS if shape[0] % self.data == 0 else None
+        names[-1] = MODEL_AXIS if shape[-1] % self.model == 0 else None
+        return self.array(shape, jnp.float32, PartitionSpec(*names))
+
+    def stream(self, *shape: int) -> Struct:
+        """Rows in the parameters' type."""
+        return self.rows(shape, self.dtype)
+
+    @cached_property
+    def params(self) -> Params:
+        """The network's parameters as `tpatch_jax.load_model` places them."""
+
+        def place(path: Any, leaf: Struct) -> Struct:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            return self.array(leaf.shape, self.dtype, spec(name, leaf.shape, self.mesh))
+
+        return jax.tree_util.tree_map_with_path(place, parameter_shapes(self.config))
+
+    @cached_property
+    def last_weights(self) -> Params:
+        """What the rest after the last feed-forward network reads."""
+        return networks.final_weights(self.config, self.params)
+
+    def key(self, *shape: int) -> Struct:
+        """Typed random keys."""
+        return self.array(shape, jax.random.key(0).dtype)
+
+    def cache(self, rows: int, tokens: int) -> Cache:
+        """A block's keys and values, heads split like the weights that make them."""
+        config = self.config
+        shape = (rows, tokens, config.key_value_heads, config.head_width)
+        names = (DATA_AXIS if rows % self.data == 0 else None, None,
+                 MODEL_AXIS if config.key_value_heads % self.model == 0 else None)  # fmt: skip
+        part = self.array(shape, self.dtype, PartitionSpec(*names))
+        return Cache(part, part)
+
+    def patch(self, neurons: int) -> Patch:
+        """Neurons, split as `tpatch_jax.models.sharding.split_neurons` does it."""
+        spec, width = neuron_spec(neurons, self.mesh), self.config.hidden_size
+        return Patch(*(self.array(shape, spec=spec) for shape in ((neurons, width), (neurons,), (neurons, width))))
+
+    def memory(self, rows: int) -> Memory:
+        """A memory with its rows split."""
+        width, rows = self.config.hidden_size, round_up(rows, self.data)
+        return Memory(
+            self.rows((rows, width)), self.rows((rows,), jnp.int32), self.array((width,)), self.array((width, width))
+        )
+
+    def layers_by_kind(self, first: int, last: int) -> dict[Any, tuple[int, int]]:
+        """Of each kind of layer in a range one of its layers, and how many there are."""
+        kinds: dict[Any, tuple[int, int]] = {}
+        for index in range(first, last):
+            kind = self.config.kind(index)
+            one, count = kinds.get(kind, (index, 0))
+            kinds[kind] = one, count + 1
+        return kinds
+
+
+def sites_of(config: NetworkConfig) -> tuple[str, ...]:
+    """The sites at which a network is edited."""
+    return ("subject", "last") if config.architecture == "decoder" and config.layers > 1 else ("last",)
+
+
+def edit_programs(
+    places: Places, edits: int, settings: TPatcherSettings | None = None, workload: Workload | None = None
+) -> list[Program]:
+    """The programs of one call that edits so many requests.
+
+    Args:
+        places: the network and the devices.
+        edits: how many requests.
+        settings: the editor's options; by default the preset ``default``.
+        workload: what a request asks for.
+
+    Returns:
+        Each program once, with how often it runs at each site.
+    """
+    settings, workload = settings or PRESETS["default"], workload or Workload()
+    programs = [*_memory_programs(places, workload), *_last_programs(places, edits, settings, workload)]
+    if places.config.architecture == "decoder":
+        programs += _reading_programs(places, edits, settings, workload)
+    if "subject" in sites_of(places.config):
+        programs += _subject_programs(places, edits, settings, workload)
+    return programs
+
+
+def _batch(tokens: int) -> tuple[int, int]:
+    """Rows and tokens of a full batch of texts of one length."""
+    length = row_length(tokens)
+    return 1 << (max(1, collection.TOKENS_PER_BATCH // length).bit_length() - 1), length
+
+
+def block_programs(
+    places: Places,
+    what: str,
+    rows: int,
+    tokens: int,
+    first: int,
+    last: int,
+    seen: int = 0,
+    runs: Mapping[str, float] = NO_RUNS,
+    around: Around = NOTHING,
+) -> list[Program]:
+    """Whole blocks of a range of layers, one program for each kind of layer.
+
+    Args:
+        places: the network and the devices.
+        what: what they are run for.
+        rows: of the batch.
+        tokens: of each row.
+        first: the first layer.
+        last: the one behind the last.
+        seen: how many tokens a cache has room for; 0 is no cache.
+        runs: how often the range is run.
+        around: what all of them read besides.
+    """
+    config = places.config
+    programs = []
+    for number, (kind, (index, count)) in enumerate(places.layers_by_kind(first, last).items()):
+        args = (
+            config, kind, places.params["layers"][index], places.stream(rows, tokens, config.hidden_size),
+            places.rows((rows, tokens), jnp.int32), places.cache(rows, seen) if seen else None, around,
+        )  # fmt: skip
+        times = {site: count * each for site, each in runs.items()}
+        name = f"{what}: block" + (f", kind {number + 1}" if number else "")
+        programs.append(Program(name, stack.run_block, args, runs=times))
+    return programs
+
+
+def _enter_program(
+    places: Places, what: str, rows: int, tokens: int, layer: int, runs: Mapping[str, float],
+    around: Around = NOTHING
+) -> Program:  # fmt: skip
+    config = places.config
+    args = (
+        config, config.kind(layer), places.params["layers"][layer], places.stream(rows, tokens, config.hidden_size),
+        places.rows((rows, tokens), jnp.int32), None, around,
+    )  # fmt: skip
+    return Program(f"{what}: block up to its FFN's output", stack.enter_block, args, runs=runs)
+
+
+def _reading_programs(places: Places, edits: int, settings: TPatcherSettings, workload: Workload) -> list[Program]:
+    """Texts of a decoder run up to a layer: prompts, their contexts, other subjects."""
+    config, params, width = places.config, places.params, places.config.hidden_size
+    last, middle = config.layers - 1, subject_site.subject_layer(config.layers, settings.layer)
+    rows, tokens = _batch(workload.prompt)
+    texts = {
+        # Requests once to see what is wrong, then bare prompts, inside many of them, and other subjects.
+        "last": edits * (2 + (edits >= settings.many_from)) + edits * workload.others,
+        # The same, and again with neurons at subjects; what is completed is read in all contexts.
+        "subject": edits * (2 + workload.completed * (1 + workload.others)),
+    }
+    whole = {site: float(len(in_steps(round(count), rows))) for site, count in texts.items()}
+    contexts = edits * (settings.contexts - 1)
+    after = {
+        "last": len(in_steps(contexts, rows)),
+        "subject": len(in_steps(round(workload.completed * contexts), rows)),
+    }
+    subject = settings.subject
+    seen = edits * (1 + subject.key_contexts + AVOIDED + (1 + subject.key_contexts) * 0.5)
+    at_subjects = {"subject": float(len(in_steps(round(seen), rows)))}
+    embedded = {site: whole[site] + after[site] + at_subjects.get(site, 0.0) for site in whole}
+    embed = {name: params[name] for name in ("embed", "positions", "token_types", "norm_embed") if name in params}
+    numbers = places.rows((rows, tokens), jnp.int32)
+    begun, which = places.cache(power_of_two(settings.contexts - 1), tokens), places.rows((rows,), jnp.int32)
+    stream = places.stream(rows, tokens, width)
+    programs = [
+        Program("reading: embeddings", stack._embedded, (config, embed, numbers, numbers), runs=embedded),
+        *block_programs(places, "reading", rows, tokens, 0, last, runs=whole),
+        _enter_program(places, "reading, last layer", rows, tokens, last, whole),
+        *block_programs(places, "reading up to the subject's layer", rows, tokens, 0, middle, runs=at_subjects),
+        _enter_program(places, "reading, subject's layer", rows, tokens, middle, at_subjects),
+    ]
+    for number, (kind, (index, count)) in enumerate(places.layers_by_kind(0, last).items()):
+        args = (config, kind, params["layers"][index], stream, numbers, begun, which)
+        name = "reading behind a prefix: block" + (f", kind {number + 1}" if number else "")
+        times = {site: float(count * each) for site, each in after.items()}
+        programs.append(Program(name, tracing._run_after, args, runs=times))
+    args = (config, config.kind(last), params["layers"][last], stream, numbers, begun, which)
+    name = "reading behind a prefix: block up to its FFN's output"
+    programs.append(Program(name, tracing._enter_after, args, runs={site: float(n) for site, n in after.items()}))
+    return programs
+
+
+def _memory_programs(places: Places, workload: Workload) -> list[Program]:
+    """Statistics of unrelated text, most of them once for a model."""
+    width = places.config.hidden_size
+    square, scalar = places.array((width, width)), places.array(())
+    return [
+        Program("memory: mean and covariance", memories.second_moments, (places.rows((workload.memory, width)),)),
+        Program(
+            "memory: how contexts move a query", jax.jit(memories.nuisance_scatter), (places.rows((256, 6, width)),)
+        ),
+        Program("memory: mixture of scatters", memories.blended, (square, square, scalar),
+                runs={"subject": 1.0, "last": 1.0}),
+        Program(
+            "memory: whitening", memories._whitening, (square, square, scalar, scalar),
+            runs={"subject": 1.0 + workload.completed, "last": 1.0},
+        ),
+    ]  # fmt: skip
+
+
+def last_memory_rows(edits: int, settings: TPatcherSettings, workload: Workload) -> int:
+    """How many rows the memory has when so many requests are fitted in the last layer."""
+    bare = edits * workload.target
+    rows = bare + min(last_site.CONTEXT_ROWS, bare * (settings.contexts - 1))
+    if edits >= settings.many_from:
+        rows += min(last_site.INNER_ROWS, round(edits * workload.inside))
+    return workload.memory + in_blocks(rows, last_site.LEAST_ROWS, last_site.BLOCK)
+
+
+def _last_programs(places: Places, edits: int, settings: TPatcherSettings, workload: Workload) -> list[Program]:
+    """Neurons in the last layer: both recipes, what they start from, and what the network says with them."""
+    config, width, weights = places.config, places.config.hidden_size, places.last_weights
+    act, fit = ACTIVATIONS[config.activation], settings.fit
+    pointwise = networks.pointwise(config)
+    neurons = edits * workload.neurons * workload.attempts
+    memory = places.memory(last_memory_rows(edits, settings, workload))
+    contexts = settings.contexts if config.architecture == "decoder" else settings.input_contexts
+    contexts *= 1 if pointwise else workload.context
+    lanes = fit.lanes * places.data
+    few = round_up(min(4, fit.lanes), places.data)
+    size = lanes if neurons > 4 else few
+    shares = {"last": 1.0, "subject": workload.completed}
+
+    def times(count: float, least: float = 1.0) -> dict[str, float]:
+        return {site: max(least, count * share) for site, share in shares.items()}
+
+    def problems(count: int) -> FitProblem:
+        context: dict[str, Any] = {"residual": places.rows((count, contexts, width), places.dtype)}
+        if not pointwise:
+            context["valid"] = places.rows((count, contexts), jnp.bool_)
+            context["text"] = places.rows((count, contexts), jnp.int32)
+        return FitProblem(
+            places.rows((count, contexts, width)), places.rows((count, contexts, width)),
+            places.rows((count, settings.other_subjects, width)), context, places.rows((count,), jnp.int32),
+            places.rows((count, width)), places.rows((count,)),
+        )  # fmt: skip
+
+    head = Partial(networks.finisher(config), weights)
+    problem, some = problems(size), problems(few)
+    settle = (problem, memory, head, fit, act, places.array((), jnp.int32))
+    settled = _shapes(fitting._many_settle, places, *settle)
+    settled_few = jax.tree.map(lambda leaf: places.rows((few, *leaf.shape[1:]), leaf.dtype), settled)
+    steps = fit.key_steps // fit.rounds
+    programs = [
+        Program("last layer: keys, thresholds, first values", fitting._many_settle, settle, trips=steps,
+                runs=times(neurons / size), resident=memory),
+        Program("last layer: steps on values", fitting._many_improve, (settled_few, some, head, fit, act),
+                trips=fit.value_steps, runs=times(neurons * workload.missing / few, 0.0), resident=memory),
+        Program("last layer: patches", fitting._many_end_staged, (settled, problem, head, fit, act),
+                runs=times(neurons / size), resident=memory),
+        *_joint_programs(places, problem, memory, head, size),
+        *_start_programs(places, edits, settings, size, contexts, times(neurons / size)),
+    ]  # fmt: skip
+    rows = places.rows((64, width), places.dtype)
+    if pointwise:
+        patch = places.patch(in_blocks(round(edits * workload.neurons), collection.NEURONS, 4096))
+        sites = collection.Sites(rows, rows, rows)
+        looks = edits * workload.target * (1 + 2 * workload.attempts) / 64
+        args = (config, weights, patch, sites)
+        programs.append(
+            Program("last layer: what is said", collection._predicted, args, runs=times(looks), resident=memory)
+        )
+    return programs
+
+
+def _shapes(function: Any, places: Places, *args: Any) -> Any:
+    """What a function of lanes returns, its rows split."""
+    lanes = jax.eval_shape(function, *args)
+    return jax.tree.map(lambda leaf: places.rows(leaf.shape, leaf.dtype), lanes)
+
+
+def _joint_programs(places: Places, problem: FitProblem, memory: Memory, head: Partial, size: int) -> list[Program]:
+    """The paper's recipe, which runs where it is asked for."""
+    settings: FitSettings = PRESETS["paper"].fit
+    act = ACTIVATIONS[places.config.activation]
+    states = _shapes(fitting._many_begin, places, problem, places.key(size), settings)
+    args = (states, problem, memory, head, settings, act)
+    return [
+        Program("paper's recipe: start", fitting._many_begin, (problem, places.key(size), settings)),
+        Program(f"paper's recipe: {settings.patience} steps", fitting._many_advance, args, resident=memory),
+        Program("paper's recipe: patches", fitting._many_end, args, resident=memory),
+    ]
+
+
+def _start_programs(
+    places: Places, edits: int, settings: TPatcherSettings, size: int, contexts: int, runs: Mapping[str, float]
+) -> list[Program]:
+    """Where values in the last layer start."""
+    config, width = places.config, places.config.hidden_size
+    if config.labels or not networks.pointwise(config):
+        return []
+    weights = {**places.last_weights, "layers": {config.layers - 1: places.last_weights["layer"]}}
+    table = jax.eval_shape(lambda params: networks.unembedding(config, params), places.params)
+    split = PartitionSpec(MODEL_AXIS) if table.shape[0] % places.model == 0 else None
+    given = {name: places.rows((size, contexts, width), places.dtype) for name in ("query", "output", "residual")}
+    given["targets"] = places.rows((size,), jnp.int32)
+    args = (config, weights, places.array((width, width)), places.patch(collection.NEURONS), given)
+    return [
+        Program(
+            "last layer: moment of the unembedding", last_site.moment, (places.array(table.shape, table.dtype, split),)
+        ),
+        Program("last layer: where values start", last_site._prepared, args, runs=runs),
+    ]
+
+
+def pack_sizes(workload: Workload, rows: int) -> tuple[int, int]:
+    """Tokens and ends of so many packed rows, as `tpatch_jax.editors.subject_rows.pack_lanes` pads them."""
+    return in_quarters(round(workload.row * rows), 64), in_quarters(round(workload.end * rows), 32)
+
+
+def fork_structs(places: Places, packs: int, tokens: int, ends: int, layer: int) -> networks.Fork:
+    """Packed rows cut at a layer, as `tpatch_jax.models.networks.fork` leaves them."""
+    part = places.stream(packs, ends, places.config.hidden_size)
+    caches = [places.cache(packs, tokens) for _ in range(layer + 1, places.config.layers)]
+    seen = Seen(places.rows((packs, ends, tokens + ends), jnp.bool_), places.rows((packs, tokens + ends), jnp.int32))
+    return networks.Fork(part, part, part, places.rows((packs, ends), jnp.int32), seen, caches, part, layer)
+
+
+def fork_programs(
+    places: Places, what: str, packs: int, tokens: int, layer: int, runs: Mapping[str, float] = NO_RUNS
+) -> list[Program]:
+    """Packed rows run through the whole network, with what running their ends again needs kept."""
+    config, last = places.config, places.config.layers
+    stream = places.stream(packs, tokens, config.hidden_size)
+    weights = stack.without_ffn(places.params["layers"][layer])
+    caches = [places.cache(packs, tokens) for _ in range(layer + 1, last)]
+    leave = (config, config.kind(layer), weights, stream, stream)
+    seen = Seen(places.rows((packs, tokens, tokens), jnp.bool_), places.rows((packs, tokens), jnp.int32))
+    around = Around(seen=seen)
+    programs = block_programs(places, f"{what} up to the layer", packs, tokens, 0, layer, runs=runs, around=around)
+    programs.append(_enter_program(places, f"{what} up to the layer", packs, tokens, layer, runs, around))
+    programs.append(Program(f"{what}: end of the layer's block", stack.leave_block, leave, runs=runs))
+    behind = f"{what} behind the layer"
+    for program in block_programs(places, behind, packs, tokens, layer + 1, last, runs=runs, around=around):
+        programs.append(program._replace(resident=caches))
+    return programs
+
+
+def _subject_programs(places: Places, edits: int, settings: TPatcherSettings, workload: Workload) -> list[Program]:
+    """Neurons at subjects: keys in closed form, and values trained through the rest of the network."""
+    config, width = places.config, places.config.hidden_size
+    subject, layer = settings.subject, subject_site.subject_layer(config.layers, settings.layer)
+    keys = power_of_two(round(edits * 1.5))
+    # Every token up to the subject, and the contexts, of each request.
+    negative = power_of_two(round(edits * (0.5 * workload.prompt + 2 * subject.key_contexts)), 64)
+    memory = places.memory(workload.memory + negative)
+    scalar = places.array((keys,))
+    lanewise = (
+        places.array((keys, 1 + subject.key_contexts, width)), places.array((keys,), jnp.int32), scalar, scalar,
+        places.array((keys, AVOIDED, width)), scalar,
+    )  # fmt: skip
+    lanes = min(power_of_two(edits), subject.value_lanes)
+    chunks = {"subject": float(-(-edits // lanes))}
+    # Besides, the prompt behind a longer text and with its subject in lower case.
+    aims, beside = subject.value_contexts + subject.shorter + subject.same + 2, subject.neutral
+    tokens, ends = pack_sizes(workload, aims + beside)
+    read = power_of_two(workload.target, 2)
+    said = (config, places.last_weights, places.stream(lanes, ends, width), places.rows((lanes, beside), jnp.int32))
+    run = Partial(subject_rows._runner(config, layer, False), networks.after(places.params, layer))
+    problem, state = _value_structs(places, lanes, aims, beside, tokens, ends, read, layer)
+    carry = stepping._Carry(state, places.rows((lanes,), jnp.bool_), places.rows((lanes,), jnp.int32))
+    step = Partial(values._step(subject.value._replace(steps=0)), run)
+    number, half = places.array((), jnp.int32), places.rows((max(1, lanes // 2),), jnp.int32)
+    return [
+        Program("subjects: keys", subject_site._keys, (*lanewise, memory), {"contrast": subject.key_contrast},
+                runs={"subject": 1.0}),
+        *fork_programs(places, "values, rows", lanes, tokens, layer, chunks),
+        Program("values: what is said unedited", subject_rows._log_probs, said, runs=chunks),
+        Program("values: steps", stepping._advance, (step, carry, problem, number), {"steps": subject.value.steps},
+                trips=workload.value_steps, runs=chunks),
+        Program("values: fewer lanes", stepping._take, ((carry, problem), half, lanes), runs=chunks),
+    ]  # fmt: skip
+
+
+def _value_structs(
+    places: Places, lanes: int, aims: int, beside: int, tokens: int, ends: int, read: int, layer: int
+) -> tuple[Any, Any]:
+    """What values are trained on, and where training starts."""
+    config, width, count = places.config, places.config.hidden_size, aims + beside
+    fork = fork_structs(places, lanes, tokens, ends, layer)
+    first = places.rows((lanes, count), jnp.int32)
+    known = KnownRows(tuple(fork[:-1]), first, places.rows((lanes, aims * read + beside), jnp.int32))
+    wanted = (lanes, aims, read)
+    targets = TargetRows(places.rows((lanes, aims)), places.rows(wanted, jnp.int32), places.rows(wanted))
+    kept = KeptRows(places.rows((lanes, beside)), places.over_vocabulary((lanes, beside, config.vocabulary)))
+    move = places.rows((lanes, width))
+    state = values._State(
+        move, move, places.rows((lanes, count, width)), places.rows((lanes, count)), places.rows((lanes, aims)),
+        places.rows((lanes, beside)), places.rows((lanes,), jnp.bool_),
+    )  # fmt: skip
+    return values._Problem(known, targets, kept, places.rows((lanes, 1))), state
