@@ -32,6 +32,9 @@ _MODULES = (
     "rome.method",
     "serac.editor",
     "grace",
+    "rome.alphaedit",
+    "ultraedit",
+    "neuraldb",
 )
 """The modules of this package that register methods, in the order in which they are listed."""
 
