@@ -59,6 +59,7 @@ __all__ = [
     "UltraEditSettings",
     "UltraEditState",
     "absorb",
+    "begin_moments",
     "pseudo_values",
     "ridge_update",
     "ultraedit",
@@ -122,6 +123,13 @@ _KNOWN: Mapping[tuple[str, int, int, int], str] = {
 AUTHORS_RATE = 1e-6
 """``η`` of the authors' code, for models of 6 to 27 billion parameters."""
 
+SMALL_RATE = 1e-3
+"""``η`` of other models: of 1e-6, 1e-4, 1e-3 and 1e-2 the one with which eight CounterFact records of a step hold on
+SmolLM2-135M.
+
+``‖k̂‖²`` grows with how many numbers a key has, so that a narrower network moves less for the same ``η``.
+"""
+
 
 def _read_maps(wanted: str) -> tuple[Place, ...]:
     """The maps that a setting names, without looking at a network."""
@@ -173,10 +181,6 @@ def ultraedit_rate(config: NetworkConfig, wanted: float = 0.0) -> float:
     """
     known = (config.family, config.layers, config.hidden_size, config.ffn_width) in _KNOWN
     return wanted or (AUTHORS_RATE if known else SMALL_RATE)
-
-
-SMALL_RATE = 1e-4
-"""``η`` of other models."""
 
 
 # --- the algebra ---
