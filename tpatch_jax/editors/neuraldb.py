@@ -13,7 +13,9 @@ for, so no statistics are collected, and no edit changes another: editing one by
 The authors' code was not at hand; what their paper leaves to it is read so:
 
 - The residual is trained in the unedited model, beside no other entry.
-- The layer is ROME's, and ``γ`` is measured on the model where we have one (`neuraldb_threshold`).
+- The layer is ROME's, and ``γ`` lies between what paraphrases and other subjects' prompts reach on SmolLM2-135M: there
+  a subject's key in a paraphrase has a cosine of .81 to .98 with its edit's, and no token of a neighbour's prompt more
+  than .42 (eight records of CounterFact).
 - Two edits of one subject have nearly the same key, and the nearer one answers for both.
 
 Source: Fei et al., "NeuralDB: Scaling Knowledge Editing in LLMs to 100,000 Facts with Neural KV Database", ICLR 2026.
@@ -77,7 +79,7 @@ class NeuralDBSettings:
 
     Attributes:
         layer: ``"auto"``, see `neuraldb_layer`, or a number.
-        threshold: ``γ``, how near a key has to be, as a cosine.
+        threshold: ``γ``, how near a key has to be, as a cosine; above 0, and at most 1.
         value: how a residual is trained, as MEMIT's authors have it but for the extra steps of `ValueSettings`.
         keep_failed: keep an entry whose target does not come out.
         together: so many residuals are trained together at most.
