@@ -429,14 +429,17 @@ def test_what_cannot_be_edited_says_why(tiny_model, letters: Path, method: str) 
 
 
 @pytest.mark.parametrize(
-    ("protocol", "methods"), [("single", ["rome", "memit", "tpatcher"]), ("sequential", ["r-rome"])]
+    ("protocol", "methods"),
+    [("single", ["rome", "memit", "tpatcher"]), ("sequential", ["r-rome", "alphaedit", "ultraedit", "neuraldb"])],
 )
 def test_methods_run_side_by_side(
     tiny_model: Model, letters: Path, tmp_path: Path, protocol: str, methods: list[str]
 ) -> None:
     quick: dict[str, Any] = {"contexts": 1, "other_subjects": 0, "attempts": 1, "rounds": 1, "site": "last"}
     known = {name: value for name, value in quick.items() if "tpatcher" in methods}
-    settings = method_settings(methods, changes={**known, **{f"{method}.value_steps": 2 for method in methods}})
+    known |= {f"{method}.value_steps": 2 for method in methods if method != "ultraedit"}
+    known |= {"alphaedit.null_space": 1e3} if "alphaedit" in methods else {}
+    settings = method_settings(methods, changes=known)
     options: dict[str, Any] = {"methods": methods, "settings": settings, "memory": letters, "cache": False}
     report = evaluate(tiny_model, make_records()[:2], protocol=protocol, output=tmp_path / "report", **options)
     assert [result["method"] for result in report["results"]] == ["unedited", *methods]

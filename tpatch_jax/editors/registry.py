@@ -35,6 +35,9 @@ _MODULES = (
     "retrieval",
     "locft",
     "wise",
+    "rome.alphaedit",
+    "ultraedit",
+    "neuraldb",
 )
 """The modules of this package that register methods, in the order in which they are listed."""
 

@@ -1,10 +1,10 @@
 """MEMIT as an editor: many requests at once, each shared out over several feed-forward layers."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +42,18 @@ from tpatch_jax.models.networks import Batch
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.typing import PathLike, Progress, RngKey
 
-__all__ = ["MEMIT_PRESETS", "MemitSettings", "check_memit", "memit", "memit_layers", "memit_weight"]
+__all__ = [
+    "MEMIT_PRESETS",
+    "MemitSettings",
+    "check_layers",
+    "check_memit",
+    "memit",
+    "memit_layers",
+    "memit_weight",
+    "step_layers",
+    "subject_keys",
+    "subject_streams",
+]
 
 CONTEXTS = ((10, 5),)
 """Contexts besides the bare prompt: for each length in tokens how many."""
@@ -59,6 +70,8 @@ class MemitSettings:
         layers: ``"auto"``, see `memit_layers`, or numbers such as ``"6,7,8"``.
         moment_weight: ``"auto"``, see `memit_weight`, or ``λ`` as a whole number.
         value: how the stream's new values are trained, at the last of the layers.
+        aligned: later steps keep what earlier ones wrote: each adds the difference of two solutions made at one time,
+            of all edits so far and of those before, where the authors' code knows of general text alone.
         keep_failed: keep the update of a request whose target does not come out, as the authors do. Without it the
             step is done again without such requests, since a batch's updates cannot be told apart.
         moment_tokens: at most so many tokens of a memory text count for ``C``.
@@ -72,6 +85,7 @@ class MemitSettings:
     layers: str = "auto"
     moment_weight: str = "auto"
     value: ValueSettings = field(default_factory=lambda: ValueSettings(value_steps=25, clamp=0.75))
+    aligned: bool = False
     keep_failed: bool = True
     moment_tokens: int = 65536
     ridge: float = 1e-4
@@ -160,15 +174,33 @@ def check_memit(model: Model, settings: MemitSettings) -> tuple[tuple[int, ...],
         TPatchError: the model is no decoder, its feed-forward networks do not write into the stream directly, it has no
             such layer, or a patch is attached to it; or the weight is none.
     """
-    check_model(model, "MEMIT", ())
+    layers = check_layers(model, "MEMIT", settings.layers)
+    return layers, memit_weight(model.config, settings.moment_weight)
+
+
+def check_layers(model: Model, method: str, wanted: str) -> tuple[int, ...]:
+    """Make sure that updates can be shared out over some layers of a model.
+
+    Args:
+        model: the model.
+        method: its name, for messages.
+        wanted: as for `memit_layers`.
+
+    Returns:
+        The layers.
+
+    Raises:
+        TPatchError: as `check_memit`.
+    """
+    check_model(model, method, ())
     if model.config.sandwich or model.config.post_norm:
         raise TPatchError(
-            f"MEMIT writes into the residual stream, and in {model.config.family} a norm stands between it and the "
+            f"{method} writes into the residual stream, and in {model.config.family} a norm stands between it and the "
             "feed-forward network; use method rome"
         )
-    layers, weight = memit_layers(model.config, settings.layers), memit_weight(model.config, settings.moment_weight)
-    check_model(model, "MEMIT", layers)
-    return layers, weight
+    layers = memit_layers(model.config, wanted)
+    check_model(model, method, layers)
+    return layers
 
 
 def memit(
@@ -183,8 +215,8 @@ def memit(
     For each request a value of the residual stream after the last of some layers, at the subject's last token, with
     which the model says the target; then in one layer after the other, lowest first, an equal share of what is still
     missing there, for all requests at once: see `distribute_update`. Keys are the mean of the
-    bare prompt's and of the mean of five sampled contexts'. Nothing can be taken out again but by going back to an
-    earlier state, which holds the down projections from before.
+    bare prompt's and of the mean of five sampled contexts'. With ``aligned`` later steps keep what earlier ones wrote.
+    Nothing can be taken out again but by going back to an earlier state, which holds the down projections from before.
 
     Where it differs from the authors' code: ``C`` is of fewer tokens, and of text that the model itself says unless
     ``memory`` names a file, with a small ridge; it is solved in float32; a bracket or quotation mark at a subject's end
@@ -225,12 +257,28 @@ def memit(
         return RomeState(model, {}, moments, sampled_contexts(model, CONTEXTS), settled)
 
     def step(state: RomeState, requests: Sequence[EditRequest], rng: RngKey) -> tuple[RomeState, EditInfo]:
-        return step_once(state.model, requests, lambda given: _step(state, with_spelling(state.model, given), progress))
+        def run(given: list[EditRequest]) -> tuple[RomeState, EditInfo]:
+            return step_layers(state, with_spelling(state.model, given), "MEMIT", _write, progress)
+
+        return step_once(state.model, requests, run)
 
     def apply(state: RomeState, batch: Batch) -> Float[Array, "..."]:
         return edited(state).apply(batch)
 
     return EditorFunctions(init, step, apply)
+
+
+Write: TypeAlias = Callable[[RomeState, int, Array, Array], RomeState]
+"""How one layer takes its share: ``(state, layer, keys [n, h], residuals [n, d]) -> state``."""
+
+
+def _write(state: RomeState, layer: int, keys: Array, residuals: Array) -> RomeState:
+    network = edited(state).params["layers"][layer]["ffn"]
+    weight, earlier = float(state.settings.moment_weight), state.earlier.get(layer)
+    state = state.with_network(
+        layer, distribute_update(network, keys, residuals, state.moments[layer], weight, earlier)
+    )
+    return state.with_keys(layer, keys) if state.settings.aligned else state
 
 
 class _Aim(NamedTuple):
@@ -247,7 +295,7 @@ def _cut(rows: Sequence[PromptRow]) -> tuple[list[list[int]], list[list[int]]]:
     return [row.tokens[: row.subject + 1] for row in rows], [[row.subject] for row in rows]
 
 
-def _streams(model: Model, rows: Sequence[PromptRow], layer: int) -> Float[np.ndarray, "rows d"]:
+def subject_streams(model: Model, rows: Sequence[PromptRow], layer: int) -> Float[np.ndarray, "rows d"]:
     """The residual stream after a layer's block at the subject of each row, ``[rows, d]``."""
     tokens, places = _cut(rows)
     result = np.zeros((len(rows), model.config.hidden_size), np.float32)
@@ -258,7 +306,9 @@ def _streams(model: Model, rows: Sequence[PromptRow], layer: int) -> Float[np.nd
     return result
 
 
-def _keys(model: Model, rows: Sequence[Sequence[PromptRow]], layer: int) -> Float[Array, "requests hidden_neurons"]:
+def subject_keys(
+    model: Model, rows: Sequence[Sequence[PromptRow]], layer: int
+) -> Float[Array, "requests hidden_neurons"]:
     """The mean of each bare prompt's key and of the mean of its other contexts', ``[requests, h]``."""
     query = collect(model, *_cut([row for each in rows for row in each]), layer).query
     network = model.params["layers"][layer]["ffn"]
@@ -271,9 +321,9 @@ def _aims(
     state: RomeState, items: Sequence[Item], requests: Sequence[EditRequest], progress: Progress | None
 ) -> list[_Aim]:
     model, settings = edited(state), state.settings
-    last = max(state.moments)
+    last = max(state.layers)
     rows = [value_rows(model, requests[item.position], item) for item in items]
-    before = _streams(model, [each[0] for each in rows], last)
+    before = subject_streams(model, [each[0] for each in rows], last)
     # Of similar lengths together, so that little is padding.
     order = sorted(range(len(items)), key=lambda n: (len(items[n].target), max(len(row.tokens) for row in rows[n])))
     aims: dict[int, _Aim] = {}
@@ -294,26 +344,35 @@ def _aims(
     return [aims[number] for number in range(len(items))]
 
 
-def _written(state: RomeState, aims: Sequence[_Aim], progress: Progress | None) -> RomeState:
+def _written(state: RomeState, aims: Sequence[_Aim], write: Write, progress: Progress | None) -> RomeState:
     """Every layer in turn takes its share of what is still missing after the last one."""
-    layers, weight = sorted(state.moments), float(state.settings.moment_weight)
+    layers = state.layers
     for number, layer in enumerate(layers):
         if progress:
             progress("writing layers", number, len(layers))
         model = edited(state)
-        missing = np.stack([aim.goal for aim in aims]) - _streams(model, [aim.rows[0] for aim in aims], layers[-1])
-        keys = _keys(model, [aim.rows for aim in aims], layer)
-        network = model.params["layers"][layer]["ffn"]
-        share = jnp.asarray(missing / (len(layers) - number), jnp.float32)
-        state = state.with_network(layer, distribute_update(network, keys, share, state.moments[layer], weight))
+        missing = np.stack([aim.goal for aim in aims]) - subject_streams(
+            model, [aim.rows[0] for aim in aims], layers[-1]
+        )
+        keys = subject_keys(model, [aim.rows for aim in aims], layer)
+        state = write(state, layer, keys, jnp.asarray(missing / (len(layers) - number), jnp.float32))
     return state
 
 
-def _step(
-    state: RomeState, requests: list[EditRequest], progress: Progress | None
-) -> tuple[RomeState, EditInfo]:  # fmt: skip
+def step_layers(
+    state: RomeState, requests: list[EditRequest], method: str, write: Write, progress: Progress | None
+) -> tuple[RomeState, EditInfo]:
+    """Edit some requests at once, each shared out over the layers of a state.
+
+    Args:
+        state: the edits so far.
+        requests: all different, with their subjects spelt as their prompts do.
+        method: its name, for messages.
+        write: how one layer takes its share.
+        progress: called with what is being done, how much is done, and how much there is.
+    """
     settings, names = state.settings, [request.name(position) for position, request in enumerate(requests)]
-    items, problems = read_requests(state, requests, "MEMIT")
+    items, problems = read_requests(state, requests, method)
     unit = forward_seconds(state.model, items)
     began = time.perf_counter()
     aims = _aims(state, items, requests, progress)
@@ -321,7 +380,7 @@ def _step(
     attempts = {aim.item.position: aim.attempt for aim in aims}
     going = [aim for aim in aims if not aim.attempt.reason]
     while True:
-        after = _written(state, going, progress) if going else state
+        after = _written(state, going, write, progress) if going else state
         finite = all(bool(jnp.isfinite(kernel).all()) for kernel in after.down_projections.values())
         held = dict(zip((item.position for item in items), says(edited(after), items), strict=True))
         # A batch's updates cannot be told apart: those that do not hold go, and the others are written anew.
@@ -332,7 +391,8 @@ def _step(
             break
         why = "the target does not come out after the update" if finite else "the update is not finite"
         for position in lost:
-            reason = f"{why}; nothing was kept; try other layers or another moment_weight"
+            setting = "moment_weight" if state.moments else "weight or null_space"
+            reason = f"{why}; nothing was kept; try other layers or another {setting}"
             attempts[position] = attempts[position]._replace(reason=reason)
         going = [aim for aim in going if aim.item.position not in lost]
     times = (time.perf_counter() - began, fit_seconds, unit)

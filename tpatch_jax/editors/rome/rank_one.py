@@ -6,6 +6,7 @@ uncentred second moment over general text, says which inputs are common and so h
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from tpatch_jax.core.ffn import width
@@ -13,7 +14,7 @@ from tpatch_jax.core.positive import solve_positive
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.typing import Params
 
-__all__ = ["damped", "distribute_update", "rank_one"]
+__all__ = ["damped", "distribute_update", "null_projection", "project_update", "rank_one"]
 
 
 @jax.jit
@@ -35,6 +36,33 @@ def damped(
     """
     moment = moment.astype(jnp.float32)
     return moment + ridge * jnp.mean(jnp.diag(moment)) * jnp.eye(moment.shape[0], dtype=jnp.float32)
+
+
+def null_projection(
+    moment: Float[Array, "hidden_neurons hidden_neurons"], threshold: float
+) -> Float[Array, "hidden_neurons hidden_neurons"]:
+    """``P``, the projection on the directions that keys of general text hardly have: AlphaEdit's null space.
+
+    ``P = UUᵀ`` of the eigenvectors ``U`` of ``C`` whose eigenvalues, the mean squares of a key along them, are below a
+    threshold. An update ``Δ = PΔ`` changes nothing that is said to keys without a part there.
+
+    Args:
+        moment: ``C``, ``[h, h]``, not damped.
+        threshold: in the units of ``C``.
+
+    Returns:
+        ``[h, h]``, float32; zero where no eigenvalue is below the threshold.
+
+    Source: Fang et al. 2025, section 3, and the authors' published code for the threshold.
+
+    Example:
+        >>> null_projection(jnp.diag(jnp.array([1.0, 1e-3])), 0.02).tolist()
+        [[0.0, 0.0], [0.0, 1.0]]
+    """
+    # In float64, for what is cut off may be a millionth of what is kept.
+    values, vectors = np.linalg.eigh(np.asarray(moment, np.float64))
+    small = vectors[:, values < threshold]
+    return jnp.asarray(small @ small.T, jnp.float32)
 
 
 def _solve(matrix: Array, columns: Array) -> Array:
@@ -67,6 +95,7 @@ def rank_one(
     moment: Float[Array, "hidden_neurons hidden_neurons"],
     *,
     at: Float[Array, " hidden_neurons"] | None = None,
+    projection: Float[Array, "hidden_neurons hidden_neurons"] | None = None,
 ) -> Params:
     """A feed-forward network that says a value to a key: ROME's update.
 
@@ -81,6 +110,8 @@ def rank_one(
         value: ``v*``, ``[d]``.
         moment: ``C``, ``[h, h]``, positive definite; see `damped`.
         at: ``k``, ``[h]``; ``k*`` by default.
+        projection: ``P``, from `null_projection` of the same ``C``: then ``u`` is along ``P·C⁻¹k*``, which is ROME's
+            least squares solution among the updates that change nothing outside of the null space.
 
     Returns:
         New parameters that share all arrays but the kernel of ``down``.
@@ -97,14 +128,16 @@ def rank_one(
         [[5.0, 7.0], [1.0, 1.0], [1.0, 1.0]]
     """
     _check(params, key, value, moment)
-    return _with_kernel(params, _rank_one(params["down"], key, value, moment, key if at is None else at))
+    at = key if at is None else at
+    return _with_kernel(params, _rank_one(params["down"], key, value, moment, at, projection))
 
 
 @jax.jit
-def _rank_one(down: Params, key: Array, value: Array, moment: Array, at: Array) -> Array:
+def _rank_one(down: Params, key: Array, value: Array, moment: Array, at: Array, projection: Array | None) -> Array:
     key, value, at = (array.astype(jnp.float32) for array in (key, value, at))
     with jax.default_matmul_precision("highest"):
         direction = _solve(moment.astype(jnp.float32), key[:, None])[:, 0]
+        direction = direction if projection is None else projection @ direction
         direction = direction / jnp.linalg.norm(direction)
         said = at @ down["kernel"].astype(jnp.float32)
         said = said + down["bias"].astype(jnp.float32) if "bias" in down else said
@@ -117,11 +150,13 @@ def distribute_update(
     residuals: Float[Array, "edits d"],
     moment: Float[Array, "hidden_neurons hidden_neurons"],
     weight: float | Float[Array, ""],
+    earlier: Float[Array, "hidden_neurons hidden_neurons"] | None = None,
 ) -> Params:
     """A feed-forward network whose output for many keys moves by as many residuals: MEMIT's update of one layer.
 
     ``W + (λC + KᵀK)⁻¹·KᵀR`` for rows ``K`` and ``R``: the least squares solution that a larger ``λ`` keeps closer to
-    what the network says to general text.
+    what the network says to general text. With the keys ``E = K₁ᵀK₁`` of earlier updates ``W + (λC + E + KᵀK)⁻¹·KᵀR``:
+    the difference of two solutions made at one time, that of all edits so far and that of the earlier ones alone.
 
     Args:
         params: the network's parameters, kernels ``[in, out]``; not changed.
@@ -129,6 +164,7 @@ def distribute_update(
         residuals: ``R``, ``[n, d]``.
         moment: ``C``, ``[h, h]``, positive definite; see `damped`.
         weight: ``λ``.
+        earlier: ``E``, ``[h, h]``; none by default.
 
     Returns:
         New parameters that share all arrays but the kernel of ``down``.
@@ -145,13 +181,71 @@ def distribute_update(
         [[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]]
     """
     _check(params, keys, residuals, moment)
+    _check_rows(keys, residuals)
+    return _with_kernel(params, _distributed(keys, residuals, moment, weight, earlier))
+
+
+def _check_rows(keys: Array, residuals: Array) -> None:
     if keys.ndim != 2 or residuals.shape[:-1] != keys.shape[:-1]:
         raise TPatchError(f"keys are {keys.shape} and residuals {residuals.shape}; give one row of each for an edit")
-    return _with_kernel(params, _distributed(keys, residuals, moment, weight))
 
 
 @jax.jit
-def _distributed(keys: Array, residuals: Array, moment: Array, weight: float | Array) -> Array:
+def _distributed(keys: Array, residuals: Array, moment: Array, weight: float | Array, earlier: Array | None) -> Array:
     keys, residuals = keys.astype(jnp.float32), residuals.astype(jnp.float32)
     with jax.default_matmul_precision("highest"):
-        return _solve(weight * moment.astype(jnp.float32) + keys.T @ keys, keys.T) @ residuals
+        matrix = weight * moment.astype(jnp.float32) + keys.T @ keys
+        return _solve(matrix if earlier is None else matrix + earlier, keys.T) @ residuals
+
+
+def project_update(
+    params: Params,
+    keys: Float[Array, "edits hidden_neurons"],
+    residuals: Float[Array, "edits d"],
+    projection: Float[Array, "hidden_neurons hidden_neurons"],
+    weight: float | Float[Array, ""],
+    earlier: Float[Array, "hidden_neurons hidden_neurons"] | None = None,
+) -> Params:
+    """A feed-forward network whose output for many keys moves, while preserved keys stay: AlphaEdit's update.
+
+    ``W + (P(KᵀK + E) + λI)⁻¹·PKᵀR``, whose rows lie in the null space that ``P`` projects on, so that what is said to a
+    key ``x`` with ``Px = 0`` does not change. With ``P = I`` it is MEMIT's with ``C = I``; see `distribute_update`.
+
+    Args:
+        params: the network's parameters, kernels ``[in, out]``; not changed.
+        keys: ``K``, ``[n, h]``.
+        residuals: ``R``, ``[n, d]``.
+        projection: ``P``, ``[h, h]``; see `null_projection`.
+        weight: ``λ``, by which the update is kept small.
+        earlier: ``E = K₁ᵀK₁`` of the keys that earlier updates wrote, ``[h, h]``; none by default.
+
+    Returns:
+        New parameters that share all arrays but the kernel of ``down``.
+
+    Raises:
+        TPatchError: shapes that do not belong to one network, or not as many residuals as keys.
+
+    Source: Fang et al. 2025, section 3, and the authors' published code for ``λ``.
+
+    Example:
+        >>> params = {"up": {"kernel": jnp.ones((2, 3))}, "down": {"kernel": jnp.zeros((3, 2))}}
+        >>> key, free = jnp.array([[1.0, 1.0, 0.0]]), jnp.diag(jnp.array([1.0, 0.0, 0.0]))
+        >>> after = project_update(params, key, jnp.array([[2.0, 4.0]]), free, 1.0)
+        >>> after["down"]["kernel"].round(3).tolist()
+        [[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]]
+    """
+    _check(params, keys, residuals, projection)
+    _check_rows(keys, residuals)
+    return _with_kernel(params, _projected(keys, residuals, projection, weight, earlier))
+
+
+@jax.jit
+def _projected(keys: Array, residuals: Array, projection: Array, weight: float | Array, earlier: Array | None) -> Array:
+    keys, residuals = keys.astype(jnp.float32), residuals.astype(jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        inside = keys @ projection
+        matrix = inside.T @ inside + weight * jnp.eye(keys.shape[1], dtype=jnp.float32)
+        # An update PX solves the same system with P on both sides, where it is symmetric and positive.
+        matrix = matrix if earlier is None else matrix + projection @ earlier @ projection
+        # Projected once more, for rounding leaves the null space.
+        return projection @ (_solve(matrix, inside.T) @ residuals)

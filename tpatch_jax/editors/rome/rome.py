@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tpatch_jax.core import ffn
+from tpatch_jax.core.checks import check_range
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions
 from tpatch_jax.editors.locating import with_spelling
 from tpatch_jax.editors.reading import Item
@@ -22,6 +23,7 @@ from tpatch_jax.editors.rome.state import (
     check_model,
     check_moment,
     edited,
+    null_space,
     read_requests,
     report,
     says,
@@ -69,6 +71,8 @@ class RomeSettings:
         moment_tokens: at most so many tokens of a memory text count for ``C``.
         ridge: what is added to ``C`` before it is inverted, in units of its mean diagonal; see
             `tpatch_jax.editors.rome.rank_one.damped`. The authors, whose text is longer, add nothing.
+        null_space: where it is positive, updates stay in the directions of ``C`` whose eigenvalues are below it, as
+            AlphaEdit's do, whose authors take 0.02; 0 leaves them as they are.
 
     Raises:
         TPatchError: a value makes no sense.
@@ -80,11 +84,13 @@ class RomeSettings:
     keep_failed: bool = True
     moment_tokens: int = 65536
     ridge: float = 1e-4
+    null_space: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks the values."""
         check_value(self.value)
         check_moment(self.moment_tokens, self.ridge)
+        check_range(self, ("null_space",), 0)
 
 
 ROME_PRESETS: Mapping[str, RomeSettings] = {"default": RomeSettings()}
@@ -210,7 +216,8 @@ def rome(
         moment = hidden_moment(model, layer, rows, cache=cache, progress=progress)
         contexts = sampled_contexts(model, CONTEXTS)
         settled = replace(settings, layer=str(layer), value=value)
-        return RomeState(model, {}, {layer: damped(moment, settings.ridge)}, contexts, settled)
+        projections = {layer: null_space(moment, layer, settings.null_space)} if settings.null_space else {}
+        return RomeState(model, {}, {layer: damped(moment, settings.ridge)}, contexts, settled, projections)
 
     def step(state: RomeState, requests: Sequence[EditRequest], rng: RngKey) -> tuple[RomeState, EditInfo]:
         return step_once(state.model, requests, lambda given: _step(state, with_spelling(state.model, given), progress))
@@ -271,7 +278,10 @@ def _step(state: RomeState, requests: list[EditRequest], progress: Progress | No
         fit_seconds += time.perf_counter() - fitting
         at = update.key if settings.averaged_key else update.bare
         network = model.params["layers"][layer]["ffn"]
-        after = state.with_network(layer, rank_one(network, update.key, update.value, state.moments[layer], at=at))
+        moment, projection = state.moments[layer], state.projections.get(layer)
+        after = state.with_network(
+            layer, rank_one(network, update.key, update.value, moment, at=at, projection=projection)
+        )
         reason = ""
         if not bool(jnp.isfinite(after.down_projections[layer]).all()):
             # Nobody keeps a network of NaN.

@@ -1,10 +1,11 @@
-"""Edits that change the down projections of some layers: what ROME and MEMIT share.
+"""Edits that change the down projections of some layers: what ROME, MEMIT and AlphaEdit share.
 
 Such an edit cannot be taken out again but by keeping the down projections from before.
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from tpatch_jax.core import ffn
 from tpatch_jax.editors.base import EditInfo, RequestInfo
 from tpatch_jax.editors.locating import locate_subject
 from tpatch_jax.editors.reading import Item, check_requests, read_item
+from tpatch_jax.editors.rome.rank_one import null_projection
 from tpatch_jax.editors.rome.subject_value import OffsetInfo
 from tpatch_jax.editors.tpatcher.last_site import collect_bare
 from tpatch_jax.errors import TPatchError
@@ -30,6 +32,7 @@ __all__ = [
     "check_model",
     "check_moment",
     "edited",
+    "null_space",
     "read_requests",
     "report",
     "restore",
@@ -47,6 +50,8 @@ class RomeState(NamedTuple):
         moments: ``C`` of the unedited model at each layer that is edited, ``[h, h]``.
         contexts: texts to put before a prompt.
         settings: the editor's options, as they are meant for this model.
+        projections: ``P`` at each layer whose updates stay in a null space, ``[h, h]``; of other methods empty.
+        earlier: ``Σ k·kᵀ`` of the keys written so far at each layer where later updates have to keep them, ``[h, h]``.
     """
 
     model: Model
@@ -54,10 +59,23 @@ class RomeState(NamedTuple):
     moments: Mapping[int, Float[Array, "hidden_neurons hidden_neurons"]]
     contexts: tuple[str, ...]
     settings: Any
+    projections: Mapping[int, Float[Array, "hidden_neurons hidden_neurons"]] = MappingProxyType({})
+    earlier: Mapping[int, Float[Array, "hidden_neurons hidden_neurons"]] = MappingProxyType({})
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are edited, lowest first."""
+        return tuple(sorted({*self.moments, *self.projections}))
 
     def with_network(self, layer: int, params: Params) -> "RomeState":
         """The same with the down projection of another feed-forward network in one layer."""
         return self._replace(down_projections={**self.down_projections, layer: params["down"]["kernel"]})
+
+    def with_keys(self, layer: int, keys: Float[Array, "edits hidden_neurons"]) -> "RomeState":
+        """The same with some more keys, ``[n, h]``, that later updates of one layer have to keep."""
+        added = jnp.matmul(keys.T, keys, precision="highest")
+        before = self.earlier.get(layer)
+        return self._replace(earlier={**self.earlier, layer: added if before is None else before + added})
 
 
 class Attempt(NamedTuple):
@@ -80,17 +98,22 @@ def edited(state: RomeState) -> Model:
 
 
 def save(state: RomeState) -> Arrays:
-    """The changed down projections as arrays, float32."""
-    return {f"kernel-{layer}": np.asarray(kernel, np.float32) for layer, kernel in state.down_projections.items()}
+    """The changed down projections as arrays, float32, and what later updates have to keep."""
+    kernels = {f"kernel-{layer}": np.asarray(kernel, np.float32) for layer, kernel in state.down_projections.items()}
+    return kernels | {f"earlier-{layer}": np.asarray(keys) for layer, keys in state.earlier.items()}
 
 
 def restore(state: RomeState, arrays: Mapping[str, np.ndarray]) -> RomeState:
     """A fresh state with the down projections that `save` gave."""
-    down_projections = {}
+    down_projections, earlier = {}, {}
     for name, array in arrays.items():
-        layer = int(name.rpartition("-")[2])
+        kind, _, number = name.rpartition("-")
+        layer = int(number)
+        if kind == "earlier":
+            earlier[layer] = jnp.asarray(array)
+            continue
         down_projections[layer] = jnp.asarray(array, state.model.params["layers"][layer]["ffn"]["down"]["kernel"].dtype)
-    return state._replace(down_projections=down_projections)
+    return state._replace(down_projections=down_projections, earlier=earlier)
 
 
 def check_model(model: Model, method: str, layers: Sequence[int]) -> None:
@@ -119,6 +142,23 @@ def check_moment(moment_tokens: int, ridge: float) -> None:
         raise TPatchError(f"moment_tokens is {moment_tokens}; give 1 or more")
     if not 0 <= ridge < math.inf:
         raise TPatchError(f"ridge is {ridge}; give 0 or a positive number")
+
+
+def null_space(
+    moment: Float[Array, "hidden_neurons hidden_neurons"], layer: int, threshold: float
+) -> Float[Array, "hidden_neurons hidden_neurons"]:
+    """``P`` of one layer; see `tpatch_jax.editors.rome.rank_one.null_projection`.
+
+    Raises:
+        TPatchError: general text uses every direction, so that no update could be made.
+    """
+    projection = null_projection(moment, threshold)
+    if not bool(projection.any()):
+        raise TPatchError(
+            f"general text uses every direction of layer {layer}'s hidden neurons: none has an eigenvalue below "
+            f"null_space, which is {threshold:g}; raise it"
+        )
+    return projection
 
 
 def read_requests(state: RomeState, requests: Sequence[EditRequest], method: str) -> tuple[list[Item], dict[int, str]]:
