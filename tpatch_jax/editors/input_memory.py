@@ -13,7 +13,7 @@ from tpatch_jax.core.memory import nuisance_scatter
 from tpatch_jax.editors.rewordings import learn_rewordings, named
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import Sites, collect, real, single_rows
-from tpatch_jax.models.inputs import input_contexts
+from tpatch_jax.models.inputs import image_contexts, input_contexts
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.rows import ASK
 
@@ -103,6 +103,10 @@ def _between_rephrasings(facts: Sequence[tuple[str, str]], places: Sequence[rang
 def _nuisance(model: Model, layer: int, rows: Sequence[Sequence[int]], others: tuple[str, ...]) -> Array:
     """How queries move when an input is said otherwise and answered alike."""
     spans, places = [], []
+    image = model.config.image
+    if image is not None:
+        spans = [shape for row in rows for shape in (row, *image_contexts(image, row, CONTEXTS - 1))]
+        places, rows = [_places(model, span) for span in spans], ()
     for row in rows:
         text = model.decode(row[: row.index(ASK)])
         answer = row[row.index(ASK) + 1 + len(model.begin) :] if model.config.encoder else []

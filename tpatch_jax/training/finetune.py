@@ -24,8 +24,10 @@ from tpatch_jax.models.families.registry import configure
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, save_model
 from tpatch_jax.storage.files import check_vacant, replace_folder, write_text
+from tpatch_jax.storage.image_file import named_labels as label_names
+from tpatch_jax.storage.image_file import read_image_file
 from tpatch_jax.storage.settings import change
-from tpatch_jax.training.data import Example, choose_labels, read_data, tokenize
+from tpatch_jax.training.data import Data, Example, choose_labels, read_data, tokenize
 from tpatch_jax.training.loop import RECORD, FinetuneSettings, Report, accuracy, train
 from tpatch_jax.training.start import named_labels, read_start
 
@@ -99,7 +101,8 @@ def finetune(
             loaded `Model`. From scratch a folder with ``config.json`` is enough; without a tokenizer there, one is
             trained on the examples.
         examples: pairs of prompt and target, or a file with one JSON object a line. A classifier's targets are names
-            of labels.
+            of labels. Of a model that reads images an ``.npz`` with ``train_images`` and ``train_labels``; its
+            ``val_images`` are what is measured on unless ``validation`` says otherwise.
         output: the folder for the model; must not exist yet, or be empty.
         settings: how it is trained, or what to change in the defaults by name.
         validation: examples to measure on, like ``examples``.
@@ -134,10 +137,15 @@ def finetune(
         raise TPatchError(f"{call}: labels is one text; give a list of them")
     check_call(progress=progress)
     check_vacant(output)
-    data, held_out = (read_data(source, prompt_field, target_field) for source in (examples, validation))
+    data = read_data(examples, prompt_field, target_field)
+    if not isinstance(validation, str | Path) and not validation and data.numbered:
+        # A file of pictures brings its own.
+        held_out = read_data(examples, part="val") if "val" in read_image_file(str(examples)) else read_data(())
+    else:
+        held_out = read_data(validation, prompt_field, target_field, "val")
     if not data.examples:
         raise TPatchError("there is no example to learn from; give one or more")
-    start, chosen, asked = _begin(model, data.examples, held_out.examples, settings, labels)
+    start, chosen, asked = _begin(model, data, held_out, settings, labels)
     if held_out.examples and not asked:
         raise TPatchError(f"no validation example has one of the labels {', '.join(labels or ())}; give others")
     rows, asked_rows = tokenize(start, chosen), tokenize(start, asked)
@@ -180,14 +188,16 @@ def _as_settings(settings: FinetuneSettings | Mapping[str, Any]) -> FinetuneSett
 
 def _begin(
     model: str | Path | Model,
-    examples: Sequence[Example],
-    validation: Sequence[Example],
+    data: Data,
+    held_out: Data,
     settings: FinetuneSettings,
     labels: Sequence[str] | None,
 ) -> tuple[Model, list[Example], list[Example]]:
     """The model to train and the examples that are used."""
     folder = None if isinstance(model, Model) else resolve_model(str(model))
     known = model.settings if isinstance(model, Model) else read_settings(Path(folder or ""))
+    names = named_labels(known) if labels is None else labels
+    examples, validation = (_with_names(part, names) for part in (data, held_out))
     # The labels are not known yet; which kind of network it is does not depend on them.
     kind = configure({**known, "id2label": {"0": "0", "1": "1"}}).architecture
     if kind == "decoder":
@@ -216,13 +226,22 @@ def _begin(
     return model.with_params(params), chosen, asked
 
 
+def _with_names(data: Data, names: Sequence[str]) -> list[Example]:
+    """The examples, whose targets are names of labels where they were numbers."""
+    if not data.numbered:
+        return list(data.examples)
+    targets = label_names([example.target for example in data.examples], names)
+    return [example._replace(target=target) for example, target in zip(data.examples, targets, strict=True)]
+
+
 def _write(model: Model, info: FinetuneInfo, record: dict[str, Any]) -> None:
     from transformers import AutoConfig
 
     settings = {name: entry for name, entry in model.settings.items() if name != "_name_or_path"}
     # transformers has its table of network classes only where torch is; their names begin as those of configurations.
     family = type(AutoConfig.for_model(settings["model_type"])).__name__.removesuffix("Config")
-    settings["architectures"] = [family + ("ForSequenceClassification" if info.labels else "ForConditionalGeneration")]
+    task = "ForSequenceClassification" if info.labels else "ForConditionalGeneration"
+    settings["architectures"] = [family + (task if model.config.image is None else "ForImageClassification")]
     result = {name: entry for name, entry in info.to_json().items() if name not in ("output", "labels", "resumed")}
     with replace_folder(info.output) as temporary:
         save_model(dataclasses.replace(model, folder=None, settings=settings), temporary)
