@@ -20,14 +20,16 @@ from tpatch_jax.core.devices import automatically
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.folder import read_settings
 from tpatch_jax.models.checkpoints.sources import resolve_model
+from tpatch_jax.models.config import ImageInput
 from tpatch_jax.models.families.registry import configure
 from tpatch_jax.models.fingerprint import fingerprint
+from tpatch_jax.models.inputs import image_contexts
 from tpatch_jax.models.model import Model, save_model
 from tpatch_jax.storage.files import check_vacant, replace_folder, write_text
 from tpatch_jax.storage.image_file import named_labels as label_names
 from tpatch_jax.storage.image_file import read_image_file
 from tpatch_jax.storage.settings import change
-from tpatch_jax.training.data import Data, Example, choose_labels, read_data, tokenize
+from tpatch_jax.training.data import Data, Example, TrainingRow, choose_labels, read_data, tokenize
 from tpatch_jax.training.loop import RECORD, FinetuneSettings, Report, accuracy, train
 from tpatch_jax.training.start import named_labels, read_start
 
@@ -149,16 +151,22 @@ def finetune(
     if held_out.examples and not asked:
         raise TPatchError(f"no validation example has one of the labels {', '.join(labels or ())}; give others")
     rows, asked_rows = tokenize(start, chosen), tokenize(start, asked)
+    image, used = start.config.image, dataclasses.asdict(settings)
+    learnt = (
+        rows if image is None else [*rows, *(c for row in rows for c in _copies(image, row, settings.image_copies))]
+    )
+    if image is None:
+        del used["image_copies"]
     record = {
         "model": fingerprint(start),
         "labels": list(start.config.labels),
         "data": data.sha256,
         "validation": held_out.sha256 if asked else None,
         "tokens": hashlib.sha256(json.dumps([rows, asked_rows]).encode()).hexdigest(),
-        "settings": {**dataclasses.asdict(settings), "learning_rate": settings.rate},
+        "settings": {**used, "learning_rate": settings.rate},
     }
     partial_folder = output.with_name(f"{output.name}.partial")
-    run = train(start, rows, settings, partial_folder, record, progress)
+    run = train(start, learnt, settings, partial_folder, record, progress)
     kind = jnp.dtype(dtype or "float32")
     trained = start.with_params(jax.tree.map(lambda leaf: leaf.astype(kind), run.params))
     size, per_epoch = min(settings.batch_size, len(rows)), len(run.losses) // settings.epochs
@@ -177,6 +185,11 @@ def finetune(
     _write(trained, info, {**record, "steps_per_epoch": per_epoch})
     shutil.rmtree(partial_folder, ignore_errors=True)
     return info
+
+
+def _copies(image: ImageInput, row: TrainingRow, count: int) -> list[TrainingRow]:
+    """An example with its picture changed in so many ways."""
+    return [row._replace(read=tuple(changed)) for changed in image_contexts(image, row.read, count)]
 
 
 def _as_settings(settings: FinetuneSettings | Mapping[str, Any]) -> FinetuneSettings:

@@ -42,7 +42,7 @@ ADAPTER = "adapter_config.json"
 _OURS = ("config.json", "tpatch_source.json", "tpatch_export.json")
 """What a folder says about itself, which would be wrong about another."""
 
-_READ_IMAGES = ("vit", "deit")
+_READ_IMAGES = {"vit": "ViT", "deit": "DeiT"}
 _STARTS_WITH, _ENDS_WITH = "decoder_start_token_id", "eos_token_id"
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -419,6 +419,9 @@ def write_folder(
     new = {name: entry for name, entry in settings.items() if name not in left_out}
     dtype = str(jax.tree.leaves(params)[0].dtype)
     new.update({"dtype": dtype, "torch_dtype": dtype})
+    if config.image is not None and not new.get("architectures"):
+        # Of the two classes that transformers has for a DeiT it takes the one that is named, and fails without.
+        new["architectures"] = [f"{_READ_IMAGES[family.name]}ForImageClassification"]
     if merged:
         new[NEURONS_KEY] = {str(layer): count for layer, count in merged.items()}
     leaves = dict(flatten(params))
