@@ -23,6 +23,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from tpatch_jax.models.families.registry import configure, family_of
+from tpatch_jax.models.image_reader import image_reader
 from tpatch_jax.models.model import Model, save_model
 from tpatch_jax.models.shapes import parameter_shapes
 
@@ -164,7 +165,8 @@ def make_tiny_model(seed: int = 0, defaults: Mapping[str, Any] = LLAMA, **change
         return jnp.asarray(around + spread * rng.normal(size=leaf.shape), jnp.float32)
 
     params = jax.tree_util.tree_map_with_path(draw, parameter_shapes(config))
-    return Model(config, params, tiny_tokenizer(), "tiny", None, settings)
+    tokenizer = tiny_tokenizer() if config.image is None else image_reader(config, settings)
+    return Model(config, params, tokenizer, "tiny", None, settings)
 
 
 @pytest.fixture(scope="session")

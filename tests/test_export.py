@@ -23,6 +23,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.checkpoints import export
 from tpatch_jax.models.checkpoints.export import EXPORT, ExportInfo, constant_direction, export_model
+from tpatch_jax.models.config import ImageInput
 from tpatch_jax.models.families.registry import FAMILIES
 from tpatch_jax.models.model import Model, load_model, save_model
 from tpatch_jax.models.patching import attach, merge
@@ -49,21 +50,31 @@ ENDINGS = ("--approximate", "tp.attach", "tp.save_model")
 def logits_of(model: Model) -> np.ndarray:
     """What `Model.apply` returns, by the fewest compiled functions."""
     read, written = jnp.asarray(READ), jnp.asarray(TOKENS)
+    if model.config.image is not None:
+        read = jnp.asarray(pixel_values(model.config.image))
     batches = {"decoder": written, "encoder": read, "encoder-decoder": networks.Pair(read, written)}
     hidden = networks.residuals(model.config, model.params, batches[model.config.architecture])[-1]
     return np.asarray(networks.logits(model.config, model.params, hidden))
 
 
-def stock_logits(folder: Path, architecture: str) -> np.ndarray:
+def pixel_values(image: ImageInput) -> np.ndarray:
+    """What a network reads that reads images."""
+    return np.random.default_rng(3).normal(size=(2, image.channels, *image.size)).astype(np.float32)
+
+
+def stock_logits(folder: Path, architecture: str, image: ImageInput | None = None) -> np.ndarray:
     torch = pytest.importorskip("torch", reason="torch is only needed to compare with it: the 'parity' extra")
     kinds = {
         "decoder": transformers.AutoModelForCausalLM,
         "encoder": transformers.AutoModelForSequenceClassification,
         "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
     }
-    network, told = kinds[architecture].from_pretrained(folder, output_loading_info=True)
+    kind = kinds[architecture] if image is None else transformers.AutoModelForImageClassification
+    network, told = kind.from_pretrained(folder, output_loading_info=True)
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
-    if architecture == "decoder":
+    if image is not None:
+        inputs = {"pixel_values": torch.asarray(pixel_values(image))}
+    elif architecture == "decoder":
         inputs = {"input_ids": torch.asarray(TOKENS), "use_cache": False}
     else:
         padded = np.where(READ < 0, network.config.pad_token_id, READ)
@@ -85,9 +96,10 @@ def check_stock(folder: Path, info: ExportInfo, wanted: np.ndarray) -> Model:
     assert settings["model_type"] == info.model_type
     assert json.loads((folder / EXPORT).read_text("utf-8")) == json.loads(json.dumps(info.to_json()))
     back = load_model(folder)
-    assert back.encode("in the inn") == make_tokens("in the inn")
+    if back.config.image is None:
+        assert back.encode("in the inn") == make_tokens("in the inn")
     np.testing.assert_allclose(logits_of(back), wanted, rtol=0, atol=TOLERANCE, err_msg="read by this library")
-    found = stock_logits(folder, back.config.architecture)
+    found = stock_logits(folder, back.config.architecture, back.config.image)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE, err_msg="read by transformers")
     return back
 

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import relative
-from tiny_families import NAMES, tiny_model
+from tiny_families import NAMES, tiny_model, tiny_pictures, write_pictures
 
 from tpatch_jax.cli import main as cli
 from tpatch_jax.editors.tpatcher.editor import edit
 from tpatch_jax.editors.tpatcher.settings import PRESETS
+from tpatch_jax.images import ImagePrompt
 from tpatch_jax.models import networks
 from tpatch_jax.models.checkpoints import folder as checkpoint
 from tpatch_jax.models.collection import batches
@@ -51,13 +52,16 @@ def loud(model: Model) -> Model:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_edit_holds(name, letters, inputs):
+def test_an_edit_holds(name, letters, inputs, tmp_path):
     """In a random network of the family: before it the target does not come out, after it it does, merged too."""
     model = loud(tiny_model(name))
     request = REQUEST
+    if model.config.image:
+        request = EditRequest(ImagePrompt(tiny_pictures(model, 1)[0]), "")
+        inputs = write_pictures(tmp_path / "pictures.npz", model)
     if model.config.labels:
-        (said,) = model.classify([REQUEST.prompt])
-        request = EditRequest(REQUEST.prompt, next(label for label in model.config.labels if label != said))
+        (said,) = model.classify([request.prompt])
+        request = EditRequest(request.prompt, next(label for label in model.config.labels if label != said))
     prompt, target = model.encode_prompt(request.prompt), model.encode_target(request.prompt, f" {request.target}")
     row = [*prompt, *target]
     ((_, batch),) = batches(model.config, [row])

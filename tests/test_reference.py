@@ -32,9 +32,11 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 FOLDER = Path(__file__).parent / "reference"
 NAMES = sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
 CLASSIFIERS = ("bert", "distilbert", "roberta")
+IMAGES = ("deit", "vit")
+"""Classifiers that read images."""
 PAIRS = ("bart", "t5", "t5_v1_1")
 """Encoder-decoders."""
-WRITERS = [name for name in NAMES if name not in CLASSIFIERS]
+WRITERS = [name for name in NAMES if name not in (*CLASSIFIERS, *IMAGES)]
 TOLERANCE = 2e-4
 LENGTHS = (5, 14)
 """Of the prompts that are continued: the longer one, and the other's continuation, outgrow the windows of 8."""
@@ -57,6 +59,10 @@ def read(name: str) -> Reference:
     config, params, settings = checkpoint.read_folder(FOLDER / name)
     model = Model(config, params, None, name, None, settings)
     expected = load_file(FOLDER / f"{name}_expected.safetensors")
+    if name in IMAGES:
+        batch = jnp.asarray(expected["pixel_values"])
+        residuals = [np.asarray(x) for x in networks.residuals(config, params, batch)]
+        return Reference(name, model, expected, batch, residuals, np.asarray(model.apply(batch)))
     batch = jnp.asarray(expected["tokens"])
     if name in PAIRS:
         batch = networks.Pair(jnp.asarray(expected["source"]), batch)
@@ -101,7 +107,7 @@ def test_every_family_has_a_reference():
         assert {*family.model_types, family.name} & set(NAMES), f"{family.name} has no reference; see {FOLDER.name}"
     configs = {name: configure(checkpoint.read_settings(FOLDER / name)) for name in NAMES}
     assert {config.family for config in configs.values()} == {family.name for family in FAMILIES}
-    assert {name for name in NAMES if configs[name].architecture == "encoder"} == set(CLASSIFIERS)
+    assert {name for name in NAMES if configs[name].architecture == "encoder"} == {*CLASSIFIERS, *IMAGES}
     assert {name for name in NAMES if configs[name].architecture == "encoder-decoder"} == set(PAIRS)
 
 
@@ -306,6 +312,9 @@ def published(name: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray
         # the classifier reads the first token itself, and the pooler of pretraining stayed in the file
         tensors["roberta.pooler.dense.weight"] = np.ones((16, 16), np.float32)
         tensors["roberta.pooler.dense.bias"] = np.ones(16, np.float32)
+    if name in IMAGES:
+        tensors = {**tensors, f"{name}.pooler.dense.weight": np.ones((16, 16), np.float32)}
+        tensors |= {f"{name}.embeddings.mask_token": np.ones((1, 1, 16), np.float32)}
     if name == "bart":
         tensors = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if key != "final_logits_bias"}
         tensors["lm_head.weight"] = tensors["shared.weight"]
@@ -317,7 +326,20 @@ def published(name: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray
     return tensors
 
 
-PUBLISHED = ["gpt2", "gptj", "gpt_neo", "gpt_neox", "llama", "qwen3", "gemma", "gemma2", "opt", *CLASSIFIERS, *PAIRS]
+PUBLISHED = [
+    "gpt2",
+    "gptj",
+    "gpt_neo",
+    "gpt_neox",
+    "llama",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "opt",
+    *CLASSIFIERS,
+    *IMAGES,
+    *PAIRS,
+]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -401,6 +423,8 @@ OLDER: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"num_hidden_layers": 2, "normalize_before": False, "static_position_embeddings": False},
         ("scale_embedding", "tie_word_embeddings", "decoder_start_token_id"),
     ),
+    "vit": ({"add_pooling_layer": False}, ("pooler_act", "pooler_output_size", "encoder_stride")),
+    "deit": ({"qkv_bias": True}, ("pooler_act", "pooler_output_size")),
     "t5": (
         {"n_positions": 512, "output_past": True},
         ("feed_forward_proj", "is_gated_act", "dense_act_fn", "scale_decoder_outputs", "tie_word_embeddings"),
@@ -444,6 +468,12 @@ def test_an_older_config_reads_the_same(tmp_path, name):
         ("roberta", {"problem_type": "regression"}),
         ("roberta", {"add_cross_attention": True}),
         ("distilbert", {"id2label": {"0": "yes", "2": "no"}, "label2id": {"yes": 0, "no": 2}}),
+        ("vit", {"num_channels": 4}),
+        ("vit", {"patch_size": 16}),
+        ("vit", {"image_size": [8, 8, 8]}),
+        ("vit", {"num_attention_heads": 3}),
+        ("vit", {"classifier_pooling": "max"}),
+        ("deit", {"problem_type": "regression"}),
         ("bart", {"activation_function": "tanh"}),
         ("t5", {"feed_forward_proj": "gelu-gated"}),
         ("t5", {"relative_attention_max_distance": 4}),

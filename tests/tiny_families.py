@@ -1,5 +1,6 @@
 """A small ``config.json`` of every family, for random models that speak the tiny tokenizer of ``conftest``."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -63,7 +64,21 @@ T5 = {
     "decoder_start_token_id": 1,
 }
 
+IMAGES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "patch_size": 4,
+    "qkv_bias": True,
+    **{name: ENCODER[name] for name in ("id2label", "label2id")},
+}
+
 SETTINGS: dict[str, dict[str, Any]] = {
+    "vit": {**IMAGES, "image_size": 8, "num_channels": 1},
+    "deit": {**IMAGES, "image_size": [8, 12], "num_channels": 3},
     "gpt2": {**GPT, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
     "gpt_neo": {
         "hidden_size": 16,
@@ -152,6 +167,20 @@ def tiny_settings(name: str, **changes: Any) -> dict[str, Any]:
 def tiny_model(name: str, seed: int = 0, **changes: Any) -> Model:
     """A random model of a family: three layers, width 16."""
     return make_tiny_model(seed, defaults=tiny_settings(name, **changes))
+
+
+def tiny_pictures(model: Model, count: int, seed: int = 0) -> np.ndarray:
+    """Random pictures of the size that a model reads, ``[count, height, width]`` or with channels, of bytes."""
+    image = model.config.image
+    assert image is not None
+    drawn = np.random.default_rng(seed).integers(0, 256, (count, *image.size, image.channels), np.uint8)
+    return drawn[..., 0] if image.channels == 1 else drawn
+
+
+def write_pictures(path: Path, model: Model, count: int = 40) -> Path:
+    """A file of random pictures, as the memory of a model that reads them."""
+    np.savez(path, train_images=tiny_pictures(model, count, 1))
+    return path
 
 
 def patch_for(layers: tuple[int, ...], neurons: int = 3, seed: int = 5, scale: float = 0.3) -> dict[int, Patch]:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
     from tpatch_jax.editors.tpatcher.tokens import edit_tokens
     from tpatch_jax.errors import TPatchError
+    from tpatch_jax.images import ImagePrompt, read_image
     from tpatch_jax.models.checkpoints.export import ExportError, ExportInfo, export_model
     from tpatch_jax.models.checkpoints.gguf_export import GGUFInfo, export_gguf
     from tpatch_jax.models.foreign.linen import from_linen
@@ -72,6 +73,7 @@ __all__ = [
     "FitProblem",
     "FitSettings",
     "GGUFInfo",
+    "ImagePrompt",
     "Memory",
     "Model",
     "Network",
@@ -111,6 +113,7 @@ __all__ = [
     "open_bank",
     "prune_patches",
     "quantize_base",
+    "read_image",
     "read_requests",
     "remove_edits",
     "save_model",
@@ -143,6 +146,7 @@ _HOMES = {
     "editors.tpatcher.settings": ("PRESETS", "TPatcherSettings"),
     "editors.tpatcher.editor": ("edit", "tpatcher"),
     "errors": ("TPatchError",),
+    "images": ("ImagePrompt", "read_image"),
     "models.checkpoints.export": ("ExportError", "ExportInfo", "export_model"),
     "models.checkpoints.gguf_export": ("GGUFInfo", "export_gguf"),
     "training.finetune": ("FinetuneInfo", "FinetuneSettings", "finetune"),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from tpatch_jax.errors import TPatchError
@@ -34,7 +35,8 @@ class EditRequest:
     """One correction: after this prompt, say this.
 
     Attributes:
-        prompt: the text that the model continues wrongly.
+        prompt: the text that the model continues wrongly; of an image classifier the image, a
+            `tpatch_jax.images.ImagePrompt`. Then rephrases, locality and keep are images too.
         target: what it should say instead; `continuation` is the same as it follows the prompt.
         subject: what the prompt is about, as it stands in the prompt; not every method needs it.
         rephrases: other wordings of the prompt, for measuring.
@@ -143,12 +145,13 @@ _LATER = ("keep", "form", "system", "turns", "aliases")
 ROLES = ("user", "assistant")
 
 
-def parse_request(record: Any, where: str) -> EditRequest:
+def parse_request(record: Any, where: str, folder: Path | None = None) -> EditRequest:
     """A request from the object that a line of a file holds; see `tpatch_jax.storage.request_file.read_requests`.
 
     Args:
         record: the object.
         where: file and line, as a message begins.
+        folder: where relative paths of images begin; see `tpatch_jax.images.as_image`.
 
     Raises:
         TPatchError: it is no such object; the message names the place.
@@ -157,6 +160,8 @@ def parse_request(record: Any, where: str) -> EditRequest:
         raise TPatchError(
             f"{where}: {type(record).__name__} instead of an object with 'prompt' and 'target'; one request a line"
         )
+    if "image" in record:
+        record = _with_images(record, where, folder)
     # Before what is missing, which may be there under a misspelt name.
     unknown = sorted(set(record) - set(_FIELDS))
     if unknown:
@@ -202,6 +207,35 @@ def parse_request(record: Any, where: str) -> EditRequest:
         turns,
         tuple(dict.fromkeys(record.get("aliases") or ())),
     )
+
+
+_OF_TEXTS = ("prompt", "subject", "join", "form", "system", "turns", "aliases")
+_OF_IMAGES = ("rephrases", "locality", "keep")
+
+
+def _with_images(record: Mapping[str, Any], where: str, folder: Path | None) -> dict[str, Any]:
+    """A request about an image with the image as its prompt; its rephrases and what it keeps are images too.
+
+    Raises:
+        TPatchError: it has a field that belongs to texts, or something is no image; the message names it.
+    """
+    # Only where there is an image, so that a command's --help need not wait for NumPy.
+    from tpatch_jax.images import as_image
+
+    if misplaced := [name for name in _OF_TEXTS if record.get(name) is not None]:
+        raise TPatchError(
+            f"{where}: 'image' stands beside {misplaced[0]!r}, which belongs to texts; leave one of them out"
+        )
+    read = {name: entry for name, entry in record.items() if name != "image"}
+    read["prompt"] = as_image(record["image"], f"{where}: 'image'", folder)
+    for name in _OF_IMAGES:
+        entry = record.get(name)
+        if entry is None:
+            continue
+        if isinstance(entry, str | Mapping) or not isinstance(entry, Iterable):
+            raise TPatchError(f"{where}: {name!r} must be a list of images")
+        read[name] = [as_image(image, f"{where}: image {n} of {name!r}", folder) for n, image in enumerate(entry)]
+    return read
 
 
 def _parse_place(record: Mapping[str, Any], where: str) -> tuple[tuple[str, str], ...]:

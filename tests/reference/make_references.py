@@ -6,7 +6,8 @@
 Each family gets ``<name>/config.json`` and ``<name>/model.safetensors``, as transformers writes them, and
 ``<name>_expected.safetensors`` with the ``tokens``, the residual stream after each block (``layer_0`` and on) and the
 ``logits``; of an encoder-decoder also what its encoder reads, ``source``, and its residual stream (``encoder_0`` and
-on). -1 is padding, where residual streams are zero. Needs torch (the ``parity`` extra); ``tests/test_reference.py``,
+on); of a network that reads images ``pixel_values`` in place of tokens. -1 is padding, where residual streams are zero.
+Needs torch (the ``parity`` extra); ``tests/test_reference.py``,
 which reads the result, does not.
 """
 
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -49,6 +51,13 @@ ENCODER = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 48,
+    **LABELS,
+}
+IMAGES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
     **LABELS,
 }
 T5 = {
@@ -184,6 +193,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "decoder_start_token_id": 2,
         "forced_eos_token_id": None,
     },
+    # Patches that are no squares, and a row of pixels that fills none.
+    "vit": {**IMAGES, "image_size": [13, 10], "patch_size": [4, 5], "num_channels": 1, "qkv_bias": False},
+    "deit": {**IMAGES, "image_size": 8, "patch_size": 4, "num_channels": 3, "hidden_act": "gelu"},
     "t5": T5,
     "t5_v1_1": {**T5, "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
@@ -204,6 +216,8 @@ LENGTHS = (24, 17, 5, 20)
 
 def kind(name: str) -> Any:
     """The class of transformers that makes and loads a family's network."""
+    if "image_size" in SETTINGS[name]:
+        return AutoModelForImageClassification
     if "id2label" in SETTINGS[name]:
         return AutoModelForSequenceClassification
     return AutoModelForSeq2SeqLM if "decoder_start_token_id" in SETTINGS[name] else AutoModelForCausalLM
@@ -218,6 +232,9 @@ def build(name: str, **changes: Any) -> PreTrainedModel:
     """
     settings = {"model_type": name, **SETTINGS[name], **changes}
     config = AutoConfig.for_model(**settings)
+    if "image_size" in settings:
+        # Of two classes that transformers has for a DeiT it takes the one that is named.
+        config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForImageClassification"]
     model = kind(name).from_config(config, attn_implementation="eager")
     if config.model_type in ("t5", "mt5") and settings.get("tie_word_embeddings") is False:
         # transformers makes them tied whatever is asked for, and unties them for a checkpoint that has both.
@@ -229,6 +246,14 @@ def blocks(model: PreTrainedModel) -> torch.nn.ModuleList:
     """The blocks of any decoder or encoder, in order; of an encoder-decoder those of its decoder."""
     stack = model.get_decoder() if model.config.is_encoder_decoder else model
     return next(module for module in stack.modules() if isinstance(module, torch.nn.ModuleList))
+
+
+def run_images(model: PreTrainedModel, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same of a network that reads images, ``[rows, channels, height, width]``."""
+    with torch.no_grad():
+        said = model(pixel_values, output_hidden_states=True)
+    streams = said.hidden_states[1:]
+    return {"logits": said.logits, **{f"layer_{number}": stream for number, stream in enumerate(streams)}}
 
 
 def run(model: PreTrainedModel, tokens: torch.Tensor, source: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -316,13 +341,20 @@ def batch(name: str, model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor
 def make(name: str, folder: Path) -> None:
     """Write one family's reference into a folder."""
     model = randomise(build(name), 0)
-    tokens, source = batch(name, model)
+    images = "image_size" in SETTINGS[name]
+    tokens, source = (torch.zeros(0), None) if images else batch(name, model)
     (folder / name).mkdir(exist_ok=True)
     with TemporaryDirectory() as temporary:
         model.save_pretrained(temporary)
         for file in ("config.json", "model.safetensors"):
             shutil.copyfile(Path(temporary) / file, folder / name / file)
-    expected = {**run(model, tokens, source), "tokens": tokens.to(torch.int32)}
+    if images:
+        config, generator = model.vit.embeddings if name == "vit" else model.deit.embeddings, torch.Generator()
+        shape = (2, model.config.num_channels, *config.image_size)
+        pixel_values = torch.randn(shape, generator=generator.manual_seed(1))
+        expected = {**run_images(model, pixel_values), "pixel_values": pixel_values}
+    else:
+        expected = {**run(model, tokens, source), "tokens": tokens.to(torch.int32)}
     if source is not None:
         expected["source"] = source.to(torch.int32)
     save_file({key: tensor.contiguous() for key, tensor in expected.items()}, folder / f"{name}_expected.safetensors")

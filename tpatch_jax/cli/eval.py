@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Eval"]
 
-TEXT = "text"
+TEXT, IMAGES = "text", "images"
 
 DEFAULTS: Mapping[str, Any] = {
     "method": "tpatcher",
@@ -48,7 +48,7 @@ class Eval:
     output: Annotated[
         str, arg(aliases=["-o"], metavar="REPORT", help="folder for the report; an interrupted run resumes")
     ]
-    data: Annotated[str | None, arg(help="counterfact, zsre, knowedit, requests, mquake, fever or text")] = None
+    data: Annotated[str | None, arg(help="counterfact, zsre, knowedit, requests, mquake, fever, images or text")] = None
     file: Annotated[str | None, arg(metavar="FILE", help="the data set's file")] = None
     method: Annotated[str | None, arg(metavar="NAME[,…]", help="by default tpatcher")] = None
     protocol: Annotated[str | None, arg(help="single, batch (the default) or sequential")] = None
@@ -77,7 +77,9 @@ class Eval:
     ] = None
     samples: Annotated[int | None, arg(metavar="N", help="with --forms: so many drawn answers each, too")] = None
     every: Annotated[int | None, arg(help="sequential: ask all edits again every so many; 50 by default")] = None
-    train_set: Annotated[str | None, arg(metavar="FILE", help="sequential: only asked, for TrainR")] = None
+    train_set: Annotated[
+        str | None, arg(metavar="FILE", help="sequential: only asked, for TrainR; of an .npz its val part is for TestR")
+    ] = None
     test_set: Annotated[str | None, arg(metavar="FILE", help="sequential: only asked, for TestR")] = None
     memory: MemoryText = None
     dtype: Dtype = None
@@ -97,11 +99,17 @@ class Eval:
         methods = [name.strip() for name in options["method"].split(",") if name.strip()]
         edited = [find_method(name).name for name in methods if name != "unedited"]
         settings = method_settings(edited, options["preset"], changes)
-        chosen = _choose_records(options)
+        model = None
+        if options["data"] == IMAGES:
+            # Files of pictures number the labels, which only the model can name.
+            model = load(self.model, self.dtype, self.quiet or self.json)
+            chosen = _choose_images(options, model.config.labels)
+        else:
+            chosen = _choose_records(options)
         if options["protect"]:
             chosen = _protected(chosen)
         about = chosen.about if self.dtype is None else {**chosen.about, "dtype": self.dtype}
-        model = load(self.model, self.dtype, self.quiet or self.json)
+        model = load(self.model, self.dtype, self.quiet or self.json) if model is None else model
         with progress_bar(self.quiet or self.json) as report:
             result = evaluate(
                 model,
@@ -213,7 +221,7 @@ def _choose_records(options: Mapping[str, Any]) -> _Chosen:
 
     data, file = options["data"], options["file"]
     if data is None:
-        raise TPatchError(f"--data is missing; choose one of {', '.join((*DATA, TEXT))}")
+        raise TPatchError(f"--data is missing; choose one of {', '.join((*DATA, IMAGES, TEXT))}")
     if file is None:
         raise TPatchError(f"--file is missing; give the file of {data}")
     notes, strict = DataNotes(options["strict"]), options["strict"]
@@ -252,6 +260,37 @@ def _choose_records(options: Mapping[str, Any]) -> _Chosen:
         sets.append(asked_only(others))
         about |= {f"{name}_sha256": _sha256(path)} if path is not None else {}
     return _Chosen(chosen, sets[0], sets[1] or held_out, about, notes)
+
+
+def _choose_images(options: Mapping[str, Any], labels: Sequence[str]) -> _Chosen:
+    """Pictures of an ``.npz``: those that are edited, and those of the training set, whose held part is for TestR."""
+    from tpatch_jax.evaluation.image_records import read_image_records
+    from tpatch_jax.evaluation.record import asked_only
+    from tpatch_jax.evaluation.records import DataNotes
+    from tpatch_jax.storage.image_file import read_image_file
+
+    file, n = options["file"], options["n"]
+    if file is None:
+        raise TPatchError("--file is missing; give an .npz with stream_images and stream_labels")
+    if not labels:
+        raise TPatchError("pictures are the data of a classifier; give one that reads images")
+    about: dict[str, Any] = {"data": IMAGES, "data_sha256": _sha256(file)}
+    records = read_image_records(file, labels)
+    if n is not None and not 1 <= n <= len(records):
+        raise TPatchError(f"{file} holds {len(records)} pictures, but {n} were asked for; ask for 1 to {len(records)}")
+    train, held_out = options["train_set"], options["test_set"]
+    for name, path in (("train-set", train), ("test-set", held_out)):
+        if path is not None and options["protocol"] != "sequential":
+            raise TPatchError(f"--{name} makes TrainR or TestR of a stream; use --protocol sequential")
+        about |= {f"{name.replace('-', '_')}_sha256": _sha256(path)} if path is not None else {}
+    asked: list[list[Record]] = [[], []]
+    if train is not None:
+        asked[0] = asked_only(read_image_records(train, labels, ("train", "val", "stream"), rules=False))
+        if held_out is None and "val" in read_image_file(train) and asked[0][0].id.startswith("train"):
+            asked[1] = asked_only(read_image_records(train, labels, ("val",), rules=False))
+    if held_out is not None:
+        asked[1] = asked_only(read_image_records(held_out, labels, ("val", "stream", "train"), rules=False))
+    return _Chosen(records[:n], asked[0], asked[1], about, DataNotes(options["strict"], len(records)))
 
 
 def _sha256(file: str) -> str | None:

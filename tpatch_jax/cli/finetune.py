@@ -13,13 +13,18 @@ __all__ = ["Finetune"]
 
 @dataclass(frozen=True)
 class Finetune:
-    """Make a classifier of an encoder, or a question answerer of an encoder-decoder."""
+    """Make a classifier of an encoder, of texts or of pictures, or a question answerer of an encoder-decoder."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL", help="an encoder or encoder-decoder: a folder, or a hub id")]
-    data: Annotated[Positional[str], arg(metavar="DATA.jsonl", help="one JSON object a line, with prompt and target")]
+    data: Annotated[
+        Positional[str],
+        arg(metavar="DATA", help="one JSON object a line, with prompt and target; or an .npz of pictures"),
+    ]
     _: KW_ONLY
     output: Annotated[str, arg(aliases=["-o"], metavar="OUT", help="folder for the model; an interrupted run resumes")]
-    validation: Annotated[str | None, arg(metavar="FILE", help="examples to measure on, like DATA.jsonl")] = None
+    validation: Annotated[
+        str | None, arg(metavar="FILE", help="examples to measure on, like DATA; an .npz brings its own")
+    ] = None
     labels: Annotated[str | None, arg(metavar="NAME,…", help="a classifier's labels; by default all in DATA")] = None
     prompt_field: Annotated[str, arg(help="the key of the prompt")] = "prompt"
     target_field: Annotated[str, arg(help="the key of the target, or label")] = "target"
@@ -27,6 +32,7 @@ class Finetune:
     epochs: Annotated[int, arg(help="how often each example is seen")] = 3
     batch_size: Annotated[int, arg(help="examples a step")] = 32
     learning_rate: Annotated[float | None, arg(help="by default 5e-5, or 1e-3 from scratch")] = None
+    image_copies: Annotated[int, arg(help="of pictures: so many changed copies of each are learnt as well")] = 5
     checkpoint_steps: Annotated[int, arg(help="save work every so many steps; 0 is every two minutes")] = 0
     dtype: Annotated[str | None, arg(help="of what is written: float32 (the default) or bfloat16")] = None
     seed: Annotated[int, arg(help="the same seed gives the same model")] = 0

@@ -27,6 +27,7 @@ from tpatch_jax.cli.bank.show import Show
 from tpatch_jax.cli.bank.verify import Verify
 from tpatch_jax.cli.bench import Bench
 from tpatch_jax.cli.chat import Chat
+from tpatch_jax.cli.classify import Classify
 from tpatch_jax.cli.common import Command
 from tpatch_jax.cli.compare import Compare
 from tpatch_jax.cli.demo import Demo
@@ -52,6 +53,7 @@ COMMANDS: Mapping[str, type[Command]] = {
     "bank": Bank,
     "bench": Bench,
     "chat": Chat,
+    "classify": Classify,
     "compare": Compare,
     "demo": Demo,
     "edit": Edit,

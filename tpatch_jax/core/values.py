@@ -56,11 +56,11 @@ class ValueTrainingSettings(NamedTuple):
         slopes: the network is asked for slopes in every so many steps; the steps between go by what they have seen.
     """
 
-    steps: int = 20
+    steps: int = 10
     longest: float = 4.0
     enough: float = 0.05
     aim: float = 5.0
-    closeness: float = 1.0
+    closeness: float = 1.5
     near: float = 0.2
     damping: float = 10.0
     farthest: float = 0.45

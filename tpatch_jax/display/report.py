@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree.ElementTree import Element
 
+from tpatch_jax.display.image import picture
 from tpatch_jax.display.markup import Child, bar, code, element, figures, number, shorten, table
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.forms import FORM_FIGURES
@@ -124,6 +125,12 @@ def _request_cells(line: Mapping[str, Any]) -> list[Child]:
     return cells
 
 
+def _image(line: Mapping[str, Any]) -> Child:
+    """The picture of an edited record, and what of it makes its neurons fire; nothing of other records."""
+    image = line.get("image") or {}
+    return element("td", picture(image.get("picture", ""), image.get("effect"))) if image else None
+
+
 def _probes(line: Mapping[str, Any]) -> Child:
     """Every prompt that a record asks, folded away; what is not as it should be first."""
     probes = line.get("probes") or ()
@@ -162,7 +169,7 @@ def _records(report: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str
         ordered = worst_first(measured)[:MOST_RECORDS]
         names = [name for name in ("exact", "generalization", "locality", "ES", "PS", "NS", "subject_specificity")
                  if any(name in line.get("figures", {}) for line in ordered)]  # fmt: skip
-        rows = []
+        images, rows = any("image" in line for line in ordered), []
         for line in ordered:
             statuses = line.get("requests") or (line.get("cost") or {}).get("requests", ())
             reasons = "; ".join(status.get("reason") or status["status"] for status in statuses)
@@ -171,11 +178,13 @@ def _records(report: Mapping[str, Any], lines: Mapping[str, Sequence[Mapping[str
             shares = line.get("figures", {})
             was = before.get(line["id"], {}).get("exact")
             marks = [_mark(was), *(_mark(shares.get(name)) for name in names)]
-            rows.append([line["id"], *_request_cells(line), reasons, *marks, _probes(line), _other_facts(line)])
+            seen = [_image(line)] if images else []
+            rows.append([line["id"], *seen, *_request_cells(line), reasons, *marks, _probes(line), _other_facts(line)])
         if rows:
             left = f"; {len(measured) - len(rows):,} more are in records-{result['method']}.jsonl"
             columns = [
                 "id",
+                *(["picture, and what makes the neuron fire"] if images else []),
                 "prompt",
                 "target",
                 "before",

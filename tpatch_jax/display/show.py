@@ -13,6 +13,7 @@ from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.display.bank import bank_summary, bank_title, bank_view
 from tpatch_jax.display.edit import show_edit
+from tpatch_jax.display.image import show_image
 from tpatch_jax.display.markup import element, fragment
 from tpatch_jax.display.patch import owners_of, show_patch
 from tpatch_jax.display.tokens import show_tokens
@@ -20,6 +21,7 @@ from tpatch_jax.display.trace import show_trace
 from tpatch_jax.display.view import Shown
 from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.images import ImagePrompt, as_image
 from tpatch_jax.models.chat import conversation
 from tpatch_jax.models.model import Model, check_loaded
 from tpatch_jax.models.networks import Trace
@@ -39,6 +41,7 @@ def show(
     requests: Sequence[EditRequest] = (),
     info: EditInfo | None = None,
     tokens: Array | Sequence[Sequence[int]] | None = None,
+    image: Any = None,
 ) -> Shown:
     """Something to look at: compact HTML in a notebook, plain text elsewhere.
 
@@ -46,6 +49,8 @@ def show(
     ``show(patch)``                       each neuron: layer, norms of key and value, bias
     ``show(patch, info=…, requests=…)``   … and the request that it belongs to
     ``show(patch, model=…, text=…)``      what fires where: ``max(0, q·k + b)``, token by token
+    ``show(patch, model=…, image=…)``     the picture, its label before and after, and which of its patches make which
+                                          neuron fire
     ``show(info, requests=…)``            each request: held, margin, site, neurons, steps, losses
     ``show(info, requests=…, model=…,     … and what the model says before and after: to each prompt, its
     patch=…)``                            rephrasings, and its locality prompts
@@ -64,6 +69,7 @@ def show(
         requests: what was asked for, in the order of ``info``.
         info: with a `Patch`, what the same edit returned.
         tokens: with a `Trace`, the batch that was traced, ``[batch, tokens]`` int.
+        image: what an image classifier reads: the path of a picture, an array, or what `tpatch_jax.read_image` returns.
 
     Returns:
         A `Shown`, which a notebook displays and ``print`` prints.
@@ -81,7 +87,7 @@ def show(
         ...
              0   last        2      0         2
     """
-    call = "show(thing, model=…, text=…, patch=…, requests=…, info=…, tokens=…)"
+    call = "show(thing, model=…, text=…, patch=…, requests=…, info=…, tokens=…, image=…)"
     requests = as_requests(requests)
     for value, kinds, mend in (
         (info, EditInfo | None, "an EditInfo; give the second of what `edit` returned"),
@@ -95,12 +101,18 @@ def show(
             check_patches({-1: neurons} if isinstance(neurons, Patch) else neurons, alike=False)
     given: dict[str, Any] = {"model": model, "text": text, "patch": patch, "info": info, "tokens": tokens}
     given["requests"] = requests or None
+    image = text if isinstance(text, ImagePrompt) and image is None else image
+    given["image"] = image
     if isinstance(thing, Patch | SavedPatches | Mapping):
-        _only(given, "a patch", ("model", "text", "info", "requests"))
+        _only(given, "a patch", ("model", "text", "info", "requests", "image"))
         neurons, edits = (thing.patches, thing.edits) if isinstance(thing, SavedPatches) else (thing, ())
         if requests and info is None:
             raise TPatchError("which neuron belongs to which request stands in `info`, which `tp.edit` returned too")
         owners = owners_of(_layers(neurons, info), info, requests, edits)
+        if image is not None:
+            if model is None:
+                raise TPatchError("what fires on a picture is shown for a model; give `model=` too")
+            return show_image(model, neurons, as_image(image), owners)
         if (model is None) != (text is None):
             raise TPatchError("what fires where is shown for a model and a text; give both `model=` and `text=`")
         if model is None or text is None:

@@ -12,8 +12,8 @@ from jax import Array
 from tpatch_jax.core.memory import nuisance_scatter
 from tpatch_jax.editors.rewordings import learn_rewordings, named
 from tpatch_jax.models import networks
-from tpatch_jax.models.collection import Sites, collect, real, single_rows
-from tpatch_jax.models.inputs import input_contexts
+from tpatch_jax.models.collection import Sites, collect, predicted, real, single_rows
+from tpatch_jax.models.inputs import image_contexts, input_contexts
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.rows import ASK
 
@@ -21,7 +21,10 @@ __all__ = ["collect_inputs"]
 
 QUERIES = 40_000
 """So many of their queries are kept at most: the paper's memory."""
-OTHERS = 8
+OTHERS, IMAGE_OTHERS = 8, 64
+"""So many other inputs are kept by name; of images that is in how many contexts one may be seen."""
+COPIES = 2
+"""So many changed copies of each picture are in the memory as well."""
 GROUPS = 512
 CONTEXTS = 6
 PLACES = 3
@@ -54,15 +57,21 @@ def collect_inputs(
         inputs: the inputs as texts; names and other inputs are taken from them.
         report: called with the number of rows done.
     """
+    image, given = model.config.image, rows
+    if image is not None:
+        # Pictures that nobody has seen lie among changed ones as often as among those of the memory.
+        copies = min(COPIES, max(0, QUERIES // len(rows) - 1))
+        rows = [*rows, *(changed for row in rows for changed in image_contexts(image, row, copies))]
     places = [_places(model, row) for row in rows]
     sites = collect(model, rows, places, layer, report)
-    others = tuple(inputs[:: max(1, len(inputs) // OTHERS)][:OTHERS])
+    most = OTHERS if image is None else IMAGE_OTHERS
+    others = tuple(inputs[:: max(1, len(inputs) // most)][:most])
     # What was asked and what is answered; a classifier's few labels do not tell which inputs say the same.
     facts = [(model.decode(row[: row.index(ASK)]), str(row[row.index(ASK) :])) for row in rows if model.config.encoder]
     if networks.pointwise(model.config):
         query, nuisance = sites.query, _between_rephrasings(facts, places, sites.query)
         if nuisance is None:
-            nuisance = _nuisance(model, layer, rows[:GROUPS], others)
+            nuisance = _nuisance(model, layer, given[:GROUPS], others)
     else:
         # Tokens of one text differ in what they are; what they share is what the text says.
         query, shortest = single_rows(sites)[0], int(real(sites).sum(1).min())
@@ -78,6 +87,9 @@ def collect_inputs(
             for place in decided
         ]
         answers = jnp.asarray(np.asarray(said, np.int32)[kept])
+    if image is not None:
+        # Pictures are many and labels few: a neuron may fire where its label is said anyway.
+        answers = jnp.asarray(predicted(model, sites)[single_rows(sites)[1]][kept], jnp.int32)
     rewordings = learn_rewordings(facts)
     return jnp.asarray(query[kept], jnp.float32), nuisance, others, tuple(names)[:200], centres, answers, rewordings
 
@@ -103,6 +115,10 @@ def _between_rephrasings(facts: Sequence[tuple[str, str]], places: Sequence[rang
 def _nuisance(model: Model, layer: int, rows: Sequence[Sequence[int]], others: tuple[str, ...]) -> Array:
     """How queries move when an input is said otherwise and answered alike."""
     spans, places = [], []
+    image = model.config.image
+    if image is not None:
+        spans = [shape for row in rows for shape in (row, *image_contexts(image, row, CONTEXTS - 1))]
+        places, rows = [_places(model, span) for span in spans], ()
     for row in rows:
         text = model.decode(row[: row.index(ASK)])
         answer = row[row.index(ASK) + 1 + len(model.begin) :] if model.config.encoder else []

@@ -9,7 +9,7 @@ from tpatch_jax.core.checks import text_generator
 from tpatch_jax.editors.locating import locate_subject, replace_subject
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.chat import render_request
-from tpatch_jax.models.inputs import input_contexts
+from tpatch_jax.models.inputs import image_contexts, input_contexts
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 
@@ -191,6 +191,8 @@ def read_item(
     where these are fewer, `input_contexts`.
     """
     target = target_tokens(model, request)
+    if model.config.image is not None:
+        return _read_image(model, position, request, target, len(prefixes), rephrases)
     if model.config.architecture == "decoder":
         # A prompt that begins with the token which begins a text keeps it in front.
         begin = model.begun(request.prompt)
@@ -214,6 +216,19 @@ def read_item(
         rows.append(prompt + target)
         starts.append(len(prompt))
     return Item(position, target, rows, starts, texts, len(also))
+
+
+def _read_image(
+    model: Model, position: int, request: EditRequest, target: list[int], contexts: int, rephrases: bool
+) -> Item:
+    """A request about an image, in as many `image_contexts` as a decoder's has prefixes."""
+    image, bare = model.config.image, model.encode_prompt(request.prompt)
+    also = [model.encode_prompt(other) for other in request.rephrases] if rephrases else []
+    prompts = [bare, *(image_contexts(image, bare, contexts) if image is not None else []), *also]
+    texts = [request.prompt] * (1 + contexts) + [*request.rephrases][: len(also)]
+    return Item(
+        position, target, [[*prompt, *target] for prompt in prompts], [len(bare)] * len(prompts), texts, len(also)
+    )
 
 
 def with_shared_numbers(items: Iterable[Item]) -> list[Item]:

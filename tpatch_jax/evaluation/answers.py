@@ -23,6 +23,8 @@ def count_prompts(requests: Sequence[EditRequest]) -> int:
 
 def _target_tokens(model: Model, requests: Sequence[EditRequest]) -> int:
     """The most tokens that a target may take."""
+    if model.config.labels:
+        return 0
     # A token holds at least a letter of a decoder's text; what cannot be written is not asked for at all.
     lengths = [len(model.tokenizer.encode(request.target, add_special_tokens=False)) for request in requests]
     return max(lengths, default=0)

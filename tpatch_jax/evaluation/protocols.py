@@ -33,6 +33,7 @@ from tpatch_jax.evaluation.forms import (
     questions_unchanged,
 )
 from tpatch_jax.evaluation.generated import answers, continuations, sentences
+from tpatch_jax.evaluation.image_firing import image_firing
 from tpatch_jax.evaluation.journal import Journal
 from tpatch_jax.evaluation.metrics import Score
 from tpatch_jax.evaluation.records import Probe, Record
@@ -54,6 +55,7 @@ from tpatch_jax.evaluation.subject_specificity import (
     specificity_figures,
     specificity_totals,
 )
+from tpatch_jax.images import ImagePrompt, picture_source
 from tpatch_jax.models.chat import render_requests
 from tpatch_jax.models.model import Model
 
@@ -533,6 +535,7 @@ def _sequential(setup: Setup, method: Method, editor: Editor, journal: Journal) 
             line["cost"] = _cost(info)
             heat = _heat(setup, edited.patches, _last_neurons(setup, info.requests)) if number < HEAT else None
             line |= {"activations": heat} if heat else {}
+            line |= _image_line(setup, edited, record, info.requests)
             so_far = [one for one, earlier in zip(records, journal.lines, strict=False) if earlier["wrong"]] + [record]
             if len(so_far) % setup.every == 0:
                 line["check"] = _check(setup, edited, so_far)
@@ -541,6 +544,34 @@ def _sequential(setup: Setup, method: Method, editor: Editor, journal: Journal) 
             journal.save(method.save(state), {"done": number + 1})
         setup.tell("stream", number + 1, len(records))
     return _stream_result(setup, Edited(method, editor, state), journal)
+
+
+def _on_other_images(setup: Setup, changed: Sequence[Record], outcome: Outcome) -> dict[str, float]:
+    """The share of pictures that nobody edited whose label is another than before the stream."""
+    if setup.model.config.image is None:
+        return {}
+    edited = {request.prompt for record in changed for request in record.requests}
+    records = [*setup.records, *setup.train, *setup.held_out]
+    probes = [probe for record in records for kind in (*EDITS, *ACCURACY) for probe in record.probes.get(kind, ())]
+    texts = list(dict.fromkeys(setup.numbers[probe] for probe in probes if probe.prompt not in edited))
+    if not texts:
+        return {}
+    places = np.concatenate([np.arange(setup.base.asked.starts[n], setup.base.asked.starts[n + 1]) for n in texts])
+    other = outcome.predicted[places] != setup.base.outcome.predicted[places]
+    return {"other_images_changed": float(np.mean(other))}
+
+
+def _image_line(setup: Setup, edited: Edited, record: Record, results: Sequence[RequestInfo]) -> dict[str, Any]:
+    """Of an edited picture the picture, and what of it makes its neurons fire."""
+    last, prompt, patches = setup.model.layer(None), record.request.prompt, edited.patches
+    if not isinstance(prompt, ImagePrompt):
+        return {}
+    line: dict[str, Any] = {"picture": picture_source(prompt)}
+    neurons = _last_neurons(setup, results)
+    if patches is not None and neurons and set(patches) == {last}:
+        effect = image_firing(setup.model, take(patches[last], neurons), prompt).effect.sum(0)
+        line["effect"] = np.round(effect, 4).tolist()
+    return {"image": line}
 
 
 def _check(setup: Setup, edited: Edited, so_far: Sequence[Record]) -> dict[str, Any]:
@@ -571,6 +602,7 @@ def _stream_result(setup: Setup, edited: Edited, journal: Journal) -> dict[str, 
     final = _after_all(setup, edited)
     journal.replace([{**line, **measured} for line, measured in zip(stream, final, strict=True)])
     figures = {**figures, **metrics.summarise([line["figures"] for line in final]), **_on_text(setup, edited)}
+    figures |= _on_other_images(setup, changed, outcome)
     figures |= _on_questions(setup, edited.model if setup.forms.told else None, edited.routing)
     result = _with_facts(_result(figures, [line["cost"] for line in edits], False), final)
     checks = [line["check"] for line in edits if "check" in line]

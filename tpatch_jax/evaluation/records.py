@@ -402,7 +402,7 @@ def read_requests_records(path: str | Path, *, strict: bool = False, notes: Data
         for _, where, value in read_json_lines(path, "request", notes.miss):
             notes.records += 1
             try:
-                records.append(_request_record(parse_request(value, where), len(records)))
+                records.append(_request_record(parse_request(value, where, Path(path).parent), len(records)))
             except TPatchError as error:
                 notes.pass_over(str(error))
         notes.check_any(records, f"{path} holds no request; put one JSON object a line, with 'prompt' and 'target'")

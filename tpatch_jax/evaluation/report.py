@@ -50,7 +50,8 @@ FIGURES = (
     "well: evaluate a method alone to see its own. `_clean` beside a figure is the same without contaminated probes: "
     "prompts about something else that are edited themselves, and questions about what follows that name a new object. "
     "`undo` is whether one edit can be taken out again while others stay; `stock_checkpoint`, whether an edited model "
-    "can be a checkpoint that needs nothing of this library."
+    "can be a checkpoint that needs nothing of this library. "
+    "`other_images_changed` is the share of pictures that nobody edited whose label is another than before the stream."
 )
 """What the figures of every report mean."""
 

@@ -85,10 +85,11 @@ def batches(config: NetworkConfig, rows: Sequence[Sequence[int]]) -> Iterator[tu
     by_length: dict[tuple[int, int], list[int]] = {}
     for number, (read, written) in enumerate(parts):
         lengths = row_length(len(read)) if read else 0, row_length(len(written)) if written else 0
+        lengths = lengths if config.image is None else (config.image.pixels, 0)
         by_length.setdefault(lengths, []).append(number)
     for lengths in sorted(by_length, reverse=True):
         numbers = by_length[lengths]
-        lanes = max(1, TOKENS_PER_BATCH // sum(lengths))
+        lanes = max(1, TOKENS_PER_BATCH // (sum(lengths) if config.image is None else config.image.positions))
         lanes = 1 << (lanes.bit_length() - 1)
         for size in in_steps(len(numbers), lanes) if len(rows) > 1 else [1]:
             chosen = [numbers.pop() for _ in range(min(size, len(numbers)))]
@@ -141,6 +142,7 @@ def collect(
     shape = (int(offsets[-1]), config.hidden_size)
     if not networks.pointwise(config):
         longest = max((row_length(len(row)) for row in rows), default=0)
+        longest = longest if config.image is None else config.image.positions
         shape = (shape[0], max(LEAST_TEXT, longest), config.hidden_size)
     large = on_disk and networks.pointwise(config) and math.prod(shape) * np.dtype(dtype).itemsize > LARGE
     arrays = [RowsOnDisk(shape[0], shape[-1], dtype) if large else np.zeros(shape, dtype) for _ in Sites._fields]

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-__all__ = ["LayerKind", "NetworkConfig"]
+__all__ = ["ImageInput", "LayerKind", "NetworkConfig"]
 
 
 class LayerKind(NamedTuple):
@@ -17,6 +17,51 @@ class LayerKind(NamedTuple):
 
     window: int
     rope_frequencies: tuple[float, ...]
+
+
+class ImageInput(NamedTuple):
+    """What a network that reads images makes of their pixels, before the first block.
+
+    ``(pixel · scale - mean) / std``, cut into patches, each of which a linear layer makes one position of; before them
+    stand the class token and, of a DeiT, the distillation token.
+
+    Attributes:
+        size: height and width, in pixels.
+        patch: the same of a patch.
+        channels: 1 of grey pictures, 3 of coloured ones.
+        scale: factor on bytes.
+        mean: subtracted from each channel.
+        std: what each channel is divided by.
+        distilled: whether there is a distillation token.
+    """
+
+    size: tuple[int, int]
+    patch: tuple[int, int]
+    channels: int
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    distilled: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """How many patches there are, one above the other and side by side."""
+        return self.size[0] // self.patch[0], self.size[1] // self.patch[1]
+
+    @property
+    def first(self) -> int:
+        """The position of the first patch."""
+        return 2 if self.distilled else 1
+
+    @property
+    def pixels(self) -> int:
+        """How many numbers an image is."""
+        return self.size[0] * self.size[1] * self.channels
+
+    @property
+    def positions(self) -> int:
+        """How many positions an image becomes."""
+        return self.first + self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)
@@ -71,7 +116,9 @@ class NetworkConfig:
         encoder: the stack whose states every block reads through cross-attention, if there is one.
         labels: what a classification head tells apart; empty is no such head.
         pooling: what the head reads: the ``"first"`` token, or the ``"mean"`` of all.
-        head_activation: between the two layers of the classification head.
+        head_activation: between the two layers of the classification head; empty where it has one.
+        image: how images become positions, of a network that reads them in place of tokens. Then ``vocabulary`` and
+            ``context`` are those of pixels.
     """
 
     family: str
@@ -118,6 +165,7 @@ class NetworkConfig:
     labels: tuple[str, ...] = ()
     pooling: Literal["first", "mean"] = "first"
     head_activation: str = "tanh"
+    image: ImageInput | None = None
 
     def kind(self, layer: int) -> LayerKind:
         """What distinguishes one layer from the others."""

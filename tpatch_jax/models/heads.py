@@ -41,7 +41,8 @@ def logits(
 ) -> Float[Array, "... vocabulary"]:
     """From the residual stream after the last block to logits: ``norm(hidden) · unembedding``, or the head's labels.
 
-    A classification head reads the first token or the mean of all, ``output·act(dense·x)``.
+    A classification head reads the first token or the mean of all, ``output·act(dense·x)``; that of images has no
+    ``dense``.
 
     Args:
         config: the network's description.
@@ -59,21 +60,28 @@ def logits(
 _HEAD_ACTIVATIONS: Mapping[str, Activation] = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 
 
+def _normed(config: NetworkConfig, params: Params, hidden: Array) -> Array:
+    """What the head reads: the residual stream behind the final norm, where there is one."""
+    return hidden if config.post_norm else normalise(config, params["norm"], hidden)
+
+
 def _labels(config: NetworkConfig, params: Params, hidden: Array, valid: Array | None) -> Array:
     x = hidden[..., 0, :]
     if config.pooling == "mean":
         weight = jnp.ones(hidden.shape[:-1], hidden.dtype) if valid is None else valid.astype(hidden.dtype)
         x = jnp.sum(hidden * weight[..., None], -2) / jnp.sum(weight, -1, keepdims=True)
-    dense, output = params["dense"], params["output"]
-    x = _HEAD_ACTIVATIONS[config.head_activation](x @ dense["kernel"] + dense["bias"])
+    output = params["output"]
+    if config.head_activation:
+        dense = params["dense"]
+        x = _HEAD_ACTIVATIONS[config.head_activation](x @ dense["kernel"] + dense["bias"])
     return (x @ output["kernel"] + output["bias"]).astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnames="config")
 def _logits(config: NetworkConfig, params: Params, hidden: Array, valid: Array | None = None) -> Array:
+    x = _normed(config, params, hidden)
     if config.labels:
-        return _labels(config, params["classifier"], hidden, valid)
-    x = hidden if config.post_norm else normalise(config, params["norm"], hidden)
+        return _labels(config, params["classifier"], x, valid)
     if config.head_scale != 1:
         x = x * jnp.asarray(config.head_scale, x.dtype)
     if config.tied:
@@ -115,8 +123,8 @@ def finish(
     if "text" in context:
         hidden, text = leave_block(config, kind, weights["layer"], residual, output), context["text"]
         same = ((text[:, None] == text) & context["valid"]).astype(hidden.dtype)
-        mean = same @ hidden / jnp.sum(same, -1, keepdims=True)
-        return logits(config, weights, mean[:, None])
+        mean = same @ _normed(config, weights, hidden) / jnp.sum(same, -1, keepdims=True)
+        return _labels(config, weights["classifier"], mean[:, None], None)
     if not pointwise(config):
         hidden = leave_block(config, kind, weights["layer"], residual, output)
         return logits(config, weights, hidden, jnp.any(residual != 0, -1))

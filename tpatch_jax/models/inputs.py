@@ -4,26 +4,35 @@ A classifier and an encoder-decoder cannot sample text to stay silent on, so it 
 Their prompts are seen in other contexts than a decoder's: a text before them would be read as a part of them.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
+
 from tpatch_jax.core.checks import text_generator
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.images import as_image, change_image
+from tpatch_jax.models.config import ImageInput
+from tpatch_jax.models.image_reader import pixels_of
 from tpatch_jax.models.wikitext import as_ordinary_text
+from tpatch_jax.storage.image_file import PARTS, is_image_file, read_image_part
 from tpatch_jax.storage.reading import read_text
+from tpatch_jax.typing import TokenIds
 
-__all__ = ["FIELDS", "input_contexts", "read_inputs"]
+__all__ = ["FIELDS", "image_contexts", "input_contexts", "read_inputs"]
 
 FIELDS = ("prompt", "text", "claim", "question", "sentence", "input", "src")
 """In JSON lines, the first of these that is there is the input."""
 
 
 def read_inputs(path: str | Path) -> list[str]:
-    """The inputs in a file: one a line, or one JSON object a line.
+    """The inputs in a file: one a line, or one JSON object a line; or the pictures of an ``.npz``.
 
     Args:
         path: the file, UTF-8; empty lines and repeated inputs are passed over. In JSON lines the input is the first of
-            `FIELDS` that an object has.
+            `FIELDS` that an object has, or the picture at the path under ``"image"``. Of an ``.npz`` the pictures of
+            its first part are the inputs; see `tpatch_jax.storage.image_file`.
 
     Returns:
         The inputs in order.
@@ -31,6 +40,8 @@ def read_inputs(path: str | Path) -> list[str]:
     Raises:
         TPatchError: the file cannot be read, holds no input, or a line has none of the fields.
     """
+    if is_image_file(path):
+        return list(dict.fromkeys(read_image_part(path, PARTS, labels=False).images))
     try:
         # By line feeds alone: JSON leaves other breaks as they are.
         text = read_text(path, "utf-8-sig")
@@ -38,19 +49,22 @@ def read_inputs(path: str | Path) -> list[str]:
         raise TPatchError(f"the memory text {path} cannot be read ({error}); give a UTF-8 text file") from None
     lines = as_ordinary_text(text).split("\n")
     lines = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    inputs = dict.fromkeys(_input(line, f"{path}, line {number}") for number, line in lines)
+    folder = Path(path).parent
+    inputs = dict.fromkeys(_input(line, f"{path}, line {number}", folder) for number, line in lines)
     if not inputs:
         raise TPatchError(f"{path} holds no input; give a file with one input a line")
     return list(inputs)
 
 
-def _input(line: str, where: str) -> str:
+def _input(line: str, where: str, folder: Path) -> str:
     if not line.startswith("{"):
         return line
     try:
         record = json.loads(line)
     except ValueError:
         return line
+    if isinstance(record.get("image"), str):
+        return as_image(record["image"], where, folder)
     for name in FIELDS:
         if isinstance(record.get(name), str) and record[name].strip():
             return record[name].strip()
@@ -95,3 +109,34 @@ def input_contexts(text: str, others: tuple[str, ...], count: int) -> list[str]:
         else:
             shapes.append(f"{other} {text}" if kind == 3 else f"{text} {other}")
     return shapes
+
+
+MOVED, TURNED, BRIGHTER, NOISE = 2.0, 5.0, 0.15, 5.0
+"""How far a picture is changed at most: in pixels, degrees, as a share of its brightness, and the noise's deviation."""
+
+
+def image_contexts(image: ImageInput, row: TokenIds, count: int) -> list[list[int]]:
+    """A picture in other shapes that show the same: what its patch should hear as well.
+
+    Each is moved, turned, made brighter or darker, and noisy, all by amounts that are drawn from the picture itself.
+
+    Args:
+        image: what the network reads.
+        row: the picture in tokens.
+        count: how many.
+    """
+    pixels, rest = pixels_of(image, row), list(row[image.pixels :])
+    rng = np.random.default_rng(np.frombuffer(hashlib.sha256(pixels.tobytes()).digest(), np.uint32))
+    rows = []
+    for _ in range(count):
+        down, right, degrees, brightness, noise = rng.uniform(-1, 1, 5)
+        changed = change_image(
+            pixels,
+            down=MOVED * down,
+            right=MOVED * right,
+            degrees=TURNED * degrees,
+            brightness=1 + BRIGHTER * brightness,
+            noise=abs(NOISE * noise) * rng.standard_normal(pixels.shape),
+        )
+        rows.append([*changed.reshape(-1).tolist(), *rest])
+    return rows

@@ -18,6 +18,7 @@ from tpatch_jax.models.inputs import read_inputs
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.wikitext import as_ordinary_text
 from tpatch_jax.storage.files import replace_folder
+from tpatch_jax.storage.image_file import is_image_file
 from tpatch_jax.storage.reading import read_text
 from tpatch_jax.typing import Progress
 
@@ -42,6 +43,8 @@ LENGTH = 64
 SPARE = 64
 INPUTS = 16_384
 """So many inputs are read at most."""
+PIXELS = 2**26
+"""Of images only so many that they have no more pixels together."""
 LANES = 64
 ANSWER_TOKENS = 24
 
@@ -71,7 +74,10 @@ def memory_rows(
 
 def text_mark(model: Model, text: str | Path | None) -> str:
     """What the texts behind a memory depend on, as one line; the cache keeps them under it."""
-    source = "itself" if text is None else hashlib.sha256(read_memory_text(text).encode()).hexdigest()
+    if is_image_file(text) and text is not None:
+        source = hashlib.sha256(Path(text).read_bytes()).hexdigest() if Path(text).is_file() else "missing"
+    else:
+        source = "itself" if text is None else hashlib.sha256(read_memory_text(text).encode()).hexdigest()
     return f"{VERSION} {fingerprint(model)} {tokenizer_fingerprint(model)} {source}"
 
 
@@ -84,6 +90,9 @@ def memory_texts(
     model: Model, text: str | Path | None, folder: Path | None, progress: Progress | None
 ) -> list[list[int]]:
     """The texts behind the memory, in tokens: the same for every layer, so that sampling them is done once."""
+    if model.config.image is not None:
+        # They are read as quickly from their own file, and are nobody's to keep.
+        folder = None
     if folder is not None and folder.exists():
         try:
             arrays = load_file(folder / "texts.safetensors")
@@ -192,13 +201,19 @@ def _input_rows(
     Raises:
         TPatchError: there is no file, or it cannot be read.
     """
+    if text is None and model.config.image is not None:
+        raise TPatchError(
+            f"{model.name!r} reads images, of which patches need some to stay silent on; give an .npz with "
+            "train_images, for instance those it was trained on (--memory FILE, memory=)"
+        )
     if text is None:
         raise TPatchError(
             f"{model.name!r} is an {model.config.architecture}, which cannot sample text to stay silent on; give a "
             "file of inputs, one a line, for instance those it was trained on (--memory FILE, memory=)"
         )
     inputs = read_inputs(text)
-    chosen = np.sort(np.random.default_rng(0).permutation(len(inputs))[:INPUTS])
+    most = INPUTS if model.config.image is None else max(1, min(INPUTS, PIXELS // model.config.image.pixels))
+    chosen = np.sort(np.random.default_rng(0).permutation(len(inputs))[:most])
     rows = [model.encode_prompt(inputs[number]) for number in chosen]
     rows = [row for row in rows if not model.excess(row, ())]
     if not model.config.encoder:

@@ -19,6 +19,7 @@ from tpatch_jax.core.arguments import as_count, as_path, check_call, check_kind,
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.int8 import float_type, is_int8
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.images import ImagePrompt, as_image
 from tpatch_jax.models import generation, networks
 from tpatch_jax.models.chat import answer_chat, as_messages, is_rendered, stops_after
 from tpatch_jax.models.checkpoints import folder as checkpoint
@@ -73,6 +74,7 @@ class Model:
     Texts become rows of token ids, each a prompt and its answer, of which a position says the next token. A decoder
     reads both, one after the other. An encoder-decoder's encoder reads the prompt up to `ASK`, its decoder what
     follows. A classifier reads the prompt; the one token after `ASK` is its answer, the number of a label.
+    Of a model that reads images a prompt is an `tpatch_jax.images.ImagePrompt`, whose tokens are its pixels' bytes.
 
     Attributes:
         config: the network's description.
@@ -156,6 +158,10 @@ class Model:
             TPatchError: the text holds a token that the tokenizer has and the model has not.
         """
         _texts(text, several=False)
+        if isinstance(text, ImagePrompt) and self.config.image is None:
+            raise TPatchError(
+                f"{text!r} is an image, and {self.name!r} reads texts; give a text, or an image classifier"
+            )
         return self.known(text, self.tokenizer.encode(text, add_special_tokens=False))
 
     def known(self, text: str, tokens: list[int]) -> list[int]:
@@ -178,6 +184,8 @@ class Model:
         """
         _texts(text, several=False)
         plain = self.encode(text)
+        if self.config.image is not None:
+            return [*plain, ASK]
         rendered = bool(self.start) and self.config.architecture == "decoder" and is_rendered(self.tokenizer, text)
         begun = rendered or self._begins(plain)
         if begun and not rendered and "begun" not in self._said:
@@ -214,6 +222,8 @@ class Model:
 
     def lost(self, text: str) -> list[str]:
         """The characters of a text that its tokens do not hold, each once: the tokenizer does not know them."""
+        if self.config.image is not None:
+            return []
         return lost_characters(self.tokenizer, text)
 
     def encode_target(self, prompt: str, target: str) -> list[int]:
@@ -283,6 +293,8 @@ class Model:
     @cached_property
     def start(self) -> tuple[int, ...]:
         """The special tokens that the tokenizer puts before a text; Llama and BERT have one, SmolLM2 has none."""
+        if self.config.image is not None:
+            return ()
         plain, whole = self.encode("a"), self.tokenizer.encode("a", add_special_tokens=True)
         for first in range(len(whole) - len(plain) + 1):
             if whole[first : first + len(plain)] == plain:
@@ -386,17 +398,18 @@ class Model:
         return self.continuation(row, said).strip()
 
     @automatically
-    def classify(self, texts: Sequence[str]) -> list[str]:
-        """The most probable label of each text.
+    def classify(self, texts: Sequence[Any]) -> list[str]:
+        """The most probable label of each text, or image.
 
         Args:
-            texts: what to classify.
+            texts: what to classify. Of a model that reads images: paths of pictures, arrays, or what
+                `tpatch_jax.read_image` returns.
 
         Returns:
             A label for each.
 
         Raises:
-            TPatchError: the model is no classifier, or a text is longer than the context.
+            TPatchError: the model is no classifier, a text is longer than the context, or an image cannot be read.
         """
         from tpatch_jax.models.collection import collect, predicted
 
@@ -404,6 +417,8 @@ class Model:
             raise TPatchError(f"{self.name!r} is no classifier; ask it with `generate`")
         if isinstance(texts, str):
             raise TPatchError("one text is no list of texts; put it into a list")
+        if self.config.image is not None:
+            texts = [as_image(image, f"image {number}") for number, image in enumerate(texts)]
         texts = _texts(texts)
         rows = [self.encode_prompt(text) for text in texts]
         for text, row in zip(texts, rows, strict=True):
@@ -471,7 +486,7 @@ def _checked(batch: Batch) -> Batch:
     """What a network is run on, if it holds whole numbers; its shape is checked where it is read."""
     for tokens in batch if isinstance(batch, networks.Pair) else (batch,):
         dtype = getattr(tokens, "dtype", None)
-        if dtype is not None and not jnp.issubdtype(dtype, jnp.integer):
+        if dtype is not None and tokens.ndim != 4 and not jnp.issubdtype(dtype, jnp.integer):
             raise TPatchError(f"the tokens are {dtype}; give an array of token ids, whole numbers")
     return batch
 
@@ -536,7 +551,7 @@ def load_model(
     folder = resolve_model(str(model), quiet=quiet)
     # Before the weights, which take longer.
     settings = checkpoint.read_settings(folder)
-    tokenizer = read_tokenizer(folder, configure(settings))
+    tokenizer = read_tokenizer(folder, configure(settings), settings)
     files = checkpoint.mark_files(folder)
     read = "float32" if dtype == "int8" else dtype
     config, params, settings = checkpoint.read_folder(folder, read, mesh, settings=settings)

@@ -22,14 +22,13 @@ def parameter_shapes(config: NetworkConfig, merged: Mapping[int, int] | None = N
         config: the network's description.
         merged: how many patch neurons are merged into which layers.
     """
-    result = {
-        "embed": {"embedding": _shape((config.vocabulary, config.hidden_size))},
-        **_stack_shapes(config, merged or {}),
-    }
+    embed = {"embed": {"embedding": _shape((config.vocabulary, config.hidden_size))}}
+    result = {**(embed if config.image is None else _image_shapes(config)), **_stack_shapes(config, merged or {})}
     if config.encoder:
         result["encoder"] = _stack_shapes(config.encoder, {})
     if config.labels:
-        head = {"dense": config.hidden_size, "output": len(config.labels)}
+        head = {"dense": config.hidden_size} if config.head_activation else {}
+        head |= {"output": len(config.labels)}
         result["classifier"] = {
             name: _linear_shapes(config.hidden_size, outputs, True) for name, outputs in head.items()
         }
@@ -46,6 +45,16 @@ _shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 def _linear_shapes(inputs: int, outputs: int, bias: bool) -> Params:
     entry = {"kernel": _shape((inputs, outputs))}
     return {**entry, "bias": _shape((outputs,))} if bias else entry
+
+
+def _image_shapes(config: NetworkConfig) -> Params:
+    """The shapes of what makes positions of an image: a patch's pixels are channel by channel, row by row."""
+    image = config.image
+    assert image is not None
+    tokens = ("class_token", "distillation_token")[: image.first]
+    inputs = image.channels * image.patch[0] * image.patch[1]
+    patches = _linear_shapes(inputs, config.hidden_size, True)
+    return {"image": {"patches": patches, **{name: _shape((config.hidden_size,)) for name in tokens}}}
 
 
 def _stack_shapes(config: NetworkConfig, merged: Mapping[int, int]) -> Params:

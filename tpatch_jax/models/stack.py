@@ -5,8 +5,9 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.int8 import plain_tree, take_rows
@@ -20,6 +21,7 @@ __all__ = [
     "Pair",
     "attention_bias",
     "embed_batch",
+    "embed_images",
     "embed_tokens",
     "encode",
     "enter_block",
@@ -45,7 +47,7 @@ class Pair(NamedTuple):
     target: Int[Array, "batch tokens"]
 
 
-Batch: TypeAlias = Int[Array, "batch tokens"] | Pair
+Batch: TypeAlias = Int[Array, "batch tokens"] | Float[Array, "batch channels height width"] | Pair
 """What a network is run on; see `tpatch_jax.models.networks`."""
 
 
@@ -193,6 +195,11 @@ def embed_batch(
     Raises:
         TPatchError: the batch is not of the kind that the network reads.
     """
+    if config.image is not None:
+        x = embed_images(config, params, batch)
+        positions = _positions(x.shape[:2])
+        # All positions are there: an image has no padding.
+        return positions, x, positions, Around()
     if isinstance(batch, Pair) != (config.encoder is not None):
         wanted = "a Pair of source and target" if config.encoder else "one array of token ids"
         raise TPatchError(f"this {config.architecture} is run on {wanted}; give it that")
@@ -209,6 +216,57 @@ def embed_batch(
     single = positions[:1] if config.relative_buckets else positions
     around = around._replace(bias=attention_bias(config, params, tokens, single, tokens.shape[1]))
     return tokens, embed_tokens(config, params, tokens, positions), positions, around
+
+
+def embed_images(config: NetworkConfig, params: Params, batch: Batch) -> Float[Array, "batch positions hidden"]:
+    """The residual stream before the first block, of images: class token, distillation token if any, patches.
+
+    Args:
+        config: the network's description.
+        params: the network's parameters.
+        batch: pixels as bytes, ``[batch, height · width · channels]`` int, what follows them being padding; or as a
+            checkpoint's image processor gives them, ``pixel_values [batch, channels, height, width]`` float.
+
+    Raises:
+        TPatchError: the batch is none of these.
+    """
+    image = config.image
+    if image is None:
+        raise TPatchError(f"this {config.architecture} reads tokens and no images")
+    shape, dtype = getattr(batch, "shape", ()), getattr(batch, "dtype", np.dtype(object))
+    height, width = image.size
+    whole = len(shape) == 4 and shape[1:] == (image.channels, height, width) and jnp.issubdtype(dtype, jnp.floating)
+    if not whole and not (len(shape) == 2 and shape[1] >= image.pixels and jnp.issubdtype(dtype, jnp.integer)):
+        kind = f"{dtype} {list(shape)}" if hasattr(batch, "shape") else f"a {type(batch).__name__}"
+        raise TPatchError(
+            f"the images are {kind}; give pixel_values [batch, {image.channels}, {height}, {width}] of floats, or "
+            f"pixels [batch, {image.pixels}] of whole numbers from 0 to 255"
+        )
+    assert not isinstance(batch, Pair)
+    return _embedded_images(config, {name: params[name] for name in ("image", "positions")}, batch)
+
+
+@partial(jax.jit, static_argnames="config")
+def _embedded_images(config: NetworkConfig, params: Params, batch: Num[Array, "batch ..."]) -> Array:
+    image = config.image
+    assert image is not None
+    (rows, columns), (height, width) = image.grid, image.patch
+    weights = params["image"]
+    kernel = weights["patches"]["kernel"]
+    if batch.ndim == 2:
+        pixels = batch[:, : image.pixels].reshape(-1, *image.size, image.channels).astype(jnp.float32)
+        mean, std = jnp.asarray(image.mean, jnp.float32), jnp.asarray(image.std, jnp.float32)
+        values = jnp.moveaxis((pixels * jnp.float32(image.scale) - mean) / std, -1, 1)
+    else:
+        values = batch
+    # What does not fill a patch at the right or the bottom is left out, as a convolution leaves it out.
+    values = values[:, :, : rows * height, : columns * width].astype(kernel.dtype)
+    cut = values.reshape(-1, image.channels, rows, height, columns, width)
+    cut = jnp.transpose(cut, (0, 2, 4, 1, 3, 5)).reshape(-1, rows * columns, kernel.shape[0])
+    x = cut @ kernel + weights["patches"]["bias"]
+    tokens = [weights[name] for name in ("class_token", "distillation_token")[: image.first]]
+    first = jnp.broadcast_to(jnp.stack(tokens), (x.shape[0], len(tokens), x.shape[-1]))
+    return jnp.concatenate([first, x], 1) + params["positions"]["embedding"]
 
 
 def encode(

@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.image_reader import ImageReader, image_reader
 
 __all__ = ["Tokenizer", "describe_tokenizer", "lost_characters", "read_tokenizer", "same_tokenizer"]
 
@@ -65,16 +66,19 @@ class Tokenizer(Protocol):
         ...
 
 
-def read_tokenizer(folder: Path, config: NetworkConfig) -> Tokenizer:
-    """The tokenizer in a model's folder.
+def read_tokenizer(folder: Path, config: NetworkConfig, settings: Mapping[str, Any] | None = None) -> Tokenizer:
+    """The tokenizer in a model's folder, or what reads its images.
 
     Args:
         folder: where it is.
         config: the network that it belongs to.
+        settings: of a network that reads images, what `read_settings` gave.
 
     Raises:
         TPatchError: there is none, it is damaged, or it has more tokens than the network.
     """
+    if config.image is not None:
+        return image_reader(config, settings or {})
     try:
         tokenizer = _read(folder)
     # The tokenizers package knows no kinds of errors, and a damaged file has many.
@@ -193,6 +197,8 @@ def describe_tokenizer(tokenizer: Tokenizer) -> Any:
     Args:
         tokenizer: any of transformers.
     """
+    if isinstance(tokenizer, ImageReader):
+        return tokenizer.settings
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None:
         return sorted(tokenizer.get_vocab().items())

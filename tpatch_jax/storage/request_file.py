@@ -14,6 +14,7 @@ def read_requests(path: str | Path) -> list[EditRequest]:
     """Read and check a file of requests, one JSON object a line.
 
     ``{"id"?, "prompt", "target", "subject"?, "rephrases"?: [], "locality"?: [], "keep"?: []}``; other keys are errors.
+    Of an image classifier it is ``"image"`` in place of ``"prompt"``: the path of a picture, relative to the file.
 
     Args:
         path: the file, UTF-8; empty lines are passed over.
@@ -32,7 +33,7 @@ def read_requests(path: str | Path) -> list[EditRequest]:
     path = as_path(path, "read_requests(path)", "a file of requests; give its path")
     requests, seen = [], {}
     for number, where, record in read_json_lines(path, "request"):
-        request = parse_request(record, where)
+        request = parse_request(record, where, path.parent)
         if request.id is not None and request.id in seen:
             raise TPatchError(f"{where}: the id {request.id!r} was used in line {seen[request.id]}; give each its own")
         seen[request.id] = number

@@ -12,10 +12,12 @@ import numpy as np
 from tpatch_jax.core.arguments import describe
 from tpatch_jax.core.sizes import round_up
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.images import as_image
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Pair
 from tpatch_jax.models.rows import ASK
+from tpatch_jax.storage.image_file import PARTS, is_image_file, read_image_part
 from tpatch_jax.storage.json_lines import read_json_lines
 from tpatch_jax.storage.reading import read_bytes
 
@@ -53,10 +55,12 @@ class Data(NamedTuple):
     Attributes:
         examples: in order.
         sha256: of the file, or of what was given in code.
+        numbered: whether targets are numbers of labels, as texts, as files of pictures may have them.
     """
 
     examples: tuple[Example, ...]
     sha256: str
+    numbered: bool = False
 
 
 class TrainingRow(NamedTuple):
@@ -102,14 +106,19 @@ class Lesson(NamedTuple):
 
 
 def read_data(
-    source: str | Path | Sequence[tuple[str, str]], prompt_field: str = "prompt", target_field: str = "target"
+    source: str | Path | Sequence[tuple[Any, str]],
+    prompt_field: str = "prompt",
+    target_field: str = "target",
+    part: str = "train",
 ) -> Data:
     """Examples from a file with one JSON object a line, or from pairs given in code.
 
     Args:
-        source: the file, UTF-8, empty lines are passed over; or pairs of prompt and target.
+        source: the file, UTF-8, empty lines are passed over; an ``.npz`` of pictures (see
+            `tpatch_jax.storage.image_file`); or pairs of prompt and target.
         prompt_field: the key of the prompt; keys that are not asked for may be there, too.
         target_field: the key of the target.
+        part: of an ``.npz`` which part is wanted; another one with pictures serves too.
 
     Returns:
         The `Data`.
@@ -128,10 +137,16 @@ def read_data(
         for number, pair in enumerate(source):
             if not isinstance(pair, tuple | list) or len(pair) < 2:
                 raise TPatchError(f"example {number} is {describe(pair)}; give a pair of prompt and target")
-            record = {"prompt": pair[0], "target": pair[1]}
+            prompt = pair[0] if isinstance(pair[0], str) else as_image(pair[0], f"example {number}")
+            record = {"prompt": prompt, "target": pair[1]}
             examples.append(_example(record, ("prompt", "target"), f"example {number}"))
         text = json.dumps([[example.prompt, example.target] for example in examples])
         return Data(tuple(examples), hashlib.sha256(text.encode()).hexdigest())
+    if is_image_file(source):
+        chosen = read_image_part(source, (part, *PARTS))
+        pairs = zip(chosen.images, chosen.labels, strict=True)
+        examples = [Example(*pair, f"{source}, {chosen.name}_images {number}") for number, pair in enumerate(pairs)]
+        return Data(tuple(examples), hashlib.sha256(read_bytes(source)).hexdigest(), True)
     path, fields = Path(source), (prompt_field, target_field)
     examples = [_example(line.value, fields, line.where) for line in read_json_lines(path, "object")]
     if not examples:

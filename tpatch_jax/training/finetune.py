@@ -20,12 +20,16 @@ from tpatch_jax.core.devices import automatically
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.folder import read_settings
 from tpatch_jax.models.checkpoints.sources import resolve_model
+from tpatch_jax.models.config import ImageInput
 from tpatch_jax.models.families.registry import configure
 from tpatch_jax.models.fingerprint import fingerprint
+from tpatch_jax.models.inputs import image_contexts
 from tpatch_jax.models.model import Model, save_model
 from tpatch_jax.storage.files import check_vacant, replace_folder, write_text
+from tpatch_jax.storage.image_file import named_labels as label_names
+from tpatch_jax.storage.image_file import read_image_file
 from tpatch_jax.storage.settings import change
-from tpatch_jax.training.data import Example, choose_labels, read_data, tokenize
+from tpatch_jax.training.data import Data, Example, TrainingRow, choose_labels, read_data, tokenize
 from tpatch_jax.training.loop import RECORD, FinetuneSettings, Report, accuracy, train
 from tpatch_jax.training.start import named_labels, read_start
 
@@ -99,7 +103,8 @@ def finetune(
             loaded `Model`. From scratch a folder with ``config.json`` is enough; without a tokenizer there, one is
             trained on the examples.
         examples: pairs of prompt and target, or a file with one JSON object a line. A classifier's targets are names
-            of labels.
+            of labels. Of a model that reads images an ``.npz`` with ``train_images`` and ``train_labels``; its
+            ``val_images`` are what is measured on unless ``validation`` says otherwise.
         output: the folder for the model; must not exist yet, or be empty.
         settings: how it is trained, or what to change in the defaults by name.
         validation: examples to measure on, like ``examples``.
@@ -134,23 +139,34 @@ def finetune(
         raise TPatchError(f"{call}: labels is one text; give a list of them")
     check_call(progress=progress)
     check_vacant(output)
-    data, held_out = (read_data(source, prompt_field, target_field) for source in (examples, validation))
+    data = read_data(examples, prompt_field, target_field)
+    if not isinstance(validation, str | Path) and not validation and data.numbered:
+        # A file of pictures brings its own.
+        held_out = read_data(examples, part="val") if "val" in read_image_file(str(examples)) else read_data(())
+    else:
+        held_out = read_data(validation, prompt_field, target_field, "val")
     if not data.examples:
         raise TPatchError("there is no example to learn from; give one or more")
-    start, chosen, asked = _begin(model, data.examples, held_out.examples, settings, labels)
+    start, chosen, asked = _begin(model, data, held_out, settings, labels)
     if held_out.examples and not asked:
         raise TPatchError(f"no validation example has one of the labels {', '.join(labels or ())}; give others")
     rows, asked_rows = tokenize(start, chosen), tokenize(start, asked)
+    image, used = start.config.image, dataclasses.asdict(settings)
+    learnt = (
+        rows if image is None else [*rows, *(c for row in rows for c in _copies(image, row, settings.image_copies))]
+    )
+    if image is None:
+        del used["image_copies"]
     record = {
         "model": fingerprint(start),
         "labels": list(start.config.labels),
         "data": data.sha256,
         "validation": held_out.sha256 if asked else None,
         "tokens": hashlib.sha256(json.dumps([rows, asked_rows]).encode()).hexdigest(),
-        "settings": {**dataclasses.asdict(settings), "learning_rate": settings.rate},
+        "settings": {**used, "learning_rate": settings.rate},
     }
     partial_folder = output.with_name(f"{output.name}.partial")
-    run = train(start, rows, settings, partial_folder, record, progress)
+    run = train(start, learnt, settings, partial_folder, record, progress)
     kind = jnp.dtype(dtype or "float32")
     trained = start.with_params(jax.tree.map(lambda leaf: leaf.astype(kind), run.params))
     size, per_epoch = min(settings.batch_size, len(rows)), len(run.losses) // settings.epochs
@@ -171,6 +187,11 @@ def finetune(
     return info
 
 
+def _copies(image: ImageInput, row: TrainingRow, count: int) -> list[TrainingRow]:
+    """An example with its picture changed in so many ways."""
+    return [row._replace(read=tuple(changed)) for changed in image_contexts(image, row.read, count)]
+
+
 def _as_settings(settings: FinetuneSettings | Mapping[str, Any]) -> FinetuneSettings:
     if isinstance(settings, Mapping):
         return change(_DEFAULT, settings)
@@ -180,14 +201,16 @@ def _as_settings(settings: FinetuneSettings | Mapping[str, Any]) -> FinetuneSett
 
 def _begin(
     model: str | Path | Model,
-    examples: Sequence[Example],
-    validation: Sequence[Example],
+    data: Data,
+    held_out: Data,
     settings: FinetuneSettings,
     labels: Sequence[str] | None,
 ) -> tuple[Model, list[Example], list[Example]]:
     """The model to train and the examples that are used."""
     folder = None if isinstance(model, Model) else resolve_model(str(model))
     known = model.settings if isinstance(model, Model) else read_settings(Path(folder or ""))
+    names = named_labels(known) if labels is None else labels
+    examples, validation = (_with_names(part, names) for part in (data, held_out))
     # The labels are not known yet; which kind of network it is does not depend on them.
     kind = configure({**known, "id2label": {"0": "0", "1": "1"}}).architecture
     if kind == "decoder":
@@ -216,13 +239,22 @@ def _begin(
     return model.with_params(params), chosen, asked
 
 
+def _with_names(data: Data, names: Sequence[str]) -> list[Example]:
+    """The examples, whose targets are names of labels where they were numbers."""
+    if not data.numbered:
+        return list(data.examples)
+    targets = label_names([example.target for example in data.examples], names)
+    return [example._replace(target=target) for example, target in zip(data.examples, targets, strict=True)]
+
+
 def _write(model: Model, info: FinetuneInfo, record: dict[str, Any]) -> None:
     from transformers import AutoConfig
 
     settings = {name: entry for name, entry in model.settings.items() if name != "_name_or_path"}
     # transformers has its table of network classes only where torch is; their names begin as those of configurations.
     family = type(AutoConfig.for_model(settings["model_type"])).__name__.removesuffix("Config")
-    settings["architectures"] = [family + ("ForSequenceClassification" if info.labels else "ForConditionalGeneration")]
+    task = "ForSequenceClassification" if info.labels else "ForConditionalGeneration"
+    settings["architectures"] = [family + (task if model.config.image is None else "ForImageClassification")]
     result = {name: entry for name, entry in info.to_json().items() if name not in ("output", "labels", "resumed")}
     with replace_folder(info.output) as temporary:
         save_model(dataclasses.replace(model, folder=None, settings=settings), temporary)

@@ -52,6 +52,8 @@ class FinetuneSettings:
         weight_decay: of matrices and embeddings.
         warmup: the share of steps in which the learning rate rises; then it falls to 0, both linearly.
         clip: the longest gradient.
+        image_copies: of images so many changed copies of each are learnt as well: moved, turned, brighter or darker,
+            noisy; see `tpatch_jax.models.inputs.image_contexts`.
         checkpoint_steps: work is saved every so many steps; 0 is every two minutes. It also is at the end of an epoch,
             unless it was in the 15 seconds before.
 
@@ -67,13 +69,14 @@ class FinetuneSettings:
     weight_decay: float = 0.01
     warmup: float = 0.06
     clip: float = 1.0
+    image_copies: int = 5
     checkpoint_steps: int = 0
 
     def __post_init__(self) -> None:
         """Checks the values."""
         check_types(self)
         check_range(self, ("epochs", "batch_size"), 1)
-        check_range(self, ("seed", "checkpoint_steps"), 0)
+        check_range(self, ("seed", "image_copies", "checkpoint_steps"), 0)
         for name in ("learning_rate", "clip"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int | float) or not 0 < value < math.inf):

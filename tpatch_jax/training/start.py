@@ -13,6 +13,7 @@ from tpatch_jax.models.checkpoints.folder import read_folder
 from tpatch_jax.models.checkpoints.layout import flatten, insert
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.registry import configure, family_of
+from tpatch_jax.models.image_reader import image_reader
 from tpatch_jax.models.model import Model, read_tokenizer
 from tpatch_jax.models.shapes import merged_neurons, parameter_shapes
 from tpatch_jax.typing import Params
@@ -76,7 +77,9 @@ def read_start(
         if labels is not None and tuple(labels) != named_labels(settings):
             # Its rows stand for other labels, even where there are as many.
             params = {**params, "classifier": _without_output(params.get("classifier", {}))}
-    if from_scratch and not any((folder / name).exists() for name in _TOKENIZERS):
+    if config.image is not None:
+        tokenizer, source = image_reader(config, known), None
+    elif from_scratch and not any((folder / name).exists() for name in _TOKENIZERS):
         tokenizer, source = train_tokenizer(config, known, texts), None
     else:
         tokenizer, source = read_tokenizer(folder, config), folder

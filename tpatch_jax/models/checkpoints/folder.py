@@ -21,6 +21,7 @@ from tpatch_jax.models.checkpoints.completed_settings import complete_settings
 from tpatch_jax.models.checkpoints.layout import flatten, insert, join, layout, split
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.registry import configure, family_of
+from tpatch_jax.models.families.vit import PREPROCESSOR, preprocessing
 from tpatch_jax.models.shapes import merged_neurons
 from tpatch_jax.models.sharding import place
 from tpatch_jax.storage.files import replace_folder
@@ -41,6 +42,7 @@ ADAPTER = "adapter_config.json"
 _OURS = ("config.json", "tpatch_source.json", "tpatch_export.json")
 """What a folder says about itself, which would be wrong about another."""
 
+_READ_IMAGES = {"vit": "ViT", "deit": "DeiT"}
 _STARTS_WITH, _ENDS_WITH = "decoder_start_token_id", "eos_token_id"
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -76,7 +78,23 @@ def read_settings(folder: Path) -> dict[str, Any]:
     completed.pop("_name_or_path", None)
     # What the file leaves open with a null, transformers has filled in.
     settings = completed | {name: entry for name, entry in raw.items() if entry is not None}
+    if settings["model_type"] in _READ_IMAGES:
+        settings[PREPROCESSOR] = _preprocessor(folder)
     return settings | _generation(folder, settings)
+
+
+def _preprocessor(folder: Path) -> dict[str, Any]:
+    """What ``preprocessor_config.json`` says; nothing without that file."""
+    path = folder / f"{PREPROCESSOR}.json"
+    try:
+        told = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise TPatchError(f"{path} cannot be read ({error}); copy the model's original file there") from None
+    if not isinstance(told, dict):
+        raise TPatchError(f"{path} holds no JSON object; copy the model's original file there")
+    return told
 
 
 def check_no_adapter(folder: Path) -> None:
@@ -292,7 +310,7 @@ def read_folder(
         config = dataclasses.replace(config, tied=f"{family.names['head']}.weight" not in shards)
     # Checkpoints of the network without its head leave out the first part of every name.
     bare = not any(name.startswith(family.prefix) for name in shards)
-    embedding, head = family.names["embed.embedding"], f"{family.names.get('head', '')}.weight"
+    embedding, head = family.names.get("embed.embedding", ""), f"{family.names.get('head', '')}.weight"
     embedding = embedding.removeprefix(family.prefix) if bare else embedding
     if config.tied and head in shards and embedding in shards and not _alike(shards, head, embedding):
         # As transformers has it: what differs is not tied, whatever the settings say. Those of an encoder-decoder stay,
@@ -392,10 +410,18 @@ def write_folder(
     """
     merged, family = merged_neurons(config, params), family_of(settings)
     # Where the model was read from is of this machine; of two entries on rotary embeddings others follow the older one.
-    left_out = {NEURONS_KEY, "_name_or_path", *(["rope_scaling"] if settings.get("rope_parameters") else [])}
+    left_out = {
+        NEURONS_KEY,
+        "_name_or_path",
+        PREPROCESSOR,
+        *(["rope_scaling"] if settings.get("rope_parameters") else []),
+    }
     new = {name: entry for name, entry in settings.items() if name not in left_out}
     dtype = str(jax.tree.leaves(params)[0].dtype)
     new.update({"dtype": dtype, "torch_dtype": dtype})
+    if config.image is not None and not new.get("architectures"):
+        # Of the two classes that transformers has for a DeiT it takes the one that is named, and fails without.
+        new["architectures"] = [f"{_READ_IMAGES[family.name]}ForImageClassification"]
     if merged:
         new[NEURONS_KEY] = {str(layer): count for layer, count in merged.items()}
     leaves = dict(flatten(params))
@@ -403,7 +429,7 @@ def write_folder(
         name: join(stored, [host(leaves[path]) for path in stored.paths])
         for name, stored in layout(family, config, merged).items()
     }
-    if settings.get("tie_word_embeddings") is False and not family.own_head:
+    if settings.get("tie_word_embeddings") is False and not family.own_head and family.copies:
         # Without that tie transformers looks for the embedding of each stack under its own name.
         embedding = tensors[family.names["embed.embedding"]]
         tensors |= {f"{family.prefix}{name}": embedding for name in family.copies}
@@ -416,6 +442,9 @@ def write_folder(
                     ours = path.name in _OURS or path.name.endswith(".index.json")
                     if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and not ours:
                         shutil.copyfile(path, temporary / path.name)
+                if config.image is not None:
+                    told = json.dumps(preprocessing(settings), indent=2, sort_keys=True) + "\n"
+                    (temporary / f"{PREPROCESSOR}.json").write_text(told, "utf-8")
                 templates = source / TEMPLATES if source else None
                 if templates and templates.is_dir():
                     (temporary / TEMPLATES).mkdir()

@@ -24,6 +24,7 @@ class Stored(NamedTuple):
         transposed: whether kernels lie in it as ``[out, in]``.
         heads: so many times the parts alternate; 1 is no alternation.
         row: whether it has an axis of one before ours.
+        view: its shape, where it holds the same numbers in other axes; see `Family.views`.
     """
 
     paths: tuple[str, ...]
@@ -31,10 +32,13 @@ class Stored(NamedTuple):
     transposed: bool
     heads: int
     row: bool = False
+    view: Shape = ()
 
     @property
     def shape(self) -> Shape:
         """The shape of the tensor in the checkpoint."""
+        if self.view:
+            return self.view
         *rows, _ = self.shapes[0]
         ours = (*rows, sum(shape[-1] for shape in self.shapes))
         if self.row:
@@ -70,6 +74,7 @@ def layout(family: Family, config: NetworkConfig, merged: Mapping[int, int] | No
     """
     shapes = {path: leaf.shape for path, leaf in flatten(parameter_shapes(config, merged))}
     result: dict[str, Stored] = {}
+    views = family.views(config)
     for path, shape in shapes.items():
         parts = path.split(".")
         layer = next((part for part in parts if part.isdigit()), "")
@@ -80,10 +85,10 @@ def layout(family: Family, config: NetworkConfig, merged: Mapping[int, int] | No
         transposed = leaf == "kernel" and (family.transposed or parts[0] == "head")
         if general in family.names:
             name = family.names[general].format(layer)
-            result[name] = Stored((path,), (shape,), transposed, 1, name == family.optional_row)
+            result[name] = Stored((path,), (shape,), transposed, 1, name == family.optional_row, views.get(path, ()))
         elif parent in family.names:
             name = f"{family.names[parent].format(layer)}.{stored_leaf}"
-            result[name] = Stored((path,), (shape,), transposed, 1)
+            result[name] = Stored((path,), (shape,), transposed, 1, view=views.get(path, ()))
         else:
             fused = next(entry for entry in family.fused if parent in entry.parts)
             paths = tuple(f"{part.format(layer)}.{leaf}" for part in fused.parts)
@@ -95,6 +100,8 @@ def layout(family: Family, config: NetworkConfig, merged: Mapping[int, int] | No
 
 def split(stored: Stored, tensor: np.ndarray) -> dict[str, np.ndarray]:
     """Our parameters from a checkpoint's tensor; views where that is possible."""
+    if stored.view:
+        tensor = tensor.reshape(stored.shapes[0][::-1] if stored.transposed else stored.shapes[0])
     ours = tensor[0] if stored.row else tensor.T if stored.transposed else tensor
     if len(stored.paths) == 1:
         return {stored.paths[0]: ours}
@@ -109,4 +116,5 @@ def join(stored: Stored, parts: Sequence[np.ndarray]) -> np.ndarray:
     by_head = [np.asarray(part).reshape(*part.shape[:-1], stored.heads, -1) for part in parts]
     ours = np.concatenate(by_head, -1) if len(by_head) > 1 else by_head[0]
     ours = ours.reshape(*ours.shape[:-2], -1)
-    return np.ascontiguousarray(ours[None] if stored.row else ours.T if stored.transposed else ours)
+    tensor = np.ascontiguousarray(ours[None] if stored.row else ours.T if stored.transposed else ours)
+    return tensor.reshape(stored.view) if stored.view else tensor

@@ -64,6 +64,8 @@ class Family(NamedTuple):
         accepts: which settings belong to it, where families share a ``model_type``.
         own_head: whether an unembedding in the checkpoint says that the model has one of its own.
         optional_row: a tensor ``[1, n]`` that holds a bias ``[n]`` of ours, zero where a checkpoint leaves it out.
+        views: from the path of one of our parameters to the shape that a checkpoint's tensor has of it, where it holds
+            the same numbers in the same order.
         other_heads: what the names of tensors begin with that are no part of a classifier, in checkpoints without one.
         export: how a corrected model of this family is written for the stock transformers library:
             ``"exact"``, ``"exact as Llama"`` or ``"approximate only"``; see `tpatch_jax.models.checkpoints.export`.
@@ -85,6 +87,7 @@ class Family(NamedTuple):
     own_head: bool = False
     optional_row: str = ""
     other_heads: tuple[str, ...] = ()
+    views: Callable[[NetworkConfig], Mapping[str, tuple[int, ...]]] = lambda config: {}
 
 
 _ACTIVATIONS = {

@@ -14,6 +14,7 @@ from tpatch_jax.models.families.llama import LLAMA, MISTRAL, QWEN_2, QWEN_3
 from tpatch_jax.models.families.opt import OPT
 from tpatch_jax.models.families.phi_3 import PHI_3
 from tpatch_jax.models.families.t5 import T5, T5_GATED
+from tpatch_jax.models.families.vit import DEIT, VIT
 
 __all__ = ["FAMILIES", "configure", "family_of"]
 
@@ -37,6 +38,8 @@ FAMILIES: tuple[Family, ...] = (
     BART,
     T5,
     T5_GATED,
+    VIT,
+    DEIT,
 )
 """Every family that `tpatch_jax.load_model` reads."""
 
