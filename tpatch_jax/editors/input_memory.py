@@ -21,7 +21,10 @@ __all__ = ["collect_inputs"]
 
 QUERIES = 40_000
 """So many of their queries are kept at most: the paper's memory."""
-OTHERS = 8
+OTHERS, IMAGE_OTHERS = 8, 64
+"""So many other inputs are kept by name; of images that is in how many contexts one may be seen."""
+COPIES = 2
+"""So many changed copies of each picture are in the memory as well."""
 GROUPS = 512
 CONTEXTS = 6
 PLACES = 3
@@ -54,15 +57,21 @@ def collect_inputs(
         inputs: the inputs as texts; names and other inputs are taken from them.
         report: called with the number of rows done.
     """
+    image, given = model.config.image, rows
+    if image is not None:
+        # Pictures that nobody has seen lie among changed ones as often as among those of the memory.
+        copies = min(COPIES, max(0, QUERIES // len(rows) - 1))
+        rows = [*rows, *(changed for row in rows for changed in image_contexts(image, row, copies))]
     places = [_places(model, row) for row in rows]
     sites = collect(model, rows, places, layer, report)
-    others = tuple(inputs[:: max(1, len(inputs) // OTHERS)][:OTHERS])
+    most = OTHERS if image is None else IMAGE_OTHERS
+    others = tuple(inputs[:: max(1, len(inputs) // most)][:most])
     # What was asked and what is answered; a classifier's few labels do not tell which inputs say the same.
     facts = [(model.decode(row[: row.index(ASK)]), str(row[row.index(ASK) :])) for row in rows if model.config.encoder]
     if networks.pointwise(model.config):
         query, nuisance = sites.query, _between_rephrasings(facts, places, sites.query)
         if nuisance is None:
-            nuisance = _nuisance(model, layer, rows[:GROUPS], others)
+            nuisance = _nuisance(model, layer, given[:GROUPS], others)
     else:
         # Tokens of one text differ in what they are; what they share is what the text says.
         query, shortest = single_rows(sites)[0], int(real(sites).sum(1).min())
