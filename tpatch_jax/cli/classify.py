@@ -73,7 +73,8 @@ class Classify:
             raise TPatchError(f"there is no part {self.part!r}; choose from {', '.join(PARTS)}")
         images = model.config.image is not None
         inputs = [as_image(path, f"input {n}") if images else path for n, path in enumerate(self.inputs)]
-        names, wanted = list(self.inputs), [None] * len(self.inputs)
+        names = list(self.inputs)
+        wanted: list[str | None] = [None] * len(self.inputs)
         if self.file is None:
             return names, inputs, wanted
         if not is_image_file(self.file):
@@ -81,7 +82,7 @@ class Classify:
             return (
                 [*names, *(getattr(one, "source", "") or one for one in read)],
                 [*inputs, *read],
-                wanted + [None] * len(read),
+                [*wanted, *[None] * len(read)],
             )
         parts = (self.part,) if self.part else ("stream", "val", "train")
         part = read_image_part(self.file, parts, labels=False)

@@ -12,7 +12,7 @@ from jax import Array
 from tpatch_jax.core.memory import nuisance_scatter
 from tpatch_jax.editors.rewordings import learn_rewordings, named
 from tpatch_jax.models import networks
-from tpatch_jax.models.collection import Sites, collect, real, single_rows
+from tpatch_jax.models.collection import Sites, collect, predicted, real, single_rows
 from tpatch_jax.models.inputs import image_contexts, input_contexts
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.rows import ASK
@@ -87,6 +87,9 @@ def collect_inputs(
             for place in decided
         ]
         answers = jnp.asarray(np.asarray(said, np.int32)[kept])
+    if image is not None:
+        # Pictures are many and labels few: a neuron may fire where its label is said anyway.
+        answers = jnp.asarray(predicted(model, sites)[single_rows(sites)[1]][kept], jnp.int32)
     rewordings = learn_rewordings(facts)
     return jnp.asarray(query[kept], jnp.float32), nuisance, others, tuple(names)[:200], centres, answers, rewordings
 

@@ -114,7 +114,8 @@ def _init(
         at_subjects = collect_model_memory(model, layer, memory, cache=cache, progress=progress, texts=texts)
         patches[layer] = create(hidden_size)
     if model.config.architecture != "decoder":
-        settings = settings.for_inputs(bool(model.config.encoder), networks.pointwise(model.config))
+        pointwise, images = networks.pointwise(model.config), model.config.image is not None
+        settings = settings.for_inputs(bool(model.config.encoder), pointwise, images)
     dtype = jax.tree.leaves(model.params)[0].dtype
     empty = create_empty(hidden_size, dtype)
     return EditState(model, patches, known, empty, at_subjects, layer, settings)
