@@ -286,6 +286,11 @@ def test_a_bad_request_fails_alone(model, memory):
     assert tp.attach(model, patches).classify([good]) == [requests[0]["target"]]
 
 
+def test_a_bank_takes_no_images(model, memory, tmp_path):
+    with pytest.raises(TPatchError, match="reads images, and a bank keeps texts"):
+        tp.create_bank(tmp_path / "bank", model, memory=memory)
+
+
 def test_a_picture_contradicts_itself_under_another_name(model, memory, png):
     requests = [{"image": str(png), "target": label} for label in ("no", "yes")]
     _, info = tp.edit(

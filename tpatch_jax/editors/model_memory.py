@@ -49,8 +49,8 @@ class ModelMemory(NamedTuple):
         names: names found in the texts, to stand in for a subject.
         centres: of a classifier what stands beside the last FFN and what comes out of it, together, mean over the
             inputs of each label, ``[labels, d]``.
-        answers: of an encoder-decoder the token that it says at each query, of an image classifier the label, ``[rows]``
-            int: a patch that says the same need not stay silent there.
+        answers: of an encoder-decoder the token that it says at each query, of an image classifier the label,
+            ``[rows]`` int: a patch that says the same need not stay silent there.
         rewordings: of an encoder-decoder the wordings that its memory has for one question; see
             `tpatch_jax.editors.rewordings`.
         passage: a longer text to put before a prompt; empty for a model that reads whole inputs.

@@ -48,7 +48,8 @@ FIGURES = (
     "those of one forward pass over prompt and target); `total_seconds` has the measuring too, and is of the last run "
     "if one was interrupted. `peak_memory_mib` is the most that the process held until then, for the methods before as "
     "well: evaluate a method alone to see its own. `_clean` beside a figure is the same without contaminated probes: "
-    "prompts about something else that are edited themselves, and questions about what follows that name a new object."
+    "prompts about something else that are edited themselves, and questions about what follows that name a new object. "
+    "`other_images_changed` is the share of pictures that nobody edited whose label is another than before the stream."
 )
 """What the figures of every report mean."""
 
