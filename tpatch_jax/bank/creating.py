@@ -58,8 +58,8 @@ def create_bank(
     check_loaded(model, call)
     if model.config.image is not None:
         raise TPatchError(
-            f"{model.name!r} reads images, and a bank keeps texts, which it asks again; keep edits of images in folders "
-            "of patches (tpatch edit -o PATCHES, tp.save_patches)"
+            f"{model.name!r} reads images, and a bank keeps texts, which it asks again; keep edits of images in "
+            "folders of patches (tpatch edit -o PATCHES, tp.save_patches)"
         )
     check_kind(method, str, call, "the name of a method; give one such as 'tpatcher'")
     check_kind(settings, Mapping | None, call, "settings; give changes by name such as {'site': 'last'}, and preset=")
