@@ -56,7 +56,8 @@ def read_image_file(path: str | Path) -> dict[str, ImagePart]:
     if not path.is_file():
         raise TPatchError(f"{path} {'is no file' if path.exists() else 'does not exist'}; give an .npz of pictures")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, for NumPy leaves a file open that turns out to be no archive.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             wanted = [name for name in file.files if name.endswith(("_images", "_labels"))]
             arrays = {name: file[name] for name in wanted if name.rpartition("_")[0] in PARTS}
             there = ", ".join(file.files) or "nothing"
