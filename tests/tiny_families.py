@@ -99,6 +99,44 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
     },
     "phi3": {**GATED, "original_max_position_embeddings": 64, "sliding_window": None},
+    "smollm3": {**GATED, "no_rope_layers": [1, 0, 1]},
+    "olmo2": GATED,
+    "olmo3": {
+        **GATED,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+    "exaone4": {**GATED, "sliding_window": 8, "layer_types": LATER["layer_types"]},
+    "granite": {
+        **GATED,
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.5,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "stablelm": {
+        **GATED,
+        "layer_norm_eps": 1e-5,
+        "use_qkv_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+    "cohere": {**GATED, "layer_norm_eps": 1e-5, "logit_scale": 0.5, "tie_word_embeddings": True},
+    "cohere2": {
+        **GATED,
+        "layer_norm_eps": 1e-5,
+        "logit_scale": 0.5,
+        "sliding_window": 8,
+        "layer_types": LATER["layer_types"],
+        "tie_word_embeddings": True,
+    },
+    "glm": {**GATED, "attention_bias": True},
+    "glm4": {**GATED, "attention_bias": True},
+    "ernie4_5": {**GATED, "tie_word_embeddings": True},
+    "starcoder2": {**GATED, "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "tie_word_embeddings": True},
     "opt": {
         "hidden_size": 16,
         "word_embed_proj_dim": 16,
@@ -142,6 +180,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "t5_v1_1": {**T5, "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
 NAMES = [family.name for family in FAMILIES]
+KIN = (
+    "smollm3",
+    "olmo2",
+    "olmo3",
+    "exaone4",
+    "granite",
+    "stablelm",
+    "cohere",
+    "cohere2",
+    "glm",
+    "glm4",
+    "ernie4_5",
+    "starcoder2",
+)
+"""Families that are settings of the code which those before them run: their tests compile as little as can be."""
 
 
 def tiny_settings(name: str, **changes: Any) -> dict[str, Any]:
@@ -152,6 +205,13 @@ def tiny_settings(name: str, **changes: Any) -> dict[str, Any]:
 def tiny_model(name: str, seed: int = 0, **changes: Any) -> Model:
     """A random model of a family: three layers, width 16."""
     return make_tiny_model(seed, defaults=tiny_settings(name, **changes))
+
+
+def shallow_model(name: str) -> Model:
+    """The same with one layer, the kind of layer that stands in the middle."""
+    settings = SETTINGS[name]
+    changes: dict[str, Any] = {key: [settings[key][1]] for key in ("layer_types", "no_rope_layers") if key in settings}
+    return tiny_model(name, **{"num_hidden_layers": 1, **changes})
 
 
 def patch_for(layers: tuple[int, ...], neurons: int = 3, seed: int = 5, scale: float = 0.3) -> dict[int, Patch]:

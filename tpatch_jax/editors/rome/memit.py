@@ -166,6 +166,11 @@ def check_memit(model: Model, settings: MemitSettings) -> tuple[tuple[int, ...],
             f"MEMIT writes into the residual stream, and in {model.config.family} a norm stands between it and the "
             "feed-forward network; use method rome"
         )
+    if model.config.residual_scale != 1:
+        raise TPatchError(
+            f"MEMIT writes into the residual stream, and {model.config.family} scales what its feed-forward networks "
+            "add to it; use method rome"
+        )
     layers, weight = memit_layers(model.config, settings.layers), memit_weight(model.config, settings.moment_weight)
     check_model(model, "MEMIT", layers)
     return layers, weight

@@ -4,15 +4,23 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.bart import BART
 from tpatch_jax.models.families.bert import BERT, DISTILBERT, ROBERTA
+from tpatch_jax.models.families.cohere import COHERE, COHERE_2
+from tpatch_jax.models.families.ernie_4_5 import ERNIE_4_5
 from tpatch_jax.models.families.family import Family, Settings, setting
 from tpatch_jax.models.families.gemma import GEMMA, GEMMA_2, GEMMA_3
+from tpatch_jax.models.families.glm import GLM, GLM_4
 from tpatch_jax.models.families.gpt_2 import GPT_2
 from tpatch_jax.models.families.gpt_j import GPT_J
 from tpatch_jax.models.families.gpt_neo import GPT_NEO
 from tpatch_jax.models.families.gpt_neox import GPT_NEOX
+from tpatch_jax.models.families.granite import GRANITE
 from tpatch_jax.models.families.llama import LLAMA, MISTRAL, QWEN_2, QWEN_3
+from tpatch_jax.models.families.olmo import EXAONE_4, OLMO_2, OLMO_3
 from tpatch_jax.models.families.opt import OPT
 from tpatch_jax.models.families.phi_3 import PHI_3
+from tpatch_jax.models.families.smollm_3 import SMOLLM_3
+from tpatch_jax.models.families.stablelm import STABLELM
+from tpatch_jax.models.families.starcoder_2 import STARCODER_2
 from tpatch_jax.models.families.t5 import T5, T5_GATED
 
 __all__ = ["FAMILIES", "configure", "family_of"]
@@ -30,6 +38,18 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA_2,
     GEMMA_3,
     PHI_3,
+    SMOLLM_3,
+    OLMO_2,
+    OLMO_3,
+    EXAONE_4,
+    GRANITE,
+    STABLELM,
+    COHERE,
+    COHERE_2,
+    GLM,
+    GLM_4,
+    ERNIE_4_5,
+    STARCODER_2,
     OPT,
     BERT,
     ROBERTA,
