@@ -33,8 +33,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FOLDER = Path(__file__).parent / "reference"
 NAMES = sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
-CLASSIFIERS = ("bert", "distilbert", "roberta")
-PAIRS = ("bart", "t5", "t5_v1_1")
+CLASSIFIERS = ("bert", "distilbert", "electra", "modernbert", "roberta")
+PAIRS = ("bart", "marian", "mbart", "pegasus", "t5", "t5_v1_1")
 """Encoder-decoders."""
 WRITERS = [name for name in NAMES if name not in CLASSIFIERS]
 OLDER_WRITERS = [name for name in WRITERS if name not in KIN]
@@ -117,7 +117,7 @@ def logits_of(model: Model, batch: networks.Batch) -> np.ndarray:
 
 
 def test_every_family_has_a_reference():
-    assert len(NAMES) >= 31
+    assert len(NAMES) >= 36
     for family in FAMILIES:
         assert {*family.model_types, family.name} & set(NAMES), f"{family.name} has no reference; see {FOLDER.name}"
     configs = {name: configure(checkpoint.read_settings(FOLDER / name)) for name in NAMES}
@@ -327,15 +327,17 @@ def published(name: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray
         for key in [key for key in tensors if "LayerNorm" in key]:
             place, _, part = key.rpartition("LayerNorm.")
             tensors[place + older[f"LayerNorm.{part}"]] = tensors.pop(key)
-    if name in CLASSIFIERS:
+    if name in CLASSIFIERS and name != "modernbert":
         tensors[f"{name}.embeddings.position_ids"] = np.arange(48)[None]
     if name == "roberta":
         # the classifier reads the first token itself, and the pooler of pretraining stayed in the file
         tensors["roberta.pooler.dense.weight"] = np.ones((16, 16), np.float32)
         tensors["roberta.pooler.dense.bias"] = np.ones(16, np.float32)
-    if name == "bart":
+    if name in ("bart", "marian", "mbart", "pegasus"):
         tensors = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if key != "final_logits_bias"}
         tensors["lm_head.weight"] = tensors["shared.weight"]
+    if name in ("marian", "pegasus"):
+        tensors |= {f"{side}.embed_positions.weight": np.ones((48, 16), np.float32) for side in ("encoder", "decoder")}
     if name in PAIRS:
         tensors |= {f"{side}.embed_tokens.weight": tensors["shared.weight"] for side in ("encoder", "decoder")}
     if name == "t5":
@@ -345,6 +347,7 @@ def published(name: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 PUBLISHED = ["gpt2", "gptj", "gpt_neo", "gpt_neox", "llama", "qwen3", "gemma", "gemma2", "opt", *CLASSIFIERS, *PAIRS]
+PUBLISHED.remove("modernbert")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -356,7 +359,7 @@ def test_a_published_checkpoint_reads_the_same(tmp_path, name):
     save_file(changed, tmp_path / "model.safetensors")
     _, params, _ = checkpoint.read_folder(tmp_path)
     wanted = read(name).model.params
-    if name == "bart":
+    if name in ("bart", "marian", "mbart", "pegasus"):
         wanted = {**wanted, "head": {"bias": jnp.zeros(64)}}
     assert same(params, wanted), name
     # but no stranger is passed over
@@ -480,6 +483,11 @@ YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_p
         ("roberta", {"add_cross_attention": True}),
         ("distilbert", {"id2label": {"0": "yes", "2": "no"}, "label2id": {"yes": 0, "no": 2}}),
         ("bart", {"activation_function": "tanh"}),
+        ("electra", {"is_decoder": True}),
+        ("modernbert", {"norm_bias": True}),
+        ("modernbert", {"classifier_activation": "tanh"}),
+        ("marian", {"share_encoder_decoder_embeddings": False}),
+        ("marian", {"decoder_vocab_size": 70}),
         ("t5", {"feed_forward_proj": "gelu-gated"}),
         ("t5", {"relative_attention_max_distance": 4}),
         ("t5_v1_1", {"feed_forward_proj": "gated-gelu-new"}),
@@ -524,8 +532,8 @@ def test_an_encoder_without_a_head_is_read_for_given_labels(tmp_path, name):
     assert settings["id2label"] == {"0": "bad", "1": "good"}
     assert settings["label2id"] == {"bad": 0, "good": 1}
     head = params.pop("classifier", {})
-    # BERT's pooler is the first layer of its head
-    assert set(head) == ({"dense"} if name == "bert" else set())
+    # BERT's pooler is the first layer of its head, and ModernBERT's is that of pretraining
+    assert set(head) == {"bert": {"dense"}, "modernbert": {"dense", "norm"}}.get(name, set())
     wanted = dict(read(name).model.params)
     assert same(head, {part: wanted["classifier"][part] for part in head})
     del wanted["classifier"]

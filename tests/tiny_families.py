@@ -63,6 +63,23 @@ T5 = {
     "decoder_start_token_id": 1,
 }
 
+BART = {
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": 64,
+    "activation_function": "gelu",
+    "scale_embedding": False,
+    "pad_token_id": 1,
+    "decoder_start_token_id": 0,
+    "forced_eos_token_id": None,
+    "tie_word_embeddings": True,
+}
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt2": {**GPT, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
     "gpt_neo": {
@@ -160,22 +177,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "activation": "gelu",
         **{name: ENCODER[name] for name in ("pad_token_id", "id2label", "label2id")},
     },
-    "bart": {
-        "d_model": 16,
-        "encoder_layers": 2,
-        "decoder_layers": 3,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 24,
-        "decoder_ffn_dim": 32,
+    "electra": {**ENCODER, "embedding_size": 8, "max_position_embeddings": 64, "type_vocab_size": 2},
+    "modernbert": {
+        **ENCODER,
         "max_position_embeddings": 64,
-        "activation_function": "gelu",
-        "scale_embedding": False,
-        "pad_token_id": 1,
-        "decoder_start_token_id": 0,
-        "forced_eos_token_id": None,
-        "tie_word_embeddings": True,
+        "hidden_activation": "gelu",
+        "classifier_activation": "gelu",
+        "norm_eps": 1e-5,
+        "local_attention": 8,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        },
     },
+    "bart": BART,
+    "mbart": BART,
+    "marian": {**BART, "activation_function": "swish"},
+    "pegasus": {**BART, "activation_function": "relu"},
     "t5": {**T5, "feed_forward_proj": "relu", "tie_word_embeddings": True},
     "t5_v1_1": {**T5, "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
@@ -193,6 +212,11 @@ KIN = (
     "glm4",
     "ernie4_5",
     "starcoder2",
+    "electra",
+    "modernbert",
+    "mbart",
+    "marian",
+    "pegasus",
 )
 """Families that are settings of the code which those before them run: their tests compile as little as can be."""
 
@@ -211,7 +235,8 @@ def shallow_model(name: str) -> Model:
     """The same with one layer, the kind of layer that stands in the middle."""
     settings = SETTINGS[name]
     changes: dict[str, Any] = {key: [settings[key][1]] for key in ("layer_types", "no_rope_layers") if key in settings}
-    return tiny_model(name, **{"num_hidden_layers": 1, **changes})
+    depth = {"encoder_layers": 1, "decoder_layers": 1} if "decoder_layers" in settings else {"num_hidden_layers": 1}
+    return tiny_model(name, **depth, **changes)
 
 
 def patch_for(layers: tuple[int, ...], neurons: int = 3, seed: int = 5, scale: float = 0.3) -> dict[int, Patch]:

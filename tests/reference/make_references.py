@@ -66,6 +66,22 @@ T5 = {
     "decoder_start_token_id": 0,
 }
 
+BART = {
+    "vocab_size": 64,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 48,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt2": {**GPT, "n_head": 4},
     "gpt_neo": {
@@ -222,21 +238,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 48,
         **LABELS,
     },
-    "bart": {
-        "vocab_size": 64,
-        "d_model": 16,
-        "encoder_layers": 2,
-        "decoder_layers": 3,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 32,
-        "decoder_ffn_dim": 24,
-        "max_position_embeddings": 48,
-        "pad_token_id": 1,
+    "electra": {**ENCODER, "embedding_size": 8, "hidden_act": "gelu", "pad_token_id": 0},
+    "modernbert": {
+        **ENCODER,
+        "pad_token_id": 0,
+        "cls_token_id": 1,
+        "bos_token_id": 1,
+        "sep_token_id": 2,
         "eos_token_id": 2,
-        "decoder_start_token_id": 2,
-        "forced_eos_token_id": None,
+        "local_attention": 6,
+        "global_attn_every_n_layers": 2,
+        "mlp_bias": True,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+        },
     },
+    "bart": BART,
+    "mbart": {**BART, "scale_embedding": True},
+    "marian": {**BART, "activation_function": "swish", "scale_embedding": True, "pad_token_id": 63},
+    "pegasus": {**BART, "activation_function": "relu", "scale_embedding": True, "pad_token_id": 0},
     "t5": T5,
     "t5_v1_1": {**T5, "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
@@ -333,6 +354,9 @@ def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                # positions that are computed
+                continue
             parent, _, leaf = name.rpartition(".")
             module = model.get_submodule(parent)
             kind = type(module).__name__
@@ -344,7 +368,8 @@ def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
             # Gemma's norms multiply by one more than their weight
             centre = float("Norm" in kind and leaf == "weight" and not kind.startswith("Gemma"))
             if name in HEADS and parameter.ndim == 2:
-                spread = 6 * spread
+                # a GELU before it leaves less than tanh does
+                spread = (18 if model.config.model_type == "electra" else 6) * spread
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread + centre)
         for name, buffer in model.named_buffers():
             if name == "final_logits_bias":

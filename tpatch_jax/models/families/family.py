@@ -65,6 +65,7 @@ class Family(NamedTuple):
         own_head: whether an unembedding in the checkpoint says that the model has one of its own.
         optional_row: a tensor ``[1, n]`` that holds a bias ``[n]`` of ours, zero where a checkpoint leaves it out.
         other_heads: what the names of tensors begin with that are no part of a classifier, in checkpoints without one.
+        position_tables: tensors of computed positions that stock networks want in a file, though they need not be read.
         export: how a corrected model of this family is written for the stock transformers library:
             ``"exact"``, ``"exact as Llama"`` or ``"approximate only"``; see `tpatch_jax.models.checkpoints.export`.
     """
@@ -85,6 +86,7 @@ class Family(NamedTuple):
     own_head: bool = False
     optional_row: str = ""
     other_heads: tuple[str, ...] = ()
+    position_tables: tuple[str, ...] = ()
 
 
 _ACTIVATIONS = {
