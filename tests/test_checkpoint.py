@@ -290,8 +290,8 @@ def test_a_null_in_the_settings_is_what_transformers_makes_of_it(tmp_path):
 
 
 def test_another_rotation_is_an_error():
-    with pytest.raises(TPatchError, match="rotary embeddings of type 'yarn'; known are default, linear, llama3"):
-        frequencies(rope_scaling={"rope_type": "yarn", "factor": 2.0})
+    with pytest.raises(TPatchError, match="rotary embeddings of type 'dynamic'; known are default, linear, llama3"):
+        frequencies(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
 
 
 # --- what can be wrong with a folder ---

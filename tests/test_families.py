@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import relative
-from tiny_families import NAMES, tiny_model, tiny_pictures, write_pictures
+from tiny_families import KIN, NAMES, shallow_model, tiny_model, tiny_pictures, write_pictures
 
 from tpatch_jax.cli import main as cli
 from tpatch_jax.editors.tpatcher.editor import edit
@@ -54,7 +54,7 @@ def loud(model: Model) -> Model:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_edit_holds(name, letters, inputs, tmp_path):
     """In a random network of the family: before it the target does not come out, after it it does, merged too."""
-    model = loud(tiny_model(name))
+    model = loud(shallow_model(name) if name in KIN else tiny_model(name))
     request = REQUEST
     if model.config.image:
         request = EditRequest(ImagePrompt(tiny_pictures(model, 1)[0]), "")
@@ -121,7 +121,7 @@ EXAMPLE = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text("utf-8")
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("changes", [{}, {"use_parallel_residual": True, "use_qkv_bias": False}])
+@pytest.mark.parametrize("changes", [{}, {"mlp_bias": True, "attention_bias": False}])
 def test_the_worked_example_agrees_with_torch(changes, tmp_path, monkeypatch):
     """The blocks of CONTRIBUTING.md as they stand there: the family's file, and the row of its reference."""
     torch = pytest.importorskip("torch", reason="torch is only needed to compare with it: the 'parity' extra")
@@ -131,13 +131,14 @@ def test_the_worked_example_agrees_with_torch(changes, tmp_path, monkeypatch):
     code, row = re.findall(r"```python\n(.*?)```", EXAMPLE, re.DOTALL)
     made: dict[str, Any] = {}
     exec(code, made)
-    monkeypatch.setattr(families, "FAMILIES", (*FAMILIES, made["STABLELM"]))
+    assert made["SEED_OSS"].name not in [family.name for family in FAMILIES]
+    monkeypatch.setattr(families, "FAMILIES", (*FAMILIES, made["SEED_OSS"]))
     settings = eval(f"{{{row.strip()}}}", vars(make_references))
-    monkeypatch.setitem(make_references.SETTINGS, "stablelm", settings["stablelm"])
-    reference = make_references.randomise(make_references.build("stablelm", **changes), 0)
+    monkeypatch.setitem(make_references.SETTINGS, "seed_oss", settings["seed_oss"])
+    reference = make_references.randomise(make_references.build("seed_oss", **changes), 0)
     reference.save_pretrained(tmp_path / "saved")
     config, params, _ = checkpoint.read_folder(tmp_path / "saved")
-    assert (config.norm, config.query_bias) == ("layer", not changes)
+    assert (config.ffn_bias, config.query_bias, config.output_bias) == (bool(changes), not changes, True)
     tokens = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(1))
     expected = make_references.run(reference, tokens)
     for layer, found in enumerate(networks.residuals(config, params, jnp.asarray(tokens.numpy(), jnp.int32))):

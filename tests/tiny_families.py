@@ -76,6 +76,23 @@ IMAGES = {
     **{name: ENCODER[name] for name in ("id2label", "label2id")},
 }
 
+BART = {
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 32,
+    "max_position_embeddings": 64,
+    "activation_function": "gelu",
+    "scale_embedding": False,
+    "pad_token_id": 1,
+    "decoder_start_token_id": 0,
+    "forced_eos_token_id": None,
+    "tie_word_embeddings": True,
+}
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "vit": {**IMAGES, "image_size": 8, "num_channels": 1},
     "deit": {**IMAGES, "image_size": [8, 12], "num_channels": 3},
@@ -114,6 +131,44 @@ SETTINGS: dict[str, dict[str, Any]] = {
         },
     },
     "phi3": {**GATED, "original_max_position_embeddings": 64, "sliding_window": None},
+    "smollm3": {**GATED, "no_rope_layers": [1, 0, 1]},
+    "olmo2": GATED,
+    "olmo3": {
+        **GATED,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+    "exaone4": {**GATED, "sliding_window": 8, "layer_types": LATER["layer_types"]},
+    "granite": {
+        **GATED,
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.5,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "stablelm": {
+        **GATED,
+        "layer_norm_eps": 1e-5,
+        "use_qkv_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+    "cohere": {**GATED, "layer_norm_eps": 1e-5, "logit_scale": 0.5, "tie_word_embeddings": True},
+    "cohere2": {
+        **GATED,
+        "layer_norm_eps": 1e-5,
+        "logit_scale": 0.5,
+        "sliding_window": 8,
+        "layer_types": LATER["layer_types"],
+        "tie_word_embeddings": True,
+    },
+    "glm": {**GATED, "attention_bias": True},
+    "glm4": {**GATED, "attention_bias": True},
+    "ernie4_5": {**GATED, "tie_word_embeddings": True},
+    "starcoder2": {**GATED, "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "tie_word_embeddings": True},
     "opt": {
         "hidden_size": 16,
         "word_embed_proj_dim": 16,
@@ -137,26 +192,48 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "activation": "gelu",
         **{name: ENCODER[name] for name in ("pad_token_id", "id2label", "label2id")},
     },
-    "bart": {
-        "d_model": 16,
-        "encoder_layers": 2,
-        "decoder_layers": 3,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 24,
-        "decoder_ffn_dim": 32,
+    "electra": {**ENCODER, "embedding_size": 8, "max_position_embeddings": 64, "type_vocab_size": 2},
+    "modernbert": {
+        **ENCODER,
         "max_position_embeddings": 64,
-        "activation_function": "gelu",
-        "scale_embedding": False,
-        "pad_token_id": 1,
-        "decoder_start_token_id": 0,
-        "forced_eos_token_id": None,
-        "tie_word_embeddings": True,
+        "hidden_activation": "gelu",
+        "classifier_activation": "gelu",
+        "norm_eps": 1e-5,
+        "local_attention": 8,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        },
     },
+    "bart": BART,
+    "mbart": BART,
+    "marian": {**BART, "activation_function": "swish"},
+    "pegasus": {**BART, "activation_function": "relu"},
     "t5": {**T5, "feed_forward_proj": "relu", "tie_word_embeddings": True},
     "t5_v1_1": {**T5, "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
 NAMES = [family.name for family in FAMILIES]
+KIN = (
+    "smollm3",
+    "olmo2",
+    "olmo3",
+    "exaone4",
+    "granite",
+    "stablelm",
+    "cohere",
+    "cohere2",
+    "glm",
+    "glm4",
+    "ernie4_5",
+    "starcoder2",
+    "electra",
+    "modernbert",
+    "mbart",
+    "marian",
+    "pegasus",
+)
+"""Families that are settings of the code which those before them run: their tests compile as little as can be."""
 
 
 def tiny_settings(name: str, **changes: Any) -> dict[str, Any]:
@@ -181,6 +258,14 @@ def write_pictures(path: Path, model: Model, count: int = 40) -> Path:
     """A file of random pictures, as the memory of a model that reads them."""
     np.savez(path, train_images=tiny_pictures(model, count, 1))
     return path
+
+
+def shallow_model(name: str) -> Model:
+    """The same with one layer, the kind of layer that stands in the middle."""
+    settings = SETTINGS[name]
+    changes: dict[str, Any] = {key: [settings[key][1]] for key in ("layer_types", "no_rope_layers") if key in settings}
+    depth = {"encoder_layers": 1, "decoder_layers": 1} if "decoder_layers" in settings else {"num_hidden_layers": 1}
+    return tiny_model(name, **depth, **changes)
 
 
 def patch_for(layers: tuple[int, ...], neurons: int = 3, seed: int = 5, scale: float = 0.3) -> dict[int, Patch]:

@@ -75,6 +75,22 @@ T5 = {
     "decoder_start_token_id": 0,
 }
 
+BART = {
+    "vocab_size": 64,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 48,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt2": {**GPT, "n_head": 4},
     "gpt_neo": {
@@ -157,6 +173,59 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 32,
         },
     },
+    "smollm3": {
+        **GATED,
+        "rope_parameters": ROTATION,
+        "no_rope_layers": [1, 0, 1],
+        "use_sliding_window": True,
+        "sliding_window": 8,
+    },
+    "olmo2": {**GATED, "rope_parameters": ROTATION},
+    "olmo3": {
+        **GATED,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 12,
+                "beta_fast": 1.5,
+                "beta_slow": 0.2,
+            },
+        },
+    },
+    "exaone4": {
+        **GATED,
+        "rope_parameters": ROTATION,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "granite": {
+        **GATED,
+        "rope_parameters": ROTATION,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.7,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 0.5,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "stablelm": {**GATED, "use_qkv_bias": True, "rope_parameters": {**ROTATION, "partial_rotary_factor": 0.5}},
+    "cohere": {**GATED, "rope_parameters": ROTATION, "logit_scale": 0.5, "attention_bias": True},
+    "cohere2": {
+        **GATED,
+        "rope_parameters": ROTATION,
+        "logit_scale": 2.0,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "glm": {**GATED, "head_dim": 8, "rope_parameters": {**ROTATION, "partial_rotary_factor": 0.5}},
+    "glm4": {**GATED, "head_dim": 8, "rope_parameters": {**ROTATION, "partial_rotary_factor": 0.5}},
+    "ernie4_5": {**GATED, "head_dim": 8, "rope_parameters": ROTATION, "tie_word_embeddings": True},
+    "starcoder2": {**GATED, "rope_parameters": ROTATION, "sliding_window": 8, "tie_word_embeddings": True},
     "opt": {
         "vocab_size": 64,
         "hidden_size": 16,
@@ -178,24 +247,29 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 48,
         **LABELS,
     },
-    "bart": {
-        "vocab_size": 64,
-        "d_model": 16,
-        "encoder_layers": 2,
-        "decoder_layers": 3,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 32,
-        "decoder_ffn_dim": 24,
-        "max_position_embeddings": 48,
-        "pad_token_id": 1,
+    "electra": {**ENCODER, "embedding_size": 8, "hidden_act": "gelu", "pad_token_id": 0},
+    "modernbert": {
+        **ENCODER,
+        "pad_token_id": 0,
+        "cls_token_id": 1,
+        "bos_token_id": 1,
+        "sep_token_id": 2,
         "eos_token_id": 2,
-        "decoder_start_token_id": 2,
-        "forced_eos_token_id": None,
+        "local_attention": 6,
+        "global_attn_every_n_layers": 2,
+        "mlp_bias": True,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+        },
     },
     # Patches that are no squares, and a row of pixels that fills none.
     "vit": {**IMAGES, "image_size": [13, 10], "patch_size": [4, 5], "num_channels": 1, "qkv_bias": False},
     "deit": {**IMAGES, "image_size": 8, "patch_size": 4, "num_channels": 3, "hidden_act": "gelu"},
+    "bart": BART,
+    "mbart": {**BART, "scale_embedding": True},
+    "marian": {**BART, "activation_function": "swish", "scale_embedding": True, "pad_token_id": 63},
+    "pegasus": {**BART, "activation_function": "relu", "scale_embedding": True, "pad_token_id": 0},
     "t5": T5,
     "t5_v1_1": {**T5, "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
@@ -305,6 +379,9 @@ def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                # positions that are computed
+                continue
             parent, _, leaf = name.rpartition(".")
             module = model.get_submodule(parent)
             kind = type(module).__name__
@@ -316,7 +393,8 @@ def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
             # Gemma's norms multiply by one more than their weight
             centre = float("Norm" in kind and leaf == "weight" and not kind.startswith("Gemma"))
             if name in HEADS and parameter.ndim == 2:
-                spread = 6 * spread
+                # a GELU before it leaves less than tanh does
+                spread = (18 if model.config.model_type == "electra" else 6) * spread
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread + centre)
         for name, buffer in model.named_buffers():
             if name == "final_logits_bias":

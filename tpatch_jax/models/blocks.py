@@ -88,19 +88,21 @@ class Norm(nnx.Module):
     kind: str
     epsilon: float
     shift: float
+    biased: bool
     scale: nnx.Param[Float[Array, " width"]]
     bias: nnx.Param[Float[Array, " width"]]
 
-    def __init__(self, kind: str, epsilon: float, shift: float, width: int):
-        self.kind, self.epsilon, self.shift = kind, epsilon, shift
+    def __init__(self, kind: str, epsilon: float, shift: float, width: int, biased: bool = True):
+        self.kind, self.epsilon, self.shift, self.biased = kind, epsilon, shift, kind == "layer" and biased
         self.scale = nnx.Param(jnp.ones(width))
-        if kind == "layer":
+        if self.biased:
             self.bias = nnx.Param(jnp.zeros(width))
 
     @classmethod
     def of(cls, config: NetworkConfig, width: int | None = None) -> "Norm":
         """The kind of norm that a network uses."""
-        return cls(config.norm, config.norm_epsilon, config.norm_shift, width or config.hidden_size)
+        width = width or config.hidden_size
+        return cls(config.norm, config.norm_epsilon, config.norm_shift, width, config.norm_bias)
 
     def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
         """Normalise the last axis."""
@@ -109,7 +111,7 @@ class Norm(nnx.Module):
             y = y - jnp.mean(y, -1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.epsilon)
         y = y * (self.scale[...].astype(jnp.float32) + self.shift)
-        if self.kind == "layer":
+        if self.biased:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(x.dtype)
 
@@ -123,13 +125,13 @@ def _rotate(
     x: Float[Array, "batch tokens heads width"],
     positions: Int[Array, "batch tokens"],
     config: NetworkConfig,
-    rope_frequencies: tuple[float, ...],
+    kind: LayerKind,
 ) -> Float[Array, "batch tokens heads width"]:
     """Rotary embedding of ``x [batch, tokens, heads, width]``."""
-    frequencies = jnp.asarray(rope_frequencies, jnp.float32)
+    frequencies = jnp.asarray(kind.rope_frequencies, jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies
-    cos, sin = (jnp.cos(angles) * config.rope_scale)[:, :, None], (jnp.sin(angles) * config.rope_scale)[:, :, None]
-    pairs = len(rope_frequencies)
+    cos, sin = (jnp.cos(angles) * kind.rope_scale)[:, :, None], (jnp.sin(angles) * kind.rope_scale)[:, :, None]
+    pairs = len(kind.rope_frequencies)
     if config.rope_adjacent:
         turned, rest = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :]
         first, second = jnp.moveaxis(turned.reshape(*x.shape[:-1], pairs, 2), -1, 0)
@@ -227,7 +229,8 @@ class Attention(nnx.Module):
         self.value = linear(config.hidden_size, shared, use_bias=config.query_bias)
         self.output = linear(inner, config.hidden_size, use_bias=config.output_bias)
         if config.query_norm:
-            self.query_norm, self.key_norm = Norm.of(config, config.head_width), Norm.of(config, config.head_width)
+            widths = (inner, shared) if config.query_norm_wide else (config.head_width, config.head_width)
+            self.query_norm, self.key_norm = (Norm.of(config, width) for width in widths)
 
     def __call__(
         self,
@@ -238,13 +241,16 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch tokens hidden"], Cache | None]:
         """Mix ``x [batch, tokens, d]`` at the given positions; a cache is read and grown."""
         config, bias, seen, (batch, tokens, _) = self.config, around.bias, around.seen, x.shape
-        query = self.query(x).reshape(batch, tokens, config.heads, config.head_width)
-        key = self.key(x).reshape(batch, tokens, config.key_value_heads, config.head_width)
-        value = self.value(x).reshape(batch, tokens, config.key_value_heads, config.head_width)
-        if config.query_norm:
+        query, key = self.query(x), self.key(x)
+        if config.query_norm_wide:
             query, key = self.query_norm(query), self.key_norm(key)
-        if frequencies := self.kind.rope_frequencies:
-            query, key = (_rotate(part, positions, config, frequencies) for part in (query, key))
+        query = query.reshape(batch, tokens, config.heads, config.head_width)
+        key = key.reshape(batch, tokens, config.key_value_heads, config.head_width)
+        value = self.value(x).reshape(batch, tokens, config.key_value_heads, config.head_width)
+        if config.query_norm and not config.query_norm_wide:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.kind.rope_frequencies:
+            query, key = (_rotate(part, positions, config, self.kind) for part in (query, key))
         if seen is not None:
             if cache is not None:
                 key, value = (jnp.concatenate(pair, 1) for pair in ((cache.key, key), (cache.value, value)))
@@ -261,10 +267,11 @@ class Attention(nnx.Module):
         ) -> Float[Array, "batch groups group tokens seen"]:
             if bias is not None:
                 scores = scores + _by_group(bias, config.heads // config.key_value_heads)
-            if not config.causal:
+            if not config.causal and not self.kind.window:
                 return scores
             there = jnp.arange(key.shape[1])[None] if seen is None else seen.positions
             back = positions[:, :, None] - there[:, None, :]
+            back = back if config.causal else jnp.abs(back)
             visible = back >= 0 if seen is None else seen.visible
             visible = visible & (back < self.kind.window) if self.kind.window else visible
             return jnp.where(visible[:, None, None], scores, HIDDEN)
@@ -305,6 +312,7 @@ class Block(nnx.Module):
     """One block without its FFN: `enter` gives the FFN's input, `leave` takes its output."""
 
     config: NetworkConfig
+    kind: LayerKind
     norm_1: Norm
     attention: Attention
     norm_cross: Norm
@@ -314,13 +322,14 @@ class Block(nnx.Module):
     norm_ffn: Norm
 
     def __init__(self, config: NetworkConfig, kind: LayerKind, *, rngs: nnx.Rngs):
-        self.config = config
-        self.norm_1 = Norm.of(config)
+        self.config, self.kind = config, kind
+        if config.pre_norm and kind.normed:
+            self.norm_1 = Norm.of(config)
         self.attention = Attention(config, kind, rngs=rngs)
         if config.encoder:
             self.norm_cross = Norm.of(config)
             self.cross = CrossAttention(config, rngs=rngs)
-        if config.block != "shared":
+        if config.block != "shared" and config.pre_norm:
             self.norm_2 = Norm.of(config)
         if config.sandwich:
             self.norm_attention, self.norm_ffn = Norm.of(config), Norm.of(config)
@@ -339,15 +348,17 @@ class Block(nnx.Module):
             if self.config.encoder:
                 x = self.norm_cross(x + self._from_states(x, cache, around))
             return x, x, cache
-        read = self.norm_1(x)
+        read = self.norm_1(x) if self.config.pre_norm and self.kind.normed else x
         mixed, cache = self.attention(read, positions, cache, around)
         if self.config.sandwich:
             mixed = self.norm_attention(mixed)
-        residual = x + mixed
+        residual = x + self._scaled(mixed)
         if self.config.encoder:
             residual = residual + self._from_states(self.norm_cross(residual), cache, around)
         if self.config.block == "shared":
             return residual, read, cache
+        if not self.config.pre_norm:
+            return residual, residual, cache
         return residual, self.norm_2(residual if self.config.block == "serial" else x), cache
 
     def _from_states(
@@ -365,4 +376,8 @@ class Block(nnx.Module):
         """From the stream beside the FFN and the FFN's output to the residual stream."""
         if self.config.post_norm:
             return self.norm_2(residual + output)
-        return residual + (self.norm_ffn(output) if self.config.sandwich else output)
+        return residual + self._scaled(self.norm_ffn(output) if self.config.sandwich else output)
+
+    def _scaled(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+        scale = self.config.residual_scale
+        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)

@@ -13,10 +13,14 @@ class LayerKind(NamedTuple):
     Attributes:
         window: how many tokens back attention sees, the token itself included; 0 is everything.
         rope_frequencies: inverse frequencies of the rotary embedding, one per rotated pair; empty is none.
+        rope_scale: factor on the cosines and sines.
+        normed: whether attention reads the stream through a norm, where blocks have one before it.
     """
 
     window: int
     rope_frequencies: tuple[float, ...]
+    rope_scale: float = 1.0
+    normed: bool = True
 
 
 class ImageInput(NamedTuple):
@@ -87,23 +91,32 @@ class NetworkConfig:
         block: what the FFN reads: ``"serial"``, the stream after attention; ``"parallel"``, the stream before it,
             through a norm of its own; ``"shared"``, what attention reads.
         sandwich: whether the outputs of attention and FFN are normalised before they join the stream.
+        pre_norm: whether attention and FFN read the stream through norms; without them it is a ``sandwich``.
+        first_norm: whether the attention of the first block does.
         norm: ``"rms"`` or ``"layer"``.
         norm_epsilon: added to the variance.
         norm_shift: added to the norms' scale; 1 where checkpoints store the scale minus one.
+        norm_bias: whether layer norms have biases.
         query_bias: whether the query, key and value projections have biases.
         output_bias: whether the attention's output projection has a bias.
         query_norm: whether each head's query and key are normalised (root mean square).
+        query_norm_wide: whether these norms are over all heads together.
         attention_scale: factor on query times key; by default ``head_width ** -0.5``.
         attention_cap: attention scores are bounded by ``cap · tanh(score / cap)``; 0 is no bound.
         logit_cap: the same for logits.
         windows: for each layer, how many tokens back attention sees; 0 is everything, and empty is 0 for all.
         rope_frequencies: inverse frequencies of the rotary embedding, one per rotated pair, scaling applied.
         local_rope_frequencies: the same for layers with a window, where those differ.
-        rope_scale: factor on the cosines and sines (1 but for some long-context rules).
+        rope_scale: factor on the cosines and sines (1 but for some long-context rules), but for layers whose
+            ``local_rope_frequencies`` differ.
+        unrotated: the layers that do without the rotary embedding.
         rope_adjacent: whether a rotated pair is two neighbours, or one from each half.
         positions: rows of the table of learned positions; 0 is no such table.
         position_offset: the row of the first token.
+        sinusoids: whether fixed sines and cosines of the positions are added to the embeddings.
         embed_scale: factor on the embeddings.
+        embed_width: width of the embeddings where a linear layer brings them to ``hidden_size``; 0 is that width.
+        residual_scale: factor on the outputs of attention and FFN before they join the stream.
         tied: whether the unembedding is the embedding.
         head_bias: whether the unembedding has a bias.
         head_scale: factor on what the unembedding reads.
@@ -117,6 +130,8 @@ class NetworkConfig:
         labels: what a classification head tells apart; empty is no such head.
         pooling: what the head reads: the ``"first"`` token, or the ``"mean"`` of all.
         head_activation: between the two layers of the classification head; empty where it has one.
+        head_norm: whether a norm stands before the second of them.
+        head_dense_bias: whether the first of them has a bias.
         image: how images become positions, of a network that reads them in place of tokens. Then ``vocabulary`` and
             ``context`` are those of pixels.
     """
@@ -135,12 +150,16 @@ class NetworkConfig:
     ffn_bias: bool = False
     block: Literal["serial", "parallel", "shared"] = "serial"
     sandwich: bool = False
+    pre_norm: bool = True
+    first_norm: bool = True
     norm: Literal["rms", "layer"] = "rms"
     norm_epsilon: float = 1e-5
     norm_shift: float = 0.0
+    norm_bias: bool = True
     query_bias: bool = False
     output_bias: bool = False
     query_norm: bool = False
+    query_norm_wide: bool = False
     attention_scale: float | None = None
     attention_cap: float = 0.0
     logit_cap: float = 0.0
@@ -149,9 +168,13 @@ class NetworkConfig:
     local_rope_frequencies: tuple[float, ...] = ()
     rope_scale: float = 1.0
     rope_adjacent: bool = False
+    unrotated: tuple[int, ...] = ()
     positions: int = 0
     position_offset: int = 0
+    sinusoids: bool = False
     embed_scale: float = 1.0
+    embed_width: int = 0
+    residual_scale: float = 1.0
     tied: bool = False
     head_bias: bool = False
     head_scale: float = 1.0
@@ -165,13 +188,17 @@ class NetworkConfig:
     labels: tuple[str, ...] = ()
     pooling: Literal["first", "mean"] = "first"
     head_activation: str = "tanh"
+    head_norm: bool = False
+    head_dense_bias: bool = True
     image: ImageInput | None = None
 
     def kind(self, layer: int) -> LayerKind:
         """What distinguishes one layer from the others."""
         window = self.windows[layer] if self.windows else 0
         local = bool(window and self.local_rope_frequencies)
-        return LayerKind(window, self.local_rope_frequencies if local else self.rope_frequencies)
+        frequencies = self.local_rope_frequencies if local else self.rope_frequencies
+        scale = 1.0 if local else self.rope_scale
+        return LayerKind(window, () if layer in self.unrotated else frequencies, scale, self.first_norm or layer > 0)
 
     @property
     def architecture(self) -> Literal["decoder", "encoder", "encoder-decoder"]:

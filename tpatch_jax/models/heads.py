@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tpatch_jax.core.ffn import ACTIVATIONS
 from tpatch_jax.core.int8 import is_int8, plain
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.blocks import softcap
@@ -57,7 +58,18 @@ def logits(
     return _logits(config, _head_weights(config, params), hidden, valid)
 
 
-_HEAD_ACTIVATIONS: Mapping[str, Activation] = {"tanh": jnp.tanh, "relu": jax.nn.relu}
+_HEAD_ACTIVATIONS: Mapping[str, Activation] = {"tanh": jnp.tanh, **ACTIVATIONS}
+
+
+def _pooled_labels(config: NetworkConfig, params: Params, x: Array) -> Array:
+    """The logits of labels from what the head reads, ``[..., d]``."""
+    output = params["output"]
+    if config.head_activation:
+        dense = params["dense"]
+        x = x @ dense["kernel"] + dense["bias"] if config.head_dense_bias else x @ dense["kernel"]
+        x = _HEAD_ACTIVATIONS[config.head_activation](x)
+        x = normalise(config, params["norm"], x) if config.head_norm else x
+    return (x @ output["kernel"] + output["bias"]).astype(jnp.float32)
 
 
 def _normed(config: NetworkConfig, params: Params, hidden: Array) -> Array:
@@ -70,11 +82,7 @@ def _labels(config: NetworkConfig, params: Params, hidden: Array, valid: Array |
     if config.pooling == "mean":
         weight = jnp.ones(hidden.shape[:-1], hidden.dtype) if valid is None else valid.astype(hidden.dtype)
         x = jnp.sum(hidden * weight[..., None], -2) / jnp.sum(weight, -1, keepdims=True)
-    output = params["output"]
-    if config.head_activation:
-        dense = params["dense"]
-        x = _HEAD_ACTIVATIONS[config.head_activation](x @ dense["kernel"] + dense["bias"])
-    return (x @ output["kernel"] + output["bias"]).astype(jnp.float32)
+    return _pooled_labels(config, params, x)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -122,9 +130,9 @@ def finish(
     kind, residual = config.kind(config.layers - 1), context["residual"]
     if "text" in context:
         hidden, text = leave_block(config, kind, weights["layer"], residual, output), context["text"]
+        hidden = _normed(config, weights, hidden)
         same = ((text[:, None] == text) & context["valid"]).astype(hidden.dtype)
-        mean = same @ _normed(config, weights, hidden) / jnp.sum(same, -1, keepdims=True)
-        return _labels(config, weights["classifier"], mean[:, None], None)
+        return _pooled_labels(config, weights["classifier"], same @ hidden / jnp.sum(same, -1, keepdims=True))
     if not pointwise(config):
         hidden = leave_block(config, kind, weights["layer"], residual, output)
         return logits(config, weights, hidden, jnp.any(residual != 0, -1))

@@ -1,6 +1,6 @@
 """The shapes of a network's parameters, and what they tell of merged patches."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -22,15 +22,17 @@ def parameter_shapes(config: NetworkConfig, merged: Mapping[int, int] | None = N
         config: the network's description.
         merged: how many patch neurons are merged into which layers.
     """
-    embed = {"embed": {"embedding": _shape((config.vocabulary, config.hidden_size))}}
+    width = config.embed_width or config.hidden_size
+    embed = {"embed": {"embedding": _shape((config.vocabulary, width))}}
     result = {**(embed if config.image is None else _image_shapes(config)), **_stack_shapes(config, merged or {})}
     if config.encoder:
         result["encoder"] = _stack_shapes(config.encoder, {})
     if config.labels:
-        head = {"dense": config.hidden_size} if config.head_activation else {}
-        head |= {"output": len(config.labels)}
+        dense = _linear_shapes(config.hidden_size, config.hidden_size, config.head_dense_bias)
         result["classifier"] = {
-            name: _linear_shapes(config.hidden_size, outputs, True) for name, outputs in head.items()
+            **({"dense": dense} if config.head_activation else {}),
+            **({"norm": _shapes_of(lambda: Norm.of(config))} if config.head_norm else {}),
+            "output": _linear_shapes(config.hidden_size, len(config.labels), True),
         }
     elif not config.tied:
         result["head"] = _linear_shapes(config.hidden_size, config.vocabulary, config.head_bias)
@@ -57,11 +59,12 @@ def _image_shapes(config: NetworkConfig) -> Params:
     return {"image": {"patches": patches, **{name: _shape((config.hidden_size,)) for name in tokens}}}
 
 
+def _shapes_of(make: Callable[[], nnx.Module]) -> Params:
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(make)))
+
+
 def _stack_shapes(config: NetworkConfig, merged: Mapping[int, int]) -> Params:
     """The shapes of a stack without what it shares with others: embedding and head."""
-
-    def of(module: nnx.Module) -> Params:
-        return nnx.to_pure_dict(nnx.state(module))
 
     def network(extra: int) -> Params:
         hidden, bias = config.ffn_width + extra, config.ffn_bias or extra > 0
@@ -69,18 +72,23 @@ def _stack_shapes(config: NetworkConfig, merged: Mapping[int, int]) -> Params:
         entries = {name: _linear_shapes(config.hidden_size, hidden, bias) for name in readers}
         return {**entries, "down": _linear_shapes(hidden, config.hidden_size, config.ffn_bias)}
 
-    block = of(nnx.eval_shape(lambda: Block(config, config.kind(0), rngs=nnx.Rngs(0))))
-    norm = of(nnx.eval_shape(lambda: Norm.of(config)))
+    kinds = [config.kind(index) for index in range(config.layers)]
+    blocks = {
+        kind: _shapes_of(lambda kind=kind: Block(config, kind, rngs=nnx.Rngs(0))) for kind in dict.fromkeys(kinds)
+    }
     result: Params = {
-        "layers": {index: {**block, "ffn": network(merged.get(index, 0))} for index in range(config.layers)}
+        "layers": {index: {**blocks[kind], "ffn": network(merged.get(index, 0))} for index, kind in enumerate(kinds)}
     }
     if not config.post_norm:
-        result["norm"] = norm
+        result["norm"] = _shapes_of(lambda: Norm.of(config))
+    width = config.embed_width or config.hidden_size
     if config.embed_norm:
-        result["norm_embed"] = norm
+        result["norm_embed"] = _shapes_of(lambda: Norm.of(config, width))
     for name, rows in (("positions", config.positions), ("token_types", config.token_types)):
         if rows:
-            result[name] = {"embedding": _shape((rows, config.hidden_size))}
+            result[name] = {"embedding": _shape((rows, width))}
+    if config.embed_width:
+        result["embed_project"] = _linear_shapes(width, config.hidden_size, True)
     if config.relative_buckets:
         result["relative"] = {"embedding": _shape((config.relative_buckets, config.heads))}
     return result

@@ -58,8 +58,8 @@ def _block_graph(config: NetworkConfig, kind: LayerKind) -> nnx.GraphDef:
 
 
 @lru_cache(maxsize=64)
-def _norm_graph(config: NetworkConfig) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: Norm.of(config)))[0]
+def _norm_graph(config: NetworkConfig, width: int) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: Norm.of(config, width)))[0]
 
 
 def _block(config: NetworkConfig, kind: LayerKind, params: Params) -> Block:
@@ -129,7 +129,7 @@ def embed_tokens(
     config: NetworkConfig, params: Params, tokens: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
 ) -> Float[Array, "batch tokens hidden"]:
     """The residual stream before the first block."""
-    tables = ("embed", "positions", "token_types", "norm_embed")
+    tables = ("embed", "positions", "token_types", "norm_embed", "embed_project")
     return _embedded(config, {name: params[name] for name in tables if name in params}, tokens, positions)
 
 
@@ -144,14 +144,29 @@ def _embedded(config: NetworkConfig, params: Params, tokens: Array, positions: A
         # Padding stands past the last position; the clipped row is never looked at.
         table = params["positions"]["embedding"]
         x = x + jnp.take(table, positions + config.position_offset, axis=0, mode="clip")
+    if config.sinusoids:
+        x = x + _sinusoids(positions, x.shape[-1]).astype(x.dtype)
     if config.token_types:
         x = x + params["token_types"]["embedding"][0]
-    return normalise(config, params["norm_embed"], x) if config.embed_norm else x
+    x = normalise(config, params["norm_embed"], x) if config.embed_norm else x
+    if config.embed_width:
+        x = x @ params["embed_project"]["kernel"] + params["embed_project"]["bias"]
+    return x
+
+
+def _sinusoids(positions: Int[Array, "batch tokens"], width: int) -> Float[Array, "batch tokens width"]:
+    """Sines of each position in the first half, cosines in the other, ever slower.
+
+    Source: Vaswani et al. 2017, section 3.5; the halves are those of Marian.
+    """
+    speeds = 10_000.0 ** (-2 * np.arange(width // 2) / width)
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(speeds, jnp.float32)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
 def normalise(config: NetworkConfig, params: Params, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
     """A norm of the network's kind."""
-    return nnx.merge(_norm_graph(config), params)(x)
+    return nnx.merge(_norm_graph(config, x.shape[-1]), params)(x)
 
 
 @jax.jit

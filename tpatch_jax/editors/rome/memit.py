@@ -198,6 +198,11 @@ def check_layers(model: Model, method: str, wanted: str) -> tuple[int, ...]:
             f"{method} writes into the residual stream, and in {model.config.family} a norm stands between it and the "
             "feed-forward network; use method rome"
         )
+    if model.config.residual_scale != 1:
+        raise TPatchError(
+            f"{method} writes into the residual stream, and {model.config.family} scales what its feed-forward "
+            "networks add to it; use method rome"
+        )
     layers = memit_layers(model.config, wanted)
     check_model(model, method, layers)
     return layers

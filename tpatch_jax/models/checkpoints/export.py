@@ -161,7 +161,8 @@ def export_model(
     memory = None if memory is None else as_path(memory, call, "a text file; give its path")
     check_call(progress=progress)
     check_vacant(folder)
-    if model.config.pooling != "first":
+    # ModernBERT's stock network knows both, the others do not.
+    if model.config.pooling != "first" and model.config.family != "modernbert":
         raise TPatchError(
             f"the head of {model.name!r} reads the {model.config.pooling} of all tokens, and a stock "
             f"{model.settings['model_type']} reads the first; use tp.save_model, whose folder this library reads"

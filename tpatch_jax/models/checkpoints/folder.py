@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from tpatch_jax.core.devices import host
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.completed_settings import complete_settings
-from tpatch_jax.models.checkpoints.layout import flatten, insert, join, layout, split
+from tpatch_jax.models.checkpoints.layout import Stored, flatten, insert, join, layout, split
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.registry import configure, family_of
 from tpatch_jax.models.families.vit import PREPROCESSOR, preprocessing
@@ -28,7 +28,7 @@ from tpatch_jax.storage.files import replace_folder
 from tpatch_jax.storage.processes import one_process_writes
 from tpatch_jax.typing import Params
 
-__all__ = ["check_no_adapter", "mark_files", "read_folder", "read_settings", "write_folder"]
+__all__ = ["Plan", "check_no_adapter", "mark_files", "plan_folder", "read_folder", "read_settings", "write_folder"]
 
 
 NEURONS_KEY = "tpatch_neurons"
@@ -266,28 +266,48 @@ def _in_head(name: str) -> bool:
     return name.startswith("classifier.")
 
 
-def read_folder(
+class Plan(NamedTuple):
+    """What reading a folder comes to, from its settings and the headers of its files.
+
+    Attributes:
+        config: the network's description.
+        settings: of ``config.json``.
+        shards: which file holds which tensor.
+        wanted: the tensors that are read, by the names that the family gives them, and what becomes of each.
+        names: under which name the folder holds each of them.
+        sizes: how many numbers each has.
+        kinds: the type of each, as safetensors names it.
+        left_out: tensors that the folder holds and that are not read.
+        problems: why the folder cannot be read; empty where it can.
+    """
+
+    config: NetworkConfig
+    settings: dict[str, Any]
+    shards: dict[str, Path]
+    wanted: dict[str, Stored]
+    names: dict[str, str]
+    sizes: dict[str, int]
+    kinds: dict[str, str]
+    left_out: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def plan_folder(
     folder: Path,
-    dtype: str | None = None,
-    mesh: jax.sharding.Mesh | None = None,
     labels: Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
-) -> tuple[NetworkConfig, Params, dict[str, Any]]:
-    """Read a model, tensor by tensor, so that memory never holds it twice.
+    compare: bool = True,
+) -> Plan:
+    """Find out what is read of a folder, and what stands against it.
 
     Args:
         folder: with ``config.json`` and safetensors.
-        dtype: ``"float32"`` or ``"bfloat16"`` for the parameters; ``None`` keeps what the file has.
-        mesh: devices to which the parameters go directly; see `tpatch_jax.models.sharding`.
-        labels: make a classifier with these labels of an encoder: what its head has of that is read, the rest is left
-            out, and other heads are passed over.
-        settings: what `read_settings` gave, if it was asked before; ``config.json`` is then not read again.
-
-    Returns:
-        The decoder's description, its parameters, and the settings of ``config.json``.
+        labels: as in `read_folder`.
+        settings: as in `read_folder`.
+        compare: look into tensors that may be two copies of one; without it they are taken for copies.
 
     Raises:
-        TPatchError: weights are missing, damaged, of a wrong shape, or left over; all such tensors are named together.
+        TPatchError: something stands against it that says more than a list of tensors would.
     """
     settings = dict(read_settings(folder) if settings is None else settings)
     if quantised := settings.get("quantization_config"):
@@ -306,13 +326,17 @@ def read_folder(
         )
     merged = {int(layer): int(count) for layer, count in settings.get(NEURONS_KEY, {}).items()}
     shards = _shards(folder)
+
+    def alike(one: str, other: str) -> bool:
+        return not compare or _alike(shards, one, other)
+
     if family.own_head:
         config = dataclasses.replace(config, tied=f"{family.names['head']}.weight" not in shards)
     # Checkpoints of the network without its head leave out the first part of every name.
     bare = not any(name.startswith(family.prefix) for name in shards)
     embedding, head = family.names.get("embed.embedding", ""), f"{family.names.get('head', '')}.weight"
     embedding = embedding.removeprefix(family.prefix) if bare else embedding
-    if config.tied and head in shards and embedding in shards and not _alike(shards, head, embedding):
+    if config.tied and head in shards and embedding in shards and not alike(head, embedding):
         # As transformers has it: what differs is not tied, whatever the settings say. Those of an encoder-decoder stay,
         # for they tie the embeddings of its two stacks as well.
         config = dataclasses.replace(config, tied=False)
@@ -344,16 +368,22 @@ def read_folder(
         )
     problems = [f"{name} is missing" for name in missing]
     passed_over = family.other_heads if labels is not None else ()
-    known = set(names.values())
+    known, left_out = set(names.values()), []
     for name in shards:
-        if name in known or name.endswith(family.constants) or name.startswith(passed_over):
+        if name in known:
+            continue
+        if name.endswith(family.constants) or name.startswith(passed_over):
+            left_out.append(name)
             continue
         if name.endswith(family.copies):
-            if embedding in names and not _alike(shards, name, names[embedding]):
+            if embedding in names and not alike(name, names[embedding]):
                 problems.append(f"{name} differs from {embedding}, and one embedding for both stacks is supported")
-        elif not (config.tied and name == head):
+            left_out.append(name)
+        elif config.tied and name == head:
+            left_out.append(name)
+        else:
             problems.append(f"{name} is not part of a {config.family} model")
-    sizes = {}
+    sizes, kinds = {}, {}
     with ExitStack() as stack:
         files = {path: stack.enter_context(safe_open(path, "np")) for path in sorted(set(shards.values()))}
         for name, stored in sorted(names.items()):
@@ -363,10 +393,38 @@ def read_folder(
                 if labels is not None and _in_head(wanted[name].paths[0]):
                     continue
                 problems.append(f"{name} has shape {shape}, config.json implies {expected}")
-            elif part.get_dtype() not in _FLOATS:
-                kind = part.get_dtype()
+            elif (kind := part.get_dtype()) not in _FLOATS:
                 problems.append(f"{name} is {kind}: a quantised checkpoint; fetch the unquantised model")
-            sizes[name] = math.prod(shape)
+            sizes[name], kinds[name] = math.prod(shape), part.get_dtype()
+    return Plan(config, settings, shards, wanted, names, sizes, kinds, tuple(left_out), tuple(problems))
+
+
+def read_folder(
+    folder: Path,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    labels: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> tuple[NetworkConfig, Params, dict[str, Any]]:
+    """Read a model, tensor by tensor, so that memory never holds it twice.
+
+    Args:
+        folder: with ``config.json`` and safetensors.
+        dtype: ``"float32"`` or ``"bfloat16"`` for the parameters; ``None`` keeps what the file has.
+        mesh: devices to which the parameters go directly; see `tpatch_jax.models.sharding`.
+        labels: make a classifier with these labels of an encoder: what its head has of that is read, the rest is left
+            out, and other heads are passed over.
+        settings: what `read_settings` gave, if it was asked before; ``config.json`` is then not read again.
+
+    Returns:
+        The decoder's description, its parameters, and the settings of ``config.json``.
+
+    Raises:
+        TPatchError: weights are missing, damaged, of a wrong shape, or left over; all such tensors are named together.
+    """
+    plan = plan_folder(folder, labels, settings)
+    config, settings, shards, wanted, names, sizes = plan[:6]
+    problems, family = plan.problems, family_of(settings)
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise TPatchError(f"{folder} does not hold the model that its config.json describes: {shown}")
@@ -391,6 +449,13 @@ def _ordered(params: Params) -> Params:
     layers = {index: params["layers"][index] for index in sorted(params["layers"])}
     ordered = {**params, "layers": layers}
     return {**ordered, "encoder": _ordered(params["encoder"])} if "encoder" in params else ordered
+
+
+def _position_table(config: NetworkConfig, dtype: str) -> np.ndarray:
+    """Sines and cosines of all positions, computed as transformers does."""
+    width = config.hidden_size
+    angles = np.arange(config.context)[:, None] / np.power(10_000, 2 * np.arange(width // 2) / width)
+    return np.concatenate([np.sin(angles), np.cos(angles)], -1).astype(np.float32).astype(jax.numpy.dtype(dtype))
 
 
 def write_folder(
@@ -433,6 +498,7 @@ def write_folder(
         # Without that tie transformers looks for the embedding of each stack under its own name.
         embedding = tensors[family.names["embed.embedding"]]
         tensors |= {f"{family.prefix}{name}": embedding for name in family.copies}
+    tensors |= {name: _position_table(config, dtype) for name in family.position_tables}
     with one_process_writes(folder) as writes:
         if writes:
             with replace_folder(folder) as temporary:

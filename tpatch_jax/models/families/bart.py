@@ -1,15 +1,16 @@
-"""BART: an encoder-decoder with learned positions, whose norms follow the parts."""
+"""BART and its kin: mBART, Marian and Pegasus, encoder-decoders of one kind with norms before or behind the parts."""
 
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.family import Family, Settings, activation, configure_plain, setting
 
-__all__ = ["BART"]
+__all__ = ["BART", "MARIAN", "MBART", "PEGASUS"]
 
 OFFSET = 2
 """The tables of positions begin with rows that stand for nothing."""
 
 
-def _bart(settings: Settings) -> NetworkConfig:
+def _like_bart(family: str, settings: Settings, **differing: object) -> NetworkConfig:
     hidden_size, context = setting(settings, "d_model"), setting(settings, "max_position_embeddings")
     act = activation(setting(settings, "activation_function"))
 
@@ -28,10 +29,25 @@ def _bart(settings: Settings) -> NetworkConfig:
             "position_offset": OFFSET,
         }
         heads = setting(settings, f"{side}_attention_heads")
-        return configure_plain("bart", settings, hidden_size=hidden_size, heads=heads, **{**shared, **fields})
+        fields = {**shared, **differing, **fields}
+        return configure_plain(family, settings, hidden_size=hidden_size, heads=heads, **fields)
 
     tied = bool(settings.get("tie_word_embeddings", True))
     return stack("decoder", encoder=stack("encoder", causal=False), tied=tied, head_bias=True)
+
+
+_COMPUTED = {"embed_norm": False, "positions": 0, "position_offset": 0, "sinusoids": True}
+"""Positions that are computed instead of learned, and no norm behind them."""
+
+
+def _marian(settings: Settings) -> NetworkConfig:
+    decoder = settings.get("decoder_vocab_size") or setting(settings, "vocab_size")
+    if settings.get("share_encoder_decoder_embeddings") is False or decoder != setting(settings, "vocab_size"):
+        raise TPatchError(
+            "config.json gives encoder and decoder embeddings or vocabularies of their own "
+            "('share_encoder_decoder_embeddings', 'decoder_vocab_size'), and one for both is supported"
+        )
+    return _like_bart("marian", settings, **_COMPUTED)
 
 
 _PARTS = {
@@ -53,6 +69,7 @@ _PARTS = {
 
 def _stack(ours: str, theirs: str) -> dict[str, str]:
     return {
+        f"{ours}norm": f"{theirs}.layer_norm",
         f"{ours}positions.embedding": f"{theirs}.embed_positions.weight",
         f"{ours}norm_embed": f"{theirs}.layernorm_embedding",
         **{f"{ours}layers.{{}}.{part}": f"{theirs}.layers.{{}}.{name}" for part, name in _PARTS.items()},
@@ -62,7 +79,7 @@ def _stack(ours: str, theirs: str) -> dict[str, str]:
 BART = Family(
     "bart",
     ("bart",),
-    _bart,
+    lambda settings: _like_bart("bart", settings),
     "model.",
     {
         "embed.embedding": "model.shared.weight",
@@ -74,4 +91,21 @@ BART = Family(
     ffn_width="decoder_ffn_dim",
     copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
     optional_row="final_logits_bias",
+)
+MBART = BART._replace(
+    name="mbart",
+    model_types=("mbart",),
+    configure=lambda settings: _like_bart("mbart", settings, post_norm=False),
+)
+MARIAN = BART._replace(
+    name="marian",
+    model_types=("marian",),
+    configure=_marian,
+    constants=("embed_positions.weight",),
+)
+PEGASUS = MARIAN._replace(
+    name="pegasus",
+    model_types=("pegasus",),
+    configure=lambda settings: _like_bart("pegasus", settings, post_norm=False, **_COMPUTED),
+    position_tables=("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"),
 )

@@ -1,5 +1,6 @@
-"""BERT, RoBERTa and DistilBERT with a classification head: encoders whose norms follow the parts."""
+"""BERT, RoBERTa, DistilBERT and ELECTRA with a classification head: encoders whose norms follow the parts."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.family import Family, Settings, activation, configure_plain, setting
 
-__all__ = ["BERT", "DISTILBERT", "ROBERTA"]
+__all__ = ["BERT", "DISTILBERT", "ELECTRA", "ROBERTA", "configure_encoder"]
 
 POOLING = "classifier_pooling"
 """In ``config.json``: ``"mean"`` for a head that reads the mean of all tokens; by default it reads the first."""
@@ -24,7 +25,8 @@ def labels(settings: Settings) -> tuple[str, ...]:
     return tuple(labels[number] for number in sorted(labels))
 
 
-def _encoder(family: str, settings: Settings, **fields: Any) -> NetworkConfig:
+def configure_encoder(family: str, settings: Settings, **fields: Any) -> NetworkConfig:
+    """What the encoders with a classification head share; ``fields`` are those in which one differs."""
     problem, pooling = settings.get("problem_type"), settings.get(POOLING) or "first"
     if problem not in (None, "single_label_classification"):
         raise TPatchError(
@@ -52,7 +54,7 @@ def _encoder(family: str, settings: Settings, **fields: Any) -> NetworkConfig:
 
 def _like_bert(family: str, settings: Settings, offset: int) -> NetworkConfig:
     rows = setting(settings, "max_position_embeddings")
-    return _encoder(
+    return configure_encoder(
         family,
         settings,
         hidden_size=setting(settings, "hidden_size"),
@@ -68,6 +70,15 @@ def _like_bert(family: str, settings: Settings, offset: int) -> NetworkConfig:
     )
 
 
+def _electra(settings: Settings) -> NetworkConfig:
+    width = setting(settings, "embedding_size")
+    return dataclasses.replace(
+        _like_bert("electra", settings, 0),
+        embed_width=0 if width == setting(settings, "hidden_size") else width,
+        head_activation="gelu",
+    )
+
+
 def _roberta(settings: Settings) -> NetworkConfig:
     # The first rows belong to padding and to nothing.
     return _like_bert("roberta", settings, setting(settings, "pad_token_id") + 1)
@@ -75,7 +86,7 @@ def _roberta(settings: Settings) -> NetworkConfig:
 
 def _distilbert(settings: Settings) -> NetworkConfig:
     rows = setting(settings, "max_position_embeddings")
-    return _encoder(
+    return configure_encoder(
         "distilbert",
         settings,
         hidden_size=setting(settings, "dim"),
@@ -134,6 +145,19 @@ BERT = Family(
     {**_names("bert", _BERT_PARTS, ("bert.pooler.dense", "classifier")), "token_types.embedding": f"bert.{_TYPES}"},
     constants=_IDS,
     other_heads=_PRETRAINING,
+)
+ELECTRA = Family(
+    "electra",
+    ("electra",),
+    _electra,
+    "electra.",
+    {
+        **_names("electra", _BERT_PARTS, ("classifier.dense", "classifier.out_proj")),
+        "token_types.embedding": f"electra.{_TYPES}",
+        "embed_project": "electra.embeddings_project",
+    },
+    constants=_IDS,
+    other_heads=(*_PRETRAINING, "discriminator_predictions.", "generator_predictions.", "generator_lm_head."),
 )
 ROBERTA = Family(
     "roberta",

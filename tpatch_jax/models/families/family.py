@@ -67,6 +67,7 @@ class Family(NamedTuple):
         views: from the path of one of our parameters to the shape that a checkpoint's tensor has of it, where it holds
             the same numbers in the same order.
         other_heads: what the names of tensors begin with that are no part of a classifier, in checkpoints without one.
+        position_tables: tensors of computed positions that stock networks want in a file, though they need not be read.
         export: how a corrected model of this family is written for the stock transformers library:
             ``"exact"``, ``"exact as Llama"`` or ``"approximate only"``; see `tpatch_jax.models.checkpoints.export`.
     """
@@ -87,6 +88,7 @@ class Family(NamedTuple):
     own_head: bool = False
     optional_row: str = ""
     other_heads: tuple[str, ...] = ()
+    position_tables: tuple[str, ...] = ()
     views: Callable[[NetworkConfig], Mapping[str, tuple[int, ...]]] = lambda config: {}
 
 
@@ -121,6 +123,10 @@ def windows(settings: Settings, layers: int) -> tuple[int, ...]:
     kinds = settings.get("layer_types")
     if not window or not kinds:
         return ()
+    if unknown := sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"}):
+        raise TPatchError(
+            f"config.json has layers of type {unknown[0]!r}; only full_attention and sliding_attention are supported"
+        )
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
     if len(windows) != layers:
         raise TPatchError(
@@ -179,9 +185,41 @@ def rope(settings: Settings, head_width: int, kind: str | None = None) -> tuple[
     if rule in ("longrope", "su"):
         short = rules["short_factor"]
         return tuple(f / factor for f, factor in zip(frequencies, short, strict=True)), _longrope_scale(settings, rules)
+    if rule == "yarn":
+        return _yarn(frequencies, theta, settings, rules, bool(rotation.get("truncate", True)))
     raise TPatchError(
-        f"config.json asks for rotary embeddings of type {rule!r}; known are default, linear, llama3, longrope"
+        f"config.json asks for rotary embeddings of type {rule!r}; known are default, linear, llama3, longrope, yarn"
     )
+
+
+def _yarn(
+    frequencies: tuple[float, ...], theta: float, settings: Settings, rules: Settings, truncate: bool
+) -> tuple[tuple[float, ...], float]:
+    """YaRN's rule: slow pairs are stretched, fast ones kept, those between blended; and the scale of cosines and sines.
+
+    Source: Peng et al. 2023, sections 3.2 and 3.4.
+    """
+    context, pairs = setting(settings, "max_position_embeddings"), len(frequencies)
+    name = "original_max_position_embeddings"
+    original = settings.get(name) or rules.get(name) or context
+    factor = rules.get("factor") or context / original
+
+    def edge(turns: float) -> float:
+        return 2 * pairs * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = edge(rules.get("beta_fast") or 32), edge(rules.get("beta_slow") or 1)
+    low, high = (math.floor(low), math.ceil(high)) if truncate else (low, high)
+    low, high = max(low, 0), min(high, 2 * pairs - 1)
+    shares = [min(max((pair - low) / (high - low or 0.001), 0.0), 1.0) for pair in range(pairs)]
+    stretched = tuple(f * (1 - share + share / factor) for f, share in zip(frequencies, shares, strict=True))
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if rules.get("attention_factor") is not None:
+        return stretched, float(rules["attention_factor"])
+    over, under = rules.get("mscale"), rules.get("mscale_all_dim")
+    return stretched, magnitude(over) / magnitude(under) if over and under else magnitude(1)
 
 
 def _llama3(frequency: float, rules: Settings) -> float:

@@ -1,5 +1,7 @@
 """Llama 2 and 3, Mistral, Qwen 2, 2.5 and 3: pre-norm blocks, rotary positions, grouped queries, a gated FFN."""
 
+from collections.abc import Mapping
+
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.family import (
     QUERY_NORM,
@@ -12,7 +14,7 @@ from tpatch_jax.models.families.family import (
     windows,
 )
 
-__all__ = ["LLAMA", "MISTRAL", "NAMES", "QWEN_2", "QWEN_3", "configure_llama"]
+__all__ = ["LLAMA", "MISTRAL", "NAMES", "QWEN_2", "QWEN_3", "configure_llama", "with_norm_biases"]
 
 NAMES = {
     "embed.embedding": "model.embed_tokens.weight",
@@ -28,6 +30,14 @@ NAMES = {
     "norm.scale": "model.norm.weight",
     "head": "lm_head",
 }
+
+
+def with_norm_biases(names: Mapping[str, str]) -> dict[str, str]:
+    """The names of a family whose norms have biases: those of the norms, not of their weights."""
+    return {
+        path.removesuffix(".scale"): name.removesuffix(".weight") if path.endswith(".scale") else name
+        for path, name in names.items()
+    }
 
 
 def configure_llama(settings: Settings, family: str = "llama", **changes: object) -> NetworkConfig:

@@ -2,17 +2,26 @@
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import NetworkConfig
-from tpatch_jax.models.families.bart import BART
-from tpatch_jax.models.families.bert import BERT, DISTILBERT, ROBERTA
+from tpatch_jax.models.families.bart import BART, MARIAN, MBART, PEGASUS
+from tpatch_jax.models.families.bert import BERT, DISTILBERT, ELECTRA, ROBERTA
+from tpatch_jax.models.families.cohere import COHERE, COHERE_2
+from tpatch_jax.models.families.ernie_4_5 import ERNIE_4_5
 from tpatch_jax.models.families.family import Family, Settings, setting
 from tpatch_jax.models.families.gemma import GEMMA, GEMMA_2, GEMMA_3
+from tpatch_jax.models.families.glm import GLM, GLM_4
 from tpatch_jax.models.families.gpt_2 import GPT_2
 from tpatch_jax.models.families.gpt_j import GPT_J
 from tpatch_jax.models.families.gpt_neo import GPT_NEO
 from tpatch_jax.models.families.gpt_neox import GPT_NEOX
+from tpatch_jax.models.families.granite import GRANITE
 from tpatch_jax.models.families.llama import LLAMA, MISTRAL, QWEN_2, QWEN_3
+from tpatch_jax.models.families.modernbert import MODERNBERT
+from tpatch_jax.models.families.olmo import EXAONE_4, OLMO_2, OLMO_3
 from tpatch_jax.models.families.opt import OPT
 from tpatch_jax.models.families.phi_3 import PHI_3
+from tpatch_jax.models.families.smollm_3 import SMOLLM_3
+from tpatch_jax.models.families.stablelm import STABLELM
+from tpatch_jax.models.families.starcoder_2 import STARCODER_2
 from tpatch_jax.models.families.t5 import T5, T5_GATED
 from tpatch_jax.models.families.vit import DEIT, VIT
 
@@ -31,17 +40,68 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA_2,
     GEMMA_3,
     PHI_3,
+    SMOLLM_3,
+    OLMO_2,
+    OLMO_3,
+    EXAONE_4,
+    GRANITE,
+    STABLELM,
+    COHERE,
+    COHERE_2,
+    GLM,
+    GLM_4,
+    ERNIE_4_5,
+    STARCODER_2,
     OPT,
     BERT,
     ROBERTA,
     DISTILBERT,
+    ELECTRA,
+    MODERNBERT,
     BART,
+    MBART,
+    MARIAN,
+    PEGASUS,
     T5,
     T5_GATED,
     VIT,
     DEIT,
 )
 """Every family that `tpatch_jax.load_model` reads."""
+
+
+_RECURRENT = "some of its layers are recurrent, and only attention is run here"
+_EXPERTS = "its feed-forward networks are mixtures of experts, which are not run here"
+_LATENT = "its attention keeps compressed keys and values (multi-head latent attention), which is not run here"
+_VISION = "it reads images as well; only networks of text are run here, and checkpoints of their own hold them"
+_REASONS = {
+    **dict.fromkeys(
+        (
+            *("bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "mamba", "mamba2", "nemotron_h"),
+            *("olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_next", "recurrent_gemma", "rwkv", "zamba", "zamba2"),
+        ),
+        _RECURRENT,
+    ),
+    **dict.fromkeys(
+        (
+            *("dbrx", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe", "llama4_text", "mixtral", "olmoe"),
+            *("phimoe", "qwen2_moe", "qwen3_moe"),
+        ),
+        _EXPERTS,
+    ),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "minicpm3"), _LATENT),
+    **dict.fromkeys(
+        (
+            *("gemma3", "gemma3n", "gemma4", "idefics3", "llama4", "llava", "mistral3", "mllama", "paligemma"),
+            *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm"),
+        ),
+        _VISION,
+    ),
+    "albert": "all its layers share one feed-forward network, so that a patch would join it in every layer",
+    "deberta": "its attention scores depend on relative positions in a way that is not run here",
+    "deberta-v2": "its attention scores depend on relative positions in a way that is not run here",
+}
+"""Why architectures that are often asked for are not read."""
 
 
 def family_of(settings: Settings) -> Family:
@@ -51,7 +111,8 @@ def family_of(settings: Settings) -> Family:
         if model_type in family.model_types and family.accepts(settings):
             return family
     known = ", ".join(sorted({name for family in FAMILIES for name in family.model_types}))
-    raise TPatchError(f"config.json names the architecture {model_type!r}; supported are {known}")
+    reason = f"; {model_type} is not: {_REASONS[model_type]}" if model_type in _REASONS else ""
+    raise TPatchError(f"config.json names the architecture {model_type!r}; supported are {known}{reason}")
 
 
 def configure(settings: Settings) -> NetworkConfig:

@@ -1,0 +1,123 @@
+"""What `tpatch models --check` says of a folder: what it is, what is read of it, and what is refused and why."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tpatch_jax.cli import main as cli
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.checkpoints import folder as checkpoint
+from tpatch_jax.models.checkpoints.check import check_folder
+
+FOLDER = Path(__file__).parent / "reference"
+
+
+@pytest.fixture(autouse=True)
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weight is looked at."""
+
+    def fail(*_: object) -> bool:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(checkpoint, "_alike", fail)
+
+
+def copy(name: str, folder: Path, **changes: Any) -> Path:
+    """A reference's folder with other settings."""
+    shutil.copytree(FOLDER / name, folder)
+    settings = json.loads((folder / "config.json").read_text("utf-8")) | changes
+    (folder / "config.json").write_text(json.dumps(settings), "utf-8")
+    return folder
+
+
+def test_what_can_be_read_is_described():
+    result = check_folder(FOLDER / "cohere2")
+    assert (result["model_type"], result["family"], result["architecture"]) == ("cohere2", "cohere2", "decoder")
+    assert (result["export"], result["problems"]) == ("approximate only", [])
+    sizes = {"layers": 3, "hidden_size": 16, "ffn_width": 24, "heads": 4, "key_value_heads": 2, "context": 48}
+    assert result["sizes"] == {**sizes, "vocabulary": 64, "tied": True, "labels": []}
+    tensors = load_file(FOLDER / "cohere2" / "model.safetensors")
+    assert result["weights"] == {
+        "files": 1,
+        "tensors": len(tensors),
+        "parameters": sum(tensor.size for tensor in tensors.values()),
+        "types": {"F32": len(tensors)},
+        "left_out": [],
+    }
+    assert check_folder(FOLDER / "modernbert")["sizes"]["labels"] == ["no", "yes", "maybe"]
+
+
+def test_settings_alone_are_judged(tmp_path):
+    (tmp_path / "config.json").write_bytes((FOLDER / "granite" / "config.json").read_bytes())
+    result = check_folder(tmp_path)
+    assert (result["family"], result["weights"], result["problems"]) == ("granite", None, [])
+
+
+def test_copies_and_constants_are_left_out_and_types_counted(tmp_path):
+    folder = copy("marian", tmp_path / "model")
+    tensors: dict[str, np.ndarray] = load_file(folder / "model.safetensors")
+    more = {f"model.{side}.embed_tokens.weight": tensors["model.shared.weight"] for side in ("encoder", "decoder")}
+    more |= {"lm_head.weight": tensors["model.shared.weight"]}
+    more["model.encoder.embed_positions.weight"] = np.ones((48, 16), np.float32)
+    half = {name: tensor.astype(np.float16) for name, tensor in tensors.items() if "decoder" in name}
+    (folder / "model.safetensors").unlink()
+    save_file(tensors | more | half, folder / "all.safetensors")
+    weights = check_folder(folder)["weights"]
+    assert weights["left_out"] == sorted(more)
+    assert weights["types"] == {"F16": len(half), "F32": len(tensors) - len(half)}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("stablelm", {"qk_layernorm": True}, "asks for 'qk_layernorm'"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1.0, "factor": 2.0}}, "type 'dynamic'"),
+        ("qwen3", {"quantization_config": {"quant_method": "awq"}}, r"is quantised \(awq\)"),
+        ("olmo2", {"intermediate_size": 48}, r"has shape .* config\.json implies"),
+        ("olmo2", {"num_hidden_layers": 2}, r"model\.layers\.2\.\S+ is not part of a olmo2 model"),
+        ("olmo2", {"num_hidden_layers": 4}, r"model\.layers\.3\.\S+ is missing"),
+        ("llama", {"model_type": "mixtral"}, "; mixtral is not: its feed-forward networks are mixtures of experts"),
+        ("llama", {"model_type": "jamba"}, "; jamba is not: some of its layers are recurrent"),
+        ("llama", {"model_type": "gemma3"}, "; gemma3 is not: it reads images as well"),
+        ("llama", {"model_type": "deepseek_v3"}, "compressed keys and values"),
+        ("llama", {"model_type": "albert"}, "all its layers share one feed-forward network"),
+        ("llama", {"model_type": "no such thing"}, "'no such thing'; supported are bart, bert"),
+    ],
+)
+def test_what_is_refused_and_why(name, changes, words, tmp_path, capsys):
+    folder = copy(name, tmp_path / "model", **changes)
+    assert cli.main(["models", "--check", str(folder), "--json"]) == 1
+    said = capsys.readouterr()
+    found = json.loads(said.out.splitlines()[-1])
+    assert found["readable"] is False
+    assert found["model_type"] == changes.get("model_type", name)
+    with pytest.raises(TPatchError, match=words):
+        raise TPatchError(found["problems"][0])
+    assert said.err.startswith(f"tpatch: {folder} cannot be read: {found['problems'][0]}")
+    # what is said here is what reading says
+    with pytest.raises(TPatchError, match=words):
+        checkpoint.read_folder(folder)
+
+
+def test_a_folder_that_is_none(tmp_path, capsys):
+    assert cli.main(["models", "--check", str(tmp_path / "none")]) == 1
+    assert "is no folder; --check takes a model's folder" in capsys.readouterr().err
+    assert check_folder(tmp_path)["problems"][0].endswith("a model is a folder with config.json and safetensors")
+    (tmp_path / "config.json").write_bytes((FOLDER / "llama" / "config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert "pytorch_model.bin is a pickle, which is never read" in check_folder(tmp_path)["problems"][0]
+
+
+def test_the_table_says_the_same(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main(["models", "--check", str(FOLDER / "mbart"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["readable"] is True
+    assert cli.main(["models", "--check", str(FOLDER / "mbart")]) == 0
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in capsys.readouterr().out.splitlines()]
+    for row in (["read as", "mbart"], ["kind", "encoder-decoder"], ["ffn width", "24"], ["left out", "nothing"]):
+        assert row in rows

@@ -1,0 +1,89 @@
+"""What a checkpoint is, what would be read of it, and what stands against it, from its settings and headers alone."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.checkpoints.folder import plan_folder, read_settings
+from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.families.promises import promised
+from tpatch_jax.models.families.registry import configure, family_of
+
+__all__ = ["check_folder"]
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """Say what a folder holds and whether it can be read, before any weight is.
+
+    Args:
+        folder: with ``config.json``; weights may be missing, and are then not judged.
+
+    Returns:
+        ``model_type``; ``family``, ``architecture``, ``sizes`` and ``export`` as far as the settings can be read;
+        ``weights``, what the files hold and what of it is read, or ``None``; ``problems``, empty for what can be read.
+
+    Raises:
+        TPatchError: there is no such folder.
+
+    Example:
+        >>> check_folder(Path("models/falcon-3"))["family"]  # doctest: +SKIP
+        'llama'
+    """
+    if not folder.is_dir():
+        raise TPatchError(f"{folder} is no folder; --check takes a model's folder, with config.json in it")
+    result: dict[str, Any] = {
+        "folder": str(folder),
+        "model_type": _model_type(folder),
+        "family": None,
+        "architecture": None,
+        "sizes": None,
+        "export": None,
+        "weights": None,
+        "problems": [],
+    }
+    try:
+        settings = read_settings(folder)
+        result["family"] = family_of(settings).name
+        result["export"] = promised(family_of(settings))["export"]
+        config = configure(settings)
+        result |= {"architecture": config.architecture, "sizes": _sizes(config)}
+        if settings.get("quantization_config") or any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+            plan = plan_folder(folder, settings=settings, compare=False)
+            result |= {"sizes": _sizes(plan.config), "problems": list(plan.problems)}
+            result["weights"] = {
+                "files": len(set(plan.shards.values())),
+                "tensors": len(plan.names),
+                "parameters": sum(plan.sizes.values()),
+                "types": dict(sorted(Counter(plan.kinds.values()).items())),
+                "left_out": sorted(plan.left_out),
+            }
+    except TPatchError as error:
+        result["problems"] = [str(error)]
+    return result
+
+
+def _model_type(folder: Path) -> str | None:
+    try:
+        settings = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    named = settings.get("model_type") if isinstance(settings, dict) else None
+    return named if isinstance(named, str) else None
+
+
+def _sizes(config: NetworkConfig) -> dict[str, Any]:
+    return {
+        "layers": config.layers,
+        "hidden_size": config.hidden_size,
+        "ffn_width": config.ffn_width,
+        "heads": config.heads,
+        "key_value_heads": config.key_value_heads,
+        "context": config.context,
+        "vocabulary": config.vocabulary,
+        "tied": config.tied,
+        "labels": list(config.labels),
+    }
