@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
@@ -118,7 +119,9 @@ class Places:
     """
 
     def __init__(self, config: NetworkConfig, mesh: Mesh, dtype: str = "bfloat16"):
-        self.config, self.mesh, self.dtype = config, automatic(mesh), jnp.dtype(dtype)
+        self.config: NetworkConfig = config
+        self.mesh: Mesh = automatic(mesh)
+        self.dtype: np.dtype = jnp.dtype(dtype)
 
     @property
     def data(self) -> int:

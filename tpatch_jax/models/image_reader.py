@@ -41,7 +41,8 @@ class ImageReader:
     is_fast: bool = False
 
     def __init__(self, image: ImageInput, settings: dict[str, Any]):
-        self.image, self.settings = image, settings
+        self.image: ImageInput = image
+        self.settings: dict[str, Any] = settings
         self.special_tokens_map: dict[str, Any] = {}
         self.all_special_tokens: list[str] = []
         self.added_tokens_decoder: dict[int, Any] = {}
