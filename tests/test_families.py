@@ -77,7 +77,8 @@ def test_an_edit_holds(name, letters, inputs, tmp_path):
     assert [(result.held, result.reason) for result in info.requests] == [(True, "")]
     attached, merged = (logits(put(model, patches)) for put in (attach, merge))
     assert merged.argmax(-1).tolist() == target
-    assert relative(merged, attached) < 1e-5
+    # Random pictures look nearly alike to a random network: a key that parts them is large, and so is what it rounds.
+    assert relative(merged, attached) < (1e-4 if model.config.image else 1e-5)
 
 
 # --- the table ---
