@@ -142,7 +142,7 @@ def _rome_programs(places: Places, workload: Workload) -> list[Program]:
     programs = [
         Program("ROME: sum of second moments", hidden_moment._sum,
                 (network, places.stream(16, 64, width), places.rows((16, 64)), config.activation)),
-        Program("ROME: ridge", rank_one.damped, (square, places.array(()), None)),
+        Program("ROME: ridge", rank_one.damped, (square, places.array(()))),
         Program("ROME: solve", rank_one._rank_one, (network["down"], key, value, square, key, None)),
         _offset_program(
             places, "ROME: steps on a value", layer, 1, workload, subject_value.ValueSettings(clamp=4.0), False
