@@ -24,7 +24,7 @@ from tpatch_jax.core.ffn import ACTIVATIONS
 from tpatch_jax.core.fit import FitProblem, FitSettings
 from tpatch_jax.core.memory import Memory
 from tpatch_jax.core.patch import Patch
-from tpatch_jax.core.sizes import in_blocks, in_quarters, in_steps, power_of_two, round_up
+from tpatch_jax.core.sizes import in_blocks, in_halves, in_steps, power_of_two, round_up
 from tpatch_jax.core.values import KeptRows, TargetRows
 from tpatch_jax.editors import subject_rows
 from tpatch_jax.editors.subject_rows import KnownRows
@@ -454,7 +454,7 @@ def _start_programs(
 
 def pack_sizes(workload: Workload, rows: int) -> tuple[int, int]:
     """Tokens and ends of so many packed rows, as `tpatch_jax.editors.subject_rows.pack_lanes` pads them."""
-    return in_quarters(round(workload.row * rows), 64), in_quarters(round(workload.end * rows), 32)
+    return in_halves(round(workload.row * rows), 64), in_halves(round(workload.end * rows), 32)
 
 
 def fork_structs(places: Places, packs: int, tokens: int, ends: int, layer: int) -> networks.Fork:

@@ -1,6 +1,6 @@
 """Sizes in steps, so that a new number of things seldom needs a new compilation."""
 
-__all__ = ["FEW", "few_or_most", "in_blocks", "in_quarters", "in_steps", "pieces", "power_of_two", "round_up"]
+__all__ = ["FEW", "few_or_most", "in_blocks", "in_halves", "in_steps", "pieces", "power_of_two", "round_up"]
 
 FEW = 4
 """The smaller of two sizes."""
@@ -34,19 +34,19 @@ def round_up(count: int, step: int) -> int:
     return max(1, -(-count // step)) * step
 
 
-def in_quarters(count: int, least: int) -> int:
-    """A power of two, or one and a quarter, one and a half or one and three quarters of it: little is padding.
+def in_halves(count: int, least: int) -> int:
+    """A power of two that holds ``count``, or three quarters of it if they do.
 
     Args:
         count: how many things there are.
-        least: the smallest size, a power of two from 4 on.
+        least: the smallest size, a power of two.
 
     Example:
-        >>> in_quarters(5, 4), in_quarters(21, 4), in_quarters(30, 4)
-        (5, 24, 32)
+        >>> in_halves(5, 4), in_halves(7, 4), in_halves(2, 4)
+        (6, 8, 4)
     """
     size = power_of_two(count, least)
-    return size if size == least else round_up(count, size // 8)
+    return 3 * size // 4 if size > least and count <= 3 * size // 4 else size
 
 
 def in_blocks(count: int, least: int, block: int) -> int:

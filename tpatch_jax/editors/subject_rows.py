@@ -11,7 +11,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from tpatch_jax.core.sizes import in_quarters, power_of_two
+from tpatch_jax.core.sizes import in_halves, power_of_two
 from tpatch_jax.editors.locating import locate_subject
 from tpatch_jax.editors.reading import Item, subject_token
 from tpatch_jax.editors.wordings import Wording, shortened
@@ -168,7 +168,7 @@ def pack_lanes(lanes: Sequence[Sequence[PromptRow]]) -> tuple[networks.Pack, lis
     parts = [_pack_rows(rows) for rows in lanes]
     counts = [sum(map(len, part.ends)) for part in parts]
     # Few sizes, so that another prompt seldom compiles anything; at least one token is padding.
-    size, ends = in_quarters(max(len(part.tokens) for part in parts) + 1, 64), in_quarters(max(counts), 32)
+    size, ends = in_halves(max(len(part.tokens) for part in parts) + 1, 64), in_halves(max(counts), 32)
     shape = (len(parts), size)
     tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     sees = np.broadcast_to(np.eye(size, dtype=bool), (*shape, size)).copy()
