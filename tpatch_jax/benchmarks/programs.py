@@ -498,7 +498,7 @@ def _subject_programs(places: Places, edits: int, settings: TPatcherSettings, wo
         places.array((keys, 1 + subject.key_contexts, width)), places.array((keys,), jnp.int32), scalar, scalar,
         places.array((keys, AVOIDED, width)), scalar,
     )  # fmt: skip
-    lanes = min(power_of_two(edits), subject.value_lanes)
+    lanes = min(power_of_two(edits), subject.value_lanes or subject_site.ELSEWHERE)
     chunks = {"subject": float(-(-edits // lanes))}
     # Besides, the prompt behind a longer text and with its subject in lower case.
     aims, beside = subject.value_contexts + subject.shorter + subject.same + 2, subject.neutral

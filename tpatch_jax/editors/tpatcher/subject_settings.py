@@ -35,7 +35,8 @@ class SubjectSettings:
         question_floor: the same as `key_floor` for keys that turn away.
         question_split: the same as `key_split` for keys that turn away.
         key_nuisance: how strongly a key avoids directions in which only the context shows.
-        value_lanes: how many values are trained together at most.
+        value_lanes: how many values are trained together at most; 0 is 2 on a CPU, where more only take memory, and 8
+            elsewhere.
         plateau: the response stops growing here, where 1 is that of the edit's own queries; it takes a second neuron.
             0 lets it grow.
         start: what predicts the values that training starts from: ``"auto"``, what comes with the library for this
@@ -63,15 +64,15 @@ class SubjectSettings:
     question_avoidance: float = 0.02
     question_floor: float = 0.5
     question_split: float = 0.4
-    value_lanes: int = 8
+    value_lanes: int = 0
     plateau: float = 0.3
     start: str = "auto"
 
     def __post_init__(self) -> None:
         """Checks the values."""
         check_types(self)
-        check_range(self, ("key_contexts", "value_contexts", "value_lanes"), 1)
-        check_range(self, ("neutral", "same", "chat", "chat_neutral"), 0)
+        check_range(self, ("key_contexts", "value_contexts"), 1)
+        check_range(self, ("neutral", "same", "chat", "chat_neutral", "value_lanes"), 0)
         check_range(self, ("shorter",), 0, 3)
         check_range(self, ("key_floor", "key_split", "question_floor", "question_split", "key_nuisance"), 0.0, 1.0)
         check_range(self, ("key_avoidance", "key_contrast", "question_avoidance", "plateau"), 0.0)

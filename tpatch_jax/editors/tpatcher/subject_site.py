@@ -40,6 +40,9 @@ from tpatch_jax.typing import Progress
 
 __all__ = ["FittedSubjects", "SubjectNeuron", "Subjects", "fit_subjects", "read_subjects", "subject_layer"]
 
+ON_A_CPU, ELSEWHERE = 2, 8
+"""So many values are trained together by default: one alone fills a CPU's products, an accelerator takes more."""
+
 SILENT = -1.0
 """The bias of a key that is none."""
 
@@ -316,14 +319,15 @@ def fit_subjects(
     turn = {number: sum(groups[other] == groups[number] for other in going if other < number) for number in going}
     if progress and going:
         progress("training values", 0, len(going))
+    lanes = settings.value_lanes or (ON_A_CPU if jax.default_backend() == "cpu" else ELSEWHERE)
     for round_ in range(max(turn.values(), default=-1) + 1):
         now = [number for number in going if turn[number] == round_]
         # Of similar lengths together, so that little is padding.
         now.sort(key=lambda number: (len(prompts[number][0].wanted), max(len(row.tokens) for row in prompts[number])))
         there = concatenate([before, fitted.patch]) if before.key.shape[0] else fitted.patch
         present = attach(model, {read.layer: sized(there)}) if there.key.shape[0] else model
-        for first in range(0, len(now), settings.value_lanes):
-            chunk = now[first : first + settings.value_lanes]
+        for first in range(0, len(now), lanes):
+            chunk = now[first : first + lanes]
             kept = {
                 number: [
                     *(prompts[n][0] for n in read.lanes if groups[n] == groups[number] and turn.get(n, -1) < round_),
