@@ -394,9 +394,9 @@ class _Pruner:
         pairs = self._of_two(range(len(self.now)))
         if not pairs or self.model.config.architecture != "decoder":
             return
-        heard = self._heard(pairs)
+        queries = self._queries_of_pairs(pairs)
         for way in (np.median, np.min):
-            singles = {n: self._single(self._at(n), heard.get(n), way) for n in self._of_two(pairs)}
+            singles = {n: self._single(self._at(n), queries.get(n), way) for n in self._of_two(pairs)}
             by_component: dict[int, _Change] = {}
             for number, single in singles.items():
                 if single is not None:
@@ -412,7 +412,7 @@ class _Pruner:
         """Those of some units that are still a pair."""
         return [n for n in numbers if (unit := self.now[n]) is not None and len(unit.bias) == 2]
 
-    def _heard(self, pairs: Sequence[int]) -> dict[int, Float[np.ndarray, "rows hidden"]]:
+    def _queries_of_pairs(self, pairs: Sequence[int]) -> dict[int, Float[np.ndarray, "rows hidden"]]:
         """Of each pair the query of each of its prompts at which it responds most strongly."""
         result: dict[int, Float[np.ndarray, "rows hidden"]] = {}
         corrected = self.corrected(self.now)
@@ -423,9 +423,9 @@ class _Pruner:
             query = collect(corrected, [row.tokens for row in rows.said], positions, layer).query
             ends = np.cumsum([0, *map(len, positions)])
             for number in chosen:
-                own = np.flatnonzero(np.isin(rows.said_group, list(self.groups_with({self.group[number]}))))
+                lines = np.flatnonzero(np.isin(rows.said_group, list(self.groups_with({self.group[number]}))))
                 unit, loudest = self._at(number), []
-                for row in own:
+                for row in lines:
                     part = np.asarray(query[ends[row] : ends[row + 1]], np.float32)
                     z = part @ unit.key[0].astype(np.float32) + np.float32(unit.bias[0])
                     loudest.append((float(z.max()), part[int(z.argmax())]))
