@@ -15,6 +15,8 @@ import tpatch_jax as tp
 from tpatch_jax.cli import main as cli
 from tpatch_jax.core.int8 import is_int8, plain, quantise
 from tpatch_jax.editors.holding import requests_held
+from tpatch_jax.editors.locft import LocftSettings, check_locft
+from tpatch_jax.editors.wise import WiseSettings, check_wise
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, load_model, save_model
@@ -108,6 +110,10 @@ def test_what_needs_plain_weights_says_so(small, tmp_path):
         "export_gguf": lambda: tp.export_gguf(small, tmp_path / "c.gguf"),
     }
     for name, call in calls.items():
+        with pytest.raises(TPatchError, match=f"has weights in INT8, and {name} needs plain ones"):
+            call()
+    checks = {"LocFT": lambda: check_locft(small, LocftSettings()), "WISE": lambda: check_wise(small, WiseSettings())}
+    for name, call in checks.items():
         with pytest.raises(TPatchError, match=f"has weights in INT8, and {name} needs plain ones"):
             call()
     assert not list(tmp_path.iterdir())

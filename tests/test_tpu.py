@@ -287,6 +287,8 @@ def test_products_are_counted_as_the_compiler_counts_them(eight):
 
 @needs_libtpu
 def test_the_command_prints_the_promised_json(tmp_path, monkeypatch, capsys):
+    # Wide enough for a whole name in one line.
+    monkeypatch.setenv("COLUMNS", "200")
     model = make_tiny_model(max_position_embeddings=64)
     write_tiny_folder(model, tmp_path / "tiny")
     several = edit_programs

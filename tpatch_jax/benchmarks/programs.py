@@ -534,7 +534,7 @@ def _value_structs(
     kept = KeptRows(places.rows((lanes, beside)), places.over_vocabulary((lanes, beside, config.vocabulary)))
     move = places.rows((lanes, width))
     state = values._State(
-        move, move, places.rows((lanes, count, width)), places.rows((lanes, count)), places.rows((lanes, aims)),
+        move, places.rows((lanes, count, width)), places.rows((lanes, count)), places.rows((lanes, aims)),
         places.rows((lanes, beside)), places.rows((lanes,), jnp.bool_),
     )  # fmt: skip
     return values._Problem(known, targets, kept, places.rows((lanes, 1))), state

@@ -5,9 +5,7 @@ lanes of a chunk take their steps together, and one that says its target stops a
 
 The steps are of second order. What a value has to do is a handful of numbers, one for each row: by how much the odds of
 its target fall short, and how far the model has moved on a prompt that should stay as it is. Each is nearly linear in
-the value, so a damped Gauss-Newton step is the solution of a system as small as there are rows. How the numbers depend
-on the value is asked of the network in a few steps only; in between, each step tells by itself how they changed along
-it (Broyden), which takes a forward pass and no way back.
+the value, so a damped Gauss-Newton step is the solution of a system as small as there are rows.
 """
 
 from collections.abc import Callable
@@ -31,7 +29,6 @@ __all__ = [
     "kept_close",
     "losses_of_rows",
     "run_rows",
-    "secant_slopes",
     "train_values",
 ]
 
@@ -53,7 +50,6 @@ class ValueTrainingSettings(NamedTuple):
         near: a lane goes on until the mean of that divergence, in nats, is below this, too.
         damping: of the steps; more makes them shorter.
         farthest: how far a step goes at most, over the value's largest length.
-        slopes: the network is asked for slopes in every so many steps; the steps between go by what they have seen.
     """
 
     steps: int = 10
@@ -64,7 +60,6 @@ class ValueTrainingSettings(NamedTuple):
     near: float = 0.2
     damping: float = 10.0
     farthest: float = 0.45
-    slopes: int = 1
 
 
 class TargetRows(NamedTuple):
@@ -201,7 +196,6 @@ class _State(NamedTuple):
 
     Attributes:
         move: the value over its limit, ``[lanes, d]``.
-        step: how it came there from where it was last looked at, ``[lanes, d]``.
         slope: how each row's residual depends on the move, ``[lanes, rows, d]``.
         residual: of each row when last looked at, ``[lanes, rows]``.
         losses: each target's loss, ``[lanes, targets]``.
@@ -210,7 +204,6 @@ class _State(NamedTuple):
     """
 
     move: Float[Array, "lanes d"]
-    step: Float[Array, "lanes d"]
     slope: Float[Array, "lanes rows d"]
     residual: Float[Array, "lanes rows"]
     losses: Float[Array, "lanes targets"]
@@ -258,32 +251,6 @@ def gauss_newton_step(
     return -jnp.matmul(jnp.swapaxes(rows, -1, -2), dual, precision=exactly)[..., 0]
 
 
-def secant_slopes(
-    slope: Float[Array, "*lanes rows d"], change: Float[Array, "*lanes rows"], step: Float[Array, "*lanes d"]
-) -> Float[Array, "*lanes rows d"]:
-    """``slope_r + (change_r - slope_r·step) step / ‖step‖²``: the nearest slopes by which a step did what it did.
-
-    Args:
-        slope: of each residual before the step, ``[…, rows, d]``.
-        change: of each residual in the step, ``[…, rows]``.
-        step: ``[…, d]``; where it is zero the slopes stay.
-
-    Returns:
-        ``[…, rows, d]``.
-
-    Source: Broyden 1965, his first method.
-
-    Example:
-        >>> secant_slopes(jnp.array([[1.0, 5.0]]), jnp.array([6.0]), jnp.array([2.0, 0.0])).tolist()
-        [[3.0, 5.0]]
-    """
-    square = jnp.sum(step * step, -1)[..., None, None]
-    wrong = change - jnp.einsum("...rd,...d->...r", slope, step)
-    return slope + jnp.where(
-        square > 0, wrong[..., None] * step[..., None, :] / jnp.where(square > 0, square, 1.0), 0.0
-    )
-
-
 def train_values(
     known: Any,
     targets: TargetRows,
@@ -312,7 +279,7 @@ def train_values(
     Returns:
         The values, ``[lanes, d]``, and a `ValueTrainingInfo`.
 
-    Source: Meng et al. 2022, section 3.1, for what is asked of a value; Levenberg 1944 and Broyden 1965 for the steps.
+    Source: Meng et al. 2022, section 3.1, for what is asked of a value; Levenberg 1944 for the steps.
 
     Example:
         >>> run = lambda known, added: jax.nn.log_softmax(known[:, None] + added)
@@ -327,7 +294,6 @@ def train_values(
     (lanes, count), aims = activity.shape, targets.activity.shape[1]
     state = _State(
         _within_limit(start / problem.limit),
-        jnp.zeros_like(start, jnp.float32),
         jnp.zeros((lanes, count, start.shape[1]), jnp.float32),
         jnp.zeros((lanes, count), jnp.float32),
         jnp.zeros((lanes, aims), jnp.float32),
@@ -364,23 +330,16 @@ def _look(run: Partial, problem: _Problem, added: Array) -> tuple[Array, tuple[A
     return jnp.sum(residual), (residual, losses, moved)
 
 
-def _look_again(run: Partial, problem: _Problem, state: _State, number: Int[Array, ""], every: int) -> _State:
+def _look_again(run: Partial, problem: _Problem, state: _State, number: Int[Array, ""]) -> _State:
     """What all rows say as the lanes stand, and how that depends on the move."""
     activity = _activity(problem.targets, problem.kept)
     added = activity[..., None] * (state.move * problem.limit)[:, None]
-
-    def asked() -> tuple[Array, tuple[Array, Array, Array]]:
-        # No row reaches another, so the gradient of their sum is each row's.
-        (_, seen), gradient = jax.value_and_grad(_look, 2, has_aux=True)(run, problem, added)
-        return gradient * (activity * problem.limit)[..., None], seen
-
-    def reckoned() -> tuple[Array, tuple[Array, Array, Array]]:
-        _, seen = _look(run, problem, added)
-        return secant_slopes(state.slope, seen[0] - state.residual, state.step), seen
-
-    slope, (residual, losses, moved) = asked() if every == 1 else jax.lax.cond(number % every == 0, asked, reckoned)
+    # No row reaches another, so the gradient of their sum is each row's.
+    (_, seen), gradient = jax.value_and_grad(_look, 2, has_aux=True)(run, problem, added)
+    residual, losses, moved = seen
+    slope = gradient * (activity * problem.limit)[..., None]
     at_start = jnp.where(number == 0, residual[:, 0] < 0, state.at_start)
-    return state._replace(slope=slope, residual=residual, losses=losses, divergence=moved, at_start=at_start)
+    return _State(state.move, slope, residual, losses, moved, at_start)
 
 
 @lru_cache(maxsize=16)
@@ -390,7 +349,7 @@ def _step(settings: ValueTrainingSettings) -> Callable[..., tuple[_State, Bool[A
     def step(
         run: Partial, state: _State, problem: _Problem, number: Int[Array, ""]
     ) -> tuple[_State, Bool[Array, " lanes"], _State]:
-        state = _look_again(run, problem, state, number, settings.slopes)
+        state = _look_again(run, problem, state, number)
         weight, aims = _row_weights(problem.targets), state.losses.shape[1]
         said = jnp.all(jnp.where(weight > 0, state.losses, 0.0) < settings.enough, 1)
         close = jnp.mean(state.divergence, 1) < settings.near if state.divergence.shape[1] else True
@@ -406,7 +365,6 @@ def _step(settings: ValueTrainingSettings) -> Callable[..., tuple[_State, Bool[A
         )
         length = jnp.linalg.norm(move, axis=-1, keepdims=True)
         move = move * jnp.minimum(1.0, settings.farthest / jnp.maximum(length, 1e-12))
-        after = _within_limit(state.move + move)
-        return state, ended, state._replace(move=after, step=after - state.move)
+        return state, ended, state._replace(move=_within_limit(state.move + move))
 
     return step

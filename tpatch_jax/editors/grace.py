@@ -49,7 +49,7 @@ from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions, RequestIn
 from tpatch_jax.editors.reading import Item, check_requests, read_item
 from tpatch_jax.editors.registry import Method, register_editor
 from tpatch_jax.editors.repeats import step_once
-from tpatch_jax.editors.stored import name_request, requests_from_array, requests_to_array
+from tpatch_jax.editors.stored import find_kept, name_request, requests_from_array, requests_to_array
 from tpatch_jax.editors.tpatcher.last_site import collect_bare, forward_seconds
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
@@ -353,11 +353,7 @@ def forget(state: GraceState, names: Sequence[str]) -> GraceState:
     Example:
         >>> forget(state, ["edit-3"])  # doctest: +SKIP
     """
-    known = [request.id for request in state.requests]
-    for name in names:
-        if name not in known:
-            raise TPatchError(f"no edit {name!r} is in the codebook; it holds {', '.join(map(str, known)) or 'none'}")
-    kept = [number for number, name in enumerate(known) if name not in names]
+    kept = find_kept(state.requests, names, "codebook")
     requests = tuple(state.requests[number] for number in kept)
     return _entered(state, requests, state.keys[kept], state.values[kept])
 

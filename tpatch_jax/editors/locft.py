@@ -28,11 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from tpatch_jax.core import ffn
 from tpatch_jax.core.checks import check_range
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions, RequestInfo
 from tpatch_jax.editors.fine_tuning.examples import Group, grouped
 from tpatch_jax.editors.fine_tuning.step import ADAM, Lesson, edit_losses, look, rounded, splice
+from tpatch_jax.editors.one_layer import check_one_layer
 from tpatch_jax.editors.reading import Item, check_requests, read_item
 from tpatch_jax.editors.registry import Method, register_editor
 from tpatch_jax.editors.repeats import step_once
@@ -161,14 +161,10 @@ def check_locft(model: Model, settings: LocftSettings) -> int:
         The layer.
 
     Raises:
-        TPatchError: it has no such layer, something is attached there, or no token ends a text.
+        TPatchError: it has no such layer, something is attached there, its weights are in INT8, or no token ends a
+            text.
     """
-    last = model.config.layers - 1
-    layer = round(HEIGHT * last) if settings.layer == "auto" else int(settings.layer)
-    if layer > last:
-        raise TPatchError(f"layer {settings.layer!r} does not exist; use layer=auto or 0 to {last}")
-    if ffn.attached(model.params["layers"][layer]["ffn"]):
-        raise TPatchError(f"something is attached to layer {layer}, which LocFT trains; merge or detach it first")
+    layer = check_one_layer(model, settings.layer, HEIGHT, "LocFT", "trains")
     if settings.end_token and model.config.architecture == "decoder" and not model.stops:
         raise TPatchError(f"{model.name!r} names no token that ends a text; train without it (end_token=false)")
     return layer

@@ -44,8 +44,8 @@ from tpatch_jax.editors.rome.hidden_moment import sampled_contexts
 from tpatch_jax.editors.rome.memit import check_layers, subject_keys, subject_streams
 from tpatch_jax.editors.rome.rome import rome_layer
 from tpatch_jax.editors.rome.state import Attempt, RomeState, read_requests, report, says
-from tpatch_jax.editors.rome.subject_value import ValueSettings, check_value, fork_requests, train_offsets, value_rows
-from tpatch_jax.editors.stored import name_request, requests_from_array, requests_to_array
+from tpatch_jax.editors.rome.subject_value import ValueSettings, check_value, train_together, value_rows
+from tpatch_jax.editors.stored import find_kept, name_request, requests_from_array, requests_to_array
 from tpatch_jax.editors.subject_rows import PromptRow
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds
 from tpatch_jax.errors import TPatchError
@@ -286,11 +286,7 @@ def forget(state: NeuralDBState, names: Sequence[str]) -> NeuralDBState:
     Example:
         >>> forget(state, ["edit-3"])  # doctest: +SKIP
     """
-    known = [request.id for request in state.requests]
-    for name in names:
-        if name not in known:
-            raise TPatchError(f"no edit {name!r} is in the database; it holds {', '.join(map(str, known)) or 'none'}")
-    kept = [number for number, name in enumerate(known) if name not in names]
+    kept = find_kept(state.requests, names, "database")
     requests = tuple(state.requests[number] for number in kept)
     return state._replace(requests=requests, keys=state.keys[kept], values=state.values[kept])
 
@@ -309,23 +305,16 @@ def _entries(state: NeuralDBState, rows: Sequence[list[PromptRow]], progress: Pr
     keys = np.asarray(subject_keys(model, [each[:-1] for each in rows], state.layer))
     keys = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
     before = subject_streams(model, [each[0] for each in rows], state.layer)
-    # Of similar lengths together, so that little is padding.
     order = sorted(range(len(rows)), key=lambda n: max(len(row.tokens) for row in rows[n]))
-    entries: dict[int, _Entry] = {}
-    for first in range(0, len(order), settings.together):
-        if progress:
-            progress("training residuals", first, len(order))
-        chunk = order[first : first + settings.together]
-        # Lanes come in few numbers; one that stands in twice is dropped again.
-        lanes = [*chunk, *[chunk[-1]] * (power_of_two(len(chunk)) - len(chunk))]
-        forked = fork_requests(model, [rows[number] for number in lanes], state.layer)
-        scale = jnp.linalg.norm(jnp.asarray(before[lanes]), axis=-1)
-        offsets, info = train_offsets(model, forked, scale, settings.value, stream=True)
-        for lane, number in enumerate(chunk):
-            finite = bool(np.isfinite(offsets[lane]).all() and np.isfinite(keys[number]).all())
-            reason = "" if finite else "the residual is not finite; nothing was kept; try a smaller value_rate"
-            entries[number] = _Entry(keys[number], offsets[lane], Attempt(info, lane, reason))
-    return [entries[number] for number in range(len(rows))]
+    trained = train_together(
+        model, rows, state.layer, before, order, settings.together, settings.value, progress, "training residuals"
+    )
+    entries = []
+    for key, (offset, info, lane) in zip(keys, trained, strict=True):
+        finite = bool(np.isfinite(offset).all() and np.isfinite(key).all())
+        reason = "" if finite else "the residual is not finite; nothing was kept; try a smaller value_rate"
+        entries.append(_Entry(key, offset, Attempt(info, lane, reason)))
+    return entries
 
 
 def _step(
@@ -394,7 +383,7 @@ register_editor(
         restore=restore_edits,
         adapters=_adapters,
         check=check_neuraldb,
-        undo="none",
+        undo="exact",
         stock_checkpoint=False,
     )
 )

@@ -42,7 +42,7 @@ from tpatch_jax.editors.registry import Method, register_editor
 from tpatch_jax.editors.repeats import step_once
 from tpatch_jax.editors.routed import apply_routed, routed_answers
 from tpatch_jax.editors.serac.networks import embeddings, read_encoder
-from tpatch_jax.editors.stored import name_request, requests_from_array, requests_to_array
+from tpatch_jax.editors.stored import find_kept, name_request, requests_from_array, requests_to_array
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
@@ -430,11 +430,7 @@ def forget(state: RetrievalState, names: Sequence[str]) -> RetrievalState:
     Example:
         >>> forget(state, ["edit-3"])  # doctest: +SKIP
     """
-    known = [request.id for request in state.requests]
-    for name in names:
-        if name not in known:
-            raise TPatchError(f"no edit {name!r} is in the index; it holds {', '.join(map(str, known)) or 'none'}")
-    kept = [position for position, name in enumerate(known) if name not in names]
+    kept = find_kept(state.requests, names, "index")
     requests = tuple(state.requests[position] for position in kept)
     return state._replace(requests=requests, keys=state.keys[kept], thresholds=state.thresholds[kept])
 

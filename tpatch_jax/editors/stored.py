@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest
 
-__all__ = ["name_request", "requests_from_array", "requests_to_array"]
+__all__ = ["find_kept", "name_request", "requests_from_array", "requests_to_array"]
 
 
 def name_request(request: EditRequest, name: str, taken: set[str | None]) -> EditRequest:
@@ -27,6 +28,28 @@ def name_request(request: EditRequest, name: str, taken: set[str | None]) -> Edi
         chosen, number = f"{name} ({number})", number + 1
     taken.add(chosen)
     return EditRequest(request.prompt, request.target, request.subject, id=chosen, join=request.join)
+
+
+def find_kept(requests: Sequence[EditRequest], names: Sequence[str], where: str) -> list[int]:
+    """The places of the requests that stay when some are forgotten.
+
+    Args:
+        requests: what is kept beside the edits, each under a name that no other has.
+        names: ids of those that are forgotten.
+        where: what holds them, for the message.
+
+    Raises:
+        TPatchError: there is no edit of that name.
+
+    Example:
+        >>> find_kept([EditRequest("a", "b", id="x"), EditRequest("c", "d", id="y")], ["x"], "memory")
+        [1]
+    """
+    known = [request.id for request in requests]
+    for name in names:
+        if name not in known:
+            raise TPatchError(f"no edit {name!r} is in the {where}; it holds {', '.join(map(str, known)) or 'none'}")
+    return [number for number, name in enumerate(known) if name not in names]
 
 
 def requests_to_array(requests: Sequence[EditRequest]) -> np.ndarray:

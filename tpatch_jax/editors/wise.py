@@ -37,6 +37,7 @@ from tpatch_jax.core import ffn
 from tpatch_jax.core.checks import check_positive, check_range, text_generator
 from tpatch_jax.core.sizes import power_of_two, round_up
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions, RequestInfo, Routing
+from tpatch_jax.editors.one_layer import check_one_layer
 from tpatch_jax.editors.reading import Item, check_requests, read_item
 from tpatch_jax.editors.registry import Method, register_editor
 from tpatch_jax.editors.repeats import step_once
@@ -202,7 +203,8 @@ def wise(
         The `Editor`; its state is a `WiseState`.
 
     Raises:
-        TPatchError: on ``init``, where the model is no decoder, has no such layer, or something is attached there.
+        TPatchError: on ``init``, where the model is no decoder, has no such layer, something is attached there, or its
+            weights are in INT8.
 
     Source: Wang et al. 2024; `tpatch_jax.editors.wise` says how it is read.
 
@@ -237,19 +239,13 @@ def check_wise(model: Model, settings: WiseSettings) -> int:
         The layer.
 
     Raises:
-        TPatchError: it is no decoder, has no such layer, or something is attached there.
+        TPatchError: it is no decoder, has no such layer, something is attached there, or its weights are in INT8.
     """
     if model.config.architecture != "decoder":
         raise TPatchError(
             f"WISE needs a decoder, and {model.name!r} is an {model.config.architecture}; use method tpatcher"
         )
-    last = model.config.layers - 1
-    layer = round(HEIGHT * last) if settings.layer == "auto" else int(settings.layer)
-    if layer > last:
-        raise TPatchError(f"layer {settings.layer!r} does not exist; use layer=auto or 0 to {last}")
-    if ffn.attached(model.params["layers"][layer]["ffn"]):
-        raise TPatchError(f"something is attached to layer {layer}, which WISE copies; merge or detach it first")
-    return layer
+    return check_one_layer(model, settings.layer, HEIGHT, "WISE", "copies")
 
 
 # --- the side memory ---

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.checks import check_range
-from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions
 from tpatch_jax.editors.locating import with_spelling
 from tpatch_jax.editors.reading import Item
@@ -30,7 +29,7 @@ from tpatch_jax.editors.rome.state import (
     report,
     says,
 )
-from tpatch_jax.editors.rome.subject_value import ValueSettings, check_value, fork_requests, train_offsets, value_rows
+from tpatch_jax.editors.rome.subject_value import ValueSettings, check_value, train_together, value_rows
 from tpatch_jax.editors.subject_rows import PromptRow
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds
 from tpatch_jax.errors import TPatchError
@@ -329,24 +328,17 @@ def _aims(
     last = max(state.layers)
     rows = [value_rows(model, requests[item.position], item) for item in items]
     before = subject_streams(model, [each[0] for each in rows], last)
-    # Of similar lengths together, so that little is padding.
     order = sorted(range(len(items)), key=lambda n: (len(items[n].target), max(len(row.tokens) for row in rows[n])))
-    aims: dict[int, _Aim] = {}
-    for first in range(0, len(order), settings.together):
-        if progress:
-            progress("training values", first, len(order))
-        chunk = order[first : first + settings.together]
-        # Lanes come in few numbers; one that stands in twice is dropped again.
-        lanes = [*chunk, *[chunk[-1]] * (power_of_two(len(chunk)) - len(chunk))]
-        forked = fork_requests(model, [rows[number] for number in lanes], last)
-        scale = jnp.linalg.norm(jnp.asarray(before[lanes]), axis=-1)
-        offsets, info = train_offsets(model, forked, scale, settings.value, stream=True)
-        for lane, number in enumerate(chunk):
-            finite = np.isfinite(offsets[lane]).all()
-            reason = "" if finite else "the value is not finite; nothing was kept; try a smaller value_rate"
-            goal = before[number] + offsets[lane]
-            aims[number] = _Aim(items[number], rows[number][:-1], goal, Attempt(info, lane, reason))
-    return [aims[number] for number in range(len(items))]
+    trained = train_together(
+        model, rows, last, before, order, settings.together, settings.value, progress, "training values"
+    )
+    aims = []
+    for number, (offset, info, lane) in enumerate(trained):
+        reason = (
+            "" if np.isfinite(offset).all() else "the value is not finite; nothing was kept; try a smaller value_rate"
+        )
+        aims.append(_Aim(items[number], rows[number][:-1], before[number] + offset, Attempt(info, lane, reason)))
+    return aims
 
 
 def _written(state: RomeState, aims: Sequence[_Aim], write: Write, progress: Progress | None) -> RomeState:

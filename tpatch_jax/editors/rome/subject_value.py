@@ -16,14 +16,24 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.core.lanes import minimise_lanes
-from tpatch_jax.core.sizes import round_up
+from tpatch_jax.core.sizes import power_of_two, round_up
 from tpatch_jax.editors.reading import Item, subject_token
 from tpatch_jax.editors.subject_rows import ForkedRows, PromptRow, fork_rows, known_rows, prompt_row, runner
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.typing import Progress
 
-__all__ = ["Forked", "OffsetInfo", "ValueSettings", "check_value", "fork_requests", "train_offsets", "value_rows"]
+__all__ = [
+    "Forked",
+    "OffsetInfo",
+    "ValueSettings",
+    "check_value",
+    "fork_requests",
+    "train_offsets",
+    "train_together",
+    "value_rows",
+]
 
 
 class ValueSettings(NamedTuple):
@@ -198,6 +208,48 @@ def train_offsets(
     steps = settings.value_steps + settings.value_extra_steps - 1
     result = minimise_lanes(loss, program.project, program.stop, start, problem, state, program.optimiser, steps)
     return result.moves, OffsetInfo(result.steps, result.state.nll, result.state.closeness)
+
+
+def train_together(
+    model: Model,
+    rows: Sequence[Sequence[PromptRow]],
+    layer: int,
+    before: Float[np.ndarray, "requests d"],
+    order: Sequence[int],
+    together: int,
+    settings: ValueSettings,
+    progress: Progress | None,
+    what: str,
+) -> list[tuple[Float[np.ndarray, " d"], OffsetInfo, int]]:
+    """`train_offsets` of the stream, for a few requests at a time.
+
+    Args:
+        model: the model, with the edits so far.
+        rows: from `value_rows`, of each request.
+        layer: the layer.
+        before: the stream after its block at the subject of each bare prompt, ``[requests, d]``.
+        order: all requests, those of similar lengths beside each other, so that little is padding.
+        together: so many at a time.
+        settings: options.
+        progress: called with ``what``, how much is done, and how much there is.
+        what: is being done.
+
+    Returns:
+        Of each request its offset, how the training of its chunk went, and its lane there.
+    """
+    trained: dict[int, tuple[np.ndarray, OffsetInfo, int]] = {}
+    for first in range(0, len(order), together):
+        if progress:
+            progress(what, first, len(order))
+        chunk = order[first : first + together]
+        # Lanes come in few numbers; one that stands in twice is dropped again.
+        lanes = [*chunk, *[chunk[-1]] * (power_of_two(len(chunk)) - len(chunk))]
+        forked = fork_requests(model, [rows[number] for number in lanes], layer)
+        scale = jnp.linalg.norm(jnp.asarray(before[lanes]), axis=-1)
+        offsets, info = train_offsets(model, forked, scale, settings, stream=True)
+        for lane, number in enumerate(chunk):
+            trained[number] = offsets[lane], info, lane
+    return [trained[number] for number in range(len(order))]
 
 
 class _Program(NamedTuple):
