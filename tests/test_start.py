@@ -15,7 +15,15 @@ from tiny_families import tiny_model as family_model
 import tpatch_jax as tp
 from tpatch_jax.cli import main as cli
 from tpatch_jax.cli.edit import summary
-from tpatch_jax.core.start import StartParams, create_start, predict_values, start_features, start_loss
+from tpatch_jax.core.start import (
+    StartParams,
+    create_start,
+    even_out,
+    predict_values,
+    start_features,
+    start_loss,
+    turn_inputs,
+)
 from tpatch_jax.core.values import KeptRows, TargetRows, ValueTrainingSettings, train_values
 from tpatch_jax.display.edit import show_edit
 from tpatch_jax.editors.base import EditInfo, RequestInfo
@@ -63,10 +71,10 @@ def random_params(seed=0, hidden_size=4, width=3, size=30.0):
 
 def test_a_new_network_predicts_zero():
     params = create_start(jax.random.key(0), 4, 7)
-    assert [leaf.shape for leaf in params] == [(20, 7), (7,), (7, 4), (20, 4)]
+    assert [leaf.shape for leaf in params] == [(24, 7), (7,), (7, 4), (24, 4)]
     assert {leaf.dtype for leaf in params} == {jnp.dtype(jnp.float32)}
-    assert float(jnp.std(params.inner)) == pytest.approx(20**-0.5, rel=0.3)
-    features = jax.random.normal(jax.random.key(1), (5, 20))
+    assert float(jnp.std(params.inner)) == pytest.approx(24**-0.5, rel=0.3)
+    features = jax.random.normal(jax.random.key(1), (5, 24))
     assert not predict_values(params, features, jnp.arange(1.0, 6.0)).any()
     # but what it is trained on tells it where to go
     gradient = jax.grad(lambda params: jnp.sum(predict_values(params, features, jnp.ones(5))))(params)
@@ -76,7 +84,7 @@ def test_a_new_network_predicts_zero():
 
 def test_values_are_what_the_formula_says_and_no_longer_than_their_limit():
     params, limit = random_params(), jnp.asarray([0.5, 1.0, 1.0, 40.0, 0.0])
-    features = jax.random.normal(jax.random.key(1), (5, 20)) * jnp.asarray([1e-3, 1, 1e3, 10, 1])[:, None]
+    features = jax.random.normal(jax.random.key(1), (5, 24)) * jnp.asarray([1e-3, 1, 1e3, 10, 1])[:, None]
     with jax.numpy_dtype_promotion("strict"):
         values = predict_values(params, features, limit)
         one = jax.jit(jax.vmap(lambda row, most: predict_values(params, row[None], most[None])[0]))(features, limit)
@@ -91,28 +99,60 @@ def test_values_are_what_the_formula_says_and_no_longer_than_their_limit():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_features_are_five_parts_of_one_size(dtype):
+def test_features_are_six_parts_of_one_size(dtype):
     rng = np.random.default_rng(0)
 
     def draw(*shape, scale=1.0):
         return jnp.asarray(scale * rng.normal(size=shape), dtype)
 
     query, end, hidden, target = draw(2, 8), draw(2, 8, scale=50.0), draw(2, 8, scale=0.01), draw(2, 3, 8)
+    slope = draw(2, 8, scale=1e-6)
     weight = jnp.asarray([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
     with jax.numpy_dtype_promotion("strict"):
-        features = jax.jit(start_features)(query, end, hidden, target, weight)
-    assert features.shape == (2, 40)
+        features = jax.jit(start_features)(query, end, hidden, target, weight, slope)
+    assert features.shape == (2, 48)
     assert features.dtype == jnp.float32
-    parts = np.asarray(features).reshape(2, 5, 8)
+    parts = np.asarray(features).reshape(2, 6, 8)
     np.testing.assert_allclose(np.square(parts).mean(-1), 1.0, rtol=1e-3)
-    for number, part in enumerate((query, end, hidden, target[:, 0])):
+    for number, part in {0: query, 1: end, 2: hidden, 3: target[:, 0], 5: slope}.items():
         part = np.asarray(part, np.float32)
         np.testing.assert_allclose(parts[:, number], part / np.sqrt(np.square(part).mean(-1, keepdims=True)), rtol=1e-2)
     # the mean is over tokens that count: of a target of one token it is the first
     np.testing.assert_allclose(parts[1, 4], parts[1, 3], rtol=1e-2)
     mean = np.asarray(target, np.float32)[0, :2].mean(0)
     np.testing.assert_allclose(parts[0, 4], mean / np.sqrt(np.square(mean).mean()), rtol=2e-2, atol=1e-2)
-    assert np.isfinite(start_features(*(0 * x for x in (query, end, hidden, target, weight)))).all()
+    assert np.isfinite(start_features(*(0 * x for x in (query, end, hidden, target, weight, slope)))).all()
+
+
+def test_turned_features_vary_alike_and_turning_a_network_undoes_it():
+    rng = np.random.default_rng(0)
+    features = (3.0 + rng.normal(size=(4000, 24)) * np.geomspace(0.5, 10, 24)) @ np.linalg.qr(
+        rng.normal(size=(24, 24))
+    )[0]
+    turn, back = even_out(features)
+    np.testing.assert_allclose(turn @ back, np.eye(24), atol=1e-4)
+    turned = features @ turn
+    squares = np.linalg.eigvalsh(turned.T @ turned / len(turned))
+    before = np.linalg.eigvalsh(features.T @ features / len(features))
+    assert squares[-1] / squares[0] < before[-1] / before[0] / 20
+    params, x = random_params(), jnp.asarray(features[:5], jnp.float32)
+    with jax.numpy_dtype_promotion("strict"):
+        there = turn_inputs(params, jnp.asarray(turn))
+    np.testing.assert_allclose(
+        predict_values(there, x, jnp.ones(5)), predict_values(params, x @ turn, jnp.ones(5)), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_a_network_without_slopes_reads_the_other_features():
+    params = random_params()
+    older = params._replace(inner=params.inner[:20], direct=params.direct[:20])
+    features = jax.random.normal(jax.random.key(1), (3, 24))
+    np.testing.assert_array_equal(
+        predict_values(older, features, jnp.ones(3)), predict_values(older, features[:, :20], jnp.ones(3))
+    )
+    assert (
+        np.abs(predict_values(params, features, jnp.ones(3)) - predict_values(older, features, jnp.ones(3))).max() > 0
+    )
 
 
 def toy_run(known, added):
@@ -129,7 +169,7 @@ def toy(wanted, beside=True):
 
 def test_the_loss_goes_down_its_gradient():
     known, targets, kept = toy([2, 1, 3])
-    features, limit = jax.random.normal(jax.random.key(2), (3, 20)), jnp.full(3, 8.0)
+    features, limit = jax.random.normal(jax.random.key(2), (3, 24)), jnp.full(3, 8.0)
     params = create_start(jax.random.key(0), 4, 8)
 
     def loss(params):
@@ -243,7 +283,7 @@ def test_learning_lowers_the_loss(model, place, learnt):
     assert info.seconds > 0
     assert told[-1] == ("learning where values start", 40, 40)
     assert (start.layer, start.model) == (1, fingerprint(model))
-    assert [leaf.shape for leaf in start.params] == [(160, 16), (16,), (16, 32), (160, 32)]
+    assert [leaf.shape for leaf in start.params] == [(192, 16), (16,), (16, 32), (192, 32)]
     assert info.to_json() == dict(info._asdict())
 
 

@@ -131,6 +131,21 @@ def test_a_key_fires_on_its_own_queries_and_on_no_negative():
     assert (memory.query @ fitted.key + fitted.bias).max() < 0
 
 
+def test_a_key_knows_the_start_of_a_text_as_well_as_what_stands_behind_other_words():
+    rng = np.random.default_rng(5)
+    subject, start = 3 * rng.normal(size=(2, 32))
+    behind = subject + 0.2 * rng.normal(size=(6, 32))
+    queries = jnp.asarray(np.concatenate([[0.2 * subject + start], behind]), jnp.float32)
+    memory = create_memory(jnp.asarray(rng.normal(size=(400, 32)), jnp.float32))
+    fitted = whitened_key(queries, jnp.array(7), memory, 0.7, 0.4)
+    z = (queries - memory.mean) @ fitted.key
+    # the mean of the queries would say less of the bare prompt
+    mean = (queries - memory.mean) @ (memory.whitener @ memory.whitener.T @ (queries.mean(0) - memory.mean))
+    assert mean[0] < 0.75 * mean[1:].mean()
+    assert z[0] > 0.9 * z[1:].mean()
+    assert fitted.margin > 0
+
+
 def test_a_key_that_cannot_be_parted_says_so_unless_it_is_its_own_group():
     queries = jnp.asarray(3 * some_queries(1, 1) + 0.1 * some_queries(4, 2))
     memory = extend(create_memory(jnp.asarray(some_queries(200))), 2 * queries[:1], jnp.array([7]))
@@ -203,11 +218,11 @@ def test_a_key_turns_away_from_subjects_that_look_alike():
     queries = jnp.asarray(shared + mark + 0.1 * rng.normal(size=(4, 8)), jnp.float32)
     alike = np.asarray(shared - mark + 0.1 * rng.normal(size=(3, 8)), np.float32)
     memory = extend(create_memory(jnp.asarray(some_queries(200))), jnp.asarray(alike), jnp.array([1, 2, 3]))
-    margin = {w: float(whitened_key(queries, jnp.array(7), memory, 0.1, 0.5, contrast=w).margin) for w in (0.0, 1.0)}
-    assert margin[1.0] > 1.2 * margin[0.0]
+    margin = {w: float(whitened_key(queries, jnp.array(7), memory, 0.1, 0.5, rounds=w).margin) for w in (0, 3)}
+    assert margin[3] > 1.2 * margin[0]
     # with nothing alike to turn away from, it is the same key
     plain = create_memory(jnp.asarray(0.1 * some_queries(200)))
-    keys = [whitened_key(queries, jnp.array(7), plain, 0.1, 0.5, contrast=w).key for w in (0.0, 1.0)]
+    keys = [whitened_key(queries, jnp.array(7), plain, 0.1, 0.5, rounds=w).key for w in (0, 3)]
     np.testing.assert_allclose(keys[0], keys[1], rtol=1e-5)
 
 

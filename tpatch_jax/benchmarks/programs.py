@@ -511,7 +511,7 @@ def _subject_programs(places: Places, edits: int, settings: TPatcherSettings, wo
     step = Partial(values._step(subject.value._replace(steps=0)), run)
     number, half = places.array((), jnp.int32), places.rows((max(1, lanes // 2),), jnp.int32)
     return [
-        Program("subjects: keys", subject_site._keys, (*lanewise, memory), {"contrast": subject.key_contrast},
+        Program("subjects: keys", subject_site._keys, (*lanewise, memory), {"rounds": subject.key_rounds},
                 runs={"subject": 1.0}),
         *fork_programs(places, "values, rows", lanes, tokens, layer, chunks),
         Program("values: what is said unedited", subject_rows._log_probs, said, runs=chunks),
@@ -534,7 +534,6 @@ def _value_structs(
     kept = KeptRows(places.rows((lanes, beside)), places.over_vocabulary((lanes, beside, config.vocabulary)))
     move = places.rows((lanes, width))
     state = values._State(
-        move, places.rows((lanes, count, width)), places.rows((lanes, count)), places.rows((lanes, aims)),
-        places.rows((lanes, beside)), places.rows((lanes,), jnp.bool_),
-    )  # fmt: skip
-    return values._Problem(known, targets, kept, places.rows((lanes, 1))), state
+        move, places.rows((lanes, aims)), places.rows((lanes, beside)), places.rows((lanes,), jnp.bool_)
+    )
+    return values._Problem(known, targets, kept, places.rows((lanes, 1)), places.array((), jnp.int32)), state

@@ -27,6 +27,7 @@ __all__ = [
     "ValueTrainingSettings",
     "gauss_newton_step",
     "kept_close",
+    "log_odds_against",
     "losses_of_rows",
     "run_rows",
     "train_values",
@@ -183,36 +184,51 @@ def _activity(targets: TargetRows, kept: KeptRows | None) -> Float[Array, "lanes
 
 
 class _Problem(NamedTuple):
-    """What each lane is trained on; ``limit`` is the value's largest length, ``[lanes, 1]``."""
+    """What each lane is trained on.
+
+    ``limit`` is the value's largest length, ``[lanes, 1]``, ``most`` so many steps are taken at most, a scalar int.
+    """
 
     known: Any
     targets: TargetRows
     kept: KeptRows | None
     limit: Float[Array, "lanes 1"]
+    most: Int[Array, ""]
 
 
 class _State(NamedTuple):
-    """Of each lane: where it stands, and what is known of its rows, the targets first, then the kept ones.
+    """Of each lane: where it stands, and what its rows said when last looked at.
 
     Attributes:
         move: the value over its limit, ``[lanes, d]``.
-        slope: how each row's residual depends on the move, ``[lanes, rows, d]``.
-        residual: of each row when last looked at, ``[lanes, rows]``.
         losses: each target's loss, ``[lanes, targets]``.
         divergence: of each kept row, ``[lanes, kept]``.
         at_start: see `ValueTrainingInfo`.
     """
 
     move: Float[Array, "lanes d"]
-    slope: Float[Array, "lanes rows d"]
-    residual: Float[Array, "lanes rows"]
     losses: Float[Array, "lanes targets"]
     divergence: Float[Array, "lanes kept"]
     at_start: Bool[Array, " lanes"]
 
 
-def _log_odds_against(targets: TargetRows, log_probs: Array) -> Float[Array, "lanes rows"]:
-    """``log((1 - p)/p)`` of each row's tokens, their soft maximum: nearly linear where ``log p`` is not."""
+def log_odds_against(
+    targets: TargetRows, log_probs: Float[Array, "lanes rows places vocabulary"]
+) -> Float[Array, "lanes rows"]:
+    """``log((1 - p)/p)`` of each row's tokens, their soft maximum: nearly linear where ``log p`` is not.
+
+    Args:
+        targets: the rows and what is wanted in each.
+        log_probs: at their places, ``[lanes, rows, places, vocabulary]``.
+
+    Returns:
+        ``[lanes, rows]``; 0 of padding.
+
+    Example:
+        >>> rows = TargetRows(jnp.ones((1, 1)), jnp.array([[[1]]]), jnp.ones((1, 1, 1)))
+        >>> round(float(log_odds_against(rows, jnp.log(jnp.array([[[[0.75, 0.25]]]])))[0, 0]), 3)
+        1.099
+    """
     loss = jnp.clip(_unlikely(targets.wanted, log_probs), 1e-6, 60.0)
     odds = jnp.where(targets.weight > 0, loss + jnp.log(-jnp.expm1(-loss)), -jnp.inf)
     there = _row_weights(targets) > 0
@@ -289,15 +305,13 @@ def train_values(
         >>> int(values[0].argmax())
         2
     """
-    problem = _Problem(known, targets, kept, (settings.longest * scale)[:, None].astype(jnp.float32))
-    activity = _activity(targets, kept)
-    (lanes, count), aims = activity.shape, targets.activity.shape[1]
+    limit = (settings.longest * scale)[:, None].astype(jnp.float32)
+    problem = _Problem(known, targets, kept, limit, jnp.int32(settings.steps))
+    (lanes, aims), others = targets.activity.shape, 0 if kept is None else kept.activity.shape[1]
     state = _State(
         _within_limit(start / problem.limit),
-        jnp.zeros((lanes, count, start.shape[1]), jnp.float32),
-        jnp.zeros((lanes, count), jnp.float32),
         jnp.zeros((lanes, aims), jnp.float32),
-        jnp.zeros((lanes, count - aims), jnp.float32),
+        jnp.zeros((lanes, others), jnp.float32),
         jnp.zeros(lanes, bool),
     )
     run = run if isinstance(run, Partial) else Partial(run)
@@ -322,24 +336,12 @@ def _neutral_residual(moved: Array) -> Array:
 def _look(run: Partial, problem: _Problem, added: Array) -> tuple[Array, tuple[Array, Array, Array]]:
     """Each row's residual and its sum, the losses of the targets, and how far the others have moved."""
     said, beside = run_rows(run, problem.known, problem.targets, problem.kept, added)
-    residual, losses = _log_odds_against(problem.targets, said), losses_of_rows(problem.targets, said)
+    residual, losses = log_odds_against(problem.targets, said), losses_of_rows(problem.targets, said)
     moved = jnp.zeros((added.shape[0], 0), losses.dtype)
     if problem.kept is not None:
         moved = jnp.maximum(kept_close(problem.kept.before, beside), 0.0)
         residual = jnp.concatenate([residual, _neutral_residual(moved)], 1)
     return jnp.sum(residual), (residual, losses, moved)
-
-
-def _look_again(run: Partial, problem: _Problem, state: _State, number: Int[Array, ""]) -> _State:
-    """What all rows say as the lanes stand, and how that depends on the move."""
-    activity = _activity(problem.targets, problem.kept)
-    added = activity[..., None] * (state.move * problem.limit)[:, None]
-    # No row reaches another, so the gradient of their sum is each row's.
-    (_, seen), gradient = jax.value_and_grad(_look, 2, has_aux=True)(run, problem, added)
-    residual, losses, moved = seen
-    slope = gradient * (activity * problem.limit)[..., None]
-    at_start = jnp.where(number == 0, residual[:, 0] < 0, state.at_start)
-    return _State(state.move, slope, residual, losses, moved, at_start)
 
 
 @lru_cache(maxsize=16)
@@ -349,17 +351,26 @@ def _step(settings: ValueTrainingSettings) -> Callable[..., tuple[_State, Bool[A
     def step(
         run: Partial, state: _State, problem: _Problem, number: Int[Array, ""]
     ) -> tuple[_State, Bool[Array, " lanes"], _State]:
-        state = _look_again(run, problem, state, number)
-        weight, aims = _row_weights(problem.targets), state.losses.shape[1]
-        said = jnp.all(jnp.where(weight > 0, state.losses, 0.0) < settings.enough, 1)
-        close = jnp.mean(state.divergence, 1) < settings.near if state.divergence.shape[1] else True
-        ended = (said & close) | ~jnp.all(jnp.isfinite(jnp.where(weight > 0, state.losses, 0.0)), 1)
-        short = jnp.maximum(state.residual[:, :aims] + settings.aim, 0.0)
-        others = state.residual.shape[1] - aims
+        activity = _activity(problem.targets, problem.kept)
+        added = activity[..., None] * (state.move * problem.limit)[:, None]
+        total, pull, seen = jax.vjp(lambda added: _look(run, problem, added), added, has_aux=True)
+        residual, losses, moved = seen
+        state = _State(state.move, losses, moved, jnp.where(number == 0, residual[:, 0] < 0, state.at_start))
+        weight, aims = _row_weights(problem.targets), losses.shape[1]
+        said = jnp.all(jnp.where(weight > 0, losses, 0.0) < settings.enough, 1)
+        close = jnp.mean(moved, 1) < settings.near if moved.shape[1] else True
+        ended = (said & close) | ~jnp.all(jnp.isfinite(jnp.where(weight > 0, losses, 0.0)), 1)
+        # Slopes cost as much again as the look; the last one needs none. No row reaches another, so the gradient of
+        # their sum is each row's.
+        last = jnp.all(ended) | (number == problem.most)
+        gradient = jax.lax.cond(last, jnp.zeros_like, lambda _: pull(jnp.ones_like(total))[0], added)
+        slope = gradient * (activity * problem.limit)[..., None]
+        short = jnp.maximum(residual[:, :aims] + settings.aim, 0.0)
+        others = residual.shape[1] - aims
         beside = jnp.full((weight.shape[0], others), settings.closeness / max(1, others), weight.dtype)
         move = gauss_newton_step(
-            state.slope,
-            jnp.concatenate([short, state.residual[:, aims:]], 1),
+            slope,
+            jnp.concatenate([short, residual[:, aims:]], 1),
             jnp.concatenate([weight * (short > 0), beside], 1),
             settings.damping,
         )

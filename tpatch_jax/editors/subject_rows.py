@@ -168,7 +168,7 @@ def pack_lanes(lanes: Sequence[Sequence[PromptRow]]) -> tuple[networks.Pack, lis
     parts = [_pack_rows(rows) for rows in lanes]
     counts = [sum(map(len, part.ends)) for part in parts]
     # Few sizes, so that another prompt seldom compiles anything; at least one token is padding.
-    size, ends = in_halves(max(len(part.tokens) for part in parts) + 1, 64), in_halves(max(counts), 32)
+    size, ends = in_halves(max(len(part.tokens) for part in parts) + 1, 32), in_halves(max(counts), 16)
     shape = (len(parts), size)
     tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     sees = np.broadcast_to(np.eye(size, dtype=bool), (*shape, size)).copy()

@@ -35,7 +35,7 @@ Old names go on working in YAML files, in the manifests of banks and on the comm
 ``{"old": "new"}`` makes ``fit.new`` of ``fit.old``. A setting that has the old name now is meant before a renamed one.
 """
 
-RETIRED = ("value.rate", "value.momentum", "value.decay")
+RETIRED = ("value.rate", "value.momentum", "value.decay", "subject.key_contrast")
 """Settings that there are no more, dotted. Banks and files that name one can still be read; it has no effect."""
 
 Names = tuple[str, ...]

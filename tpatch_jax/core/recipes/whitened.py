@@ -1,5 +1,8 @@
 """A key in closed form, for sites whose queries say plainly what they are about, such as a subject's last token."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -9,11 +12,28 @@ from tpatch_jax.core.recipes.staged import Recognised
 
 __all__ = ["whitened_key"]
 
-HARD = 8
-"""A key turns away from so many of its hardest negatives at most."""
+HARD = 16
+"""A key turns away from so many of its hardest negatives at a time."""
 
-ALIKE = 0.35
-"""A negative is hard above this response, where 1 is that of the edit's own queries."""
+ALIKE = 0.3
+"""A negative is hard above this response, where 1 is that of the edit's own queries, and should respond no more."""
+
+RIDGE = 0.06
+"""How much of its response an own query may lack for a shorter key: this over its square length."""
+
+
+class _Wanted(NamedTuple):
+    """Whitened rows, what a key should say of each, and how little that matters."""
+
+    rows: Float[Array, "rows d"]
+    response: Float[Array, " rows"]
+    slack: Float[Array, " rows"]
+
+
+def _wanted(rows: Array, response: Array | float, slack: Array | float) -> _Wanted:
+    return _Wanted(
+        rows, *(jnp.broadcast_to(jnp.asarray(part, rows.dtype), rows.shape[:1]) for part in (response, slack))
+    )
 
 
 def _scaled(rows: Float[Array, "rows d"], weight: Array | float, total: Array) -> Float[Array, "rows d"]:
@@ -21,10 +41,11 @@ def _scaled(rows: Float[Array, "rows d"], weight: Array | float, total: Array) -
     return rows * jnp.sqrt(weight * rows.shape[1] / jnp.maximum(total, 1e-12))
 
 
-def _direction(centre: Float[Array, " d"], away: Float[Array, "rows d"]) -> Float[Array, " d"]:
-    """``(I + AᵀA)⁻¹ c``, of which ``c`` says 1."""
-    direction = centre - away.T @ jnp.linalg.solve(jnp.eye(len(away), dtype=away.dtype) + away @ away.T, away @ centre)
-    return direction / jnp.maximum(direction @ centre, jnp.finfo(centre.dtype).tiny)
+def _direction(parts: Sequence[_Wanted], own: Float[Array, "contexts d"]) -> Float[Array, " d"]:
+    """``argmin_k ‖k‖² + Σ (x·k - y)²/s`` of all rows, scaled so that the mean response of ``own`` is 1."""
+    rows, response, slack = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+    key = rows.T @ jnp.linalg.solve(rows @ rows.T + jnp.diag(slack), response)
+    return key / jnp.maximum(jnp.mean(own @ key), jnp.finfo(own.dtype).tiny)
 
 
 def whitened_key(
@@ -35,17 +56,21 @@ def whitened_key(
     split: float | Float[Array, ""],
     avoid: Float[Array, "rows d"] | None = None,
     avoidance: float | Float[Array, ""] = 0.0,
-    contrast: float = 0.0,
+    rounds: int = 0,
 ) -> Recognised:
-    """The key ``C⁻¹(q̄ − μ)`` with a threshold between the hardest negative and the edit's own queries.
+    """The shortest key, measured where ``C`` is the identity, that says 1 of the edit's own queries.
 
-    In units in which ``z(μ) = 0`` and ``z(q̄) = 1``, the threshold is the larger of ``floor`` and
-    ``h + split·(ℓ − h)``, where ``h`` is the hardest negative and ``ℓ`` the lesser of the bare prompt and the mean of
-    its contexts. The key is then scaled so that ``z = 0`` at the threshold and ``z = 1`` at ``ℓ``.
+    ``argmin_k ‖k‖² + Σ_i (k·q_i - 1)²/s`` in whitened coordinates about ``μ``; of one query that is ``C⁻¹(q − μ)``.
+    Their mean would make a key that knows most of them well and the bare prompt too little, where its subject stands
+    at the start of the text: queries look otherwise there than behind other words.
+
+    In units in which ``z(μ) = 0`` and the mean of the edit's own queries is 1, the threshold is the larger of ``floor``
+    and ``h + split·(ℓ − h)``, where ``h`` is the hardest negative and ``ℓ`` the lesser of the bare prompt and the mean
+    of its contexts. The key is then scaled so that ``z = 0`` at the threshold and ``z = 1`` at ``ℓ``.
 
     With ``avoid``, ``C`` is joined by ``w·d·A/tr A`` of their second moment ``A`` about ``μ``, measured where ``C`` is
-    the identity: such a key turns away from what they have in common with the edit's own queries. With ``contrast``,
-    it is then joined in the same way by the hardest negatives, if any are much like the edit's own queries.
+    the identity: such a key turns away from what they have in common with the edit's own queries. In each of ``rounds``
+    the negatives that are hardest then, and much like the edit's own queries, join those that the key is fitted on.
 
     Args:
         query: the edit's own queries, the bare prompt first, ``[contexts, d]``.
@@ -56,7 +81,7 @@ def whitened_key(
         avoid: queries that are much like the edit's own and still none of them, ``[rows, d]``; a row of ``μ`` counts
             for nothing.
         avoidance: ``w`` of `avoid`.
-        contrast: ``w`` of the hardest negatives.
+        rounds: so often the hardest negatives are looked for.
 
     Returns:
         A `Recognised`; with a negative margin where the two cannot be parted, and then of no use.
@@ -73,23 +98,27 @@ def whitened_key(
     """
     whitener, mean = memory.whitener, memory.mean
     own_query = (query - mean) @ whitener
-    centre = jnp.mean(own_query, 0)
-    away = jnp.zeros((0, own_query.shape[1]), own_query.dtype)
+    slack = RIDGE * jnp.mean(jnp.sum(jnp.square(own_query), 1))
+    parts = [_wanted(own_query, 1.0, slack)]
     if avoid is not None:
         rows = (avoid - mean) @ whitener
-        away = _scaled(rows, avoidance, jnp.sum(jnp.square(rows)))
-    direction = _direction(centre, away)
+        parts.append(_wanted(_scaled(rows, avoidance, jnp.sum(jnp.square(rows))), 0.0, 1.0))
     foreign = counted(memory, group)
-    responses = jnp.where(foreign, (memory.query - mean) @ (whitener @ direction), -jnp.inf)
-    if contrast:
-        alike, index = jax.lax.top_k(responses, min(HARD, len(responses)))
-        rows = jnp.where(alike[:, None] > ALIKE, (memory.query[index] - mean) @ whitener, 0.0)
-        away = jnp.concatenate([away, _scaled(rows, contrast, jnp.sum(jnp.square(rows)))])
-        direction = _direction(centre, away)
-        responses = jnp.where(foreign, (memory.query - mean) @ (whitener @ direction), -jnp.inf)
+
+    def responses(direction: Array) -> Array:
+        return jnp.where(foreign, (memory.query - mean) @ (whitener @ direction), -jnp.inf)
+
+    direction = _direction(parts, own_query)
+    for _ in range(rounds):
+        alike, index = jax.lax.top_k(responses(direction), min(HARD, len(foreign)))
+        hard = alike > ALIKE
+        rows = jnp.where(hard[:, None], (memory.query[index] - mean) @ whitener, 0.0)
+        # One that is hard again stands there twice, and so counts for more.
+        parts.append(_wanted(rows, jnp.where(hard, ALIKE, 0.0), slack))
+        direction = _direction(parts, own_query)
     key = whitener @ direction
     z = own_query @ direction
-    hard = jnp.max(responses, initial=0.0)
+    hard = jnp.max(responses(direction), initial=0.0)
     least = jnp.minimum(z[0], jnp.mean(z))
     threshold = jnp.maximum(floor, hard + split * (least - hard))
     unit = least - threshold

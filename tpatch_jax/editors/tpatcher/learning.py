@@ -6,7 +6,7 @@ is edited for it.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from tpatch_jax.core.arguments import describe
 from tpatch_jax.core.checks import check_positive, check_range, check_types, random_key
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.patch import Patch
-from tpatch_jax.core.start import StartParams, create_start, start_loss
+from tpatch_jax.core.start import PARTS, StartParams, create_start, even_out, start_loss, turn_inputs
 from tpatch_jax.core.values import ValueTrainingSettings, train_values
 from tpatch_jax.editors.forms import ask_in_chats, chat_rows, other_chats
 from tpatch_jax.editors.locating import respell, split_at_subject, with_spelling
@@ -45,6 +45,9 @@ from tpatch_jax.typing import Progress
 
 __all__ = ["LearningInfo", "LearningSettings", "learn_start"]
 
+BARE = 0.4
+"""So often the wording that should say a target is the bare prompt."""
+
 LONGEST, SPAN, MOST = 32, 16, 4
 """Rows of so many tokens at most, so many of them from the subject on, and targets of so many: few programs."""
 
@@ -61,12 +64,14 @@ class LearningSettings:
     Attributes:
         steps: of the optimiser.
         lanes: requests a step.
-        targets: so many wordings of each that should say its target, the bare prompt first.
+        targets: so many of its wordings that should say its target; each time it may be the bare prompt.
         neutral: so many frames about its subject that should stay as they are.
         chat: of so many of them a step asks in the model's chat template as well, if it has one.
         width: of the network's inner layer.
         rate: the highest learning rate.
         closeness: weight of the divergence from the unedited model.
+        evened: features are turned so that all directions vary alike, by what they are for so many requests; 0 leaves
+            them as they are.
         held_out: requests about at most so many subjects, and a tenth of all, only measure what was learnt.
 
     Raises:
@@ -75,19 +80,20 @@ class LearningSettings:
 
     steps: int = 400
     lanes: int = 8
-    targets: int = 2
+    targets: int = 1
     neutral: int = 2
     chat: int = 4
-    width: int = 256
-    rate: float = 8e-4
-    closeness: float = 1.0
+    width: int = 512
+    rate: float = 5e-4
+    closeness: float = 1.5
+    evened: int = 1600
     held_out: int = 32
 
     def __post_init__(self) -> None:
         """Checks the values."""
         check_types(self)
         check_range(self, ("steps", "lanes", "targets", "neutral", "width"), 1)
-        check_range(self, ("chat", "held_out", "closeness"), 0)
+        check_range(self, ("chat", "evened", "held_out", "closeness"), 0)
         check_positive(self, ("rate",))
 
 
@@ -173,12 +179,25 @@ def _example(
     )
 
 
-def _draw(rows: Sequence[PromptRow], count: int, rng: np.random.Generator, first: bool) -> list[PromptRow]:
-    """Some rows, the first one among them if it has to be."""
-    picks = rng.integers(len(rows), size=count)
-    if first:
-        picks[0] = 0
+def _draw(rows: Sequence[PromptRow], count: int, rng: np.random.Generator, first: float = 0.0) -> list[PromptRow]:
+    """Some rows; each is the first one with at least this probability."""
+    picks = np.where(rng.random(count) < first, 0, rng.integers(len(rows), size=count))
     return [rows[pick] for pick in picks]
+
+
+def _read_bare(model: Model, layer: int, drawn: Sequence[_Example]) -> ValueProblem:
+    """The bare prompts of some requests, from which values are predicted, and by which they are measured."""
+    none: list[list[PromptRow]] = [[] for _ in drawn]
+    always = _always(model.config.hidden_size, len(drawn))
+    return create_value_problem(model, model, layer, always, [one.targets[:1] for one in drawn], none, none, 1.0)
+
+
+def _read_rows(
+    model: Model, layer: int, targets: Sequence[list[PromptRow]], neutral: Sequence[list[PromptRow]]
+) -> ValueProblem:
+    """Rows that should say their targets and rows that should stay."""
+    always, none = _always(model.config.hidden_size, len(targets)), [[] for _ in targets]
+    return create_value_problem(model, model, layer, always, targets, none, neutral, 1.0, False)
 
 
 @partial(jax.jit, static_argnames="closeness")
@@ -265,51 +284,38 @@ def learn_start(
     order = [given[place] for place in rng.permutation(len(given))]
     aside, learnt = _hold_out(order, settings)
     examples: dict[int, _Example | None] = {}
-
-    def example(place: int) -> _Example | None:
-        if place not in examples:
-            examples[place] = _example(model, known, learnt[place], subject, rng)
-        return examples[place]
-
+    draws = _draw_examples(model, known, learnt, subject, rng, examples, settings.lanes)
     run, longest = runner(model, layer), subject.value.longest
-    optimiser = _optimiser(settings)
-    state, losses = optimiser.init(params), []
-    always, queue = _always(hidden_size, settings.lanes), []
+    optimiser, losses = _optimiser(settings), []
     with jax.default_matmul_precision("highest"):
+        turn, back = _read_turn(model, layer, draws, min(settings.evened, len(learnt)), progress)
+        params = turn_inputs(_with_all_features(params), back)
+        state = optimiser.init(params)
         for step in range(settings.steps):
-            drawn: list[_Example] = []
-            while len(drawn) < settings.lanes:
-                if not queue:
-                    if examples and not any(examples.values()):
-                        break
-                    queue = rng.permutation(len(learnt)).tolist()
-                if not queue:
-                    break
-                if (one := example(queue.pop())) is not None:
-                    drawn.append(one)
-            if len(drawn) < settings.lanes:
-                raise TPatchError(NOTHING)
-            problem = create_value_problem(
-                model, model, layer, always, [_draw(one.targets, settings.targets, rng, True) for one in drawn],
-                [[] for _ in drawn], [_draw(one.neutral, settings.neutral, rng, False) for one in drawn], 1.0,
-            )  # fmt: skip
-            parts, gradient = _gradient(params, problem, run, longest, settings.closeness)
-            lanes = [lane for lane, one in enumerate(drawn) if one.chat and one.chat_neutral][: settings.chat]
-            if settings.chat and len(lanes) == settings.chat:
-                asked = create_value_problem(
-                    model, model, layer, _always(hidden_size, len(lanes)),
-                    [_draw(drawn[lane].chat, 1, rng, False) for lane in lanes], [[] for _ in lanes],
-                    [_draw(drawn[lane].chat_neutral, 1, rng, False) for lane in lanes], 1.0, False,
-                )  # fmt: skip
+            drawn = next(draws)
+            bare = _read_bare(model, layer, drawn)
+            said = [_draw(one.targets, settings.targets, rng, BARE) for one in drawn]
+            problems = [
+                (_read_rows(model, layer, said, [_draw(one.neutral, settings.neutral, rng) for one in drawn]), drawn)
+            ]
+            chats = [one for one in drawn if one.chat and one.chat_neutral][: settings.chat]
+            if settings.chat and len(chats) == settings.chat:
+                said = [_draw(one.chat, 1, rng) for one in chats]
+                others = [_draw(one.chat_neutral, 1, rng) for one in chats]
+                problems.append((_read_rows(model, layer, said, others), chats))
+            gradient = jax.tree.map(jnp.zeros_like, params)
+            for problem, lanes in problems:
                 # A value is predicted from the bare prompt, wherever it is asked for.
-                features, scale = (jnp.asarray(of)[np.asarray(lanes)] for of in (problem.features, problem.scale))
-                asked = asked._replace(features=features, scale=scale)
-                _, also = _gradient(params, asked, run, longest, settings.closeness)
-                gradient = jax.tree.map(jnp.add, gradient, also)
+                which = np.asarray([drawn.index(one) for one in lanes])
+                features = jnp.matmul(jnp.asarray(bare.features)[which], turn)
+                problem = problem._replace(features=features, scale=bare.scale[which])
+                parts, more = _gradient(params, problem, run, longest, settings.closeness)
+                gradient = jax.tree.map(jnp.add, gradient, more)
+                losses += [jnp.stack(parts)] if lanes is drawn else []
             params, state = _update(params, state, gradient, Partial(optimiser.update))
-            losses.append(jnp.stack(parts))
             if progress:
                 progress("learning where values start", step + 1, settings.steps)
+        params = turn_inputs(params, turn)
     last = np.asarray(jnp.stack(losses[-20:])).mean(0)
     if not (np.isfinite(last).all() and all(np.isfinite(leaf).all() for leaf in params)):
         raise TPatchError(f"learning went astray: the loss is {last[0]}; give a rate below {settings.rate:g}")
@@ -318,6 +324,53 @@ def learn_start(
     seconds = time.perf_counter() - began
     figures = float(last[0]), float(last[1]), count, said, moved, seconds
     return made, LearningInfo(sum(one is not None for one in examples.values()), settings.steps, *figures)
+
+
+def _draw_examples(
+    model: Model, known: ModelMemory, requests: Sequence[EditRequest], settings: SubjectSettings,
+    rng: np.random.Generator, examples: dict[int, _Example | None], count: int,
+) -> Iterator[list[_Example]]:  # fmt: skip
+    """So many requests that can be learnt from at a time, all of them before one comes again; ``examples`` keeps them.
+
+    Raises:
+        TPatchError: none can be learnt from.
+    """
+    drawn: list[_Example] = []
+    while True:
+        for place in rng.permutation(len(requests)).tolist():
+            if place not in examples:
+                examples[place] = _example(model, known, requests[place], settings, rng)
+            if (one := examples[place]) is not None:
+                drawn.append(one)
+            if len(drawn) == count:
+                yield drawn
+                drawn = []
+        if not any(examples.values()):
+            raise TPatchError(NOTHING)
+
+
+def _with_all_features(params: StartParams) -> StartParams:
+    """A network that was learnt before slopes were among the features: they count for nothing yet."""
+    missing = PARTS * params.direct.shape[1] - len(params.direct)
+    inner, direct = (jnp.pad(jnp.asarray(leaf), ((0, missing), (0, 0))) for leaf in (params.inner, params.direct))
+    return StartParams(inner, jnp.asarray(params.bias), jnp.asarray(params.outer), direct)
+
+
+def _read_turn(
+    model: Model, layer: int, draws: Iterator[list[_Example]], count: int, progress: Progress | None
+) -> tuple[Array, Array]:
+    """What `even_out` says of the features of so many requests; for none of them, nothing is turned."""
+    parts, read = [], 0
+    while read < count:
+        parts.append(np.asarray(_read_bare(model, layer, next(draws)).features))
+        read += len(parts[-1])
+        if progress:
+            progress("reading what is known before any step", min(read, count), count)
+    if not parts:
+        nothing = jnp.eye(PARTS * model.config.hidden_size, dtype=jnp.float32)
+        return nothing, nothing
+    turn, back = even_out(np.concatenate(parts))
+    return jnp.asarray(turn), jnp.asarray(back)
 
 
 def _hold_out(requests: list[EditRequest], settings: LearningSettings) -> tuple[list[EditRequest], list[EditRequest]]:
@@ -350,7 +403,7 @@ def _measure(
             lanes = [*part, *[part[-1]] * (8 - len(part))]
             problem = create_value_problem(
                 model, model, layer, _always(model.config.hidden_size, 8), [one.targets[:1] for one in lanes],
-                [[] for _ in lanes], [_draw(one.neutral, 4, rng, False) for one in lanes], 1.0,
+                [[] for _ in lanes], [_draw(one.neutral, 4, rng) for one in lanes], 1.0,
             )  # fmt: skip
             start = predict_start(params, problem, settings.longest)
             rows = problem.known, problem.targets, problem.kept

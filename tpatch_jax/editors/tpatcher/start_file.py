@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError
 
-from tpatch_jax.core.start import StartParams
+from tpatch_jax.core.start import PARTS, StartParams
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
@@ -104,7 +104,7 @@ def _read(path: Path) -> Start | None:
         params.direct.shape[-1],
     )
     shapes = (features, width), (width,), (width, hidden_size), (features, hidden_size)
-    fits = features == 5 * hidden_size and tuple(leaf.shape for leaf in params) == shapes
+    fits = features in (5 * hidden_size, PARTS * hidden_size) and tuple(leaf.shape for leaf in params) == shapes
     if not fits or not all(np.isfinite(leaf).all() for leaf in params):
         return None
     return Start(params, about["layer"], about["model"])

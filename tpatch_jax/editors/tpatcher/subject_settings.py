@@ -30,7 +30,8 @@ class SubjectSettings:
         key_floor: the lowest threshold of a key, where 0 is the mean query and 1 the subject's own.
         key_split: where the threshold lies between the hardest negative (0) and the edit's own queries (1).
         key_avoidance: how strongly the key of a statement turns away from subjects that end in the same word.
-        key_contrast: how strongly a key turns away from other subjects that look much the same.
+        key_rounds: how often a key turns away from what looks most like its subject and is something else.
+        spelling_floor: the same as `key_floor` for keys of other spellings, whose tokens are those of common words.
         question_avoidance: how strongly the key of a question turns away from its subject where nothing is asked.
         question_floor: the same as `key_floor` for keys that turn away.
         question_split: the same as `key_split` for keys that turn away.
@@ -60,7 +61,8 @@ class SubjectSettings:
     key_split: float = 0.4
     key_nuisance: float = 0.5
     key_avoidance: float = 0.05
-    key_contrast: float = 0.01
+    key_rounds: int = 3
+    spelling_floor: float = 0.85
     question_avoidance: float = 0.02
     question_floor: float = 0.5
     question_split: float = 0.4
@@ -72,10 +74,15 @@ class SubjectSettings:
         """Checks the values."""
         check_types(self)
         check_range(self, ("key_contexts", "value_contexts"), 1)
-        check_range(self, ("neutral", "same", "chat", "chat_neutral", "value_lanes"), 0)
+        check_range(self, ("neutral", "same", "chat", "chat_neutral", "value_lanes", "key_rounds"), 0)
         check_range(self, ("shorter",), 0, 3)
-        check_range(self, ("key_floor", "key_split", "question_floor", "question_split", "key_nuisance"), 0.0, 1.0)
-        check_range(self, ("key_avoidance", "key_contrast", "question_avoidance", "plateau"), 0.0)
+        check_range(
+            self,
+            ("key_floor", "spelling_floor", "key_split", "question_floor", "question_split", "key_nuisance"),
+            0.0,
+            1.0,
+        )
+        check_range(self, ("key_avoidance", "question_avoidance", "plateau"), 0.0)
         check_range(self.value, ("steps",), 0)
         check_positive(self.value, ("aim", "damping", "farthest", "near"))
         check_positive(self.value, ("longest",), bounded=False)

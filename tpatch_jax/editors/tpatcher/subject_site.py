@@ -43,6 +43,9 @@ __all__ = ["FittedSubjects", "SubjectNeuron", "Subjects", "fit_subjects", "read_
 ON_A_CPU, ELSEWHERE = 2, 8
 """So many values are trained together by default: one alone fills a CPU's products, an accelerator takes more."""
 
+KEYS = 16
+"""So many keys are fitted together at most."""
+
 SILENT = -1.0
 """The bias of a key that is none."""
 
@@ -89,17 +92,17 @@ def group_of(subject: str) -> int:
     return zlib.crc32(unicodedata.normalize("NFC", subject).encode()) & 0x7FFFFFFF
 
 
-@partial(jax.jit, static_argnames="contrast")
+@partial(jax.jit, static_argnames="rounds")
 def _keys(
     query: Array, groups: Array, floor: Array, split: Array, avoid: Array, strength: Array, memory: Memory,
-    contrast: float
+    rounds: int
 ) -> Recognised:  # fmt: skip
     def key(lane: tuple[Array, ...]) -> Recognised:
         positive, group, low, share, away, weight = lane
-        return whitened_key(positive, group, memory, low, share, away, weight, contrast)
+        return whitened_key(positive, group, memory, low, share, away, weight, rounds)
 
-    # One lane at a time: the memory's responses to many keys at once would be the largest array of all.
-    return jax.lax.map(key, (query, groups, floor, split, avoid, strength))
+    # A few lanes at a time: the memory's responses to many keys at once would be the largest array of all.
+    return jax.lax.map(key, (query, groups, floor, split, avoid, strength), batch_size=min(KEYS, len(query)))
 
 
 class Subjects(NamedTuple):
@@ -219,7 +222,7 @@ def read_subjects(
     positive = np.concatenate([positive, otherwise])
     avoid = np.concatenate([avoid, avoid[spelt]])
     asks, of = np.concatenate([asks, asks[spelt]]), np.concatenate([groups[lanes], of])
-    keys = _recognised(known, positive, of, avoid, asks, negative, answer, settings)
+    keys = _recognised(known, positive, of, avoid, asks, negative, answer, settings, len(spelt))
     return Subjects(
         model, layer, settings, lanes, rows.prompts, rows.neutral, groups, queries, keys, positions, start,
         _unheard(keys, otherwise, spelt, settings.plateau),
@@ -263,11 +266,12 @@ def _previous_queries(previous: PreviousEdits) -> tuple[np.ndarray, np.ndarray]:
 
 def _recognised(
     known: ModelMemory, positive: np.ndarray, groups: np.ndarray, avoid: np.ndarray, asks: np.ndarray,
-    negative: np.ndarray, answer: np.ndarray, settings: SubjectSettings
+    negative: np.ndarray, answer: np.ndarray, settings: SubjectSettings, spelt: int = 0
 ) -> Recognised:  # fmt: skip
     """The keys of some subjects, silent on ``negative [rows, d]`` but for rows of their own group.
 
     ``avoid [lanes, rows, d]`` is not a number for lanes that avoid nothing; ``asks [lanes]`` says which ask a question.
+    The last ``spelt`` are other spellings.
     """
     lanes = len(positive)
     # The subjects' own contexts tell more than the general ones, the more of them there are; even those of one
@@ -275,6 +279,7 @@ def _recognised(
     nuisance = blended(nuisance_scatter(jnp.asarray(positive)), known.nuisance, min(0.9, lanes / 30))
     memory = create_memory(known.query, nuisance, weight=settings.key_nuisance)
     floor = np.where(asks, settings.question_floor, settings.key_floor).astype(np.float32)
+    floor[lanes - spelt :] = np.maximum(floor[lanes - spelt :], settings.spelling_floor)
     split = np.where(asks, settings.question_split, settings.key_split).astype(np.float32)
     strength = np.where(asks, settings.question_avoidance, settings.key_avoidance).astype(np.float32)
     avoid = np.where(np.isnan(avoid), np.asarray(memory.mean, np.float32), avoid)
@@ -282,7 +287,7 @@ def _recognised(
     # Lanes come in few numbers; one that stands in twice is dropped again.
     index = np.minimum(np.arange(power_of_two(lanes)), lanes - 1)
     lanewise = (part[index] for part in (positive, groups, floor, split, avoid, strength))
-    keys = _keys(*lanewise, memory, contrast=settings.key_contrast)
+    keys = _keys(*lanewise, memory, rounds=settings.key_rounds)
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:lanes], keys)
 
 

@@ -9,14 +9,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.core.start import StartParams, predict_values, start_features
-from tpatch_jax.core.values import KeptRows, TargetRows
-from tpatch_jax.editors.subject_rows import ForkedRows, KnownRows, PromptRow, fork_rows, known_rows, said_at
+from tpatch_jax.core.values import KeptRows, TargetRows, log_odds_against, run_rows
+from tpatch_jax.editors.subject_rows import ForkedRows, KnownRows, PromptRow, fork_rows, known_rows, runner, said_at
 from tpatch_jax.models import networks
 from tpatch_jax.models.model import Model
 
@@ -141,7 +142,7 @@ def create_value_problem(
             before, _, places = fork_rows(unedited, neutral, layer, 1)
             table = places[..., 0]
         kept_rows = KeptRows(jnp.asarray(activity[:, each:]), said_at(unedited, before, table))
-    features = _features(unedited, forked, targets) if predicted else None
+    features = _features(unedited, layer, [part[:1] for part in rows], targets) if predicted else None
     return ValueProblem(known, targets, kept_rows, scale, features)
 
 
@@ -157,12 +158,30 @@ def predict_start(params: StartParams, problem: ValueProblem, longest: float) ->
     return predict_values(params, problem.features, problem.limit(longest))
 
 
-def _features(unedited: Model, forked: ForkedRows, targets: TargetRows) -> Float[Array, "lanes features"]:
-    """What is known of each lane before any step, from its bare prompt."""
-    fork, lane = forked.fork, jnp.arange(forked.first.shape[0])
+def _features(
+    unedited: Model, layer: int, prompts: Sequence[list[PromptRow]], targets: TargetRows
+) -> Float[Array, "lanes features"]:
+    """What is known of each lane before any step, from its bare prompt alone: a slope costs what its rows do."""
+    wanted, weight = targets.wanted[:, :1], targets.weight[:, :1]
+    forked = fork_rows(unedited, prompts, layer, wanted.shape[2])
+    fork, lane = forked.fork, jnp.arange(len(prompts))
     first, end = forked.first[:, 0], forked.places[:, 0, 0]
-    rows = networks.unembedding_rows(unedited.config, unedited.params, targets.wanted[:, 0].reshape(-1))
+    rows = networks.unembedding_rows(unedited.config, unedited.params, wanted.reshape(-1))
     rows = rows.reshape(lane.size, -1, rows.shape[-1])
+    bare = TargetRows(jnp.ones_like(targets.activity[:, :1]), wanted, weight)
+    slope = _slope(runner(unedited, layer), known_rows(forked, forked.places.reshape(lane.size, -1)), bare)
     return start_features(
-        fork.query[lane, first], fork.query[lane, end], fork.hidden[lane, end], rows, targets.weight[:, 0]
+        fork.query[lane, first], fork.query[lane, end], fork.hidden[lane, end], rows, weight[:, 0], slope
     )
+
+
+@jax.jit
+def _slope(run: Partial, known: KnownRows, bare: TargetRows) -> Float[Array, "lanes d"]:
+    """How the log-odds of each lane's target depend on what is added at its subject, where nothing is yet."""
+
+    def odds(added: Array) -> Array:
+        said, _ = run_rows(run, known, bare, None, added)
+        return -jnp.sum(log_odds_against(bare, said))
+
+    nothing = jnp.zeros((bare.wanted.shape[0], 1, known.fork[0].shape[-1]), jnp.float32)
+    return jax.grad(odds)(nothing)[:, 0]
