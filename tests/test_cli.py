@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import make_tiny_model, write_tiny_folder
 
+import tpatch_jax as tp
 from tpatch_jax.bank import engine
 from tpatch_jax.bank import patches as store
 from tpatch_jax.cli import edit as edit_command
@@ -32,6 +36,7 @@ from tpatch_jax.editors.serac.training import SeracTraining
 from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import draw_comparison
+from tpatch_jax.evaluation.running_text import read_windows
 from tpatch_jax.models.model import load_model
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage import settings as settings_
@@ -78,6 +83,52 @@ def edit_arguments(place: Path, *more: str, requests: str | None = "requests.jso
 def patches(place) -> Path:
     assert cli.main([*edit_arguments(place, *QUICK, "--json", out="patches")]) == 0
     return place / "patches"
+
+
+def test_what_saved_patches_do_to_running_text(place, patches, capsys):
+    out = place / "running"
+    asked = ["eval", str(place / "tiny"), "--data", "text", "--file", str(place / "memory.txt"), "--text-tokens", "200"]
+    asked += ["--patches", str(patches), "-o", str(out)]
+    assert cli.main([*asked, "--json"]) == 0
+    told = last(capsys.readouterr())
+    model = tp.load_model(place / "tiny")
+    tokens = model.encode((place / "memory.txt").read_text("utf-8"))[:200]
+    corrected = tp.merge(model, tp.load_patches(patches, model))
+    windows = read_windows(model, place / "memory.txt", 200)
+
+    def perplexity_of(asked: tp.Model) -> float:
+        losses = []
+        for row, places in zip(windows.rows, windows.positions, strict=True):
+            log_probs = jax.nn.log_softmax(asked(jnp.asarray([row]))[0].astype(jnp.float32))
+            losses += [-float(log_probs[place, row[place + 1]]) for place in places]
+        return float(np.exp(np.mean(losses)))
+
+    assert len(tokens) == 200
+    assert told["perplexity"] == pytest.approx(perplexity_of(corrected), rel=1e-4)
+    assert told["perplexity_unedited"] == pytest.approx(perplexity_of(model), rel=1e-4)
+    assert told["perplexity_ratio"] == pytest.approx(told["perplexity"] / told["perplexity_unedited"])
+    assert told["next_tokens_unchanged"] == told["next_token_agreement"]
+    for share in ("silent_tokens", "certificate_tokens", "next_tokens_unchanged"):
+        assert 0 <= told[share] <= 1
+    # once more it is read, and shown
+    assert cli.main([*asked, "--quiet"]) == 0
+    assert "perplexity is" in capsys.readouterr().out
+    assert "perplexity_ratio" in (out / "report.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--data", "counterfact", "--file", "x.json"], "--patches are measured on running text; give --data text"),
+        (["--data", "text"], "give --data text and its --file"),
+        (["--data", "text", "--file", "x", "--edits", "y"], "--patches are edits already; leave --edits out"),
+    ],
+)
+def test_patches_are_measured_on_running_text_alone(place, patches, given, message, capsys):
+    asked = ["eval", str(place / "tiny"), *given, "--patches", str(patches), "-o", str(place / "never")]
+    assert cli.main(asked) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (place / "never").exists()
 
 
 def last(captured: Any) -> Any:

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args, get_type_hints
 
 from tyro.conf import arg
@@ -66,6 +67,9 @@ class Eval:
     text_tokens: Annotated[int | None, arg(help="at most so many tokens of the text; 16384 by default")] = None
     edits: Annotated[str | None, arg(metavar="FILE", help="with --data text: what is edited; else nothing is")] = None
     edits_data: Annotated[str | None, arg(help="the data set of --edits; counterfact by default")] = None
+    patches: Annotated[
+        str | None, arg(metavar="PATCHES", help="with --data text: what saved patches, or a bank's, do to the text")
+    ] = None
     strict: Annotated[bool, arg(help="a record that cannot be read is an error; else it is passed over")] = False
     protect: Annotated[bool, arg(help="train on the locality prompts of requests too (tpatcher)")] = False
     generate: Annotated[bool, arg(help="also sample continuations for GE (slow)")] = False
@@ -96,6 +100,9 @@ class Eval:
         options, changes = self.settle()
         if options["protocol"] not in PROTOCOLS:
             raise TPatchError(f"there is no protocol {options['protocol']!r}; choose from {', '.join(PROTOCOLS)}")
+        if options["patches"] is not None:
+            self._measure_patches(options)
+            return
         methods = [name.strip() for name in options["method"].split(",") if name.strip()]
         edited = [find_method(name).name for name in methods if name != "unedited"]
         settings = method_settings(edited, options["preset"], changes)
@@ -141,6 +148,36 @@ class Eval:
         for remark in data_remarks(result):
             result_console().print(remark, markup=False)
         result_console().print(f"report in {self.output}", markup=False)
+
+    def _measure_patches(self, options: Mapping[str, Any]) -> None:
+        """What patches that were saved do to running text."""
+        from tpatch_jax.bank.editing import bank_patch
+        from tpatch_jax.bank.layout import is_bank
+        from tpatch_jax.bank.patches import load_patches
+        from tpatch_jax.evaluation.report import table
+        from tpatch_jax.evaluation.runner import evaluate_patches
+
+        if options["data"] != TEXT or options["file"] is None:
+            raise TPatchError("--patches are measured on running text; give --data text and its --file")
+        if options["edits"] is not None:
+            raise TPatchError("--patches are edits already; leave --edits out")
+        path, quiet = Path(options["patches"]), self.quiet or self.json
+        model = load(self.model, self.dtype, quiet)
+        patches = bank_patch(path, model) if is_bank(path) else load_patches(path, model)
+        about = {"data": TEXT} | ({} if self.dtype is None else {"dtype": self.dtype})
+        with progress_bar(quiet) as report:
+            result = evaluate_patches(
+                model, patches, options["file"], text_tokens=options["text_tokens"], output=self.output, about=about,
+                progress=report,
+            )  # fmt: skip
+        figures = result["results"][1]["metrics"]
+        if self.json:
+            print_json({**figures, "neurons": result["results"][1]["neurons"], "report": self.output})
+            return
+        rows = [(of_method["method"], of_method) for of_method in result["results"]]
+        show_rows(f"{self.model} on {options['file']}", table(rows))
+        ratio = f"perplexity is {figures['perplexity_ratio']:.4f} times what it was; report in {self.output}"
+        result_console().print(ratio, markup=False)
 
     def settle(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Options from the defaults, the YAML file and the command line, in this order, and changes of settings.

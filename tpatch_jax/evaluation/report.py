@@ -281,7 +281,7 @@ def markdown(
             for kind, count in report["probes"].items()
         ]
         parts.append(_markdown_table([["probes", "all", "contaminated"], *rows]))
-    for result in results[1:]:
+    for result in (result for result in results[1:] if result["requests"]):
         status = ", ".join(f"{count} {name}" for name, count in result["requests"].items())
         parts.append(f"{result['method']}: of the requests, {status}; records in `records-{result['method']}.jsonl`.")
     for result in results[1:]:

@@ -4,13 +4,16 @@ from pathlib import Path
 
 import numpy as np
 
+from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.metrics import certificate, next_token_agreement, perplexity
-from tpatch_jax.evaluation.scoring import Base, Outcome, ScoredPrompts
+from tpatch_jax.evaluation.scoring import Base, Outcome, ScoredPrompts, apply_scores, patched_scores
+from tpatch_jax.models import networks
 from tpatch_jax.models.model import Model
+from tpatch_jax.models.patching import attach
 from tpatch_jax.storage.reading import read_text
 
-__all__ = ["WINDOW", "read_windows", "text_figures"]
+__all__ = ["WINDOW", "patch_figures", "read_windows", "text_figures"]
 
 WINDOW = 256
 """Tokens of a window; a model reads each window on its own, without what stands before it."""
@@ -73,3 +76,28 @@ def text_figures(base: Base, outcome: Outcome, certified: bool = True) -> dict[s
         figures |= certificate(np.split(outcome.fires, base.asked.starts[1:-1]))
         figures["silent_tokens"] = 1 - float(np.mean(outcome.here))
     return figures
+
+
+def patch_figures(model: Model, base: Base, patches: LayerPatches) -> dict[str, float]:
+    """What saved patches do to running text, activated as the network is: as they are merged and exported.
+
+    Args:
+        model: the unedited model.
+        base: what it says.
+        patches: ``{layer: [n, d]}``.
+
+    Returns:
+        The figures of `text_figures`, with ``perplexity_unedited``, ``perplexity_ratio``, the edited model's over it,
+        and ``next_tokens_unchanged``, the share of positions whose likeliest next token stays.
+    """
+    edited = attach(model, patches)
+    said = apply_scores(model, base, lambda batch: networks.apply(edited.config, edited.params, batch))
+    # Where a neuron is above its threshold; an activation other than ReLU leaks a hair below it.
+    acts = patched_scores(model, base, patches)
+    figures = text_figures(base, said._replace(fires=acts.fires, here=acts.here))
+    before = perplexity(-base.outcome.log_p.astype(np.float64))
+    return figures | {
+        "perplexity_unedited": before,
+        "perplexity_ratio": figures["perplexity"] / before,
+        "next_tokens_unchanged": figures["next_token_agreement"],
+    }
