@@ -24,12 +24,16 @@ SHARES = (
 )
 
 
+LAYOUT = "constrained"
+"""How matplotlib gives titles and labels their room."""
+
+
 def _figure(width: float, height: float) -> Any:
     """A figure that draws to files only, whatever display there is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=LAYOUT)
     FigureCanvasAgg(figure)
     return figure
 
