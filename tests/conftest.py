@@ -110,26 +110,34 @@ def forget_old_programs(folder: Path, at_most: int = AT_MOST) -> None:
         total -= size
 
 
+def keep_programs(folder: Path | None) -> None:
+    """Read and write compiled programs there, from now on."""
+    jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    # By default the name of the folder is part of what a program is asked for by, and commands in tests have others.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    programs.reset_cache()
+
+
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache() -> Iterator[None]:
+def compilation_cache() -> Iterator[Path]:
     """A program is compiled once: by either worker, and in this run or an earlier one.
 
     A program that is read is the one that was compiled, bit for bit; it is asked for by what it computes, JAX's version
     and the compiler's flags. JAX does not write a program in one piece, so that another process may read half of it: a
     checksum tells, and the program is compiled (the warning of it is passed over, in ``pyproject.toml``).
     """
+    # A program's operations need not say from which of pytest's many calls they come.
+    jax.config.update("jax_traceback_in_locations_limit", 0)
     folder, made = PROGRAMS, None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         forget_old_programs(folder)
     except OSError:
         folder = made = Path(tempfile.mkdtemp(prefix="compiled-"))
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    # By default the name of the folder is part of what a program is asked for by; commands in tests have others.
-    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
+    keep_programs(folder)
+    yield folder
+    keep_programs(None)
     if made is not None:
         shutil.rmtree(made, ignore_errors=True)
 
@@ -172,21 +180,16 @@ def compiled_programs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def restored() -> Iterator[None]:
+def restored(compilation_cache: Path) -> Iterator[None]:
     """Commands keep compiled programs in a folder; that must not outlive the tests of a module."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    programs.reset_cache()
+    keep_programs(compilation_cache)
 
 
 @pytest.fixture(scope="module")
 def programs_compiled_anew(restored: None, tmp_path_factory: pytest.TempPathFactory) -> None:
     """For modules about compilation itself: they read no program that an earlier run compiled."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    programs.reset_cache()
+    keep_programs(tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tpatch_jax.core.arguments import install_advice
 from tpatch_jax.errors import TPatchError
@@ -24,7 +24,7 @@ SHARES = (
 )
 
 
-LAYOUT = "constrained"
+LAYOUT: Literal["constrained"] | None = "constrained"
 """How matplotlib gives titles and labels their room."""
 
 
