@@ -1,8 +1,11 @@
 """What the tests share: strict dtype promotion, a quick hypothesis profile, and a tiny Llama with its tokenizer."""
 
+import contextlib
 import dataclasses
 import gc
+import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -22,10 +25,12 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from tpatch_jax.evaluation import pictures
 from tpatch_jax.models.families.registry import configure, family_of
 from tpatch_jax.models.image_reader import image_reader
 from tpatch_jax.models.model import Model, save_model
 from tpatch_jax.models.shapes import parameter_shapes
+from tpatch_jax.storage.cache import cache_folder
 
 # Workers share the cores: with a pool of threads in each torch is many times slower, most threads waiting for a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -76,23 +81,89 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache() -> Iterator[None]:
-    """A process compiles a program once, though modules let go of theirs and networks are traced again and again.
+def programs_folder() -> Path:
+    """Where compiled programs are kept: a folder for each kind of processor, as XLA compiles for the one it runs on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else [f"model name: {platform.processor()}"]
+    kind = sorted({line for line in lines if line.partition(":")[0].strip() in ("model name", "flags", "Features")})
+    return cache_folder() / "tests" / hashlib.sha256("\n".join([platform.machine(), *kind]).encode()).hexdigest()[:16]
 
-    Each worker has a folder of its own: JAX does not write a program in one piece, so that another process could read
-    half of it. A program that is read is the one that was compiled, bit for bit.
-    """
-    folder = tempfile.mkdtemp(prefix="compiled-")
-    jax.config.update("jax_compilation_cache_dir", folder)
+
+PROGRAMS = programs_folder()
+"""Named while modules are imported: tests have caches of their own."""
+
+AT_MOST = 2**30
+"""Bytes of compiled programs that are kept, of several versions of the whole suite."""
+
+
+def forget_old_programs(folder: Path, at_most: int = AT_MOST) -> None:
+    """Remove the programs that were compiled first, until the others are no more than so many bytes."""
+    programs = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the other worker does the same
+            programs.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+    total = sum(size for _, size, _ in programs)
+    for _, size, path in sorted(programs):
+        if total <= at_most:
+            break
+        path.unlink(missing_ok=True)
+        total -= size
+
+
+def keep_programs(folder: Path | None) -> None:
+    """Read and write compiled programs there, from now on."""
+    jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    shutil.rmtree(folder, ignore_errors=True)
+    # By default the name of the folder is part of what a program is asked for by, and commands in tests have others.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+    programs.reset_cache()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache() -> Iterator[Path]:
+    """A program is compiled once: by either worker, and in this run or an earlier one.
+
+    A program that is read is the one that was compiled, bit for bit; it is asked for by what it computes, JAX's version
+    and the compiler's flags. JAX does not write a program in one piece, so that another process may read half of it: a
+    checksum tells, and the program is compiled (the warning of it is passed over, in ``pyproject.toml``).
+    """
+    # A program's operations need not say from which of pytest's many calls they come.
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    folder, made = PROGRAMS, None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        forget_old_programs(folder)
+    except OSError:
+        folder = made = Path(tempfile.mkdtemp(prefix="compiled-"))
+    keep_programs(folder)
+    yield folder
+    keep_programs(None)
+    if made is not None:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 MANY_MAPPINGS = 16_000
 """Linux lets a process map 65,530 pieces of memory, of which a compiled program takes several."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rare_collections() -> Iterator[None]:
+    """Looking for cycles among all that was imported, again and again, took a tenth of the time of small networks."""
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+    yield
+    gc.set_threshold(*before)
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_pictures() -> Iterator[None]:
+    """Reports are drawn without working out who needs how much room, half the time of a picture; one test does it."""
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(pictures, "LAYOUT", None)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,14 +180,16 @@ def compiled_programs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def restored() -> Iterator[None]:
+def restored(compilation_cache: Path) -> Iterator[None]:
     """Commands keep compiled programs in a folder; that must not outlive the tests of a module."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    programs.reset_cache()
+    keep_programs(compilation_cache)
+
+
+@pytest.fixture(scope="module")
+def programs_compiled_anew(restored: None, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """For modules about compilation itself: they read no program that an earlier run compiled."""
+    keep_programs(tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(scope="module", autouse=True)

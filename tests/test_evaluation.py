@@ -795,7 +795,8 @@ def test_a_run_that_cannot_be_leaves_no_folder(
     assert not (tmp_path / "out").exists()
 
 
-def test_names_are_no_formulas_in_pictures(tiny_model: Model, tmp_path: Path) -> None:
+def test_names_are_no_formulas_in_pictures(tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "LAYOUT", "constrained")
     records = [dataclasses.replace(record, id=f"cost $5_${number}") for number, record in enumerate(make_records())]
     run(tiny_model, records=records, output=tmp_path / "out")
     assert (tmp_path / "out" / "activations-direct.png").exists()

@@ -26,6 +26,7 @@ from tpatch_jax.models import networks
 from tpatch_jax.models.families.registry import configure
 
 PROMOTION = "standard"  # optax takes steps
+pytestmark = pytest.mark.usefixtures("programs_compiled_anew")
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed"

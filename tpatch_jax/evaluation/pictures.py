@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tpatch_jax.core.arguments import install_advice
 from tpatch_jax.errors import TPatchError
@@ -24,12 +24,16 @@ SHARES = (
 )
 
 
+LAYOUT: Literal["constrained"] | None = "constrained"
+"""How matplotlib gives titles and labels their room."""
+
+
 def _figure(width: float, height: float) -> Any:
     """A figure that draws to files only, whatever display there is."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=LAYOUT)
     FigureCanvasAgg(figure)
     return figure
 
