@@ -1,11 +1,8 @@
 """What the tests share: strict dtype promotion, a quick hypothesis profile, and a tiny Llama with its tokenizer."""
 
-import contextlib
 import dataclasses
 import gc
-import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -30,7 +27,6 @@ from tpatch_jax.models.families.registry import configure, family_of
 from tpatch_jax.models.image_reader import image_reader
 from tpatch_jax.models.model import Model, save_model
 from tpatch_jax.models.shapes import parameter_shapes
-from tpatch_jax.storage.cache import cache_folder
 
 # Workers share the cores: with a pool of threads in each torch is many times slower, most threads waiting for a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -81,33 +77,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
-def programs_folder() -> Path:
-    """Where compiled programs are kept: a folder for each kind of processor, as XLA compiles for the one it runs on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.exists() else [f"model name: {platform.processor()}"]
-    kind = sorted({line for line in lines if line.partition(":")[0].strip() in ("model name", "flags", "Features")})
-    return cache_folder() / "tests" / hashlib.sha256("\n".join([platform.machine(), *kind]).encode()).hexdigest()[:16]
+PROGRAMS = "COMPILED_PROGRAMS"
+"""The variable that tells the workers of a run in which folder they keep compiled programs."""
 
 
-PROGRAMS = programs_folder()
-"""Named while modules are imported: tests have caches of their own."""
+def pytest_configure(config: pytest.Config) -> None:
+    """One folder for all workers of a run: what one of them has compiled, the other one reads."""
+    if not hasattr(config, "workerinput"):
+        os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="compiled-")
 
-AT_MOST = 2**30
-"""Bytes of compiled programs that are kept, of several versions of the whole suite."""
 
-
-def forget_old_programs(folder: Path, at_most: int = AT_MOST) -> None:
-    """Remove the programs that were compiled first, until the others are no more than so many bytes."""
-    programs = []
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the other worker does the same
-            programs.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-    total = sum(size for _, size, _ in programs)
-    for _, size, path in sorted(programs):
-        if total <= at_most:
-            break
-        path.unlink(missing_ok=True)
-        total -= size
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The folder goes with the run."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(PROGRAMS), ignore_errors=True)
 
 
 def keep_programs(folder: Path | None) -> None:
@@ -121,7 +104,7 @@ def keep_programs(folder: Path | None) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache() -> Iterator[Path]:
-    """A program is compiled once: by either worker, and in this run or an earlier one.
+    """A program is compiled once, by either worker; what a run compiled goes with it.
 
     A program that is read is the one that was compiled, bit for bit; it is asked for by what it computes, JAX's version
     and the compiler's flags. JAX does not write a program in one piece, so that another process may read half of it: a
@@ -129,17 +112,10 @@ def compilation_cache() -> Iterator[Path]:
     """
     # A program's operations need not say from which of pytest's many calls they come.
     jax.config.update("jax_traceback_in_locations_limit", 0)
-    folder, made = PROGRAMS, None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        forget_old_programs(folder)
-    except OSError:
-        folder = made = Path(tempfile.mkdtemp(prefix="compiled-"))
+    folder = Path(os.environ[PROGRAMS])
     keep_programs(folder)
     yield folder
     keep_programs(None)
-    if made is not None:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 MANY_MAPPINGS = 16_000

@@ -99,7 +99,7 @@ def test_what_saved_patches_do_to_running_text(place, patches, capsys):
     def perplexity_of(asked: tp.Model) -> float:
         losses = []
         for row, places in zip(windows.rows, windows.positions, strict=True):
-            log_probs = jax.nn.log_softmax(asked(jnp.asarray([row]))[0].astype(jnp.float32))
+            log_probs = jax.nn.log_softmax(asked.apply(jnp.asarray([row]))[0])
             losses += [-float(log_probs[place, row[place + 1]]) for place in places]
         return float(np.exp(np.mean(losses)))
 
