@@ -30,6 +30,7 @@ __all__ = [
     "known_rows",
     "pack_lanes",
     "prompt_row",
+    "read_queries",
     "rephrase_rows",
     "row_of",
     "rows_of",
@@ -42,6 +43,10 @@ __all__ = [
 
 SPAN = 16
 """Rows that need not be there have so many tokens at most from their subject on, for one length serves all."""
+
+
+TOKENS = 1024
+"""So many tokens are read at once, where there are many."""
 
 
 class PromptRow(NamedTuple):
@@ -128,32 +133,47 @@ class ForkedRows(NamedTuple):
 
 
 class _Packed(NamedTuple):
-    """One lane's rows: tokens, their positions, the token before each or -1, and for each row its ends' numbers."""
+    """One lane's rows: tokens, their positions, the token before each or -1, and of each row its tokens' numbers."""
 
     tokens: list[int]
     positions: list[int]
     before: list[int]
-    ends: list[list[int]]
+    rows: list[list[int]]
 
 
-def _pack_rows(rows: Sequence[PromptRow]) -> _Packed:
-    """Rows of which all that stands before their subjects' ends, and is the same, is there once."""
+def _pack_rows(rows: Iterable[Sequence[int]], shared: Iterable[int]) -> _Packed:
+    """Rows of which what they begin with stands once; of each so many tokens are shared at most."""
     packed, known = _Packed([], [], [], []), {}
-    for number, row in enumerate(rows):
-        last, ends = -1, []
-        for position, token in enumerate(row.tokens):
-            # From its subject's end on each row is changed by itself.
-            name = last, token, number if position >= row.subject else -1
+    for number, (row, most) in enumerate(zip(rows, shared, strict=True)):
+        last, nodes = -1, []
+        for position, token in enumerate(row):
+            name = last, token, number if position >= most else -1
             if (node := known.get(name)) is None:
                 node = known[name] = len(packed.tokens)
                 packed.tokens.append(token)
                 packed.positions.append(position)
                 packed.before.append(last)
-            if position >= row.subject:
-                ends.append(node)
+            nodes.append(node)
             last = node
-        packed.ends.append(ends)
+        packed.rows.append(nodes)
     return packed
+
+
+def _pack_together(parts: Sequence[_Packed], ends: Sequence[Sequence[int]]) -> networks.Pack:
+    """The packs of some lanes, each with the numbers of those tokens that are looked at."""
+    # Few sizes, so that another prompt seldom compiles anything; at least one token is padding.
+    size, count = in_halves(max(len(part.tokens) for part in parts) + 1, 32), in_halves(max(map(len, ends)), 16)
+    shape = (len(parts), size)
+    tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    sees = np.broadcast_to(np.eye(size, dtype=bool), (*shape, size)).copy()
+    numbers = np.full((len(parts), count), size - 1, np.int32)
+    for lane, part in enumerate(parts):
+        tokens[lane, : len(part.tokens)], positions[lane, : len(part.tokens)] = part.tokens, part.positions
+        for node, before in enumerate(part.before):
+            if before >= 0:
+                sees[lane, node] |= sees[lane, before]
+        numbers[lane, : len(ends[lane])] = ends[lane]
+    return networks.Pack(*map(jnp.asarray, (tokens, positions, sees, numbers)))
 
 
 def pack_lanes(lanes: Sequence[Sequence[PromptRow]]) -> tuple[networks.Pack, list[list[int]]]:
@@ -165,23 +185,54 @@ def pack_lanes(lanes: Sequence[Sequence[PromptRow]]) -> tuple[networks.Pack, lis
     Returns:
         The packs, and for each row of each lane where its ends begin among those of its pack.
     """
-    parts = [_pack_rows(rows) for rows in lanes]
-    counts = [sum(map(len, part.ends)) for part in parts]
-    # Few sizes, so that another prompt seldom compiles anything; at least one token is padding.
-    size, ends = in_halves(max(len(part.tokens) for part in parts) + 1, 32), in_halves(max(counts), 16)
-    shape = (len(parts), size)
-    tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    sees = np.broadcast_to(np.eye(size, dtype=bool), (*shape, size)).copy()
-    again = np.full((len(parts), ends), size - 1, np.int32)
-    begins = []
-    for lane, part in enumerate(parts):
-        tokens[lane, : len(part.tokens)], positions[lane, : len(part.tokens)] = part.tokens, part.positions
-        for node, before in enumerate(part.before):
-            if before >= 0:
-                sees[lane, node] |= sees[lane, before]
-        again[lane, : counts[lane]] = [*chain(*part.ends)]
-        begins.append([0, *np.cumsum([len(row) for row in part.ends])[:-1].tolist()])
-    return networks.Pack(*map(jnp.asarray, (tokens, positions, sees, again))), begins
+    # From its subject's end on each row is changed by itself.
+    parts = [_pack_rows([row.tokens for row in rows], [row.subject for row in rows]) for rows in lanes]
+    ends = [
+        [nodes[row.subject :] for nodes, row in zip(part.rows, rows, strict=True)]
+        for part, rows in zip(parts, lanes, strict=True)
+    ]
+    begins = [[0, *np.cumsum([len(row) for row in rows])[:-1].tolist()] for rows in ends]
+    return _pack_together(parts, [[*chain(*rows)] for rows in ends]), begins
+
+
+def read_queries(
+    model: Model,
+    lanes: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]],
+    layer: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[Float[np.ndarray, "places d"]]:
+    """Queries at some places of texts, those that belong together in one sequence: what they begin with is run once.
+
+    Args:
+        model: a decoder.
+        lanes: of each its texts in tokens, with the places that are looked at.
+        layer: whose FFN reads the queries.
+        progress: called with the number of lanes done.
+
+    Returns:
+        Of each lane the queries, text after text, place after place, ``[places, d]``.
+    """
+    parts = [_pack_rows([row for row, _ in lane], [len(row) for row, _ in lane]) for lane in lanes]
+    ends = [
+        [nodes[place] for nodes, (_, places) in zip(part.rows, lane, strict=True) for place in places]
+        for part, lane in zip(parts, lanes, strict=True)
+    ]
+    queries: list[Any] = [None] * len(lanes)
+    # Those of about one size together, as many as are worth a product.
+    order, done = sorted(range(len(lanes)), key=lambda lane: -len(parts[lane].tokens)), 0
+    while done < len(order):
+        size = in_halves(len(parts[order[done]].tokens) + 1, 32)
+        chunk = order[done : done + power_of_two(max(1, TOKENS // size))]
+        # Chunks come in few numbers; a lane that stands in twice is dropped again.
+        filled = [*chunk, *[chunk[-1]] * (power_of_two(len(chunk)) - len(chunk))]
+        pack = _pack_together([parts[lane] for lane in filled], [ends[lane] for lane in filled])
+        seen = np.asarray(networks.pack_queries(model.config, model.params, pack, layer))
+        for place, lane in enumerate(chunk):
+            queries[lane] = seen[place, : len(ends[lane])]
+        done += len(chunk)
+        if progress:
+            progress(done)
+    return queries
 
 
 def fork_rows(model: Model, lanes: Sequence[Sequence[PromptRow]], layer: int, places: int) -> ForkedRows:

@@ -12,7 +12,7 @@ from tpatch_jax.models.pytrees import with_static_fields
 from tpatch_jax.models.stack import embed_tokens, enter_block, leave_block, run_block, without_ffn
 from tpatch_jax.typing import Params
 
-__all__ = ["Fork", "Pack", "after", "fork", "resume_fork"]
+__all__ = ["Fork", "Pack", "after", "fork", "pack_queries", "resume_fork"]
 
 
 class Pack(NamedTuple):
@@ -73,14 +73,9 @@ def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int) -> Fork:
     Raises:
         TPatchError: the network is no decoder.
     """
-    if config.architecture != "decoder":
-        raise TPatchError(f"rows of an {config.architecture} cannot be forked; only those of a decoder can")
     tokens, positions, sees, ends = pack
     around, layers = Around(seen=Seen(sees, positions)), params["layers"]
-    x = embed_tokens(config, params, tokens, positions)
-    for number in range(layer):
-        x, _ = run_block(config, config.kind(number), layers[number], x, positions, None, around)
-    residual, query, output = enter_block(config, config.kind(layer), layers[layer], x, positions, None, around)
+    residual, query, output = _enter(config, params, pack, layer)
     x = leave_block(config, config.kind(layer), without_ffn(layers[layer]), residual, output)
     caches = []
     for number in range(layer + 1, config.layers):
@@ -94,6 +89,37 @@ def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int) -> Fork:
     where = jnp.take_along_axis(positions, ends, 1)
     seen = Seen(visible, jnp.concatenate([positions, where], 1))
     return Fork(end(query), end(output), end(residual), where, seen, caches, end(x), layer)
+
+
+def pack_queries(config: NetworkConfig, params: Params, pack: Pack, layer: int) -> Float[Array, "packs ends hidden"]:
+    """The FFN's input at the ends of packed rows; nothing above that layer is run.
+
+    Args:
+        config: the network's description.
+        params: the network's parameters.
+        pack: the rows.
+        layer: whose FFN.
+
+    Returns:
+        ``[packs, ends, d]``.
+
+    Raises:
+        TPatchError: the network is no decoder.
+    """
+    _, query, _ = _enter(config, params, pack, layer)
+    return jnp.take_along_axis(query, pack.ends[..., None], 1)
+
+
+def _enter(config: NetworkConfig, params: Params, pack: Pack, layer: int) -> tuple[Array, Array, Array]:
+    """Packed rows up to a layer's FFN: the residual stream beside it, its input and its output."""
+    if config.architecture != "decoder":
+        raise TPatchError(f"rows of an {config.architecture} cannot be packed; only those of a decoder can")
+    tokens, positions, sees, _ = pack
+    around, layers = Around(seen=Seen(sees, positions)), params["layers"]
+    x = embed_tokens(config, params, tokens, positions)
+    for number in range(layer):
+        x, _ = run_block(config, config.kind(number), layers[number], x, positions, None, around)
+    return enter_block(config, config.kind(layer), layers[layer], x, positions, None, around)
 
 
 def resume_fork(

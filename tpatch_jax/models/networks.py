@@ -16,7 +16,7 @@ rows of which only the end is run again in `tpatch_jax.models.forks`.
 """
 
 from tpatch_jax.models.caches import Cache, begin, decode, empty_cache
-from tpatch_jax.models.forks import Fork, Pack, after, fork, resume_fork
+from tpatch_jax.models.forks import Fork, Pack, after, fork, pack_queries, resume_fork
 from tpatch_jax.models.heads import (
     argmax,
     final_weights,
@@ -53,6 +53,7 @@ __all__ = [
     "hidden",
     "leave_last",
     "logits",
+    "pack_queries",
     "pointwise",
     "residuals",
     "resume",

@@ -24,14 +24,13 @@ from tpatch_jax.core.start import StartParams
 from tpatch_jax.core.values import train_values
 from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import Item
-from tpatch_jax.editors.subject_rows import PromptRow, runner
+from tpatch_jax.editors.subject_rows import PromptRow, read_queries, runner
 from tpatch_jax.editors.tpatcher.previous import NO_SUBJECT, PreviousEdits
 from tpatch_jax.editors.tpatcher.subject_prompts import AVOIDED, read_subject_rows
 from tpatch_jax.editors.tpatcher.subject_settings import SubjectSettings
 from tpatch_jax.editors.tpatcher.subject_values import SHARPNESS, create_value_problem, level_patch, predict_start
 from tpatch_jax.editors.wordings import question
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.collection import collect
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest
@@ -178,26 +177,31 @@ def read_subjects(
     rows = read_subject_rows(model, known, items, requests, lanes, settings)
     positions = [item.position for item in items]
 
-    # Nothing after the subject reaches its query.
-    whole = [item.rows[0] for item in items]
-    cut, beside = (
-        [row.tokens[: row.subject + 1] for number in lanes for row in part[number]]
-        for part in (rows.contexts, rows.avoid)
-    )
     spelt = [place for place, number in enumerate(lanes) for _ in rows.spellings[number]]
-    other = [row.tokens[: row.subject + 1] for number in lanes for sights in rows.spellings[number] for row in sights]
-    tokens = [*whole, *cut, *beside, *other]
-    places = [*(range(len(row)) for row in whole), *([len(row) - 1] for row in [*cut, *beside, *other])]
-    report = (lambda done: progress("reading subjects", done, len(tokens))) if progress else None
-    seen = collect(model, tokens, places, layer, report).query
-    upto = np.cumsum([sum(map(len, whole)), len(cut), len(beside), len(other)])
-    queries = np.split(seen[: upto[0]], np.cumsum([len(row) for row in whole])[:-1])
+    # Of each item its bare prompt and target; then, up to the subject, contexts, what to avoid, and other spellings.
+    texts = []
+    for number, item in enumerate(items):
+        parts = [rows.contexts, rows.avoid] if number in rows.contexts else []
+        beside = [row for part in parts for row in part[number]]
+        beside += [row for sights in rows.spellings.get(number, []) for row in sights]
+        # Nothing after the subject reaches its query.
+        upto = [(row.tokens[: row.subject + 1], [row.subject]) for row in beside]
+        texts.append([(item.rows[0], range(len(item.rows[0]))), *upto])
+    report = (lambda done: progress("reading subjects", done, len(texts))) if progress else None
+    seen = read_queries(model, texts, layer, report)
+    queries = [each[: len(item.rows[0])] for each, item in zip(seen, items, strict=True)]
     if not lanes:
         return Subjects(
             model, layer, settings, lanes, rows.prompts, rows.neutral, groups, queries, None, positions, start
         )
 
-    contexts = seen[upto[0] : upto[1]].reshape(len(lanes), -1, seen.shape[1])
+    hidden_size = model.config.hidden_size
+    counts = [(len(rows.contexts[number]), len(rows.avoid[number])) for number in lanes]
+    apart = [
+        np.split(seen[number][len(items[number].rows[0]) :], np.cumsum(count))
+        for number, count in zip(lanes, counts, strict=True)
+    ]
+    contexts = np.stack([context for context, _, _ in apart])
     bare = np.stack([queries[number][rows.prompts[number][0].subject] for number in lanes])
     positive = np.concatenate([bare[:, None], contexts], 1).astype(np.float32)
     # Of the prompts every token up to the subject is a negative of the others.
@@ -207,15 +211,17 @@ def read_subjects(
     ]
     part = np.concatenate([query[:end] for query, end in zip(queries, ends, strict=True)])
     before, owner = _previous_queries(previous)
-    otherwise = seen[upto[2] :].reshape(len(spelt), positive.shape[1], seen.shape[1]).astype(np.float32)
+    otherwise = np.concatenate([other for _, _, other in apart]).astype(np.float32)
+    otherwise = otherwise.reshape(len(spelt), positive.shape[1], hidden_size)
     of = groups[lanes][spelt]
-    negative = np.concatenate([before, part, *(rows.reshape(-1, seen.shape[1]) for rows in (contexts, otherwise))])
+    negative = np.concatenate([before, part, *(rows.reshape(-1, hidden_size) for rows in (contexts, otherwise))])
     answer = np.concatenate(
         [owner, np.repeat(groups, ends), np.repeat(groups[lanes], contexts.shape[1]), np.repeat(of, positive.shape[1])]
     )
-    avoid = np.full((len(lanes), AVOIDED, seen.shape[1]), np.nan, np.float32)
-    avoiding = np.flatnonzero([bool(rows.avoid[number]) for number in lanes])
-    avoid[avoiding] = seen[upto[1] : upto[2]].reshape(len(avoiding), AVOIDED, seen.shape[1])
+    avoid = np.full((len(lanes), AVOIDED, hidden_size), np.nan, np.float32)
+    for lane, (_, away, _) in enumerate(apart):
+        if len(away):
+            avoid[lane] = away
     asks = np.asarray([question(requests[items[number].position]) is not None for number in lanes])
     positive, avoid = _shared(positive, avoid, groups[lanes], asks)
     # Another spelling is one more lane: its key stands beside the first and bears the same value.
