@@ -225,7 +225,8 @@ def _input_rows(
         if progress:
             progress("answering inputs", first, len(rows))
         part = order[first : first + LANES]
-        said = greedy(model.config, model.params, [rows[n] for n in part], ANSWER_TOKENS, model.stops)
+        prompts = [rows[n] for n in part]
+        said = greedy(model.config, model.params, prompts, ANSWER_TOKENS, model.stops, never=model.never)
         for number, answer in zip(part, said, strict=True):
             # An answer that was cut off has no end to stay silent on.
             end = [] if len(answer) == ANSWER_TOKENS else [model.end]
