@@ -93,6 +93,14 @@ BART = {
     "tie_word_embeddings": True,
 }
 
+SPEECH = {
+    **{name: value for name, value in BART.items() if name != "max_position_embeddings"},
+    "num_mel_bins": 80,
+    "max_source_positions": 10,
+    "max_target_positions": 64,
+    "preprocessor_config": {"feature_size": 80, "chunk_length": 1, "hop_length": 800},
+}
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "vit": {**IMAGES, "image_size": 8, "num_channels": 1},
     "deit": {**IMAGES, "image_size": [8, 12], "num_channels": 3},
@@ -210,6 +218,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mbart": BART,
     "marian": {**BART, "activation_function": "swish"},
     "pegasus": {**BART, "activation_function": "relu"},
+    "whisper": SPEECH,
     "t5": {**T5, "feed_forward_proj": "relu", "tie_word_embeddings": True},
     "t5_v1_1": {**T5, "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }

@@ -42,6 +42,9 @@ class AudioPrompt(str):
         samples: ``[samples]`` float32 from -1 to 1, `RATE` of them a second.
         source: the file that it was read from, if any.
         note: what was done to it on reading: brought to another rate, channels mixed; empty for nothing.
+        place: of a request that was read by a model, where in the corrected transcript the target stands, as from and
+            to; see `tpatch_jax.editors.speech`.
+        problem: why a model cannot read such a request; empty where it can.
 
     Example:
         >>> one, same = (AudioPrompt(0.5 * np.ones(4000, np.float32)) for _ in range(2))
@@ -52,14 +55,27 @@ class AudioPrompt(str):
     samples: Float[np.ndarray, " samples"]
     source: str
     note: str
+    place: tuple[int, int] | None
+    problem: str
 
-    def __new__(cls, samples: Float[np.ndarray, " samples"], source: str = "", note: str = "") -> "AudioPrompt":
+    def __new__(
+        cls,
+        samples: Float[np.ndarray, " samples"],
+        source: str = "",
+        note: str = "",
+        place: tuple[int, int] | None = None,
+        problem: str = "",
+    ) -> "AudioPrompt":
         """Name a recording; its samples are copied."""
         samples = np.array(samples, np.float32, order="C")
         made = super().__new__(cls, f"{AUDIO}{hashlib.sha256(samples.tobytes()).hexdigest()[:16]}")
         samples.setflags(write=False)
-        made.samples, made.source, made.note = samples, source, note
+        made.samples, made.source, made.note, made.place, made.problem = samples, source, note, place, problem
         return made
+
+    def placed(self, place: tuple[int, int] | None, problem: str = "") -> "AudioPrompt":
+        """The same recording with a place, or with the reason why there is none."""
+        return AudioPrompt(self.samples, self.source, self.note, place, problem)
 
     @property
     def seconds(self) -> float:
@@ -76,7 +92,7 @@ class AudioPrompt(str):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """How it is copied and sent to other processes."""
-        return AudioPrompt, (np.asarray(self.samples), self.source, self.note)
+        return AudioPrompt, (np.asarray(self.samples), self.source, self.note, self.place, self.problem)
 
 
 def as_audio(audio: Any, where: str = "the recording", folder: Path | None = None) -> AudioPrompt:
@@ -152,7 +168,12 @@ def _read_wave(path: Path, where: str) -> tuple[Float[np.ndarray, "samples chann
     """Samples from -1 to 1 of a WAV file of whole numbers, and how many there are a second."""
     try:
         with wave.open(str(path), "rb") as file:
-            width, channels, rate, told = file.getsampwidth(), file.getnchannels(), file.getframerate(), file.getnframes()
+            width, channels, rate, told = (
+                file.getsampwidth(),
+                file.getnchannels(),
+                file.getframerate(),
+                file.getnframes(),
+            )
             raw = np.frombuffer(file.readframes(told), np.uint8)
     except (wave.Error, EOFError) as error:
         with path.open("rb") as file:
@@ -189,9 +210,7 @@ def _prompt(samples: np.ndarray, rate: int, source: str, where: str) -> AudioPro
     if len(samples) and np.abs(samples).max() > 8:
         raise TPatchError(f"{where} has samples up to {np.abs(samples).max():g}; scale them to -1 to 1")
     if len(samples) < SHORTEST * rate:
-        raise TPatchError(
-            f"{where} holds {len(samples) / rate:.3f} s of sound; at least {SHORTEST} s are needed"
-        )
+        raise TPatchError(f"{where} holds {len(samples) / rate:.3f} s of sound; at least {SHORTEST} s are needed")
     if np.abs(samples - samples.mean()).max() < SILENT:
         raise TPatchError(f"{where} is silent; give a recording in which something is said")
     if rate != RATE:

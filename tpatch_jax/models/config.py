@@ -72,8 +72,8 @@ class AudioInput(NamedTuple):
     """What a network that reads sound makes of its log-mel frames, before the first block.
 
     Two convolutions of three frames each, the second of which goes forward by two, make one position of two frames.
-    As tokens a recording is its frames one after the other, ``round((x + OFFSET) · STEPS)`` of each number; what follows
-    the last of them is silence.
+    As tokens a recording is its frames one after the other, ``round((x + OFFSET) · STEPS)`` of each number; what
+    follows the last of them is silence.
 
     Attributes:
         mels: numbers in a frame.

@@ -102,7 +102,9 @@ def _run(
     for step in range(count):
         # Without a draw the key is not looked at.
         drawn = jax.random.fold_in(rng, step) if top_k else rng
-        ids = np.asarray(_choose(config, tail, hidden, drawn, temperature_array, top_k, always if step else first), np.int32)
+        ids = np.asarray(
+            _choose(config, tail, hidden, drawn, temperature_array, top_k, always if step else first), np.int32
+        )
         for lane in sorted(going):
             if int(ids[lane]) in stops:
                 going.discard(lane)

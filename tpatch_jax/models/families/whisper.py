@@ -43,14 +43,17 @@ def _configure(settings: Settings) -> NetworkConfig:
     made = told["chunk_length"] * told["sampling_rate"] // told["hop_length"]
     if settings.get("preprocessor_config") and (told["feature_size"], made) != tuple(audio):
         raise TPatchError(
-            f"preprocessor_config.json makes {made} frames of {told['feature_size']} numbers and config.json has {frames} "
-            f"of {audio.mels} ('max_source_positions' twice, 'num_mel_bins'); copy the model's original files there"
+            f"preprocessor_config.json makes {made} frames of {told['feature_size']} numbers and config.json has "
+            f"{frames} of {audio.mels} ('max_source_positions' twice, 'num_mel_bins'); copy the original "
+            "files there"
         )
 
     def stack(side: str, **fields: object) -> NetworkConfig:
         heads = setting(settings, f"{side}_attention_heads")
         if hidden_size % heads:
-            raise TPatchError(f"config.json has {heads} {side} heads for a 'd_model' of {hidden_size}; mend one of them")
+            raise TPatchError(
+                f"config.json has {heads} {side} heads for a 'd_model' of {hidden_size}; mend one of them"
+            )
         shared = {
             "layers": setting(settings, f"{side}_layers"),
             "ffn_width": setting(settings, f"{side}_ffn_dim"),
