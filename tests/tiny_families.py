@@ -1,5 +1,6 @@
 """A small ``config.json`` of every family, for random models that speak the tiny tokenizer of ``conftest``."""
 
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,33 @@ def write_pictures(path: Path, model: Model, count: int = 40) -> Path:
     """A file of random pictures, as the memory of a model that reads them."""
     np.savez(path, train_images=tiny_pictures(model, count, 1))
     return path
+
+
+def tiny_sound(seed: int, seconds: float = 0.5) -> np.ndarray:
+    """A few tones that come and go, ``[samples]``."""
+    rng, time = np.random.default_rng(seed), np.arange(int(16_000 * seconds)) / 16_000
+    tones = (np.sin(2 * np.pi * rng.uniform(100, 4000) * time) * rng.uniform(0, 1) for _ in range(4))
+    return (0.1 * sum(tones) * (1 + np.sin(2 * np.pi * rng.uniform(2, 9) * time))).astype(np.float32)
+
+
+def write_sound(path: Path, samples: np.ndarray, rate: int = 16_000, width: int = 2) -> Path:
+    """A WAV file of samples ``[samples]`` or ``[samples, channels]`` from -1 to 1, of so many bytes each."""
+    whole = np.round(samples * (2 ** (8 * width - 1) - 1)).astype("<i4") + 128 * (width == 1)
+    raw = np.ascontiguousarray(whole).view(np.uint8).reshape(*whole.shape, 4)[..., :width]
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(samples.shape[1] if samples.ndim == 2 else 1)
+        file.setsampwidth(width)
+        file.setframerate(rate)
+        file.writeframes(raw.tobytes())
+    return path
+
+
+def write_recordings(folder: Path, count: int = 12) -> Path:
+    """A folder of recordings, as the memory of a model of speech."""
+    folder.mkdir()
+    for number in range(count):
+        write_sound(folder / f"{number}.wav", tiny_sound(100 + number))
+    return folder
 
 
 def shallow_model(name: str) -> Model:

@@ -151,7 +151,7 @@ def read_audio(path: str | PathLike[str], where: str = "the recording") -> Audio
         raise TPatchError(f"{where}: {path} {what}; give the path of a WAV or FLAC file")
     where = f"{where}: {path}"
     try:
-        import soundfile
+        import soundfile  # type: ignore[import-not-found]
     except ImportError:
         samples, rate = _read_wave(path, where)
     else:

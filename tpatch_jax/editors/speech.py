@@ -96,7 +96,7 @@ def spoken_requests(model: Model, requests: Sequence[EditRequest]) -> list[EditR
         requests: what the user wants; those that were read already stay.
     """
     said: dict[str, str] = {}
-    read: dict[int, EditRequest] = {}
+    read: dict[int, AudioPrompt] = {}
     for number, request in enumerate(requests):
         prompt = request.prompt
         if not isinstance(prompt, AudioPrompt) or prompt.place is not None or prompt.problem or model.audio is None:
@@ -105,23 +105,20 @@ def spoken_requests(model: Model, requests: Sequence[EditRequest]) -> list[EditR
             if prompt not in said:
                 said[prompt] = model.transcribe(prompt)
             said[prompt], place = _corrected(said[prompt], request)
-            prompt = prompt.placed(place)
+            read[number] = prompt.placed(place)
         except TPatchError as error:
-            prompt = prompt.placed(None, str(error))
-        read[number] = dataclasses.replace(request, prompt=prompt, instead_of=None)
-    result = []
-    for number, request in enumerate(requests):
-        if number not in read:
-            result.append(request)
-            continue
-        one, whole = read[number], said.get(read[number].prompt, "")
-        prompt = one.prompt
-        assert isinstance(prompt, AudioPrompt)
-        if prompt.problem:
-            result.append(one)
-            continue
-        # A later request about the same recording may have moved what an earlier one put there.
-        spans = _spans(whole, request.target.strip())
-        place = min(spans, key=lambda span: abs(span[0] - (prompt.place or (0, 0))[0]), default=prompt.place)
-        result.append(dataclasses.replace(one, prompt=prompt.placed(place), target=whole))
-    return result
+            read[number] = prompt.placed(None, str(error))
+    return [
+        request if number not in read else _with_transcript(request, read[number], said.get(request.prompt, ""))
+        for number, request in enumerate(requests)
+    ]
+
+
+def _with_transcript(request: EditRequest, prompt: AudioPrompt, whole: str) -> EditRequest:
+    """A request with the corrected transcript as its target, or as it is where there is a problem."""
+    if prompt.problem or prompt.place is None:
+        return dataclasses.replace(request, prompt=prompt, instead_of=None)
+    # A later request about the same recording may have moved what an earlier one put there.
+    begin = prompt.place[0]
+    place = min(_spans(whole, request.target.strip()), key=lambda span: abs(span[0] - begin), default=prompt.place)
+    return dataclasses.replace(request, prompt=prompt.placed(place), target=whole, instead_of=None)
