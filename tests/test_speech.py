@@ -507,6 +507,7 @@ def test_commands_from_a_request_to_the_corrected_transcript(edited, capsys):
         (("transcribe", "MODEL", "no.wav"), "recording 0: no.wav does not exist"),
         (("edit", "MODEL", "REQUESTS", "-o", "OUT"), "reads sound, and patches need recordings to stay silent on"),
         (("edit", "MODEL", "REQUESTS", "-o", "OUT", "--memory", "EMPTY"), "holds no recording; give a folder with"),
+        (("eval", "MODEL", "--data", "requests", "--file", "REQUESTS", "-o", "OUT"), "which no protocol measures"),
     ],
 )
 def test_bad_commands_are_named(edited, capsys, tmp_path, arguments, message):

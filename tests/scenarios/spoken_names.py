@@ -14,44 +14,20 @@ from typing import Any
 
 import tpatch_jax as tp
 
-NAMES = [
-    "metoprolol",
-    "omeprazole",
-    "zolpidem",
-    "furosemide",
-    "levothyroxine",
-    "gabapentin",
-    "hydrochlorothiazide",
-    "cetirizine",
-    "clopidogrel",
-    "pantoprazole",
-    "rosuvastatin",
-    "venlafaxine",
-    "escitalopram",
-    "tamsulosin",
-    "quetiapine",
-    "ondansetron",
-    "lamotrigine",
-    "mirtazapine",
-    "rivaroxaban",
-    "empagliflozin",
-]
+_NAMES = """
+    metoprolol omeprazole zolpidem furosemide levothyroxine gabapentin hydrochlorothiazide cetirizine clopidogrel
+    pantoprazole rosuvastatin venlafaxine escitalopram tamsulosin quetiapine ondansetron lamotrigine mirtazapine
+    rivaroxaban empagliflozin
+"""
+NAMES = _NAMES.split()
 EDITED = "The patient takes {} every day."
 OTHER_SENTENCES = ("She was given {} last night.", "Please stop {} before the operation.")
 VOICE = ("en-us", 160)
 OTHER_VOICES = (("en-gb", 160), ("en-us+f3", 150), ("en-us+m3", 185))
 """Voices of espeak-ng, each with words a minute."""
 
-_SUBJECTS = [
-    "the nurse",
-    "my brother",
-    "a neighbor",
-    "the old teacher",
-    "our driver",
-    "the young artist",
-    "her uncle",
-    "the manager",
-]
+_PEOPLE = "the nurse, my brother, a neighbor, the old teacher, our driver, the young artist, her uncle, the manager"
+_SUBJECTS = _PEOPLE.split(", ")
 _VERBS = ["opened", "painted", "carried", "described", "repaired", "borrowed", "photographed", "counted"]
 _OBJECTS = ["the wooden table", "two letters", "a yellow bicycle", "the long report", "three boxes", "the garden gate"]
 _TIMES = ["in the morning", "before lunch", "last Thursday", "after the storm"]

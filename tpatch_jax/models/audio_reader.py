@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from tpatch_jax.audio import AUDIO, RATE, AudioPrompt, resample
 from tpatch_jax.errors import TPatchError
@@ -63,8 +63,15 @@ def audio_tokens(audio: AudioInput, settings: Mapping[str, Any], text: str) -> l
         if text.startswith(AUDIO):
             what = "only the name of that recording is kept, not the sound"
         raise TPatchError(f'{text[:40]!r}: {what}; give the recording: {{"audio": PATH}} or tp.read_audio(PATH)')
-    frames = input_features(settings, text).T
+    # A recording is hashed by its digest, and read again and again.
+    return _tokens(text, json.dumps(extraction(settings), sort_keys=True)).tolist()
+
+
+@lru_cache(maxsize=64)
+def _tokens(prompt: AudioPrompt, told: str) -> Int[np.ndarray, " numbers"]:
+    settings = {"num_mel_bins": 0, "preprocessor_config": json.loads(told)}
+    frames = input_features(settings, prompt).T
     silence = frames.max() - 2
     sounding = np.flatnonzero((frames > silence + 2 / STEPS).any(1))
     last = int(sounding[-1]) + 1 if len(sounding) else 1
-    return np.rint((frames[:last] + OFFSET) * STEPS).astype(int).reshape(-1).tolist()
+    return np.rint((frames[:last] + OFFSET) * STEPS).astype(np.int32).reshape(-1)

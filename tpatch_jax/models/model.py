@@ -495,19 +495,13 @@ class Model:
         if self.audio is None:
             raise TPatchError(f"{self.name!r} reads no sound; give a Whisper, such as whisper-tiny-en")
         several = isinstance(audio, list | tuple)
-        prompts = (
-            [as_audio(one, f"recording {n}" if several else "the recording") for n, one in enumerate(audio)]
-            if (several)
-            else [as_audio(audio)]
-        )
-        rows = [self.encode_prompt(prompt) for prompt in prompts]
-        texts = []
-        for row in rows:
-            # One by one: an encoder's states of a single recording are large already.
-            said = generation.greedy(
-                self.config, self.params, [row], self.config.context, self.stops, never=self.never
-            )[0]
-            texts.append(self.decode(said).strip())
+        given = [as_audio(one, f"recording {n}") for n, one in enumerate(audio)] if several else [as_audio(audio)]
+        rows, texts, most = [self.encode_prompt(prompt) for prompt in given], [], self.config.context
+        # As precisely as it is edited, and one by one: an encoder's states of a single recording are large already.
+        with jax.default_matmul_precision("highest"):
+            for row in rows:
+                said = generation.greedy(self.config, self.params, [row], most, self.stops, never=self.never)
+                texts.append(self.decode(said[0]).strip())
         return texts if several else texts[0]
 
     @property
