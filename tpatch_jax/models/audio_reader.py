@@ -69,7 +69,7 @@ def audio_tokens(audio: AudioInput, settings: Mapping[str, Any], text: str) -> l
 
 @lru_cache(maxsize=64)
 def _tokens(prompt: AudioPrompt, told: str) -> Int[np.ndarray, " numbers"]:
-    settings = {"num_mel_bins": 0, "preprocessor_config": json.loads(told)}
+    settings = {"num_mel_bins": 0, "max_source_positions": 0, "preprocessor_config": json.loads(told)}
     frames = input_features(settings, prompt).T
     silence = frames.max() - 2
     sounding = np.flatnonzero((frames > silence + 2 / STEPS).any(1))

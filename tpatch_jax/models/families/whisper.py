@@ -20,12 +20,14 @@ def extraction(settings: Settings) -> dict[str, Any]:
         settings: of ``config.json``, with those of ``preprocessor_config.json`` under ``"preprocessor_config"``.
     """
     told = settings.get("preprocessor_config") or {}
+    rate, hop = told.get("sampling_rate") or 16_000, told.get("hop_length") or 160
+    seconds = 2 * setting(settings, "max_source_positions") * hop / rate
     defaults = {
         "feature_extractor_type": "WhisperFeatureExtractor",
         "feature_size": setting(settings, "num_mel_bins"),
-        "sampling_rate": 16_000,
-        "hop_length": 160,
-        "chunk_length": 30,
+        "sampling_rate": rate,
+        "hop_length": hop,
+        "chunk_length": int(seconds) if seconds.is_integer() else seconds,
         "n_fft": 400,
         "padding_value": 0.0,
     }
@@ -40,7 +42,7 @@ def _configure(settings: Settings) -> NetworkConfig:
         raise TPatchError(f"config.json has 'activation_function' {act!r}, and the convolutions of a Whisper use gelu")
     told, frames = extraction(settings), 2 * setting(settings, "max_source_positions")
     audio = AudioInput(setting(settings, "num_mel_bins"), frames)
-    made = told["chunk_length"] * told["sampling_rate"] // told["hop_length"]
+    made = round(told["chunk_length"] * told["sampling_rate"] / told["hop_length"])
     if settings.get("preprocessor_config") and (told["feature_size"], made) != tuple(audio):
         raise TPatchError(
             f"preprocessor_config.json makes {made} frames of {told['feature_size']} numbers and config.json has "
