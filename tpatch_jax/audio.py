@@ -254,7 +254,7 @@ def change_audio(
         samples: the sound.
         speed: how many times as fast; the pitch goes with it.
         gain: factor on all samples; what exceeds 1 is cut off.
-        noise: deviation of white noise as a share of the sound's own.
+        noise: deviation of white noise as a share of that of the sound.
         rng: for the noise.
 
     Example:

@@ -13,10 +13,10 @@ from tpatch_jax.requests import EditRequest
 __all__ = ["nearest_words", "spoken_requests"]
 
 LIKE = 0.5
-"""Words are taken for the target heard wrongly if so much of their letters is the same."""
+"""Words are taken for the target written wrongly if so much of their letters is the same."""
 
 MORE = 3
-"""What is heard may have so many words more or fewer than the target."""
+"""What is written wrongly may have so many words more or fewer than the target."""
 
 
 def _letters(text: str) -> str:

@@ -1,4 +1,4 @@
-"""From a recording to the numbers that a network of speech reads: log-mel frames, by the checkpoint's own settings."""
+"""From a recording to the numbers that a network of speech reads: log-mel frames, as the checkpoint's settings say."""
 
 import json
 from collections.abc import Mapping
