@@ -37,9 +37,12 @@ def keep_states(
     leaves = jax.tree.leaves(params)
     if isinstance(source, Tracer) or any(isinstance(leaf, Tracer) for leaf in leaves):
         return make()
+    # What other processes hold a part of cannot be looked at here.
+    if not getattr(source, "is_fully_addressable", True):
+        return make()
     digest = hashlib.sha256(np.asarray(source).tobytes()).digest()
     precision = str(getattr(jax.config, "jax_default_matmul_precision", None))
-    key = config, source.shape, digest, precision, tuple(map(id, leaves))
+    key = config, source.shape, digest, getattr(source, "sharding", None), precision, tuple(map(id, leaves))
     entry = _KEPT.pop(key, None)
     states = make() if entry is None else entry[1]
     _KEPT[key] = leaves, states
