@@ -18,6 +18,7 @@ from chat_models import PLAIN
 from conftest import make_tiny_model, write_tiny_folder
 from flax import nnx
 from tiny_families import tiny_model as family_model
+from tiny_families import tiny_sound, write_recordings, write_sound
 
 import tpatch_jax as tp
 from tpatch_jax.cli import main as cli
@@ -100,7 +101,8 @@ def models(tmp_path_factory):
     model = make_tiny_model(max_position_embeddings=128)
     model.tokenizer.chat_template = PLAIN
     folder = write_tiny_folder(model, tmp_path_factory.mktemp("tiny") / "model")
-    return {"smollm2-135m": tp.load_model(folder), "models/fever": family_model("bert", **labels)}
+    named = {"models/fever": family_model("bert", **labels), "whisper-tiny-en": family_model("whisper")}
+    return {"smollm2-135m": tp.load_model(folder), **named}
 
 
 @pytest.fixture
@@ -138,6 +140,8 @@ def test_python_blocks_run(page, text, models, given, inputs, tmp_path, monkeypa
     # Once with subjects, where the library is introduced.
     stand_in(models, tmp_path, monkeypatch, "auto" if (page, text) == BLOCKS[0] else "last")
     (tmp_path / "claims.txt").write_bytes(inputs.read_bytes())
+    if "whisper" in text:
+        write_sound(write_recordings(tmp_path / "recordings").parent / "call.wav", tiny_sound(1))
     exec(compile(text, f"{page}: a python block", "exec"), dict(given))
 
 

@@ -23,7 +23,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.checkpoints import export
 from tpatch_jax.models.checkpoints.export import EXPORT, ExportInfo, constant_direction, export_model
-from tpatch_jax.models.config import ImageInput
+from tpatch_jax.models.config import AudioInput, ImageInput
 from tpatch_jax.models.families.registry import FAMILIES
 from tpatch_jax.models.model import Model, load_model, save_model
 from tpatch_jax.models.patching import attach, merge
@@ -51,6 +51,8 @@ ENDINGS = ("--approximate", "tp.attach", "tp.save_model")
 def logits_of(model: Model) -> np.ndarray:
     """What `Model.apply` returns, by the fewest compiled functions."""
     read, written = jnp.asarray(READ), jnp.asarray(TOKENS)
+    if model.audio is not None:
+        read = jnp.asarray(input_features(model.audio))
     if model.config.image is not None:
         read = jnp.asarray(pixel_values(model.config.image))
     batches = {"decoder": written, "encoder": read, "encoder-decoder": networks.Pair(read, written)}
@@ -64,7 +66,14 @@ def pixel_values(image: ImageInput) -> np.ndarray:
     return np.random.default_rng(3).normal(size=(2, image.channels, *image.size)).astype(np.float32)
 
 
-def stock_logits(folder: Path, architecture: str, image: ImageInput | None = None) -> np.ndarray:
+def input_features(audio: AudioInput) -> np.ndarray:
+    """What an encoder reads that reads sound."""
+    return np.random.default_rng(4).normal(size=(2, audio.mels, audio.frames)).astype(np.float32)
+
+
+def stock_logits(
+    folder: Path, architecture: str, image: ImageInput | None = None, audio: AudioInput | None = None
+) -> np.ndarray:
     torch = pytest.importorskip("torch", reason="torch is only needed to compare with it: the 'parity' extra")
     kinds = {
         "decoder": transformers.AutoModelForCausalLM,
@@ -72,10 +81,13 @@ def stock_logits(folder: Path, architecture: str, image: ImageInput | None = Non
         "encoder-decoder": transformers.AutoModelForSeq2SeqLM,
     }
     kind = kinds[architecture] if image is None else transformers.AutoModelForImageClassification
+    kind = kind if audio is None else transformers.AutoModelForSpeechSeq2Seq
     network, told = kind.from_pretrained(folder, output_loading_info=True)
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
     if image is not None:
         inputs = {"pixel_values": torch.asarray(pixel_values(image))}
+    elif audio is not None:
+        inputs = {"input_features": torch.asarray(input_features(audio))}
     elif architecture == "decoder":
         inputs = {"input_ids": torch.asarray(TOKENS), "use_cache": False}
     else:
@@ -101,7 +113,7 @@ def check_stock(folder: Path, info: ExportInfo, wanted: np.ndarray) -> Model:
     if back.config.image is None:
         assert back.encode("in the inn") == make_tokens("in the inn")
     np.testing.assert_allclose(logits_of(back), wanted, rtol=0, atol=TOLERANCE, err_msg="read by this library")
-    found = stock_logits(folder, back.config.architecture, back.config.image)
+    found = stock_logits(folder, back.config.architecture, back.config.image, back.audio)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE, err_msg="read by transformers")
     return back
 

@@ -12,8 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import relative
-from tiny_families import KIN, NAMES, shallow_model, tiny_model, tiny_pictures, write_pictures
+from tiny_families import (
+    KIN,
+    NAMES,
+    shallow_model,
+    tiny_model,
+    tiny_pictures,
+    tiny_sound,
+    write_pictures,
+    write_recordings,
+)
 
+from tpatch_jax.audio import AudioPrompt
 from tpatch_jax.cli import main as cli
 from tpatch_jax.editors.tpatcher.editor import edit
 from tpatch_jax.editors.tpatcher.settings import PRESETS
@@ -59,6 +69,10 @@ def test_an_edit_holds(name, letters, inputs, tmp_path):
     if model.config.image:
         request = EditRequest(ImagePrompt(tiny_pictures(model, 1)[0]), "")
         inputs = write_pictures(tmp_path / "pictures.npz", model)
+    if model.audio:
+        # With a place, so that the target is taken for the whole transcript.
+        request = EditRequest(AudioPrompt(tiny_sound(1)).placed((0, 2)), REQUEST.target)
+        inputs = write_recordings(tmp_path / "recordings")
     if model.config.labels:
         (said,) = model.classify([request.prompt])
         request = EditRequest(request.prompt, next(label for label in model.config.labels if label != said))

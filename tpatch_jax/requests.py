@@ -36,8 +36,10 @@ class EditRequest:
 
     Attributes:
         prompt: the text that the model continues wrongly; of an image classifier the image, a
-            `tpatch_jax.images.ImagePrompt`. Then rephrases, locality and keep are images too.
-        target: what it should say instead; `continuation` is the same as it follows the prompt.
+            `tpatch_jax.images.ImagePrompt`, of a model of speech the recording, a `tpatch_jax.audio.AudioPrompt`. Then
+            rephrases, locality and keep are images or recordings too.
+        target: what it should say instead; `continuation` is the same as it follows the prompt. Of a recording: what
+            its transcript should say in the place of something else, or all of it.
         subject: what the prompt is about, as it stands in the prompt; not every method needs it.
         rephrases: other wordings of the prompt, for measuring.
         locality: prompts whose continuation must not change, for measuring.
@@ -49,6 +51,8 @@ class EditRequest:
         system: of a chat, the system's message; ``None`` leaves it to the template.
         turns: of a chat, the turns before the prompt, each a role (``"user"`` or ``"assistant"``) and a text.
         aliases: other names of the subject.
+        instead_of: of a recording, what its transcript says where it should say the target; without it, the words that
+            are most like the target.
 
     Example:
         >>> EditRequest("The capital of France is", "Lyon").continuation
@@ -71,6 +75,7 @@ class EditRequest:
     system: str | None = None
     turns: tuple[tuple[str, str], ...] = ()
     aliases: tuple[str, ...] = ()
+    instead_of: str | None = None
 
     @property
     def continuation(self) -> str:
@@ -138,9 +143,9 @@ def join_target(prompt: str, target: str, join: str | None = None) -> str:
 
 _FIELDS = (
     *("id", "prompt", "target", "subject", "rephrases", "locality", "join", "keep"),
-    *("form", "system", "turns", "aliases"),
+    *("form", "system", "turns", "aliases", "instead_of"),
 )
-_LATER = ("keep", "form", "system", "turns", "aliases")
+_LATER = ("keep", "form", "system", "turns", "aliases", "instead_of")
 """Fields that older versions had not: digests and files hold them only where something is in them."""
 ROLES = ("user", "assistant")
 
@@ -151,7 +156,7 @@ def parse_request(record: Any, where: str, folder: Path | None = None) -> EditRe
     Args:
         record: the object.
         where: file and line, as a message begins.
-        folder: where relative paths of images begin; see `tpatch_jax.images.as_image`.
+        folder: where relative paths of images and recordings begin; see `tpatch_jax.images.as_image`.
 
     Raises:
         TPatchError: it is no such object; the message names the place.
@@ -160,8 +165,9 @@ def parse_request(record: Any, where: str, folder: Path | None = None) -> EditRe
         raise TPatchError(
             f"{where}: {type(record).__name__} instead of an object with 'prompt' and 'target'; one request a line"
         )
-    if "image" in record:
-        record = _with_images(record, where, folder)
+    for kind in ("image", "audio"):
+        if kind in record:
+            record = _with_media(record, kind, where, folder)
     # Before what is missing, which may be there under a misspelt name.
     unknown = sorted(set(record) - set(_FIELDS))
     if unknown:
@@ -206,35 +212,55 @@ def parse_request(record: Any, where: str, folder: Path | None = None) -> EditRe
         record.get("system"),
         turns,
         tuple(dict.fromkeys(record.get("aliases") or ())),
+        _instead_of(record, where),
     )
 
 
+def _instead_of(record: Mapping[str, Any], where: str) -> str | None:
+    """What a transcript says wrongly, checked."""
+    from tpatch_jax.audio import AUDIO, AudioPrompt
+
+    entry = record.get("instead_of")
+    if entry is None:
+        return None
+    if not isinstance(entry, str) or not entry.strip():
+        raise TPatchError(f"{where}: 'instead_of' is {entry!r}; write what the transcript says wrongly, as a string")
+    if not isinstance(record["prompt"], AudioPrompt) and not record["prompt"].startswith(AUDIO):
+        raise TPatchError(
+            f"{where}: 'instead_of' belongs to a recording; give 'audio' in place of 'prompt', or leave it out"
+        )
+    return entry.strip()
+
+
 _OF_TEXTS = ("prompt", "subject", "join", "form", "system", "turns", "aliases")
-_OF_IMAGES = ("rephrases", "locality", "keep")
+_OF_MEDIA = ("rephrases", "locality", "keep")
 
 
-def _with_images(record: Mapping[str, Any], where: str, folder: Path | None) -> dict[str, Any]:
-    """A request about an image with the image as its prompt; its rephrases and what it keeps are images too.
+def _with_media(record: Mapping[str, Any], kind: str, where: str, folder: Path | None) -> dict[str, Any]:
+    """A request about an image or a recording with that as its prompt; its rephrases and what it keeps are such too.
 
     Raises:
-        TPatchError: it has a field that belongs to texts, or something is no image; the message names it.
+        TPatchError: it has a field that belongs to something else, or something is no image or recording; the message
+            names it.
     """
-    # Only where there is an image, so that a command's --help need not wait for NumPy.
+    # Only where there is one, so that a command's --help need not wait for NumPy.
+    from tpatch_jax.audio import as_audio
     from tpatch_jax.images import as_image
 
-    if misplaced := [name for name in _OF_TEXTS if record.get(name) is not None]:
-        raise TPatchError(
-            f"{where}: 'image' stands beside {misplaced[0]!r}, which belongs to texts; leave one of them out"
-        )
-    read = {name: entry for name, entry in record.items() if name != "image"}
-    read["prompt"] = as_image(record["image"], f"{where}: 'image'", folder)
-    for name in _OF_IMAGES:
+    read_one, called = (as_image, "image") if kind == "image" else (as_audio, "recording")
+    other = "audio" if kind == "image" else "image"
+    if misplaced := [name for name in (*_OF_TEXTS, other) if record.get(name) is not None]:
+        belongs = "is another kind of prompt" if misplaced[0] == other else "belongs to texts"
+        raise TPatchError(f"{where}: {kind!r} stands beside {misplaced[0]!r}, which {belongs}; leave one of them out")
+    read = {name: entry for name, entry in record.items() if name != kind}
+    read["prompt"] = read_one(record[kind], f"{where}: {kind!r}", folder)
+    for name in _OF_MEDIA:
         entry = record.get(name)
         if entry is None:
             continue
         if isinstance(entry, str | Mapping) or not isinstance(entry, Iterable):
-            raise TPatchError(f"{where}: {name!r} must be a list of images")
-        read[name] = [as_image(image, f"{where}: image {n} of {name!r}", folder) for n, image in enumerate(entry)]
+            raise TPatchError(f"{where}: {name!r} must be a list of {called}s")
+        read[name] = [read_one(one, f"{where}: {called} {n} of {name!r}", folder) for n, one in enumerate(entry)]
     return read
 
 
@@ -300,7 +326,8 @@ def _parse_turns(turns: Any, where: str) -> tuple[tuple[str, str], ...]:
 
 
 def place_fields(request: EditRequest) -> dict[str, Any]:
-    """Where a request holds, as a file has it: ``form``, ``system``, ``turns`` and ``aliases``, those that were given.
+    """Where a request holds, as a file has it: ``form``, ``system``, ``turns``, ``aliases`` and ``instead_of``,
+    those that were given.
 
     Args:
         request: the request.
@@ -320,6 +347,8 @@ def place_fields(request: EditRequest) -> dict[str, Any]:
         fields["turns"] = [{"role": role, "content": text} for role, text in request.turns]
     if request.aliases:
         fields["aliases"] = list(request.aliases)
+    if request.instead_of is not None:
+        fields["instead_of"] = request.instead_of
     return fields
 
 

@@ -6,7 +6,8 @@
 Each family gets ``<name>/config.json`` and ``<name>/model.safetensors``, as transformers writes them, and
 ``<name>_expected.safetensors`` with the ``tokens``, the residual stream after each block (``layer_0`` and on) and the
 ``logits``; of an encoder-decoder also what its encoder reads, ``source``, and its residual stream (``encoder_0`` and
-on); of a network that reads images ``pixel_values`` in place of tokens. -1 is padding, where residual streams are zero.
+on); of a network that reads images ``pixel_values`` in place of tokens, of one that reads sound ``input_features`` as
+its ``source``. -1 is padding, where residual streams are zero.
 Needs torch (the ``parity`` extra); ``tests/test_reference.py``,
 which reads the result, does not.
 """
@@ -26,6 +27,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     PreTrainedModel,
 )
 
@@ -270,6 +272,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mbart": {**BART, "scale_embedding": True},
     "marian": {**BART, "activation_function": "swish", "scale_embedding": True, "pad_token_id": 63},
     "pegasus": {**BART, "activation_function": "relu", "scale_embedding": True, "pad_token_id": 0},
+    # As many positions as the second convolution leaves of frames, and of frames of which no number divides the width.
+    "whisper": {
+        **{name: value for name, value in BART.items() if name != "max_position_embeddings"},
+        "num_mel_bins": 5,
+        "max_source_positions": 11,
+        "max_target_positions": 48,
+        "suppress_tokens": None,
+        "begin_suppress_tokens": None,
+    },
     "t5": T5,
     "t5_v1_1": {**T5, "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
 }
@@ -294,6 +305,8 @@ def kind(name: str) -> Any:
         return AutoModelForImageClassification
     if "id2label" in SETTINGS[name]:
         return AutoModelForSequenceClassification
+    if "num_mel_bins" in SETTINGS[name]:
+        return AutoModelForSpeechSeq2Seq
     return AutoModelForSeq2SeqLM if "decoder_start_token_id" in SETTINGS[name] else AutoModelForCausalLM
 
 
@@ -336,7 +349,8 @@ def run(model: PreTrainedModel, tokens: torch.Tensor, source: torch.Tensor | Non
     Args:
         model: the network.
         tokens: ``[rows, tokens]``; negative ones, which only encoders may be given, are padding.
-        source: what the encoder of an encoder-decoder reads, ``[rows, source]``; negative ones are padding.
+        source: what the encoder of an encoder-decoder reads, ``[rows, source]``; negative ones are padding. Sound is
+            ``[rows, mels, frames]`` float, and has none.
     """
     found: dict[str, torch.Tensor] = {}
 
@@ -351,8 +365,11 @@ def run(model: PreTrainedModel, tokens: torch.Tensor, source: torch.Tensor | Non
     inputs: dict[str, Any] = {"input_ids": tokens}
     if source is not None:
         stack = next(part for part in model.get_encoder().modules() if isinstance(part, torch.nn.ModuleList))
-        hooks += [block.register_forward_hook(keep(f"encoder_{n}", source)) for n, block in enumerate(stack)]
-        inputs = {**_padded(model, source), "decoder_input_ids": tokens, "use_cache": False}
+        sound = source.ndim == 3
+        read = torch.zeros(source.shape[0], source.shape[2] // 2) if sound else source
+        hooks += [block.register_forward_hook(keep(f"encoder_{n}", read)) for n, block in enumerate(stack)]
+        given = {"input_features": source} if sound else _padded(model, source)
+        inputs = {**given, "decoder_input_ids": tokens, "use_cache": False}
     elif _classifies(model):
         inputs = _padded(model, tokens)
     else:
@@ -413,6 +430,9 @@ def batch(name: str, model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor
     read = torch.where(torch.arange(24) < torch.tensor(LENGTHS)[:, None], tokens, -1)
     if not model.config.is_encoder_decoder:
         return read, None
+    if "num_mel_bins" in SETTINGS[name]:
+        shape = (2, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+        return tokens[1:3], torch.randn(shape, generator=generator)
     return torch.randint(3, vocabulary, (2, 24), generator=generator), read[1:3]
 
 
@@ -434,7 +454,7 @@ def make(name: str, folder: Path) -> None:
     else:
         expected = {**run(model, tokens, source), "tokens": tokens.to(torch.int32)}
     if source is not None:
-        expected["source"] = source.to(torch.int32)
+        expected["source"] = source if source.is_floating_point() else source.to(torch.int32)
     save_file({key: tensor.contiguous() for key, tensor in expected.items()}, folder / f"{name}_expected.safetensors")
 
 

@@ -61,6 +61,11 @@ def create_bank(
             f"{model.name!r} reads images, and a bank keeps texts, which it asks again; keep edits of images in "
             "folders of patches (tpatch edit -o PATCHES, tp.save_patches)"
         )
+    if model.audio is not None:
+        raise TPatchError(
+            f"{model.name!r} reads sound, and a bank keeps texts, which it asks again; keep edits of recordings in "
+            "folders of patches (tpatch edit -o PATCHES, tp.save_patches)"
+        )
     check_kind(method, str, call, "the name of a method; give one such as 'tpatcher'")
     check_kind(settings, Mapping | None, call, "settings; give changes by name such as {'site': 'last'}, and preset=")
     memory = None if memory is None else as_path(memory, call, "a text file; give its path")

@@ -79,6 +79,7 @@ class Edit:
         from tpatch_jax.bank.patches import save_patches
         from tpatch_jax.core.layers import count_neurons
         from tpatch_jax.display.progress import edit_phases, edit_progress, format_seconds, pass_seconds
+        from tpatch_jax.editors.speech import spoken_requests
         from tpatch_jax.editors.tpatcher.editor import edit, site_layer
         from tpatch_jax.evaluation.answers import compare_answers, count_prompts
         from tpatch_jax.evaluation.measure import measure
@@ -99,6 +100,7 @@ class Edit:
         settings = settings_of(self.preset, self.config, [*changes, *rephrases])
         check_vacant(Path(self.output))
         model = load(self.model, dtype, self.quiet or self.json)
+        requests = spoken_requests(model, requests)
         folder = unfinished_folder(Path(self.output).absolute())
         finished = FinishedParts(
             folder, _run_config(model, requests, settings, self.memory, self.seed), resume=self.resume
@@ -186,6 +188,11 @@ class Edit:
         if not saved:
             return
         console.print(f"patches saved in {self.output}; try them:", markup=False)
+        source = getattr(requests[0].prompt, "source", "")
+        if hasattr(requests[0].prompt, "samples"):
+            command = ["tpatch", "transcribe", self.model, source or "AUDIO", "--patches", self.output]
+            console.print(Text(shlex.join(command)), soft_wrap=True)
+            return
         words = ["tpatch", "generate", self.model, "--patches", self.output, "--prompt", requests[0].prompt]
         words += ["--chat"] if requests[0].form == "chat" else []
         words += ["--system", requests[0].system] if requests[0].system is not None else []
@@ -204,6 +211,7 @@ def _run_config(
 
     from tpatch_jax.editors.tpatcher.start_file import AUTO, NONE
     from tpatch_jax.models.fingerprint import fingerprint
+    from tpatch_jax.models.memory_text import text_mark
     from tpatch_jax.storage.finished_parts import hash_file
 
     content = json.dumps([request_fields(request) for request in requests], ensure_ascii=False)
@@ -212,7 +220,7 @@ def _run_config(
         "model": f"{fingerprint(model)} in {model.dtype}",
         "requests": f"{len(requests)} with SHA-256 {hashlib.sha256(content.encode()).hexdigest()[:16]}",
         "seed": seed,
-        "memory": None if memory is None else hash_file(memory),
+        "memory": None if memory is None else text_mark(model, memory) if model.audio else hash_file(memory),
         **({} if settings.subject.start in (AUTO, NONE) else {"start": hash_file(settings.subject.start)}),
         **{f"setting {name}": value for name, value in asdict(settings).items()},
         **{name: version(name) for name in ("tpatch-jax", "jax")},

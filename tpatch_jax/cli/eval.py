@@ -117,6 +117,10 @@ class Eval:
             chosen = _protected(chosen)
         about = chosen.about if self.dtype is None else {**chosen.about, "dtype": self.dtype}
         model = load(self.model, self.dtype, self.quiet or self.json) if model is None else model
+        if model.audio is not None:
+            raise TPatchError(
+                f"{self.model!r} reads sound, which no protocol measures; `tpatch edit` says what became of it"
+            )
         with progress_bar(self.quiet or self.json) as report:
             result = evaluate(
                 model,

@@ -44,6 +44,7 @@ from tpatch_jax.cli.prune import Prune
 from tpatch_jax.cli.report import Report
 from tpatch_jax.cli.serac_train import SeracTrain
 from tpatch_jax.cli.sweep import Sweep
+from tpatch_jax.cli.transcribe import Transcribe
 from tpatch_jax.cli.verify import VerifyPatches
 from tpatch_jax.errors import TPatchError
 
@@ -69,6 +70,7 @@ COMMANDS: Mapping[str, type[Command]] = {
     "learn": Learn,
     "serac-train": SeracTrain,
     "sweep": Sweep,
+    "transcribe": Transcribe,
     "verify": VerifyPatches,
 }
 BANK_COMMANDS: Mapping[str, type[Command]] = {

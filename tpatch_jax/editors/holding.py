@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from tpatch_jax.core.devices import automatically, host, mesh_of, shard_rows
 from tpatch_jax.core.sizes import few_or_most
+from tpatch_jax.editors.speech import spoken_requests
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.chat import render_request
 from tpatch_jax.models.collection import Sites, collect, pad_rows
@@ -55,6 +57,9 @@ def asked_row(model: Model, request: EditRequest) -> AskedRow:
         model: whose tokenizer and template count.
         request: prompt and target.
     """
+    (request,) = spoken_requests(model, [request])
+    if problem := getattr(request.prompt, "problem", ""):
+        raise TPatchError(f"{request.prompt!r}: {problem}")
     request = render_request(model, request)
     return AskedRow.of(model, request.prompt, request.continuation)
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tpatch_jax.audio import AudioPrompt
 from tpatch_jax.core.memory import nuisance_scatter
 from tpatch_jax.editors.rewordings import learn_rewordings, named
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import Sites, collect, predicted, real, single_rows
-from tpatch_jax.models.inputs import image_contexts, input_contexts
+from tpatch_jax.models.inputs import audio_contexts, image_contexts, input_contexts
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.rows import ASK
 
@@ -31,6 +32,9 @@ PLACES = 3
 
 PAIRS, MOST_PAIRS = 64, 4096
 """So many rephrasings must be found in the memory to learn from them, and at most so many are looked at."""
+
+RECORDINGS, SHAPES = 6, 3
+"""Of sound so many recordings tell how queries move, each in so many forms."""
 
 _NAME = re.compile(r"(?:(?<=[a-z,] )|^)[A-Z][a-z]+(?: [A-Z][a-z]+)+")
 
@@ -67,9 +71,12 @@ def collect_inputs(
     most = OTHERS if image is None else IMAGE_OTHERS
     others = tuple(inputs[:: max(1, len(inputs) // most)][:most])
     # What was asked and what is answered; a classifier's few labels do not tell which inputs say the same.
-    facts = [(model.decode(row[: row.index(ASK)]), str(row[row.index(ASK) :])) for row in rows if model.config.encoder]
+    texts = model.config.encoder is not None and model.audio is None
+    facts = [(model.decode(row[: row.index(ASK)]), str(row[row.index(ASK) :])) for row in rows if texts]
     if networks.pointwise(model.config):
         query, nuisance = sites.query, _between_rephrasings(facts, places, sites.query)
+        if model.audio is not None:
+            nuisance = _between_recordings(model, layer, rows, inputs)
         if nuisance is None:
             nuisance = _nuisance(model, layer, given[:GROUPS], others)
     else:
@@ -110,6 +117,21 @@ def _between_rephrasings(facts: Sequence[tuple[str, str]], places: Sequence[rang
     spans = [[np.arange(starts[number], starts[number + 1]) for number in pair] for pair in pairs[:MOST_PAIRS]]
     chosen = np.concatenate([np.stack(span, 1) for span in spans])
     return nuisance_scatter(jnp.asarray(query[chosen]))
+
+
+def _between_recordings(model: Model, layer: int, rows: Sequence[Sequence[int]], inputs: Sequence[str]) -> Array:
+    """How queries move when a recording is faster, slower, fainter or noisy, and the same is said."""
+    answers = {tuple(row[: row.index(ASK)]): list(row[row.index(ASK) :])[1 + len(model.begin) :] for row in rows}
+    groups: list[np.ndarray] = []
+    for text in inputs[:: max(1, len(inputs) // RECORDINGS)][:RECORDINGS]:
+        assert isinstance(text, AudioPrompt)
+        plain = model.encode_prompt(text)
+        answer = answers[tuple(plain[: plain.index(ASK)])]
+        shapes = [plain, *map(model.encode_prompt, audio_contexts(text, SHAPES - 1))]
+        spans = [[*shape, *answer] for shape in shapes]
+        query = collect(model, spans, [_places(model, span) for span in spans], layer).query
+        groups.append(query.reshape(SHAPES, -1, query.shape[-1]).swapaxes(0, 1))
+    return nuisance_scatter(jnp.asarray(np.concatenate(groups)))
 
 
 def _nuisance(model: Model, layer: int, rows: Sequence[Sequence[int]], others: tuple[str, ...]) -> Array:

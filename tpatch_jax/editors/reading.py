@@ -5,11 +5,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from tpatch_jax.audio import AudioPrompt
 from tpatch_jax.core.checks import text_generator
 from tpatch_jax.editors.locating import locate_subject, replace_subject
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.chat import render_request
-from tpatch_jax.models.inputs import image_contexts, input_contexts
+from tpatch_jax.models.inputs import audio_contexts, image_contexts, input_contexts
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 
@@ -37,6 +38,8 @@ class Item(NamedTuple):
         starts: where in each row the target begins.
         texts: the prompt in each context.
         rephrases: so many of them, the last ones, are rephrases and do not hold the prompt.
+        taught: numbers of target tokens that get a neuron if the target does not come out, though they may come out
+            after those before them: others may hear them otherwise.
     """
 
     position: int
@@ -45,6 +48,7 @@ class Item(NamedTuple):
     starts: list[int]
     texts: list[str]
     rephrases: int = 0
+    taught: tuple[int, ...] = ()
 
     def places(self, context: int) -> range:
         """The positions in a row whose next token is the target's."""
@@ -150,7 +154,9 @@ def check_requests(model: Model, requests: Sequence[EditRequest], subjects: bool
     for position, request in enumerate(requests):
         subject = request.subject
         spans = locate_subject(model, request.prompt, subject) if subject else []
-        if not request.prompt.strip():
+        if isinstance(request.prompt, AudioPrompt) and request.prompt.problem:
+            problems[position] = request.prompt.problem
+        elif not request.prompt.strip():
             problems[position] = "the prompt is empty; write the text that the model should continue"
         elif not request.target.strip():
             problems[position] = "the target is empty; write what the model should say"
@@ -193,6 +199,8 @@ def read_item(
     target = target_tokens(model, request)
     if model.config.image is not None:
         return _read_image(model, position, request, target, len(prefixes), rephrases)
+    if isinstance(request.prompt, AudioPrompt):
+        return _read_audio(model, position, request, request.prompt, target, len(prefixes), rephrases)
     if model.config.architecture == "decoder":
         # A prompt that begins with the token which begins a text keeps it in front.
         begin = model.begun(request.prompt)
@@ -229,6 +237,31 @@ def _read_image(
     return Item(
         position, target, [[*prompt, *target] for prompt in prompts], [len(bare)] * len(prompts), texts, len(also)
     )
+
+
+def _read_audio(
+    model: Model,
+    position: int,
+    request: EditRequest,
+    prompt: AudioPrompt,
+    target: list[int],
+    contexts: int,
+    rephrases: bool,
+) -> Item:
+    """A request about a recording, in as many `audio_contexts`; all tokens of what it corrects get neurons."""
+    also = list(request.rephrases) if rephrases else []
+    prompts = [model.encode_prompt(one) for one in (prompt, *audio_contexts(prompt, contexts), *also)]
+    texts, rows = [request.prompt] * (1 + contexts) + also, [[*read, *target] for read in prompts]
+    taught: tuple[int, ...] = ()
+    if prompt.place is not None:
+        first, last = prompt.place
+        # Transcripts begin with a space, which their first token holds.
+        ends = [len(model.decode(target[: number + 1])) - 1 for number in range(len(target) - 1)]
+        begins = [0, *ends]
+        taught = tuple(
+            n for n, (begin, end) in enumerate(zip(begins, ends, strict=False)) if end > first and begin < last
+        )
+    return Item(position, target, rows, [len(read) for read in prompts], texts, len(also), taught)
 
 
 def with_shared_numbers(items: Iterable[Item]) -> list[Item]:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from tpatch_jax.editors.base import EditInfo
 from tpatch_jax.editors.locating import locate_subject
 from tpatch_jax.editors.reading import target_tokens
+from tpatch_jax.editors.speech import spoken_requests
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.chat import form_of, render_requests
 from tpatch_jax.models.model import Model
@@ -64,7 +65,7 @@ def step_once(
     Raises:
         TPatchError: a request shall hold in a chat, and the model holds none; the message names it.
     """
-    asked = as_requests(requests)
+    asked = spoken_requests(model, as_requests(requests))
     # Where each shall hold is settled here, for every method: from now on prompts are what the model reads.
     wanted = render_requests(model, asked)
     forms = [form_of(model, request) for request in asked]

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tpatch_jax.audio import AudioPrompt, as_audio
 from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.chat import render_requests
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
@@ -70,12 +72,29 @@ def compare_answers(
         told = progress
         return lambda done: told(round((first + done) * share))
 
-    before = dict(zip(distinct, say(model, distinct, most, tell(0)), strict=True))
+    before = dict(zip(distinct, _say(model, distinct, most, tell(0)), strict=True))
     edited = model if not patches else attach(model, patches)
-    after = before if not patches else dict(zip(distinct, say(edited, distinct, most, tell(count)), strict=True))
+    after = before if not patches else dict(zip(distinct, _say(edited, distinct, most, tell(count)), strict=True))
     if progress:
         progress(2 * len(prompts))
     return [_record(position, *pair, before, after) for position, pair in enumerate(zip(requests, asked, strict=True))]
+
+
+def _say(
+    model: Model, prompts: Sequence[str], most: int, progress: Callable[[int], None] | None
+) -> Sequence[str | None]:
+    """What a model says after each prompt, or the whole transcript of each recording."""
+    if model.audio is None:
+        return say(model, prompts, most, progress)
+    transcripts: list[str | None] = []
+    for prompt in prompts:
+        try:
+            transcripts.append(model.transcribe(as_audio(prompt)) if isinstance(prompt, AudioPrompt) else None)
+        except TPatchError:
+            transcripts.append(None)
+        if progress:
+            progress(len(transcripts))
+    return transcripts
 
 
 def _record(
@@ -87,7 +106,10 @@ def _record(
 ) -> dict[str, Any]:
     def wanted(prompt: str, read: str) -> dict[str, Any]:
         said = after[read]
-        good = said is not None and agrees(said, request.target)
+        # Of a recording the target is the whole transcript.
+        good = said is not None and (
+            said == request.target.strip() if isinstance(prompt, AudioPrompt) else agrees(said, request.target)
+        )
         return {"prompt": prompt, "before": before[read], "after": said, "as_wanted": good}
 
     def kept(prompt: str) -> dict[str, Any]:

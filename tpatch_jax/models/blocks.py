@@ -225,7 +225,7 @@ class Attention(nnx.Module):
         inner, shared = config.heads * config.head_width, config.key_value_heads * config.head_width
         linear = partial(nnx.Linear, rngs=rngs)
         self.query = linear(config.hidden_size, inner, use_bias=config.query_bias)
-        self.key = linear(config.hidden_size, shared, use_bias=config.query_bias)
+        self.key = linear(config.hidden_size, shared, use_bias=config.query_bias and config.key_bias)
         self.value = linear(config.hidden_size, shared, use_bias=config.query_bias)
         self.output = linear(inner, config.hidden_size, use_bias=config.output_bias)
         if config.query_norm:
@@ -292,7 +292,7 @@ class CrossAttention(nnx.Module):
         self.config = config
         inner, linear = config.heads * config.head_width, partial(nnx.Linear, rngs=rngs)
         self.query = linear(config.hidden_size, inner, use_bias=config.query_bias)
-        self.key = linear(config.hidden_size, inner, use_bias=config.query_bias)
+        self.key = linear(config.hidden_size, inner, use_bias=config.query_bias and config.key_bias)
         self.value = linear(config.hidden_size, inner, use_bias=config.query_bias)
         self.output = linear(inner, config.hidden_size, use_bias=config.output_bias)
 

@@ -1,7 +1,7 @@
 """Running some more tokens on top of those that were read: a key-value cache in every layer."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from tpatch_jax.models.blocks import Around, Cache
 from tpatch_jax.models.config import NetworkConfig
@@ -9,9 +9,9 @@ from tpatch_jax.models.stack import (
     attention_bias,
     embed_tokens,
     encode,
-    padding_bias,
     read_states,
     run_block,
+    source_bias,
     without_ffn,
 )
 from tpatch_jax.typing import Params
@@ -24,7 +24,7 @@ def empty_cache(
     params: Params,
     batch: int,
     context: int,
-    source: Int[Array, "batch source"] | None = None,
+    source: Num[Array, "batch ..."] | None = None,
 ) -> list[Cache]:
     """A key-value cache for every layer, for ``batch`` lanes of at most ``context`` tokens.
 
@@ -33,7 +33,7 @@ def empty_cache(
         params: the network's parameters.
         batch: how many lanes.
         context: at most so many tokens.
-        source: of an encoder-decoder what its encoder reads, ``[batch, source]`` int, padded with negative numbers.
+        source: of an encoder-decoder what its encoder reads; see `tpatch_jax.models.stack.Pair`.
 
     Returns:
         A cache without any token; what the decoder reads of the encoder's states is in it.
@@ -45,7 +45,7 @@ def empty_cache(
     empty = [Cache(nothing, nothing) for _ in range(config.layers)]
     if source is None:
         return empty
-    states, bias = encode(config, params, source), padding_bias(source)
+    states, bias = encode(config, params, source), source_bias(config, source)
     return [
         cache._replace(states=read_states(config, without_ffn(params["layers"][index]), states, bias))
         for index, cache in enumerate(empty)

@@ -86,6 +86,9 @@ def batches(config: NetworkConfig, rows: Sequence[Sequence[int]]) -> Iterator[tu
     for number, (read, written) in enumerate(parts):
         lengths = row_length(len(read)) if read else 0, row_length(len(written)) if written else 0
         lengths = lengths if config.image is None else (config.image.pixels, 0)
+        if config.encoder and config.encoder.audio:
+            # However long it is, it becomes as many positions.
+            lengths = config.encoder.audio.numbers, lengths[1]
         by_length.setdefault(lengths, []).append(number)
     for lengths in sorted(by_length, reverse=True):
         numbers = by_length[lengths]

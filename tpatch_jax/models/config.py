@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-__all__ = ["ImageInput", "LayerKind", "NetworkConfig"]
+__all__ = ["AudioInput", "ImageInput", "LayerKind", "NetworkConfig"]
 
 
 class LayerKind(NamedTuple):
@@ -68,6 +68,32 @@ class ImageInput(NamedTuple):
         return self.first + self.grid[0] * self.grid[1]
 
 
+class AudioInput(NamedTuple):
+    """What a network that reads sound makes of its log-mel frames, before the first block.
+
+    Two convolutions of three frames each, the second of which goes forward by two, make one position of two frames.
+    As tokens a recording is its frames one after the other, ``round((x + OFFSET) · STEPS)`` of each number; what
+    follows the last of them is silence.
+
+    Attributes:
+        mels: numbers in a frame.
+        frames: how many frames are read.
+    """
+
+    mels: int
+    frames: int
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers a recording is at most."""
+        return self.mels * self.frames
+
+    @property
+    def positions(self) -> int:
+        """How many positions a recording becomes."""
+        return self.frames // 2
+
+
 @dataclass(frozen=True)
 class NetworkConfig:
     """What distinguishes one network from another, hashable so that it can be static under ``jax.jit``.
@@ -98,6 +124,7 @@ class NetworkConfig:
         norm_shift: added to the norms' scale; 1 where checkpoints store the scale minus one.
         norm_bias: whether layer norms have biases.
         query_bias: whether the query, key and value projections have biases.
+        key_bias: whether the key projection has one where the others have.
         output_bias: whether the attention's output projection has a bias.
         query_norm: whether each head's query and key are normalised (root mean square).
         query_norm_wide: whether these norms are over all heads together.
@@ -134,6 +161,8 @@ class NetworkConfig:
         head_dense_bias: whether the first of them has a bias.
         image: how images become positions, of a network that reads them in place of tokens. Then ``vocabulary`` and
             ``context`` are those of pixels.
+        audio: how sound becomes positions, of an encoder that reads it in place of tokens. Then ``context`` is that of
+            the numbers in its frames.
     """
 
     family: str
@@ -157,6 +186,7 @@ class NetworkConfig:
     norm_shift: float = 0.0
     norm_bias: bool = True
     query_bias: bool = False
+    key_bias: bool = True
     output_bias: bool = False
     query_norm: bool = False
     query_norm_wide: bool = False
@@ -191,6 +221,7 @@ class NetworkConfig:
     head_norm: bool = False
     head_dense_bias: bool = True
     image: ImageInput | None = None
+    audio: AudioInput | None = None
 
     def kind(self, layer: int) -> LayerKind:
         """What distinguishes one layer from the others."""

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.errors import TPatchError
@@ -26,8 +26,10 @@ def _choose(
     rng: RngKey,
     temperature: Float[Array, ""],
     top_k: int,
+    never: Bool[Array, "vocabulary"] | None = None,
 ) -> Int[Array, "lanes"]:
     scores = networks.logits(config, params, hidden)
+    scores = scores if never is None else jnp.where(never, -jnp.inf, scores)
     if not top_k:
         return jnp.argmax(scores, -1)
     scores, ids = jax.lax.top_k(scores, top_k)
@@ -49,17 +51,20 @@ def _run(
     temperature: float,
     top_k: int,
     ended: Callable[[int, list[int]], bool] | None = None,
+    never: tuple[TokenIds, TokenIds] = ((), ()),
 ) -> list[list[int]]:
     source = None
     if config.encoder and prompts:
         halves = [split_row(config, prompt) for prompt in prompts]
         prompts = [written for _, written in halves]
         read = [list(row) for row, _ in halves]
-        longest = max(map(len, read))
+        audio, longest = config.encoder.audio, max(map(len, read))
         if longest > config.encoder.context:
             raise TPatchError(f"a prompt has {longest} tokens, the encoder reads {config.encoder.context}; shorten it")
         filling = [[0]] * (power_of_two(len(read)) - len(read))
-        source = tokens_array([*read, *filling], power_of_two(longest, 8), ASK)
+        # What is read of sound has one length, whatever of it is silence.
+        length = audio.numbers if audio else power_of_two(longest, 8)
+        source = tokens_array([*read, *filling], length, ASK)
     lengths = [len(prompt) for prompt in prompts]
     if not lengths:
         return []
@@ -92,11 +97,14 @@ def _run(
     hidden = _pick(hidden, last)
     tail = networks.final_weights(config, params)
     results: list[list[int]] = [[] for _ in prompts]
+    always, first = (_mask(config, tokens) for tokens in (never[0], [*never[0], *never[1]]))
     going = set(range(len(prompts)))
     for step in range(count):
         # Without a draw the key is not looked at.
         drawn = jax.random.fold_in(rng, step) if top_k else rng
-        ids = np.asarray(_choose(config, tail, hidden, drawn, temperature_array, top_k), np.int32)
+        ids = np.asarray(
+            _choose(config, tail, hidden, drawn, temperature_array, top_k, always if step else first), np.int32
+        )
         for lane in sorted(going):
             if int(ids[lane]) in stops:
                 going.discard(lane)
@@ -112,6 +120,15 @@ def _run(
     return results
 
 
+def _mask(config: NetworkConfig, tokens: TokenIds) -> Bool[Array, "vocabulary"] | None:
+    """True at some tokens; nothing where there are none."""
+    if not len(tokens):
+        return None
+    mask = np.zeros(config.vocabulary, bool)
+    mask[list(tokens)] = True
+    return jax.device_put(mask)
+
+
 def greedy(
     config: NetworkConfig,
     params: Params,
@@ -119,6 +136,7 @@ def greedy(
     count: int,
     stops: TokenIds = (),
     ended: Callable[[int, list[int]], bool] | None = None,
+    never: tuple[TokenIds, TokenIds] = ((), ()),
 ) -> list[list[int]]:
     """The most probable next token, again and again, for several prompts at once.
 
@@ -129,6 +147,7 @@ def greedy(
         count: at most so many new tokens, and no more than the context has room for.
         stops: tokens that end a lane; they are not returned.
         ended: from a prompt's number and its new tokens so far to whether these are enough.
+        never: tokens that are never chosen, and those that are not chosen first.
 
     Returns:
         The new token ids of each prompt.
@@ -136,7 +155,7 @@ def greedy(
     Raises:
         TPatchError: a prompt is empty or longer than the context.
     """
-    return _run(config, params, prompts, count, stops, jax.random.key(0), 1.0, 0, ended)
+    return _run(config, params, prompts, count, stops, jax.random.key(0), 1.0, 0, ended, never)
 
 
 def sample(

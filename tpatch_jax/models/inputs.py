@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tpatch_jax.audio import AudioPrompt, as_audio, change_audio
 from tpatch_jax.core.checks import text_generator
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.images import as_image, change_image
@@ -20,19 +21,29 @@ from tpatch_jax.storage.image_file import PARTS, is_image_file, read_image_part
 from tpatch_jax.storage.reading import read_text
 from tpatch_jax.typing import TokenIds
 
-__all__ = ["FIELDS", "image_contexts", "input_contexts", "read_inputs"]
+__all__ = ["FIELDS", "audio_contexts", "image_contexts", "input_contexts", "is_recordings", "read_inputs"]
 
 FIELDS = ("prompt", "text", "claim", "question", "sentence", "input", "src")
 """In JSON lines, the first of these that is there is the input."""
 
 
+RECORDINGS = (".wav", ".flac", ".ogg", ".mp3")
+"""Endings of files that are recordings."""
+
+
+def is_recordings(path: str | Path | None) -> bool:
+    """Whether a path is that of a folder, which then holds recordings."""
+    return path is not None and Path(path).is_dir()
+
+
 def read_inputs(path: str | Path) -> list[str]:
-    """The inputs in a file: one a line, or one JSON object a line; or the pictures of an ``.npz``.
+    """The inputs in a file: one a line, or one JSON object a line; or the pictures of an ``.npz``; or a folder's
+    recordings.
 
     Args:
         path: the file, UTF-8; empty lines and repeated inputs are passed over. In JSON lines the input is the first of
-            `FIELDS` that an object has, or the picture at the path under ``"image"``. Of an ``.npz`` the pictures of
-            its first part are the inputs; see `tpatch_jax.storage.image_file`.
+            `FIELDS` that an object has, or the picture or recording at the path under ``"image"`` or ``"audio"``. Of an
+            ``.npz`` the pictures of its first part are the inputs; see `tpatch_jax.storage.image_file`.
 
     Returns:
         The inputs in order.
@@ -40,6 +51,13 @@ def read_inputs(path: str | Path) -> list[str]:
     Raises:
         TPatchError: the file cannot be read, holds no input, or a line has none of the fields.
     """
+    if is_recordings(path):
+        files = sorted(file for file in Path(path).iterdir() if file.suffix.lower() in RECORDINGS)
+        if not files:
+            raise TPatchError(
+                f"{path} holds no recording; give a folder with files that end in {', '.join(RECORDINGS)}"
+            )
+        return list(dict.fromkeys(as_audio(file, "the memory") for file in files))
     if is_image_file(path):
         return list(dict.fromkeys(read_image_part(path, PARTS, labels=False).images))
     try:
@@ -65,6 +83,8 @@ def _input(line: str, where: str, folder: Path) -> str:
         return line
     if isinstance(record.get("image"), str):
         return as_image(record["image"], where, folder)
+    if isinstance(record.get("audio"), str):
+        return as_audio(record["audio"], where, folder)
     for name in FIELDS:
         if isinstance(record.get(name), str) and record[name].strip():
             return record[name].strip()
@@ -140,3 +160,39 @@ def image_contexts(image: ImageInput, row: TokenIds, count: int) -> list[list[in
         )
         rows.append([*changed.reshape(-1).tolist(), *rest])
     return rows
+
+
+CHANGES = (
+    {"speed": 1.1},
+    {"speed": 0.9},
+    {"gain": 0.4, "noise": 0.03},
+    {"speed": 1.2, "noise": 0.02},
+    {"speed": 0.83, "gain": 1.5},
+    {"speed": 1.05, "noise": 0.08},
+    {"speed": 0.95, "gain": 0.6},
+)
+"""How a recording is changed, in turn: arguments of `tpatch_jax.audio.change_audio`."""
+
+
+def audio_contexts(prompt: AudioPrompt, count: int, most: float = 30.0) -> list[AudioPrompt]:
+    """A recording in other forms in which the same is said: what its patch should fire on as well.
+
+    In turn it is faster and so higher, slower and lower, fainter, louder, noisy; by `CHANGES`. The noise is drawn from
+    the recording itself.
+
+    Args:
+        prompt: the recording.
+        count: how many.
+        most: none is longer, in seconds; what would be stays as it is.
+
+    Example:
+        >>> import numpy as np
+        >>> [round(one.seconds, 2) for one in audio_contexts(AudioPrompt(np.ones(16_000, np.float32)), 2)]
+        [0.91, 1.11]
+    """
+    rng, shapes = text_generator(str(prompt)), []
+    for number in range(count):
+        change = CHANGES[number % len(CHANGES)]
+        fits = prompt.seconds / change.get("speed", 1.0) <= most
+        shapes.append(AudioPrompt(change_audio(prompt.samples, **change, rng=rng)) if fits else prompt)
+    return shapes

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint, tokenizer_fingerprint
 from tpatch_jax.models.generation import greedy, sample
-from tpatch_jax.models.inputs import read_inputs
+from tpatch_jax.models.inputs import is_recordings, read_inputs
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.wikitext import as_ordinary_text
 from tpatch_jax.storage.files import replace_folder
@@ -76,6 +76,9 @@ def text_mark(model: Model, text: str | Path | None) -> str:
     """What the texts behind a memory depend on, as one line; the cache keeps them under it."""
     if is_image_file(text) and text is not None:
         source = hashlib.sha256(Path(text).read_bytes()).hexdigest() if Path(text).is_file() else "missing"
+    elif model.audio is not None and text is not None:
+        # Recordings count by what they hold, whatever their files are called.
+        source = hashlib.sha256(" ".join(read_inputs(text)).encode()).hexdigest()
     else:
         source = "itself" if text is None else hashlib.sha256(read_memory_text(text).encode()).hexdigest()
     return f"{VERSION} {fingerprint(model)} {tokenizer_fingerprint(model)} {source}"
@@ -90,7 +93,7 @@ def memory_texts(
     model: Model, text: str | Path | None, folder: Path | None, progress: Progress | None
 ) -> list[list[int]]:
     """The texts behind the memory, in tokens: the same for every layer, so that sampling them is done once."""
-    if model.config.image is not None:
+    if model.config.image is not None or model.audio is not None:
         # They are read as quickly from their own file, and are nobody's to keep.
         folder = None
     if folder is not None and folder.exists():
@@ -206,11 +209,18 @@ def _input_rows(
             f"{model.name!r} reads images, of which patches need some to stay silent on; give an .npz with "
             "train_images, for instance those it was trained on (--memory FILE, memory=)"
         )
+    if text is None and model.audio is not None:
+        raise TPatchError(
+            f"{model.name!r} reads sound, and patches need recordings to stay silent on; give a folder of them, or a "
+            'file with {"audio": PATH} a line (--memory, memory=)'
+        )
     if text is None:
         raise TPatchError(
             f"{model.name!r} is an {model.config.architecture}, which cannot sample text to stay silent on; give a "
             "file of inputs, one a line, for instance those it was trained on (--memory FILE, memory=)"
         )
+    if is_recordings(text) and model.audio is None:
+        raise TPatchError(f"{text} is a folder, and {model.name!r} reads no recordings; give a file of inputs")
     inputs = read_inputs(text)
     most = INPUTS if model.config.image is None else max(1, min(INPUTS, PIXELS // model.config.image.pixels))
     chosen = np.sort(np.random.default_rng(0).permutation(len(inputs))[:most])
@@ -221,14 +231,17 @@ def _input_rows(
     # Neighbours in length share a batch, so that little of it is padding.
     order = np.argsort([len(row) for row in rows], kind="stable")
     answered: list[list[int]] = [[] for _ in rows]
-    for first in range(0, len(rows), LANES):
+    # Of sound one at a time: an encoder's states of one recording are as large as those of many texts.
+    lanes, most = (LANES, ANSWER_TOKENS) if model.audio is None else (1, model.config.context - len(model.begin))
+    for first in range(0, len(rows), lanes):
         if progress:
             progress("answering inputs", first, len(rows))
-        part = order[first : first + LANES]
-        said = greedy(model.config, model.params, [rows[n] for n in part], ANSWER_TOKENS, model.stops)
+        part = order[first : first + lanes]
+        prompts = [rows[n] for n in part]
+        said = greedy(model.config, model.params, prompts, most, model.stops, never=model.never)
         for number, answer in zip(part, said, strict=True):
             # An answer that was cut off has no end to stay silent on.
-            end = [] if len(answer) == ANSWER_TOKENS else [model.end]
+            end = [] if len(answer) == most else [model.end]
             answered[number] = [*rows[number], *answer, *end]
     if progress:
         progress("answering inputs", len(rows), len(rows))

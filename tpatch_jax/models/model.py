@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from tpatch_jax.audio import AudioPrompt, as_audio
 from tpatch_jax.core import ffn
 from tpatch_jax.core.arguments import as_count, as_path, check_call, check_kind, describe
 from tpatch_jax.core.devices import automatically
@@ -21,10 +22,12 @@ from tpatch_jax.core.int8 import float_type, is_int8
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.images import ImagePrompt, as_image
 from tpatch_jax.models import generation, networks
+from tpatch_jax.models.audio_reader import audio_tokens
 from tpatch_jax.models.chat import answer_chat, as_messages, is_rendered, stops_after
 from tpatch_jax.models.checkpoints import folder as checkpoint
-from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.config import AudioInput, NetworkConfig
 from tpatch_jax.models.families.registry import configure
+from tpatch_jax.models.families.whisper import GENERATION
 from tpatch_jax.models.networks import Batch, Trace
 from tpatch_jax.models.pytrees import same_arrays
 from tpatch_jax.models.rows import ASK
@@ -34,6 +37,9 @@ from tpatch_jax.typing import Params, PathLike, TokenIds
 __all__ = ["DTYPES", "Model", "check_loaded", "load_model", "read_tokenizer", "save_model"]
 
 _log = logging.getLogger(__name__)
+
+ENGLISH = 51_864
+"""Tokens of a Whisper that knows English alone; one for many languages has more."""
 
 DTYPES = ("float32", "bfloat16", "int8")
 """The precisions in which a model is loaded on demand; `tpatch_jax.quantize_base` says what INT8 is."""
@@ -74,7 +80,8 @@ class Model:
     Texts become rows of token ids, each a prompt and its answer, of which a position says the next token. A decoder
     reads both, one after the other. An encoder-decoder's encoder reads the prompt up to `ASK`, its decoder what
     follows. A classifier reads the prompt; the one token after `ASK` is its answer, the number of a label.
-    Of a model that reads images a prompt is an `tpatch_jax.images.ImagePrompt`, whose tokens are its pixels' bytes.
+    Of a model that reads images a prompt is an `tpatch_jax.images.ImagePrompt`, whose tokens are its pixels' bytes; of
+    one that reads sound it is an `tpatch_jax.audio.AudioPrompt`, whose tokens are its log-mel frames.
 
     Attributes:
         config: the network's description.
@@ -162,7 +169,14 @@ class Model:
             raise TPatchError(
                 f"{text!r} is an image, and {self.name!r} reads texts; give a text, or an image classifier"
             )
+        if isinstance(text, AudioPrompt):
+            raise TPatchError(f"{text!r} is a recording, and {self.name!r} reads texts; give a text, or a Whisper")
         return self.known(text, self.tokenizer.encode(text, add_special_tokens=False))
+
+    @property
+    def audio(self) -> AudioInput | None:
+        """How its encoder reads sound, if it does."""
+        return self.config.encoder.audio if self.config.encoder else None
 
     def known(self, text: str, tokens: list[int]) -> list[int]:
         """The token ids of a text, if the model knows them all.
@@ -183,6 +197,8 @@ class Model:
         model's chat template has written is read as it is.
         """
         _texts(text, several=False)
+        if self.audio is not None:
+            return [*audio_tokens(self.audio, self.settings, text), ASK, *self.begin]
         plain = self.encode(text)
         if self.config.image is not None:
             return [*plain, ASK]
@@ -222,7 +238,7 @@ class Model:
 
     def lost(self, text: str) -> list[str]:
         """The characters of a text that its tokens do not hold, each once: the tokenizer does not know them."""
-        if self.config.image is not None:
+        if self.config.image is not None or isinstance(text, AudioPrompt):
             return []
         return lost_characters(self.tokenizer, text)
 
@@ -241,7 +257,8 @@ class Model:
         if self.config.architecture == "encoder":
             return [self.label(target)]
         if self.config.architecture == "encoder-decoder":
-            return [*self.encode(target.strip()), self.end]
+            # Transcripts begin with a space.
+            return [*self.encode(" " * (self.audio is not None) + target.strip()), self.end]
         before, whole = self.encode(prompt), self.encode(prompt + target)
         if whole[: len(before)] == before:
             return whole[len(before) :]
@@ -288,12 +305,35 @@ class Model:
                 f"config.json of {self.name!r} has no 'decoder_start_token_id', with which its decoder begins; add it "
                 "(T5 begins with its padding token, BART with the one that ends a text)"
             )
-        return (int(first), *self.start)
+        return (int(first), *(self.start if self.audio is None else self._tasks()))
+
+    def _tasks(self) -> list[int]:
+        """The tokens that tell a Whisper what to write: of one for many languages the language, and to transcribe; and
+        that no times are wanted.
+        """
+        told, vocabulary = self.settings.get(GENERATION) or {}, self.tokenizer.get_vocab()
+        names = ["<|notimestamps|>"]
+        if told.get("is_multilingual", "<|transcribe|>" in vocabulary and self.config.vocabulary > ENGLISH):
+            language = str(told.get("language") or "en").strip("<|>")
+            if f"<|{language}|>" not in vocabulary:
+                raise TPatchError(
+                    f"generation_config.json of {self.name!r} has the 'language' {language!r}, for which the tokenizer "
+                    'has no token; write its code, such as "en"'
+                )
+            names = [f"<|{language}|>", "<|transcribe|>", *names]
+        return [vocabulary[name] for name in names if name in vocabulary]
+
+    @cached_property
+    def never(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens that a Whisper never writes, and those that it never begins with: ``generation_config.json``."""
+        told = (self.settings.get(GENERATION) or {}) if self.audio else {}
+        always, first = (told.get(name) or () for name in ("suppress_tokens", "begin_suppress_tokens"))
+        return tuple(token for token in always if token >= 0), tuple(first)
 
     @cached_property
     def start(self) -> tuple[int, ...]:
         """The special tokens that the tokenizer puts before a text; Llama and BERT have one, SmolLM2 has none."""
-        if self.config.image is not None:
+        if self.config.image is not None or self.audio is not None:
             return ()
         plain, whole = self.encode("a"), self.tokenizer.encode("a", add_special_tokens=True)
         for first in range(len(whole) - len(plain) + 1):
@@ -353,7 +393,8 @@ class Model:
         texts = _texts(prompt)
         as_count(max_new_tokens, "max_new_tokens")
         rows = [self.encode_prompt(text) for text in texts]
-        said = generation.greedy(self.config, self.params, rows, max_new_tokens, stops_after(self, texts))
+        stops = stops_after(self, texts)
+        said = generation.greedy(self.config, self.params, rows, max_new_tokens, stops, never=self.never)
         answers = [self.continuation(row, tokens) for row, tokens in zip(rows, said, strict=True)]
         return answers[0] if isinstance(prompt, str) else answers
 
@@ -427,6 +468,42 @@ class Model:
         sites = collect(self, rows, [range(len(row) - 1, len(row)) for row in rows], self.layer(None))
         return [self.config.labels[number] for number in predicted(self, sites)]
 
+    @overload
+    def transcribe(self, audio: PathLike | AudioPrompt | np.ndarray) -> str: ...
+
+    @overload
+    def transcribe(self, audio: list[Any] | tuple[Any, ...]) -> list[str]: ...
+
+    @automatically
+    def transcribe(self, audio: Any) -> str | list[str]:
+        """What is said in a recording, or in each of several, greedily, without times.
+
+        Args:
+            audio: the path of a WAV or FLAC file, an array of samples, or what `tpatch_jax.read_audio` returns; or a
+                list of these. Each is at most as long as the model reads at once, 30 s.
+
+        Returns:
+            The transcript, or a list of them.
+
+        Raises:
+            TPatchError: the model reads no sound; or a recording cannot be read, is silent or too long.
+
+        Example:
+            >>> load_model("whisper-tiny-en").transcribe("call.wav")  # doctest: +SKIP
+            'Author of the danger trail, Philip Steels, et cetera.'
+        """
+        if self.audio is None:
+            raise TPatchError(f"{self.name!r} reads no sound; give a Whisper, such as whisper-tiny-en")
+        several = isinstance(audio, list | tuple)
+        given = [as_audio(one, f"recording {n}") for n, one in enumerate(audio)] if several else [as_audio(audio)]
+        rows, texts, most = [self.encode_prompt(prompt) for prompt in given], [], self.config.context
+        # As precisely as it is edited, and one by one: an encoder's states of a single recording are large already.
+        with jax.default_matmul_precision("highest"):
+            for row in rows:
+                said = generation.greedy(self.config, self.params, [row], most, self.stops, never=self.never)
+                texts.append(self.decode(said[0]).strip())
+        return texts if several else texts[0]
+
     @property
     def end(self) -> int:
         """The token that ends an answer.
@@ -486,7 +563,7 @@ def _checked(batch: Batch) -> Batch:
     """What a network is run on, if it holds whole numbers; its shape is checked where it is read."""
     for tokens in batch if isinstance(batch, networks.Pair) else (batch,):
         dtype = getattr(tokens, "dtype", None)
-        if dtype is not None and tokens.ndim != 4 and not jnp.issubdtype(dtype, jnp.integer):
+        if dtype is not None and tokens.ndim not in (3, 4) and not jnp.issubdtype(dtype, jnp.integer):
             raise TPatchError(f"the tokens are {dtype}; give an array of token ids, whole numbers")
     return batch
 

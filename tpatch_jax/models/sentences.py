@@ -129,6 +129,8 @@ def continue_rows(
         draw: a typed random key and the temperature, if tokens are drawn.
     """
     ends = model.stops if stops is None else tuple(stops)
+    # Of sound one at a time: an encoder's states of one recording are as large as those of many texts.
+    lanes = lanes if model.audio is None else 1
     said: list[list[int]] = [[] for _ in rows]
     order = np.argsort([len(row) for row in rows], kind="stable")
     for first in range(0, len(order), lanes):
@@ -138,7 +140,7 @@ def continue_rows(
         with jax.default_matmul_precision("highest"):
             given = (model.config, model.params, chosen, most)
             if draw is None:
-                tokens = generation.greedy(*given, ends, ended)
+                tokens = generation.greedy(*given, ends, ended, model.never)
             else:
                 # A key of its own for each batch, so that no two draw the same.
                 key, temperature = jax.random.fold_in(draw[0], first), draw[1]

@@ -26,7 +26,7 @@ def parameter_shapes(config: NetworkConfig, merged: Mapping[int, int] | None = N
     embed = {"embed": {"embedding": _shape((config.vocabulary, width))}}
     result = {**(embed if config.image is None else _image_shapes(config)), **_stack_shapes(config, merged or {})}
     if config.encoder:
-        result["encoder"] = _stack_shapes(config.encoder, {})
+        result["encoder"] = {**_audio_shapes(config.encoder), **_stack_shapes(config.encoder, {})}
     if config.labels:
         dense = _linear_shapes(config.hidden_size, config.hidden_size, config.head_dense_bias)
         result["classifier"] = {
@@ -57,6 +57,15 @@ def _image_shapes(config: NetworkConfig) -> Params:
     inputs = image.channels * image.patch[0] * image.patch[1]
     patches = _linear_shapes(inputs, config.hidden_size, True)
     return {"image": {"patches": patches, **{name: _shape((config.hidden_size,)) for name in tokens}}}
+
+
+def _audio_shapes(config: NetworkConfig) -> Params:
+    """The shapes of what makes positions of sound, if an encoder reads it: each convolution sees three frames."""
+    if config.audio is None:
+        return {}
+    width = config.hidden_size
+    convolutions = {"first": config.audio.mels, "second": width}
+    return {"audio": {name: _linear_shapes(3 * inputs, width, True) for name, inputs in convolutions.items()}}
 
 
 def _shapes_of(make: Callable[[], nnx.Module]) -> Params:

@@ -10,16 +10,21 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
 from tpatch_jax.core import ffn
-from tpatch_jax.core.int8 import plain_tree, take_rows
+from tpatch_jax.core.ffn import ACTIVATIONS
+from tpatch_jax.core.int8 import plain, plain_tree, take_rows
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.blocks import HIDDEN, Around, Block, Cache, Norm, relative_bias
 from tpatch_jax.models.config import LayerKind, NetworkConfig
+from tpatch_jax.models.encoder_states import keep_states
 from tpatch_jax.typing import Params
 
 __all__ = [
+    "OFFSET",
+    "STEPS",
     "Batch",
     "Pair",
     "attention_bias",
+    "embed_audio",
     "embed_batch",
     "embed_images",
     "embed_tokens",
@@ -31,23 +36,30 @@ __all__ = [
     "read_states",
     "residuals",
     "run_block",
+    "source_bias",
     "without_ffn",
 ]
+
+OFFSET, STEPS = 4.0, 2.0**18
+"""How the numbers of log-mel frames, which lie around 0, become tokens: see `tpatch_jax.models.config.AudioInput`."""
 
 
 class Pair(NamedTuple):
     """The batch of an encoder-decoder.
 
     Attributes:
-        source: what the encoder reads, ``[batch, source]`` int, padded on the right with negative numbers.
+        source: what the encoder reads, ``[batch, source]`` int, padded on the right with negative numbers; of one that
+            reads sound also ``input_features [batch, mels, frames]`` float, as transformers makes them.
         target: what the decoder reads, ``[batch, tokens]`` int, padded on the right with anything.
     """
 
-    source: Int[Array, "batch source"]
+    source: Int[Array, "batch source"] | Float[Array, "batch mels frames"]
     target: Int[Array, "batch tokens"]
 
 
-Batch: TypeAlias = Int[Array, "batch tokens"] | Float[Array, "batch channels height width"] | Pair
+Batch: TypeAlias = (
+    Int[Array, "batch tokens"] | Float[Array, "batch channels height width"] | Float[Array, "batch mels frames"] | Pair
+)
 """What a network is run on; see `tpatch_jax.models.networks`."""
 
 
@@ -175,6 +187,17 @@ def padding_bias(tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch 1 1 
     return jnp.where(tokens < 0, jnp.float32(HIDDEN), jnp.float32(0))[:, None, None]
 
 
+def source_bias(config: NetworkConfig, source: Num[Array, "batch ..."]) -> Float[Array, "batch 1 1 source"]:
+    """What cross-attention adds to its scores at each of an encoder's states: `HIDDEN` at padding.
+
+    Args:
+        config: the network's description, of an encoder-decoder.
+        source: what its encoder reads. Sound has no padding: what follows it is silence, which is seen.
+    """
+    audio = config.encoder.audio if config.encoder else None
+    return padding_bias(source) if audio is None else jnp.zeros((source.shape[0], 1, 1, audio.positions))
+
+
 @partial(jax.jit, static_argnames=("config", "seen"))
 def _relative(config: NetworkConfig, params: Params, positions: Array, seen: int) -> Array:
     return relative_bias(config, params["embedding"], positions, seen)
@@ -215,12 +238,16 @@ def embed_batch(
         positions = _positions(x.shape[:2])
         # All positions are there: an image has no padding.
         return positions, x, positions, Around()
+    if config.audio is not None:
+        x = embed_audio(config, params, batch)
+        positions = _positions(x.shape[:2])
+        return positions, x, positions, Around()
     if isinstance(batch, Pair) != (config.encoder is not None):
         wanted = "a Pair of source and target" if config.encoder else "one array of token ids"
         raise TPatchError(f"this {config.architecture} is run on {wanted}; give it that")
     if isinstance(batch, Pair):
         tokens = batch.target
-        around = Around(None, encode(config, params, batch.source), padding_bias(batch.source))
+        around = Around(None, encode(config, params, batch.source), source_bias(config, batch.source))
     else:
         tokens, around = batch, Around()
     if getattr(tokens, "ndim", 0) != 2:
@@ -284,15 +311,67 @@ def _embedded_images(config: NetworkConfig, params: Params, batch: Num[Array, "b
     return jnp.concatenate([first, x], 1) + params["positions"]["embedding"]
 
 
+def embed_audio(config: NetworkConfig, params: Params, batch: Batch) -> Float[Array, "batch positions hidden"]:
+    """The residual stream before the first block, of sound: two convolutions, each with GELU, and positions.
+
+    Args:
+        config: the encoder's description.
+        params: the encoder's parameters.
+        batch: frames as tokens, ``[batch, numbers]`` int, padded with negative numbers; or as a checkpoint's feature
+            extractor gives them, ``input_features [batch, mels, frames]`` float.
+
+    Raises:
+        TPatchError: the batch is none of these.
+    """
+    audio = config.audio
+    if audio is None:
+        raise TPatchError(f"this {config.architecture} reads tokens and no sound")
+    shape, dtype = getattr(batch, "shape", ()), getattr(batch, "dtype", np.dtype(object))
+    whole = len(shape) == 3 and shape[1:] == (audio.mels, audio.frames) and jnp.issubdtype(dtype, jnp.floating)
+    if not whole and not (len(shape) == 2 and shape[1] <= audio.numbers and jnp.issubdtype(dtype, jnp.integer)):
+        kind = f"{dtype} {list(shape)}" if hasattr(batch, "shape") else f"a {type(batch).__name__}"
+        raise TPatchError(
+            f"the sound is {kind}; give input_features [batch, {audio.mels}, {audio.frames}] of floats, or tokens "
+            f"[batch, at most {audio.numbers}]"
+        )
+    assert not isinstance(batch, Pair)
+    return _embedded_audio(config, {name: params[name] for name in ("audio", "positions")}, batch)
+
+
+@partial(jax.jit, static_argnames="config")
+def _embedded_audio(config: NetworkConfig, params: Params, batch: Num[Array, "batch ..."]) -> Array:
+    audio = config.audio
+    assert audio is not None
+    if batch.ndim == 2:
+        values = batch.astype(jnp.float32) / STEPS - OFFSET
+        # The feature extractor raises all that is fainter than the loudest by eight powers of ten, silence among it.
+        silence = jnp.max(jnp.where(batch < 0, -jnp.inf, values), 1, keepdims=True) - 2
+        values = jnp.where(batch < 0, silence, values)
+        rest = jnp.broadcast_to(silence, (batch.shape[0], audio.numbers - batch.shape[1]))
+        x = jnp.concatenate([values, rest], 1).reshape(-1, audio.frames, audio.mels)
+    else:
+        x = jnp.swapaxes(batch, 1, 2)
+    weights = params["audio"]
+    for name, stride in (("first", 1), ("second", 2)):
+        kernel, bias = plain(weights[name]["kernel"]), weights[name]["bias"]
+        width = 3
+        parts = kernel.reshape(-1, width, kernel.shape[-1])
+        beside = jnp.pad(x.astype(kernel.dtype), ((0, 0), (1, 1), (0, 0)))
+        length = x.shape[1] // stride
+        products = (beside[:, at : at + stride * length : stride] @ parts[:, at] for at in range(width))
+        x = ACTIVATIONS["gelu"](sum(products, start=bias))
+    return x + params["positions"]["embedding"]
+
+
 def encode(
-    config: NetworkConfig, params: Params, source: Int[Array, "batch source"]
+    config: NetworkConfig, params: Params, source: Num[Array, "batch ..."]
 ) -> Float[Array, "batch source hidden"]:
     """What the encoder of an encoder-decoder makes of its source.
 
     Args:
         config: the network's description.
         params: the network's parameters.
-        source: ``[batch, source]`` int, padded on the right with negative numbers.
+        source: what the encoder reads; see `Pair`.
 
     Returns:
         Its states, ``[batch, source, d]``.
@@ -303,6 +382,12 @@ def encode(
     inner = config.encoder
     if inner is None:
         raise TPatchError(f"this {config.architecture} has no encoder beside its decoder; only an encoder-decoder has")
+    if inner.audio is not None:
+        return keep_states(inner, params["encoder"], source, lambda: _encoded(config, inner, params, source))
+    return _encoded(config, inner, params, source)
+
+
+def _encoded(config: NetworkConfig, inner: NetworkConfig, params: Params, source: Num[Array, "batch ..."]) -> Array:
     weights = {"embed": params["embed"], **params["encoder"]}
     x = residuals(inner, weights, source)[-1]
     return x if inner.post_norm else _final_norm(inner, weights["norm"], x)

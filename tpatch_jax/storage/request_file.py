@@ -14,7 +14,8 @@ def read_requests(path: str | Path) -> list[EditRequest]:
     """Read and check a file of requests, one JSON object a line.
 
     ``{"id"?, "prompt", "target", "subject"?, "rephrases"?: [], "locality"?: [], "keep"?: []}``; other keys are errors.
-    Of an image classifier it is ``"image"`` in place of ``"prompt"``: the path of a picture, relative to the file.
+    Of an image classifier it is ``"image"`` in place of ``"prompt"``: the path of a picture, relative to the file; of a
+    model of speech ``"audio"``, the path of a recording, and ``"instead_of"?``.
 
     Args:
         path: the file, UTF-8; empty lines are passed over.

@@ -149,6 +149,8 @@ def _plan(state: EditState, requests: Sequence[EditRequest]) -> EditPlan:
     """The requests in tokens, in every context that their neurons are fitted in."""
     settings, known = state.settings, state.memory
     prefixes = known.prefixes[: settings.contexts - 1]
+    if state.model.audio is not None:
+        prefixes = ("",) * (settings.contexts - 1)
     requests = with_spelling(state.model, requests)
 
     def read(position: int, request: EditRequest) -> Item:

@@ -56,6 +56,7 @@ from tpatch_jax.models.collection import (
 )
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.derived import derive_once
+from tpatch_jax.models.encoder_states import forget_states
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.memory_text import keep_folder, memory_folder
 from tpatch_jax.models.model import Model
@@ -165,6 +166,7 @@ def forward_seconds(model: Model, items: Sequence[Item], most: int = 64) -> floa
     places = [item.places(0)[-1:] for item in chosen]
 
     def run() -> None:
+        forget_states()
         predicted(model, collect(model, rows, places, model.layer(None)))
 
     def measure() -> float:

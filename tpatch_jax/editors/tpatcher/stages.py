@@ -128,6 +128,9 @@ def fit_in_last_layer(
     last = raise_thresholds(model, subjects.previous, former, bare.query[raised_for])
     missing = raised_for if last is former else wrong(last)
     already = {items[number].position for number in set(range(len(items))) - set(targets.owner[missing].tolist())}
+    also = [row for row in range(len(targets.wanted)) if targets.token[row] in items[targets.owner[row]].taught]
+    begun = targets.owner[missing]
+    missing = np.union1d(missing, [row for row in also if targets.owner[row] in begun]).astype(missing.dtype)
     # What a request says besides its prompt and its target only measures.
     names = [(plan.request_of(item).prompt, plan.request_of(item).target) for item in items]
     left = [] if settings.complete or subjects.subjects is None else subjects.subjects.lanes

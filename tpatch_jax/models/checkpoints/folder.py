@@ -22,6 +22,7 @@ from tpatch_jax.models.checkpoints.layout import Stored, flatten, insert, join, 
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.registry import configure, family_of
 from tpatch_jax.models.families.vit import PREPROCESSOR, preprocessing
+from tpatch_jax.models.families.whisper import GENERATION, extraction
 from tpatch_jax.models.shapes import merged_neurons
 from tpatch_jax.models.sharding import place
 from tpatch_jax.storage.files import replace_folder
@@ -78,14 +79,16 @@ def read_settings(folder: Path) -> dict[str, Any]:
     completed.pop("_name_or_path", None)
     # What the file leaves open with a null, transformers has filled in.
     settings = completed | {name: entry for name, entry in raw.items() if entry is not None}
-    if settings["model_type"] in _READ_IMAGES:
-        settings[PREPROCESSOR] = _preprocessor(folder)
+    if settings["model_type"] in (*_READ_IMAGES, "whisper"):
+        settings[PREPROCESSOR] = _beside(folder, PREPROCESSOR)
+    if settings["model_type"] == "whisper":
+        settings[GENERATION] = _beside(folder, GENERATION)
     return settings | _generation(folder, settings)
 
 
-def _preprocessor(folder: Path) -> dict[str, Any]:
-    """What ``preprocessor_config.json`` says; nothing without that file."""
-    path = folder / f"{PREPROCESSOR}.json"
+def _beside(folder: Path, name: str) -> dict[str, Any]:
+    """What another file of settings says, such as ``preprocessor_config.json``; nothing without that file."""
+    path = folder / f"{name}.json"
     try:
         told = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -479,6 +482,7 @@ def write_folder(
         NEURONS_KEY,
         "_name_or_path",
         PREPROCESSOR,
+        GENERATION,
         *(["rope_scaling"] if settings.get("rope_parameters") else []),
     }
     new = {name: entry for name, entry in settings.items() if name not in left_out}
@@ -508,9 +512,12 @@ def write_folder(
                     ours = path.name in _OURS or path.name.endswith(".index.json")
                     if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and not ours:
                         shutil.copyfile(path, temporary / path.name)
-                if config.image is not None:
-                    told = json.dumps(preprocessing(settings), indent=2, sort_keys=True) + "\n"
-                    (temporary / f"{PREPROCESSOR}.json").write_text(told, "utf-8")
+                beside = {PREPROCESSOR: preprocessing(settings)} if config.image is not None else {}
+                if config.encoder and config.encoder.audio:
+                    beside = {PREPROCESSOR: extraction(settings), GENERATION: dict(settings.get(GENERATION) or {})}
+                for name, entries in beside.items():
+                    told = json.dumps(entries, indent=2, sort_keys=True) + "\n"
+                    (temporary / f"{name}.json").write_text(told, "utf-8")
                 templates = source / TEMPLATES if source else None
                 if templates and templates.is_dir():
                     (temporary / TEMPLATES).mkdir()

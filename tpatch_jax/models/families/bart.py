@@ -4,7 +4,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.family import Family, Settings, activation, configure_plain, setting
 
-__all__ = ["BART", "MARIAN", "MBART", "PEGASUS"]
+__all__ = ["BART", "MARIAN", "MBART", "PEGASUS", "stack_names"]
 
 OFFSET = 2
 """The tables of positions begin with rows that stand for nothing."""
@@ -67,7 +67,13 @@ _PARTS = {
 }
 
 
-def _stack(ours: str, theirs: str) -> dict[str, str]:
+def stack_names(ours: str, theirs: str) -> dict[str, str]:
+    """What checkpoints call the parts of a stack.
+
+    Args:
+        ours: what stands before our names.
+        theirs: what stands before theirs.
+    """
     return {
         f"{ours}norm": f"{theirs}.layer_norm",
         f"{ours}positions.embedding": f"{theirs}.embed_positions.weight",
@@ -83,8 +89,8 @@ BART = Family(
     "model.",
     {
         "embed.embedding": "model.shared.weight",
-        **_stack("encoder.", "model.encoder"),
-        **_stack("", "model.decoder"),
+        **stack_names("encoder.", "model.encoder"),
+        **stack_names("", "model.decoder"),
         "head": "lm_head",
         "head.bias": "final_logits_bias",
     },

@@ -24,6 +24,7 @@ from tpatch_jax.models.families.stablelm import STABLELM
 from tpatch_jax.models.families.starcoder_2 import STARCODER_2
 from tpatch_jax.models.families.t5 import T5, T5_GATED
 from tpatch_jax.models.families.vit import DEIT, VIT
+from tpatch_jax.models.families.whisper import WHISPER
 
 __all__ = ["FAMILIES", "configure", "family_of"]
 
@@ -66,6 +67,7 @@ FAMILIES: tuple[Family, ...] = (
     T5_GATED,
     VIT,
     DEIT,
+    WHISPER,
 )
 """Every family that `tpatch_jax.load_model` reads."""
 
