@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import LayerKind, NetworkConfig
+from tpatch_jax.models.experts import Experts
 
 __all__ = [
     "HIDDEN",
@@ -242,11 +243,14 @@ class Attention(nnx.Module):
         """Mix ``x [batch, tokens, d]`` at the given positions; a cache is read and grown."""
         config, bias, seen, (batch, tokens, _) = self.config, around.bias, around.seen, x.shape
         query, key = self.query(x), self.key(x)
+        value = self.value(x)
         if config.query_norm_wide:
             query, key = self.query_norm(query), self.key_norm(key)
+        if bound := config.attention_clip:
+            query, key, value = (jnp.clip(part, -bound, bound) for part in (query, key, value))
         query = query.reshape(batch, tokens, config.heads, config.head_width)
         key = key.reshape(batch, tokens, config.key_value_heads, config.head_width)
-        value = self.value(x).reshape(batch, tokens, config.key_value_heads, config.head_width)
+        value = value.reshape(batch, tokens, config.key_value_heads, config.head_width)
         if config.query_norm and not config.query_norm_wide:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.kind.rope_frequencies:
@@ -309,7 +313,11 @@ class CrossAttention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One block without its FFN: `enter` gives the FFN's input, `leave` takes its output."""
+    """One block without its FFN: `enter` gives the FFN's input, `leave` takes its output.
+
+    Experts are part of the block: `beside` gives what they add to the output of the FFN, which is then no wider than
+    the patches in it.
+    """
 
     config: NetworkConfig
     kind: LayerKind
@@ -320,9 +328,12 @@ class Block(nnx.Module):
     norm_2: Norm
     norm_attention: Norm
     norm_ffn: Norm
+    experts: Experts
 
     def __init__(self, config: NetworkConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         self.config, self.kind = config, kind
+        if kind.mixed and config.mixture is not None:
+            self.experts = Experts(config.mixture, config.hidden_size, config.activation, rngs=rngs)
         if config.pre_norm and kind.normed:
             self.norm_1 = Norm.of(config)
         self.attention = Attention(config, kind, rngs=rngs)
@@ -369,6 +380,10 @@ class Block(nnx.Module):
         if around.states is None or around.states_bias is None:
             raise TPatchError("a decoder with an encoder was run without its states; encode the source first")
         return self.cross(x, self.cross.read(around.states, around.states_bias))
+
+    def beside(self, query: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"] | None:
+        """What the experts make of the FFN's input, where there are any."""
+        return self.experts(query) if self.kind.mixed else None
 
     def leave(
         self, residual: Float[Array, "*batch hidden"], output: Float[Array, "*batch hidden"]

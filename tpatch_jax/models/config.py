@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-__all__ = ["ImageInput", "LayerKind", "NetworkConfig"]
+__all__ = ["ImageInput", "LayerKind", "Mixture", "NetworkConfig"]
 
 
 class LayerKind(NamedTuple):
@@ -15,12 +15,32 @@ class LayerKind(NamedTuple):
         rope_frequencies: inverse frequencies of the rotary embedding, one per rotated pair; empty is none.
         rope_scale: factor on the cosines and sines.
         normed: whether attention reads the stream through a norm, where blocks have one before it.
+        mixed: whether the feed-forward network is a mixture of experts.
     """
 
     window: int
     rope_frequencies: tuple[float, ...]
     rope_scale: float = 1.0
     normed: bool = True
+    mixed: bool = False
+
+
+class Mixture(NamedTuple):
+    """Experts of which a router chooses a few for each token, ``Σ wᵢ·expertᵢ(q)``.
+
+    Attributes:
+        count: how many experts there are.
+        active: how many are chosen for a token.
+        width: hidden neurons of each.
+        normalised: whether the chosen experts' weights are divided by their sum.
+        shared_width: hidden neurons of an expert that every token passes through, times ``sigmoid(q·g)``; 0 is none.
+    """
+
+    count: int
+    active: int
+    width: int
+    normalised: bool
+    shared_width: int = 0
 
 
 class ImageInput(NamedTuple):
@@ -83,7 +103,8 @@ class NetworkConfig:
         heads: query heads.
         key_value_heads: key and value heads; fewer than ``heads`` means grouped-query attention.
         head_width: width of one head.
-        ffn_width: hidden neurons of each feed-forward network, before any patch.
+        ffn_width: hidden neurons of each feed-forward network, before any patch; in a mixture of experts of the layers
+            without experts, 0 where all layers have them.
         context: the longest input, in tokens.
         activation: name in `tpatch_jax.core.ffn.ACTIVATIONS`.
         gated: whether the FFN is gated (gate, up, down) or has two matrices (up, down).
@@ -101,6 +122,7 @@ class NetworkConfig:
         output_bias: whether the attention's output projection has a bias.
         query_norm: whether each head's query and key are normalised (root mean square).
         query_norm_wide: whether these norms are over all heads together.
+        attention_clip: no number of queries, keys and values exceeds it before heads turn; 0 is no bound.
         attention_scale: factor on query times key; by default ``head_width ** -0.5``.
         attention_cap: attention scores are bounded by ``cap · tanh(score / cap)``; 0 is no bound.
         logit_cap: the same for logits.
@@ -134,6 +156,8 @@ class NetworkConfig:
         head_dense_bias: whether the first of them has a bias.
         image: how images become positions, of a network that reads them in place of tokens. Then ``vocabulary`` and
             ``context`` are those of pixels.
+        mixture: the experts of each layer but the ``dense_layers``, if there are any. A patch stands beside them.
+        dense_layers: the layers whose feed-forward networks are no mixture.
     """
 
     family: str
@@ -160,6 +184,7 @@ class NetworkConfig:
     output_bias: bool = False
     query_norm: bool = False
     query_norm_wide: bool = False
+    attention_clip: float = 0.0
     attention_scale: float | None = None
     attention_cap: float = 0.0
     logit_cap: float = 0.0
@@ -191,6 +216,8 @@ class NetworkConfig:
     head_norm: bool = False
     head_dense_bias: bool = True
     image: ImageInput | None = None
+    mixture: Mixture | None = None
+    dense_layers: tuple[int, ...] = ()
 
     def kind(self, layer: int) -> LayerKind:
         """What distinguishes one layer from the others."""
@@ -198,7 +225,16 @@ class NetworkConfig:
         local = bool(window and self.local_rope_frequencies)
         frequencies = self.local_rope_frequencies if local else self.rope_frequencies
         scale = 1.0 if local else self.rope_scale
-        return LayerKind(window, () if layer in self.unrotated else frequencies, scale, self.first_norm or layer > 0)
+        normed, rotated = self.first_norm or layer > 0, layer not in self.unrotated
+        return LayerKind(window, frequencies if rotated else (), scale, normed, self.mixed(layer))
+
+    def mixed(self, layer: int) -> bool:
+        """Whether a layer's feed-forward network is a mixture of experts."""
+        return self.mixture is not None and layer not in self.dense_layers
+
+    def width(self, layer: int) -> int:
+        """Hidden neurons of what a patch joins in a layer, before any patch: none beside experts."""
+        return 0 if self.mixed(layer) else self.ffn_width
 
     @property
     def architecture(self) -> Literal["decoder", "encoder", "encoder-decoder"]:

@@ -25,6 +25,7 @@ __all__ = [
     "embed_tokens",
     "encode",
     "enter_block",
+    "feed_forward",
     "leave_block",
     "normalise",
     "padding_bias",
@@ -80,8 +81,17 @@ def enter_block(
     Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"]
 ]:
     """From the residual stream to the stream beside a block's FFN, that FFN's input, and its output."""
-    residual, query, _ = _block(config, kind, params).enter(x, positions, cache, around)
-    return residual, query, ffn.apply(params["ffn"], query, config.activation)
+    block = _block(config, kind, params)
+    residual, query, _ = block.enter(x, positions, cache, around)
+    return residual, query, ffn.apply(params["ffn"], query, config.activation, block.beside(query))
+
+
+@partial(jax.jit, static_argnames=("config", "kind"))
+def feed_forward(
+    config: NetworkConfig, kind: LayerKind, params: Params, query: Float[Array, "*batch hidden"]
+) -> Float[Array, "*batch hidden"]:
+    """The output of a layer's feed-forward network, experts and what is attached included."""
+    return ffn.apply(params["ffn"], query, config.activation, _block(config, kind, params).beside(query))
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
@@ -109,7 +119,8 @@ def run_block(
     """A whole block: the residual stream after it, and the grown cache."""
     block = _block(config, kind, params)
     residual, query, cache = block.enter(x, positions, cache, around)
-    return block.leave(residual, ffn.apply(params["ffn"], query, config.activation)), cache
+    output = ffn.apply(params["ffn"], query, config.activation, block.beside(query))
+    return block.leave(residual, output), cache
 
 
 @partial(jax.jit, static_argnames="config")

@@ -76,6 +76,10 @@ def _model_type(folder: Path) -> str | None:
 
 
 def _sizes(config: NetworkConfig) -> dict[str, Any]:
+    mixture = config.mixture
+    experts = {}
+    if mixture:
+        experts = {"experts": mixture.count, "experts_used": mixture.active, "expert_width": mixture.width}
     return {
         "layers": config.layers,
         "hidden_size": config.hidden_size,
@@ -86,4 +90,5 @@ def _sizes(config: NetworkConfig) -> dict[str, Any]:
         "vocabulary": config.vocabulary,
         "tied": config.tied,
         "labels": list(config.labels),
+        **experts,
     }

@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +20,10 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.completed_settings import complete_settings
 from tpatch_jax.models.checkpoints.layout import Stored, flatten, insert, join, layout, split
 from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.families.family import Family
 from tpatch_jax.models.families.registry import configure, family_of
 from tpatch_jax.models.families.vit import PREPROCESSOR, preprocessing
-from tpatch_jax.models.shapes import merged_neurons
+from tpatch_jax.models.shapes import merged_neurons, parameter_shapes
 from tpatch_jax.models.sharding import place
 from tpatch_jax.storage.files import replace_folder
 from tpatch_jax.storage.processes import one_process_writes
@@ -256,9 +257,26 @@ def _alike(shards: Mapping[str, Path], one: str, other: str) -> bool:
     return np.array_equal(*tensors)
 
 
+def _merged(settings: Mapping[str, Any]) -> dict[int, int]:
+    """How many neurons are merged into which layers, as ``config.json`` says."""
+    return {int(layer): int(count) for layer, count in settings.get(NEURONS_KEY, {}).items()}
+
+
 def _with_labels(settings: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     numbered = {str(number): label for number, label in enumerate(labels)}
     return {**settings, "id2label": numbered, "label2id": {label: number for number, label in enumerate(labels)}}
+
+
+def _expected(
+    family: Family, config: NetworkConfig, merged: Mapping[int, int], shards: Mapping[str, Path], left_out: str
+) -> dict[str, Stored]:
+    """The tensors of a folder; those of experts in one if it holds any such, else in one for each expert."""
+    if config.mixture:
+        fused = layout(family, config, merged, fused=True)
+        whole = [name for name, stored in fused.items() if len(stored.shape) == 3]
+        if any(name.removeprefix(left_out) in shards for name in whole):
+            return fused
+    return layout(family, config, merged)
 
 
 def _in_head(name: str) -> bool:
@@ -324,7 +342,7 @@ def plan_folder(
             f"{folder} is a {config.family}, which has no classification head; give labels to an encoder, such as a "
             "BERT"
         )
-    merged = {int(layer): int(count) for layer, count in settings.get(NEURONS_KEY, {}).items()}
+    merged = _merged(settings)
     shards = _shards(folder)
 
     def alike(one: str, other: str) -> bool:
@@ -341,9 +359,9 @@ def plan_folder(
         # for they tie the embeddings of its two stacks as well.
         config = dataclasses.replace(config, tied=False)
         settings = settings if config.encoder else {**settings, "tie_word_embeddings": False}
+    kept = family.prefix if bare else ""
     wanted = {
-        name.removeprefix(family.prefix) if bare else name: stored
-        for name, stored in layout(family, config, merged).items()
+        name.removeprefix(kept): stored for name, stored in _expected(family, config, merged, shards, kept).items()
     }
     names = _available(shards, list(wanted))
     if config.tied and head in shards:
@@ -429,19 +447,54 @@ def read_folder(
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise TPatchError(f"{folder} does not hold the model that its config.json describes: {shown}")
     params: Params = {}
+    stacks = _Stacks(wanted[name] for name in sizes)
     # The largest first and each through a handle of its own: what is held twice for a moment, the tensor at hand and
     # the mapped file behind it, is then never much of the whole.
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         with safe_open(shards[names[name]], "np") as file:
             tensor = file.get_tensor(names[name])
-        for path, part in split(wanted[name], tensor).items():
+        parts = split(wanted[name], tensor)
+        if (expert := wanted[name].expert) is not None:
+            parts = stacks.add(parts, expert)
+        for path, part in parts.items():
             # Placing is asynchronous; without waiting, what is still to be copied would pile up on a busy machine.
             insert(params, path, jax.block_until_ready(place(path, part, dtype, mesh)))
     if family.optional_row in wanted and family.optional_row not in names:
         stored = wanted[family.optional_row]
         kind = dtype or jax.tree.leaves(params)[0].dtype.name
         insert(params, stored.paths[0], place(stored.paths[0], np.zeros(stored.shapes[0], np.float32), kind, mesh))
+    for path, leaf in flatten(parameter_shapes(config, _merged(settings))):
+        if not leaf.size:
+            # Beside experts stand no neurons before there are patches.
+            kind = dtype or jax.tree.leaves(params)[0].dtype.name
+            insert(params, path, place(path, np.zeros(leaf.shape, np.float32), kind, mesh))
     return config, _ordered(params), settings
+
+
+class _Stacks:
+    """Parameters of all experts, of which a checkpoint has a tensor for each: brought together as they come."""
+
+    def __init__(self, wanted: Iterable[Stored]) -> None:
+        self.missing = Counter(path for stored in wanted if stored.expert is not None for path in stored.paths)
+        self.size = dict(self.missing)
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def add(self, parts: Mapping[str, np.ndarray], expert: int) -> dict[str, np.ndarray]:
+        """Take what one expert has of some parameters; those that are whole now are given back."""
+        whole = {}
+        for path, part in parts.items():
+            array = self.arrays.get(path)
+            if array is None:
+                array = np.empty((self.size[path], *part.shape), part.dtype)
+            elif array.dtype != part.dtype:
+                # Experts of several types are read without a loss.
+                array = array.astype(np.float32)
+            array[expert] = part
+            self.arrays[path] = array
+            self.missing[path] -= 1
+            if not self.missing[path]:
+                whole[path] = self.arrays.pop(path)
+        return whole
 
 
 def _ordered(params: Params) -> Params:

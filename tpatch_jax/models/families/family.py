@@ -9,6 +9,7 @@ from tpatch_jax.models.config import NetworkConfig
 
 __all__ = [
     "QUERY_NORM",
+    "ExpertNames",
     "Family",
     "Fused",
     "Settings",
@@ -44,6 +45,21 @@ class Fused(NamedTuple):
     by_head: bool = False
 
 
+class ExpertNames(NamedTuple):
+    """How a checkpoint names what the experts of a layer are made of: a tensor for each expert, or one for all.
+
+    Attributes:
+        each: from the path of our linear layers of all experts, with ``{}`` for the layer, to the name of one expert's,
+            with ``{}`` for the layer and for the expert.
+        fused: tensors that hold all experts, as transformers keeps them in memory from version 5 on.
+        renamed: what stands in their place in other names where experts are fused.
+    """
+
+    each: Mapping[str, str]
+    fused: tuple[Fused, ...]
+    renamed: tuple[tuple[str, str], ...] = ()
+
+
 class Family(NamedTuple):
     """One row of the table of families.
 
@@ -68,8 +84,10 @@ class Family(NamedTuple):
             the same numbers in the same order.
         other_heads: what the names of tensors begin with that are no part of a classifier, in checkpoints without one.
         position_tables: tensors of computed positions that stock networks want in a file, though they need not be read.
+        experts: how the experts of a mixture are named.
         export: how a corrected model of this family is written for the stock transformers library:
-            ``"exact"``, ``"exact as Llama"`` or ``"approximate only"``; see `tpatch_jax.models.checkpoints.export`.
+            ``"exact"``, ``"exact as Llama"``, ``"approximate only"`` or ``"none"``; see
+            `tpatch_jax.models.checkpoints.export`.
     """
 
     name: str
@@ -89,6 +107,7 @@ class Family(NamedTuple):
     optional_row: str = ""
     other_heads: tuple[str, ...] = ()
     position_tables: tuple[str, ...] = ()
+    experts: ExpertNames | None = None
     views: Callable[[NetworkConfig], Mapping[str, tuple[int, ...]]] = lambda config: {}
 
 
