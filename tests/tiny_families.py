@@ -238,6 +238,7 @@ KIN = (
     "glm4",
     "ernie4_5",
     "starcoder2",
+    "mixtral",
     "qwen2_moe",
     "qwen3_moe",
     "olmoe",

@@ -29,14 +29,14 @@ class Mixture(NamedTuple):
     """Experts of which a router chooses a few for each token, ``Σ wᵢ·expertᵢ(q)``.
 
     Attributes:
-        count: how many experts there are.
+        experts: how many there are.
         active: how many are chosen for a token.
         width: hidden neurons of each.
         normalised: whether the chosen experts' weights are divided by their sum.
         shared_width: hidden neurons of an expert that every token passes through, times ``sigmoid(q·g)``; 0 is none.
     """
 
-    count: int
+    experts: int
     active: int
     width: int
     normalised: bool

@@ -71,9 +71,9 @@ class Experts(nnx.Module):
 
     def __init__(self, mixture: Mixture, hidden_size: int, activation: str, *, rngs: nnx.Rngs):
         self.mixture, self.activation = mixture, activation
-        self.router = nnx.Linear(hidden_size, mixture.count, use_bias=False, rngs=rngs)
-        self.gate, self.up = (_Stacked(mixture.count, hidden_size, mixture.width) for _ in range(2))
-        self.down = _Stacked(mixture.count, mixture.width, hidden_size)
+        self.router = nnx.Linear(hidden_size, mixture.experts, use_bias=False, rngs=rngs)
+        self.gate, self.up = (_Stacked(mixture.experts, hidden_size, mixture.width) for _ in range(2))
+        self.down = _Stacked(mixture.experts, mixture.width, hidden_size)
         if mixture.shared_width:
             self.shared = _Gated(hidden_size, mixture.shared_width, activation, rngs=rngs)
 
@@ -104,7 +104,7 @@ class Experts(nnx.Module):
         Tokens are brought together by expert, in blocks of one size, so that a block is a product of plain matrices
         and no expert computes tokens of others. Some blocks are not full.
         """
-        (count, active), experts = expert.shape, self.mixture.count
+        (count, active), experts = expert.shape, self.mixture.experts
         size = min(MOST_ROWS, max(1, 1 << max(0, (count * active // experts).bit_length() - 1)))
         blocks = min(count * active, count * active // size + experts)
         chosen = expert.reshape(-1)

@@ -29,7 +29,7 @@ from tpatch_jax.models.heads import (
     unembedding,
     unembedding_rows,
 )
-from tpatch_jax.models.stack import Batch, Pair, encode, feed_forward, residuals
+from tpatch_jax.models.stack import Batch, Pair, encode, feed_forward, residuals, routes
 from tpatch_jax.models.tracing import Trace, apply, gather, hidden, resume, trace, trace_after
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "residuals",
     "resume",
     "resume_fork",
+    "routes",
     "trace",
     "trace_after",
     "unembedding",

@@ -14,6 +14,7 @@ from tpatch_jax.core.int8 import plain_tree, take_rows
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.blocks import HIDDEN, Around, Block, Cache, Norm, relative_bias
 from tpatch_jax.models.config import LayerKind, NetworkConfig
+from tpatch_jax.models.experts import Routes
 from tpatch_jax.typing import Params
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "padding_bias",
     "read_states",
     "residuals",
+    "routes",
     "run_block",
     "without_ffn",
 ]
@@ -337,3 +339,34 @@ def residuals(config: NetworkConfig, params: Params, batch: Batch) -> list[Float
         x, _ = run_block(config, config.kind(index), params["layers"][index], x, positions, None, around)
         streams.append(x)
     return streams
+
+
+def routes(config: NetworkConfig, params: Params, batch: Batch) -> dict[int, Routes]:
+    """Which experts each token goes to, by the layers that have any.
+
+    Args:
+        config: the network's description.
+        params: the network's parameters.
+        batch: what to run it on.
+
+    Returns:
+        Of each such layer experts and their weights, ``[batch, tokens, active]``.
+
+    Example:
+        >>> routes(model.config, model.params, jnp.asarray([[1, 2, 3]]))[0].expert.shape  # doctest: +SKIP
+        (1, 3, 8)
+    """
+    _, x, positions, around = embed_batch(config, params, batch)
+    chosen = {}
+    for index in range(config.layers):
+        kind, weights = config.kind(index), params["layers"][index]
+        residual, query, output = enter_block(config, kind, weights, x, positions, None, around)
+        if kind.mixed:
+            chosen[index] = _route(config, kind, without_ffn(weights), query)
+        x = leave_block(config, kind, without_ffn(weights), residual, output)
+    return chosen
+
+
+@partial(jax.jit, static_argnames=("config", "kind"))
+def _route(config: NetworkConfig, kind: LayerKind, params: Params, query: Array) -> Routes:
+    return _block(config, kind, params).experts.route(query)

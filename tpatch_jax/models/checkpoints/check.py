@@ -79,7 +79,7 @@ def _sizes(config: NetworkConfig) -> dict[str, Any]:
     mixture = config.mixture
     experts = {}
     if mixture:
-        experts = {"experts": mixture.count, "experts_used": mixture.active, "expert_width": mixture.width}
+        experts = {"experts": mixture.experts, "experts_used": mixture.active, "expert_width": mixture.width}
     return {
         "layers": config.layers,
         "hidden_size": config.hidden_size,
