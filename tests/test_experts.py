@@ -15,6 +15,7 @@ from test_subject_site import MEMORY, settings
 from tiny_families import tiny_settings
 
 import tpatch_jax as tp
+from tpatch_jax.benchmarks.network_shapes import network_shape
 from tpatch_jax.core.ffn import ACTIVATIONS
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.editors.locft import LocftSettings, check_locft
@@ -168,6 +169,12 @@ def test_what_is_said_of_experts():
     sizes = check_folder(FOLDER / "qwen3_moe")["sizes"]
     assert [sizes[name] for name in ("ffn_width", "experts", "experts_used", "expert_width")] == [24, 6, 2, 8]
     assert check_folder(FOLDER / "mixtral")["sizes"]["ffn_width"] == 0
+    exports = {name: check_folder(FOLDER / name)["export"] for name in ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe")}
+    assert exports == {
+        **dict.fromkeys(("mixtral", "qwen3_moe"), "approximate only"),
+        "qwen2_moe": "none",
+        "olmoe": "none",
+    }
 
 
 # --- what is refused ---
@@ -210,6 +217,8 @@ def test_methods_that_need_one_down_projection_say_so(mixtral):
     assert check_locft(dense, LocftSettings(layer="1")) == 1
     with pytest.raises(TPatchError, match="mixture of experts, whose kernels are not kept in INT8"):
         tp.quantize_base(mixtral)
+    with pytest.raises(TPatchError, match="is a mixture of experts, for which no plan is made"):
+        network_shape(str(FOLDER / "olmoe"))
 
 
 def test_a_written_model_says_its_experts(mixtral, tmp_path):

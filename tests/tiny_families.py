@@ -177,7 +177,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ernie4_5": {**GATED, "tie_word_embeddings": True},
     "starcoder2": {**GATED, "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "tie_word_embeddings": True},
     "mixtral": {**GATED, "sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {**GATED, **EXPERTS, "shared_expert_intermediate_size": 24, "norm_topk_prob": True},
+    "qwen2_moe": {**GATED, **EXPERTS, "shared_expert_intermediate_size": 24, "norm_topk_prob": False},
     "qwen3_moe": {**GATED, **EXPERTS, "norm_topk_prob": True},
     "olmoe": {**GATED, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False},
     "opt": {

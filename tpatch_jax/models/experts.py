@@ -109,7 +109,7 @@ class Experts(nnx.Module):
         blocks = min(count * active, count * active // size + experts)
         chosen = expert.reshape(-1)
         order = jnp.argsort(chosen, stable=True)
-        held = jnp.sum(chosen[:, None] == jnp.arange(experts), 0, dtype=jnp.int32)
+        held = jnp.sum(chosen[:, None] == jnp.arange(experts, dtype=chosen.dtype), 0, dtype=jnp.int32)
         ends = jnp.cumsum(-(-held // size))
         # The place of each token among those of its expert, then among all blocks.
         rank = jnp.zeros_like(chosen).at[order].set(jnp.arange(count * active, dtype=chosen.dtype), unique_indices=True)
@@ -120,11 +120,11 @@ class Experts(nnx.Module):
             .at[place]
             .set(jnp.arange(count * active, dtype=jnp.int32) // active, unique_indices=True)
         )
-        owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side="right"), experts - 1)
+        owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks, dtype=jnp.int32), side="right"), experts - 1)
         gate, up, down = (part.kernel[...].astype(rows.dtype) for part in (self.gate, self.up, self.down))
 
         # Computed again for gradients: what is kept would be the kernels of each block.
-        @jax.checkpoint
+        @partial(jax.checkpoint, prevent_cse=False)
         def run(query: Float[Array, "block hidden"], owner: Int[Array, ""]) -> Float[Array, "block hidden"]:
             hidden = ACTIVATIONS[self.activation](query @ gate[owner]) * (query @ up[owner])
             return hidden @ down[owner]

@@ -51,6 +51,9 @@ def check_folder(folder: Path) -> dict[str, Any]:
         result["export"] = promised(family_of(settings))["export"]
         config = configure(settings)
         result |= {"architecture": config.architecture, "sizes": _sizes(config)}
+        if config.mixture:
+            # Some families have models of both kinds.
+            result["export"] = "approximate only" if config.mixture.normalised else "none"
         if settings.get("quantization_config") or any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
             plan = plan_folder(folder, settings=settings, compare=False)
             result |= {"sizes": _sizes(plan.config), "problems": list(plan.problems)}

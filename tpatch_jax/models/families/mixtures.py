@@ -152,7 +152,7 @@ QWEN_2_MOE = Family(
     {**_NAMES, **_SHARED, "layers.{}.experts.shared.share": "model.layers.{}.mlp.shared_expert_gate"},
     ffn_width="moe_intermediate_size",
     experts=_EXPERTS,
-    export="approximate only",
+    export="none",
 )
 QWEN_3_MOE = Family(
     "qwen3_moe",
