@@ -177,6 +177,46 @@ def test_what_is_said_of_experts():
     }
 
 
+def test_experts_in_mxfp4_are_read(tmp_path):
+    """As gpt-oss is published: what it stands for is what transformers makes of it, number by number."""
+    settings = tiny_settings(
+        "gpt_oss", hidden_size=32, intermediate_size=32, quantization_config={"quant_method": "mxfp4"}
+    )
+    plain = make_tiny_model(defaults={name: entry for name, entry in settings.items() if name != "quantization_config"})
+    tp.save_model(plain, tmp_path / "plain")
+    tensors, rng = load_file(tmp_path / "plain" / "model.safetensors"), np.random.default_rng(0)
+    wanted = {}
+    table = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inner, outer = tensors.pop(name).shape
+        halves = rng.integers(0, 16, (experts, outer, inner)).astype(np.uint8)
+        scales = rng.integers(120, 126, (experts, outer, inner // 32)).astype(np.uint8)
+        pairs = halves.reshape(experts, outer, inner // 32, 16, 2)
+        tensors |= {f"{name}_blocks": pairs[..., 0] | pairs[..., 1] << 4, f"{name}_scales": scales}
+        wanted[name] = np.swapaxes(table[halves] * 2.0 ** (np.repeat(scales, 32, -1).astype(np.float32) - 127), 1, 2)
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_file(tensors, folder / "model.safetensors")
+    assert check_folder(folder)["problems"] == []
+    assert check_folder(folder)["weights"]["types"]["MXFP4"] == 6
+    config, params, read = checkpoint.read_folder(folder, "float32")
+    assert "quantization_config" not in read
+    experts = params["layers"][1]["experts"]
+    both = wanted["model.layers.1.mlp.experts.gate_up_proj"]
+    assert np.array_equal(experts["gate"]["kernel"], both[..., ::2])
+    assert np.array_equal(experts["up"]["kernel"], both[..., 1::2])
+    assert np.array_equal(experts["down"]["kernel"], wanted["model.layers.1.mlp.experts.down_proj"])
+    # In another family nobody would know how they lie.
+    (folder / "config.json").write_text(json.dumps(settings | {"model_type": "mixtral"}))
+    with pytest.raises(TPatchError, match=r"is quantised \(mxfp4\)"):
+        checkpoint.read_folder(folder)
+    (folder / "config.json").write_text(json.dumps(settings))
+    del tensors["model.layers.0.mlp.experts.down_proj_scales"]
+    save_file(tensors, folder / "model.safetensors")
+    assert check_folder(folder)["problems"][0] == "model.layers.0.mlp.experts.down_proj is missing"
+
+
 # --- what is refused ---
 
 

@@ -180,6 +180,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**GATED, **EXPERTS, "shared_expert_intermediate_size": 24, "norm_topk_prob": False},
     "qwen3_moe": {**GATED, **EXPERTS, "norm_topk_prob": True},
     "olmoe": {**GATED, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False},
+    "gpt_oss": {
+        **GATED,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "swiglu_limit": 7.0,
+        "attention_bias": True,
+        "sliding_window": 8,
+        "layer_types": LATER["layer_types"],
+    },
     "opt": {
         "hidden_size": 16,
         "word_embed_proj_dim": 16,
@@ -242,6 +251,7 @@ KIN = (
     "qwen2_moe",
     "qwen3_moe",
     "olmoe",
+    "gpt_oss",
     "electra",
     "modernbert",
     "mbart",

@@ -188,8 +188,12 @@ def _attend(
     key: Float[Array, "batch seen groups width"],
     value: Float[Array, "batch seen groups width"],
     hide: Callable[[Array], Array],
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "batch tokens inner"]:
-    """Weighted values of ``[batch, seen, key_value_heads, width]`` for queries ``[batch, tokens, heads, width]``."""
+    """Weighted values of ``[batch, seen, key_value_heads, width]`` for queries ``[batch, tokens, heads, width]``.
+
+    What a head's sink takes of its weights is lost.
+    """
     (batch, tokens, heads, width), (_, seen, groups, _) = query.shape, key.shape
     # Groups of heads that read the same keys side by side, so that each product is of two plain matrices.
     query = jnp.moveaxis(query.reshape(batch, tokens, groups, -1, width), 1, 3)
@@ -198,7 +202,11 @@ def _attend(
     scores = jnp.einsum("bkqh,bksh->bkqs", query, key, preferred_element_type=jnp.float32)
     scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
     scores = scores.reshape(batch, groups, -1, tokens, seen)
-    weights = jax.nn.softmax(hide(softcap(scores * scale, config.attention_cap)), -1).astype(value.dtype)
+    scores = hide(softcap(scores * scale, config.attention_cap))
+    if sinks is not None:
+        nothing = sinks.astype(jnp.float32).reshape(groups, -1, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(nothing, (*scores.shape[:-1], 1))], -1)
+    weights = jax.nn.softmax(scores, -1)[..., :seen].astype(value.dtype)
     mixed = jnp.einsum("bkqs,bksh->bkqh", weights.reshape(batch, groups, -1, seen), value)
     return jnp.moveaxis(mixed.reshape(batch, heads, tokens, width), 1, 2).reshape(batch, tokens, -1)
 
@@ -220,6 +228,7 @@ class Attention(nnx.Module):
     output: nnx.Linear
     query_norm: Norm
     key_norm: Norm
+    sinks: nnx.Param[Float[Array, " heads"]]
 
     def __init__(self, config: NetworkConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         self.config, self.kind = config, kind
@@ -229,6 +238,8 @@ class Attention(nnx.Module):
         self.key = linear(config.hidden_size, shared, use_bias=config.query_bias)
         self.value = linear(config.hidden_size, shared, use_bias=config.query_bias)
         self.output = linear(inner, config.hidden_size, use_bias=config.output_bias)
+        if config.sinks:
+            self.sinks = nnx.Param(jnp.zeros(config.heads))
         if config.query_norm:
             widths = (inner, shared) if config.query_norm_wide else (config.head_width, config.head_width)
             self.query_norm, self.key_norm = (Norm.of(config, width) for width in widths)
@@ -280,7 +291,8 @@ class Attention(nnx.Module):
             visible = visible & (back < self.kind.window) if self.kind.window else visible
             return jnp.where(visible[:, None, None], scores, HIDDEN)
 
-        return self.output(_attend(config, query, key, value, hide)), cache
+        sinks = self.sinks[...] if config.sinks else None
+        return self.output(_attend(config, query, key, value, hide, sinks)), cache
 
 
 class CrossAttention(nnx.Module):

@@ -34,6 +34,10 @@ class Mixture(NamedTuple):
         width: hidden neurons of each.
         normalised: whether the chosen experts' weights are divided by their sum.
         shared_width: hidden neurons of an expert that every token passes through, times ``sigmoid(q·g)``; 0 is none.
+        biased: whether router and experts have biases.
+        limit: of experts whose hidden neurons are ``(up + 1)·gate·sigmoid(slope·gate)``: how large ``gate`` may be, and
+            ``±up``; 0 is for those that are gated by the network's activation.
+        slope: in that.
     """
 
     experts: int
@@ -41,6 +45,9 @@ class Mixture(NamedTuple):
     width: int
     normalised: bool
     shared_width: int = 0
+    biased: bool = False
+    limit: float = 0.0
+    slope: float = 1.0
 
 
 class ImageInput(NamedTuple):
@@ -123,6 +130,7 @@ class NetworkConfig:
         query_norm: whether each head's query and key are normalised (root mean square).
         query_norm_wide: whether these norms are over all heads together.
         attention_clip: no number of queries, keys and values exceeds it before heads turn; 0 is no bound.
+        sinks: whether each head has a score for looking at nothing.
         attention_scale: factor on query times key; by default ``head_width ** -0.5``.
         attention_cap: attention scores are bounded by ``cap · tanh(score / cap)``; 0 is no bound.
         logit_cap: the same for logits.
@@ -185,6 +193,7 @@ class NetworkConfig:
     query_norm: bool = False
     query_norm_wide: bool = False
     attention_clip: float = 0.0
+    sinks: bool = False
     attention_scale: float | None = None
     attention_cap: float = 0.0
     logit_cap: float = 0.0

@@ -33,9 +33,18 @@ class _Stacked(nnx.Module):
     """The kernels of a linear layer of each expert, one behind the other."""
 
     kernel: nnx.Param[Float[Array, "experts inner outer"]]
+    bias: nnx.Param[Float[Array, "experts outer"]]
+    biased: bool
 
-    def __init__(self, count: int, inner: int, outer: int):
-        self.kernel = nnx.Param(jnp.zeros((count, inner, outer)))
+    def __init__(self, count: int, inner: int, outer: int, biased: bool):
+        self.kernel, self.biased = nnx.Param(jnp.zeros((count, inner, outer))), biased
+        if biased:
+            self.bias = nnx.Param(jnp.zeros((count, outer)))
+
+    def of(self, expert: Int[Array, ""], x: Float[Array, "rows inner"]) -> Float[Array, "rows outer"]:
+        """What one expert's layer makes of some rows."""
+        y = x @ self.kernel[...][expert].astype(x.dtype)
+        return y + self.bias[...][expert].astype(x.dtype) if self.biased else y
 
 
 class _Gated(nnx.Module):
@@ -59,7 +68,11 @@ class _Gated(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The experts of one block and their router: ``Σ wᵢ·(act(q·Gᵢ) ∘ (q·Uᵢ))·Vᵢ`` over the chosen ones."""
+    """The experts of one block and their router: ``Σ wᵢ·(act(q·Gᵢ) ∘ (q·Uᵢ))·Vᵢ`` over the chosen ones.
+
+    Where `Mixture.limit` is given, ``min(q·Gᵢ, limit)`` is gated by a logistic function of itself, and times one more
+    than ``q·Uᵢ`` within ``±limit``.
+    """
 
     mixture: Mixture
     activation: str
@@ -71,9 +84,10 @@ class Experts(nnx.Module):
 
     def __init__(self, mixture: Mixture, hidden_size: int, activation: str, *, rngs: nnx.Rngs):
         self.mixture, self.activation = mixture, activation
-        self.router = nnx.Linear(hidden_size, mixture.experts, use_bias=False, rngs=rngs)
-        self.gate, self.up = (_Stacked(mixture.experts, hidden_size, mixture.width) for _ in range(2))
-        self.down = _Stacked(mixture.experts, mixture.width, hidden_size)
+        stacked = partial(_Stacked, mixture.experts, biased=mixture.biased)
+        self.router = nnx.Linear(hidden_size, mixture.experts, use_bias=mixture.biased, rngs=rngs)
+        self.gate, self.up = (stacked(hidden_size, mixture.width) for _ in range(2))
+        self.down = stacked(mixture.width, hidden_size)
         if mixture.shared_width:
             self.shared = _Gated(hidden_size, mixture.shared_width, activation, rngs=rngs)
 
@@ -81,10 +95,18 @@ class Experts(nnx.Module):
         """The experts of each token and their weights: the largest of ``softmax(q·R)``, normalised or as they are."""
         kernel = self.router.kernel[...]
         logits = jnp.matmul(query, kernel.astype(query.dtype), preferred_element_type=jnp.float32)
+        if self.mixture.biased and self.router.bias is not None:
+            logits = logits + self.router.bias[...].astype(jnp.float32)
         weight, expert = jax.lax.top_k(jax.nn.softmax(logits, -1), self.mixture.active)
         if self.mixture.normalised:
             weight = weight / jnp.sum(weight, -1, keepdims=True)
         return Routes(expert, weight)
+
+    def _hidden(self, gate: Float[Array, "rows width"], up: Float[Array, "rows width"]) -> Float[Array, "rows width"]:
+        if not (limit := self.mixture.limit):
+            return ACTIVATIONS[self.activation](gate) * up
+        gate = jnp.minimum(gate, limit)
+        return (jnp.clip(up, -limit, limit) + 1) * gate * jax.nn.sigmoid(self.mixture.slope * gate)
 
     def __call__(self, query: Float[Array, "*rows hidden"]) -> Float[Array, "*rows hidden"]:
         """What the chosen experts make of ``query [..., d]``, weighted, and the shared one if there is one."""
@@ -121,13 +143,11 @@ class Experts(nnx.Module):
             .set(jnp.arange(count * active, dtype=jnp.int32) // active, unique_indices=True)
         )
         owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks, dtype=jnp.int32), side="right"), experts - 1)
-        gate, up, down = (part.kernel[...].astype(rows.dtype) for part in (self.gate, self.up, self.down))
 
         # Computed again for gradients: what is kept would be the kernels of each block.
         @partial(jax.checkpoint, prevent_cse=False)
         def run(query: Float[Array, "block hidden"], owner: Int[Array, ""]) -> Float[Array, "block hidden"]:
-            hidden = ACTIVATIONS[self.activation](query @ gate[owner]) * (query @ up[owner])
-            return hidden @ down[owner]
+            return self.down.of(owner, self._hidden(self.gate.of(owner, query), self.up.of(owner, query)))
 
         _, results = jax.lax.scan(
             lambda _, block: (None, run(*block)), None, (rows[token].reshape(blocks, size, -1), owner)

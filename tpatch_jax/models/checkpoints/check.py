@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.checkpoints.folder import plan_folder, read_settings
+from tpatch_jax.models.checkpoints.folder import is_packed, plan_folder, read_settings
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.promises import promised
 from tpatch_jax.models.families.registry import configure, family_of
@@ -53,8 +53,9 @@ def check_folder(folder: Path) -> dict[str, Any]:
         result |= {"architecture": config.architecture, "sizes": _sizes(config)}
         if config.mixture:
             # Some families have models of both kinds.
-            result["export"] = "approximate only" if config.mixture.normalised else "none"
-        if settings.get("quantization_config") or any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+            result["export"] = "approximate only" if config.mixture.normalised and not config.mixture.limit else "none"
+        quantised = settings.get("quantization_config") and not is_packed(settings)
+        if quantised or any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
             plan = plan_folder(folder, settings=settings, compare=False)
             result |= {"sizes": _sizes(plan.config), "problems": list(plan.problems)}
             result["weights"] = {

@@ -263,9 +263,16 @@ def _check_shares(model: Model) -> None:
     """Make sure that neurons in every expert of a mixture would add what they add beside it.
 
     Raises:
-        TPatchError: the weights of the chosen experts do not add up to one.
+        TPatchError: the weights of the chosen experts do not add up to one, or their neurons are bounded.
     """
     mixture = model.config.mixture
+    if mixture and mixture.limit and _most_merged(model, True):
+        raise TPatchError(
+            f"{model.name!r} cannot be written for the stock transformers library: a {model.settings['model_type']} "
+            "has no feed-forward network there beside its experts, and in those a neuron goes no further than "
+            f"{mixture.limit:g}, which neurons of patches do. Keep the patches beside the model (tpatch generate MODEL "
+            "--patches PATCHES, tp.attach); or write it for this library (tpatch merge, tp.save_model)"
+        )
     if mixture and not mixture.normalised and _most_merged(model, True):
         raise TPatchError(
             f"{model.name!r} cannot be written for the stock transformers library: a {model.settings['model_type']} "

@@ -19,6 +19,7 @@ from tpatch_jax.core.devices import host
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.completed_settings import complete_settings
 from tpatch_jax.models.checkpoints.layout import Stored, flatten, insert, join, layout, split
+from tpatch_jax.models.checkpoints.mxfp4 import BLOCKS, METHOD, SCALES, unpack_mxfp4
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.family import Family
 from tpatch_jax.models.families.registry import configure, family_of
@@ -29,7 +30,16 @@ from tpatch_jax.storage.files import replace_folder
 from tpatch_jax.storage.processes import one_process_writes
 from tpatch_jax.typing import Params
 
-__all__ = ["Plan", "check_no_adapter", "mark_files", "plan_folder", "read_folder", "read_settings", "write_folder"]
+__all__ = [
+    "Plan",
+    "check_no_adapter",
+    "is_packed",
+    "mark_files",
+    "plan_folder",
+    "read_folder",
+    "read_settings",
+    "write_folder",
+]
 
 
 NEURONS_KEY = "tpatch_neurons"
@@ -46,6 +56,7 @@ _OURS = ("config.json", "tpatch_source.json", "tpatch_export.json")
 _READ_IMAGES = {"vit": "ViT", "deit": "DeiT"}
 _STARTS_WITH, _ENDS_WITH = "decoder_start_token_id", "eos_token_id"
 _FLOATS = ("F32", "F16", "BF16", "F64")
+_PACKED = "MXFP4"
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -279,6 +290,24 @@ def _expected(
     return layout(family, config, merged)
 
 
+def is_packed(settings: Mapping[str, Any]) -> bool:
+    """Whether experts are in MXFP4, which is read."""
+    quantised = settings.get("quantization_config")
+    return isinstance(quantised, Mapping) and quantised.get("quant_method") == METHOD and _keeps_packed(settings)
+
+
+def _keeps_packed(settings: Mapping[str, Any]) -> bool:
+    experts = family_of(settings).experts
+    return experts is not None and not experts.transposed
+
+
+def _packed_shape(blocks: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what numbers in MXFP4 stand for; theirs, where the exponents are not theirs."""
+    if len(blocks) != 4 or blocks[:-1] != scales or blocks[-1] != 16:
+        return blocks
+    return (blocks[0], 32 * blocks[2], blocks[1])
+
+
 def _in_head(name: str) -> bool:
     """Whether one of our parameters belongs to a classification head."""
     return name.startswith("classifier.")
@@ -328,6 +357,10 @@ def plan_folder(
         TPatchError: something stands against it that says more than a list of tensors would.
     """
     settings = dict(read_settings(folder) if settings is None else settings)
+    packed = is_packed(settings)
+    if packed:
+        # What is read is plain numbers, and so is what will be written of it.
+        settings.pop("quantization_config")
     if quantised := settings.get("quantization_config"):
         kind = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else "unknown"
         raise TPatchError(
@@ -364,6 +397,8 @@ def plan_folder(
         name.removeprefix(kept): stored for name, stored in _expected(family, config, merged, shards, kept).items()
     }
     names = _available(shards, list(wanted))
+    if packed:
+        names |= {name: name + BLOCKS for name in wanted if name + BLOCKS in shards and name + SCALES in shards}
     if config.tied and head in shards:
         # Of what is the same some savers keep one name only, and not always the embedding's.
         names.setdefault(embedding, head)
@@ -387,6 +422,7 @@ def plan_folder(
     problems = [f"{name} is missing" for name in missing]
     passed_over = family.other_heads if labels is not None else ()
     known, left_out = set(names.values()), []
+    known |= {name + SCALES for name, stored in names.items() if stored == name + BLOCKS}
     for name in shards:
         if name in known:
             continue
@@ -406,14 +442,17 @@ def plan_folder(
         files = {path: stack.enter_context(safe_open(path, "np")) for path in sorted(set(shards.values()))}
         for name, stored in sorted(names.items()):
             part, expected = files[shards[stored]].get_slice(stored), wanted[name].shape
-            shape = tuple(part.get_shape())
+            shape, kind = tuple(part.get_shape()), part.get_dtype()
+            if stored == name + BLOCKS:
+                scales = files[shards[name + SCALES]].get_slice(name + SCALES)
+                shape, kind = _packed_shape(shape, tuple(scales.get_shape())), _PACKED
             if shape != expected:
                 if labels is not None and _in_head(wanted[name].paths[0]):
                     continue
                 problems.append(f"{name} has shape {shape}, config.json implies {expected}")
-            elif (kind := part.get_dtype()) not in _FLOATS:
+            elif kind not in (*_FLOATS, _PACKED):
                 problems.append(f"{name} is {kind}: a quantised checkpoint; fetch the unquantised model")
-            sizes[name], kinds[name] = math.prod(shape), part.get_dtype()
+            sizes[name], kinds[name] = math.prod(shape), kind
     return Plan(config, settings, shards, wanted, names, sizes, kinds, tuple(left_out), tuple(problems))
 
 
@@ -453,6 +492,10 @@ def read_folder(
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         with safe_open(shards[names[name]], "np") as file:
             tensor = file.get_tensor(names[name])
+        if names[name] == name + BLOCKS:
+            with safe_open(shards[name + SCALES], "np") as file:
+                # The numbers that share an exponent stand along what is summed over.
+                tensor = np.swapaxes(unpack_mxfp4(tensor, file.get_tensor(name + SCALES)), -1, -2)
         parts = split(wanted[name], tensor)
         if (expert := wanted[name].expert) is not None:
             parts = stacks.add(parts, expert)

@@ -80,6 +80,7 @@ def layout(
     shapes = {path: leaf.shape for path, leaf in flatten(parameter_shapes(config, merged)) if leaf.size}
     experts = family.experts
     renamed = experts.renamed if experts and fused else ()
+    together = {part: entry for entry in experts.fused for part in entry.parts} if experts else {}
     result: dict[str, Stored] = {}
     views = family.views(config)
     for path, shape in shapes.items():
@@ -94,11 +95,12 @@ def layout(
             for number in range(shape[0]):
                 name = f"{experts.each[parent].format(layer, number)}.{stored_leaf}"
                 result[name] = Stored((path,), (shape[1:],), transposed, 1, expert=number)
-        elif experts and parent in experts.each:
-            entry = next(entry for entry in experts.fused if parent in entry.parts)
+        elif experts and (entry := together.get(parent)):
             paths = tuple(f"{part.format(layer)}.{leaf}" for part in entry.parts)
             held = tuple(shapes[part] for part in paths)
-            result[entry.name.format(layer)] = Stored(paths, held, transposed, 1)
+            name = entry.name.format(layer) + ("_bias" if leaf == "bias" else "")
+            turned, heads = transposed and experts.transposed, held[0][-1] if entry.by_neuron else 1
+            result[name] = Stored(paths, held, turned, heads)
         elif general in family.names:
             name = family.names[general].format(layer)
             result[name] = Stored((path,), (shape,), transposed, 1, name == family.optional_row, views.get(path, ()))

@@ -38,11 +38,13 @@ class Fused(NamedTuple):
         name: the checkpoint's name of the linear layer, with ``{}`` for the layer.
         parts: the paths of our linear layers, with ``{}`` for the layer.
         by_head: whether the parts alternate head by head.
+        by_neuron: whether they alternate neuron by neuron.
     """
 
     name: str
     parts: tuple[str, ...]
     by_head: bool = False
+    by_neuron: bool = False
 
 
 class ExpertNames(NamedTuple):
@@ -50,13 +52,15 @@ class ExpertNames(NamedTuple):
 
     Attributes:
         each: from the path of our linear layers of all experts, with ``{}`` for the layer, to the name of one expert's,
-            with ``{}`` for the layer and for the expert.
+            with ``{}`` for the layer and for the expert; empty where no file has such.
         fused: tensors that hold all experts, as transformers keeps them in memory from version 5 on.
+        transposed: whether kernels lie in those as ``[experts, out, in]``.
         renamed: what stands in their place in other names where experts are fused.
     """
 
     each: Mapping[str, str]
     fused: tuple[Fused, ...]
+    transposed: bool = True
     renamed: tuple[tuple[str, str], ...] = ()
 
 

@@ -1,4 +1,4 @@
-"""Mixtral, Qwen 2 and 3 MoE, and OLMoE: decoders whose feed-forward networks are mixtures of experts."""
+"""Mixtral, Qwen 2 and 3 MoE, OLMoE and gpt-oss: decoders whose feed-forward networks are mixtures of experts."""
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import Mixture, NetworkConfig
@@ -13,7 +13,7 @@ from tpatch_jax.models.families.family import (
 )
 from tpatch_jax.models.families.llama import NAMES, configure_llama
 
-__all__ = ["MIXTRAL", "OLMOE", "QWEN_2_MOE", "QWEN_3_MOE"]
+__all__ = ["GPT_OSS", "MIXTRAL", "OLMOE", "QWEN_2_MOE", "QWEN_3_MOE"]
 
 _PLAIN = {"ffn_bias": False, "query_bias": False, "output_bias": False}
 _DENSE, _SPARSE_STEP = "mlp_only_layers", "decoder_sparse_step"
@@ -50,6 +50,22 @@ def _dense_layers(settings: Settings) -> tuple[int, ...]:
             f"config.json leaves no layer to the experts ({_DENSE!r}, {_SPARSE_STEP!r}); use the family without experts"
         )
     return dense
+
+
+def _gpt_oss(settings: Settings) -> NetworkConfig:
+    mixture = _mixture(settings, "intermediate_size", True)
+    limit = float(setting(settings, "swiglu_limit"))
+    if limit <= 0:
+        raise TPatchError(f"config.json has 'swiglu_limit' {limit}, and only experts with a limit are supported")
+    return configure_llama(
+        settings,
+        "gpt_oss",
+        ffn_width=0,
+        ffn_bias=False,
+        sinks=True,
+        windows=windows(settings, setting(settings, "num_hidden_layers")),
+        mixture=mixture._replace(biased=True, limit=limit, slope=float(settings.get("swiglu_alpha") or 1.702)),
+    )
 
 
 def _mixtral(settings: Settings) -> NetworkConfig:
@@ -114,16 +130,17 @@ def _qwen_3_moe(settings: Settings) -> NetworkConfig:
     )
 
 
+_GATE_AND_UP = Fused("model.layers.{}.mlp.experts.gate_up_proj", ("layers.{}.experts.gate", "layers.{}.experts.up"))
+_DOWN = Fused("model.layers.{}.mlp.experts.down_proj", ("layers.{}.experts.down",))
+
+
 def _named(block: str, gate: str, up: str, down: str) -> ExpertNames:
     expert = f"model.layers.{{}}.{block}.experts.{{}}"
     each = {"gate": gate, "up": up, "down": down}
     return ExpertNames(
         {f"layers.{{}}.experts.{part}": f"{expert}.{name}" for part, name in each.items()},
-        (
-            Fused("model.layers.{}.mlp.experts.gate_up_proj", ("layers.{}.experts.gate", "layers.{}.experts.up")),
-            Fused("model.layers.{}.mlp.experts.down_proj", ("layers.{}.experts.down",)),
-        ),
-        () if block == "mlp" else ((f".{block}.", ".mlp."),),
+        (_GATE_AND_UP, _DOWN),
+        renamed=() if block == "mlp" else ((f".{block}.", ".mlp."),),
     )
 
 
@@ -163,4 +180,21 @@ QWEN_3_MOE = Family(
     ffn_width="moe_intermediate_size",
     experts=_EXPERTS,
     export="approximate only",
+)
+GPT_OSS = Family(
+    "gpt_oss",
+    ("gpt_oss",),
+    _gpt_oss,
+    "model.",
+    {
+        **NAMES,
+        "layers.{}.experts.router": "model.layers.{}.mlp.router",
+        "layers.{}.attention.sinks": "model.layers.{}.self_attn.sinks",
+    },
+    experts=ExpertNames(
+        {},
+        (_GATE_AND_UP._replace(by_neuron=True), _DOWN),
+        transposed=False,
+    ),
+    export="none",
 )

@@ -15,7 +15,7 @@ from tpatch_jax.models.families.gpt_neo import GPT_NEO
 from tpatch_jax.models.families.gpt_neox import GPT_NEOX
 from tpatch_jax.models.families.granite import GRANITE
 from tpatch_jax.models.families.llama import LLAMA, MISTRAL, QWEN_2, QWEN_3
-from tpatch_jax.models.families.mixtures import MIXTRAL, OLMOE, QWEN_2_MOE, QWEN_3_MOE
+from tpatch_jax.models.families.mixtures import GPT_OSS, MIXTRAL, OLMOE, QWEN_2_MOE, QWEN_3_MOE
 from tpatch_jax.models.families.modernbert import MODERNBERT
 from tpatch_jax.models.families.olmo import EXAONE_4, OLMO_2, OLMO_3
 from tpatch_jax.models.families.opt import OPT
@@ -57,6 +57,7 @@ FAMILIES: tuple[Family, ...] = (
     QWEN_2_MOE,
     QWEN_3_MOE,
     OLMOE,
+    GPT_OSS,
     OPT,
     BERT,
     ROBERTA,
@@ -88,10 +89,10 @@ _REASONS = {
         _RECURRENT,
     ),
     **dict.fromkeys(
-        (*("dbrx", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe", "jetmoe", "llama4_text", "phimoe"),),
+        (*("dbrx", "ernie4_5_moe", "glm4_moe", "granitemoe", "jetmoe", "llama4_text", "phimoe"),),
         _EXPERTS,
     ),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "minicpm3"), _LATENT),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "minicpm3"), _LATENT),
     **dict.fromkeys(
         (
             *("gemma3", "gemma3n", "gemma4", "idefics3", "llama4", "llava", "mistral3", "mllama", "paligemma"),
