@@ -49,8 +49,7 @@ def every_expert(experts: Experts, query: jax.Array) -> jax.Array:
     return jnp.einsum("nef,efd,ne->nd", hidden, down, weight)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 70])
-@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize(("tokens", "normalised"), [(1, True), (3, False), (70, True)])
 def test_each_token_is_computed_by_its_experts(tokens, normalised):
     """One token, fewer than there are experts, and blocks of which some are full; values and gradients."""
     rng = np.random.default_rng(tokens)
@@ -200,7 +199,7 @@ def test_experts_in_mxfp4_are_read(tmp_path):
     save_file(tensors, folder / "model.safetensors")
     assert check_folder(folder)["problems"] == []
     assert check_folder(folder)["weights"]["types"]["MXFP4"] == 6
-    config, params, read = checkpoint.read_folder(folder, "float32")
+    _, params, read = checkpoint.read_folder(folder, "float32")
     assert "quantization_config" not in read
     experts = params["layers"][1]["experts"]
     both = wanted["model.layers.1.mlp.experts.gate_up_proj"]
@@ -230,6 +229,9 @@ def test_experts_in_mxfp4_are_read(tmp_path):
         ("qwen3_moe", {"mlp_only_layers": [0, 1, 2]}, "leaves no layer to the experts"),
         ("qwen2_moe", {"decoder_sparse_step": 5}, "leaves no layer to the experts"),
         ("qwen2_moe", {"shared_expert_intermediate_size": None}, "no 'shared_expert_intermediate_size'"),
+        ("gpt_oss", {"swiglu_limit": None}, "no 'swiglu_limit'"),
+        ("gpt_oss", {"swiglu_limit": 0.0}, "only experts with a limit are supported"),
+        ("gpt_oss", {"layer_types": ["chunked_attention"] * 3}, "layers of type 'chunked_attention'"),
         ("qwen3_moe", {"hidden_act": "xielu"}, "activation 'xielu'"),
     ],
 )
