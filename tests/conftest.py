@@ -210,7 +210,9 @@ def make_tiny_model(seed: int = 0, defaults: Mapping[str, Any] = LLAMA, **change
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         around = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-        spread = 0.1 if around else 1.0 if "embed" in jax.tree_util.keystr(path) else leaf.shape[0] ** -0.5
+        # Of experts' kernels there are many; beside experts stand no neurons.
+        inputs = max(1, leaf.shape[max(0, leaf.ndim - 2)])
+        spread = 0.1 if around else 1.0 if "embed" in jax.tree_util.keystr(path) else inputs**-0.5
         return jnp.asarray(around + spread * rng.normal(size=leaf.shape), jnp.float32)
 
     params = jax.tree_util.tree_map_with_path(draw, parameter_shapes(config))

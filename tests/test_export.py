@@ -44,7 +44,7 @@ READ = np.where(np.arange(24) < np.asarray([[24], [17]]), np.random.default_rng(
 """What an encoder reads: padding behind it, and no token that is special to some family."""
 TABLES = {family.name: family.position_tables for family in FAMILIES}
 FORMS = {family.name: family.export for family in FAMILIES}
-EXACT = [name for name in NAMES if FORMS[name] != "approximate only"]
+EXACT = [name for name in NAMES if FORMS[name] not in ("approximate only", "none")]
 ENDINGS = ("--approximate", "tp.attach", "tp.save_model")
 
 
@@ -155,7 +155,13 @@ def check_export(name: str, tmp_path: Path, memory: Path) -> None:
     merged = merge(model, patch_for((0, 2)))
     wanted = logits_of(merged)
     assert relative(wanted, logits_of(model)) > 1e-2
-    exact = FORMS[name] != "approximate only"
+    exact = name in EXACT
+    if FORMS[name] == "none":
+        for approximate in (False, True):
+            with pytest.raises(TPatchError, match="has no feed-forward network there beside its experts"):
+                export_model(merged, tmp_path / "out", approximate=approximate)
+        export_model(model, tmp_path / "out")
+        return
     if not exact:
         with pytest.raises(TPatchError, match="cannot be written exactly"):
             export_model(merged, tmp_path / "out")

@@ -38,6 +38,13 @@ LATER = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "query_pre_attn_scalar": 8,
 }
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+}
 
 ENCODER = {
     "hidden_size": 16,
@@ -178,6 +185,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "glm4": {**GATED, "attention_bias": True},
     "ernie4_5": {**GATED, "tie_word_embeddings": True},
     "starcoder2": {**GATED, "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "tie_word_embeddings": True},
+    "mixtral": {**GATED, "sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**GATED, **EXPERTS, "shared_expert_intermediate_size": 24, "norm_topk_prob": False},
+    "qwen3_moe": {**GATED, **EXPERTS, "norm_topk_prob": True},
+    "olmoe": {**GATED, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False},
+    "gpt_oss": {
+        **GATED,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "swiglu_limit": 7.0,
+        "attention_bias": True,
+        "sliding_window": 8,
+        "layer_types": LATER["layer_types"],
+    },
     "opt": {
         "hidden_size": 16,
         "word_embed_proj_dim": 16,
@@ -237,6 +257,11 @@ KIN = (
     "glm4",
     "ernie4_5",
     "starcoder2",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "gpt_oss",
     "electra",
     "modernbert",
     "mbart",

@@ -44,6 +44,7 @@ GATED = {
     **ENDS,
 }
 ROTATION = {"rope_type": "default", "rope_theta": 100.0}
+EXPERTS = {"num_experts_per_tok": 2}
 GEMMA = {**GATED, "head_dim": 8, "rope_parameters": ROTATION}
 LABELS = {"id2label": {0: "no", 1: "yes", 2: "maybe"}, "label2id": {"no": 0, "yes": 1, "maybe": 2}}
 ENCODER = {
@@ -228,6 +229,46 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "glm4": {**GATED, "head_dim": 8, "rope_parameters": {**ROTATION, "partial_rotary_factor": 0.5}},
     "ernie4_5": {**GATED, "head_dim": 8, "rope_parameters": ROTATION, "tie_word_embeddings": True},
     "starcoder2": {**GATED, "rope_parameters": ROTATION, "sliding_window": 8, "tie_word_embeddings": True},
+    "mixtral": {**GATED, "rope_parameters": ROTATION, "sliding_window": 8, **EXPERTS, "num_local_experts": 4},
+    # The second layer has no experts; the shared expert of the others is as wide as none of them.
+    "qwen2_moe": {
+        **GATED,
+        **EXPERTS,
+        "num_experts": 4,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 12,
+        "mlp_only_layers": [1],
+        "rope_parameters": ROTATION,
+    },
+    "qwen3_moe": {
+        **GATED,
+        **EXPERTS,
+        "head_dim": 8,
+        "num_experts": 6,
+        "moe_intermediate_size": 8,
+        "decoder_sparse_step": 2,
+        "norm_topk_prob": True,
+        "rope_parameters": ROTATION,
+    },
+    "olmoe": {**GATED, **EXPERTS, "num_experts": 5, "clip_qkv": 1.5, "rope_parameters": ROTATION},
+    "gpt_oss": {
+        **GATED,
+        **EXPERTS,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "swiglu_limit": 1.0,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 12,
+            "beta_fast": 1.5,
+            "beta_slow": 0.2,
+            "truncate": False,
+        },
+    },
     "opt": {
         "vocab_size": 64,
         "hidden_size": 16,

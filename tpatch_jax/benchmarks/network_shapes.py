@@ -69,7 +69,7 @@ def network_shape(name: str) -> tuple[str, NetworkConfig]:
         The name as it is written here, and the `NetworkConfig`.
 
     Raises:
-        TPatchError: there is neither.
+        TPatchError: there is neither, or it is a mixture of experts.
 
     Example:
         >>> network_shape("llama-3-8b")[1].hidden_size
@@ -80,7 +80,12 @@ def network_shape(name: str) -> tuple[str, NetworkConfig]:
             return known, configure(settings)
     folder = Path(name)
     if (folder / "config.json").is_file():
-        return name, configure(read_settings(folder))
+        config = configure(read_settings(folder))
+        if config.mixture:
+            raise TPatchError(
+                f"{name!r} is a mixture of experts, for which no plan is made; give the shape of a network without"
+            )
+        return name, config
     raise TPatchError(
         f"{name!r} is no shape to plan for; give one of {', '.join(SHAPES)}, or a folder with a config.json"
     )

@@ -101,7 +101,12 @@ def hidden(params: Params, query: Float[Array, "*rows hidden"], activation: str)
     return act(_linear(params["up"], query))
 
 
-def apply(params: Params, query: Float[Array, "*rows hidden"], activation: str) -> Float[Array, "*rows hidden"]:
+def apply(
+    params: Params,
+    query: Float[Array, "*rows hidden"],
+    activation: str,
+    beside: Float[Array, "*rows hidden"] | None = None,
+) -> Float[Array, "*rows hidden"]:
     """Run a feed-forward network, with whatever patch or adapter is attached to it.
 
     ``act(q·K + b_k)·V + b_v`` with two matrices, ``(act(q·G + b_g) ∘ (q·U + b_u))·V + b_v`` when gated; an attached
@@ -111,6 +116,7 @@ def apply(params: Params, query: Float[Array, "*rows hidden"], activation: str) 
         params: the network's parameters.
         query: its input, ``[..., d]``.
         activation: name in `ACTIVATIONS`.
+        beside: what else makes up the output, such as experts', ``[..., d]``.
 
     Returns:
         Its output, ``[..., d]``.
@@ -121,6 +127,7 @@ def apply(params: Params, query: Float[Array, "*rows hidden"], activation: str) 
         (2, 4)
     """
     output = _linear(params["down"], hidden(params, query, activation))
+    output = output if beside is None else output + beside
     if "patch" in params:
         output = output + contribution(params["patch"], query, ACTIVATIONS[activation])
     if "relu_patch" in params:

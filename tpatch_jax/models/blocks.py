@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import LayerKind, NetworkConfig
+from tpatch_jax.models.experts import Experts
 
 __all__ = [
     "HIDDEN",
@@ -187,8 +188,12 @@ def _attend(
     key: Float[Array, "batch seen groups width"],
     value: Float[Array, "batch seen groups width"],
     hide: Callable[[Array], Array],
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "batch tokens inner"]:
-    """Weighted values of ``[batch, seen, key_value_heads, width]`` for queries ``[batch, tokens, heads, width]``."""
+    """Weighted values of ``[batch, seen, key_value_heads, width]`` for queries ``[batch, tokens, heads, width]``.
+
+    What a head's sink takes of its weights is lost.
+    """
     (batch, tokens, heads, width), (_, seen, groups, _) = query.shape, key.shape
     # Groups of heads that read the same keys side by side, so that each product is of two plain matrices.
     query = jnp.moveaxis(query.reshape(batch, tokens, groups, -1, width), 1, 3)
@@ -197,7 +202,11 @@ def _attend(
     scores = jnp.einsum("bkqh,bksh->bkqs", query, key, preferred_element_type=jnp.float32)
     scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
     scores = scores.reshape(batch, groups, -1, tokens, seen)
-    weights = jax.nn.softmax(hide(softcap(scores * scale, config.attention_cap)), -1).astype(value.dtype)
+    scores = hide(softcap(scores * scale, config.attention_cap))
+    if sinks is not None:
+        nothing = sinks.astype(jnp.float32).reshape(groups, -1, 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(nothing, (*scores.shape[:-1], 1))], -1)
+    weights = jax.nn.softmax(scores, -1)[..., :seen].astype(value.dtype)
     mixed = jnp.einsum("bkqs,bksh->bkqh", weights.reshape(batch, groups, -1, seen), value)
     return jnp.moveaxis(mixed.reshape(batch, heads, tokens, width), 1, 2).reshape(batch, tokens, -1)
 
@@ -219,6 +228,7 @@ class Attention(nnx.Module):
     output: nnx.Linear
     query_norm: Norm
     key_norm: Norm
+    sinks: nnx.Param[Float[Array, " heads"]]
 
     def __init__(self, config: NetworkConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         self.config, self.kind = config, kind
@@ -228,6 +238,8 @@ class Attention(nnx.Module):
         self.key = linear(config.hidden_size, shared, use_bias=config.query_bias and config.key_bias)
         self.value = linear(config.hidden_size, shared, use_bias=config.query_bias)
         self.output = linear(inner, config.hidden_size, use_bias=config.output_bias)
+        if config.sinks:
+            self.sinks = nnx.Param(jnp.zeros(config.heads))
         if config.query_norm:
             widths = (inner, shared) if config.query_norm_wide else (config.head_width, config.head_width)
             self.query_norm, self.key_norm = (Norm.of(config, width) for width in widths)
@@ -242,11 +254,14 @@ class Attention(nnx.Module):
         """Mix ``x [batch, tokens, d]`` at the given positions; a cache is read and grown."""
         config, bias, seen, (batch, tokens, _) = self.config, around.bias, around.seen, x.shape
         query, key = self.query(x), self.key(x)
+        value = self.value(x)
         if config.query_norm_wide:
             query, key = self.query_norm(query), self.key_norm(key)
+        if bound := config.attention_clip:
+            query, key, value = (jnp.clip(part, -bound, bound) for part in (query, key, value))
         query = query.reshape(batch, tokens, config.heads, config.head_width)
         key = key.reshape(batch, tokens, config.key_value_heads, config.head_width)
-        value = self.value(x).reshape(batch, tokens, config.key_value_heads, config.head_width)
+        value = value.reshape(batch, tokens, config.key_value_heads, config.head_width)
         if config.query_norm and not config.query_norm_wide:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.kind.rope_frequencies:
@@ -276,7 +291,8 @@ class Attention(nnx.Module):
             visible = visible & (back < self.kind.window) if self.kind.window else visible
             return jnp.where(visible[:, None, None], scores, HIDDEN)
 
-        return self.output(_attend(config, query, key, value, hide)), cache
+        sinks = self.sinks[...] if config.sinks else None
+        return self.output(_attend(config, query, key, value, hide, sinks)), cache
 
 
 class CrossAttention(nnx.Module):
@@ -309,7 +325,11 @@ class CrossAttention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One block without its FFN: `enter` gives the FFN's input, `leave` takes its output."""
+    """One block without its FFN: `enter` gives the FFN's input, `leave` takes its output.
+
+    Experts are part of the block: `beside` gives what they add to the output of the FFN, which is then no wider than
+    the patches in it.
+    """
 
     config: NetworkConfig
     kind: LayerKind
@@ -320,9 +340,12 @@ class Block(nnx.Module):
     norm_2: Norm
     norm_attention: Norm
     norm_ffn: Norm
+    experts: Experts
 
     def __init__(self, config: NetworkConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         self.config, self.kind = config, kind
+        if kind.mixed and config.mixture is not None:
+            self.experts = Experts(config.mixture, config.hidden_size, config.activation, rngs=rngs)
         if config.pre_norm and kind.normed:
             self.norm_1 = Norm.of(config)
         self.attention = Attention(config, kind, rngs=rngs)
@@ -369,6 +392,10 @@ class Block(nnx.Module):
         if around.states is None or around.states_bias is None:
             raise TPatchError("a decoder with an encoder was run without its states; encode the source first")
         return self.cross(x, self.cross.read(around.states, around.states_bias))
+
+    def beside(self, query: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"] | None:
+        """What the experts make of the FFN's input, where there are any."""
+        return self.experts(query) if self.kind.mixed else None
 
     def leave(
         self, residual: Float[Array, "*batch hidden"], output: Float[Array, "*batch hidden"]

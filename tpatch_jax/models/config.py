@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-__all__ = ["AudioInput", "ImageInput", "LayerKind", "NetworkConfig"]
+__all__ = ["AudioInput", "ImageInput", "LayerKind", "Mixture", "NetworkConfig"]
 
 
 class LayerKind(NamedTuple):
@@ -15,12 +15,39 @@ class LayerKind(NamedTuple):
         rope_frequencies: inverse frequencies of the rotary embedding, one per rotated pair; empty is none.
         rope_scale: factor on the cosines and sines.
         normed: whether attention reads the stream through a norm, where blocks have one before it.
+        mixed: whether the feed-forward network is a mixture of experts.
     """
 
     window: int
     rope_frequencies: tuple[float, ...]
     rope_scale: float = 1.0
     normed: bool = True
+    mixed: bool = False
+
+
+class Mixture(NamedTuple):
+    """Experts of which a router chooses a few for each token, ``Σ wᵢ·expertᵢ(q)``.
+
+    Attributes:
+        experts: how many there are.
+        active: how many are chosen for a token.
+        width: hidden neurons of each.
+        normalised: whether the chosen experts' weights are divided by their sum.
+        shared_width: hidden neurons of an expert that every token passes through, times ``sigmoid(q·g)``; 0 is none.
+        biased: whether router and experts have biases.
+        limit: of experts whose hidden neurons are ``(up + 1)·gate·sigmoid(slope·gate)``: how large ``gate`` may be, and
+            ``±up``; 0 is for those that are gated by the network's activation.
+        slope: in that.
+    """
+
+    experts: int
+    active: int
+    width: int
+    normalised: bool
+    shared_width: int = 0
+    biased: bool = False
+    limit: float = 0.0
+    slope: float = 1.0
 
 
 class ImageInput(NamedTuple):
@@ -109,7 +136,8 @@ class NetworkConfig:
         heads: query heads.
         key_value_heads: key and value heads; fewer than ``heads`` means grouped-query attention.
         head_width: width of one head.
-        ffn_width: hidden neurons of each feed-forward network, before any patch.
+        ffn_width: hidden neurons of each feed-forward network, before any patch; in a mixture of experts of the layers
+            without experts, 0 where all layers have them.
         context: the longest input, in tokens.
         activation: name in `tpatch_jax.core.ffn.ACTIVATIONS`.
         gated: whether the FFN is gated (gate, up, down) or has two matrices (up, down).
@@ -128,6 +156,8 @@ class NetworkConfig:
         output_bias: whether the attention's output projection has a bias.
         query_norm: whether each head's query and key are normalised (root mean square).
         query_norm_wide: whether these norms are over all heads together.
+        attention_clip: no number of queries, keys and values exceeds it before heads turn; 0 is no bound.
+        sinks: whether each head has a score for looking at nothing.
         attention_scale: factor on query times key; by default ``head_width ** -0.5``.
         attention_cap: attention scores are bounded by ``cap · tanh(score / cap)``; 0 is no bound.
         logit_cap: the same for logits.
@@ -163,6 +193,8 @@ class NetworkConfig:
             ``context`` are those of pixels.
         audio: how sound becomes positions, of an encoder that reads it in place of tokens. Then ``context`` is that of
             the numbers in its frames.
+        mixture: the experts of each layer but the ``dense_layers``, if there are any. A patch stands beside them.
+        dense_layers: the layers whose feed-forward networks are no mixture.
     """
 
     family: str
@@ -190,6 +222,8 @@ class NetworkConfig:
     output_bias: bool = False
     query_norm: bool = False
     query_norm_wide: bool = False
+    attention_clip: float = 0.0
+    sinks: bool = False
     attention_scale: float | None = None
     attention_cap: float = 0.0
     logit_cap: float = 0.0
@@ -222,6 +256,8 @@ class NetworkConfig:
     head_dense_bias: bool = True
     image: ImageInput | None = None
     audio: AudioInput | None = None
+    mixture: Mixture | None = None
+    dense_layers: tuple[int, ...] = ()
 
     def kind(self, layer: int) -> LayerKind:
         """What distinguishes one layer from the others."""
@@ -229,7 +265,16 @@ class NetworkConfig:
         local = bool(window and self.local_rope_frequencies)
         frequencies = self.local_rope_frequencies if local else self.rope_frequencies
         scale = 1.0 if local else self.rope_scale
-        return LayerKind(window, () if layer in self.unrotated else frequencies, scale, self.first_norm or layer > 0)
+        normed, rotated = self.first_norm or layer > 0, layer not in self.unrotated
+        return LayerKind(window, frequencies if rotated else (), scale, normed, self.mixed(layer))
+
+    def mixed(self, layer: int) -> bool:
+        """Whether a layer's feed-forward network is a mixture of experts."""
+        return self.mixture is not None and layer not in self.dense_layers
+
+    def width(self, layer: int) -> int:
+        """Hidden neurons of what a patch joins in a layer, before any patch: none beside experts."""
+        return 0 if self.mixed(layer) else self.ffn_width
 
     @property
     def architecture(self) -> Literal["decoder", "encoder", "encoder-decoder"]:

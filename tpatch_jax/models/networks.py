@@ -8,7 +8,8 @@ The parameters are ``{"embed": …, "positions"?: …, "layers": {0: {"norm_1", 
 "norm"?: …, "head"?: …}``, with ``"classifier"`` in place of ``"head"`` where labels are told apart, and the encoder of
 an encoder-decoder under ``"encoder"``; `tpatch_jax.models.blocks` has the modules.
 The feed-forward network of every block is not a module but the plain function `tpatch_jax.core.ffn.apply` over a part
-of that dict, because that is the place which patches change.
+of that dict, because that is the place which patches change. Experts are a module of the block, ``"experts"``, and the
+function beside them has no neurons but those of patches.
 
 This module gathers the names: the cut is in `tpatch_jax.models.tracing`, a stack of blocks in
 `tpatch_jax.models.stack`, what follows it in `tpatch_jax.models.heads`, decoding in `tpatch_jax.models.caches`, and
@@ -28,7 +29,7 @@ from tpatch_jax.models.heads import (
     unembedding,
     unembedding_rows,
 )
-from tpatch_jax.models.stack import Batch, Pair, encode, residuals
+from tpatch_jax.models.stack import Batch, Pair, encode, feed_forward, residuals, routes
 from tpatch_jax.models.tracing import Trace, apply, gather, hidden, resume, trace, trace_after
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "decode",
     "empty_cache",
     "encode",
+    "feed_forward",
     "final_weights",
     "finish",
     "finisher",
@@ -58,6 +60,7 @@ __all__ = [
     "residuals",
     "resume",
     "resume_fork",
+    "routes",
     "trace",
     "trace_after",
     "unembedding",

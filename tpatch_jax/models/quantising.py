@@ -29,7 +29,7 @@ def quantize_base(model: Model) -> Model:
         A model that holds ``qwix.QArray`` in the place of its matrices, and whose ``dtype`` is ``"int8"``.
 
     Raises:
-        TPatchError: the qwix package is missing.
+        TPatchError: the qwix package is missing, or the model is a mixture of experts.
 
     Example:
         >>> import tpatch_jax as tp
@@ -39,6 +39,10 @@ def quantize_base(model: Model) -> Model:
         ' Lyon'
     """
     check_loaded(model, "quantize_base(model)")
+    if model.config.mixture:
+        raise TPatchError(
+            f"{model.name!r} is a mixture of experts, whose kernels are not kept in INT8; load it in bfloat16 instead"
+        )
     params = {name: _quantised(name, entry) for name, entry in model.params.items()}
     return model.with_params(params)
 

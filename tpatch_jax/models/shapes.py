@@ -75,8 +75,9 @@ def _shapes_of(make: Callable[[], nnx.Module]) -> Params:
 def _stack_shapes(config: NetworkConfig, merged: Mapping[int, int]) -> Params:
     """The shapes of a stack without what it shares with others: embedding and head."""
 
-    def network(extra: int) -> Params:
-        hidden, bias = config.ffn_width + extra, config.ffn_bias or extra > 0
+    def network(index: int) -> Params:
+        extra = merged.get(index, 0)
+        hidden, bias = config.width(index) + extra, config.ffn_bias or extra > 0
         readers = ("gate", "up") if config.gated else ("up",)
         entries = {name: _linear_shapes(config.hidden_size, hidden, bias) for name in readers}
         return {**entries, "down": _linear_shapes(hidden, config.hidden_size, config.ffn_bias)}
@@ -85,9 +86,7 @@ def _stack_shapes(config: NetworkConfig, merged: Mapping[int, int]) -> Params:
     blocks = {
         kind: _shapes_of(lambda kind=kind: Block(config, kind, rngs=nnx.Rngs(0))) for kind in dict.fromkeys(kinds)
     }
-    result: Params = {
-        "layers": {index: {**blocks[kind], "ffn": network(merged.get(index, 0))} for index, kind in enumerate(kinds)}
-    }
+    result: Params = {"layers": {index: {**blocks[kind], "ffn": network(index)} for index, kind in enumerate(kinds)}}
     if not config.post_norm:
         result["norm"] = _shapes_of(lambda: Norm.of(config))
     width = config.embed_width or config.hidden_size
@@ -105,5 +104,5 @@ def _stack_shapes(config: NetworkConfig, merged: Mapping[int, int]) -> Params:
 
 def merged_neurons(config: NetworkConfig, params: Params) -> dict[int, int]:
     """How many patch neurons are merged into which layers; layers without any are left out."""
-    extra = {index: ffn.width(layer["ffn"]) - config.ffn_width for index, layer in params["layers"].items()}
+    extra = {index: ffn.width(layer["ffn"]) - config.width(index) for index, layer in params["layers"].items()}
     return {index: count for index, count in extra.items() if count}

@@ -41,10 +41,11 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     if owner in _BY_OUTPUT:
         axis = len(shape) - 1
     elif (owner in _BY_INPUT and leaf == "kernel") or path == "embed.embedding":
-        axis = 0
+        # Kernels of experts have an axis of experts before the others.
+        axis = len(shape) - 2
     else:
         return PartitionSpec()
-    if MODEL_AXIS not in mesh.axis_names or shape[axis] % mesh.shape[MODEL_AXIS]:
+    if MODEL_AXIS not in mesh.axis_names or not shape[axis] or shape[axis] % mesh.shape[MODEL_AXIS]:
         return PartitionSpec()
     names: list[Any] = [None] * len(shape)
     names[axis] = MODEL_AXIS

@@ -16,6 +16,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.blocks import HIDDEN, Around, Block, Cache, Norm, relative_bias
 from tpatch_jax.models.config import LayerKind, NetworkConfig
 from tpatch_jax.models.encoder_states import keep_states
+from tpatch_jax.models.experts import Routes
 from tpatch_jax.typing import Params
 
 __all__ = [
@@ -30,11 +31,13 @@ __all__ = [
     "embed_tokens",
     "encode",
     "enter_block",
+    "feed_forward",
     "leave_block",
     "normalise",
     "padding_bias",
     "read_states",
     "residuals",
+    "routes",
     "run_block",
     "source_bias",
     "without_ffn",
@@ -92,8 +95,17 @@ def enter_block(
     Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"], Float[Array, "batch tokens hidden"]
 ]:
     """From the residual stream to the stream beside a block's FFN, that FFN's input, and its output."""
-    residual, query, _ = _block(config, kind, params).enter(x, positions, cache, around)
-    return residual, query, ffn.apply(params["ffn"], query, config.activation)
+    block = _block(config, kind, params)
+    residual, query, _ = block.enter(x, positions, cache, around)
+    return residual, query, ffn.apply(params["ffn"], query, config.activation, block.beside(query))
+
+
+@partial(jax.jit, static_argnames=("config", "kind"))
+def feed_forward(
+    config: NetworkConfig, kind: LayerKind, params: Params, query: Float[Array, "*batch hidden"]
+) -> Float[Array, "*batch hidden"]:
+    """The output of a layer's feed-forward network, experts and what is attached included."""
+    return ffn.apply(params["ffn"], query, config.activation, _block(config, kind, params).beside(query))
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
@@ -121,7 +133,8 @@ def run_block(
     """A whole block: the residual stream after it, and the grown cache."""
     block = _block(config, kind, params)
     residual, query, cache = block.enter(x, positions, cache, around)
-    return block.leave(residual, ffn.apply(params["ffn"], query, config.activation)), cache
+    output = ffn.apply(params["ffn"], query, config.activation, block.beside(query))
+    return block.leave(residual, output), cache
 
 
 @partial(jax.jit, static_argnames="config")
@@ -411,3 +424,34 @@ def residuals(config: NetworkConfig, params: Params, batch: Batch) -> list[Float
         x, _ = run_block(config, config.kind(index), params["layers"][index], x, positions, None, around)
         streams.append(x)
     return streams
+
+
+def routes(config: NetworkConfig, params: Params, batch: Batch) -> dict[int, Routes]:
+    """Which experts each token goes to, by the layers that have any.
+
+    Args:
+        config: the network's description.
+        params: the network's parameters.
+        batch: what to run it on.
+
+    Returns:
+        Of each such layer experts and their weights, ``[batch, tokens, active]``.
+
+    Example:
+        >>> routes(model.config, model.params, jnp.asarray([[1, 2, 3]]))[0].expert.shape  # doctest: +SKIP
+        (1, 3, 8)
+    """
+    _, x, positions, around = embed_batch(config, params, batch)
+    chosen = {}
+    for index in range(config.layers):
+        kind, weights = config.kind(index), params["layers"][index]
+        residual, query, output = enter_block(config, kind, weights, x, positions, None, around)
+        if kind.mixed:
+            chosen[index] = _route(config, kind, without_ffn(weights), query)
+        x = leave_block(config, kind, without_ffn(weights), residual, output)
+    return chosen
+
+
+@partial(jax.jit, static_argnames=("config", "kind"))
+def _route(config: NetworkConfig, kind: LayerKind, params: Params, query: Array) -> Routes:
+    return _block(config, kind, params).experts.route(query)

@@ -15,7 +15,6 @@ import numpy as np
 import optax
 from jax import Array
 
-from tpatch_jax.core import ffn
 from tpatch_jax.core.checks import check_range, check_types
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
@@ -113,7 +112,7 @@ def logits(config: NetworkConfig, params: Params, batch: Any) -> Array:
     last, rows = config.layers - 1, batch.shape[0]
     traced = networks.trace(config, params, batch, last)
     first = networks.gather(traced, jnp.arange(rows), jnp.zeros(rows, jnp.int32))
-    output = ffn.apply(params["layers"][last]["ffn"], first.query, config.activation)
+    output = networks.feed_forward(config, config.kind(last), params["layers"][last], first.query)
     return networks.resume(config, params, first, output)
 
 

@@ -33,6 +33,9 @@ from tpatch_jax.typing import Params, Progress
 
 __all__ = ["FineTuningState", "check_fine_tuning", "fine_tuning", "restore_trained", "save_trained"]
 
+_NETWORKS = ("ffn", "experts")
+"""What is trained of one layer, by its names in the parameters."""
+
 
 class FineTuningState(NamedTuple):
     """What an edited model is made of.
@@ -133,7 +136,8 @@ def _part(model: Model, scope: str) -> Params:
 
     if scope != "all":
         layer = model.layer(None if scope == "last" else int(scope))
-        return {"layers": {layer: {"ffn": ffn.detach(model.params["layers"][layer]["ffn"])}}}
+        networks = {name: entry for name, entry in model.params["layers"][layer].items() if name in _NETWORKS}
+        return {"layers": {layer: without_patch(networks)}}
     part = all_layers(model.params)
     return {**part, "encoder": all_layers(model.params["encoder"])} if model.config.encoder else part
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from tpatch_jax.core import ffn
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.networks import Batch
@@ -118,7 +117,7 @@ def _said(config: NetworkConfig, params: Params, seen: Cut | Whole) -> Array:
     """Logits at each position: ``[rows, vocabulary]`` or ``[rows, labels]``."""
     last = config.layers - 1
     if isinstance(seen, Cut):
-        output = ffn.apply(params["layers"][last]["ffn"], seen.query, config.activation)
+        output = networks.feed_forward(config, config.kind(last), params["layers"][last], seen.query)
         return networks.finish(config, networks.final_weights(config, params), {"residual": seen.residual}, output)
     traced = networks.trace(config, params, seen.batch, last)
     if not networks.pointwise(config):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from tpatch_jax.core import ffn
 from tpatch_jax.editors.base import EditInfo, RequestInfo
 from tpatch_jax.editors.locating import locate_subject
+from tpatch_jax.editors.one_layer import check_no_experts
 from tpatch_jax.editors.reading import Item, check_requests, read_item
 from tpatch_jax.editors.rome.rank_one import null_projection
 from tpatch_jax.editors.rome.subject_value import OffsetInfo
@@ -120,7 +121,8 @@ def check_model(model: Model, method: str, layers: Sequence[int]) -> None:
     """Make sure that a model can be edited this way.
 
     Raises:
-        TPatchError: it is no decoder, a patch is attached to one of the layers, or its weights are in INT8.
+        TPatchError: it is no decoder, one of the layers is a mixture of experts, a patch is attached to one, or its
+            weights are in INT8.
     """
     check_float(model, method)
     if model.config.architecture != "decoder":
@@ -128,6 +130,7 @@ def check_model(model: Model, method: str, layers: Sequence[int]) -> None:
             f"{method} needs a decoder, and {model.name!r} is an {model.config.architecture}; use method tpatcher"
         )
     for layer in layers:
+        check_no_experts(model, layer, method)
         if ffn.attached(model.params["layers"][layer]["ffn"]):
             raise TPatchError(f"a patch is attached to layer {layer}, which {method} edits; merge or detach it first")
 

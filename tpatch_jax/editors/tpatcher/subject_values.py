@@ -86,7 +86,10 @@ def _unedited_output(model: Model, unedited: Model, layer: int, forked: ForkedRo
         return forked.fork.output[lane, first].astype(jnp.float32)
     # This layer reads what no neuron of its own has changed.
     query = forked.fork.query[lane, first]
-    return ffn.apply(unedited.params["layers"][layer]["ffn"], query, unedited.config.activation).astype(jnp.float32)
+    config = unedited.config
+    return networks.feed_forward(config, config.kind(layer), unedited.params["layers"][layer], query).astype(
+        jnp.float32
+    )
 
 
 def create_value_problem(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.checkpoints.folder import plan_folder, read_settings
+from tpatch_jax.models.checkpoints.folder import is_packed, plan_folder, read_settings
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.promises import promised
 from tpatch_jax.models.families.registry import configure, family_of
@@ -51,7 +51,11 @@ def check_folder(folder: Path) -> dict[str, Any]:
         result["export"] = promised(family_of(settings))["export"]
         config = configure(settings)
         result |= {"architecture": config.architecture, "sizes": _sizes(config)}
-        if settings.get("quantization_config") or any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+        if config.mixture:
+            # Some families have models of both kinds.
+            result["export"] = "approximate only" if config.mixture.normalised and not config.mixture.limit else "none"
+        quantised = settings.get("quantization_config") and not is_packed(settings)
+        if quantised or any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
             plan = plan_folder(folder, settings=settings, compare=False)
             result |= {"sizes": _sizes(plan.config), "problems": list(plan.problems)}
             result["weights"] = {
@@ -76,6 +80,10 @@ def _model_type(folder: Path) -> str | None:
 
 
 def _sizes(config: NetworkConfig) -> dict[str, Any]:
+    mixture = config.mixture
+    experts = {}
+    if mixture:
+        experts = {"experts": mixture.experts, "experts_used": mixture.active, "expert_width": mixture.width}
     return {
         "layers": config.layers,
         "hidden_size": config.hidden_size,
@@ -86,4 +94,5 @@ def _sizes(config: NetworkConfig) -> dict[str, Any]:
         "vocabulary": config.vocabulary,
         "tied": config.tied,
         "labels": list(config.labels),
+        **experts,
     }

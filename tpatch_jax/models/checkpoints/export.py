@@ -2,7 +2,8 @@
 
 `tpatch_jax.merge` widens the layers that hold patches and gives them biases. Stock networks want one width everywhere,
 so the other layers get neurons of zeros, which add exactly nothing; and where a stock network can have no biases, the
-model is written as a Llama, which can, if it is one in all but name. A T5's encoder is as wide as its decoder.
+model is written as a Llama, which can, if it is one in all but name. A T5's encoder is as wide as its decoder. Beside
+experts a stock network has no place for neurons, so each expert gets them, if their weights for a token add up to one.
 """
 
 import dataclasses
@@ -59,6 +60,9 @@ HELD_OUT = 4
 """One memory text in so many measures the error; the others choose the direction that stands for a bias."""
 EXPORT = "tpatch_export.json"
 
+_DENSE_WIDTH = "intermediate_size"
+"""In ``config.json`` of a mixture of experts: the width of the layers without experts."""
+
 
 class ExportError(NamedTuple):
     """How far an approximate export is from the corrected model, on memory texts that it was not made from.
@@ -87,8 +91,9 @@ class ExportInfo(NamedTuple):
         form: ``"exact"``, ``"exact as Llama"`` or ``"approximate"``.
         model_type: the architecture that ``config.json`` names.
         neurons: how many patch neurons it holds.
-        silent_neurons: how many neurons of zeros were added so that all layers have one width, a T5's encoder included.
-        ffn_width: that width.
+        silent_neurons: how many neurons of zeros were added so that all layers have one width, a T5's encoder included;
+            of a mixture to each expert.
+        ffn_width: that width, of a mixture that of each expert.
         parameters_added: numbers more than the uncorrected model has.
         bytes_added: and bytes.
         share: ``parameters_added`` as a share of the uncorrected model's.
@@ -168,6 +173,7 @@ def export_model(
             f"{model.settings['model_type']} reads the first; use tp.save_model, whose folder this library reads"
         )
     model = merge_attached(model)
+    _check_shares(model)
     settings, target, form, problems = describe_exact(model, common_width(model))
     error, params = None, model.params
     if problems and not approximate:
@@ -180,11 +186,11 @@ def export_model(
         )
     if problems:
         form = "approximate"
-        settings = {**model.settings, family_of(model.settings).ffn_width: common_width(model)}
+        settings = {**model.settings, **_widths(model, common_width(model))}
         target = _described(settings, model.config)
         with jax.default_matmul_precision("highest"):
             approximated, error = _approximate(model, requests, memory, cache, progress)
-        params = approximated.params
+        params = _in_experts(approximated)
     grown = _grown(params, parameter_shapes(target), jax.tree.leaves(params)[0].dtype)
     info = _info(model, form, target, grown, error)
     with replace_folder(folder) as temporary:
@@ -229,10 +235,72 @@ def common_width(model: Model, block: int = 1) -> int:
         model: patches may be merged into it.
         block: the width is a multiple of this; of 1, it is a multiple of one of `MULTIPLES`.
     """
-    widest = max(ffn.width(layer["ffn"]) for layer in model.params["layers"].values())
-    width = model.config.ffn_width
+    config = model.config
+    width = config.mixture.width if config.mixture else config.ffn_width
+    return _rounded_up(width, _most_merged(model, config.mixture is not None), block)
+
+
+def _most_merged(model: Model, mixed: bool) -> int:
+    """How many neurons are merged into that layer which has most of them, among those with experts or without."""
+    merged = merged_neurons(model.config, model.params)
+    return max((count for layer, count in merged.items() if model.config.mixed(layer) == mixed), default=0)
+
+
+def _rounded_up(width: int, added: int, block: int = 1) -> int:
     multiple = block if block > 1 else next((each for each in MULTIPLES if width % each == 0), MULTIPLES[-1])
-    return width if widest == width else -(-widest // multiple) * multiple
+    return -(-(width + added) // multiple) * multiple if added else width
+
+
+def _widths(model: Model, width: int) -> dict[str, Any]:
+    """What ``config.json`` says of the width of feed-forward networks: of experts, and of layers without them."""
+    config, widths = model.config, {family_of(model.settings).ffn_width: width}
+    if config.mixture and config.dense_layers:
+        widths[_DENSE_WIDTH] = _rounded_up(config.ffn_width, _most_merged(model, False))
+    return widths
+
+
+def _check_shares(model: Model) -> None:
+    """Make sure that neurons in every expert of a mixture would add what they add beside it.
+
+    Raises:
+        TPatchError: the weights of the chosen experts do not add up to one, or their neurons are bounded.
+    """
+    mixture = model.config.mixture
+    if mixture and mixture.limit and _most_merged(model, True):
+        raise TPatchError(
+            f"{model.name!r} cannot be written for the stock transformers library: a {model.settings['model_type']} "
+            "has no feed-forward network there beside its experts, and in those a neuron goes no further than "
+            f"{mixture.limit:g}, which neurons of patches do. Keep the patches beside the model (tpatch generate MODEL "
+            "--patches PATCHES, tp.attach); or write it for this library (tpatch merge, tp.save_model)"
+        )
+    if mixture and not mixture.normalised and _most_merged(model, True):
+        raise TPatchError(
+            f"{model.name!r} cannot be written for the stock transformers library: a {model.settings['model_type']} "
+            "has no feed-forward network there beside its experts, and the weights of the experts that it chooses do "
+            "not add up to one ('norm_topk_prob' is false), so that neurons in every expert would not add what a patch "
+            "adds. Keep the patches beside the model (tpatch generate MODEL --patches PATCHES, tp.attach); or write it "
+            "for this library (tpatch merge, tp.save_model)"
+        )
+
+
+def _in_experts(model: Model) -> Params:
+    """The parameters with the neurons beside experts in every one of them: their weights for a token add up to one."""
+    layers = dict(model.params["layers"])
+    for index, layer in layers.items():
+        network, count = layer["ffn"], ffn.width(layer["ffn"])
+        if not model.config.mixed(index) or not count:
+            continue
+        experts = dict(layer["experts"])
+        for name, axis in (("gate", 2), ("up", 2), ("down", 1)):
+            kernel, added = experts[name]["kernel"], network[name]["kernel"]
+            added = jnp.broadcast_to(added, (kernel.shape[0], *added.shape))
+            experts[name] = {"kernel": jnp.concatenate([kernel, added], axis)}
+        bare = {
+            name: {"kernel": entry["kernel"][:0] if name == "down" else entry["kernel"][:, :0]}
+            for name, entry in network.items()
+        }
+        layers[index] = {**layer, "ffn": bare, "experts": experts}
+    return {**model.params, "layers": layers}
 
 
 def _described(settings: Mapping[str, Any], config: NetworkConfig) -> NetworkConfig:
@@ -248,7 +316,10 @@ def describe_exact(model: Model, width: int) -> tuple[dict[str, Any], NetworkCon
         width: of all its feed-forward networks.
     """
     config, family = model.config, family_of(model.settings)
-    settings = {**model.settings, family.ffn_width: width}
+    settings = {**model.settings, **_widths(model, width)}
+    if config.mixture:
+        problems = ["its layers are mixtures of experts"] if merged_neurons(config, model.params) else []
+        return settings, _described(settings, config), "exact", problems
     if width == config.ffn_width:
         return settings, _described(settings, config), "exact", []
     if family.export == "exact":
@@ -334,12 +405,17 @@ def _grown(params: Params, shapes: Params, dtype: Any) -> Params:
     return result
 
 
+def _stock_width(config: NetworkConfig, layer: int) -> int:
+    """The width of a layer's feed-forward network, or of each of its experts."""
+    return config.mixture.width if config.mixture and config.mixed(layer) else config.ffn_width
+
+
 def _info(model: Model, form: str, target: NetworkConfig, params: Params, error: ExportError | None) -> ExportInfo:
     neurons = sum(merged_neurons(model.config, model.params).values())
     before = sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(model.config)))
     leaves = jax.tree.leaves(params)
     added = sum(leaf.size for leaf in leaves) - before
-    wider = (target.ffn_width - model.config.ffn_width) * target.layers
+    wider = sum(_stock_width(target, layer) - _stock_width(model.config, layer) for layer in range(target.layers))
     if target.encoder and model.config.encoder:
         wider += (target.encoder.ffn_width - model.config.encoder.ffn_width) * target.encoder.layers
     return ExportInfo(
@@ -347,7 +423,7 @@ def _info(model: Model, form: str, target: NetworkConfig, params: Params, error:
         "llama" if form == "exact as Llama" else model.settings["model_type"],
         neurons,
         wider - neurons,
-        target.ffn_width,
+        target.mixture.width if target.mixture else target.ffn_width,
         added,
         added * leaves[0].dtype.itemsize,
         added / before,

@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,17 +19,28 @@ from tpatch_jax.core.devices import host
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.completed_settings import complete_settings
 from tpatch_jax.models.checkpoints.layout import Stored, flatten, insert, join, layout, split
+from tpatch_jax.models.checkpoints.mxfp4 import BLOCKS, METHOD, SCALES, unpack_mxfp4
 from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.families.family import Family
 from tpatch_jax.models.families.registry import configure, family_of
 from tpatch_jax.models.families.vit import PREPROCESSOR, preprocessing
 from tpatch_jax.models.families.whisper import GENERATION, extraction
-from tpatch_jax.models.shapes import merged_neurons
+from tpatch_jax.models.shapes import merged_neurons, parameter_shapes
 from tpatch_jax.models.sharding import place
 from tpatch_jax.storage.files import replace_folder
 from tpatch_jax.storage.processes import one_process_writes
 from tpatch_jax.typing import Params
 
-__all__ = ["Plan", "check_no_adapter", "mark_files", "plan_folder", "read_folder", "read_settings", "write_folder"]
+__all__ = [
+    "Plan",
+    "check_no_adapter",
+    "is_packed",
+    "mark_files",
+    "plan_folder",
+    "read_folder",
+    "read_settings",
+    "write_folder",
+]
 
 
 NEURONS_KEY = "tpatch_neurons"
@@ -46,6 +57,7 @@ _OURS = ("config.json", "tpatch_source.json", "tpatch_export.json")
 _READ_IMAGES = {"vit": "ViT", "deit": "DeiT"}
 _STARTS_WITH, _ENDS_WITH = "decoder_start_token_id", "eos_token_id"
 _FLOATS = ("F32", "F16", "BF16", "F64")
+_PACKED = "MXFP4"
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -259,9 +271,44 @@ def _alike(shards: Mapping[str, Path], one: str, other: str) -> bool:
     return np.array_equal(*tensors)
 
 
+def _merged(settings: Mapping[str, Any]) -> dict[int, int]:
+    """How many neurons are merged into which layers, as ``config.json`` says."""
+    return {int(layer): int(count) for layer, count in settings.get(NEURONS_KEY, {}).items()}
+
+
 def _with_labels(settings: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     numbered = {str(number): label for number, label in enumerate(labels)}
     return {**settings, "id2label": numbered, "label2id": {label: number for number, label in enumerate(labels)}}
+
+
+def _expected(
+    family: Family, config: NetworkConfig, merged: Mapping[int, int], shards: Mapping[str, Path], left_out: str
+) -> dict[str, Stored]:
+    """The tensors of a folder; those of experts in one if it holds any such, else in one for each expert."""
+    if config.mixture:
+        fused = layout(family, config, merged, fused=True)
+        whole = [name for name, stored in fused.items() if len(stored.shape) == 3]
+        if any(name.removeprefix(left_out) in shards for name in whole):
+            return fused
+    return layout(family, config, merged)
+
+
+def is_packed(settings: Mapping[str, Any]) -> bool:
+    """Whether experts are in MXFP4, which is read."""
+    quantised = settings.get("quantization_config")
+    return isinstance(quantised, Mapping) and quantised.get("quant_method") == METHOD and _keeps_packed(settings)
+
+
+def _keeps_packed(settings: Mapping[str, Any]) -> bool:
+    experts = family_of(settings).experts
+    return experts is not None and not experts.transposed
+
+
+def _packed_shape(blocks: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what numbers in MXFP4 stand for; theirs, where the exponents are not theirs."""
+    if len(blocks) != 4 or blocks[:-1] != scales or blocks[-1] != 16:
+        return blocks
+    return (blocks[0], 32 * blocks[2], blocks[1])
 
 
 def _in_head(name: str) -> bool:
@@ -313,6 +360,10 @@ def plan_folder(
         TPatchError: something stands against it that says more than a list of tensors would.
     """
     settings = dict(read_settings(folder) if settings is None else settings)
+    packed = is_packed(settings)
+    if packed:
+        # What is read is plain numbers, and so is what will be written of it.
+        settings.pop("quantization_config")
     if quantised := settings.get("quantization_config"):
         kind = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else "unknown"
         raise TPatchError(
@@ -327,7 +378,7 @@ def plan_folder(
             f"{folder} is a {config.family}, which has no classification head; give labels to an encoder, such as a "
             "BERT"
         )
-    merged = {int(layer): int(count) for layer, count in settings.get(NEURONS_KEY, {}).items()}
+    merged = _merged(settings)
     shards = _shards(folder)
 
     def alike(one: str, other: str) -> bool:
@@ -344,11 +395,13 @@ def plan_folder(
         # for they tie the embeddings of its two stacks as well.
         config = dataclasses.replace(config, tied=False)
         settings = settings if config.encoder else {**settings, "tie_word_embeddings": False}
+    kept = family.prefix if bare else ""
     wanted = {
-        name.removeprefix(family.prefix) if bare else name: stored
-        for name, stored in layout(family, config, merged).items()
+        name.removeprefix(kept): stored for name, stored in _expected(family, config, merged, shards, kept).items()
     }
     names = _available(shards, list(wanted))
+    if packed:
+        names |= {name: name + BLOCKS for name in wanted if name + BLOCKS in shards and name + SCALES in shards}
     if config.tied and head in shards:
         # Of what is the same some savers keep one name only, and not always the embedding's.
         names.setdefault(embedding, head)
@@ -372,6 +425,7 @@ def plan_folder(
     problems = [f"{name} is missing" for name in missing]
     passed_over = family.other_heads if labels is not None else ()
     known, left_out = set(names.values()), []
+    known |= {name + SCALES for name, stored in names.items() if stored == name + BLOCKS}
     for name in shards:
         if name in known:
             continue
@@ -391,14 +445,17 @@ def plan_folder(
         files = {path: stack.enter_context(safe_open(path, "np")) for path in sorted(set(shards.values()))}
         for name, stored in sorted(names.items()):
             part, expected = files[shards[stored]].get_slice(stored), wanted[name].shape
-            shape = tuple(part.get_shape())
+            shape, kind = tuple(part.get_shape()), part.get_dtype()
+            if stored == name + BLOCKS:
+                scales = files[shards[name + SCALES]].get_slice(name + SCALES)
+                shape, kind = _packed_shape(shape, tuple(scales.get_shape())), _PACKED
             if shape != expected:
                 if labels is not None and _in_head(wanted[name].paths[0]):
                     continue
                 problems.append(f"{name} has shape {shape}, config.json implies {expected}")
-            elif (kind := part.get_dtype()) not in _FLOATS:
+            elif kind not in (*_FLOATS, _PACKED):
                 problems.append(f"{name} is {kind}: a quantised checkpoint; fetch the unquantised model")
-            sizes[name], kinds[name] = math.prod(shape), part.get_dtype()
+            sizes[name], kinds[name] = math.prod(shape), kind
     return Plan(config, settings, shards, wanted, names, sizes, kinds, tuple(left_out), tuple(problems))
 
 
@@ -432,19 +489,58 @@ def read_folder(
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise TPatchError(f"{folder} does not hold the model that its config.json describes: {shown}")
     params: Params = {}
+    stacks = _Stacks(wanted[name] for name in sizes)
     # The largest first and each through a handle of its own: what is held twice for a moment, the tensor at hand and
     # the mapped file behind it, is then never much of the whole.
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         with safe_open(shards[names[name]], "np") as file:
             tensor = file.get_tensor(names[name])
-        for path, part in split(wanted[name], tensor).items():
+        if names[name] == name + BLOCKS:
+            with safe_open(shards[name + SCALES], "np") as file:
+                # The numbers that share an exponent stand along what is summed over.
+                tensor = np.swapaxes(unpack_mxfp4(tensor, file.get_tensor(name + SCALES)), -1, -2)
+        parts = split(wanted[name], tensor)
+        if (expert := wanted[name].expert) is not None:
+            parts = stacks.add(parts, expert)
+        for path, part in parts.items():
             # Placing is asynchronous; without waiting, what is still to be copied would pile up on a busy machine.
             insert(params, path, jax.block_until_ready(place(path, part, dtype, mesh)))
     if family.optional_row in wanted and family.optional_row not in names:
         stored = wanted[family.optional_row]
         kind = dtype or jax.tree.leaves(params)[0].dtype.name
         insert(params, stored.paths[0], place(stored.paths[0], np.zeros(stored.shapes[0], np.float32), kind, mesh))
+    for path, leaf in flatten(parameter_shapes(config, _merged(settings))):
+        if not leaf.size:
+            # Beside experts stand no neurons before there are patches.
+            kind = dtype or jax.tree.leaves(params)[0].dtype.name
+            insert(params, path, place(path, np.zeros(leaf.shape, np.float32), kind, mesh))
     return config, _ordered(params), settings
+
+
+class _Stacks:
+    """Parameters of all experts, of which a checkpoint has a tensor for each: brought together as they come."""
+
+    def __init__(self, wanted: Iterable[Stored]) -> None:
+        self.missing = Counter(path for stored in wanted if stored.expert is not None for path in stored.paths)
+        self.size = dict(self.missing)
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def add(self, parts: Mapping[str, np.ndarray], expert: int) -> dict[str, np.ndarray]:
+        """Take what one expert has of some parameters; those that are whole now are given back."""
+        whole = {}
+        for path, part in parts.items():
+            array = self.arrays.get(path)
+            if array is None:
+                array = np.empty((self.size[path], *part.shape), part.dtype)
+            elif array.dtype != part.dtype:
+                # Experts of several types are read without a loss.
+                array = array.astype(np.float32)
+            array[expert] = part
+            self.arrays[path] = array
+            self.missing[path] -= 1
+            if not self.missing[path]:
+                whole[path] = self.arrays.pop(path)
+        return whole
 
 
 def _ordered(params: Params) -> Params:

@@ -25,6 +25,7 @@ class Stored(NamedTuple):
         heads: so many times the parts alternate; 1 is no alternation.
         row: whether it has an axis of one before ours.
         view: its shape, where it holds the same numbers in other axes; see `Family.views`.
+        expert: which entry of our parameter it holds, of a tensor for one of many experts.
     """
 
     paths: tuple[str, ...]
@@ -33,6 +34,7 @@ class Stored(NamedTuple):
     heads: int
     row: bool = False
     view: Shape = ()
+    expert: int | None = None
 
     @property
     def shape(self) -> Shape:
@@ -43,7 +45,7 @@ class Stored(NamedTuple):
         ours = (*rows, sum(shape[-1] for shape in self.shapes))
         if self.row:
             return (1, *ours)
-        return ours[::-1] if self.transposed else ours
+        return (*ours[:-2], ours[-1], ours[-2]) if self.transposed else ours
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -64,15 +66,21 @@ def insert(tree: Params, path: str, leaf: Any) -> None:
     tree[last] = leaf
 
 
-def layout(family: Family, config: NetworkConfig, merged: Mapping[int, int] | None = None) -> dict[str, Stored]:
+def layout(
+    family: Family, config: NetworkConfig, merged: Mapping[int, int] | None = None, fused: bool = False
+) -> dict[str, Stored]:
     """Every tensor of a checkpoint by its name.
 
     Args:
         family: the model's family.
         config: the network's description.
         merged: how many patch neurons are merged into which layers.
+        fused: whether one tensor holds all experts of a layer, as transformers has them in memory.
     """
-    shapes = {path: leaf.shape for path, leaf in flatten(parameter_shapes(config, merged))}
+    shapes = {path: leaf.shape for path, leaf in flatten(parameter_shapes(config, merged)) if leaf.size}
+    experts = family.experts
+    renamed = experts.renamed if experts and fused else ()
+    together = {part: entry for entry in experts.fused for part in entry.parts} if experts else {}
     result: dict[str, Stored] = {}
     views = family.views(config)
     for path, shape in shapes.items():
@@ -83,18 +91,33 @@ def layout(family: Family, config: NetworkConfig, merged: Mapping[int, int] | No
         stored_leaf = leaf if leaf == "bias" else "weight"
         # An unembedding is a linear layer like any other, even where the blocks store theirs the other way round.
         transposed = leaf == "kernel" and (family.transposed or parts[0] == "head")
-        if general in family.names:
+        if experts and parent in experts.each and not fused:
+            for number in range(shape[0]):
+                name = f"{experts.each[parent].format(layer, number)}.{stored_leaf}"
+                result[name] = Stored((path,), (shape[1:],), transposed, 1, expert=number)
+        elif experts and (entry := together.get(parent)):
+            paths = tuple(f"{part.format(layer)}.{leaf}" for part in entry.parts)
+            held = tuple(shapes[part] for part in paths)
+            name = entry.name.format(layer) + ("_bias" if leaf == "bias" else "")
+            turned, heads = transposed and experts.transposed, held[0][-1] if entry.by_neuron else 1
+            result[name] = Stored(paths, held, turned, heads)
+        elif general in family.names:
             name = family.names[general].format(layer)
             result[name] = Stored((path,), (shape,), transposed, 1, name == family.optional_row, views.get(path, ()))
         elif parent in family.names:
             name = f"{family.names[parent].format(layer)}.{stored_leaf}"
             result[name] = Stored((path,), (shape,), transposed, 1, view=views.get(path, ()))
         else:
-            fused = next(entry for entry in family.fused if parent in entry.parts)
-            paths = tuple(f"{part.format(layer)}.{leaf}" for part in fused.parts)
-            heads = config.heads if fused.by_head else 1
+            entry = next(entry for entry in family.fused if parent in entry.parts)
+            paths = tuple(f"{part.format(layer)}.{leaf}" for part in entry.parts)
+            heads = config.heads if entry.by_head else 1
             stored = Stored(paths, tuple(shapes[part] for part in paths), transposed, heads)
-            result[f"{fused.name.format(layer)}.{stored_leaf}"] = stored
+            result[f"{entry.name.format(layer)}.{stored_leaf}"] = stored
+    for name in list(result) if renamed else ():
+        other = name
+        for ours, theirs in renamed:
+            other = other.replace(ours, theirs)
+        result[other] = result.pop(name)
     return result
 
 
@@ -102,7 +125,7 @@ def split(stored: Stored, tensor: np.ndarray) -> dict[str, np.ndarray]:
     """Our parameters from a checkpoint's tensor; views where that is possible."""
     if stored.view:
         tensor = tensor.reshape(stored.shapes[0][::-1] if stored.transposed else stored.shapes[0])
-    ours = tensor[0] if stored.row else tensor.T if stored.transposed else tensor
+    ours = tensor[0] if stored.row else np.swapaxes(tensor, -1, -2) if stored.transposed else tensor
     if len(stored.paths) == 1:
         return {stored.paths[0]: ours}
     by_head = ours.reshape(*ours.shape[:-1], stored.heads, -1)
@@ -113,8 +136,11 @@ def split(stored: Stored, tensor: np.ndarray) -> dict[str, np.ndarray]:
 
 def join(stored: Stored, parts: Sequence[np.ndarray]) -> np.ndarray:
     """The inverse of `split`: a checkpoint's tensor, contiguous, from our parameters in the order of ``paths``."""
+    if stored.expert is not None:
+        parts = [part[stored.expert] for part in parts]
     by_head = [np.asarray(part).reshape(*part.shape[:-1], stored.heads, -1) for part in parts]
     ours = np.concatenate(by_head, -1) if len(by_head) > 1 else by_head[0]
     ours = ours.reshape(*ours.shape[:-2], -1)
-    tensor = np.ascontiguousarray(ours[None] if stored.row else ours.T if stored.transposed else ours)
+    turned = np.swapaxes(ours, -1, -2) if stored.transposed else ours
+    tensor = np.ascontiguousarray(ours[None] if stored.row else turned)
     return tensor.reshape(stored.view) if stored.view else tensor

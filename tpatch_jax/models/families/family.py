@@ -9,6 +9,7 @@ from tpatch_jax.models.config import NetworkConfig
 
 __all__ = [
     "QUERY_NORM",
+    "ExpertNames",
     "Family",
     "Fused",
     "Settings",
@@ -37,11 +38,30 @@ class Fused(NamedTuple):
         name: the checkpoint's name of the linear layer, with ``{}`` for the layer.
         parts: the paths of our linear layers, with ``{}`` for the layer.
         by_head: whether the parts alternate head by head.
+        by_neuron: whether they alternate neuron by neuron.
     """
 
     name: str
     parts: tuple[str, ...]
     by_head: bool = False
+    by_neuron: bool = False
+
+
+class ExpertNames(NamedTuple):
+    """How a checkpoint names what the experts of a layer are made of: a tensor for each expert, or one for all.
+
+    Attributes:
+        each: from the path of our linear layers of all experts, with ``{}`` for the layer, to the name of one expert's,
+            with ``{}`` for the layer and for the expert; empty where no file has such.
+        fused: tensors that hold all experts, as transformers keeps them in memory from version 5 on.
+        transposed: whether kernels lie in those as ``[experts, out, in]``.
+        renamed: what stands in their place in other names where experts are fused.
+    """
+
+    each: Mapping[str, str]
+    fused: tuple[Fused, ...]
+    transposed: bool = True
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
 class Family(NamedTuple):
@@ -68,8 +88,10 @@ class Family(NamedTuple):
             the same numbers in the same order.
         other_heads: what the names of tensors begin with that are no part of a classifier, in checkpoints without one.
         position_tables: tensors of computed positions that stock networks want in a file, though they need not be read.
+        experts: how the experts of a mixture are named.
         export: how a corrected model of this family is written for the stock transformers library:
-            ``"exact"``, ``"exact as Llama"`` or ``"approximate only"``; see `tpatch_jax.models.checkpoints.export`.
+            ``"exact"``, ``"exact as Llama"``, ``"approximate only"`` or ``"none"``; see
+            `tpatch_jax.models.checkpoints.export`.
     """
 
     name: str
@@ -89,6 +111,7 @@ class Family(NamedTuple):
     optional_row: str = ""
     other_heads: tuple[str, ...] = ()
     position_tables: tuple[str, ...] = ()
+    experts: ExpertNames | None = None
     views: Callable[[NetworkConfig], Mapping[str, tuple[int, ...]]] = lambda config: {}
 
 

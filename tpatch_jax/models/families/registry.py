@@ -15,6 +15,7 @@ from tpatch_jax.models.families.gpt_neo import GPT_NEO
 from tpatch_jax.models.families.gpt_neox import GPT_NEOX
 from tpatch_jax.models.families.granite import GRANITE
 from tpatch_jax.models.families.llama import LLAMA, MISTRAL, QWEN_2, QWEN_3
+from tpatch_jax.models.families.mixtures import GPT_OSS, MIXTRAL, OLMOE, QWEN_2_MOE, QWEN_3_MOE
 from tpatch_jax.models.families.modernbert import MODERNBERT
 from tpatch_jax.models.families.olmo import EXAONE_4, OLMO_2, OLMO_3
 from tpatch_jax.models.families.opt import OPT
@@ -53,6 +54,11 @@ FAMILIES: tuple[Family, ...] = (
     GLM_4,
     ERNIE_4_5,
     STARCODER_2,
+    MIXTRAL,
+    QWEN_2_MOE,
+    QWEN_3_MOE,
+    OLMOE,
+    GPT_OSS,
     OPT,
     BERT,
     ROBERTA,
@@ -73,7 +79,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 _RECURRENT = "some of its layers are recurrent, and only attention is run here"
-_EXPERTS = "its feed-forward networks are mixtures of experts, which are not run here"
+_EXPERTS = "its feed-forward networks are mixtures of experts of a kind that is not run here"
 _LATENT = "its attention keeps compressed keys and values (multi-head latent attention), which is not run here"
 _VISION = "it reads images as well; only networks of text are run here, and checkpoints of their own hold them"
 _REASONS = {
@@ -85,13 +91,10 @@ _REASONS = {
         _RECURRENT,
     ),
     **dict.fromkeys(
-        (
-            *("dbrx", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe", "llama4_text", "mixtral", "olmoe"),
-            *("phimoe", "qwen2_moe", "qwen3_moe"),
-        ),
+        (*("dbrx", "ernie4_5_moe", "glm4_moe", "granitemoe", "jetmoe", "llama4_text", "phimoe"),),
         _EXPERTS,
     ),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "minicpm3"), _LATENT),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "minicpm3"), _LATENT),
     **dict.fromkeys(
         (
             *("gemma3", "gemma3n", "gemma4", "idefics3", "llama4", "llava", "mistral3", "mllama", "paligemma"),
