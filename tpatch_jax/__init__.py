@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from tpatch_jax.editors.tpatcher.editor import edit, tpatcher
     from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
     from tpatch_jax.editors.tpatcher.tokens import edit_tokens
+    from tpatch_jax.embeddings import EmbeddingPrompt
     from tpatch_jax.errors import TPatchError
     from tpatch_jax.images import ImagePrompt, read_image
     from tpatch_jax.models.checkpoints.export import ExportError, ExportInfo, export_model
@@ -65,6 +66,7 @@ __all__ = [
     "EditInfo",
     "EditRequest",
     "Editor",
+    "EmbeddingPrompt",
     "ExportError",
     "ExportInfo",
     "FinetuneInfo",
@@ -145,6 +147,7 @@ _HOMES = {
     "editors.tpatcher.tokens": ("edit_tokens",),
     "editors.tpatcher.settings": ("PRESETS", "TPatcherSettings"),
     "editors.tpatcher.editor": ("edit", "tpatcher"),
+    "embeddings": ("EmbeddingPrompt",),
     "errors": ("TPatchError",),
     "images": ("ImagePrompt", "read_image"),
     "models.checkpoints.export": ("ExportError", "ExportInfo", "export_model"),

@@ -36,7 +36,8 @@ class EditRequest:
 
     Attributes:
         prompt: the text that the model continues wrongly; of an image classifier the image, a
-            `tpatch_jax.images.ImagePrompt`. Then rephrases, locality and keep are images too.
+            `tpatch_jax.images.ImagePrompt`. Then rephrases, locality and keep are images too. A text with embeddings is
+            an `tpatch_jax.embeddings.EmbeddingPrompt`, and so may the others be.
         target: what it should say instead; `continuation` is the same as it follows the prompt.
         subject: what the prompt is about, as it stands in the prompt; not every method needs it.
         rephrases: other wordings of the prompt, for measuring.
@@ -162,6 +163,8 @@ def parse_request(record: Any, where: str, folder: Path | None = None) -> EditRe
         )
     if "image" in record:
         record = _with_images(record, where, folder)
+    if "embeddings" in record or hasattr(record.get("prompt"), "embeddings"):
+        record = _with_embeddings(record, where, folder)
     # Before what is missing, which may be there under a misspelt name.
     unknown = sorted(set(record) - set(_FIELDS))
     if unknown:
@@ -210,6 +213,7 @@ def parse_request(record: Any, where: str, folder: Path | None = None) -> EditRe
 
 
 _OF_TEXTS = ("prompt", "subject", "join", "form", "system", "turns", "aliases")
+_OF_BARE_TEXTS = ("subject", "system", "turns", "aliases")
 _OF_IMAGES = ("rephrases", "locality", "keep")
 
 
@@ -235,6 +239,47 @@ def _with_images(record: Mapping[str, Any], where: str, folder: Path | None) -> 
         if isinstance(entry, str | Mapping) or not isinstance(entry, Iterable):
             raise TPatchError(f"{where}: {name!r} must be a list of images")
         read[name] = [as_image(image, f"{where}: image {n} of {name!r}", folder) for n, image in enumerate(entry)]
+    return read
+
+
+def _with_embeddings(record: Mapping[str, Any], where: str, folder: Path | None) -> dict[str, Any]:
+    """A request about a text with embeddings; its rephrases and what it keeps may have others.
+
+    Raises:
+        TPatchError: it has a field that belongs to bare texts, or something are no embeddings; the message names it.
+    """
+    # Only where there are some, so that a command's --help need not wait for NumPy.
+    from tpatch_jax.embeddings import EmbeddingPrompt, as_embeddings, embedding_prompt
+
+    if misplaced := [name for name in _OF_BARE_TEXTS if record.get(name) not in (None, ())]:
+        raise TPatchError(
+            f"{where}: 'embeddings' stand beside {misplaced[0]!r}, which belongs to texts alone; leave one of them out"
+        )
+    if record.get("form") not in (None, "bare"):
+        raise TPatchError(f"{where}: 'embeddings' are read in bare text; write the chat's template into 'prompt'")
+    read = {name: entry for name, entry in record.items() if name not in ("embeddings", "positions")}
+    asked = record.get("prompt", "")
+    if "embeddings" in record:
+        vectors = as_embeddings(record["embeddings"], f"{where}: 'embeddings'", folder)
+        try:
+            asked = EmbeddingPrompt(asked, vectors, record.get("positions"))
+        except TPatchError as error:
+            raise TPatchError(f"{where}: {error}") from None
+    read["prompt"], read["form"] = asked, "bare"
+    for name in _OF_IMAGES:
+        entry = record.get(name)
+        if entry is None:
+            continue
+        if isinstance(entry, str | Mapping) or not isinstance(entry, Iterable):
+            raise TPatchError(f"{where}: {name!r} must be a list of embeddings, or of prompts with some")
+        # A prompt that was read already is as it shall be.
+        again = "embeddings" not in record
+        read[name] = [
+            other
+            if again and isinstance(other, str)
+            else embedding_prompt(other, asked, f"{where}: entry {n} of {name!r}", folder)
+            for n, other in enumerate(entry)
+        ]
     return read
 
 

@@ -12,7 +12,8 @@ from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
-from tpatch_jax.models.rows import ASK, split_row, tokens_array
+from tpatch_jax.models.embedded import table_of
+from tpatch_jax.models.rows import ASK, split_row
 from tpatch_jax.typing import Params, RngKey, TokenIds
 
 __all__ = ["greedy", "sample"]
@@ -59,7 +60,7 @@ def _run(
         if longest > config.encoder.context:
             raise TPatchError(f"a prompt has {longest} tokens, the encoder reads {config.encoder.context}; shorten it")
         filling = [[0]] * (power_of_two(len(read)) - len(read))
-        source = tokens_array([*read, *filling], power_of_two(longest, 8), ASK)
+        source = table_of([*read, *filling], power_of_two(longest, 8), ASK)
     lengths = [len(prompt) for prompt in prompts]
     if not lengths:
         return []
@@ -77,18 +78,17 @@ def _run(
         return [[] for _ in prompts]
     lanes, width = power_of_two(len(prompts)), power_of_two(max(lengths), 8)
     total = min(power_of_two(max(lengths) + count, 8), max(config.context, width))
-    table = np.zeros((lanes, width), np.int32)
     # Padding is written past the cache's end, where it is dropped.
     positions = np.full((lanes, width), total, np.int32)
     for lane, prompt in enumerate(prompts):
-        table[lane, : len(prompt)] = prompt
         positions[lane, : len(prompt)] = np.arange(len(prompt))
     last = np.zeros(lanes, np.int32)
     last[: len(prompts)] = np.asarray(lengths) - 1
     temperature_array = jnp.asarray(temperature, jnp.float32)
     cache = networks.empty_cache(config, params, lanes, total, source)
     # Put as they are, and picked in one program: the first answer of a process waits for each that is compiled or read.
-    hidden, cache = networks.decode(config, params, jax.device_put(table), jax.device_put(positions), cache)
+    table = table_of([*prompts, *[[]] * (lanes - len(prompts))], width)
+    hidden, cache = networks.decode(config, params, table, jax.device_put(positions), cache)
     hidden = _pick(hidden, last)
     tail = networks.final_weights(config, params)
     results: list[list[int]] = [[] for _ in prompts]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tpatch_jax.core.checks import text_generator
+from tpatch_jax.embeddings import EmbeddingPrompt
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.images import as_image, change_image
 from tpatch_jax.models.config import ImageInput
@@ -20,7 +21,7 @@ from tpatch_jax.storage.image_file import PARTS, is_image_file, read_image_part
 from tpatch_jax.storage.reading import read_text
 from tpatch_jax.typing import TokenIds
 
-__all__ = ["FIELDS", "image_contexts", "input_contexts", "read_inputs"]
+__all__ = ["FIELDS", "embedding_contexts", "image_contexts", "input_contexts", "read_inputs"]
 
 FIELDS = ("prompt", "text", "claim", "question", "sentence", "input", "src")
 """In JSON lines, the first of these that is there is the input."""
@@ -140,3 +141,27 @@ def image_contexts(image: ImageInput, row: TokenIds, count: int) -> list[list[in
         )
         rows.append([*changed.reshape(-1).tolist(), *rest])
     return rows
+
+
+SHAKEN = 0.2
+"""How far embeddings are moved at most, as a share of their own standard deviation."""
+
+
+def embedding_contexts(prompt: EmbeddingPrompt, count: int) -> list[EmbeddingPrompt]:
+    """A prompt with embeddings that are nearly the same: what its patch should hear as well.
+
+    What else shows the same only their maker knows: a request's ``rephrases`` say it, with ``train_on_rephrases``.
+
+    Args:
+        prompt: the prompt.
+        count: how many.
+    """
+    rng, size = text_generator(prompt), SHAKEN * float(np.std(prompt.embeddings))
+    return [
+        EmbeddingPrompt(
+            prompt.text,
+            prompt.embeddings + size * (number + 1) / count * rng.standard_normal(prompt.embeddings.shape),
+            prompt.positions,
+        )
+        for number in range(count)
+    ]

@@ -14,6 +14,7 @@ from tpatch_jax.core.int8 import plain_tree, take_rows
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.blocks import HIDDEN, Around, Block, Cache, Norm, relative_bias
 from tpatch_jax.models.config import LayerKind, NetworkConfig
+from tpatch_jax.models.embedded import Embedded, tokens_of
 from tpatch_jax.typing import Params
 
 __all__ = [
@@ -39,15 +40,16 @@ class Pair(NamedTuple):
     """The batch of an encoder-decoder.
 
     Attributes:
-        source: what the encoder reads, ``[batch, source]`` int, padded on the right with negative numbers.
+        source: what the encoder reads, ``[batch, source]`` int, padded on the right with negative numbers; or the same
+            with embeddings in the place of some tokens.
         target: what the decoder reads, ``[batch, tokens]`` int, padded on the right with anything.
     """
 
-    source: Int[Array, "batch source"]
+    source: Int[Array, "batch source"] | Embedded
     target: Int[Array, "batch tokens"]
 
 
-Batch: TypeAlias = Int[Array, "batch tokens"] | Float[Array, "batch channels height width"] | Pair
+Batch: TypeAlias = Int[Array, "batch tokens"] | Embedded | Float[Array, "batch channels height width"] | Pair
 """What a network is run on; see `tpatch_jax.models.networks`."""
 
 
@@ -126,20 +128,31 @@ def read_states(
 
 
 def embed_tokens(
-    config: NetworkConfig, params: Params, tokens: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
+    config: NetworkConfig,
+    params: Params,
+    tokens: Int[Array, "batch tokens"] | Embedded,
+    positions: Int[Array, "batch tokens"],
 ) -> Float[Array, "batch tokens hidden"]:
     """The residual stream before the first block."""
-    tables = ("embed", "positions", "token_types", "norm_embed", "embed_project")
-    return _embedded(config, {name: params[name] for name in tables if name in params}, tokens, positions)
+    names = ("embed", "positions", "token_types", "norm_embed", "embed_project")
+    tables = {name: params[name] for name in names if name in params}
+    given = (tokens.embeddings, tokens.positions) if isinstance(tokens, Embedded) else None
+    return _embedded(config, tables, tokens_of(tokens), positions, given)
 
 
 @partial(jax.jit, static_argnames="config")
-def _embedded(config: NetworkConfig, params: Params, tokens: Array, positions: Array) -> Array:
+def _embedded(
+    config: NetworkConfig, params: Params, tokens: Array, positions: Array, given: tuple[Array, Array] | None
+) -> Array:
     tokens = tokens if config.causal else jnp.maximum(tokens, 0)
     # What stands for padding may be no token at all; `take` alone would make it NaN, which attention carries to others.
     x = take_rows(params["embed"]["embedding"], tokens)
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
+    if given is not None:
+        # In the place of what the table gives, scaled: all that follows is theirs as well.
+        vectors, places = given
+        x = x.at[jnp.arange(x.shape[0])[:, None], places].set(vectors.astype(x.dtype), mode="drop")
     if config.positions:
         # Padding stands past the last position; the clipped row is never looked at.
         table = params["positions"]["embedding"]
@@ -220,9 +233,10 @@ def embed_batch(
         raise TPatchError(f"this {config.architecture} is run on {wanted}; give it that")
     if isinstance(batch, Pair):
         tokens = batch.target
-        around = Around(None, encode(config, params, batch.source), padding_bias(batch.source))
+        around = Around(None, encode(config, params, batch.source), padding_bias(tokens_of(batch.source)))
     else:
         tokens, around = batch, Around()
+    read, tokens = tokens, tokens_of(tokens)
     if getattr(tokens, "ndim", 0) != 2:
         kind = f"an array of shape {list(tokens.shape)}" if hasattr(tokens, "shape") else f"a {type(tokens).__name__}"
         raise TPatchError(f"the tokens are {kind}; give an array of token ids, [batch, tokens]")
@@ -230,7 +244,7 @@ def embed_batch(
     # All rows have the same positions here, so one row of relative positions serves them all.
     single = positions[:1] if config.relative_buckets else positions
     around = around._replace(bias=attention_bias(config, params, tokens, single, tokens.shape[1]))
-    return tokens, embed_tokens(config, params, tokens, positions), positions, around
+    return tokens, embed_tokens(config, params, read, positions), positions, around
 
 
 def embed_images(config: NetworkConfig, params: Params, batch: Batch) -> Float[Array, "batch positions hidden"]:
@@ -257,7 +271,7 @@ def embed_images(config: NetworkConfig, params: Params, batch: Batch) -> Float[A
             f"the images are {kind}; give pixel_values [batch, {image.channels}, {height}, {width}] of floats, or "
             f"pixels [batch, {image.pixels}] of whole numbers from 0 to 255"
         )
-    assert not isinstance(batch, Pair)
+    assert not isinstance(batch, Pair | Embedded)
     return _embedded_images(config, {name: params[name] for name in ("image", "positions")}, batch)
 
 
@@ -285,14 +299,14 @@ def _embedded_images(config: NetworkConfig, params: Params, batch: Num[Array, "b
 
 
 def encode(
-    config: NetworkConfig, params: Params, source: Int[Array, "batch source"]
+    config: NetworkConfig, params: Params, source: Int[Array, "batch source"] | Embedded
 ) -> Float[Array, "batch source hidden"]:
     """What the encoder of an encoder-decoder makes of its source.
 
     Args:
         config: the network's description.
         params: the network's parameters.
-        source: ``[batch, source]`` int, padded on the right with negative numbers.
+        source: ``[batch, source]`` int, padded on the right with negative numbers; or the same with embeddings.
 
     Returns:
         Its states, ``[batch, source, d]``.

@@ -11,6 +11,7 @@ from tpatch_jax.core.patch import Patch, preactivations, sized
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.editors.reading import Item
 from tpatch_jax.models.collection import Sites, collect, joined, wrong_rows
+from tpatch_jax.models.embedded import plain_row
 from tpatch_jax.models.model import Model
 
 __all__ = [
@@ -89,7 +90,8 @@ def remember(
     """
     token, group = np.asarray(subjects, np.int32).reshape(-1, 2).T
     new = PreviousEdits(
-        np.asarray([one for item in items for one in item.rows[0]], np.int32),
+        # Of embeddings nothing is kept: they are read in the last layer alone, where nothing is read again.
+        np.asarray([one for item in items for one in plain_row(item.rows[0])], np.int32),
         np.asarray([len(item.rows[0]) for item in items], np.int32),
         np.asarray([item.starts[0] for item in items], np.int32),
         token,
