@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float
 
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.images import IMAGE
 
-__all__ = ["EMBEDDINGS", "EmbeddingPrompt", "as_embeddings", "embedding_prompt", "plain_text"]
+__all__ = ["EMBEDDINGS", "EmbeddingPrompt", "as_embeddings", "embedding_prompt", "is_named", "plain_text"]
 
 EMBEDDINGS = "[embeddings sha256 "
 """With this the names of embeddings begin, which stand for them in files and reports."""
@@ -148,6 +149,16 @@ def plain_text(prompt: str) -> str:
         ('Is it normal?', 'Is it?')
     """
     return prompt.text if isinstance(prompt, EmbeddingPrompt) else prompt
+
+
+def is_named(prompt: str) -> bool:
+    """Whether a prompt is a picture or has embeddings, of which files keep the name alone; or such a name.
+
+    Example:
+        >>> is_named(EmbeddingPrompt("Is it?", np.zeros((1, 4)))), is_named("image sha256 660c"), is_named("Is it?")
+        (True, True, False)
+    """
+    return prompt.startswith((EMBEDDINGS, IMAGE))
 
 
 def embedding_prompt(entry: Any, beside: EmbeddingPrompt, where: str, folder: Path | None = None) -> str:
