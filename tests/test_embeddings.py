@@ -111,7 +111,7 @@ def test_other_shapes_are_refused(model, embeddings, positions, said):
 
 def test_what_reads_no_tokens_takes_none(model, seen):
     with pytest.raises(TPatchError, match="reads images"):
-        tiny_model("vit").apply(np.zeros((1, 64), np.int32), embeddings=seen[:1])
+        tiny_model("vit").apply(jnp.zeros((1, 64), jnp.int32), embeddings=seen[:1])
     with pytest.raises(TPatchError, match="already"):
         model.apply(Embedded(TOKENS, jnp.asarray(seen[:2]), jnp.asarray([[0, 1]] * 2)), embeddings=seen[:2])
     with pytest.raises(TPatchError, match="Pair"):

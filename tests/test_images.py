@@ -300,7 +300,7 @@ def test_a_bank_keeps_edits_of_pictures_and_no_picture(model, memory, tmp_path):
     assert (info.added, info.broken) == (("p1",), ())
     assert tp.add_edits(bank, model, [{**first, "id": "again"}]).already == ("p0",)
     corrected = tp.bank_model(bank, model)
-    assert corrected.classify(pictures) == [first["target"], second["target"]]
+    assert corrected.classify([*pictures]) == [first["target"], second["target"]]
     assert tp.verify_bank(bank, model)[:2] == ((), 2)
     files = [path for path in bank.rglob("*") if path.is_file()]
     assert not [path for path in files if any(part in path.read_bytes() for part in hidden)]
@@ -312,9 +312,9 @@ def test_a_bank_keeps_edits_of_pictures_and_no_picture(model, memory, tmp_path):
     # The same picture with another label takes its place, and gives it back.
     third = next(label for label in LABELS if label not in (first["target"], *model.classify([pictures[0]])))
     assert tp.add_edits(bank, model, [{**first, "target": third, "id": "p2"}]).superseded == (("p0", "p2"),)
-    assert tp.bank_model(bank, model).classify(pictures) == [third, second["target"]]
+    assert tp.bank_model(bank, model).classify([*pictures]) == [third, second["target"]]
     tp.remove_edits(bank, ["p2"], model)
-    assert tp.bank_model(bank, model).classify(pictures) == [first["target"], second["target"]]
+    assert tp.bank_model(bank, model).classify([*pictures]) == [first["target"], second["target"]]
 
 
 def test_what_a_bank_of_pictures_cannot_do(model, memory, tmp_path):

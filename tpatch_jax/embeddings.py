@@ -193,10 +193,10 @@ def embedding_prompt(entry: Any, beside: EmbeddingPrompt, where: str, folder: Pa
         return EmbeddingPrompt(entry, beside.embeddings)
     if not isinstance(entry, Mapping):
         return EmbeddingPrompt(beside.text, as_embeddings(entry, where, folder), beside.positions)
-    if not entry or (unknown := sorted(set(entry) - {"prompt", "embeddings", "positions"})):
-        raise TPatchError(
-            f"{where} has {', '.join(map(repr, unknown)) if entry else 'nothing'}; give 'prompt', 'embeddings' or both"
-        )
+    unknown = sorted(set(entry) - {"prompt", "embeddings", "positions"})
+    if unknown or not entry:
+        has = ", ".join(map(repr, unknown)) or "nothing"
+        raise TPatchError(f"{where} has {has}; give 'prompt', 'embeddings' or both")
     text = entry.get("prompt", beside.text)
     if not isinstance(text, str):
         raise TPatchError(f"{where}: 'prompt' is {_named(text)}; write it as a string")

@@ -119,6 +119,7 @@ def run(
     *,
     steps: int = 90,
     pictures: int = 2400,
+    remembered: int = 400,
     copies: int = 8,
     kept: int = 32,
     most: int = 40,
@@ -126,7 +127,25 @@ def run(
     settings: dict[str, Any] | None = None,
     memory: str | None = None,
 ) -> dict[str, Any]:
-    """Train the projection, correct what is wrong on the stream, and measure."""
+    """Train the projection, correct what is wrong on the stream, and measure.
+
+    Args:
+        model: the language model.
+        tower: an image classifier.
+        data: pictures with labels, for training, validation and as a stream.
+        steps: of training.
+        pictures: so many are trained on at most, each in two shapes.
+        remembered: among so many of them those are looked for that an edit keeps.
+        copies: in so many other shapes a patch sees its picture.
+        kept: so many of the nearest pictures with another answer each edit keeps.
+        most: so many answers are corrected at most.
+        others: so many pictures that nobody edits are asked about, besides those of the stream.
+        settings: changes to T-Patcher's settings.
+        memory: a text file for its memory; by default text is sampled.
+
+    Returns:
+        Shares by name: of edited answers that hold, as pictures and in changed shapes, and of other answers that stay.
+    """
     names, began = tower.config.labels, time.process_time()
     learnt = data["train"]
     labels = np.asarray([names.index(name) for name in named_labels(learnt.labels, names)])[:pictures]
@@ -145,6 +164,7 @@ def run(
     said = ask(model, embed(stream.images), tokens)
     wrong = [number for number, text in enumerate(said) if text != wanted[number]][:most]
     print(f"{len(wrong)} answers are corrected", file=sys.stderr)
+    known = known[:remembered]
     memories = np.asarray(project(projection, seen[: len(known)]), np.float32)
     told = np.asarray([names.index(text) if text in names else -1 for text in ask(model, memories, tokens)])
     flat = seen[: len(known)].reshape(len(known), -1)

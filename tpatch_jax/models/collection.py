@@ -190,7 +190,7 @@ def _traced(
         for at, row in enumerate(rows):
             if len(positions[at]) and positions[at][0] >= len(begin) and list(row[: len(begin)]) == list(begin):
                 which[at] = number
-    for at in np.flatnonzero(which >= 0):
+    for at in np.flatnonzero(which >= 0).tolist():
         if any(isinstance(token, EmbeddedToken) for token in rows[at]):
             which[at] = -1
     if config.architecture != "decoder" or np.sum(which >= 0) < WORTH_SHARING * len(begins):
