@@ -13,6 +13,7 @@ from conftest import relative
 from tiny_families import tiny_model
 
 import tpatch_jax as tp
+from tpatch_jax.display.tokens import token_texts
 from tpatch_jax.embeddings import as_embeddings, embedding_prompt, plain_text
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.embedded import EmbeddedToken, table_of
@@ -198,6 +199,9 @@ def test_where_they_stand_in_a_text(model, seen):
             model.encode_prompt(text)
     with pytest.raises(TPatchError, match="token ids alone"):
         tokens_array([front], len(front))
+    shown = token_texts(model.tokenizer, front)
+    assert shown[start : start + 2] == ["[·]", "[·]"]
+    assert shown[start + 2 :] == token_texts(model.tokenizer, plain)[start:]
     assert isinstance(table_of([front, plain], 32), Embedded)
     assert not isinstance(table_of([plain], 32), Embedded)
 
