@@ -25,6 +25,7 @@ from tpatch_jax.requests import parse_request
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+PROMOTION = "standard"  # optax takes steps
 TOKENS = jnp.asarray([[5, 6, 7, 8], [9, 10, 11, 12]])
 QUICK = {"contexts": 2, "attempts": 2, "fit.key_steps": 16, "fit.lanes": 2, "fit.value_steps": 8}
 
