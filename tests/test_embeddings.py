@@ -276,7 +276,7 @@ def test_a_request_that_makes_no_sense(seen, change, said):
 # --- edits ---
 
 
-def test_an_edit_holds_for_these_embeddings_alone(model, seen):
+def test_an_edit_holds_for_these_embeddings_alone(model, seen, tmp_path):
     asked = [tp.EmbeddingPrompt("The chest is", one) for one in seen]
     before = model.generate(asked, 1)
     request = {
@@ -284,9 +284,10 @@ def test_an_edit_holds_for_these_embeddings_alone(model, seen):
         "embeddings": seen[0],
         "target": "z",
         "join": "none",
-        "keep": [*seen[1:], "It is"],
+        "keep": [*seen[1:], {"prompt": "The chest is"}],
     }
-    patches, info = tp.edit(model, [request], settings=QUICK, cache=False)
+    memory = written(tmp_path)
+    patches, info = tp.edit(model, [request], settings=QUICK, memory=memory, cache=False)
     assert (info.requests[0].status, info.requests[0].site) == ("edited", "last")
     edited = tp.attach(model, patches)
     after = edited.generate(asked, 1)
@@ -294,17 +295,18 @@ def test_an_edit_holds_for_these_embeddings_alone(model, seen):
     assert edited.generate("The chest is", 1) == model.generate("The chest is", 1)
     assert edited.generate("The chest is", 1, embeddings=seen[0]) == "z"
     # Two answers about the same embeddings contradict each other; about others they do not.
-    other = {**request, "target": "y", "keep": []}
-    _, info = tp.edit(
-        model, [request | {"keep": []}, other, other | {"embeddings": seen[1]}], settings=QUICK, cache=False
-    )
+    asked = [
+        {**request, "target": target, "embeddings": one, "keep": []} for target, one in zip("zyy", seen[[0, 0, 1]])
+    ]
+    _, info = tp.edit(model, asked, settings=QUICK, memory=memory, cache=False)
     assert [result.held for result in info.requests] == [True, False, True]
     assert "contradicts" in info.requests[1].reason
 
 
-def test_at_a_subject_they_are_refused(model, seen):
+def test_at_a_subject_they_are_refused(model, seen, tmp_path):
     request = tp.EditRequest(tp.EmbeddingPrompt("The chest is", seen[0]), "z")
-    _, info = tp.edit(model, [request], settings={**QUICK, "site": "subject", "layer": 0}, cache=False)
+    settings = {**QUICK, "site": "subject", "layer": "0"}
+    _, info = tp.edit(model, [request], settings=settings, memory=written(tmp_path), cache=False)
     assert not info.requests[0].held
     assert "site=last" in info.requests[0].reason
 
@@ -319,7 +321,7 @@ def test_contexts_are_nearly_the_same(seen):
 
 
 def test_a_bank_keeps_them_by_name(model, seen, tmp_path):
-    bank, settings = tmp_path / "bank", {"contexts": 2, "key_steps": 16, "fit.lanes": 2, "site": "last"}
+    bank, settings = tmp_path / "bank", {"contexts": 2, "fit.key_steps": 16, "fit.lanes": 2, "site": "last"}
     tp.create_bank(bank, model, settings=settings, memory=written(tmp_path))
     request = {"prompt": "The chest is", "embeddings": seen[0], "target": "z", "join": "none", "id": "chest"}
     assert tp.add_edits(bank, model, [request]).added == ("chest",)
