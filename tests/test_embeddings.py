@@ -295,9 +295,8 @@ def test_an_edit_holds_for_these_embeddings_alone(model, seen, tmp_path):
     assert edited.generate("The chest is", 1) == model.generate("The chest is", 1)
     assert edited.generate("The chest is", 1, embeddings=seen[0]) == "z"
     # Two answers about the same embeddings contradict each other; about others they do not.
-    asked = [
-        {**request, "target": target, "embeddings": one, "keep": []} for target, one in zip("zyy", seen[[0, 0, 1]])
-    ]
+    pairs = [("z", seen[0]), ("y", seen[0]), ("y", seen[1])]
+    asked = [{**request, "target": target, "embeddings": one, "keep": []} for target, one in pairs]
     _, info = tp.edit(model, asked, settings=QUICK, memory=memory, cache=False)
     assert [result.held for result in info.requests] == [True, False, True]
     assert "contradicts" in info.requests[1].reason
