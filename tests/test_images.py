@@ -286,9 +286,50 @@ def test_a_bad_request_fails_alone(model, memory):
     assert tp.attach(model, patches).classify([good]) == [requests[0]["target"]]
 
 
-def test_a_bank_takes_no_images(model, memory, tmp_path):
-    with pytest.raises(TPatchError, match="reads images, and a bank keeps texts"):
-        tp.create_bank(tmp_path / "bank", model, memory=memory)
+def test_a_bank_keeps_edits_of_pictures_and_no_picture(model, memory, tmp_path):
+    bank, pictures = tmp_path / "bank", tiny_pictures(model, 2, seed=3)
+    # No part of any picture, as bytes or as numbers of four bytes, those of the memory among them.
+    shown = [picture.reshape(-1) for picture in (*pictures, *tiny_pictures(model, 40, 1))]
+    hidden = [part for picture in shown for part in (picture[:8].tobytes(), picture[:8].astype(np.int32).tobytes())]
+    quick = {"input_contexts": 3, "attempts": 2, "input_key_steps": 8, "value_steps": 8, "lanes": 2}
+    tp.create_bank(bank, model, memory=memory, settings=quick)
+    first, second = ({"image": one, "target": other_label(model, one), "id": f"p{n}"} for n, one in enumerate(pictures))
+    assert tp.add_edits(bank, model, [first]).added == ("p0",)
+    # Another process knows the names of earlier pictures alone, and goes on beside them.
+    info = tp.add_edits(bank, model, [second])
+    assert (info.added, info.broken) == (("p1",), ())
+    assert tp.add_edits(bank, model, [{**first, "id": "again"}]).already == ("p0",)
+    corrected = tp.bank_model(bank, model)
+    assert corrected.classify([*pictures]) == [first["target"], second["target"]]
+    assert tp.verify_bank(bank, model)[:2] == ((), 2)
+    files = [path for path in bank.rglob("*") if path.is_file()]
+    assert not [path for path in files if any(part in path.read_bytes() for part in hidden)]
+    assert (bank / "memory.safetensors").is_file()
+    assert not (bank / "memory.txt").exists()
+    assert json.loads((bank / "journal.jsonl").read_text("utf-8").splitlines()[0])["edits"][0]["prompt"] == as_image(
+        pictures[0]
+    )
+    # The same picture with another label takes its place, and gives it back.
+    third = next(label for label in LABELS if label not in (first["target"], *model.classify([pictures[0]])))
+    assert tp.add_edits(bank, model, [{**first, "target": third, "id": "p2"}]).superseded == (("p0", "p2"),)
+    assert tp.bank_model(bank, model).classify([*pictures]) == [third, second["target"]]
+    tp.remove_edits(bank, ["p2"], model)
+    assert tp.bank_model(bank, model).classify([*pictures]) == [first["target"], second["target"]]
+
+
+def test_what_a_bank_of_pictures_cannot_do(model, memory, tmp_path):
+    with pytest.raises(TPatchError, match=r"an \.npz of pictures"):
+        tp.create_bank(tmp_path / "bank", model)
+    with pytest.raises(TPatchError, match="edits of T-Patcher"):
+        tp.create_bank(tmp_path / "bank", model, method="grace", memory=memory)
+    tp.create_bank(tmp_path / "bank", model, memory=memory)
+    with pytest.raises(TPatchError, match="'keep' of the requests"):
+        tp.guard_bank(tmp_path / "bank", model, [as_image(GREY)])
+    info = tp.add_edits(tmp_path / "bank", model, [tp.EditRequest(str(as_image(GREY)) + "", "yes")])
+    assert "only the name of that image" in info.failed[0][3]
+    (tmp_path / "bank" / "memory.safetensors").write_bytes(b"no")
+    with pytest.raises(TPatchError, match="repair"):
+        tp.add_edits(tmp_path / "bank", model, [{"image": GREY, "target": "yes"}])
 
 
 def test_a_picture_contradicts_itself_under_another_name(model, memory, png):

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from tpatch_jax.editors.tpatcher.editor import edit, tpatcher
     from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
     from tpatch_jax.editors.tpatcher.tokens import edit_tokens
+    from tpatch_jax.embeddings import EmbeddingPrompt
     from tpatch_jax.errors import TPatchError
     from tpatch_jax.images import ImagePrompt, read_image
     from tpatch_jax.models.checkpoints.export import ExportError, ExportInfo, export_model
@@ -67,6 +68,7 @@ __all__ = [
     "EditInfo",
     "EditRequest",
     "Editor",
+    "EmbeddingPrompt",
     "ExportError",
     "ExportInfo",
     "FinetuneInfo",
@@ -148,6 +150,7 @@ _HOMES = {
     "editors.tpatcher.tokens": ("edit_tokens",),
     "editors.tpatcher.settings": ("PRESETS", "TPatcherSettings"),
     "editors.tpatcher.editor": ("edit", "tpatcher"),
+    "embeddings": ("EmbeddingPrompt",),
     "errors": ("TPatchError",),
     "audio": ("AudioPrompt", "read_audio"),
     "images": ("ImagePrompt", "read_image"),

@@ -37,7 +37,8 @@ class EditRequest:
     Attributes:
         prompt: the text that the model continues wrongly; of an image classifier the image, a
             `tpatch_jax.images.ImagePrompt`, of a model of speech the recording, a `tpatch_jax.audio.AudioPrompt`. Then
-            rephrases, locality and keep are images or recordings too.
+            rephrases, locality and keep are images or recordings too. A text with embeddings is an
+            `tpatch_jax.embeddings.EmbeddingPrompt`, and so may the others be.
         target: what it should say instead; `continuation` is the same as it follows the prompt. Of a recording: what
             its transcript should say in the place of something else, or all of it.
         subject: what the prompt is about, as it stands in the prompt; not every method needs it.
@@ -168,6 +169,8 @@ def parse_request(record: Any, where: str, folder: Path | None = None) -> EditRe
     for kind in ("image", "audio"):
         if kind in record:
             record = _with_media(record, kind, where, folder)
+    if "embeddings" in record or hasattr(record.get("prompt"), "embeddings"):
+        record = _with_embeddings(record, where, folder)
     # Before what is missing, which may be there under a misspelt name.
     unknown = sorted(set(record) - set(_FIELDS))
     if unknown:
@@ -233,6 +236,7 @@ def _instead_of(record: Mapping[str, Any], where: str) -> str | None:
 
 
 _OF_TEXTS = ("prompt", "subject", "join", "form", "system", "turns", "aliases")
+_OF_BARE_TEXTS = ("subject", "system", "turns", "aliases")
 _OF_MEDIA = ("rephrases", "locality", "keep")
 
 
@@ -261,6 +265,47 @@ def _with_media(record: Mapping[str, Any], kind: str, where: str, folder: Path |
         if isinstance(entry, str | Mapping) or not isinstance(entry, Iterable):
             raise TPatchError(f"{where}: {name!r} must be a list of {called}s")
         read[name] = [read_one(one, f"{where}: {called} {n} of {name!r}", folder) for n, one in enumerate(entry)]
+    return read
+
+
+def _with_embeddings(record: Mapping[str, Any], where: str, folder: Path | None) -> dict[str, Any]:
+    """A request about a text with embeddings; its rephrases and what it keeps may have others.
+
+    Raises:
+        TPatchError: it has a field that belongs to bare texts, or something are no embeddings; the message names it.
+    """
+    # Only where there are some, so that a command's --help need not wait for NumPy.
+    from tpatch_jax.embeddings import EmbeddingPrompt, as_embeddings, embedding_prompt
+
+    if misplaced := [name for name in _OF_BARE_TEXTS if record.get(name) not in (None, ())]:
+        raise TPatchError(
+            f"{where}: 'embeddings' stand beside {misplaced[0]!r}, which belongs to texts alone; leave one of them out"
+        )
+    if record.get("form") not in (None, "bare"):
+        raise TPatchError(f"{where}: 'embeddings' are read in bare text; write the chat's template into 'prompt'")
+    read = {name: entry for name, entry in record.items() if name not in ("embeddings", "positions")}
+    asked = record.get("prompt", "")
+    if "embeddings" in record:
+        vectors = as_embeddings(record["embeddings"], f"{where}: 'embeddings'", folder)
+        try:
+            asked = EmbeddingPrompt(asked, vectors, record.get("positions"))
+        except TPatchError as error:
+            raise TPatchError(f"{where}: {error}") from None
+    read["prompt"], read["form"] = asked, "bare"
+    for name in _OF_MEDIA:
+        entry = record.get(name)
+        if entry is None:
+            continue
+        if isinstance(entry, str | Mapping) or not isinstance(entry, Iterable):
+            raise TPatchError(f"{where}: {name!r} must be a list of embeddings, or of prompts with some")
+        # A prompt that was read already is as it shall be.
+        again = "embeddings" not in record
+        read[name] = [
+            other
+            if again and isinstance(other, str)
+            else embedding_prompt(other, asked, f"{where}: entry {n} of {name!r}", folder)
+            for n, other in enumerate(entry)
+        ]
     return read
 
 

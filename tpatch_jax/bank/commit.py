@@ -15,7 +15,7 @@ from typing import Any
 
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.journal import Line, read_chain, seal
-from tpatch_jax.bank.layout import COPY, HEAD, JOURNAL, MANIFEST, MEMORY, SEGMENTS, digest, put, sealed_text
+from tpatch_jax.bank.layout import COPY, HEAD, JOURNAL, MANIFEST, SEGMENTS, digest, memory_name, put, sealed_text
 from tpatch_jax.bank.segments import Arrays, name_segment, pack, segment_paths, write_segment
 from tpatch_jax.bank.state import Bank, step
 from tpatch_jax.errors import TPatchError
@@ -34,7 +34,7 @@ def write_bank(folder: Path, manifest: dict[str, Any], memory: bytes | None) -> 
             (place / MANIFEST).write_text(sealed_text(manifest), "utf-8")
             (place / JOURNAL).write_bytes(b"")
             if memory is not None:
-                (place / MEMORY).write_bytes(memory)
+                (place / memory_name(manifest)).write_bytes(memory)
         (temporary / HEAD).write_text(sealed_text({"lines": 0}), "utf-8")
 
 
@@ -164,5 +164,5 @@ def sweep(bank: Bank) -> None:
                 path.unlink()
     for place in (folder, folder / COPY):
         for path in place.glob(".*"):
-            if path.is_file() and path.name.startswith((".head.json", ".bank.json", ".journal.jsonl", ".memory.txt")):
+            if path.is_file() and path.name.startswith((".head.json", ".bank.json", ".journal.jsonl", ".memory.")):
                 path.unlink()

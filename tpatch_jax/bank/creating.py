@@ -4,17 +4,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from tpatch_jax.bank.commit import write_bank
 from tpatch_jax.bank.engine import TPATCHER, create_engine, settings_of
 from tpatch_jax.bank.inspection import open_bank
-from tpatch_jax.bank.layout import FORMAT
+from tpatch_jax.bank.layout import FORMAT, QUERIES
 from tpatch_jax.bank.state import Bank
 from tpatch_jax.core.arguments import as_path, check_kind
 from tpatch_jax.core.devices import automatically
+from tpatch_jax.editors.model_memory import collect_model_memory, pack_memory
 from tpatch_jax.editors.registry import find_method
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import DTYPES, Model, check_loaded, load_model
+from tpatch_jax.storage.cache import cache_folder
 from tpatch_jax.storage.files import check_vacant
 from tpatch_jax.storage.reading import read_bytes
 
@@ -41,7 +45,8 @@ def create_bank(
         preset: the method's options by name: of T-Patcher ``"default"``, ``"paper"`` or ``"paper-fever"``.
         settings: changes to them by name; all edits of the bank are fitted with these.
         memory: a text file on which patches stay silent; copied into the bank. By default text is sampled from the
-            model; classifiers and encoder-decoders need a file, an input a line.
+            model; classifiers and encoder-decoders need a file, an input a line. Of pictures, an ``.npz``, what the
+            edited layer sees is kept, and no picture.
 
     Returns:
         The `Bank`.
@@ -56,11 +61,6 @@ def create_bank(
     call = "create_bank(folder, model)"
     folder = as_path(folder, call, "a folder; give its path")
     check_loaded(model, call)
-    if model.config.image is not None:
-        raise TPatchError(
-            f"{model.name!r} reads images, and a bank keeps texts, which it asks again; keep edits of images in "
-            "folders of patches (tpatch edit -o PATCHES, tp.save_patches)"
-        )
     if model.audio is not None:
         raise TPatchError(
             f"{model.name!r} reads sound, and a bank keeps texts, which it asks again; keep edits of recordings in "
@@ -71,7 +71,9 @@ def create_bank(
     memory = None if memory is None else as_path(memory, call, "a text file; give its path")
     changes = dict(settings or {})
     check_vacant(folder)
-    editing = find_method(method)
+    editing, pictures = find_method(method), model.config.image is not None
+    if pictures and method != TPATCHER:
+        raise TPatchError(f"a bank of pictures holds edits of T-Patcher; {method!r} would read its pictures again")
     if preset not in editing.presets:
         raise TPatchError(f"preset {preset!r} does not exist; choose from {', '.join(sorted(editing.presets))}")
     manifest: dict[str, Any] = {"format": FORMAT, "preset": preset, "settings": changes}
@@ -81,9 +83,15 @@ def create_bank(
     create_engine(model, manifest)
     editing.check(model, settings_of(manifest))
     if memory is None and method == TPATCHER and model.config.architecture != "decoder":
-        raise TPatchError(f"{model.name!r} is no decoder and cannot sample text: give a memory file, an input a line")
+        what = "an .npz of pictures" if pictures else "an input a line"
+        raise TPatchError(f"{model.name!r} is no decoder and cannot sample text: give a memory file, {what}")
     text = None
-    if memory is not None:
+    if memory is not None and pictures:
+        # What the edited layer sees of them is enough: the pictures stay where they are.
+        with jax.default_matmul_precision("highest"):
+            known = collect_model_memory(model, model.layer(None), memory, cache=cache_folder())
+        text, manifest["memory_file"] = pack_memory(known), QUERIES
+    elif memory is not None:
         try:
             text = read_bytes(memory)
             text.decode("utf-8")

@@ -14,7 +14,7 @@ from tpatch_jax.bank.changing import ChangeInfo, change_with, guard_with
 from tpatch_jax.bank.creating import check_model
 from tpatch_jax.bank.engine import TPATCHER, create_engine, method_of
 from tpatch_jax.bank.inspection import open_bank
-from tpatch_jax.bank.layout import MEMORY
+from tpatch_jax.bank.layout import memory_name
 from tpatch_jax.bank.method import Engine
 from tpatch_jax.bank.state import Bank, Guard, active
 from tpatch_jax.bank.tpatcher_engine import patches_of
@@ -22,6 +22,7 @@ from tpatch_jax.core.arguments import as_count, as_path, check_call, check_kind
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.editors.reading import read_request
+from tpatch_jax.embeddings import is_named
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.chat import render_requests
 from tpatch_jax.models.model import Model, check_loaded
@@ -81,7 +82,7 @@ def _guard_entries(prompts: Any) -> Sequence[str | tuple[str, str]]:
 
 def _engine(model: Model, seed: int, progress: Progress | None, bank: Bank) -> Engine:
     check_model(bank, model)
-    memory = bank.folder / MEMORY if bank.manifest.get("memory") else None
+    memory = bank.folder / memory_name(bank.manifest) if bank.manifest.get("memory") else None
     return create_engine(model, bank.manifest, memory=memory, cache=cache_folder(), seed=seed, progress=progress)
 
 
@@ -137,7 +138,7 @@ def add_edits(
         folder,
         wanted,
         engine,
-        reads=partial(read_request, model),
+        reads=partial(_reads, model),
         batch=batch,
         resume=resume,
         force=force,
@@ -145,6 +146,11 @@ def add_edits(
         progress=progress,
         say=lambda engine, held, asked: say(engine.model(held), [one.prompt for one in render_requests(model, asked)]),
     )
+
+
+def _reads(model: Model, request: EditRequest) -> Any:
+    """A request as the tokenizer reads it; of a picture or embeddings their name says what is read."""
+    return None if is_named(request.prompt) else read_request(model, request)
 
 
 @automatically
@@ -289,6 +295,8 @@ def bank_model(folder: str | Path, model: Model) -> Model:
 def verify_bank(folder: str | Path, model: Model, *, progress: Progress | None = None) -> VerifyInfo:
     """Read every active edit's prompt again and see whether its target comes out of greedy decoding.
 
+    Of a picture, and of embeddings, a bank keeps what the edited layer sees of them, and that is looked at again.
+
     Args:
         folder: the bank.
         model: the model that it is for.
@@ -349,6 +357,11 @@ def guard_bank(
     if model is None:
         raise TPatchError("what a prompt's answer is takes the model to find out; give the bank's model")
     check_loaded(model, "guard_bank(folder, model, prompts)")
+    if model.config.image is not None or any(is_named(one if isinstance(one, str) else one[0]) for one in prompts):
+        raise TPatchError(
+            "a guard's answer is asked for again after each edit, and a bank keeps no picture or embeddings to ask "
+            "about; give them as 'keep' of the requests instead"
+        )
     bank = open_bank(folder)
     engine = _engine(model, 0, None, bank)
     held = assemble(bank, active(bank), Store.new())

@@ -21,6 +21,7 @@ from tpatch_jax.core.checks import random_key
 from tpatch_jax.editors.base import Editor
 from tpatch_jax.editors.reading import Item, check_requests, read_item
 from tpatch_jax.editors.registry import Method
+from tpatch_jax.embeddings import is_named
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.chat import render_requests
 from tpatch_jax.models.collection import collect, predicted
@@ -83,7 +84,12 @@ class EditorEngine:
 
     def problems(self, requests: Sequence[EditRequest]) -> dict[int, str]:
         """See `tpatch_jax.bank.method.Engine`."""
-        return check_requests(self.base, render_requests(self.base, requests), False)
+        named = {
+            number: f"a bank of {self.method.name} reads prompts again, and keeps no embeddings; use method=tpatcher"
+            for number, request in enumerate(requests)
+            if is_named(request.prompt)
+        }
+        return check_requests(self.base, render_requests(self.base, requests), False) | named
 
     def step(self, held: Held, requests: Sequence[EditRequest], guards: Sequence[Guard]) -> Stepped:
         """See `tpatch_jax.bank.method.Engine`; guards are checked by the bank after the step."""

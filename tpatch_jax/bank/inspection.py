@@ -11,9 +11,9 @@ from tpatch_jax.bank.layout import (
     HEAD,
     JOURNAL,
     MANIFEST,
-    MEMORY,
     check_folder,
     digest,
+    memory_name,
     mend,
     unsealed,
 )
@@ -147,7 +147,8 @@ def inspect_bank(folder: Path) -> Inspection:
             lines = chains[0].lines
     damages += _segment_damages(folder, lines)
     if wanted := manifest.get("memory"):
-        for path in (folder / MEMORY, folder / COPY / MEMORY):
+        name = memory_name(manifest)
+        for path in (folder / name, folder / COPY / name):
             content = read_bytes(path)
             if content is None or digest(content) != wanted:
                 damages.append(Damage(path, "is missing" if content is None else "is damaged"))

@@ -4,7 +4,8 @@ BANK/bank.json        the manifest: format, model, settings
 BANK/journal.jsonl    one line a change, each sealed with the one before; the state of the bank is its replay
 BANK/head.json        how many lines the journal has at least
 BANK/segments/        safetensors, one for each line that brought neurons; never changed
-BANK/memory.txt       the text on which patches stay silent, if one was given
+BANK/memory.txt       the text on which patches stay silent, if one was given; of pictures memory.safetensors, which
+                      holds their queries and no picture
 BANK/copy/            all of these but the head once more: what `tpatch bank repair` mends from
 BANK/damaged/         what it put aside
 """
@@ -12,6 +13,7 @@ BANK/damaged/         what it put aside
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,12 @@ __all__ = [
     "LOCK",
     "MANIFEST",
     "MEMORY",
+    "QUERIES",
     "SEGMENTS",
     "check_folder",
     "digest",
     "is_bank",
+    "memory_name",
     "mend",
     "put",
     "sealed_text",
@@ -41,6 +45,7 @@ __all__ = [
 FORMAT = 1
 MANIFEST, JOURNAL, HEAD, LOCK = BANK, "journal.jsonl", "head.json", "lock"
 SEGMENTS, MEMORY, COPY, DAMAGED = "segments", "memory.txt", "copy", "damaged"
+QUERIES = "memory.safetensors"
 
 
 def digest(content: bytes) -> str:
@@ -51,6 +56,11 @@ def digest(content: bytes) -> str:
 def mend(folder: Path) -> str:
     """The command that mends a damaged bank, as messages end with it."""
     return f"run `tpatch bank repair {folder}`"
+
+
+def memory_name(manifest: Mapping[str, Any]) -> str:
+    """The name of the file with what patches stay silent on."""
+    return manifest.get("memory_file", MEMORY)
 
 
 def is_bank(folder: Path) -> bool:

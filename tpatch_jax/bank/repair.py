@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from tpatch_jax.bank.commit import commit, sweep, write_head
 from tpatch_jax.bank.inspection import inspect_bank, read_bytes
-from tpatch_jax.bank.layout import COPY, DAMAGED, HEAD, JOURNAL, MANIFEST, MEMORY, SEGMENTS, put
+from tpatch_jax.bank.layout import COPY, DAMAGED, HEAD, JOURNAL, MANIFEST, SEGMENTS, memory_name, put
 from tpatch_jax.bank.lock import writing
 from tpatch_jax.bank.segments import segment_paths
 from tpatch_jax.bank.state import replay, states
@@ -79,7 +79,8 @@ def _repair(folder: Path) -> RepairInfo:
         _aside(folder, path)
     for place in (folder / SEGMENTS, folder / COPY / SEGMENTS):
         place.mkdir(parents=True, exist_ok=True)
-    names = (MANIFEST, *((MEMORY,) if inspection.manifest.get("memory") else ()))
+    memory = (memory_name(inspection.manifest),) if inspection.manifest.get("memory") else ()
+    names = (MANIFEST, *memory)
     for name in names:
         _restore((folder / name, folder / COPY / name), damaged)
     whole = b"".join(line.content for line in inspection.lines)

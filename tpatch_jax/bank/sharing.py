@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tpatch_jax.bank.commit import commit_line, open_to_write, write_bank
 from tpatch_jax.bank.inspection import inspect_bank, open_bank
 from tpatch_jax.bank.journal import Line
-from tpatch_jax.bank.layout import DAMAGED, LOCK, MEMORY, is_bank
+from tpatch_jax.bank.layout import DAMAGED, LOCK, is_bank, memory_name
 from tpatch_jax.bank.lock import writing
 from tpatch_jax.bank.segments import segment_paths
 from tpatch_jax.bank.state import Bank, states
@@ -160,7 +160,8 @@ def _bring(source: Path, target: Path, both: str) -> int:
     created = not target.exists() or not any(target.iterdir())
     if created:
         manifest = {name: value for name, value in bank.manifest.items() if name not in ("check", "memory")}
-        write_bank(target, manifest, (source / MEMORY).read_bytes() if bank.manifest.get("memory") else None)
+        memory = source / memory_name(manifest)
+        write_bank(target, manifest, memory.read_bytes() if bank.manifest.get("memory") else None)
     with writing(target):
         there = open_to_write(target)
         if there.manifest["check"] != bank.manifest["check"]:

@@ -37,6 +37,7 @@ from tpatch_jax.editors.tpatcher.previous import (
 )
 from tpatch_jax.editors.tpatcher.settings import TPatcherSettings
 from tpatch_jax.editors.tpatcher.state import EditState
+from tpatch_jax.embeddings import is_named
 from tpatch_jax.models.chat import render_requests
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.model import Model
@@ -248,17 +249,22 @@ class TPatcherEngine:
 
     def verify(self, held: Held) -> list[str]:
         """See `tpatch_jax.bank.method.Engine`."""
-        if not held.edits:
-            return []
+        edits = [edit for edit in held.edits if not is_named(edit.request.prompt)]
+        # Of a picture nothing is kept that could be read again.
+        seen = {edit.id for edit in held.edits if is_named(edit.request.prompt)}
+        seen_broken = [name for name in self.broken(held) if name in seen] if seen else []
+        if not edits:
+            return seen_broken
         with jax.default_matmul_precision("highest"):
             model, late = self._look(held)
-            items = self._items([edit.request for edit in held.edits])
+            items = self._items([edit.request for edit in edits])
             tell = None if self.progress is None else partial(_tell, self.progress, "verifying", len(items))
             rows, places = [item.rows[0] for item in items], [item.places(0) for item in items]
             tokens = predicted(model, collect(model, rows, places, self.last, tell), late)
             wrong = tokens != np.asarray([token for item in items for token in item.target], np.int32)
             owner = np.repeat(np.arange(len(items)), [len(item.target) for item in items])
-            return [held.edits[number].id for number in sorted(set(owner[wrong].tolist()))]
+            broken = {*seen_broken, *(edits[number].id for number in owner[wrong].tolist())}
+            return [edit.id for edit in held.edits if edit.id in broken]
 
 
 def _tell(progress: Progress, what: str, total: int, done: int) -> None:

@@ -14,6 +14,7 @@ from tpatch_jax.display.view import Rows, Shown, compose
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation
 from tpatch_jax.models.collection import batches
+from tpatch_jax.models.embedded import EmbeddedToken
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Trace
 from tpatch_jax.models.patching import attach
@@ -26,9 +27,12 @@ ANSWER_TOKENS, MOST_FIRINGS = 32, 200
 
 
 def token_texts(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
-    """The text of each token by itself, with the space that it begins with."""
+    """The text of each token by itself, with the space that it begins with; ``[·]`` of an embedding."""
     texts = []
     for token in tokens:
+        if isinstance(token, EmbeddedToken):
+            texts.append("[·]")
+            continue
         name, text = str(tokenizer.convert_ids_to_tokens(int(token))), tokenizer.decode([int(token)])
         # SentencePiece's kind of tokenizer drops the space of what stands alone.
         texts.append(f" {text}" if name.startswith("\u2581") and not text.startswith(" ") else text or name)

@@ -10,17 +10,18 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
 from tpatch_jax.core.memory import nuisance_scatter
 from tpatch_jax.editors.input_memory import collect_inputs
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import collect
 from tpatch_jax.models.derived import derive_once
 from tpatch_jax.models.inputs import read_inputs
@@ -28,10 +29,12 @@ from tpatch_jax.models.memory_text import keep_folder, memory_folder, memory_tex
 from tpatch_jax.models.model import Model
 from tpatch_jax.typing import Progress
 
-__all__ = ["ModelMemory", "collect_model_memory", "find_names"]
+__all__ = ["PACKED", "ModelMemory", "collect_model_memory", "find_names", "pack_memory"]
 
 PREFIX_LENGTHS = (5, 10, 5, 10, 8, 6, 10)
 FILES = ("arrays.safetensors", "background.json")
+PACKED, TEXTS = ".safetensors", "texts"
+"""How the names of files from `pack_memory` end, and the array in them that holds texts."""
 PASSAGES, PASSAGE_WORDS = 4, 32
 """A passage is made of so many texts, and has so many words at most."""
 
@@ -96,6 +99,8 @@ def collect_model_memory(
     Raises:
         TPatchError: the text file is missing, not UTF-8, or too short.
     """
+    if text is not None and Path(text).suffix == PACKED:
+        return _unpacked(Path(text), model.config.hidden_size)._replace(cache=cache)
     mark = text_mark(model, text) if cache is not None else ""
     folder = memory_folder(cache, f"{mark} {layer}")
     if folder is not None and (known := _recall(model, folder, cache)):
@@ -155,14 +160,55 @@ def find_names(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))[:200]
 
 
+def _parts(result: ModelMemory) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays of a memory, and its texts."""
+    fields = {"query": result.query, "nuisance": result.nuisance, "centres": result.centres}
+    fields["answers"] = result.answers
+    texts = {"prefixes": result.prefixes, "names": result.names, "passage": result.passage}
+    arrays = {name: np.asarray(array) for name, array in fields.items() if array is not None}
+    return arrays, {**texts, "rewordings": dict(result.rewordings)}
+
+
+def _joined(arrays: Mapping[str, np.ndarray], texts: Mapping[str, Any]) -> ModelMemory:
+    """The inverse of `_parts`."""
+    query, nuisance = (jax.device_put(arrays[name]) for name in ("query", "nuisance"))
+    centres, answers = (jax.device_put(arrays[name]) if name in arrays else None for name in ("centres", "answers"))
+    rewordings = {frame: tuple(others) for frame, others in texts["rewordings"].items()}
+    named = tuple(texts["prefixes"]), tuple(texts["names"])
+    return ModelMemory(query, nuisance, *named, centres, answers, rewordings, str(texts["passage"]))
+
+
+def pack_memory(memory: ModelMemory) -> bytes:
+    """A memory as one file, which `collect_model_memory` reads in the place of texts or pictures.
+
+    Args:
+        memory: the memory.
+    """
+    arrays, texts = _parts(memory)
+    written = json.dumps(texts, ensure_ascii=False).encode()
+    return save({**arrays, TEXTS: np.frombuffer(written, np.uint8)})
+
+
+def _unpacked(path: Path, hidden_size: int) -> ModelMemory:
+    """The inverse of `pack_memory`."""
+    try:
+        arrays = load_file(path)
+        known = _joined(arrays, json.loads(arrays[TEXTS].tobytes()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise TPatchError(
+            f"{path} holds no memory that can be read ({error}); give the file that it was made from"
+        ) from None
+    if known.query.shape[-1] != hidden_size:
+        raise TPatchError(
+            f"{path} is the memory of a model {known.query.shape[-1]} wide, and this one is {hidden_size}"
+        )
+    return known
+
+
 def _save(folder: Path, result: ModelMemory) -> None:
     def write(temporary: Path) -> None:
-        fields = {"query": result.query, "nuisance": result.nuisance, "centres": result.centres}
-        fields["answers"] = result.answers
-        arrays = {name: np.asarray(array) for name, array in fields.items() if array is not None}
+        arrays, texts = _parts(result)
         save_file(arrays, temporary / FILES[0])
-        texts = {"prefixes": result.prefixes, "names": result.names, "passage": result.passage}
-        texts["rewordings"] = dict(result.rewordings)
         (temporary / FILES[1]).write_text(json.dumps(texts, ensure_ascii=False, indent=1), "utf-8")
 
     keep_folder(folder, write)
@@ -188,13 +234,7 @@ def _load(folder: Path) -> ModelMemory | None:
     if not folder.exists():
         return None
     try:
-        arrays = load_file(folder / FILES[0])
-        texts = json.loads((folder / FILES[1]).read_text("utf-8"))
-        query, nuisance = (jax.device_put(arrays[name]) for name in ("query", "nuisance"))
-        centres, answers = (jax.device_put(arrays[name]) if name in arrays else None for name in ("centres", "answers"))
-        rewordings = {frame: tuple(others) for frame, others in texts["rewordings"].items()}
-        named = tuple(texts["prefixes"]), tuple(texts["names"])
-        return ModelMemory(query, nuisance, *named, centres, answers, rewordings, str(texts["passage"]))
+        return _joined(load_file(folder / FILES[0]), json.loads((folder / FILES[1]).read_text("utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
         shutil.rmtree(folder, ignore_errors=True)
         return None

@@ -8,9 +8,10 @@ from typing import NamedTuple
 from tpatch_jax.audio import AudioPrompt
 from tpatch_jax.core.checks import text_generator
 from tpatch_jax.editors.locating import locate_subject, replace_subject
+from tpatch_jax.embeddings import EmbeddingPrompt
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.chat import render_request
-from tpatch_jax.models.inputs import audio_contexts, image_contexts, input_contexts
+from tpatch_jax.models.inputs import audio_contexts, embedding_contexts, image_contexts, input_contexts
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 
@@ -156,6 +157,8 @@ def check_requests(model: Model, requests: Sequence[EditRequest], subjects: bool
         spans = locate_subject(model, request.prompt, subject) if subject else []
         if isinstance(request.prompt, AudioPrompt) and request.prompt.problem:
             problems[position] = request.prompt.problem
+        elif subjects and isinstance(request.prompt, EmbeddingPrompt):
+            problems[position] = "a prompt with embeddings is edited in the last layer alone; use site=last"
         elif not request.prompt.strip():
             problems[position] = "the prompt is empty; write the text that the model should continue"
         elif not request.target.strip():
@@ -201,7 +204,9 @@ def read_item(
         return _read_image(model, position, request, target, len(prefixes), rephrases)
     if isinstance(request.prompt, AudioPrompt):
         return _read_audio(model, position, request, request.prompt, target, len(prefixes), rephrases)
-    if model.config.architecture == "decoder":
+    if isinstance(request.prompt, EmbeddingPrompt):
+        contexts: list[str] = [*embedding_contexts(request.prompt, len(prefixes))]
+    elif model.config.architecture == "decoder":
         # A prompt that begins with the token which begins a text keeps it in front.
         begin = model.begun(request.prompt)
         contexts = [f"{begin}{prefix} {request.prompt[len(begin) :]}" for prefix in prefixes]
@@ -309,6 +314,9 @@ def _subject(request: EditRequest) -> str | None:
     """The request's subject, or the last name in its prompt: good enough for choosing negatives."""
     if request.subject:
         return request.subject
+    if isinstance(request.prompt, EmbeddingPrompt):
+        # What the text is about stands in the embeddings.
+        return None
     names = _NAME.findall(request.prompt)
     return names[-1] if names else None
 

@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from tpatch_jax.models.blocks import Around, Cache
 from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.embedded import Embedded, tokens_of
 from tpatch_jax.models.stack import (
     attention_bias,
     embed_tokens,
@@ -24,7 +25,7 @@ def empty_cache(
     params: Params,
     batch: int,
     context: int,
-    source: Num[Array, "batch ..."] | None = None,
+    source: Num[Array, "batch ..."] | Embedded | None = None,
 ) -> list[Cache]:
     """A key-value cache for every layer, for ``batch`` lanes of at most ``context`` tokens.
 
@@ -55,7 +56,7 @@ def empty_cache(
 def decode(
     config: NetworkConfig,
     params: Params,
-    tokens: Int[Array, "batch tokens"],
+    tokens: Int[Array, "batch tokens"] | Embedded,
     positions: Int[Array, "batch tokens"],
     cache: list[Cache],
 ) -> tuple[Float[Array, "batch tokens hidden"], list[Cache]]:
@@ -64,7 +65,7 @@ def decode(
     Args:
         config: the network's description.
         params: the network's parameters.
-        tokens: ``[batch, tokens]`` int.
+        tokens: ``[batch, tokens]`` int; or the same with embeddings in the place of some.
         positions: their positions, ``[batch, tokens]`` int; a position past the cache's end marks padding.
         cache: from `empty_cache` or an earlier call.
 
@@ -72,7 +73,7 @@ def decode(
         The residual stream after the last block, ``[batch, tokens, d]`` (see `logits`), and the new cache.
     """
     x, grown = embed_tokens(config, params, tokens, positions), []
-    around = Around(attention_bias(config, params, tokens, positions, cache[0].key.shape[1]))
+    around = Around(attention_bias(config, params, tokens_of(tokens), positions, cache[0].key.shape[1]))
     for index in range(config.layers):
         x, entry = run_block(config, config.kind(index), params["layers"][index], x, positions, cache[index], around)
         grown.append(entry)

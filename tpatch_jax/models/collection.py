@@ -17,6 +17,7 @@ from tpatch_jax.core.patch import Patch, contribution, create, sized
 from tpatch_jax.core.sizes import few_or_most, in_steps, power_of_two
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.embedded import Embedded, EmbeddedToken, table_of, tokens_of
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch, Pair, Trace
 from tpatch_jax.models.rows import ASK, place_in, row_length, split_row, tokens_array
@@ -103,10 +104,13 @@ def batches(config: NetworkConfig, rows: Sequence[Sequence[int]]) -> Iterator[tu
             lonely: Any = ([[0]] if lengths[0] else [[]]) * (size - len(chosen))
             sides = [[*(parts[number][side] for number in chosen), *lonely] for side in (0, 1)]
             read, written = (
-                tokens_array(side, length, padding) if length else None
+                table_of(side, length, padding) if length else None
                 for side, length, padding in zip(sides, lengths, (ASK, 0), strict=True)
             )
-            batch = written if read is None else read if written is None else Pair(read, written)
+            if read is not None and written is not None:
+                yield chosen, Pair(read, tokens_of(written))
+                continue
+            batch = written if read is None else read
             if batch is not None:
                 yield chosen, batch
 
@@ -189,6 +193,9 @@ def _traced(
         for at, row in enumerate(rows):
             if len(positions[at]) and positions[at][0] >= len(begin) and list(row[: len(begin)]) == list(begin):
                 which[at] = number
+    for at in np.flatnonzero(which >= 0).tolist():
+        if any(isinstance(token, EmbeddedToken) for token in rows[at]):
+            which[at] = -1
     if config.architecture != "decoder" or np.sum(which >= 0) < WORTH_SHARING * len(begins):
         which[:] = -1
     plain, shared = np.flatnonzero(which < 0), np.flatnonzero(which >= 0)
@@ -200,7 +207,7 @@ def _traced(
     padded = [*begins, *[[0]] * (power_of_two(len(begins)) - len(begins))]
     begun = networks.begin(config, model.params, tokens_array(padded, row_length(int(lengths.max()))))
     for chosen, batch in batches(config, [rows[number][int(lengths[which[number]]) :] for number in shared.tolist()]):
-        assert not isinstance(batch, Pair)
+        assert not isinstance(batch, Pair | Embedded)
         begins_with = np.zeros(batch.shape[0], np.int32)
         begins_with[: len(chosen)] = which[shared[chosen]]
         first = lengths[begins_with].astype(np.int32)

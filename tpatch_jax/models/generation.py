@@ -12,7 +12,8 @@ from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
-from tpatch_jax.models.rows import ASK, split_row, tokens_array
+from tpatch_jax.models.embedded import table_of
+from tpatch_jax.models.rows import ASK, split_row
 from tpatch_jax.typing import Params, RngKey, TokenIds
 
 __all__ = ["greedy", "sample"]
@@ -64,7 +65,7 @@ def _run(
         filling = [[0]] * (power_of_two(len(read)) - len(read))
         # What is read of sound has one length, whatever of it is silence.
         length = audio.numbers if audio else power_of_two(longest, 8)
-        source = tokens_array([*read, *filling], length, ASK)
+        source = table_of([*read, *filling], length, ASK)
     lengths = [len(prompt) for prompt in prompts]
     if not lengths:
         return []
@@ -82,18 +83,17 @@ def _run(
         return [[] for _ in prompts]
     lanes, width = power_of_two(len(prompts)), power_of_two(max(lengths), 8)
     total = min(power_of_two(max(lengths) + count, 8), max(config.context, width))
-    table = np.zeros((lanes, width), np.int32)
     # Padding is written past the cache's end, where it is dropped.
     positions = np.full((lanes, width), total, np.int32)
     for lane, prompt in enumerate(prompts):
-        table[lane, : len(prompt)] = prompt
         positions[lane, : len(prompt)] = np.arange(len(prompt))
     last = np.zeros(lanes, np.int32)
     last[: len(prompts)] = np.asarray(lengths) - 1
     temperature_array = jnp.asarray(temperature, jnp.float32)
     cache = networks.empty_cache(config, params, lanes, total, source)
     # Put as they are, and picked in one program: the first answer of a process waits for each that is compiled or read.
-    hidden, cache = networks.decode(config, params, jax.device_put(table), jax.device_put(positions), cache)
+    table = table_of([*prompts, *[[]] * (lanes - len(prompts))], width)
+    hidden, cache = networks.decode(config, params, table, jax.device_put(positions), cache)
     hidden = _pick(hidden, last)
     tail = networks.final_weights(config, params)
     results: list[list[int]] = [[] for _ in prompts]

@@ -12,6 +12,7 @@ import numpy as np
 
 from tpatch_jax.audio import AudioPrompt, as_audio, change_audio
 from tpatch_jax.core.checks import text_generator
+from tpatch_jax.embeddings import EmbeddingPrompt
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.images import as_image, change_image
 from tpatch_jax.models.config import ImageInput
@@ -21,7 +22,15 @@ from tpatch_jax.storage.image_file import PARTS, is_image_file, read_image_part
 from tpatch_jax.storage.reading import read_text
 from tpatch_jax.typing import TokenIds
 
-__all__ = ["FIELDS", "audio_contexts", "image_contexts", "input_contexts", "is_recordings", "read_inputs"]
+__all__ = [
+    "FIELDS",
+    "audio_contexts",
+    "embedding_contexts",
+    "image_contexts",
+    "input_contexts",
+    "is_recordings",
+    "read_inputs",
+]
 
 FIELDS = ("prompt", "text", "claim", "question", "sentence", "input", "src")
 """In JSON lines, the first of these that is there is the input."""
@@ -196,3 +205,27 @@ def audio_contexts(prompt: AudioPrompt, count: int, most: float = 30.0) -> list[
         fits = prompt.seconds / change.get("speed", 1.0) <= most
         shapes.append(AudioPrompt(change_audio(prompt.samples, **change, rng=rng)) if fits else prompt)
     return shapes
+
+
+SHAKEN = 0.2
+"""How far embeddings are moved at most, as a share of their own standard deviation."""
+
+
+def embedding_contexts(prompt: EmbeddingPrompt, count: int) -> list[EmbeddingPrompt]:
+    """A prompt with embeddings that are nearly the same: what its patch should hear as well.
+
+    What else shows the same only their maker knows: a request's ``rephrases`` say it, with ``train_on_rephrases``.
+
+    Args:
+        prompt: the prompt.
+        count: how many.
+    """
+    rng, size = text_generator(prompt), SHAKEN * float(np.std(prompt.embeddings))
+    return [
+        EmbeddingPrompt(
+            prompt.text,
+            prompt.embeddings + size * (number + 1) / count * rng.standard_normal(prompt.embeddings.shape),
+            prompt.positions,
+        )
+        for number in range(count)
+    ]

@@ -12,13 +12,14 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tpatch_jax.audio import AudioPrompt, as_audio
 from tpatch_jax.core import ffn
 from tpatch_jax.core.arguments import as_count, as_path, check_call, check_kind, describe
 from tpatch_jax.core.devices import automatically
 from tpatch_jax.core.int8 import float_type, is_int8
+from tpatch_jax.embeddings import EMBEDDINGS, EmbeddingPrompt, plain_text
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.images import ImagePrompt, as_image
 from tpatch_jax.models import generation, networks
@@ -26,9 +27,10 @@ from tpatch_jax.models.audio_reader import audio_tokens
 from tpatch_jax.models.chat import answer_chat, as_messages, is_rendered, stops_after
 from tpatch_jax.models.checkpoints import folder as checkpoint
 from tpatch_jax.models.config import AudioInput, NetworkConfig
+from tpatch_jax.models.embedded import embedded_row, put_embeddings, written_tokens
 from tpatch_jax.models.families.registry import configure
 from tpatch_jax.models.families.whisper import GENERATION
-from tpatch_jax.models.networks import Batch, Trace
+from tpatch_jax.models.networks import Batch, Embedded, Pair, Trace
 from tpatch_jax.models.pytrees import same_arrays
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.models.tokenizer import Tokenizer, lost_characters, read_tokenizer, same_tokenizer
@@ -124,9 +126,24 @@ class Model:
         return dataclasses.replace(self, params=params)
 
     @automatically
-    def trace(self, batch: Batch, layer: int | None = None) -> Trace:
-        """Run up to and through the FFN of one layer (the last by default); see `tpatch_jax.models.networks.trace`."""
-        return networks.trace(self.config, self.params, _checked(batch), self.layer(layer))
+    def trace(
+        self,
+        batch: Batch,
+        layer: int | None = None,
+        *,
+        embeddings: Float[Array, "batch n hidden"] | None = None,
+        positions: Int[Array, "batch n"] | None = None,
+    ) -> Trace:
+        """Run up to and through the FFN of one layer (the last by default); see `tpatch_jax.models.networks.trace`.
+
+        Args:
+            batch: what to run it on.
+            layer: where to cut.
+            embeddings: as of `apply`.
+            positions: as of `apply`.
+        """
+        batch = self._embedded(_checked(batch), embeddings, positions)
+        return networks.trace(self.config, self.params, batch, self.layer(layer))
 
     @automatically
     def resume(
@@ -140,14 +157,47 @@ class Model:
         return networks.resume(self.config, self.params, traced, output)
 
     @automatically
-    def apply(self, batch: Batch) -> Float[Array, "batch *tokens vocabulary"]:
+    def apply(
+        self,
+        batch: Batch,
+        *,
+        embeddings: Float[Array, "batch n hidden"] | None = None,
+        positions: Int[Array, "batch n"] | None = None,
+    ) -> Float[Array, "batch *tokens vocabulary"]:
         """The whole network: a batch to logits, float32; see `tpatch_jax.models.networks.apply`.
+
+        Args:
+            batch: what to run it on.
+            embeddings: what stands in front of the tokens, ``[batch, n, hidden_size]``, such as what a vision tower
+                makes of a picture: what the network's own table would give for ``n`` tokens, where that scales its rows
+                the scaled ones. The logits are then those of ``n`` places more. Of an encoder-decoder its encoder
+                reads them.
+            positions: which of the tokens the embeddings replace instead, ``[batch, n]`` or ``[n]`` int. Where a text
+                begins with a special token, that usually comes before what is seen, so leave room behind it.
+
+        Raises:
+            TPatchError: the embeddings are of another shape, or a position that is known is none of a token.
 
         Example:
             >>> loss = lambda model, batch: -jax.nn.log_softmax(model.apply(batch))[0, -1, 7]
             >>> gradient = jax.jit(jax.grad(loss))(model, batch)  # doctest: +SKIP
         """
-        return networks.apply(self.config, self.params, _checked(batch))
+        return networks.apply(self.config, self.params, self._embedded(_checked(batch), embeddings, positions))
+
+    def _embedded(self, batch: Batch, embeddings: Any, positions: Any) -> Batch:
+        """A batch with embeddings in it, if there are any."""
+        if embeddings is None:
+            if positions is not None:
+                raise TPatchError("there are positions and no embeddings to put there; give embeddings=")
+            return batch
+        if self.config.image is not None:
+            raise TPatchError(f"{self.name!r} reads images and no tokens; embeddings stand beside tokens")
+        width = self.config.embed_width or self.config.hidden_size
+        if isinstance(batch, Pair):
+            inner = self.config.encoder or self.config
+            width = inner.embed_width or inner.hidden_size
+            return Pair(put_embeddings(_of_tokens(batch.source), embeddings, positions, width), batch.target)
+        return put_embeddings(_of_tokens(batch), embeddings, positions, width)
 
     def layer(self, layer: int | None) -> int:
         """A layer's index, checked; ``None`` is the last and negative ones count from the end."""
@@ -171,6 +221,12 @@ class Model:
             )
         if isinstance(text, AudioPrompt):
             raise TPatchError(f"{text!r} is a recording, and {self.name!r} reads texts; give a text, or a Whisper")
+        if EMBEDDINGS in text:
+            # Of a prompt with embeddings `encode_prompt` makes tokens. Anything else would leave them out.
+            raise TPatchError(
+                f"{text[:60]!r}: only the name of those embeddings is at hand here; give them: "
+                "tp.EmbeddingPrompt(TEXT, EMBEDDINGS)"
+            )
         return self.known(text, self.tokenizer.encode(text, add_special_tokens=False))
 
     @property
@@ -199,6 +255,8 @@ class Model:
         _texts(text, several=False)
         if self.audio is not None:
             return [*audio_tokens(self.audio, self.settings, text), ASK, *self.begin]
+        if isinstance(text, EmbeddingPrompt):
+            return self._encode_embedded(text)
         plain = self.encode(text)
         if self.config.image is not None:
             return [*plain, ASK]
@@ -213,6 +271,22 @@ class Model:
         read = self.known(text, self.tokenizer.encode(text, add_special_tokens=True))
         read = read[len(self.start) :] if begun else read
         return [*read, ASK, *(self.begin if self.config.encoder else ())]
+
+    def _encode_embedded(self, prompt: EmbeddingPrompt) -> list[int]:
+        """A text in tokens, with embeddings in front of it or in the place of some of them."""
+        if self.config.image is not None:
+            raise TPatchError(f"{prompt!r} is a text with embeddings, and {self.name!r} reads images; give a picture")
+        reader = self.config.encoder or self.config
+        width = reader.embed_width or reader.hidden_size
+        if prompt.embeddings.shape[1] != width:
+            raise TPatchError(
+                f"{prompt!r}: the embeddings are {prompt.embeddings.shape[1]} wide, those of {self.name!r} are "
+                f"{width}; project them to that"
+            )
+        row = self.encode_prompt(prompt.text)
+        start = len(self.start) if self._begins(row) else 0
+        read = row.index(ASK) if ASK in row else len(row)
+        return embedded_row(row, prompt.embeddings, prompt.positions, start, read)
 
     def _begins(self, tokens: TokenIds) -> bool:
         """Whether a text's tokens begin with those that the tokenizer puts before a text."""
@@ -229,7 +303,7 @@ class Model:
         Args:
             text: a prompt; one that a chat template has written may begin so.
         """
-        spelt = self.decode_all(self.start)
+        spelt, text = self.decode_all(self.start), plain_text(text)
         return spelt if spelt and text.startswith(spelt) and self._begins(self.encode(text)) else ""
 
     def decode_all(self, tokens: TokenIds) -> str:
@@ -240,7 +314,7 @@ class Model:
         """The characters of a text that its tokens do not hold, each once: the tokenizer does not know them."""
         if self.config.image is not None or isinstance(text, AudioPrompt):
             return []
-        return lost_characters(self.tokenizer, text)
+        return lost_characters(self.tokenizer, plain_text(text))
 
     def encode_target(self, prompt: str, target: str) -> list[int]:
         """The token ids of what follows a prompt; ``target`` begins with the space between them, if there is one.
@@ -259,6 +333,7 @@ class Model:
         if self.config.architecture == "encoder-decoder":
             # Transcripts begin with a space.
             return [*self.encode(" " * (self.audio is not None) + target.strip()), self.end]
+        prompt = plain_text(prompt)
         before, whole = self.encode(prompt), self.encode(prompt + target)
         if whole[: len(before)] == before:
             return whole[len(before) :]
@@ -362,25 +437,36 @@ class Model:
             tokens: those that follow.
         """
         if self.config.architecture == "decoder":
-            before, whole = self.decode(prompt), self.decode([*prompt, *tokens])
+            read = written_tokens(prompt)
+            before, whole = self.decode(read), self.decode([*read, *tokens])
             if whole.startswith(before):
                 return whole[len(before) :]
         return self.decode(tokens)
 
     @overload
-    def generate(self, prompt: str, max_new_tokens: int = 16) -> str: ...  # type: ignore[overload-overlap]
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: str, max_new_tokens: int = 16, *, embeddings: Any = None, positions: Any = None
+    ) -> str: ...
 
     @overload
-    def generate(self, prompt: Sequence[str], max_new_tokens: int = 16) -> list[str]: ...
+    def generate(
+        self, prompt: Sequence[str], max_new_tokens: int = 16, *, embeddings: Any = None, positions: Any = None
+    ) -> list[str]: ...
 
     @automatically
-    def generate(self, prompt: str | Sequence[str], max_new_tokens: int = 16) -> str | list[str]:
+    def generate(
+        self, prompt: str | Sequence[str], max_new_tokens: int = 16, *, embeddings: Any = None, positions: Any = None
+    ) -> str | list[str]:
         """Greedy continuation of a prompt, or of several at once, up to the end-of-text token.
 
         Args:
             prompt: the text to continue, as it is: no chat template is applied (`chat` does that). A list of texts is
                 run as one batch, in which each gets what it gets alone.
             max_new_tokens: at most so many tokens are added to each.
+            embeddings: what stands in front of the text, ``[n, hidden_size]``, behind what begins every text; of
+                several texts an array for each. The prompt may be an `tpatch_jax.EmbeddingPrompt` instead.
+            positions: which tokens of the text they replace instead, ``[n]`` int, counted as `encode_prompt` gives
+                them; of several texts some for each.
 
         Returns:
             What the model adds, without the prompt: a text for a text, a list for a list.
@@ -390,10 +476,10 @@ class Model:
         """
         if self.config.labels:
             raise TPatchError(f"{self.name!r} is a classifier, which writes no text; ask it with `classify`")
-        texts = _texts(prompt)
+        texts = _with_embeddings(_texts(prompt), embeddings, positions, isinstance(prompt, str))
         as_count(max_new_tokens, "max_new_tokens")
         rows = [self.encode_prompt(text) for text in texts]
-        stops = stops_after(self, texts)
+        stops = stops_after(self, [*map(plain_text, texts)])
         said = generation.greedy(self.config, self.params, rows, max_new_tokens, stops, never=self.never)
         answers = [self.continuation(row, tokens) for row, tokens in zip(rows, said, strict=True)]
         return answers[0] if isinstance(prompt, str) else answers
@@ -559,9 +645,32 @@ def _texts(prompt: str | Sequence[str], *, several: bool = True) -> list[str]:
     return list(prompt)
 
 
+def _with_embeddings(texts: list[str], embeddings: Any, positions: Any, single: bool) -> list[str]:
+    """Texts as prompts with embeddings, if there are any."""
+    if embeddings is None:
+        if positions is not None:
+            raise TPatchError("there are positions and no embeddings to put there; give embeddings=")
+        return texts
+    parts = (
+        [[embeddings], [positions]] if single else [embeddings, [None] * len(texts) if positions is None else positions]
+    )
+    for name, part in zip(("embeddings", "positions"), parts, strict=True):
+        if not hasattr(part, "__len__") or len(part) != len(texts):
+            raise TPatchError(f"the {name} are {describe(part)}; give some for each of the {len(texts)} prompts")
+    return [EmbeddingPrompt(*each) for each in zip(texts, *parts, strict=True)]
+
+
+def _of_tokens(batch: Any) -> Any:
+    """The tokens beside which embeddings are given."""
+    if isinstance(batch, Embedded):
+        raise TPatchError("the batch holds embeddings already; give them once")
+    return batch
+
+
 def _checked(batch: Batch) -> Batch:
     """What a network is run on, if it holds whole numbers; its shape is checked where it is read."""
-    for tokens in batch if isinstance(batch, networks.Pair) else (batch,):
+    for part in batch if isinstance(batch, networks.Pair) else (batch,):
+        tokens = part.tokens if isinstance(part, Embedded) else part
         dtype = getattr(tokens, "dtype", None)
         if dtype is not None and tokens.ndim not in (3, 4) and not jnp.issubdtype(dtype, jnp.integer):
             raise TPatchError(f"the tokens are {dtype}; give an array of token ids, whole numbers")

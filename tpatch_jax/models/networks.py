@@ -2,7 +2,7 @@
 
 A network is run on a batch. That of a decoder is ``[batch, tokens]`` int, padded on the right with anything; that of an
 encoder is the same, padded with negative numbers, which no token sees; that of an encoder-decoder is a `Pair` of one
-for its encoder and one for its decoder.
+for its encoder and one for its decoder. `Embedded` has embeddings in the place of some tokens.
 
 The parameters are ``{"embed": …, "positions"?: …, "layers": {0: {"norm_1", "attention", "norm_2", "ffn"}, …},
 "norm"?: …, "head"?: …}``, with ``"classifier"`` in place of ``"head"`` where labels are told apart, and the encoder of
@@ -17,6 +17,7 @@ rows of which only the end is run again in `tpatch_jax.models.forks`.
 """
 
 from tpatch_jax.models.caches import Cache, begin, decode, empty_cache
+from tpatch_jax.models.embedded import Embedded
 from tpatch_jax.models.forks import Fork, Pack, after, fork, pack_queries, resume_fork
 from tpatch_jax.models.heads import (
     argmax,
@@ -35,6 +36,7 @@ from tpatch_jax.models.tracing import Trace, apply, gather, hidden, resume, trac
 __all__ = [
     "Batch",
     "Cache",
+    "Embedded",
     "Fork",
     "Pack",
     "Pair",

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from tpatch_jax.core.sizes import power_of_two, round_up
+from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import NetworkConfig
 
 __all__ = ["ASK", "place_in", "row_length", "split_row", "tokens_array"]
@@ -49,9 +50,19 @@ def place_in(config: NetworkConfig, row: Sequence[int], position: int) -> int:
 
 
 def tokens_array(rows: Sequence[Sequence[int]], length: int, padding: int = 0) -> Int[Array, "rows length"]:
-    """Token ids, padded on the right to ``[rows, length]``."""
+    """Token ids, padded on the right to ``[rows, length]``.
+
+    Raises:
+        TPatchError: an embedding stands in the place of a token.
+    """
     table = np.full((len(rows), length), padding, np.int32)
     for row, ids in zip(table, rows, strict=True):
-        row[: len(ids)] = ids
+        try:
+            row[: len(ids)] = ids
+        except OverflowError:
+            raise TPatchError(
+                "a prompt with embeddings is read here, where token ids alone are; T-Patcher at site=last corrects "
+                "such prompts"
+            ) from None
     # Put as it is: `jnp.asarray` would compile a program for each new shape.
     return jax.device_put(table)

@@ -15,6 +15,7 @@ from tpatch_jax.core.int8 import plain, plain_tree, take_rows
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.blocks import HIDDEN, Around, Block, Cache, Norm, relative_bias
 from tpatch_jax.models.config import LayerKind, NetworkConfig
+from tpatch_jax.models.embedded import Embedded, tokens_of
 from tpatch_jax.models.encoder_states import keep_states
 from tpatch_jax.models.experts import Routes
 from tpatch_jax.typing import Params
@@ -51,17 +52,22 @@ class Pair(NamedTuple):
     """The batch of an encoder-decoder.
 
     Attributes:
-        source: what the encoder reads, ``[batch, source]`` int, padded on the right with negative numbers; of one that
-            reads sound also ``input_features [batch, mels, frames]`` float, as transformers makes them.
+        source: what the encoder reads, ``[batch, source]`` int, padded on the right with negative numbers; or the same
+            with embeddings in the place of some tokens; of one that reads sound also ``input_features [batch, mels,
+            frames]`` float, as transformers makes them.
         target: what the decoder reads, ``[batch, tokens]`` int, padded on the right with anything.
     """
 
-    source: Int[Array, "batch source"] | Float[Array, "batch mels frames"]
+    source: Int[Array, "batch source"] | Embedded | Float[Array, "batch mels frames"]
     target: Int[Array, "batch tokens"]
 
 
 Batch: TypeAlias = (
-    Int[Array, "batch tokens"] | Float[Array, "batch channels height width"] | Float[Array, "batch mels frames"] | Pair
+    Int[Array, "batch tokens"]
+    | Embedded
+    | Float[Array, "batch channels height width"]
+    | Float[Array, "batch mels frames"]
+    | Pair
 )
 """What a network is run on; see `tpatch_jax.models.networks`."""
 
@@ -151,20 +157,31 @@ def read_states(
 
 
 def embed_tokens(
-    config: NetworkConfig, params: Params, tokens: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
+    config: NetworkConfig,
+    params: Params,
+    tokens: Int[Array, "batch tokens"] | Embedded,
+    positions: Int[Array, "batch tokens"],
 ) -> Float[Array, "batch tokens hidden"]:
     """The residual stream before the first block."""
-    tables = ("embed", "positions", "token_types", "norm_embed", "embed_project")
-    return _embedded(config, {name: params[name] for name in tables if name in params}, tokens, positions)
+    names = ("embed", "positions", "token_types", "norm_embed", "embed_project")
+    tables = {name: params[name] for name in names if name in params}
+    given = (tokens.embeddings, tokens.positions) if isinstance(tokens, Embedded) else None
+    return _embedded(config, tables, tokens_of(tokens), positions, given)
 
 
 @partial(jax.jit, static_argnames="config")
-def _embedded(config: NetworkConfig, params: Params, tokens: Array, positions: Array) -> Array:
+def _embedded(
+    config: NetworkConfig, params: Params, tokens: Array, positions: Array, given: tuple[Array, Array] | None
+) -> Array:
     tokens = tokens if config.causal else jnp.maximum(tokens, 0)
     # What stands for padding may be no token at all; `take` alone would make it NaN, which attention carries to others.
     x = take_rows(params["embed"]["embedding"], tokens)
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
+    if given is not None:
+        # In the place of what the table gives, scaled: all that follows is theirs as well.
+        vectors, places = given
+        x = x.at[jnp.arange(x.shape[0])[:, None], places].set(vectors.astype(x.dtype), mode="drop")
     if config.positions:
         # Padding stands past the last position; the clipped row is never looked at.
         table = params["positions"]["embedding"]
@@ -200,7 +217,7 @@ def padding_bias(tokens: Int[Array, "batch tokens"]) -> Float[Array, "batch 1 1 
     return jnp.where(tokens < 0, jnp.float32(HIDDEN), jnp.float32(0))[:, None, None]
 
 
-def source_bias(config: NetworkConfig, source: Num[Array, "batch ..."]) -> Float[Array, "batch 1 1 source"]:
+def source_bias(config: NetworkConfig, source: Num[Array, "batch ..."] | Embedded) -> Float[Array, "batch 1 1 source"]:
     """What cross-attention adds to its scores at each of an encoder's states: `HIDDEN` at padding.
 
     Args:
@@ -208,7 +225,8 @@ def source_bias(config: NetworkConfig, source: Num[Array, "batch ..."]) -> Float
         source: what its encoder reads. Sound has no padding: what follows it is silence, which is seen.
     """
     audio = config.encoder.audio if config.encoder else None
-    return padding_bias(source) if audio is None else jnp.zeros((source.shape[0], 1, 1, audio.positions))
+    tokens = tokens_of(source)
+    return padding_bias(tokens) if audio is None else jnp.zeros((tokens.shape[0], 1, 1, audio.positions))
 
 
 @partial(jax.jit, static_argnames=("config", "seen"))
@@ -263,6 +281,7 @@ def embed_batch(
         around = Around(None, encode(config, params, batch.source), source_bias(config, batch.source))
     else:
         tokens, around = batch, Around()
+    read, tokens = tokens, tokens_of(tokens)
     if getattr(tokens, "ndim", 0) != 2:
         kind = f"an array of shape {list(tokens.shape)}" if hasattr(tokens, "shape") else f"a {type(tokens).__name__}"
         raise TPatchError(f"the tokens are {kind}; give an array of token ids, [batch, tokens]")
@@ -270,7 +289,7 @@ def embed_batch(
     # All rows have the same positions here, so one row of relative positions serves them all.
     single = positions[:1] if config.relative_buckets else positions
     around = around._replace(bias=attention_bias(config, params, tokens, single, tokens.shape[1]))
-    return tokens, embed_tokens(config, params, tokens, positions), positions, around
+    return tokens, embed_tokens(config, params, read, positions), positions, around
 
 
 def embed_images(config: NetworkConfig, params: Params, batch: Batch) -> Float[Array, "batch positions hidden"]:
@@ -297,7 +316,7 @@ def embed_images(config: NetworkConfig, params: Params, batch: Batch) -> Float[A
             f"the images are {kind}; give pixel_values [batch, {image.channels}, {height}, {width}] of floats, or "
             f"pixels [batch, {image.pixels}] of whole numbers from 0 to 255"
         )
-    assert not isinstance(batch, Pair)
+    assert not isinstance(batch, Pair | Embedded)
     return _embedded_images(config, {name: params[name] for name in ("image", "positions")}, batch)
 
 
@@ -377,7 +396,7 @@ def _embedded_audio(config: NetworkConfig, params: Params, batch: Num[Array, "ba
 
 
 def encode(
-    config: NetworkConfig, params: Params, source: Num[Array, "batch ..."]
+    config: NetworkConfig, params: Params, source: Num[Array, "batch ..."] | Embedded
 ) -> Float[Array, "batch source hidden"]:
     """What the encoder of an encoder-decoder makes of its source.
 
@@ -395,12 +414,14 @@ def encode(
     inner = config.encoder
     if inner is None:
         raise TPatchError(f"this {config.architecture} has no encoder beside its decoder; only an encoder-decoder has")
-    if inner.audio is not None:
+    if inner.audio is not None and not isinstance(source, Embedded):
         return keep_states(inner, params["encoder"], source, lambda: _encoded(config, inner, params, source))
     return _encoded(config, inner, params, source)
 
 
-def _encoded(config: NetworkConfig, inner: NetworkConfig, params: Params, source: Num[Array, "batch ..."]) -> Array:
+def _encoded(
+    config: NetworkConfig, inner: NetworkConfig, params: Params, source: Num[Array, "batch ..."] | Embedded
+) -> Array:
     weights = {"embed": params["embed"], **params["encoder"]}
     x = residuals(inner, weights, source)[-1]
     return x if inner.post_norm else _final_norm(inner, weights["norm"], x)

@@ -37,6 +37,7 @@ from tpatch_jax.editors.tpatcher.stages import commit_draft, fit_at_subjects, fi
 from tpatch_jax.editors.tpatcher.start_file import AUTO, find_start
 from tpatch_jax.editors.tpatcher.state import EditState
 from tpatch_jax.editors.tpatcher.subject_site import subject_layer
+from tpatch_jax.embeddings import EmbeddingPrompt
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.model import Model, check_loaded
@@ -293,7 +294,8 @@ def edit(
     if not wanted:
         raise TPatchError("there is no request to edit; give at least one EditRequest")
     check_ids(wanted)
-    if settings.site == "auto" and not any(request.subject for request in wanted):
+    embedded = any(isinstance(request.prompt, EmbeddingPrompt) for request in wanted)
+    if settings.site == "auto" and (embedded or not any(request.subject for request in wanted)):
         settings = dataclasses.replace(settings, site="last")
     with jax.default_matmul_precision("highest"):
         place = cache_folder() if cache else None

@@ -10,8 +10,11 @@ from jax import Array
 from tpatch_jax.core.patch import Patch, preactivations, sized
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.editors.reading import Item
+from tpatch_jax.images import ImagePrompt
 from tpatch_jax.models.collection import Sites, collect, joined, wrong_rows
+from tpatch_jax.models.embedded import plain_row
 from tpatch_jax.models.model import Model
+from tpatch_jax.models.rows import ASK
 
 __all__ = [
     "NO_SUBJECT",
@@ -82,14 +85,15 @@ def remember(
 
     Args:
         previous: the edits so far.
-        items: the new ones.
+        items: the new ones. Of pictures and embeddings their tokens are not kept.
         subjects: of each the token at which its subject ends and its group, or -1 twice.
         sites: what the cut gives at their target tokens.
         subject_query: queries of the subject site at each of their tokens, if that is used.
     """
+    items = [_without_picture(item) for item in items]
     token, group = np.asarray(subjects, np.int32).reshape(-1, 2).T
     new = PreviousEdits(
-        np.asarray([one for item in items for one in item.rows[0]], np.int32),
+        np.asarray([one for item in items for one in plain_row(item.rows[0])], np.int32),
         np.asarray([len(item.rows[0]) for item in items], np.int32),
         np.asarray([item.starts[0] for item in items], np.int32),
         token,
@@ -104,6 +108,13 @@ def remember(
         if name != "sites"
     }
     return PreviousEdits(**flat, sites=joined(previous.sites, new.sites))
+
+
+def _without_picture(item: Item) -> Item:
+    """An edit without the bytes of its picture: they are read in the last layer alone, where nothing is read again."""
+    if not isinstance(item.texts[0], ImagePrompt):
+        return item
+    return item._replace(rows=[[ASK, *item.target]], starts=[1])
 
 
 def find_broken(model: Model, previous: PreviousEdits, patch: Patch) -> np.ndarray:

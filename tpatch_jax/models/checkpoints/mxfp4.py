@@ -1,5 +1,7 @@
 """Weights in MXFP4, as gpt-oss is published: four bits each, and an exponent for every 32 of them."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -37,9 +39,8 @@ def unpack_mxfp4(
     """
     result = np.empty((*scales.shape[:-1], scales.shape[-1] * _GROUP), jnp.bfloat16)
     # Row by row of the first axis: in float32 the whole would take four times the room of the result.
-    for part, there, exponent in (
-        zip(result, blocks, scales, strict=True) if scales.ndim > 1 else [(result, blocks, scales)]
-    ):
+    parts: Any = zip(result, blocks, scales, strict=True) if scales.ndim > 1 else [(result, blocks, scales)]
+    for part, there, exponent in parts:
         values = _VALUES[np.stack([there & 15, there >> 4], -1)].reshape(*exponent.shape, _GROUP)
         part[...] = np.ldexp(values, exponent.astype(np.int32)[..., None] - _BIAS).reshape(part.shape)
     return result
