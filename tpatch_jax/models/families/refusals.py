@@ -95,8 +95,7 @@ def refuse(settings: Mapping[str, Any]) -> str:
         if named in names:
             reasons.append(reason)
     for reason, signs in _SIGNS.items():
-        # One expert, or none, is an ordinary network.
-        if any(part.get(sign) not in (None, False, 0, 1, "", [], {}) for part in parts for sign in signs):
+        if any(_says(part.get(sign)) for part in parts for sign in signs):
             reasons.append(reason)
     kinds = [
         kind for part in parts for name in ("layer_types", "layers_block_type") for kind in _layers(part.get(name))
@@ -112,6 +111,11 @@ def refuse(settings: Mapping[str, Any]) -> str:
     told = f"{', '.join(first)} and {last}" if first else last
     mend = next((_MEND[reason] for reason in reasons if reason in _MEND), "")
     return f"{told}, which is not run here" + (f"; {mend}" if mend else "")
+
+
+def _says(entry: Any) -> bool:
+    """Whether a setting says that there is something; one expert, or none, is an ordinary network."""
+    return entry is True or entry not in (None, 0, 1, "", [], {})
 
 
 def _transformers_knows(named: str) -> bool:
