@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import bits
 from safetensors.numpy import load_file, save_file
 
 from tpatch_jax.cli import main as cli
@@ -87,6 +88,32 @@ def test_copies_and_constants_are_left_out_and_types_counted(tmp_path):
         ("llama", {"model_type": "gemma3"}, "; gemma3 is not: it reads images as well"),
         ("llama", {"model_type": "deepseek_v3"}, "compressed keys and values"),
         ("llama", {"model_type": "albert"}, "all its layers share one feed-forward network"),
+        ("llama", {"model_type": "new", "n_routed_experts": 8}, "; new is not: its feed-forward networks are mixtures"),
+        ("llama", {"model_type": "new", "num_experts": 1}, "'new'; supported are bart, bert"),
+        (
+            "llama",
+            {"model_type": "new", "kv_lora_rank": 4},
+            "; new is not: .*latent attention.*, which is not run here",
+        ),
+        ("llama", {"model_type": "new", "layer_types": ["mamba", "attention"]}, "; new is not: some .* are recurrent"),
+        ("llama", {"model_type": "new", "ssm_state_size": 4}, "recurrent.*; edit a model whose layers all attend"),
+        ("llama", {"model_type": "new", "vision_config": {"a": 1}}, "; new is not: it reads images as well"),
+        (
+            "llama",
+            {"model_type": "new", "text_config": {"num_experts": 2}, "vision_config": {"a": 1}},
+            "experts and it re",
+        ),
+        ("llama", {"model_type": "new", "audio_config": {"a": 1}}, "; new is not: it reads or says speech"),
+        ("llama", {"model_type": "new", "index_topk": 4}, "picks the tokens that it sees by an index"),
+        ("llama", {"model_type": "new", "alibi": True}, "; new is not: its attention scores fall with distance"),
+        ("llama", {"model_type": "new", "auto_map": {"AutoConfig": "a.B"}}, "brings it as Python code"),
+        ("llama", {"model_type": "phi", "auto_map": {"AutoConfig": "a.B"}}, "'phi'; supported are bart, bert"),
+        (
+            "llama",
+            {"model_type": "llava", "text_config": {"model_type": "mamba"}},
+            "text part of this llava is not read:",
+        ),
+        ("qwen3", {"quantization_config": {"quant_algo": "NVFP4"}}, r"is quantised \(NVFP4\)"),
         ("llama", {"model_type": "no such thing"}, "'no such thing'; supported are bart, bert"),
     ],
 )
@@ -103,6 +130,77 @@ def test_what_is_refused_and_why(name, changes, words, tmp_path, capsys):
     # what is said here is what reading says
     with pytest.raises(TPatchError, match=words):
         checkpoint.read_folder(folder)
+
+
+def test_quantisation_that_another_file_tells(tmp_path):
+    (tmp_path / "config.json").write_bytes((FOLDER / "llama" / "config.json").read_bytes())
+    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}', "utf-8")
+    assert "is quantised (FP8), and patches need" in check_folder(tmp_path)["problems"][0]
+    (tmp_path / "hf_quant_config.json").write_text("[]", "utf-8")
+    assert check_folder(tmp_path)["problems"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "named", "words"),
+    [
+        ("roberta", "RobertaForMaskedLM", "RobertaForMaskedLM, an encoder without a classification head; train one"),
+        ("bert", "BertModel", "BertModel, an encoder without a classification head; train one with `tpatch finetune`"),
+        ("vit", "ViTModel", "ViTModel, an encoder without"),
+        ("llama", "LlamaForSequenceClassification", "whose head does not say the next token"),
+        ("t5", "T5EncoderModel", "whose head does not say the next token"),
+        ("roberta", "RobertaForSequenceClassification", ""),
+        ("vit", "ViTForImageClassification", ""),
+        ("llama", "LlamaModel", ""),
+        ("marian", "MarianMTModel", ""),
+    ],
+)
+def test_settings_alone_tell_the_head_by_its_class(name, named, words, tmp_path):
+    settings = json.loads((FOLDER / name / "config.json").read_text("utf-8")) | {"architectures": [named]}
+    (tmp_path / "config.json").write_text(json.dumps(settings), "utf-8")
+    problems = check_folder(tmp_path)["problems"]
+    assert len(problems) == bool(words)
+    assert all(words in problem for problem in problems)
+
+
+def test_labels_that_share_a_name_are_told_apart_by_their_numbers(tmp_path):
+    labels = {"id2label": {"0": "crane", "1": "dog", "2": "crane"}, "label2id": {"crane": 2, "dog": 1}}
+    result = check_folder(copy("vit", tmp_path / "model", **labels))
+    assert (result["problems"], result["sizes"]["labels"]) == ([], ["crane (0)", "dog", "crane (2)"])
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "first", "head"),
+    [
+        ("gemma3_text", {"model_type": "gemma3", "tie_word_embeddings": True}, "language_model.model.", ""),
+        ("qwen3", {"model_type": "qwen3_vl"}, "model.language_model.", "lm_head."),
+        ("llama", {"model_type": "llava"}, "language_model.model.", "language_model.lm_head."),
+        ("mistral", {"model_type": "mistral3"}, "model.language_model.", "lm_head."),
+    ],
+)
+def test_the_text_part_of_a_network_that_reads_images(name, whole, first, head, tmp_path, monkeypatch):
+    settings = json.loads((FOLDER / name / "config.json").read_text("utf-8"))
+    inner = settings | ({"model_type": "qwen3_vl_text"} if name == "qwen3" else {})
+    tensors = load_file(FOLDER / name / "model.safetensors")
+    for key in list(tensors):
+        new = key.replace("model.", first, 1) if key.startswith("model.") else key.replace("lm_head.", head)
+        tensors[new] = tensors.pop(key)
+    seen = {"model.visual.blocks.0.mlp.weight": np.ones((2, 3), np.float32), "multi_modal_projector.bias": np.ones(2)}
+    vision = {"model_type": "siglip_vision_model"} if name == "gemma3_text" else {}
+    whole = {"tie_word_embeddings": bool(settings.get("tie_word_embeddings")), **whole}
+    (tmp_path / "config.json").write_text(json.dumps({**whole, "text_config": inner, "vision_config": vision}), "utf-8")
+    save_file(tensors | seen, tmp_path / "model.safetensors")
+    result = check_folder(tmp_path)
+    assert (result["problems"], result["text_of"]) == ([], whole["model_type"])
+    assert result["family"] == check_folder(FOLDER / name)["family"]
+    assert result["weights"]["left_out"] == sorted(seen)
+    monkeypatch.undo()
+    config, params, known = checkpoint.read_folder(tmp_path)
+    expected, same, _ = checkpoint.read_folder(FOLDER / name)
+    assert config == expected
+    assert bits(params) == bits(same)
+    checkpoint.write_folder(tmp_path / "alone", config, params, known)
+    assert check_folder(tmp_path / "alone")["text_of"] is None
+    assert bits(checkpoint.read_folder(tmp_path / "alone")[1]) == bits(same)
 
 
 def test_a_folder_that_is_none(tmp_path, capsys):

@@ -87,12 +87,16 @@ class Models:
     def _show(self, result: dict[str, Any]) -> None:
         table = result_table(f"{result['folder']}", ("what", "as it stands there"))
         rows = {"model_type": result["model_type"], "read as": result["family"], "kind": result["architecture"]}
+        if result["text_of"]:
+            rows["part"] = f"the text part of a {result['text_of']}; what reads images or speech is left out"
         rows |= {name: entry for name, entry in (result["sizes"] or {}).items() if entry != []}
         rows["export for stock transformers"] = result["export"]
         if weights := result["weights"]:
             rows |= {name: weights[name] for name in ("files", "tensors", "parameters")}
             rows["types"] = ", ".join(f"{kind} ({count})" for kind, count in weights["types"].items())
-            rows["left out"] = ", ".join(weights["left_out"]) or "nothing"
+            names = weights["left_out"]
+            more = f" and {len(names) - 8} more, which --json names" if len(names) > 8 else ""
+            rows["left out"] = ", ".join(names[:8]) + more or "nothing"
         elif not result["problems"]:
             rows["weights"] = "none there; the settings can be read"
         for name, entry in rows.items():

@@ -23,6 +23,7 @@ from tpatch_jax.models.checkpoints.mxfp4 import BLOCKS, METHOD, SCALES, unpack_m
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.family import Family
 from tpatch_jax.models.families.registry import configure, family_of
+from tpatch_jax.models.families.text_parts import TEXT_OF, has_text_part, text_names, text_settings
 from tpatch_jax.models.families.vit import PREPROCESSOR, preprocessing
 from tpatch_jax.models.families.whisper import GENERATION, extraction
 from tpatch_jax.models.shapes import merged_neurons, parameter_shapes
@@ -37,6 +38,7 @@ __all__ = [
     "is_packed",
     "mark_files",
     "plan_folder",
+    "quantisation",
     "read_folder",
     "read_settings",
     "write_folder",
@@ -63,6 +65,8 @@ _PACKED = "MXFP4"
 def read_settings(folder: Path) -> dict[str, Any]:
     """What ``config.json`` says, completed with the architecture's defaults.
 
+    Of a network that reads images as well it is what describes its text part, if that is read.
+
     Raises:
         TPatchError: no such file, not JSON, or an architecture that is unknown here.
     """
@@ -79,13 +83,16 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise TPatchError(f"{path} is not JSON ({error}); fetch the model again") from None
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise TPatchError(f"{path} names no 'model_type'; copy the model's original config.json beside its weights")
-    family_of(raw)
+    if not has_text_part(raw):
+        family_of(raw)
     try:
         completed = complete_settings(folder, text)
     # transformers checks the kinds of settings with errors of its own
     except Exception as error:
         reason = " ".join(str(error).split())
         raise TPatchError(f"{path} cannot be used ({reason}); copy the model's original config.json there") from error
+    if has_text_part(raw):
+        return _text_part(folder, raw, completed)
     _check_rotation(path, raw, completed)
     # Where a configuration was read from is no part of the model.
     completed.pop("_name_or_path", None)
@@ -95,6 +102,19 @@ def read_settings(folder: Path) -> dict[str, Any]:
         settings[PREPROCESSOR] = _beside(folder, PREPROCESSOR)
     if settings["model_type"] == "whisper":
         settings[GENERATION] = _beside(folder, GENERATION)
+    return settings | _generation(folder, settings)
+
+
+def _text_part(folder: Path, raw: Mapping[str, Any], completed: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the text part of a network that reads images as well, if that part is read."""
+    settings = text_settings(raw, completed)
+    quantised = raw.get("quantization_config")
+    settings |= {"quantization_config": quantised} if quantised else {}
+    settings.pop("_name_or_path", None)
+    try:
+        family_of(settings)
+    except TPatchError as error:
+        raise TPatchError(f"the text part of this {raw['model_type']} is not read: {error}") from None
     return settings | _generation(folder, settings)
 
 
@@ -177,6 +197,26 @@ def _generation(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _numbers(entry: Any) -> list[int]:
     return [number for number in (entry if isinstance(entry, list) else [entry]) if isinstance(number, int)]
+
+
+def quantisation(folder: Path, settings: Mapping[str, Any]) -> str:
+    """How the weights of a folder are quantised, by what its files say; empty where none says so.
+
+    Args:
+        folder: the model's.
+        settings: of its ``config.json``.
+    """
+    said = settings.get("quantization_config")
+    if not said:
+        # Where NVIDIA's tools say it.
+        try:
+            said = json.loads((folder / "hf_quant_config.json").read_text("utf-8")).get("quantization")
+        except (OSError, ValueError, AttributeError):
+            return ""
+    if not isinstance(said, Mapping):
+        return "unknown" if said else ""
+    named = [said.get(name) for name in ("quant_method", "quant_algo")]
+    return " ".join(str(name) for name in named if name) or "unknown"
 
 
 def _shards(folder: Path) -> dict[str, Path]:
@@ -364,8 +404,7 @@ def plan_folder(
     if packed:
         # What is read is plain numbers, and so is what will be written of it.
         settings.pop("quantization_config")
-    if quantised := settings.get("quantization_config"):
-        kind = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else "unknown"
+    if kind := quantisation(folder, settings):
         raise TPatchError(
             f"{folder} is quantised ({kind}), and patches need weights as plain numbers; fetch the unquantised model, "
             "or a GGUF file, which is converted"
@@ -379,10 +418,13 @@ def plan_folder(
             "BERT"
         )
     merged = _merged(settings)
-    shards = _shards(folder)
+    held = _shards(folder)
+    # Of a network that reads images as well only the text part counts, under the names that it would have alone.
+    there = text_names(held) if TEXT_OF in settings else dict(zip(held, held, strict=True))
+    shards = {name: held[stored] for name, stored in there.items()}
 
     def alike(one: str, other: str) -> bool:
-        return not compare or _alike(shards, one, other)
+        return not compare or _alike(held, there[one], there[other])
 
     if family.own_head:
         config = dataclasses.replace(config, tied=f"{family.names['head']}.weight" not in shards)
@@ -415,10 +457,10 @@ def plan_folder(
             "`tpatch finetune`, or take a checkpoint that was made for sequence classification"
         )
     if missing and (prefix := _common_prefix(shards, list(wanted))):
-        there = next(name for name in sorted(shards) if name.startswith(prefix))
+        wrapped = next(name for name in sorted(shards) if name.startswith(prefix))
         prefix = prefix.removesuffix(family.prefix) if bare else prefix
         raise TPatchError(
-            f"{folder}: the names of its tensors begin with {prefix!r}, such as {there!r}: they were saved from a "
+            f"{folder}: the names of its tensors begin with {prefix!r}, such as {wrapped!r}: they were saved from a "
             "wrapped model; save the model inside it instead (of torch.compile `_orig_mod`, of peft what "
             "merge_and_unload returns, of DataParallel `module`), or rename the tensors"
         )
@@ -440,14 +482,16 @@ def plan_folder(
             left_out.append(name)
         else:
             problems.append(f"{name} is not part of a {config.family} model")
+    names = {name: there[ours] for name, ours in names.items()}
+    left_out = [there[name] for name in left_out] + sorted(held.keys() - set(there.values()))
     sizes, kinds = {}, {}
     with ExitStack() as stack:
-        files = {path: stack.enter_context(safe_open(path, "np")) for path in sorted(set(shards.values()))}
+        files = {path: stack.enter_context(safe_open(path, "np")) for path in sorted(set(held.values()))}
         for name, stored in sorted(names.items()):
-            part, expected = files[shards[stored]].get_slice(stored), wanted[name].shape
+            part, expected = files[held[stored]].get_slice(stored), wanted[name].shape
             shape, kind = tuple(part.get_shape()), part.get_dtype()
             if stored == name + BLOCKS:
-                scales = files[shards[name + SCALES]].get_slice(name + SCALES)
+                scales = files[held[name + SCALES]].get_slice(name + SCALES)
                 shape, kind = _packed_shape(shape, tuple(scales.get_shape())), _PACKED
             if shape != expected:
                 if labels is not None and _in_head(wanted[name].paths[0]):
@@ -456,7 +500,7 @@ def plan_folder(
             elif kind not in (*_FLOATS, _PACKED):
                 problems.append(f"{name} is {kind}: a quantised checkpoint; fetch the unquantised model")
             sizes[name], kinds[name] = math.prod(shape), kind
-    return Plan(config, settings, shards, wanted, names, sizes, kinds, tuple(left_out), tuple(problems))
+    return Plan(config, settings, held, wanted, names, sizes, kinds, tuple(left_out), tuple(problems))
 
 
 def read_folder(
@@ -576,6 +620,7 @@ def write_folder(
     # Where the model was read from is of this machine; of two entries on rotary embeddings others follow the older one.
     left_out = {
         NEURONS_KEY,
+        TEXT_OF,
         "_name_or_path",
         PREPROCESSOR,
         GENERATION,

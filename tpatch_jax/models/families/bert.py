@@ -1,6 +1,7 @@
 """BERT, RoBERTa, DistilBERT and ELECTRA with a classification head: encoders whose norms follow the parts."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,9 +21,11 @@ def labels(settings: Settings) -> tuple[str, ...]:
     labels = {int(number): str(name) for number, name in names.items()}
     if sorted(labels) != list(range(len(labels))) or len(labels) < 2:
         raise TPatchError(f"config.json numbers its labels {sorted(labels)}; 'id2label' must count from 0, two or more")
-    if len(set(labels.values())) < len(labels):
-        raise TPatchError("config.json gives two labels the same name in 'id2label'; give each its own")
-    return tuple(labels[number] for number in sorted(labels))
+    count = Counter(labels.values())
+    if len(count) < 2:
+        raise TPatchError(f"config.json calls all its labels {labels[0]!r} in 'id2label'; give each its own name")
+    # Released checkpoints give several classes one name, as those of ImageNet call a bird and a machine "crane".
+    return tuple(name if count[name] == 1 else f"{name} ({number})" for number, name in sorted(labels.items()))
 
 
 def configure_encoder(family: str, settings: Settings, **fields: Any) -> NetworkConfig:

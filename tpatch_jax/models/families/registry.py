@@ -20,6 +20,7 @@ from tpatch_jax.models.families.modernbert import MODERNBERT
 from tpatch_jax.models.families.olmo import EXAONE_4, OLMO_2, OLMO_3
 from tpatch_jax.models.families.opt import OPT
 from tpatch_jax.models.families.phi_3 import PHI_3
+from tpatch_jax.models.families.refusals import refuse
 from tpatch_jax.models.families.smollm_3 import SMOLLM_3
 from tpatch_jax.models.families.stablelm import STABLELM
 from tpatch_jax.models.families.starcoder_2 import STARCODER_2
@@ -78,46 +79,16 @@ FAMILIES: tuple[Family, ...] = (
 """Every family that `tpatch_jax.load_model` reads."""
 
 
-_RECURRENT = "some of its layers are recurrent, and only attention is run here"
-_EXPERTS = "its feed-forward networks are mixtures of experts of a kind that is not run here"
-_LATENT = "its attention keeps compressed keys and values (multi-head latent attention), which is not run here"
-_VISION = "it reads images as well; only networks of text are run here, and checkpoints of their own hold them"
-_REASONS = {
-    **dict.fromkeys(
-        (
-            *("bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "mamba", "mamba2", "nemotron_h"),
-            *("olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_next", "recurrent_gemma", "rwkv", "zamba", "zamba2"),
-        ),
-        _RECURRENT,
-    ),
-    **dict.fromkeys(
-        (*("dbrx", "ernie4_5_moe", "glm4_moe", "granitemoe", "jetmoe", "llama4_text", "phimoe"),),
-        _EXPERTS,
-    ),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "minicpm3"), _LATENT),
-    **dict.fromkeys(
-        (
-            *("gemma3", "gemma3n", "gemma4", "idefics3", "llama4", "llava", "mistral3", "mllama", "paligemma"),
-            *("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm"),
-        ),
-        _VISION,
-    ),
-    "albert": "all its layers share one feed-forward network, so that a patch would join it in every layer",
-    "deberta": "its attention scores depend on relative positions in a way that is not run here",
-    "deberta-v2": "its attention scores depend on relative positions in a way that is not run here",
-}
-"""Why architectures that are often asked for are not read."""
-
-
 def family_of(settings: Settings) -> Family:
-    """The family of a model from what its ``config.json`` says, or an error that lists the known ones."""
+    """The family of a model from what its ``config.json`` says, or an error that says why there is none."""
     model_type = setting(settings, "model_type")
     for family in FAMILIES:
         if model_type in family.model_types and family.accepts(settings):
             return family
     known = ", ".join(sorted({name for family in FAMILIES for name in family.model_types}))
-    reason = f"; {model_type} is not: {_REASONS[model_type]}" if model_type in _REASONS else ""
-    raise TPatchError(f"config.json names the architecture {model_type!r}; supported are {known}{reason}")
+    reason = refuse(settings)
+    told = f"{model_type} is not: {reason}; " if reason else ""
+    raise TPatchError(f"config.json names the architecture {model_type!r}; {told}supported are {known}")
 
 
 def configure(settings: Settings) -> NetworkConfig:
