@@ -16,6 +16,7 @@ from tpatch_jax.storage.reading import read_bytes
 
 if TYPE_CHECKING:
     from tpatch_jax.evaluation.records import DataNotes, Record
+    from tpatch_jax.models.model import Model
 
 __all__ = ["Eval"]
 
@@ -88,9 +89,30 @@ class Eval:
 
     def run(self) -> None:
         """Evaluate the methods, write the report, and show it."""
+        from tpatch_jax.evaluation.report import data_remarks, table
+
+        result = self.evaluate()
+        if self.json:
+            print_json(result)
+            return
+        first = result["results"][0]
+        title = f"{self.model}, protocol {first['protocol']}: {first['moment']}"
+        show_rows(title, table([(of_method["method"], of_method) for of_method in result["results"]]))
+        for remark in data_remarks(result):
+            result_console().print(remark, markup=False)
+        result_console().print(f"report in {self.output}", markup=False)
+
+    def evaluate(self, model: "Model | None" = None) -> dict[str, Any]:
+        """Evaluate the methods and write the report, which is returned.
+
+        Args:
+            model: the model, if it is loaded already.
+
+        Raises:
+            TPatchError: the options make no sense, or the evaluation fails.
+        """
         from tpatch_jax.editors.registry import find_method, method_settings
         from tpatch_jax.evaluation.protocols import PROTOCOLS
-        from tpatch_jax.evaluation.report import data_remarks, table
         from tpatch_jax.evaluation.runner import evaluate
 
         options, changes = self.settle()
@@ -99,10 +121,9 @@ class Eval:
         methods = [name.strip() for name in options["method"].split(",") if name.strip()]
         edited = [find_method(name).name for name in methods if name != "unedited"]
         settings = method_settings(edited, options["preset"], changes)
-        model = None
         if options["data"] == IMAGES:
             # Files of pictures number the labels, which only the model can name.
-            model = load(self.model, self.dtype, self.quiet or self.json)
+            model = load(self.model, self.dtype, self.quiet or self.json) if model is None else model
             chosen = _choose_images(options, model.config.labels)
         else:
             chosen = _choose_records(options)
@@ -111,7 +132,7 @@ class Eval:
         about = chosen.about if self.dtype is None else {**chosen.about, "dtype": self.dtype}
         model = load(self.model, self.dtype, self.quiet or self.json) if model is None else model
         with progress_bar(self.quiet or self.json) as report:
-            result = evaluate(
+            return evaluate(
                 model,
                 chosen.records,
                 methods,
@@ -133,14 +154,6 @@ class Eval:
                 notes=chosen.notes,
                 progress=report,
             )
-        if self.json:
-            print_json(result)
-            return
-        title = f"{self.model}, protocol {options['protocol']}: {result['results'][0]['moment']}"
-        show_rows(title, table([(of_method["method"], of_method) for of_method in result["results"]]))
-        for remark in data_remarks(result):
-            result_console().print(remark, markup=False)
-        result_console().print(f"report in {self.output}", markup=False)
 
     def settle(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Options from the defaults, the YAML file and the command line, in this order, and changes of settings.
