@@ -213,7 +213,7 @@ def optimised_real_models(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Few contexts for values at subjects, so that little is compiled, and a cache of our own."""
+    """Few contexts for values at subjects, so that little is compiled, and a cache for the tests."""
     with pytest.MonkeyPatch.context() as patching:
         patching.setenv("TPATCH_CACHE", str(tmp_path_factory.getbasetemp() / "tpatch"))
         patching.setattr(rome, "CONTEXTS", ((2, 2),))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 from conftest import write_tiny_folder
 from test_evaluation import make_records, write_counterfact
+from tyro.conf import FlagCreatePairsOff
 
 from tpatch_jax import TPatchError
 from tpatch_jax.cli.main import main
 from tpatch_jax.cli.rivals import Rivals, parse_command
+from tpatch_jax.cli.serac_train import SeracTrain
 from tpatch_jax.core.flops import count_flops
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.editors.base import Routing
@@ -46,7 +51,7 @@ def test_an_answer_costs_its_prompt_and_its_tokens(tiny_model: Model) -> None:
     head = 2 * tiny_model.params["head"]["kernel"].size
     said = answer_flops(tiny_model, 20) - answer_flops(tiny_model, 20, tokens=1)
     # Attention over the prompt and what is written, norms and softmax are small beside the vocabulary.
-    assert (ANSWER - 1) * (products + head) < said < 1.6 * (ANSWER - 1) * (products + head)
+    assert (ANSWER - 1) * (products + head) < said < 1.8 * (ANSWER - 1) * (products + head)
 
 
 def costs(model: Model, edited: Model, patches: Any = None, routing: Routing | None = None) -> dict[str, float]:
@@ -105,7 +110,7 @@ def test_every_cell_is_a_command_of_its_configuration(tmp_path: Path) -> None:
         assert command.output == str(tmp_path / "out" / cell.part.name / cell.row)
         assert (options["data"], options["protocol"], options["n"]) == cell.part[1:2] + cell.part[3:5]
         assert options["method"] == cell.row.removesuffix("-aligned").removesuffix("-subject")
-        assert changes["layer"] == "3"
+        assert changes["layer"] == 3
         assert changes.get("aligned", False) == (cell.row == "memit-aligned")
     assert [cell.part.name for cell in chosen if cell.row == "memit-aligned"] == ["counterfact-sequential"]
     # Fourteen methods, T-Patcher at two sites, MEMIT in two kinds of steps.
@@ -139,14 +144,14 @@ def test_a_table_goes_on_and_what_fails_does_not_stop_it(tmp_path: Path) -> None
         write_cell(cell, 1.0 if cell.row == "rome" else 0.875)
 
     with pytest.raises(KeyboardInterrupt):
-        fill_table(chosen, measure, tmp_path)
+        fill_table(chosen, measure, QUICK, tmp_path)
     assert seen == ["rome", "grace", "wise"]
     begun = json.loads((tmp_path / "table.json").read_text("utf-8"))
     assert list(begun["results"]["counterfact-batch"]) == ["unedited", "rome"]
     assert begun["missing"] == {"counterfact-batch": {"grace": "something is amiss; mend it"}}
     assert "grace: something is amiss; mend it" in (tmp_path / "table.md").read_text("utf-8")
     broken = False
-    table = fill_table(chosen, measure, tmp_path)
+    table = fill_table(chosen, measure, QUICK, tmp_path)
     assert seen[3:] == ["grace", "wise"]
     assert not table.missing
     lines = as_markdown(table).splitlines()
@@ -156,8 +161,10 @@ def test_a_table_goes_on_and_what_fails_does_not_stop_it(tmp_path: Path) -> None
     (line,) = (line for line in lines if line.startswith("| wise | 5 |"))
     assert line == f"| wise | 5 | 1.25 | 12,345 | exact | no | {ROWS['wise']} |"
     assert not any("peak memory" in line for line in lines)  # one process for all
-    assert fill_table(chosen, measure, tmp_path) == table
+    assert fill_table(chosen, measure, QUICK, tmp_path) == table
     assert len(seen) == 5
+    # Rows that are not asked for stay in the table.
+    assert fill_table(chosen[:1], measure, QUICK, tmp_path) == table
 
 
 def test_a_quick_table_of_a_tiny_model(tiny_model: Model, tmp_path: Path, capsys, monkeypatch, restored) -> None:
@@ -179,13 +186,18 @@ def test_a_quick_table_of_a_tiny_model(tiny_model: Model, tmp_path: Path, capsys
     assert results["grace"]["properties"] == {"undo": "exact", "stock_checkpoint": False}
     assert told["reported"]["grace"] == ROWS["grace"]
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"table.json", "table.md", "memory.txt", "counterfact-batch", "counterfact-batch.png"} == names
+    assert {"run.json", "table.json", "table.md", "memory.txt", "counterfact-batch", "counterfact-batch.png"} == names
     # What is there is not measured again.
     monkeypatch.setattr(Rivals, "measure", None)
     assert main([*command[:-1], "--quiet"]) == 0
     shown = capsys.readouterr().out
     assert "serac is left out" in shown
     assert "table in" in shown
+    # Figures of other records do not come into it, and no other folder is written to.
+    assert main([*command, "-n", "1"]) == 1
+    assert "belongs to a run with n=[2], and this one has [1]" in capsys.readouterr().err
+    assert main([*command[:-2], str(data)]) == 1
+    assert "already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -208,14 +220,36 @@ def test_a_table_that_cannot_be(tmp_path: Path, capsys, changes: list[str], word
     assert not (tmp_path / "out").exists()
 
 
-def test_cells_of_a_whole_table_have_processes_of_their_own(tmp_path: Path, capsys) -> None:
-    for name in ("counterfact_full_dev.json", "zsre_dev.json", "wikitext-2-raw.test.txt"):
+def test_cells_of_a_whole_table_have_separate_processes(tmp_path: Path, capsys, monkeypatch) -> None:
+    names = ("counterfact_full_dev.json", "counterfact_flat_dev.json", "zsre_dev.json", "wikitext-2-raw.test.txt")
+    for name in (*names, "counterfact_flat_train.json", "knowedit_zsre_train.json"):
         (tmp_path / name).write_text("[]", "utf-8")
-    command = ["rivals", str(tmp_path / "no-model"), "--data", str(tmp_path), "--configs", CONFIGS, "--rows", "ft"]
+    told: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        told.append(command)
+        if "serac-train" in command:
+            folder = Path(command[command.index("-o") + 1])
+            folder.mkdir()
+            (folder / "serac.json").write_text("{}", "utf-8")
+            return subprocess.CompletedProcess(command, 0, "", "")
+        return subprocess.CompletedProcess(command, 1, "", "a warning\ntpatch: nothing is there; give something\n")
+
+    monkeypatch.setattr("subprocess.run", run)
+    command = ["rivals", "tiny", "--data", str(tmp_path), "--configs", CONFIGS, "-o", str(tmp_path / "out"), "--quiet"]
     parts = tuple(part.name for part in FULL)
-    assert main([*command, "-o", str(tmp_path / "out"), "--quiet", "-n", "1"]) == 1
+    assert main([*command, "--rows", "ft"]) == 1
     said = capsys.readouterr().err
-    assert f"3 of 3 cells failed ({', '.join(f'{part}: ft' for part in parts)}); the first: " in said
+    assert f"3 of 3 cells failed ({', '.join(f'{part}: ft' for part in parts)})" in said
+    assert "; the first: nothing is there; give something (`tpatch eval tiny --config" in said
     assert "the same command tries them again" in said
-    table = json.loads((tmp_path / "out" / "table.json").read_text("utf-8"))
-    assert set(table["missing"]) == set(parts)
+    assert [one[:4] for one in told] == [[sys.executable, "-m", "tpatch_jax.cli.main", "eval"]] * 3
+    assert set(json.loads((tmp_path / "out" / "table.json").read_text("utf-8"))["missing"]) == set(parts)
+    del told[:]
+    assert main([*command, "--rows", "serac", "--encoder", "minilm"]) == 1
+    networks = str(tmp_path / "out" / "serac")
+    assert [one[3] for one in told] == ["serac-train", "eval", "eval", "eval"]
+    trained = tyro.cli(SeracTrain, args=told[0][4:], config=(FlagCreatePairsOff,))
+    assert (trained.output, trained.encoder, trained.most) == (networks, "minilm", 4000)
+    assert f"zsre:{tmp_path / 'zsre_dev.json'}" in trained.exclude
+    assert all(parse_command(one[3:]).settle()[1]["serac"] == networks for one in told[1:])

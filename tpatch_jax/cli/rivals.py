@@ -19,7 +19,7 @@ from tpatch_jax.display.console import print_json, result_console
 from tpatch_jax.errors import TPatchError
 
 if TYPE_CHECKING:
-    from tpatch_jax.evaluation.rivals import Cell, Table
+    from tpatch_jax.evaluation.rivals import Cell, Part, Table
     from tpatch_jax.models.model import Model
 
 __all__ = ["Rivals"]
@@ -52,7 +52,7 @@ class Rivals:
 
     def run(self) -> None:
         """Measure what has no report yet, one process after the other, write the table, and show it."""
-        from tpatch_jax.evaluation.rivals import fill_table
+        from tpatch_jax.evaluation.rivals import fill_table, open_table
 
         output, chosen, remark = Path(self.output), self.cells(), ""
         if self.serac is None and self.encoder is None and any(cell.row == "serac" for cell in chosen):
@@ -69,7 +69,9 @@ class Rivals:
                 sys.stderr.write(f"tpatch: {what}\n")
 
         loaded = cache(lambda: load(self.model, None, True))
-        table = fill_table(chosen, lambda cell: self.measure(cell, output, loaded), output, tell)
+        parts = self.parts()
+        open_table(output, {"model": self.model, "parts": [part.name for part in parts], "n": [p.n for p in parts]})
+        table = fill_table(chosen, lambda cell: self.measure(cell, output, loaded), parts, output, tell)
         self._draw(table, output)
         if self.json:
             print_json(table.to_json())
@@ -85,25 +87,35 @@ class Rivals:
                 "command tries them again"
             )
 
+    def parts(self) -> tuple["Part", ...]:
+        """The parts of the table.
+
+        Raises:
+            TPatchError: they would have no records.
+        """
+        from tpatch_jax.evaluation.rivals import FULL, QUICK
+
+        if self.n is not None and self.n < 1:
+            raise TPatchError(f"-n {self.n} leaves no record; give 1 or more")
+        parts = QUICK if self.quick else FULL
+        return parts if self.n is None else tuple(part._replace(n=self.n) for part in parts)
+
     def cells(self) -> list["Cell"]:
         """The cells of the table.
 
         Raises:
             TPatchError: there is no such row, or a configuration or a file of data is missing.
         """
-        from tpatch_jax.evaluation.rivals import FULL, QUICK, ROWS, cells, find_file
+        from tpatch_jax.evaluation.rivals import ROWS, cells, find_file
 
-        if self.n is not None and self.n < 1:
-            raise TPatchError(f"-n {self.n} leaves no record; give 1 or more")
-        parts = QUICK if self.quick else FULL
-        parts = parts if self.n is None else tuple(part._replace(n=self.n) for part in parts)
+        parts = self.parts()
         rows = list(ROWS) if self.rows is None else [row.strip() for row in self.rows.split(",") if row.strip()]
         for name in (*(part.file for part in parts), TEXT):
             find_file(Path(self.data), name)
         return cells(parts, rows, self.configs, Path(self.output))
 
     def measure(self, cell: "Cell", output: Path, loaded: "Callable[[], Model]") -> None:
-        """Measure one cell, in a process of its own, so that its peak memory is its own; of a quick table in this one.
+        """Measure one cell: in a separate process, whose peak memory is the cell's; of a quick table in this one.
 
         Raises:
             TPatchError: it failed.
@@ -126,7 +138,6 @@ class Rivals:
         if not memory.exists():
             written = read_text(text)
             # A short text, as in a trial, is both.
-            output.mkdir(parents=True, exist_ok=True)
             write_text(memory, written[HELD:] or written)
         tokens = 2048 if self.quick else 8192
         common = ["--memory", str(memory), "--text", str(text), "--text-tokens", str(tokens)]
@@ -192,7 +203,7 @@ def parse_command(arguments: Sequence[str]) -> Eval:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    """Run ``tpatch`` in a process of its own."""
+    """Run ``tpatch`` in a separate process."""
     done: Any = subprocess.run(
         [sys.executable, "-m", "tpatch_jax.cli.main", *arguments], capture_output=True, text=True, check=False
     )

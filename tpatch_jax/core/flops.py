@@ -26,5 +26,6 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
         >>> count_flops(lambda a, b: a @ b, jnp.ones((3, 5)), jnp.ones((5, 7)))
         210.0
     """
-    costs = jax.jit(function).lower(*arguments).cost_analysis() or {}
-    return float(costs.get("flops", math.nan))
+    costs = jax.jit(function).lower(*arguments).cost_analysis()
+    # A program without any says nothing of them.
+    return math.nan if costs is None else float(costs.get("flops", 0.0))

@@ -1,7 +1,7 @@
 """One table of all editing methods: the same model, records and questions, each method from its configuration.
 
-A table has parts (records and a protocol) and rows (configurations); a cell is one evaluation, in a report folder of
-its own, so an interrupted table goes on where it was and each cell can be had again by itself. Rows stand beside what
+A table has parts (records and a protocol) and rows (configurations); a cell is one evaluation with a report
+folder, so an interrupted table goes on where it was and each cell can be had again by itself. Rows stand beside what
 their authors report, of other models and more edits: that says what a method can do, not what it should do here.
 """
 
@@ -12,10 +12,23 @@ from typing import Any, NamedTuple
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.report import read_report, shown
-from tpatch_jax.storage.files import write_text
+from tpatch_jax.storage.files import check_vacant, write_text
+from tpatch_jax.storage.finished_parts import check_same_run
 from tpatch_jax.storage.folders import REPORT
 
-__all__ = ["FULL", "QUICK", "ROWS", "Cell", "Part", "Table", "as_markdown", "cells", "fill_table", "read_table"]
+__all__ = [
+    "FULL",
+    "QUICK",
+    "ROWS",
+    "Cell",
+    "Part",
+    "Table",
+    "as_markdown",
+    "cells",
+    "fill_table",
+    "open_table",
+    "read_table",
+]
 
 SCHEMA = 1
 
@@ -54,7 +67,7 @@ class Part(NamedTuple):
         n: so many records.
         options: further arguments of ``tpatch eval``.
         figures: what the table shows of it, if it was measured.
-        alone: whether each cell has a process of its own, whose peak memory is its own.
+        alone: whether each cell has a separate process, whose peak memory is the cell's.
     """
 
     name: str
@@ -206,30 +219,54 @@ class Table(NamedTuple):
         }  # fmt: skip
 
 
-def read_table(chosen: Sequence[Cell], missing: Mapping[tuple[str, str], str] | None = None) -> Table:
-    """What the cells of a table have come to so far.
+def open_table(output: Path, plan: Mapping[str, Any]) -> None:
+    """Begin a table's folder, or go on with one of the same plan.
 
     Args:
-        chosen: its cells.
+        output: new, empty, or of an earlier run.
+        plan: what its figures depend on, as JSON can hold it.
+
+    Raises:
+        TPatchError: the folder holds something else, or a table of another plan.
+    """
+    run = output / "run.json"
+    try:
+        if not run.exists():
+            check_vacant(output, inside=True)
+            output.mkdir(parents=True, exist_ok=True)
+            write_text(run, json.dumps(plan, indent=1) + "\n")
+        earlier = json.loads(run.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise TPatchError(f"{output} cannot be a table's folder ({error}); choose another one") from None
+    check_same_run(earlier, dict(plan), output, "choose another output folder or remove it first")
+
+
+def read_table(parts: Sequence[Part], output: Path, missing: Mapping[tuple[str, str], str] | None = None) -> Table:
+    """What a table has come to so far, rows of earlier runs among them.
+
+    Args:
+        parts: its parts.
+        output: its folder.
         missing: by part and row why one has no report.
     """
-    parts = tuple(dict.fromkeys(cell.part for cell in chosen))
-    results: dict[str, dict[str, Any]] = {part.name: {} for part in parts}
-    for cell in chosen:
-        if not (cell.folder / REPORT).exists():
-            continue
-        unedited, *edited = read_report(cell.folder)["results"]
-        results[cell.part.name].setdefault(UNEDITED, unedited)
-        results[cell.part.name][cell.row] = edited[0]
+    results: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        of_part = results[part.name] = {}
+        for row in ROWS:
+            if (output / part.name / row / REPORT).exists():
+                unedited, *edited = read_report(output / part.name / row)["results"]
+                of_part.setdefault(UNEDITED, unedited)
+                of_part[row] = edited[0]
     reasons: dict[str, dict[str, str]] = {}
     for (part, row), reason in (missing or {}).items():
         reasons.setdefault(part, {})[row] = reason
-    return Table(parts, results, reasons)
+    return Table(tuple(parts), results, reasons)
 
 
 def fill_table(
     chosen: Sequence[Cell],
     measure: Callable[[Cell], None],
+    parts: Sequence[Part],
     output: Path,
     tell: Callable[[Cell, int], None] = lambda cell, number: None,
 ) -> Table:
@@ -238,13 +275,14 @@ def fill_table(
     ``table.json`` and ``table.md`` are written after each cell, so that what is known can be read at any time.
 
     Args:
-        chosen: from `cells`.
+        chosen: what shall be measured, from `cells`.
         measure: writes a cell's report.
+        parts: the table's parts.
         output: the table's folder.
         tell: called before each cell that is measured with it and its number.
     """
     missing: dict[tuple[str, str], str] = {}
-    table = _write(chosen, missing, output)
+    table = _write(parts, missing, output)
     for number, cell in enumerate(chosen):
         if (cell.folder / REPORT).exists():
             continue
@@ -253,14 +291,13 @@ def fill_table(
             measure(cell)
         except TPatchError as error:
             missing[cell.part.name, cell.row] = str(error)
-        table = _write(chosen, missing, output)
+        table = _write(parts, missing, output)
     return table
 
 
-def _write(chosen: Sequence[Cell], missing: Mapping[tuple[str, str], str], output: Path) -> Table:
-    table = read_table(chosen, missing)
+def _write(parts: Sequence[Part], missing: Mapping[tuple[str, str], str], output: Path) -> Table:
+    table = read_table(parts, output, missing)
     try:
-        output.mkdir(parents=True, exist_ok=True)
         write_text(output / "table.json", json.dumps(table.to_json(), ensure_ascii=False, indent=1) + "\n")
         write_text(output / "table.md", as_markdown(table))
     except OSError as error:
