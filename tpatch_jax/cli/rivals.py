@@ -37,7 +37,7 @@ class Rivals:
     _: KW_ONLY
     data: Annotated[str, arg(metavar="DATA", help="folder of the data sets: CounterFact, zsRE and WikiText")]
     output: Annotated[str, arg(aliases=["-o"], metavar="TABLE", help="folder of the table and its reports")]
-    quick: Annotated[bool, arg(help="8 CounterFact records in one step: under 15 minutes on two CPU cores")] = False
+    quick: Annotated[bool, arg(help="8 CounterFact records in one step and one process, for a pull request")] = False
     rows: Annotated[str | None, arg(metavar="NAME[,…]", help="by default all")] = None
     configs: Annotated[str, arg(metavar="CONFIGS", help="what the names of the configurations begin with")] = (
         "configs/smollm2-135m"
