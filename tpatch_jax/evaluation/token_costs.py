@@ -8,6 +8,7 @@ they are the same on every machine. Weights that were changed in place cost noth
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
@@ -19,6 +20,7 @@ from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.editors.base import Routing
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import batches
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
 
@@ -43,16 +45,26 @@ def answer_flops(model: Model, length: int, tokens: int = ANSWER) -> float:
         >>> answer_flops(model, 12) > 12 * 2 * model.parameter_count  # doctest: +SKIP
         True
     """
-    config = model.config
+    leaves, structure = jax.tree.flatten(model.params)
+    shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    return _answer_flops(model.config, structure, shapes, length, tokens)
+
+
+@lru_cache(maxsize=256)
+def _answer_flops(
+    config: NetworkConfig, structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...], length: int, tokens: int
+) -> float:
+    """The same of parameters of which only the shapes count, so that it is counted once for all edits of one shape."""
+    weights = jax.tree.unflatten(structure, shapes)
 
     def run(params: Any, ids: jax.Array, positions: jax.Array, cache: Any) -> Any:
         states, cache = networks.decode(config, params, ids, positions, cache)
         return networks.logits(config, networks.final_weights(config, params), states[:, -1]), cache
 
-    cache = jax.eval_shape(lambda params: networks.empty_cache(config, params, 1, length + tokens), model.params)
+    cache = jax.eval_shape(lambda params: networks.empty_cache(config, params, 1, length + tokens), weights)
     several, single = (jax.ShapeDtypeStruct((1, count), jnp.int32) for count in (length, 1))
-    read = count_flops(run, model.params, several, several, cache)
-    return read + (tokens - 1) * count_flops(run, model.params, single, single, cache)
+    read = count_flops(run, weights, several, several, cache)
+    return read + (tokens - 1) * count_flops(run, weights, single, single, cache)
 
 
 def _input_flops(model: Model, row: Sequence[int]) -> float:
