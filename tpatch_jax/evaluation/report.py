@@ -142,7 +142,15 @@ def _ordered(names: Sequence[str], first: Sequence[str]) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A figure or a property as tables show it."""
+    """A figure or a property as tables show it.
+
+    Args:
+        value: a number, whether something holds, a text, or ``None`` where there is nothing.
+
+    Example:
+        >>> shown(0.25), shown(12345.6), shown(True), shown(None)
+        ('0.25', '12,346', 'yes', '')
+    """
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, bool):
