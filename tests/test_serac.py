@@ -142,7 +142,7 @@ def test_a_decision_costs_the_encoder_and_the_memory(model, fresh):
     encoder = state.networks.scope
     kernels = sum(leaf.size for leaf in jax.tree.leaves(encoder.params["layers"]) if leaf.ndim == 2)
     tokens = len(encoder.tokenizer.encode("who saw the cod"))
-    assert 1 < (routing(state).decision_flops(prompt) - 3 * 2) / (2 * tokens * kernels) < 1.6
+    assert 1 < (routing(state).decision_flops(prompt) - 3 * 2) / (2 * tokens * kernels) < 1.9
 
 
 def test_the_base_model_is_asked_out_of_scope_bit_for_bit_and_the_other_one_in_scope(model, fresh):

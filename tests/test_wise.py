@@ -166,7 +166,7 @@ def test_a_decision_costs_the_layers_below_and_the_copy(model, fresh, edited):
     kernels = [layer["ffn"][name] for name in ("up", "gate")] + [layer["attention"]]
     products = sum(leaf.size for leaf in jax.tree.leaves(kernels) if leaf.ndim == 2) + state.main.size
     # Attention's scores, norms and lengths besides.
-    assert 1 < routing(state).decision_flops(prompt) / (2 * len(prompt) * products) < 1.5
+    assert 1 < routing(state).decision_flops(prompt) / (2 * len(prompt) * products) < 1.9
     assert routing(fresh).decision_flops(prompt) == 0
 
 
