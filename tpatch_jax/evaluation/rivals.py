@@ -230,9 +230,10 @@ def open_table(output: Path, plan: Mapping[str, Any]) -> None:
         TPatchError: the folder holds something else, or a table of another plan.
     """
     run = output / "run.json"
+    if not run.exists():
+        check_vacant(output, inside=True)
     try:
         if not run.exists():
-            check_vacant(output, inside=True)
             output.mkdir(parents=True, exist_ok=True)
             write_text(run, json.dumps(plan, indent=1) + "\n")
         earlier = json.loads(run.read_text("utf-8"))
