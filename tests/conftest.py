@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from tpatch_jax.editors.rome import memit, rome
 from tpatch_jax.evaluation import pictures
 from tpatch_jax.models.families.registry import configure, family_of
 from tpatch_jax.models.image_reader import image_reader
@@ -259,6 +260,16 @@ def optimised_real_models(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", before and not is_optimised(request.node, request.module))
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Few contexts for values at subjects, so that little is compiled, and a cache for the tests."""
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setenv("TPATCH_CACHE", str(tmp_path_factory.getbasetemp() / "tpatch"))
+        patching.setattr(rome, "CONTEXTS", ((2, 2),))
+        patching.setattr(memit, "CONTEXTS", ((4, 2),))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -380,6 +380,10 @@ def test_protocols_report_and_resume(tiny_model: Model, tmp_path: Path, protocol
     assert edited["n"] == 4
     assert {"seconds", "forward_equivalents", "peak_memory_mib", "parameters_added"} <= edited["cost"].keys()
     assert edited["cost"]["parameters_added"] > 0
+    assert whole["results"][0]["cost"]["token_forward_equivalents"] == 1.0
+    assert 1.0 < edited["cost"]["token_forward_equivalents"] < 1.3
+    assert 1.0 < edited["cost"]["token_forward_equivalents_elsewhere"] < 1.3
+    assert edited["cost"]["token_flops"] > 2 * tiny_model.parameter_count / 2
     assert bool(edited.get("curves")) == (protocol == "sequential")
     names = {path.name for path in (tmp_path / "whole").iterdir()}
     pictures = {"activations-direct.png", "before-after.png", "cost.png"}

@@ -1,7 +1,6 @@
 """AlphaEdit (with MEMIT's aligned steps and ROME in a null space), UltraEdit and NeuralDB: algebra, edits, settings."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,6 @@ from tpatch_jax.editors.neuraldb import _adapters as neuraldb_adapters
 from tpatch_jax.editors.neuraldb import edited_model as database_model
 from tpatch_jax.editors.reading import read_item
 from tpatch_jax.editors.registry import method_settings
-from tpatch_jax.editors.rome import memit as memit_module
-from tpatch_jax.editors.rome import rome as rome_module
 from tpatch_jax.editors.rome.alphaedit import AlphaEditSettings, alphaedit
 from tpatch_jax.editors.rome.hidden_moment import hidden_moment, moment_rows
 from tpatch_jax.editors.rome.memit import MemitSettings, memit
@@ -62,19 +59,9 @@ from tpatch_jax.models.patching import attach
 from tpatch_jax.models.rows import tokens_array
 
 PROMOTION = "standard"  # optax takes steps
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few")
 
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Few contexts, so that little is compiled, and a cache of our own."""
-    with pytest.MonkeyPatch.context() as patching:
-        patching.setenv("TPATCH_CACHE", str(tmp_path_factory.getbasetemp() / "tpatch"))
-        patching.setattr(rome_module, "CONTEXTS", ((2, 2),))
-        patching.setattr(memit_module, "CONTEXTS", ((4, 2),))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -163,6 +163,21 @@ def test_a_prompt_near_an_edit_is_read_behind_it_and_no_other(model, edited):
     assert outcome.predicted[outcome.fires].tolist() == asked[places].argmax(-1).tolist()
 
 
+def test_a_decision_costs_an_embedding_and_the_index(model, fresh, edited, tmp_path):
+    state, prompt = edited[0], model.encode_prompt(OTHER)
+    kernels = sum(leaf.size for leaf in jax.tree.leaves(model.params["layers"][0]) if leaf.ndim == 2)
+    # Of the first layer alone; its attention's scores and norms besides.
+    decision = routing(state).decision_flops(prompt)
+    assert 1 < (decision - 2 * state.keys.size) / (2 * len(prompt) * kernels) < 1.9
+    assert routing(fresh).decision_flops(prompt) == 0
+    encoder = read_encoder(write_tiny_folder(family("bert", num_hidden_layers=1), tmp_path / "bert"))
+    other = state._replace(retriever=state.retriever._replace(encoder=encoder))
+    kernels = sum(leaf.size for leaf in jax.tree.leaves(encoder.params["layers"]) if leaf.ndim == 2)
+    decision = routing(other).decision_flops(prompt) - 2 * state.keys.size
+    assert 1 < decision / (2 * len(encoder.tokenizer.encode(OTHER)) * kernels) < 1.9
+    assert routing(other).decision_flops([]) == 2 * state.keys.size
+
+
 def test_several_edits_stand_there_the_nearest_last(edited):
     state, _ = edited
     near = state._replace(

@@ -1,6 +1,5 @@
 """ROME, R-ROME and MEMIT: the algebra of their updates, their statistics, edits of a tiny model, and the harness."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +21,6 @@ from tpatch_jax.editors.base import Editor
 from tpatch_jax.editors.reading import read_item
 from tpatch_jax.editors.registry import METHODS, method_settings
 from tpatch_jax.editors.rome import hidden_moment as statistics
-from tpatch_jax.editors.rome import memit as memit_module
-from tpatch_jax.editors.rome import rome as rome_module
 from tpatch_jax.editors.rome.hidden_moment import hidden_moment, moment_rows, sampled_contexts
 from tpatch_jax.editors.rome.memit import MemitSettings, memit, memit_layers, memit_weight
 from tpatch_jax.editors.rome.rank_one import damped, distribute_update, rank_one
@@ -36,7 +33,7 @@ from tpatch_jax.models.patching import attach
 from tpatch_jax.models.rows import tokens_array
 
 PROMOTION = "standard"  # optax takes steps
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few")
 
 KEY = jax.random.key(0)
 # A random model's attention carries little on, so each prompt ends with its subject.
@@ -48,16 +45,6 @@ REQUESTS = (
     EditRequest("We hit Bob", "t", "Bob", id="bob"),
     EditRequest("He met Cyd", "the", "Cyd", id="cyd"),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Few contexts, so that little is compiled, and a cache of our own."""
-    with pytest.MonkeyPatch.context() as patching:
-        patching.setenv("TPATCH_CACHE", str(tmp_path_factory.getbasetemp() / "tpatch"))
-        patching.setattr(rome_module, "CONTEXTS", ((2, 2),))
-        patching.setattr(memit_module, "CONTEXTS", ((4, 2),))
-        yield
 
 
 class Begun(NamedTuple):

@@ -135,6 +135,16 @@ def test_edits_are_taken_out_exactly(fresh):
     assert same(restored.embeddings, both.embeddings)
 
 
+def test_a_decision_costs_the_encoder_and_the_memory(model, fresh):
+    prompt = model.encode_prompt("who saw the cod")
+    assert routing(fresh).decision_flops(prompt) == 0
+    state = placed(fresh, {}, [NEAR])
+    encoder = state.networks.scope
+    kernels = sum(leaf.size for leaf in jax.tree.leaves(encoder.params["layers"]) if leaf.ndim == 2)
+    tokens = len(encoder.tokenizer.encode("who saw the cod"))
+    assert 1 < (routing(state).decision_flops(prompt) - 3 * 2) / (2 * tokens * kernels) < 1.9
+
+
 def test_the_base_model_is_asked_out_of_scope_bit_for_bit_and_the_other_one_in_scope(model, fresh):
     inside, outside = wanted()[0].prompt, "the hat is"
     state = placed(fresh, {inside: NEAR, outside: FAR, f"{inside} x cod y": FAR, "": FAR}, [NEAR])

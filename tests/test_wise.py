@@ -160,6 +160,16 @@ def test_the_activation_is_the_mean_change_over_a_prompt(model, edited):
         assert one == pytest.approx(change[1:].mean() if len(prompt) > 1 else change[0], rel=1e-4)
 
 
+def test_a_decision_costs_the_layers_below_and_the_copy(model, fresh, edited):
+    state, prompt = edited[0], model.encode_prompt(OTHER)
+    layer = model.params["layers"][0]
+    kernels = [layer["ffn"][name] for name in ("up", "gate")] + [layer["attention"]]
+    products = sum(leaf.size for leaf in jax.tree.leaves(kernels) if leaf.ndim == 2) + state.main.size
+    # Attention's scores, norms and lengths besides.
+    assert 1 < routing(state).decision_flops(prompt) / (2 * len(prompt) * products) < 1.9
+    assert routing(fresh).decision_flops(prompt) == 0
+
+
 def test_out_of_scope_the_unedited_model_answers_bit_for_bit(model, edited):
     state, _ = edited
     routes = routing(state)

@@ -17,6 +17,7 @@ from tpatch_jax.storage.reading import read_bytes
 
 if TYPE_CHECKING:
     from tpatch_jax.evaluation.records import DataNotes, Record
+    from tpatch_jax.models.model import Model
 
 __all__ = ["Eval"]
 
@@ -92,9 +93,30 @@ class Eval:
 
     def run(self) -> None:
         """Evaluate the methods, write the report, and show it."""
+        from tpatch_jax.evaluation.report import data_remarks, table
+
+        result = self.evaluate()
+        if self.json:
+            print_json(result)
+            return
+        first = result["results"][0]
+        title = f"{self.model}, protocol {first['protocol']}: {first['moment']}"
+        show_rows(title, table([(of_method["method"], of_method) for of_method in result["results"]]))
+        for remark in data_remarks(result):
+            result_console().print(remark, markup=False)
+        result_console().print(f"report in {self.output}", markup=False)
+
+    def evaluate(self, model: "Model | None" = None) -> dict[str, Any]:
+        """Evaluate the methods and write the report, which is returned.
+
+        Args:
+            model: the model, if it is loaded already.
+
+        Raises:
+            TPatchError: the options make no sense, or the evaluation fails.
+        """
         from tpatch_jax.editors.registry import find_method, method_settings
         from tpatch_jax.evaluation.protocols import PROTOCOLS
-        from tpatch_jax.evaluation.report import data_remarks, table
         from tpatch_jax.evaluation.runner import evaluate
 
         options, changes = self.settle()
@@ -106,10 +128,9 @@ class Eval:
         methods = [name.strip() for name in options["method"].split(",") if name.strip()]
         edited = [find_method(name).name for name in methods if name != "unedited"]
         settings = method_settings(edited, options["preset"], changes)
-        model = None
         if options["data"] == IMAGES:
             # Files of pictures number the labels, which only the model can name.
-            model = load(self.model, self.dtype, self.quiet or self.json)
+            model = load(self.model, self.dtype, self.quiet or self.json) if model is None else model
             chosen = _choose_images(options, model.config.labels)
         else:
             chosen = _choose_records(options)
@@ -122,7 +143,7 @@ class Eval:
                 f"{self.model!r} reads sound, which no protocol measures; `tpatch edit` says what became of it"
             )
         with progress_bar(self.quiet or self.json) as report:
-            result = evaluate(
+            return evaluate(
                 model,
                 chosen.records,
                 methods,
@@ -144,14 +165,6 @@ class Eval:
                 notes=chosen.notes,
                 progress=report,
             )
-        if self.json:
-            print_json(result)
-            return
-        title = f"{self.model}, protocol {options['protocol']}: {result['results'][0]['moment']}"
-        show_rows(title, table([(of_method["method"], of_method) for of_method in result["results"]]))
-        for remark in data_remarks(result):
-            result_console().print(remark, markup=False)
-        result_console().print(f"report in {self.output}", markup=False)
 
     def _measure_patches(self, options: Mapping[str, Any]) -> None:
         """What patches that were saved do to running text."""

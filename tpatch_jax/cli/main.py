@@ -42,6 +42,7 @@ from tpatch_jax.cli.merge import Merge
 from tpatch_jax.cli.models import Models
 from tpatch_jax.cli.prune import Prune
 from tpatch_jax.cli.report import Report
+from tpatch_jax.cli.rivals import Rivals
 from tpatch_jax.cli.serac_train import SeracTrain
 from tpatch_jax.cli.sweep import Sweep
 from tpatch_jax.cli.transcribe import Transcribe
@@ -68,6 +69,7 @@ COMMANDS: Mapping[str, type[Command]] = {
     "prune": Prune,
     "report": Report,
     "learn": Learn,
+    "rivals": Rivals,
     "serac-train": SeracTrain,
     "sweep": Sweep,
     "transcribe": Transcribe,

@@ -177,11 +177,13 @@ class Routing(NamedTuple):
         contexts: from prompts in tokens to what the other model reads beside each, or ``None`` where the base model
             answers.
         place: from a prompt in tokens to where in it the context stands; by default before all of it.
+        decision_flops: from a prompt in tokens to the FLOPs of deciding on it; by default a decision counts as free.
     """
 
     model: Model
     contexts: Callable[[Sequence[Sequence[int]]], list[list[int] | None]]
     place: Callable[[Sequence[int]], int] = lambda prompt: 0
+    decision_flops: Callable[[Sequence[int]], float] = lambda prompt: 0.0
 
     def joined(self, prompt: Sequence[int], context: Sequence[int], row: Sequence[int]) -> list[int]:
         """A row that begins with a prompt, with the prompt's context in its place."""

@@ -49,7 +49,7 @@ from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions, RequestIn
 from tpatch_jax.editors.reading import Item, check_requests, read_item
 from tpatch_jax.editors.registry import Method, register_editor
 from tpatch_jax.editors.repeats import step_once
-from tpatch_jax.editors.stored import find_kept, name_request, requests_from_array, requests_to_array
+from tpatch_jax.editors.stored import find_kept, name_request, restore_stored, save_stored
 from tpatch_jax.editors.tpatcher.last_site import collect_bare, forward_seconds
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
@@ -627,7 +627,7 @@ def save_edits(state: GraceState) -> Arrays:
     Args:
         state: after some steps.
     """
-    return {"keys": state.keys, "values": state.values, "requests": requests_to_array(state.requests)}
+    return save_stored(state, "keys", "values")
 
 
 def restore_edits(state: GraceState, arrays: Arrays) -> GraceState:
@@ -637,8 +637,8 @@ def restore_edits(state: GraceState, arrays: Arrays) -> GraceState:
         state: fresh, from ``init`` with the same settings and model.
         arrays: what was saved.
     """
-    requests = requests_from_array(arrays["requests"])
-    return _entered(state, requests, np.array(arrays["keys"]), np.array(arrays["values"]))
+    read = restore_stored(state, arrays, "keys", "values")
+    return _entered(state, read.requests, read.keys, read.values)
 
 
 def edit_rows(state: GraceState) -> dict[str, Arrays]:

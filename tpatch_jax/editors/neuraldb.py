@@ -45,7 +45,7 @@ from tpatch_jax.editors.rome.memit import check_layers, subject_keys, subject_st
 from tpatch_jax.editors.rome.rome import rome_layer
 from tpatch_jax.editors.rome.state import Attempt, RomeState, read_requests, report, says
 from tpatch_jax.editors.rome.subject_value import ValueSettings, check_value, train_together, value_rows
-from tpatch_jax.editors.stored import find_kept, name_request, requests_from_array, requests_to_array
+from tpatch_jax.editors.stored import find_kept, name_request, restore_stored, save_stored
 from tpatch_jax.editors.subject_rows import PromptRow
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds
 from tpatch_jax.errors import TPatchError
@@ -359,7 +359,7 @@ def save_edits(state: NeuralDBState) -> Arrays:
     Args:
         state: after some steps.
     """
-    return {"keys": state.keys, "values": state.values, "requests": requests_to_array(state.requests)}
+    return save_stored(state, "keys", "values")
 
 
 def restore_edits(state: NeuralDBState, arrays: Arrays) -> NeuralDBState:
@@ -369,8 +369,7 @@ def restore_edits(state: NeuralDBState, arrays: Arrays) -> NeuralDBState:
         state: fresh, from ``init`` with the same settings and model.
         arrays: what was saved.
     """
-    requests = requests_from_array(arrays["requests"])
-    return state._replace(requests=requests, keys=np.array(arrays["keys"]), values=np.array(arrays["values"]))
+    return restore_stored(state, arrays, "keys", "values")
 
 
 register_editor(

@@ -35,14 +35,15 @@ import numpy as np
 from jax import Array
 
 from tpatch_jax.core.checks import check_range
+from tpatch_jax.core.flops import count_flops
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions, RequestInfo, Routing
 from tpatch_jax.editors.model_memory import find_names
 from tpatch_jax.editors.reading import check_requests, read_item, swapped_prompts
 from tpatch_jax.editors.registry import Method, register_editor
 from tpatch_jax.editors.repeats import step_once
 from tpatch_jax.editors.routed import apply_routed, routed_answers
-from tpatch_jax.editors.serac.networks import embeddings, read_encoder
-from tpatch_jax.editors.stored import find_kept, name_request, requests_from_array, requests_to_array
+from tpatch_jax.editors.serac.networks import embedding_flops, embeddings, read_encoder
+from tpatch_jax.editors.stored import find_kept, name_request, restore_stored, save_stored
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
@@ -206,6 +207,21 @@ def embed_texts(retriever: Retriever, texts: Sequence[str]) -> np.ndarray:
     embedded -= np.outer(embedded @ retriever.direction, retriever.direction)
     result[chosen] = embedded / np.maximum(np.linalg.norm(embedded, axis=-1, keepdims=True), 1e-12)
     return result
+
+
+def _embedding_flops(retriever: Retriever, text: str) -> float:
+    """FLOPs of the embedding of one text; one that is empty takes none."""
+    model = retriever.model
+    if not text.strip():
+        return 0.0
+    if retriever.encoder is not None:
+        return embedding_flops(retriever.encoder, text)
+    row = jax.ShapeDtypeStruct((1, len(_cut(model, model.encode_prompt(text)))), jnp.int32)
+    states = count_flops(
+        lambda params, tokens: _hidden(model.config, retriever.layer, params, tokens), model.params, row
+    )
+    # The weighted mean, and the common direction that is taken out.
+    return states + 2.0 * row.shape[1] * model.config.hidden_size + 4.0 * model.config.hidden_size
 
 
 def check_retrieval(model: Model, settings: RetrievalSettings) -> int:
@@ -389,7 +405,13 @@ def routing(state: RetrievalState) -> Routing:
             read.append(None if context is None or model.excess([*prompt, *context], [0]) else context)
         return read
 
-    return Routing(model, contexts, partial(_place, model))
+    def decision_flops(prompt: Sequence[int]) -> float:
+        if not state.requests:
+            return 0.0
+        asked = _asked(model, model.decode_all(prompt))
+        return _embedding_flops(state.retriever, asked) + 2.0 * state.keys.size
+
+    return Routing(model, contexts, partial(_place, model), decision_flops)
 
 
 def _place(model: Model, prompt: Sequence[int]) -> int:
@@ -527,7 +549,7 @@ def save_index(state: RetrievalState) -> Arrays:
     Args:
         state: after some steps.
     """
-    return {"keys": state.keys, "thresholds": state.thresholds, "requests": requests_to_array(state.requests)}
+    return save_stored(state, "keys", "thresholds")
 
 
 def restore_index(state: RetrievalState, arrays: Arrays) -> RetrievalState:
@@ -537,8 +559,7 @@ def restore_index(state: RetrievalState, arrays: Arrays) -> RetrievalState:
         state: fresh, from ``init`` with the same settings and model.
         arrays: what was saved.
     """
-    requests = requests_from_array(arrays["requests"])
-    return state._replace(requests=requests, keys=np.array(arrays["keys"]), thresholds=np.array(arrays["thresholds"]))
+    return restore_stored(state, arrays, "keys", "thresholds")
 
 
 # --- among the methods ---

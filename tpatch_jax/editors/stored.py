@@ -2,13 +2,17 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.typing import Arrays
 
-__all__ = ["find_kept", "name_request", "requests_from_array", "requests_to_array"]
+__all__ = ["find_kept", "name_request", "requests_from_array", "requests_to_array", "restore_stored", "save_stored"]
+
+S = TypeVar("S")
 
 
 def name_request(request: EditRequest, name: str, taken: set[str | None]) -> EditRequest:
@@ -68,3 +72,25 @@ def requests_from_array(array: np.ndarray) -> tuple[EditRequest, ...]:
     """The inverse of `requests_to_array`; what was kept before requests said how they are joined is read as well."""
     fields = json.loads(array.tobytes())
     return tuple(EditRequest(*one[:3], id=one[3], join=one[4] if len(one) > 4 else None) for one in fields)
+
+
+def save_stored(state: Any, *names: str) -> Arrays:
+    """Some arrays of a state by their names, and its requests as JSON in UTF-8.
+
+    Args:
+        state: a named tuple that has them and ``requests``.
+        names: of the arrays.
+    """
+    return {**{name: getattr(state, name) for name in names}, "requests": requests_to_array(state.requests)}
+
+
+def restore_stored(state: S, arrays: Arrays, *names: str) -> S:
+    """The inverse of `save_stored`.
+
+    Args:
+        state: a fresh one.
+        arrays: what was saved.
+        names: of the arrays.
+    """
+    read = {name: np.array(arrays[name]) for name in names}
+    return state._replace(requests=requests_from_array(arrays["requests"]), **read)  # type: ignore[attr-defined]

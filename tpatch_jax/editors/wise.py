@@ -35,6 +35,7 @@ from jaxtyping import Bool, Float, Int
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.checks import check_positive, check_range, text_generator
+from tpatch_jax.core.flops import count_flops
 from tpatch_jax.core.sizes import power_of_two, round_up
 from tpatch_jax.editors.base import EditInfo, Editor, EditorFunctions, RequestInfo, Routing
 from tpatch_jax.editors.one_layer import check_one_layer
@@ -358,7 +359,24 @@ def routing(state: WiseState) -> Routing:
         inside[written] = routing_activations(state, [prompts[number] for number in written]) >= threshold
         return [[] if there else None for there in inside]
 
-    return Routing(_with_kernel(state, side_memory(state)) if state.shards else state.model, contexts)
+    answering = _with_kernel(state, side_memory(state)) if state.shards else state.model
+    return Routing(answering, contexts, decision_flops=partial(_decision_flops, state))
+
+
+def _decision_flops(state: WiseState, prompt: Sequence[int]) -> float:
+    """FLOPs of ``Δ`` of one prompt, for which everything up to the layer is run; without edits nothing is."""
+    if math.isinf(state.least):
+        return 0.0
+    config, layer = state.model.config, state.layer
+
+    def move(params: Params, change: Array, tokens: Array, counted: Array) -> Array:
+        query = networks.trace(config, params, tokens, layer).query
+        hidden = ffn.hidden(ffn.detach(params["layers"][layer]["ffn"]), query, config.activation)
+        return _moves(hidden.astype(jnp.float32), change, counted)
+
+    change = jax.ShapeDtypeStruct(state.main.shape, jnp.float32)
+    tokens, counted = (jax.ShapeDtypeStruct((1, len(prompt)), kind) for kind in (jnp.int32, jnp.float32))
+    return count_flops(move, state.model.params, change, tokens, counted)
 
 
 # --- training ---

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tpatch_jax.core.arguments import install_advice
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["draw_comparison", "draw_report", "draw_sweep"]
+__all__ = ["draw_comparison", "draw_report", "draw_sweep", "draw_tradeoff"]
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -95,6 +95,40 @@ def draw_comparison(path: Path, columns: Sequence[tuple[str, Mapping[str, Any]]]
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_ylabel("share")
     figure.legend(fontsize=8, ncols=3, loc="outside lower center")
+    _save(figure, path)
+
+
+def draw_tradeoff(path: Path, points: Sequence[tuple[str, Mapping[str, Any]]], quality: str) -> None:
+    """Quality over cost: over that of an edit, and over that of each token that is generated afterwards.
+
+    Args:
+        path: the picture.
+        points: name and result of each method.
+        quality: the metric that counts.
+
+    Raises:
+        TPatchError: matplotlib is missing, or the picture cannot be written.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise TPatchError(MISSING) from None
+    figure = _figure(11, 5)
+    panels = (
+        ("forward_equivalents", "forward equivalents per edit", "log"),
+        ("token_forward_equivalents", "forward equivalents per generated token", "linear"),
+    )
+    for axes, (cost, title, scale) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+        for name, result in points:
+            over, height = result["cost"].get(cost), result["metrics"].get(quality)
+            if height is None or over is None or (scale == "log" and over <= 0):
+                continue
+            axes.plot(over, height, "o", markersize=5)
+            axes.annotate(_literal(name), (over, height), (4, 3), textcoords="offset points", fontsize=8)
+        axes.set_xscale(scale)
+        axes.set_xlabel(title)
+        axes.margins(x=0.15)
+    figure.axes[0].set_ylabel(quality)
     _save(figure, path)
 
 

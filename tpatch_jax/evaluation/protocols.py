@@ -55,6 +55,7 @@ from tpatch_jax.evaluation.subject_specificity import (
     specificity_figures,
     specificity_totals,
 )
+from tpatch_jax.evaluation.token_costs import token_costs
 from tpatch_jax.images import ImagePrompt, picture_source
 from tpatch_jax.models.chat import render_requests
 from tpatch_jax.models.model import Model
@@ -69,6 +70,8 @@ RULE = "rephrasing_"
 SAVE_EVERY = 10
 SAID = 300
 """So many records at most are shown with what the model says of its own accord before and after."""
+COUNTED = 8
+"""After so many single edits at most it is counted what a generated token costs."""
 HEAT = 48
 """So many records at most are shown in the heat map of activations."""
 
@@ -330,6 +333,26 @@ def _replies(setup: Setup, model: Model | None, routing: Routing | None = None) 
     return answers(model, setup.records, routing)
 
 
+def _token_costs(setup: Setup, edited: Edited | None, records: Sequence[Record]) -> dict[str, float]:
+    """What a generated token costs after edits, at the prompts of some records and elsewhere; of no edits 1."""
+    model = setup.model if edited is None else edited.model
+    if model is None or not records:
+        return {}
+    requests = render_requests(setup.model, [request for record in records for request in record.requests])
+    about = [setup.model.encode_prompt(request.prompt) for request in requests]
+    probes = [probe for record in records for kind in ELSEWHERE for probe in record.probes.get(kind, ())]
+    elsewhere = [setup.model.encode_prompt(probe.prompt) for probe in dict.fromkeys(probes)]
+    patches, routing = (None, None) if edited is None else (edited.patches, edited.routing)
+    return token_costs(setup.model, model, patches, routing, about, elsewhere)
+
+
+def _mean_costs(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of what generated tokens cost after single edits, of those for which it was counted."""
+    counted = [line["token_costs"] for line in lines if line.get("token_costs")]
+    names = dict.fromkeys(name for costs in counted for name in costs)
+    return {name: float(np.mean([costs[name] for costs in counted if name in costs])) for name in names}
+
+
 def _cost(info: EditInfo) -> dict[str, Any]:
     names = ("seconds", "fit_seconds", "forward_equivalents", "fit_forward_equivalents", "parameters_added")
     requests = [
@@ -400,8 +423,13 @@ def _on_text(setup: Setup, edited: Edited) -> dict[str, float]:
     return text_figures(setup.text, _look(setup, edited, setup.text, whole=True), edited.is_certified(setup.model))
 
 
-def _result(metrics_: Mapping[str, float], costs: Sequence[Mapping[str, Any]], each: bool) -> dict[str, Any]:
-    """Metrics and cost of a method from the costs of its steps; with ``each``, parameters are those of one record."""
+def _result(
+    metrics_: Mapping[str, float], costs: Sequence[Mapping[str, Any]], each: bool, tokens: Mapping[str, float]
+) -> dict[str, Any]:
+    """Metrics and cost of a method from the costs of its steps; with ``each``, parameters are those of one record.
+
+    ``tokens`` is what a generated token costs afterwards.
+    """
     requests = [request for cost in costs for request in cost["requests"]]
     total = {name: sum(cost[name] for cost in costs) for name in ("seconds", "fit_seconds")}
     count = max(1, len(requests))
@@ -412,6 +440,7 @@ def _result(metrics_: Mapping[str, float], costs: Sequence[Mapping[str, Any]], e
     parameters = sum(cost["parameters_added"] for cost in costs)
     status = {name: sum(r["status"] == name for r in requests) for name in ("edited", "already", "failed")}
     cost = {**total, **weighted, "parameters_added": parameters / max(1, len(costs)) if each else parameters}
+    cost |= tokens
     if started := [request["held_at_start"] for request in requests if "held_at_start" in request]:
         cost["held_at_start"] = sum(started) / len(started)
     return {"metrics": dict(metrics_), "cost": cost, "requests": status}
@@ -438,7 +467,7 @@ def unedited(setup: Setup, journal: Journal) -> dict[str, Any]:
     figures = metrics.summarise([line["figures"] for line in journal.lines])
     text = text_figures(setup.text, setup.text.outcome) if setup.text is not None else {}
     figures |= _on_questions(setup, setup.model, None)
-    return _with_facts(_result({**figures, **text}, [], False), journal.lines)
+    return _with_facts(_result({**figures, **text}, [], False, _token_costs(setup, None, setup.records)), journal.lines)
 
 
 def _single(setup: Setup, method: Method, editor: Editor, journal: Journal) -> dict[str, Any]:
@@ -458,11 +487,14 @@ def _single(setup: Setup, method: Method, editor: Editor, journal: Journal) -> d
             setup, number, outcome, model, said, facts, _free(setup, [number], model, routing), routing=routing
         )
         line["figures"] |= _on_text(setup, edited) | _on_questions(setup, model, routing, number)
+        if number < COUNTED:
+            line["token_costs"] = _token_costs(setup, edited, [record])
         heat = _heat(setup, edited.patches, _last_neurons(setup, info.requests)) if number < HEAT else None
         journal.add({"id": record.id, **line, "cost": _cost(info), **({"activations": heat} if heat else {})})
         setup.tell("single edits", number + 1, count)
     figures = metrics.summarise([line["figures"] for line in journal.lines])
-    return _with_facts(_result(figures, [line["cost"] for line in journal.lines], True), journal.lines)
+    costs = [line["cost"] for line in journal.lines]
+    return _with_facts(_result(figures, costs, True, _mean_costs(journal.lines)), journal.lines)
 
 
 def _batch(setup: Setup, method: Method, editor: Editor, journal: Journal) -> dict[str, Any]:
@@ -488,7 +520,8 @@ def _batch(setup: Setup, method: Method, editor: Editor, journal: Journal) -> di
     journal.replace(lines)
     figures = metrics.summarise([line["figures"] for line in lines])
     figures |= _on_questions(setup, edited.model if setup.forms.told else None, edited.routing)
-    return _with_facts(_result({**figures, **_on_text(setup, edited)}, [about["cost"]], False), lines)
+    figures |= _on_text(setup, edited)
+    return _with_facts(_result(figures, [about["cost"]], False, _token_costs(setup, edited, setup.records)), lines)
 
 
 def _after_all(setup: Setup, edited: Edited) -> Lines:
@@ -604,7 +637,8 @@ def _stream_result(setup: Setup, edited: Edited, journal: Journal) -> dict[str, 
     figures = {**figures, **metrics.summarise([line["figures"] for line in final]), **_on_text(setup, edited)}
     figures |= _on_other_images(setup, changed, outcome)
     figures |= _on_questions(setup, edited.model if setup.forms.told else None, edited.routing)
-    result = _with_facts(_result(figures, [line["cost"] for line in edits], False), final)
+    tokens = _token_costs(setup, edited, changed)
+    result = _with_facts(_result(figures, [line["cost"] for line in edits], False, tokens), final)
     checks = [line["check"] for line in edits if "check" in line]
     if edits and "check" not in edits[-1]:
         checks.append(last)

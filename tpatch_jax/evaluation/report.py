@@ -24,6 +24,7 @@ __all__ = [
     "differences",
     "markdown",
     "read_report",
+    "shown",
     "table",
     "worst_first",
     "write_report",
@@ -45,7 +46,10 @@ FIGURES = (
     "first token is as before, said, asked and asked in chat; `specificity_` figures are those of each form: first "
     "token and first five tokens as before, and how often the new target is said within twelve tokens where it was not "
     "(the less the better). `seconds` and forward equivalents are those of editing (per request: seconds ÷ "
-    "those of one forward pass over prompt and target); `total_seconds` has the measuring too, and is of the last run "
+    "those of one forward pass over prompt and target); `token_forward_equivalents` is what a generated token costs "
+    "afterwards: FLOPs of a prompt of median length and 16 tokens behind it, with whatever decides which edit answers, "
+    "over those of the unedited model, after edited prompts and `_elsewhere`; `token_flops` is their number after "
+    "edited prompts, divided by 16; `total_seconds` has the measuring too, and is of the last run "
     "if one was interrupted. `peak_memory_mib` is the most that the process held until then, for the methods before as "
     "well: evaluate a method alone to see its own. `_clean` beside a figure is the same without contaminated probes: "
     "prompts about something else that are edited themselves, and questions about what follows that name a new object. "
@@ -74,7 +78,8 @@ FIRST = (
     *("perplexity", "next_token_agreement", "certificate_tokens", "certificate_prompts", "silent_tokens"),
 )
 COSTS = (
-    *("seconds", "forward_equivalents", "fit_forward_equivalents", "held_at_start", "parameters_added"),
+    *("seconds", "forward_equivalents", "fit_forward_equivalents", "token_forward_equivalents"),
+    *("token_forward_equivalents_elsewhere", "token_flops", "held_at_start", "parameters_added"),
     *("total_seconds", "peak_memory_mib"),
 )
 
@@ -136,7 +141,16 @@ def _ordered(names: Sequence[str], first: Sequence[str]) -> list[str]:
     ]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A figure or a property as tables show it.
+
+    Args:
+        value: a number, whether something holds, a text, or ``None`` where there is nothing.
+
+    Example:
+        >>> shown(0.25), shown(12345.6), shown(True), shown(None)
+        ('0.25', '12,346', 'yes', '')
+    """
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, bool):
@@ -157,10 +171,10 @@ def table(columns: Sequence[tuple[str, Mapping[str, Any]]]) -> Rows:
     for part, first in (("metrics", FIRST), ("cost", COSTS)):
         names = list(dict.fromkeys(name for _, result in columns for name in result[part]))
         for name in _ordered(names, first):
-            rows.append([name, *(_shown(result[part].get(name)) for _, result in columns)])
+            rows.append([name, *(shown(result[part].get(name)) for _, result in columns)])
     said = [result.get("properties") or {} for _, result in columns]
     for name in dict.fromkeys(name for properties in said for name in properties):
-        rows.append([name, *(_shown(properties.get(name)) for properties in said)])
+        rows.append([name, *(shown(properties.get(name)) for properties in said)])
     return rows
 
 

@@ -13,15 +13,22 @@ from tpatch_jax.editors.reading import check_requests, read_item
 from tpatch_jax.editors.registry import Method, register_editor
 from tpatch_jax.editors.repeats import step_once
 from tpatch_jax.editors.routed import apply_routed, routed_answers
-from tpatch_jax.editors.serac.networks import SeracNetworks, context_tokens, edit_text, embeddings, read_networks
-from tpatch_jax.editors.stored import find_kept, name_request, requests_from_array, requests_to_array
+from tpatch_jax.editors.serac.networks import (
+    SeracNetworks,
+    context_tokens,
+    edit_text,
+    embedding_flops,
+    embeddings,
+    read_networks,
+)
+from tpatch_jax.editors.stored import find_kept, name_request, restore_stored, save_stored
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.networks import Batch
 from tpatch_jax.requests import EditRequest
-from tpatch_jax.typing import Progress
+from tpatch_jax.typing import Arrays, Progress
 
 __all__ = [
     "SERAC_PRESETS",
@@ -175,7 +182,13 @@ def routing(state: SeracState) -> Routing:
         }
         return [None if pick is None else edits[pick] for pick in chosen]
 
-    return Routing(small, contexts)
+    def decision_flops(prompt: Sequence[int]) -> float:
+        if not state.requests:
+            return 0.0
+        # Of each stored edit a difference, its square and a sum.
+        return embedding_flops(state.networks.scope, state.model.decode(prompt)) + 3.0 * state.embeddings.size
+
+    return Routing(small, contexts, decision_flops=decision_flops)
 
 
 def forget(state: SeracState, names: Sequence[str]) -> SeracState:
@@ -272,24 +285,23 @@ def _step(state: SeracState, requests: list[EditRequest], progress: Progress | N
 # --- resuming ---
 
 
-def save_memory(state: SeracState) -> dict[str, np.ndarray]:
+def save_memory(state: SeracState) -> Arrays:
     """The memory as arrays: embeddings, and the requests as JSON in UTF-8.
 
     Args:
         state: after some steps.
     """
-    return {"embeddings": state.embeddings, "requests": requests_to_array(state.requests)}
+    return save_stored(state, "embeddings")
 
 
-def restore_memory(state: SeracState, arrays: Mapping[str, np.ndarray]) -> SeracState:
+def restore_memory(state: SeracState, arrays: Arrays) -> SeracState:
     """The inverse of `save_memory`.
 
     Args:
         state: fresh, from ``init``.
         arrays: what was saved.
     """
-    requests = requests_from_array(arrays["requests"])
-    return state._replace(requests=requests, embeddings=np.array(arrays["embeddings"]))
+    return restore_stored(state, arrays, "embeddings")
 
 
 # --- among the methods ---

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from tpatch_jax.core.flops import count_flops
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.checkpoints.folder import read_folder
@@ -31,6 +32,7 @@ __all__ = [
     "context_tokens",
     "edit_text",
     "embed",
+    "embedding_flops",
     "embeddings",
     "encoder_row",
     "read_encoder",
@@ -143,6 +145,17 @@ def embeddings(encoder: Model, texts: Sequence[str]) -> np.ndarray:
     for numbers, batch in batches(encoder.config, [encoder_row(encoder, text) for text in texts]):
         embedded[numbers] = np.asarray(_embed(encoder.config, encoder.params, batch))[: len(numbers)]
     return embedded
+
+
+def embedding_flops(encoder: Model, text: str) -> float:
+    """FLOPs of `embed` for one text.
+
+    Args:
+        encoder: from `read_encoder`.
+        text: any text.
+    """
+    tokens = jax.ShapeDtypeStruct((1, len(encoder_row(encoder, text))), jnp.int32)
+    return count_flops(lambda params, row: embed(encoder.config, params, row), encoder.params, tokens)
 
 
 # --- the counterfactual model ---
