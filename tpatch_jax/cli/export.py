@@ -15,7 +15,16 @@ from tpatch_jax.requests import EditRequest
 if TYPE_CHECKING:
     from tpatch_jax.models.model import Model
 
-__all__ = ["Approximate", "Export", "ExportFormat", "ExportMemory", "TensorType", "check_export", "export_corrected"]
+__all__ = [
+    "Approximate",
+    "Export",
+    "ExportFormat",
+    "ExportMemory",
+    "SafeFor",
+    "TensorType",
+    "check_export",
+    "export_corrected",
+]
 
 ExportFormat = Annotated[
     Literal["transformers", "gguf"],
@@ -30,7 +39,15 @@ TensorType = Annotated[
 ]
 
 Approximate = Annotated[bool, arg(help="where the architecture has no biases, fold them away and measure the error")]
-ExportMemory = Annotated[str | None, arg(help="with --approximate: a text file to fit and measure on")]
+ExportMemory = Annotated[str | None, arg(help="with --approximate or --safe-for: a text file to fit and measure on")]
+SafeFor = Annotated[
+    Literal["per-tensor"] | None,
+    arg(metavar="per-tensor", help="patches that outlive INT8 with one scale for each matrix; measure what it costs"),
+]
+
+
+UNSAFE = 1.5
+"""Where a patch's largest weight is so many times the network's own, INT8 per tensor loses half a bit and more."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,7 @@ class Export:
     format: ExportFormat = "transformers"
     type: TensorType = None
     approximate: Approximate = False
+    safe_for: SafeFor = None
     memory: ExportMemory = None
     dtype: Annotated[str | None, arg(help="float32, bfloat16 or int8; as given to `tpatch edit`")] = None
     json: Json = False
@@ -81,6 +99,8 @@ class ExportOptions(Protocol):
     @property
     def approximate(self) -> bool: ...
     @property
+    def safe_for(self) -> Literal["per-tensor"] | None: ...
+    @property
     def memory(self) -> str | None: ...
     @property
     def json(self) -> bool: ...
@@ -106,6 +126,11 @@ def check_export(options: ExportOptions, model: str) -> None:
 
         if options.approximate or options.memory is not None:
             raise TPatchError("--approximate and --memory are for --format transformers; a GGUF file is always exact")
+        if options.safe_for is not None:
+            raise TPatchError(
+                "--safe-for is for --format transformers; the types of GGUF have a scale for every 16 to 256 weights, "
+                "which patches survive"
+            )
         check_gguf_output(path, model, options.type or KEEP)
         return
     if options.type is not None:
@@ -135,6 +160,7 @@ def export_corrected(model: "Model", options: ExportOptions, requests: Sequence[
             model,
             options.output,
             approximate=options.approximate,
+            safe_for=options.safe_for,
             requests=requests,
             memory=options.memory,
             progress=report,
@@ -161,6 +187,16 @@ def export_corrected(model: "Model", options: ExportOptions, requests: Sequence[
         )
         for name in error.lost:
             console.print(f"[red]lost[/red] {escape(name)}")
+    if info.safe_for:
+        count = len(info.held_rounded) + len(info.lost_rounded)
+        console.print(f"in INT8 with one scale for each matrix {len(info.held_rounded)} of {count} requests hold")
+        for name in info.lost_rounded:
+            console.print(f"[red]lost[/red] {escape(name)}")
+    elif info.weight_excess > UNSAFE:
+        console.print(
+            f"[yellow]not safe for INT8 per tensor[/yellow]: the largest weight of the patches is "
+            f"{info.weight_excess:.0f} times the network's largest; quantise per channel, or give --safe-for per-tensor"
+        )
 
 
 def _export_gguf(model: "Model", options: ExportOptions) -> None:

@@ -253,7 +253,7 @@ def _times(value: Float[Array, "neurons hidden"], factor: Float[Array, "neurons"
     return jnp.where(factor[:, None] == 1, value, value * factor[:, None].astype(value.dtype))
 
 
-def merge(params: Params, patch: Patch) -> Params:
+def merge(params: Params, patch: Patch, shares: Float[Array, "neurons"] | None = None) -> Params:
     """Put a patch inside the parameters of a feed-forward network, which keeps its kind and activation.
 
     A neuron becomes one more column of ``up`` (of ``gate`` when gated, where its ``up`` column is zero with its share
@@ -263,6 +263,7 @@ def merge(params: Params, patch: Patch) -> Params:
     Args:
         params: the network's parameters; not changed.
         patch: ``n`` neurons for this network.
+        shares: ``c`` of each neuron of a gated network, in the place of those by default.
 
     Returns:
         New parameters of a network that is ``n`` neurons wider.
@@ -292,7 +293,7 @@ def merge(params: Params, patch: Patch) -> Params:
     value = patch.value.astype(params["down"]["kernel"].dtype)
     if gated:
         zeros = jnp.zeros((patch.key.shape[1], neurons), patch.key.dtype)
-        shares = neuron_shares(patch._replace(value=value))
+        shares = neuron_shares(patch._replace(value=value)) if shares is None else shares
         merged["up"] = widen(params["up"], zeros, shares)
         value = _times(value, 1 / shares)
     merged["down"] = _longer(params["down"], value)
