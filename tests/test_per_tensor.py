@@ -106,6 +106,7 @@ REQUESTS = [EditRequest("the hen", "q", join="none", id="hen"), EditRequest("a b
 
 def test_a_safe_export_and_what_it_says_of_itself(tmp_path, letters, capsys, monkeypatch):
     monkeypatch.setattr("tpatch_jax.storage.process.prepare_process", lambda: None)
+    monkeypatch.setenv("TPATCH_CACHE", str(tmp_path / "cache"))
     model = make_tiny_model(hidden_size=32, head_dim=16)
     merged = merge(model, spoken_patch(model, REQUESTS))
     plain = export_model(merged, tmp_path / "plain")
@@ -128,12 +129,12 @@ def test_a_safe_export_and_what_it_says_of_itself(tmp_path, letters, capsys, mon
         export_model(merged, tmp_path / "out", safe_for="int8")
     gemma = tiny_model("gemma")
     patch = Patch(*(jnp.ones(shape) for shape in ((1, gemma.config.hidden_size), (1,), (1, gemma.config.hidden_size))))
-    with pytest.raises(TPatchError, match="cannot be made safe for quantising per tensor: .* per channel"):
+    with pytest.raises(TPatchError, match=r"cannot be made safe for quantising per tensor: .* per channel"):
         export_model(merge(gemma, patch), tmp_path / "out", approximate=True, safe_for="per-tensor")
     assert not (tmp_path / "out").exists()
 
     write_tiny_folder(model, tmp_path / "model")
-    saved_folder(tmp_path / "patches", model, REQUESTS)
+    saved_folder(tmp_path / "patches", model, REQUESTS, spoken_patch(model, REQUESTS))
     command = ["export", str(tmp_path / "model"), str(tmp_path / "patches"), "--memory", str(letters), "-o"]
     assert cli.main([*command, str(tmp_path / "one"), "--safe-for", "per-tensor", "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])

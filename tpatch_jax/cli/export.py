@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 from tyro.conf import Positional, arg
 
 from tpatch_jax.cli.common import Json, ModelName, Quiet, load
+from tpatch_jax.cli.merge import InPlace, replace_in, show_replaced
 from tpatch_jax.display.console import format_count, print_json, progress_bar, result_console
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest
@@ -39,7 +40,9 @@ TensorType = Annotated[
 ]
 
 Approximate = Annotated[bool, arg(help="where the architecture has no biases, fold them away and measure the error")]
-ExportMemory = Annotated[str | None, arg(help="with --approximate or --safe-for: a text file to fit and measure on")]
+ExportMemory = Annotated[
+    str | None, arg(help="with --approximate, --safe-for or --in-place-of-unused: a text file to fit and measure on")
+]
 SafeFor = Annotated[
     Literal["per-tensor"] | None,
     arg(metavar="per-tensor", help="patches that outlive INT8 with one scale for each matrix; measure what it costs"),
@@ -65,6 +68,7 @@ class Export:
     type: TensorType = None
     approximate: Approximate = False
     safe_for: SafeFor = None
+    in_place_of_unused: InPlace = False
     memory: ExportMemory = None
     dtype: Annotated[str | None, arg(help="float32, bfloat16 or int8; as given to `tpatch edit`")] = None
     json: Json = False
@@ -76,6 +80,9 @@ class Export:
         from tpatch_jax.models.patching import merge
         from tpatch_jax.models.quantising import dequantize_base
 
+        if self.in_place_of_unused:
+            self._export_in_place()
+            return
         check_export(self, self.model)
         saved = read_patches(self.patches) if self.patches else None
         model, requests = load(self.model, self.dtype, self.quiet or self.json), []
@@ -85,6 +92,32 @@ class Export:
             held = [one["held"] for one in saved.edits]
             requests = [one for one, holds in zip(saved_requests(saved), held, strict=True) if holds]
         export_corrected(model, self, requests)
+
+    def _export_in_place(self) -> None:
+        """Replace the least-used neurons, and write a folder of the very shapes that the uncorrected model has."""
+        from tpatch_jax.bank.patches import check_model, read_patches
+        from tpatch_jax.models.checkpoints.export import export_model
+        from tpatch_jax.models.checkpoints.replacing import write_replaced
+        from tpatch_jax.models.quantising import dequantize_base
+        from tpatch_jax.storage.files import replace_folder
+
+        if self.patches is None or self.format == "gguf" or self.approximate or self.safe_for:
+            raise TPatchError(
+                "--in-place-of-unused goes with PATCHES and --format transformers, without --approximate and "
+                "--safe-for; of what it wrote `tpatch export FOLDER --format gguf` makes a GGUF file"
+            )
+        check_export(self, self.model)
+        saved, quiet = read_patches(self.patches), self.quiet or self.json
+        model = load(self.model, self.dtype, quiet)
+        check_model(saved, model)
+        corrected, replaced = replace_in(dequantize_base(model), saved, self.memory, quiet)
+        with replace_folder(Path(self.output)) as temporary:
+            info = export_model(corrected, temporary)
+            write_replaced(temporary, replaced)
+        if self.json:
+            print_json({"output": self.output, **info.to_json(), **replaced.to_json()})
+        else:
+            show_replaced(replaced, self.output)
 
 
 class ExportOptions(Protocol):

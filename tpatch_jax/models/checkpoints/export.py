@@ -44,11 +44,13 @@ __all__ = [
     "PER_TENSOR",
     "ExportError",
     "ExportInfo",
+    "ask_requests",
     "common_width",
     "constant_direction",
     "describe_exact",
     "export_model",
     "merge_attached",
+    "requests_said",
 ]
 
 
@@ -416,7 +418,7 @@ def _approximate(
     rows = memory_rows(base, memory, cache=cache_folder() if cache else None, progress=progress)
     measured = rows[::HELD_OUT]
     fitted = [row for number, row in enumerate(rows) if number % HELD_OUT] or rows
-    asked = [_asked(model, request) for request in requests]
+    asked = ask_requests(model, requests)
     layers = dict(base.params["layers"])
     for done, (layer, patch) in enumerate(patches.items()):
         if progress:
@@ -439,7 +441,7 @@ def _safe_per_tensor(
         raise TPatchError(f"{model.name!r} has no patches, so there is nothing to make safe; leave safe_for out")
     base, patches = unmerge(model)
     rows = memory_rows(base, memory, cache=cache_folder() if cache else None, progress=progress)[::HELD_OUT]
-    asked = [_asked(model, request) for request in requests]
+    asked = ask_requests(model, requests)
     layers = dict(base.params["layers"])
     for layer, patch in patches.items():
         places = [range(_start(model, row, 0), len(row)) for row, _ in asked]
@@ -447,7 +449,7 @@ def _safe_per_tensor(
         layers[layer] = {**layers[layer], "ffn": merge_per_tensor(layers[layer]["ffn"], patch, firing)}
     safe = base.with_params({**base.params, "layers": layers})
     error = _error(model, safe, rows, requests, asked)
-    return safe, error, _held(_rounded_per_tensor(safe), requests, asked)
+    return safe, error, requests_said(_rounded_per_tensor(safe), requests, asked)
 
 
 def _firing(patch: Patch, query: Any) -> Float[np.ndarray, "neurons d"]:
@@ -506,6 +508,16 @@ def _start(model: Model, row: Sequence[int], least: int) -> int:
     return row.index(ASK) + len(model.begin) if model.config.encoder else least
 
 
+def ask_requests(model: Model, requests: Sequence[EditRequest]) -> list[tuple[list[int], range]]:
+    """The prompt and target of each request in tokens, and the positions whose next tokens are the target.
+
+    Args:
+        model: whose tokens.
+        requests: the requests.
+    """
+    return [_asked(model, request) for request in requests]
+
+
 def _asked(model: Model, request: EditRequest) -> tuple[list[int], range]:
     """A request's prompt and target in tokens, and the positions whose next tokens are the target."""
     request = render_request(model, request)
@@ -536,15 +548,21 @@ def _error(
         difference = np.abs(wanted - given)
         largest, total = max(largest, float(difference.max())), total + float(difference.mean(-1).sum())
         same += int((wanted.argmax(-1) == given.argmax(-1)).sum())
-    held, lost = _held(approximated, requests, asked)
+    held, lost = requests_said(approximated, requests, asked)
     count = hidden.shape[0]
     return ExportError(count, largest, total / count, same / count, held, lost)
 
 
-def _held(
+def requests_said(
     model: Model, requests: Sequence[EditRequest], asked: Sequence[tuple[list[int], range]]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The requests whose targets a model says, token for token, and the others, by id."""
+    """The requests whose targets a model says, token for token, and the others, by id.
+
+    Args:
+        model: it.
+        requests: the requests.
+        asked: what `ask_requests` made of them.
+    """
     held, lost = [], []
     said, end = np.zeros(0, np.int32), 0
     if asked:
