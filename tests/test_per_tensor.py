@@ -32,15 +32,16 @@ def draw(*shape: int) -> np.ndarray:
 def network(gated: bool) -> dict:
     params = {"up": {"kernel": draw(HIDDEN, WIDTH) / 6}, "down": {"kernel": draw(WIDTH, HIDDEN) / 12}}
     params |= {"gate": {"kernel": draw(HIDDEN, WIDTH + 1)[:, 1:] / 6}} if gated else {}
-    return {name: {"kernel": jnp.asarray(entry["kernel"])} for name, entry in params.items()}
+    # as trained networks have it, a few weights are far larger than all others
+    return {name: {"kernel": jnp.asarray(entry["kernel"]).at[3, 5].set(3.0)} for name, entry in params.items()}
 
 
 def sharp_patch() -> tuple[Patch, np.ndarray]:
-    """Two neurons whose response together is level from 80 on, and a query at which they fire by 200 and by 120."""
+    """Two neurons whose response together is level from 80 on, and a query at which they fire by 400 and by 320."""
     query = draw(1, HIDDEN)[0]
     key = SHARP * query
-    key[0] *= 4
-    bias = 200 - query @ key
+    key[0] *= 2
+    bias = 400 - query @ key
     value = draw(2, HIDDEN)[0] * 0.05
     patch = Patch(*(jnp.asarray(each, jnp.float32) for each in ([key, key], [bias, bias - 80], [value, -value])))
     return patch, query
@@ -66,17 +67,20 @@ def test_rounded_per_tensor_the_network_is_as_near_as_without_a_patch_and_the_pa
 
     plain, safe = ffn.merge(params, patch), merge_per_tensor(params, patch, np.stack([query, query]))
     usual = error(params, rows, wanted)
-    assert error(plain, rows, wanted) > 5 * usual
+    assert error(plain, rows, wanted) > 3 * usual
     assert error(safe, rows, wanted) < 1.1 * usual
-    neurons = ffn.width(safe) - WIDTH
-    assert neurons == 2 if gated else neurons > 2
-    assert weight_excess(plain, 2) > 50
-    assert weight_excess(safe, neurons) <= 1 + 1e-6
+    assert ffn.width(safe) - WIDTH == 2
+    assert weight_excess(plain, 2) > 20
+    assert weight_excess(safe, 2) <= 1 + 1e-6
+    # with its key as it is a neuron is less sharp and its value larger, so that without a gate two stand for it
+    uncut = merge_per_tensor(params, patch, None)
+    assert ffn.width(uncut) - WIDTH == (2 if gated else 4)
+    assert weight_excess(uncut, ffn.width(uncut) - WIDTH) <= 1 + 1e-6
     safe = rounded(safe)
     spoken = np.asarray(ffn.apply(safe, query, "silu") - ffn.apply(rounded(params), query, "silu"))
     assert spoken @ change / (change @ change) == pytest.approx(1, abs=0.1)
     # where it is silent it stays so: a hundredth of what it says
-    for name, bare in (("exact", ffn.merge(params, patch)), ("safe", merge_per_tensor(params, patch, None))):
+    for name, bare in (("exact", ffn.merge(params, patch)), ("safe", uncut)):
         assert float(jnp.abs(ffn.apply(bare, rows, "silu") - wanted).max()) < 0.01 * np.abs(change).max(), name
 
 
@@ -90,7 +94,7 @@ def test_what_becomes_of_a_neuron():
     np.testing.assert_allclose(fitted.factors, np.array([0.5, 1]) * whole.max(1) / largest["gate"], rtol=1e-6)
     np.testing.assert_allclose(key[1] * fitted.factors[1], whole[1], rtol=1e-5)
     inputs = np.asarray(fitted.patch.key @ query + fitted.patch.bias) * fitted.factors
-    np.testing.assert_allclose(inputs, [200, 120], rtol=1e-3)
+    np.testing.assert_allclose(inputs, [400, 320], rtol=1e-3)
     rows = np.abs(np.asarray(fitted.patch.value)).max(1) / np.asarray(fitted.shares)
     assert np.all(rows <= largest["down"] * (1 + 1e-6))
     assert np.all(np.log2(fitted.shares) % 1 == 0)
