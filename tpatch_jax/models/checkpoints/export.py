@@ -49,6 +49,7 @@ __all__ = [
     "constant_direction",
     "describe_exact",
     "export_model",
+    "first_position",
     "merge_attached",
     "requests_said",
 ]
@@ -423,7 +424,7 @@ def _approximate(
     for done, (layer, patch) in enumerate(patches.items()):
         if progress:
             progress("folding biases", done, len(patches))
-        query = collect(model, fitted, [range(_start(model, row, 1), len(row)) for row in fitted], layer).query
+        query = collect(model, fitted, [range(first_position(model, row, 1), len(row)) for row in fitted], layer).query
         queries = collect(model, [row for row, _ in asked], [places for _, places in asked], layer).query
         layers[layer] = {
             **layers[layer],
@@ -444,7 +445,7 @@ def _safe_per_tensor(
     asked = ask_requests(model, requests)
     layers = dict(base.params["layers"])
     for layer, patch in patches.items():
-        places = [range(_start(model, row, 0), len(row)) for row, _ in asked]
+        places = [range(first_position(model, row, 0), len(row)) for row, _ in asked]
         firing = _firing(patch, collect(model, [row for row, _ in asked], places, layer).query) if asked else None
         layers[layer] = {**layers[layer], "ffn": merge_per_tensor(layers[layer]["ffn"], patch, firing)}
     safe = base.with_params({**base.params, "layers": layers})
@@ -503,8 +504,14 @@ def constant_direction(
     return jnp.asarray(np.linalg.solve(moment + ridge * np.trace(moment) / width * np.eye(width), sums), jnp.float32)
 
 
-def _start(model: Model, row: Sequence[int], least: int) -> int:
-    """The first position of a row that counts: the one that decides an encoder-decoder's first token, or `least`."""
+def first_position(model: Model, row: Sequence[int], least: int) -> int:
+    """The first position of a row that counts: the one that decides an encoder-decoder's first token, or `least`.
+
+    Args:
+        model: whose tokens.
+        row: one text in tokens.
+        least: of any other model.
+    """
     return row.index(ASK) + len(model.begin) if model.config.encoder else least
 
 
@@ -536,7 +543,7 @@ def _error(
     requests: Sequence[EditRequest],
     asked: Sequence[tuple[list[int], range]],
 ) -> ExportError:
-    places = [range(_start(model, row, 0), len(row)) for row in rows]
+    places = [range(first_position(model, row, 0), len(row)) for row in rows]
     hidden, other = (_hidden(each, rows, places) for each in (model, approximated))
     largest, total, same = 0.0, 0.0, 0
     chunk = 256

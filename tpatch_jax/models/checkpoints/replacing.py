@@ -19,7 +19,13 @@ from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
-from tpatch_jax.models.checkpoints.export import HELD_OUT, ask_requests, constant_direction, requests_said
+from tpatch_jax.models.checkpoints.export import (
+    HELD_OUT,
+    ask_requests,
+    constant_direction,
+    first_position,
+    requests_said,
+)
 from tpatch_jax.models.collection import collect
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.memory_text import memory_rows
@@ -130,7 +136,7 @@ def replace_unused(
     rows = memory_rows(model, memory, cache=cache_folder() if cache else None, progress=progress)
     fitted = [row for number, row in enumerate(rows) if number % HELD_OUT] or rows
     asked, beside = ask_requests(model, requests), attach(model, chosen)
-    places = [range(1, len(row)) for row in fitted]
+    places = [range(first_position(model, row, 1), len(row)) for row in fitted]
     layers, neurons, weights = dict(model.params["layers"]), {}, {}
     for done, (layer, patch) in enumerate(chosen.items()):
         if progress is not None:
