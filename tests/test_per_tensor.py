@@ -15,7 +15,7 @@ from tpatch_jax.core.patch import Patch
 from tpatch_jax.core.per_tensor import fit_to_network, merge_per_tensor, weight_excess
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.export import export_model
-from tpatch_jax.models.model import load_model
+from tpatch_jax.models.model import Model, load_model
 from tpatch_jax.models.patching import merge
 from tpatch_jax.models.shapes import merged_neurons
 from tpatch_jax.requests import EditRequest
@@ -108,10 +108,20 @@ def test_what_becomes_of_a_neuron():
 REQUESTS = [EditRequest("the hen", "q", join="none", id="hen"), EditRequest("a big cat", "x", join="none", id="cat")]
 
 
+def with_outliers(model: Model) -> Model:
+    """The model with a few weights in its last layer that are far larger than all others, as trained ones have them."""
+    layers = dict(model.params["layers"])
+    network = dict(layers[2]["ffn"])
+    for name in ("gate", "down"):
+        network[name] = {**network[name], "kernel": network[name]["kernel"].at[3, 5].set(8.0)}
+    layers[2] = {**layers[2], "ffn": network}
+    return model.with_params({**model.params, "layers": layers})
+
+
 def test_a_safe_export_and_what_it_says_of_itself(tmp_path, letters, capsys, monkeypatch):
     monkeypatch.setattr("tpatch_jax.storage.process.prepare_process", lambda: None)
     monkeypatch.setenv("TPATCH_CACHE", str(tmp_path / "cache"))
-    model = make_tiny_model(hidden_size=32, head_dim=16)
+    model = with_outliers(make_tiny_model(hidden_size=32, head_dim=16))
     merged = merge(model, spoken_patch(model, REQUESTS))
     plain = export_model(merged, tmp_path / "plain")
     assert plain.weight_excess > 10
