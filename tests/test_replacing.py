@@ -15,7 +15,7 @@ from tpatch_jax.core import ffn
 from tpatch_jax.core.patch import Patch, concatenate
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.replacing import REPLACED, read_replaced, write_replaced
-from tpatch_jax.models.model import load_model, save_model
+from tpatch_jax.models.model import load_model
 from tpatch_jax.requests import EditRequest
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -84,7 +84,7 @@ def test_those_go_that_add_least(letters):
 def test_what_went_comes_back_bit_for_bit(model, replaced, tmp_path):
     corrected, info = replaced
     assert tp.restore_replaced(corrected, info) == model
-    save_model(corrected, tmp_path / "out")
+    write_tiny_folder(corrected, tmp_path / "out")
     write_replaced(tmp_path / "out", info)
     back = load_model(tmp_path / "out")
     bare, patches = tp.unmerge(back)
