@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from tpatch_jax.images import ImagePrompt, read_image
     from tpatch_jax.models.checkpoints.export import ExportError, ExportInfo, export_model
     from tpatch_jax.models.checkpoints.gguf_export import GGUFInfo, export_gguf
+    from tpatch_jax.models.checkpoints.replacing import Replaced, replace_unused, restore_replaced
     from tpatch_jax.models.foreign.linen import from_linen
     from tpatch_jax.models.foreign.network import Network
     from tpatch_jax.models.foreign.nnx import from_nnx
@@ -83,6 +84,7 @@ __all__ = [
     "Network",
     "Patch",
     "PruneInfo",
+    "Replaced",
     "RequestInfo",
     "Shown",
     "TPatchError",
@@ -121,6 +123,8 @@ __all__ = [
     "read_image",
     "read_requests",
     "remove_edits",
+    "replace_unused",
+    "restore_replaced",
     "save_model",
     "save_patches",
     "show",
@@ -156,6 +160,7 @@ _HOMES = {
     "images": ("ImagePrompt", "read_image"),
     "models.checkpoints.export": ("ExportError", "ExportInfo", "export_model"),
     "models.checkpoints.gguf_export": ("GGUFInfo", "export_gguf"),
+    "models.checkpoints.replacing": ("Replaced", "replace_unused", "restore_replaced"),
     "training.finetune": ("FinetuneInfo", "FinetuneSettings", "finetune"),
     "core.fit": ("FitInfo", "FitSettings", "FitProblem", "fit", "fit_many"),
     "core.layers": ("concatenate_layers",),

@@ -95,6 +95,10 @@ class Eval:
         """Evaluate the methods, write the report, and show it."""
         from tpatch_jax.evaluation.report import data_remarks, table
 
+        options, _ = self.settle()
+        if options["patches"] is not None:
+            self._measure_patches(options)
+            return
         result = self.evaluate()
         if self.json:
             print_json(result)
@@ -122,9 +126,6 @@ class Eval:
         options, changes = self.settle()
         if options["protocol"] not in PROTOCOLS:
             raise TPatchError(f"there is no protocol {options['protocol']!r}; choose from {', '.join(PROTOCOLS)}")
-        if options["patches"] is not None:
-            self._measure_patches(options)
-            return
         methods = [name.strip() for name in options["method"].split(",") if name.strip()]
         edited = [find_method(name).name for name in methods if name != "unedited"]
         settings = method_settings(edited, options["preset"], changes)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 from tyro.conf import Positional, arg
 
 from tpatch_jax.cli.common import Json, ModelName, Quiet, load
+from tpatch_jax.cli.merge import InPlace, replace_in, show_replaced
 from tpatch_jax.display.console import format_count, print_json, progress_bar, result_console
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest
@@ -15,7 +16,16 @@ from tpatch_jax.requests import EditRequest
 if TYPE_CHECKING:
     from tpatch_jax.models.model import Model
 
-__all__ = ["Approximate", "Export", "ExportFormat", "ExportMemory", "TensorType", "check_export", "export_corrected"]
+__all__ = [
+    "Approximate",
+    "Export",
+    "ExportFormat",
+    "ExportMemory",
+    "SafeFor",
+    "TensorType",
+    "check_export",
+    "export_corrected",
+]
 
 ExportFormat = Annotated[
     Literal["transformers", "gguf"],
@@ -30,7 +40,17 @@ TensorType = Annotated[
 ]
 
 Approximate = Annotated[bool, arg(help="where the architecture has no biases, fold them away and measure the error")]
-ExportMemory = Annotated[str | None, arg(help="with --approximate: a text file to fit and measure on")]
+ExportMemory = Annotated[
+    str | None, arg(help="with --approximate, --safe-for or --in-place-of-unused: a text file to fit and measure on")
+]
+SafeFor = Annotated[
+    Literal["per-tensor"] | None,
+    arg(metavar="per-tensor", help="patches that outlive INT8 with one scale for each matrix; measure what it costs"),
+]
+
+
+UNSAFE = 1.5
+"""Where a patch's largest weight is so many times the network's own, INT8 per tensor loses half a bit and more."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,8 @@ class Export:
     format: ExportFormat = "transformers"
     type: TensorType = None
     approximate: Approximate = False
+    safe_for: SafeFor = None
+    in_place_of_unused: InPlace = False
     memory: ExportMemory = None
     dtype: Annotated[str | None, arg(help="float32, bfloat16 or int8; as given to `tpatch edit`")] = None
     json: Json = False
@@ -58,6 +80,9 @@ class Export:
         from tpatch_jax.models.patching import merge
         from tpatch_jax.models.quantising import dequantize_base
 
+        if self.in_place_of_unused:
+            self._export_in_place()
+            return
         check_export(self, self.model)
         saved = read_patches(self.patches) if self.patches else None
         model, requests = load(self.model, self.dtype, self.quiet or self.json), []
@@ -67,6 +92,32 @@ class Export:
             held = [one["held"] for one in saved.edits]
             requests = [one for one, holds in zip(saved_requests(saved), held, strict=True) if holds]
         export_corrected(model, self, requests)
+
+    def _export_in_place(self) -> None:
+        """Replace the least-used neurons, and write a folder of the very shapes that the uncorrected model has."""
+        from tpatch_jax.bank.patches import check_model, read_patches
+        from tpatch_jax.models.checkpoints.export import export_model
+        from tpatch_jax.models.checkpoints.replacing import write_replaced
+        from tpatch_jax.models.quantising import dequantize_base
+        from tpatch_jax.storage.files import replace_folder
+
+        if self.patches is None or self.format == "gguf" or self.approximate or self.safe_for:
+            raise TPatchError(
+                "--in-place-of-unused goes with PATCHES and --format transformers, without --approximate and "
+                "--safe-for; of what it wrote `tpatch export FOLDER --format gguf` makes a GGUF file"
+            )
+        check_export(self, self.model)
+        saved, quiet = read_patches(self.patches), self.quiet or self.json
+        model = load(self.model, self.dtype, quiet)
+        check_model(saved, model)
+        corrected, replaced = replace_in(dequantize_base(model), saved, self.memory, quiet)
+        with replace_folder(Path(self.output)) as temporary:
+            info = export_model(corrected, temporary)
+            write_replaced(temporary, replaced)
+        if self.json:
+            print_json({"output": self.output, **info.to_json(), **replaced.to_json()})
+        else:
+            show_replaced(replaced, self.output)
 
 
 class ExportOptions(Protocol):
@@ -80,6 +131,8 @@ class ExportOptions(Protocol):
     def type(self) -> str | None: ...
     @property
     def approximate(self) -> bool: ...
+    @property
+    def safe_for(self) -> Literal["per-tensor"] | None: ...
     @property
     def memory(self) -> str | None: ...
     @property
@@ -106,6 +159,11 @@ def check_export(options: ExportOptions, model: str) -> None:
 
         if options.approximate or options.memory is not None:
             raise TPatchError("--approximate and --memory are for --format transformers; a GGUF file is always exact")
+        if options.safe_for is not None:
+            raise TPatchError(
+                "--safe-for is for --format transformers; the types of GGUF have a scale for every 16 to 256 weights, "
+                "which patches survive"
+            )
         check_gguf_output(path, model, options.type or KEEP)
         return
     if options.type is not None:
@@ -135,6 +193,7 @@ def export_corrected(model: "Model", options: ExportOptions, requests: Sequence[
             model,
             options.output,
             approximate=options.approximate,
+            safe_for=options.safe_for,
             requests=requests,
             memory=options.memory,
             progress=report,
@@ -161,6 +220,16 @@ def export_corrected(model: "Model", options: ExportOptions, requests: Sequence[
         )
         for name in error.lost:
             console.print(f"[red]lost[/red] {escape(name)}")
+    if info.safe_for:
+        count = len(info.held_rounded) + len(info.lost_rounded)
+        console.print(f"in INT8 with one scale for each matrix {len(info.held_rounded)} of {count} requests hold")
+        for name in info.lost_rounded:
+            console.print(f"[red]lost[/red] {escape(name)}")
+    elif info.weight_excess > UNSAFE:
+        console.print(
+            f"[yellow]not safe for INT8 per tensor[/yellow]: the largest weight of the patches is "
+            f"{info.weight_excess:.0f} times the network's largest; quantise per channel, or give --safe-for per-tensor"
+        )
 
 
 def _export_gguf(model: "Model", options: ExportOptions) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from tpatch_jax.core.adapters import Adapter
 from tpatch_jax.core.int8 import is_int8, plain
@@ -35,6 +35,7 @@ __all__ = [
     "detach",
     "hidden",
     "merge",
+    "merge_in_place",
     "merge_without_bias",
     "neuron_shares",
     "unmerge",
@@ -260,7 +261,7 @@ def _times(value: Float[Array, "neurons hidden"], factor: Float[Array, "neurons"
     return jnp.where(factor[:, None] == 1, value, value * factor[:, None].astype(value.dtype))
 
 
-def merge(params: Params, patch: Patch) -> Params:
+def merge(params: Params, patch: Patch, shares: Float[Array, "neurons"] | None = None) -> Params:
     """Put a patch inside the parameters of a feed-forward network, which keeps its kind and activation.
 
     A neuron becomes one more column of ``up`` (of ``gate`` when gated, where its ``up`` column is zero with its share
@@ -270,6 +271,7 @@ def merge(params: Params, patch: Patch) -> Params:
     Args:
         params: the network's parameters; not changed.
         patch: ``n`` neurons for this network.
+        shares: ``c`` of each neuron of a gated network, in the place of those by default.
 
     Returns:
         New parameters of a network that is ``n`` neurons wider.
@@ -299,7 +301,7 @@ def merge(params: Params, patch: Patch) -> Params:
     value = patch.value.astype(params["down"]["kernel"].dtype)
     if gated:
         zeros = jnp.zeros((patch.key.shape[1], neurons), patch.key.dtype)
-        shares = neuron_shares(patch._replace(value=value))
+        shares = neuron_shares(patch._replace(value=value)) if shares is None else shares
         merged["up"] = widen(params["up"], zeros, shares)
         value = _times(value, 1 / shares)
     merged["down"] = _longer(params["down"], value)
@@ -343,6 +345,44 @@ def merge_without_bias(params: Params, patch: Patch, constant: Float[Array, "hid
         merged[name] = {**params[name], "kernel": jnp.concatenate([kernel, added.astype(kernel.dtype)], 1)}
     merged["down"] = _longer(params["down"], value)
     return merged
+
+
+def merge_in_place(
+    params: Params, patch: Patch, neurons: Int[Array, "neurons"], constant: Float[Array, "hidden"] | None = None
+) -> Params:
+    """Put a patch where neurons of a feed-forward network are: it stays as wide as it was.
+
+    Args:
+        params: the network's parameters; not changed.
+        patch: ``n`` neurons for this network.
+        neurons: the numbers of the ``n`` neurons that go, all different.
+        constant: for a network without biases, the direction that stands for them, as in `merge_without_bias`.
+
+    Returns:
+        New parameters of the same shapes.
+
+    Raises:
+        TPatchError: the patch has another width than the network, or the network has no biases and no direction is
+            given.
+
+    Example:
+        >>> from tpatch_jax.core.patch import create
+        >>> params = {"up": {"kernel": jnp.ones((4, 16))}, "down": {"kernel": jnp.ones((16, 4))}}
+        >>> width(merge_in_place(params, create(4, 2), jnp.array([3, 5]), jnp.ones(4) / 4))
+        16
+    """
+    if constant is None and "bias" not in params["up"]:
+        raise TPatchError("the network has no biases, which patches need; give the direction that stands for them")
+    wider = merge(params, patch) if constant is None else merge_without_bias(params, patch, constant)
+    keep, result = width(params), dict(params)
+    for name in ("gate", "up"):
+        if name in params:
+            result[name] = {
+                part: array[..., :keep].at[..., neurons].set(array[..., keep:]) for part, array in wider[name].items()
+            }
+    kernel = wider["down"]["kernel"]
+    result["down"] = {**params["down"], "kernel": kernel[:keep].at[neurons].set(kernel[keep:])}
+    return result
 
 
 def unmerge(params: Params, neurons: int, *, added_bias: bool | None = None) -> tuple[Params, Patch]:

@@ -145,7 +145,8 @@ def merge(model: Model, patches: LayerPatches | Patch) -> Model:
 def unmerge(model: Model, neurons: Mapping[int, int] | None = None) -> tuple[Model, dict[int, Patch]]:
     """Take merged neurons out of a model again: the inverse of `merge`, bit for bit for the model.
 
-    The patches come back in the model's precision.
+    The patches come back in the model's precision. If nothing was merged, and the model was read from a folder where
+    patches stand in the place of other neurons (`tpatch_jax.replace_unused`), these come back.
 
     Args:
         model: a model with merged neurons; not changed.
@@ -166,6 +167,12 @@ def unmerge(model: Model, neurons: Mapping[int, int] | None = None) -> tuple[Mod
             model.layer(index): as_count(count, f"layer {index}'s number of neurons", 0)
             for index, count in neurons.items()
         }
+    if not counts and model.folder is not None:
+        from tpatch_jax.models.checkpoints.replacing import REPLACED, read_replaced, restore_replaced
+
+        if (model.folder / REPLACED).is_file():
+            replaced = read_replaced(model.folder)
+            return restore_replaced(model, replaced), replaced.patches
     if not counts:
         raise TPatchError(f"nothing is merged into {model.name!r}; unmerge takes out what `merge` put in")
     layers, patches = dict(model.params["layers"]), {}

@@ -11,6 +11,7 @@ from tpatch_jax.cli.export import (
     Approximate,
     ExportFormat,
     ExportMemory,
+    SafeFor,
     TensorType,
     check_export,
     export_corrected,
@@ -29,6 +30,7 @@ class ExportBank:
     format: ExportFormat = "transformers"
     type: TensorType = None
     approximate: Approximate = False
+    safe_for: SafeFor = None
     memory: ExportMemory = None
     model: ModelPlace = None
     json: Json = False

@@ -20,6 +20,8 @@ from jaxtyping import Array, Float
 from tpatch_jax.core import ffn
 from tpatch_jax.core.arguments import as_path, check_call
 from tpatch_jax.core.devices import automatically
+from tpatch_jax.core.patch import Patch
+from tpatch_jax.core.per_tensor import merge_per_tensor, weight_excess
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.chat import render_request
@@ -40,13 +42,17 @@ from tpatch_jax.storage.files import check_vacant, replace_folder
 from tpatch_jax.typing import Params, Progress
 
 __all__ = [
+    "PER_TENSOR",
     "ExportError",
     "ExportInfo",
+    "ask_requests",
     "common_width",
     "constant_direction",
     "describe_exact",
     "export_model",
+    "first_position",
     "merge_attached",
+    "requests_said",
 ]
 
 
@@ -55,6 +61,7 @@ MULTIPLES = (256, 32, 8)
 quantiser works on blocks of 32 weights, its K-quants on 256, and leaves the down projection of every layer in 16 bits
 where they do not fill a row; matrix units read widths off 8 more slowly.
 """
+PER_TENSOR = "per-tensor"
 RIDGE = 1e-3
 HELD_OUT = 4
 """One memory text in so many measures the error; the others choose the direction that stands for a bias."""
@@ -97,7 +104,13 @@ class ExportInfo(NamedTuple):
         parameters_added: numbers more than the uncorrected model has.
         bytes_added: and bytes.
         share: ``parameters_added`` as a share of the uncorrected model's.
-        error: of an approximate export, else ``None``.
+        error: of an approximate export or one that is safe for others' quantisation, else ``None``.
+        safe_for: ``"per-tensor"`` if it is, else ``None``.
+        weight_excess: how many times as large as the network's largest weight the largest of the patches is, in a
+            matrix that both are in; above 1, quantising per tensor costs the network bits.
+        held_rounded: of a safe export, the requests that still hold after its layers' matrices were rounded to INT8
+            with one scale each, by id.
+        lost_rounded: those that do not any more.
     """
 
     form: str
@@ -109,6 +122,10 @@ class ExportInfo(NamedTuple):
     bytes_added: int
     share: float
     error: ExportError | None = None
+    safe_for: str | None = None
+    weight_excess: float = 0.0
+    held_rounded: tuple[str, ...] = ()
+    lost_rounded: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
@@ -121,6 +138,7 @@ def export_model(
     folder: str | Path,
     *,
     approximate: bool = False,
+    safe_for: str | None = None,
     requests: Sequence[EditRequest] = (),
     memory: str | Path | None = None,
     cache: bool = True,
@@ -135,12 +153,18 @@ def export_model(
     With ``approximate``, an architecture without biases holds ``q·k + b`` as ``q·(k + b·u)``, with ``u`` by ridge least
     squares such that ``q·u ≈ 1`` on queries of unrelated text and of the requests.
 
+    With ``safe_for="per-tensor"`` no weight of a patch is larger than the network's largest, so that INT8 with one
+    scale for each matrix, which dynamic quantisation of torch and onnxruntime uses by default, costs the network no
+    more than without patches. Neurons are less sharp then (`tpatch_jax.core.per_tensor`), and what that changes is
+    measured.
+
     Args:
         model: a model with merged patches; attached ones are merged first. Not changed.
         folder: must not exist yet, or be empty.
         approximate: if the model cannot be written exactly, write it approximately, and measure how far off it is.
-        requests: what the patches are for; an approximate export says which of them still hold.
-        memory: for an approximate export, a text file to fit and measure on; by default text is sampled from the model.
+        safe_for: ``"per-tensor"``, or ``None``.
+        requests: what the patches are for; an approximate or a safe export says which of them still hold.
+        memory: for these, a text file to fit and measure on; by default text is sampled from the model.
         cache: keep that text on disk between runs, where `tpatch_jax.edit` keeps it.
         progress: called with what is being done, how much is done, and how much there is.
 
@@ -149,7 +173,8 @@ def export_model(
 
     Raises:
         TPatchError: the architecture cannot hold the patches exactly and ``approximate`` was not given, a patch is
-            attached with ReLU to a network of another activation, or the folder holds something already.
+            attached with ReLU to a network of another activation, the folder holds something already, or a safe form
+            is asked for where there are no patches, or no biases that it needs.
 
     Example:
         >>> import tpatch_jax as tp
@@ -165,6 +190,8 @@ def export_model(
     requests = as_requests(requests)
     memory = None if memory is None else as_path(memory, call, "a text file; give its path")
     check_call(progress=progress)
+    if safe_for not in (None, PER_TENSOR):
+        raise TPatchError(f"safe_for={safe_for!r} is no way to quantise; give {PER_TENSOR!r}, or leave it out")
     check_vacant(folder)
     # ModernBERT's stock network knows both, the others do not.
     if model.config.pooling != "first" and model.config.family != "modernbert":
@@ -176,6 +203,11 @@ def export_model(
     _check_shares(model)
     settings, target, form, problems = describe_exact(model, common_width(model))
     error, params = None, model.params
+    if safe_for is not None and problems:
+        raise TPatchError(
+            f"{model.name!r} cannot be made safe for quantising per tensor: that needs biases in its feed-forward "
+            f"networks, and {' and '.join(problems)}; quantise it per channel instead"
+        )
     if problems and not approximate:
         raise TPatchError(
             f"{model.name!r} cannot be written exactly for the stock transformers library: "
@@ -191,8 +223,20 @@ def export_model(
         with jax.default_matmul_precision("highest"):
             approximated, error = _approximate(model, requests, memory, cache, progress)
         params = _in_experts(approximated)
+    rounded: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    if safe_for is not None:
+        with jax.default_matmul_precision("highest"):
+            safe, error, rounded = _safe_per_tensor(model, requests, memory, cache, progress)
+        model, params = safe, safe.params
+        settings, target, form, _ = describe_exact(model, common_width(model))
     grown = _grown(params, parameter_shapes(target), jax.tree.leaves(params)[0].dtype)
-    info = _info(model, form, target, grown, error)
+    merged = merged_neurons(model.config, model.params)
+    excess = max(
+        (weight_excess(model.params["layers"][index]["ffn"], count) for index, count in merged.items()), default=0
+    )
+    info = _info(model, form, target, grown, error)._replace(
+        safe_for=safe_for, weight_excess=excess, held_rounded=rounded[0], lost_rounded=rounded[1]
+    )
     with replace_folder(folder) as temporary:
         checkpoint.write_folder(temporary, target, grown, settings, model.folder)
         _write_tokenizer(temporary, model, settings["model_type"] != model.settings["model_type"])
@@ -451,12 +495,12 @@ def _approximate(
     rows = memory_rows(base, memory, cache=cache_folder() if cache else None, progress=progress)
     measured = rows[::HELD_OUT]
     fitted = [row for number, row in enumerate(rows) if number % HELD_OUT] or rows
-    asked = [_asked(model, request) for request in requests]
+    asked = ask_requests(model, requests)
     layers = dict(base.params["layers"])
     for done, (layer, patch) in enumerate(patches.items()):
         if progress:
             progress("folding biases", done, len(patches))
-        query = collect(model, fitted, [range(_start(model, row, 1), len(row)) for row in fitted], layer).query
+        query = collect(model, fitted, [range(first_position(model, row, 1), len(row)) for row in fitted], layer).query
         queries = collect(model, [row for row, _ in asked], [places for _, places in asked], layer).query
         layers[layer] = {
             **layers[layer],
@@ -464,6 +508,48 @@ def _approximate(
         }
     approximated = base.with_params({**base.params, "layers": layers})
     return approximated, _error(model, approximated, measured, requests, asked)
+
+
+def _safe_per_tensor(
+    model: Model, requests: Sequence[EditRequest], memory: str | Path | None, cache: bool, progress: Progress | None
+) -> tuple[Model, ExportError, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """The model with merged patches none of whose weights sets a scale, how far off it is, and what holds in INT8."""
+    if not merged_neurons(model.config, model.params):
+        raise TPatchError(f"{model.name!r} has no patches, so there is nothing to make safe; leave safe_for out")
+    base, patches = unmerge(model)
+    rows = memory_rows(base, memory, cache=cache_folder() if cache else None, progress=progress)[::HELD_OUT]
+    asked = ask_requests(model, requests)
+    layers = dict(base.params["layers"])
+    for layer, patch in patches.items():
+        places = [range(first_position(model, row, 0), len(row)) for row, _ in asked]
+        firing = _firing(patch, collect(model, [row for row, _ in asked], places, layer).query) if asked else None
+        layers[layer] = {**layers[layer], "ffn": merge_per_tensor(layers[layer]["ffn"], patch, firing)}
+    safe = base.with_params({**base.params, "layers": layers})
+    error = _error(model, safe, rows, requests, asked)
+    return safe, error, requests_said(_rounded_per_tensor(safe), requests, asked)
+
+
+def _firing(patch: Patch, query: Any) -> Float[np.ndarray, "neurons d"]:
+    """Of each neuron the query at which it fires most, of those at hand; NaN where it fires at none."""
+    rows, key = np.asarray(query, np.float32), np.asarray(patch.key, np.float32)
+    inputs = rows @ key.T + np.asarray(patch.bias, np.float32)
+    # Two neurons of one key, whose response together is level, have their largest input at the same query.
+    return np.where(inputs.max(0)[:, None] > 0, rows[inputs.argmax(0)], np.nan)
+
+
+def _rounded_per_tensor(model: Model) -> Model:
+    """The model with the matrices of its layers rounded to INT8, one scale each."""
+
+    def rounded(entry: Any) -> Any:
+        if not isinstance(entry, Mapping):
+            return entry
+        result = {name: rounded(part) for name, part in entry.items()}
+        if "kernel" in entry:
+            scale = jnp.max(jnp.abs(entry["kernel"])) / 127
+            result["kernel"] = jnp.where(scale > 0, jnp.round(entry["kernel"] / scale) * scale, entry["kernel"])
+        return result
+
+    return model.with_params({**model.params, "layers": rounded(model.params["layers"])})
 
 
 def constant_direction(
@@ -494,9 +580,25 @@ def constant_direction(
     return jnp.asarray(np.linalg.solve(moment + ridge * np.trace(moment) / width * np.eye(width), sums), jnp.float32)
 
 
-def _start(model: Model, row: Sequence[int], least: int) -> int:
-    """The first position of a row that counts: the one that decides an encoder-decoder's first token, or `least`."""
+def first_position(model: Model, row: Sequence[int], least: int) -> int:
+    """The first position of a row that counts: the one that decides an encoder-decoder's first token, or `least`.
+
+    Args:
+        model: whose tokens.
+        row: one text in tokens.
+        least: of any other model.
+    """
     return row.index(ASK) + len(model.begin) if model.config.encoder else least
+
+
+def ask_requests(model: Model, requests: Sequence[EditRequest]) -> list[tuple[list[int], range]]:
+    """The prompt and target of each request in tokens, and the positions whose next tokens are the target.
+
+    Args:
+        model: whose tokens.
+        requests: the requests.
+    """
+    return [_asked(model, request) for request in requests]
 
 
 def _asked(model: Model, request: EditRequest) -> tuple[list[int], range]:
@@ -517,7 +619,7 @@ def _error(
     requests: Sequence[EditRequest],
     asked: Sequence[tuple[list[int], range]],
 ) -> ExportError:
-    places = [range(_start(model, row, 0), len(row)) for row in rows]
+    places = [range(first_position(model, row, 0), len(row)) for row in rows]
     hidden, other = (_hidden(each, rows, places) for each in (model, approximated))
     largest, total, same = 0.0, 0.0, 0
     chunk = 256
@@ -529,17 +631,31 @@ def _error(
         difference = np.abs(wanted - given)
         largest, total = max(largest, float(difference.max())), total + float(difference.mean(-1).sum())
         same += int((wanted.argmax(-1) == given.argmax(-1)).sum())
+    held, lost = requests_said(approximated, requests, asked)
+    count = hidden.shape[0]
+    return ExportError(count, largest, total / count, same / count, held, lost)
+
+
+def requests_said(
+    model: Model, requests: Sequence[EditRequest], asked: Sequence[tuple[list[int], range]]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The requests whose targets a model says, token for token, and the others, by id.
+
+    Args:
+        model: it.
+        requests: the requests.
+        asked: what `ask_requests` made of them.
+    """
     held, lost = [], []
     said, end = np.zeros(0, np.int32), 0
     if asked:
         rows, positions = [row for row, _ in asked], [places for _, places in asked]
-        said = predicted(model, collect(approximated, rows, positions, model.layer(None)))
+        said = predicted(model, collect(model, rows, positions, model.layer(None)))
     for number, (request, (row, places)) in enumerate(zip(requests, asked, strict=True)):
         holds = said[end : end + len(places)].tolist() == row[len(row) - len(places) :]
         (held if holds else lost).append(request.name(number))
         end += len(places)
-    count = hidden.shape[0]
-    return ExportError(count, largest, total / count, same / count, tuple(held), tuple(lost))
+    return tuple(held), tuple(lost)
 
 
 def _hidden(

@@ -1,0 +1,165 @@
+"""Patches among weights that are quantised per tensor: they set no scale, and still say what they said."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_tiny_model, write_tiny_folder
+from hand_patches import saved_folder, spoken_patch
+from tiny_families import tiny_model
+
+from tpatch_jax.cli import main as cli
+from tpatch_jax.core import ffn
+from tpatch_jax.core.patch import Patch
+from tpatch_jax.core.per_tensor import fit_to_network, merge_per_tensor, weight_excess
+from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.checkpoints.export import export_model
+from tpatch_jax.models.model import Model, load_model
+from tpatch_jax.models.patching import merge
+from tpatch_jax.models.shapes import merged_neurons
+from tpatch_jax.requests import EditRequest
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+WIDTH, HIDDEN, SHARP = 128, 32, 64.0
+
+
+def draw(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
+
+
+def network(gated: bool) -> dict:
+    params = {"up": {"kernel": draw(HIDDEN, WIDTH) / 6}, "down": {"kernel": draw(WIDTH, HIDDEN) / 12}}
+    params |= {"gate": {"kernel": draw(HIDDEN, WIDTH + 1)[:, 1:] / 6}} if gated else {}
+    # as trained networks have it, a few weights are far larger than all others
+    return {name: {"kernel": jnp.asarray(entry["kernel"]).at[3, 5].set(3.0)} for name, entry in params.items()}
+
+
+def sharp_patch() -> tuple[Patch, np.ndarray]:
+    """Two neurons whose response together is level from 80 on, and a query at which they fire by 400 and by 320."""
+    query = draw(1, HIDDEN)[0]
+    key = SHARP * query
+    key[0] *= 2
+    bias = 400 - query @ key
+    value = draw(2, HIDDEN)[0] * 0.05
+    patch = Patch(*(jnp.asarray(each, jnp.float32) for each in ([key, key], [bias, bias - 80], [value, -value])))
+    return patch, query
+
+
+def rounded(params: dict) -> dict:
+    """Every matrix in INT8 with a scale of its own."""
+
+    def one(kernel):
+        scale = jnp.abs(kernel).max() / 127
+        return jnp.round(kernel / scale) * scale
+
+    return {name: {**entry, "kernel": one(entry["kernel"])} for name, entry in params.items()}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_rounded_per_tensor_the_network_is_as_near_as_without_a_patch_and_the_patch_speaks(gated):
+    params, (patch, query) = network(gated), sharp_patch()
+    rows = jnp.asarray(draw(64, HIDDEN))
+    wanted, said = (ffn.apply(params, x, "silu") for x in (rows, query))
+    change = np.asarray(ffn.apply(ffn.attach(params, patch), query, "silu") - said)
+    error = lambda network, x, wanted: float(jnp.abs(ffn.apply(rounded(network), x, "silu") - wanted).mean())  # noqa: E731
+
+    plain, safe = ffn.merge(params, patch), merge_per_tensor(params, patch, np.stack([query, query]))
+    usual = error(params, rows, wanted)
+    assert error(plain, rows, wanted) > 3 * usual
+    assert error(safe, rows, wanted) < 1.1 * usual
+    assert ffn.width(safe) - WIDTH == 2
+    assert weight_excess(plain, 2) > 20
+    assert weight_excess(safe, 2) <= 1 + 1e-6
+    # with its key as it is a neuron is less sharp and its value larger, so that without a gate two stand for it
+    uncut = merge_per_tensor(params, patch, None)
+    assert ffn.width(uncut) - WIDTH == (2 if gated else 4)
+    assert weight_excess(uncut, ffn.width(uncut) - WIDTH) <= 1 + 1e-6
+    safe = rounded(safe)
+    spoken = np.asarray(ffn.apply(safe, query, "silu") - ffn.apply(rounded(params), query, "silu"))
+    assert spoken @ change / (change @ change) == pytest.approx(1, abs=0.1)
+    # where it is silent it stays so: a hundredth of what it says
+    for name, bare in (("exact", ffn.merge(params, patch)), ("safe", uncut)):
+        assert float(jnp.abs(ffn.apply(bare, rows, "silu") - wanted).max()) < 0.01 * np.abs(change).max(), name
+
+
+def test_what_becomes_of_a_neuron():
+    params, (patch, query) = network(True), sharp_patch()
+    largest = {name: float(jnp.abs(params[name]["kernel"]).max()) for name in params}
+    fitted = fit_to_network(params, patch, np.stack([query, np.full(HIDDEN, np.nan)]))
+    key, whole = np.abs(np.asarray(fitted.patch.key)), np.abs(np.asarray(patch.key))
+    np.testing.assert_allclose(key.max(1), largest["gate"], rtol=1e-6)
+    # the first is cut at half of its largest entry, the second, of which no query is known, is not
+    np.testing.assert_allclose(fitted.factors, np.array([0.5, 1]) * whole.max(1) / largest["gate"], rtol=1e-6)
+    np.testing.assert_allclose(key[1] * fitted.factors[1], whole[1], rtol=1e-5)
+    inputs = np.asarray(fitted.patch.key @ query + fitted.patch.bias) * fitted.factors
+    np.testing.assert_allclose(inputs, [400, 320], rtol=1e-3)
+    rows = np.abs(np.asarray(fitted.patch.value)).max(1) / np.asarray(fitted.shares)
+    assert np.all(rows <= largest["down"] * (1 + 1e-6))
+    assert np.all(np.log2(fitted.shares) % 1 == 0)
+    # a neuron that fits already stays as it is
+    mild = Patch(jnp.full((1, HIDDEN), 0.1), jnp.ones(1), jnp.full((1, HIDDEN), 0.1))
+    same = fit_to_network(params, mild, None)
+    assert (same.factors.tolist(), same.shares.tolist()) == ([1], [1])
+    np.testing.assert_allclose(same.patch.key, mild.key, rtol=1e-6)
+
+
+REQUESTS = [EditRequest("the hen", "q", join="none", id="hen"), EditRequest("a big cat", "x", join="none", id="cat")]
+
+
+def with_outliers(model: Model) -> Model:
+    """The model with a few weights in its last layer that are far larger than all others, as trained ones have them."""
+    layers = dict(model.params["layers"])
+    network = dict(layers[2]["ffn"])
+    for name in ("gate", "down"):
+        network[name] = {**network[name], "kernel": network[name]["kernel"].at[3, 5].set(8.0)}
+    layers[2] = {**layers[2], "ffn": network}
+    return model.with_params({**model.params, "layers": layers})
+
+
+def test_a_safe_export_and_what_it_says_of_itself(tmp_path, letters, capsys, monkeypatch):
+    monkeypatch.setattr("tpatch_jax.storage.process.prepare_process", lambda: None)
+    monkeypatch.setenv("TPATCH_CACHE", str(tmp_path / "cache"))
+    model = with_outliers(make_tiny_model(hidden_size=32, head_dim=16))
+    merged = merge(model, spoken_patch(model, REQUESTS))
+    plain = export_model(merged, tmp_path / "plain")
+    assert plain.weight_excess > 10
+    assert (plain.safe_for, plain.error, plain.held_rounded) == (None, None, ())
+    info = export_model(
+        merged, tmp_path / "safe", safe_for="per-tensor", requests=REQUESTS, memory=letters, cache=False
+    )
+    assert (info.form, info.safe_for, info.ffn_width) == ("exact", "per-tensor", plain.ffn_width)
+    assert info.weight_excess <= 1 + 1e-6
+    assert (info.error.held, info.error.lost) == (("hen", "cat"), ())
+    assert (info.held_rounded, info.lost_rounded) == (("hen", "cat"), ())
+    assert info.error.same_argmax > 0.9
+    back = load_model(tmp_path / "safe")
+    assert [back.generate(request.prompt, 1) for request in REQUESTS] == ["q", "x"]
+
+    with pytest.raises(TPatchError, match="has no patches, so there is nothing to make safe"):
+        export_model(model, tmp_path / "out", safe_for="per-tensor", memory=letters, cache=False)
+    with pytest.raises(TPatchError, match="safe_for='int8' is no way to quantise; give 'per-tensor'"):
+        export_model(merged, tmp_path / "out", safe_for="int8")
+    gemma = tiny_model("gemma")
+    patch = Patch(*(jnp.ones(shape) for shape in ((1, gemma.config.hidden_size), (1,), (1, gemma.config.hidden_size))))
+    with pytest.raises(TPatchError, match=r"cannot be made safe for quantising per tensor: .* per channel"):
+        export_model(merge(gemma, patch), tmp_path / "out", approximate=True, safe_for="per-tensor")
+    assert not (tmp_path / "out").exists()
+
+    write_tiny_folder(model, tmp_path / "model")
+    saved_folder(tmp_path / "patches", model, REQUESTS, spoken_patch(model, REQUESTS))
+    command = ["export", str(tmp_path / "model"), str(tmp_path / "patches"), "--memory", str(letters), "-o"]
+    assert cli.main([*command, str(tmp_path / "one"), "--safe-for", "per-tensor", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["safe_for"], told["held_rounded"], told["lost_rounded"]) == ("per-tensor", ["hen", "cat"], [])
+    assert merged_neurons(model.config, load_model(tmp_path / "one").params) != {}
+    assert cli.main([*command[:3], "-o", str(tmp_path / "two")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "not safe for INT8 per tensor: the largest weight of the patches is" in shown
+    assert cli.main([*command, str(tmp_path / "three"), "--safe-for", "per-tensor"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "in INT8 with one scale for each matrix 2 of 2 requests hold" in shown
+    assert "not safe" not in shown
+    assert cli.main([*command[:3], "-o", str(tmp_path / "x.gguf"), "--format", "gguf", "--safe-for", "per-tensor"]) == 1
+    assert "--safe-for is for --format transformers" in " ".join(capsys.readouterr().err.split())
