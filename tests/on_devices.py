@@ -85,7 +85,7 @@ def values(mesh: Mesh | None) -> dict[str, Any]:
     if mesh is not None:
         mesh = automatic(mesh)
         head = jax.device_put(head, NamedSharding(mesh, PartitionSpec(None, "model")))
-    settings = ValueTrainingSettings(steps=30, longest=8.0, enough=0.2)
+    settings = ValueTrainingSettings(steps=60, longest=8.0, enough=0.2, farthest=0.03)
     groups: set[str] = set()
     shapes: list[list[int]] = []
     whole = stepping._advance
