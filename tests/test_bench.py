@@ -96,9 +96,9 @@ def test_one_run_says_all_that_is_promised(place, capsys):
 def test_without_an_accelerator_nothing_is_run_on_one(place, capsys):
     assert cli.main(["bench", str(place / "nowhere"), "--device", "--json"]) == 1
     told = capsys.readouterr()
-    found = json.loads(told.out.splitlines()[-1])
-    assert (found["accelerator"], found["ran"]) == (None, False)
-    assert found["reason"] in told.err
+    result = json.loads(told.out.splitlines()[-1])
+    assert (result["accelerator"], result["ran"]) == (None, False)
+    assert result["reason"] in told.err
     assert "JAX finds no accelerator here, only cpu" in told.err
 
 
@@ -116,16 +116,16 @@ def test_an_accelerator_is_measured_beside_its_plan(place, capsys, monkeypatch):
     )
     arguments = ["bench", str(place / "tiny"), "--device", "--quick", "--edits", "1", "--dtype", "float32"]
     assert cli.main([*arguments, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["ran"]
-    assert found["accelerator"]["devices"] == 1
-    figures = found["edits"]["last"]["1"]
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["ran"]
+    assert result["accelerator"]["devices"] == 1
+    figures = result["edits"]["last"]["1"]
     assert figures["predicted"]["ms_per_edit"] > 0
     assert figures["ms_per_edit"] > figures["predicted"]["ms_per_edit"]
     assert figures["predicted"]["memory_bytes_per_chip"] > 0
     assert 0 <= figures["exact"] <= 1
     assert figures["peak_memory_bytes"] is None  # a CPU does not say
-    command._show_device(found)
+    command._show_device(result)
     said = " ".join(capsys.readouterr().out.split())
     assert "at least" in said
     assert f"{figures['ms_per_edit']:.1f}" in said

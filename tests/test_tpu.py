@@ -55,6 +55,9 @@ def test_every_program_lowers_for_a_tpu(family, dtype):
     places = tiny_places(family, jax.make_mesh((1, 1), ("data", "model")), dtype)
     lowered = set()
     for program in programs_of(places):
+        # What a lane of many does, which all families lower; one of them tells that it lowers alone.
+        if program.name.startswith("one fit") and family != "llama":
+            continue
         text = program.function.trace(*program.args, **program.kwargs).lower(lowering_platforms=("tpu",)).as_text()
         # Neither a call of the host nor double precision, nor a factoring that a TPU has not.
         called = set(re.findall(r"custom_call @([\w.]+)", text))
