@@ -188,7 +188,7 @@ def run_lanes(
             f"{count} lanes cannot be split into {over} parts; give a multiple, and a state for each lane"
         )
     lane = np.arange(count)
-    carry = _Carry(jax.tree.map(jnp.asarray, state), np.zeros(count, bool), np.zeros(count, np.int32))
+    carry = _Carry(jax.tree.map(jnp.asarray, state), jnp.zeros(count, bool), jnp.zeros(count, jnp.int32))
     carry, problem, number = shard_rows((carry, problem, np.zeros(over, np.int32)), mesh)
     result = LaneRun(jax.tree.map(lambda leaf: np.array(host(leaf)), state), np.zeros(count, int))
     while True:
