@@ -6,17 +6,23 @@ devices along "data" and one along "model"; the last argument makes it one of tw
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
 
 import tpatch_jax as tp
 from tpatch_jax.core import ffn
 from tpatch_jax.core import fit as fitting
+from tpatch_jax.core import lanes as stepping
+from tpatch_jax.core.devices import automatic
+from tpatch_jax.core.values import KeptRows, TargetRows, ValueTrainingSettings, train_values
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.evaluation.measure import measure
 from tpatch_jax.models.rows import tokens_array
@@ -58,7 +64,50 @@ def edit(folder: str, text: str, out: Path, shape: str) -> dict[str, Any]:
     tp.save_patches(out / shape / "patches", loaded, patches, REQUESTS, info)
     tp.save_model(tp.merge(loaded, patches), out / shape / "model")
     exact = measure(loaded, patches, REQUESTS)["exact"]
-    return {"seen": seen, "held": [request.held for request in info.requests], "exact": exact}
+    held = [request.held for request in info.requests]
+    return {"seen": seen, "held": held, "exact": exact, "values": values(mesh)}
+
+
+def said(head: jax.Array, known: jax.Array, added: jax.Array) -> jax.Array:
+    """What a network that is one matrix says."""
+    return jax.nn.log_softmax((known + added) @ head)
+
+
+def values(mesh: Mesh | None) -> dict[str, Any]:
+    """Sixteen values trained through a matrix: what they are, their steps, and which devices talked to which."""
+    rng, lanes = np.random.default_rng(0), 16
+    known = rng.normal(size=(lanes, 3, 8)).astype(np.float32)
+    head = jnp.asarray(2 * np.eye(8) + 0.2, jnp.float32)
+    wanted = np.repeat(rng.integers(0, 8, (lanes, 1, 1)), 2, 1).astype(np.int32)
+    activity = rng.uniform(0.5, 1, (lanes, 2)).astype(np.float32)
+    targets = TargetRows(jnp.asarray(activity), jnp.asarray(wanted), jnp.full((lanes, 2, 1), 0.5))
+    kept = KeptRows(jnp.asarray(0.1 * activity[:, :1]), said(head, jnp.asarray(known[:, 2:]), jnp.zeros(())))
+    if mesh is not None:
+        mesh = automatic(mesh)
+        head = jax.device_put(head, NamedSharding(mesh, PartitionSpec(None, "model")))
+    settings = ValueTrainingSettings(steps=60, longest=8.0, enough=0.2, farthest=0.03)
+    groups: set[str] = set()
+    shapes: list[list[int]] = []
+    whole = stepping._advance
+
+    def watched(*given: Any) -> Any:
+        compiled = whole.lower(*given).compile()
+        groups.update(re.findall(r"(?:replica_groups|source_target_pairs)=(\S+?),? ", compiled.as_text()))
+        count = given[1].ended.shape[0]
+        shapes.append([count, max(part.data.shape[0] for part in given[2].known.addressable_shards)])
+        # The number of steps and the mesh are static.
+        return compiled(*given[:4])
+
+    stepping._advance = watched  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        given = jnp.asarray(known), targets, kept, Partial(said, head), jnp.ones(lanes), settings
+        trained, info = train_values(*given, jnp.zeros((lanes, 8)), mesh)
+    finally:
+        stepping._advance = whole
+    return {
+        "values": trained.tolist(), "steps": info.steps.tolist(), "loss": info.loss.tolist(),
+        "closeness": info.closeness.tolist(), "groups": sorted(groups), "shapes": shapes,
+    }  # fmt: skip
 
 
 def axes(folder: str, saved: Path) -> dict[str, float]:

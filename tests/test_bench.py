@@ -3,9 +3,11 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +15,14 @@ import pytest
 from conftest import make_tiny_model, write_tiny_folder
 
 from tpatch_jax.benchmarks import bench as bench_
-from tpatch_jax.benchmarks import gauges, side_by_side
+from tpatch_jax.benchmarks import compiled_plan, gauges, on_device, side_by_side, topology
 from tpatch_jax.benchmarks import probe as probe_
 from tpatch_jax.benchmarks.bench import FULL, QUICK, Plan
 from tpatch_jax.benchmarks.edits_to_time import edits_to_time
 from tpatch_jax.benchmarks.gauges import compilations, median_and_spread, seconds_of
 from tpatch_jax.benchmarks.plan import Machine, Measured, Network, cost
 from tpatch_jax.benchmarks.recompilation import recompilations
+from tpatch_jax.benchmarks.topology import Chip, Topology
 from tpatch_jax.cli import bench as command
 from tpatch_jax.cli import main as cli
 from tpatch_jax.editors.tpatcher.settings import PRESETS
@@ -88,6 +91,58 @@ def test_one_run_says_all_that_is_promised(place, capsys):
     said = capsys.readouterr().out
     assert "forward equivalents per edit" in said
     assert "programs compiled for new numbers of edits: " in " ".join(said.split())
+
+
+def test_without_an_accelerator_nothing_is_run_on_one(place, capsys):
+    assert cli.main(["bench", str(place / "nowhere"), "--device", "--json"]) == 1
+    told = capsys.readouterr()
+    result = json.loads(told.out.splitlines()[-1])
+    assert (result["accelerator"], result["ran"]) == (None, False)
+    assert result["reason"] in told.err
+    assert "JAX finds no accelerator here, only cpu" in told.err
+
+
+def test_an_accelerator_is_measured_beside_its_plan(place, capsys, monkeypatch):
+    # A CPU that says it is one; of the plan a few programs.
+    here = Topology("pretended", Chip(1e12, 1e11, 2e9, 1e9), tuple(jax.devices()[:1]), 1)
+    several = compiled_plan.edit_programs
+    few = {"last layer: what is said", "reading: embeddings", "values: what is said unedited"}
+    monkeypatch.setattr(on_device, "describe_accelerator", lambda: here)
+    monkeypatch.setattr(on_device, "sites_of", lambda config: ("last",))
+    monkeypatch.setattr(
+        compiled_plan,
+        "edit_programs",
+        lambda places, count, settings, every: [p for p in several(places, count, settings) if p.name in few],
+    )
+    arguments = ["bench", str(place / "tiny"), "--device", "--quick", "--edits", "1", "--dtype", "float32"]
+    assert cli.main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["ran"]
+    assert result["accelerator"]["devices"] == 1
+    figures = result["edits"]["last"]["1"]
+    assert figures["predicted"]["ms_per_edit"] > 0
+    assert figures["ms_per_edit"] > figures["predicted"]["ms_per_edit"]
+    assert figures["predicted"]["memory_bytes_per_chip"] > 0
+    assert 0 <= figures["exact"] <= 1
+    assert figures["peak_memory_bytes"] is None  # a CPU does not say
+    command._show_device(result)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "at least" in said
+    assert f"{figures['ms_per_edit']:.1f}" in said
+    assert cli.main(["bench", str(place / "tiny"), "--device", "--dtype", "int8"]) == 1
+    assert "--device measures float32 and bfloat16" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("kind", "flops"),
+    [("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("NVIDIA H200", 989e12), ("Tesla T4", 65e12), ("Other", math.inf)],
+)
+def test_devices_are_known_by_their_kind(monkeypatch, kind, flops):
+    device = SimpleNamespace(platform="tpu", device_kind=kind, process_index=0, memory_stats=lambda: {"bytes_limit": 7})
+    monkeypatch.setattr(topology.jax, "devices", lambda: [device] * 4)
+    here = topology.describe_accelerator()
+    assert (here.name, here.chip.flops, here.chip.memory) == (kind, flops, 7.0)
+    assert (len(here.devices), here.hosts) == (4, 1)
 
 
 def test_a_new_number_of_edits_compiles_nothing(place):

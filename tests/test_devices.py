@@ -101,6 +101,28 @@ def test_every_device_holds_its_part_of_lanes_and_memory(found):
     assert found["4x2"]["seen"] == {"lanes": [2, 8] * 2, "rows": [380, 1520] * 2}
 
 
+@pytest.mark.parametrize("other", ["8x1", "4x2"])
+def test_values_are_those_of_one_device_and_each_device_trains_its_part(found, other):
+    one, many = found["alone"]["values"], found[other]["values"]
+    assert len(set(one["steps"])) > 2  # so lanes are dropped on the way, and devices end at different times
+    assert many["steps"] == one["steps"]
+    for name in ("values", "loss", "closeness"):
+        assert relative(np.asarray(many[name]), np.asarray(one[name])) < 1e-5
+    assert one["shapes"][0] == [16, 16]
+    assert many["shapes"][0] == [16, 16 // int(other[0])]
+    # Two lanes of a device go on together; of four, some are dropped.
+    assert (len(many["shapes"]) > 1) == (other == "4x2")
+
+
+def test_no_step_on_values_exchanges_anything_over_data(found):
+    assert found["alone"]["values"]["groups"] == found["8x1"]["values"]["groups"] == []
+    # Devices 0 and 1 share the matrix, 2 and 3 do, and so on.
+    assert found["4x2"]["values"]["groups"]
+    assert set(found["4x2"]["values"]["groups"]) <= {
+        "{{0,1},{2,3},{4,5},{6,7}}", "{{1,0},{3,2},{5,4},{7,6}}", "[4,2]<=[8]"
+    }  # fmt: skip
+
+
 def test_explicit_and_automatic_axes_give_the_same(found):
     assert set(found["axes"]) == {
         f"{kind} {how}" for kind in ("Auto", "Explicit") for how in ("loaded", "own", "arrays")

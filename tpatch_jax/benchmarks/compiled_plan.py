@@ -9,17 +9,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from tpatch_jax.benchmarks.other_programs import other_programs
 from tpatch_jax.benchmarks.program_costs import ProgramCosts, program_costs
 from tpatch_jax.benchmarks.programs import Places, Program, edit_programs, sites_of
 from tpatch_jax.benchmarks.topology import Chip, Compiled, Topology, compile_lowered, create_mesh, describe_topology
+from tpatch_jax.core.devices import DATA_AXIS
 from tpatch_jax.editors.tpatcher.settings import TPatcherSettings
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.shapes import parameter_shapes
+from tpatch_jax.models.sharding import MODEL_AXIS
 from tpatch_jax.typing import Progress
 
-__all__ = ["EDITS", "compile_plan", "compile_programs", "roofline", "split_weights"]
+__all__ = ["EDITS", "compile_plan", "compile_programs", "list_programs", "roofline", "split_weights"]
 
 EDITS = (1, 100, 10_000)
 """How many edits in one call are planned for, unless others are asked for."""
@@ -147,10 +150,34 @@ def _row(
     }
 
 
+def list_programs(config: NetworkConfig, edits: int = 100, dtype: str = "bfloat16") -> list[dict[str, Any]]:
+    """Every program that edits of a network run, other methods, generation and evaluation among them; none is compiled.
+
+    Args:
+        config: the network's description.
+        edits: how many in one call.
+        dtype: of its weights.
+
+    Returns:
+        For each program its ``name``, and how often it ``runs`` at each site in that call: nowhere, if it is one that
+        runs once for a model, or of another method.
+
+    Example:
+        >>> from tpatch_jax.benchmarks.network_shapes import network_shape
+        >>> names = [program["name"] for program in list_programs(network_shape("SmolLM2-135M")[1])]
+        >>> "values: steps" in names, "ROME: solve" in names
+        (True, True)
+    """
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), (DATA_AXIS, MODEL_AXIS))
+    places = Places(config, mesh, dtype)
+    programs = [*edit_programs(places, edits, every=True), *other_programs(places)]
+    return [{"name": program.name, "runs": dict(program.runs)} for program in programs]
+
+
 def compile_plan(
     name: str,
     config: NetworkConfig,
-    topology: str,
+    topology: str | Topology,
     *,
     dtype: str = "bfloat16",
     edits: Sequence[int] = EDITS,
@@ -158,12 +185,12 @@ def compile_plan(
     settings: TPatcherSettings | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compile what edits of a network run, for TPUs, and add it up.
+    """Compile what edits of a network run, for TPUs that need not be there or for devices that are, and add it up.
 
     Args:
         name: of the network.
         config: its description.
-        topology: such as ``"v5e:2x4"``.
+        topology: such as ``"v5e:2x4"``, or the devices.
         dtype: of its weights.
         edits: how many in one call.
         every: the other methods, generation and evaluation as well.
@@ -179,14 +206,14 @@ def compile_plan(
     Raises:
         TPatchError: libtpu is missing, or there is no such topology.
     """
-    described = describe_topology(topology)
+    described = describe_topology(topology) if isinstance(topology, str) else topology
     mesh = create_mesh(described, split_weights(config, described, dtype))
     places = Places(config, mesh, dtype)
     known: dict[Any, Compiled | str] = {}
     rows: list[dict[str, Any]] = []
     plan: dict[str, dict[str, Any]] = {site: {} for site in sites_of(config)}
     for count in edits:
-        programs = edit_programs(places, count, settings)
+        programs = edit_programs(places, count, settings, every=every)
         compiled = compile_programs(programs, places.params, described, progress, known)
         unit = _forward_seconds(compiled, config)
         for row, program in zip(compiled, programs, strict=True):
@@ -199,7 +226,7 @@ def compile_plan(
     middle = str(sorted(edits)[len(edits) // 2])
     return {
         "model": name,
-        "topology": topology,
+        "topology": described.name,
         "dtype": dtype,
         "mesh": dict(mesh.shape),
         "hosts": described.hosts,

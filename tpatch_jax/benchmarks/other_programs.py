@@ -1,5 +1,6 @@
 """The compiled programs of the other methods, of generation and of evaluation; see `tpatch_jax.benchmarks.programs`."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,15 +31,17 @@ from tpatch_jax.editors.serac.training import counterfactual_loss, scope_loss
 from tpatch_jax.editors.subject_rows import KnownRows, runner
 from tpatch_jax.evaluation import scoring
 from tpatch_jax.models import generation, networks, stack
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.sharding import MODEL_AXIS
 from tpatch_jax.training import loop
+from tpatch_jax.typing import Params
 
 __all__ = ["other_programs"]
 
 
 def other_programs(places: Places, workload: Workload | None = None) -> list[Program]:
-    """The programs of ROME, MEMIT, GRACE, fine-tuning and SERAC, of generation with a cache, and of evaluation.
+    """The programs of ROME, MEMIT, AlphaEdit, GRACE, fine-tuning and SERAC, of generation with a cache, of evaluation.
 
     Args:
         places: the network and the devices.
@@ -48,7 +51,8 @@ def other_programs(places: Places, workload: Workload | None = None) -> list[Pro
         Each program once; they run at no site of the T-Patcher editor.
     """
     workload = workload or Workload()
-    programs = [*_evaluation_programs(places, workload), *_fine_tuning_programs(places, workload)]
+    programs = [*_whole_programs(places, workload)] if places.config.architecture != "decoder" else []
+    programs += [*_evaluation_programs(places, workload), *_fine_tuning_programs(places, workload)]
     config = places.config
     if config.architecture == "decoder":
         programs += [*_generation_programs(places), *_grace_programs(places, workload)]
@@ -58,6 +62,33 @@ def other_programs(places: Places, workload: Workload | None = None) -> list[Pro
     if config.architecture == "encoder" and not config.labels:
         programs += _scope_programs(places, workload)
     return programs
+
+
+@partial(jax.jit, static_argnames=("config", "layer"))
+def _trace(config: NetworkConfig, layer: int, params: Params, batch: Any) -> networks.Trace:
+    return networks.trace(config, params, batch, layer)
+
+
+@jax.jit
+def _resume(network: Partial, traced: networks.Trace, output: jax.Array) -> jax.Array:
+    return network(traced, output)
+
+
+def _whole_programs(places: Places, workload: Workload) -> list[Program]:
+    """Networks that read whole inputs, cut in their last layer: there patches go."""
+    config, params, last = places.config, places.params, places.config.layers - 1
+    rows = 32
+    tokens = places.rows((rows, workload.context), jnp.int32)
+    batch = networks.Pair(tokens, tokens) if config.encoder else tokens
+    if config.image is not None:
+        batch = places.rows((rows, config.image.channels, *config.image.size), places.dtype)
+    traced = jax.eval_shape(partial(_trace, config, last), params, batch)
+    traced = jax.tree.map(lambda leaf: places.rows(leaf.shape, leaf.dtype), traced)
+    network = Partial(partial(networks.resume, config), params)
+    return [
+        Program("inputs: trace", _trace, (config, last, params, batch)),
+        Program("inputs: resume", _resume, (network, traced, traced.output)),
+    ]
 
 
 def _evaluation_programs(places: Places, workload: Workload) -> list[Program]:
@@ -127,8 +158,8 @@ def _offset_program(
     step = Partial(stepping._descend(program.optimiser), loss, Partial(program.project), Partial(program.stop))
     carry = stepping._Carry(start, places.rows((requests,), jnp.bool_), places.rows((requests,), jnp.int32))
     most = settings.value_steps + settings.value_extra_steps - 1
-    args = (step, carry, problem, places.array((), jnp.int32))
-    return Program(name, stepping._advance, args, {"steps": most}, trips=settings.value_steps)
+    args = (step, carry, problem, places.array((1,), jnp.int32), most)
+    return Program(name, stepping._advance, args, trips=settings.value_steps)
 
 
 def _rome_programs(places: Places, workload: Workload) -> list[Program]:
@@ -144,6 +175,8 @@ def _rome_programs(places: Places, workload: Workload) -> list[Program]:
                 (network, places.stream(16, 64, width), places.rows((16, 64)), config.activation)),
         Program("ROME: ridge", rank_one.damped, (square, places.array(()))),
         Program("ROME: solve", rank_one._rank_one, (network["down"], key, value, square, key, None)),
+        Program("AlphaEdit: solve", rank_one._projected,
+                (places.rows((128, inner)), places.rows((128, width)), square, places.array(()), square)),
         _offset_program(
             places, "ROME: steps on a value", layer, 1, workload, subject_value.ValueSettings(clamp=4.0), False
         ),

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,8 +17,9 @@ import numpy as np
 from tpatch_jax.benchmarks.edits_to_time import edits_to_time
 from tpatch_jax.benchmarks.gauges import compilations, peak_bytes
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.requests import EditRequest
 
-__all__ = ["probe"]
+__all__ = ["measure_edits", "probe"]
 
 WARM = 256
 """Up to so many edits all of them are done once before they are timed; beyond, so many."""
@@ -59,27 +61,43 @@ def probe(model: str, site: str, count: int, repeats: int, file: str | None, dty
 
 
 def _measure(model: str, site: str, count: int, repeats: int, file: str | None, dtype: str | None) -> dict[str, Any]:
-    from tpatch_jax.editors.tpatcher.editor import tpatcher
-    from tpatch_jax.editors.tpatcher.settings import PRESETS
-    from tpatch_jax.evaluation.measure import measure
     from tpatch_jax.models.model import load_model
-    from tpatch_jax.storage.cache import cache_folder
     from tpatch_jax.storage.process import prepare_process
 
     prepare_process()
     loaded, requests = load_model(model, dtype=dtype), edits_to_time(count, file)
+    with jax.default_matmul_precision("highest"):
+        return measure_edits(loaded, site, requests, repeats)
+
+
+def measure_edits(model: Any, site: str, requests: Sequence[EditRequest], repeats: int) -> dict[str, Any]:
+    """Edit a model in this process and measure it.
+
+    Args:
+        model: the model.
+        site: ``"last"`` or ``"subject"``.
+        requests: what is edited, in one call.
+        repeats: how often, after a warm-up.
+
+    Returns:
+        See `probe`.
+    """
+    from tpatch_jax.editors.tpatcher.editor import tpatcher
+    from tpatch_jax.editors.tpatcher.settings import PRESETS
+    from tpatch_jax.evaluation.measure import measure
+    from tpatch_jax.storage.cache import cache_folder
+
     editor = tpatcher(dataclasses.replace(PRESETS["default"], site=site), cache=cache_folder())
     key = jax.random.key(0)
-    with jax.default_matmul_precision("highest"):
-        state = editor.init(loaded, key)
-        editor.step(state, requests[:WARM], key)
-        infos, after = [], state
-        with compilations() as compiled:
-            for _ in range(repeats):
-                after, info = editor.step(state, requests, key)
-                infos.append(info)
-        peak = peak_bytes()
-        quality = measure(loaded, after.patches, requests)
+    state = editor.init(model, key)
+    editor.step(state, requests[:WARM], key)
+    infos, after = [], state
+    with compilations() as compiled:
+        for _ in range(repeats):
+            after, info = editor.step(state, requests, key)
+            infos.append(info)
+    peak = peak_bytes()
+    quality = measure(model, after.patches, requests)
     return {
         "seconds": [info.seconds for info in infos],
         "fit_seconds": [info.fit_seconds for info in infos],

@@ -27,6 +27,8 @@ _SLICES = {"dynamic-slice", "slice", "gather"}
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
                 "collective-broadcast")  # fmt: skip
 _COPIES = {"copy-start", "slice-start", "dynamic-slice-start"}
+_LIBRARY = ("__cublas$gemm", "__cublas$lt$matmul")
+"""Products that a GPU's library does."""
 _PASSES = {"highest": 6, "high": 3}
 """A product of float32 in so many products of bfloat16."""
 
@@ -173,6 +175,9 @@ def _convolution(line: _Instruction, left: _Array, right: _Array) -> float:
 def _dot(line: _Instruction, left: _Array) -> float:
     """Operations of a product: two for each entry of the result and each entry along what is summed over."""
     summed = line.attribute("lhs_contracting_dims").strip("{}")
+    if line.code == "custom-call":
+        told = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', line.attributes)
+        summed = told.group(1).replace('"', "") if told else ""
     inner = math.prod(left.shape[int(side)] for side in summed.split(",") if side)
     return 2.0 * inner * math.prod(line.arrays[0].shape)
 
@@ -244,7 +249,7 @@ class _Reader:
         within = ProgramCosts()
         if code == "fusion":
             within = self.cost(line.attribute("calls"), True)
-        elif code in ("convolution", "dot"):
+        elif code in ("convolution", "dot") or any(f'"{name}' in line.attributes for name in _LIBRARY):
             arrays = [operand.arrays[0] for operand in given[:2]]
             flops = _convolution(line, *arrays) if code == "convolution" else _dot(line, arrays[0])
             asked = re.search(r"operand_precision=\{(\w+)", line.attributes)

@@ -26,7 +26,7 @@ from tpatch_jax.core.memory import Memory
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.core.sizes import in_blocks, in_halves, in_steps, power_of_two, round_up
 from tpatch_jax.core.values import KeptRows, TargetRows
-from tpatch_jax.editors import subject_rows
+from tpatch_jax.editors import holding, subject_rows
 from tpatch_jax.editors.subject_rows import KnownRows
 from tpatch_jax.editors.tpatcher import last_site, subject_site
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
@@ -64,8 +64,6 @@ class Workload(NamedTuple):
         neurons: in the last layer, for a request.
         missing: of these, how many need steps on their value.
         attempts: how often a neuron in the last layer is fitted.
-        value_steps: that a value at a subject takes in the mean; a batch goes on until its last value has ended, in
-            smaller and smaller batches.
         completed: of the requests at subjects, how many need a neuron in the last layer as well.
         memory: rows of unrelated text.
         others: of a request, texts about other subjects that are read for it.
@@ -80,7 +78,6 @@ class Workload(NamedTuple):
     neurons: float = 1.06
     missing: float = 0.1
     attempts: float = 1.3
-    value_steps: int = 20
     completed: float = 0.25
     memory: int = 16_384
     others: float = 4.0
@@ -209,7 +206,11 @@ def sites_of(config: NetworkConfig) -> tuple[str, ...]:
 
 
 def edit_programs(
-    places: Places, edits: int, settings: TPatcherSettings | None = None, workload: Workload | None = None
+    places: Places,
+    edits: int,
+    settings: TPatcherSettings | None = None,
+    workload: Workload | None = None,
+    every: bool = False,
 ) -> list[Program]:
     """The programs of one call that edits so many requests.
 
@@ -218,12 +219,13 @@ def edit_programs(
         edits: how many requests.
         settings: the editor's options; by default the preset ``default``.
         workload: what a request asks for.
+        every: also those that run only where they are asked for: the paper's recipe, and a fit that is no one's lane.
 
     Returns:
         Each program once, with how often it runs at each site.
     """
     settings, workload = settings or PRESETS["default"], workload or Workload()
-    programs = [*_memory_programs(places, workload), *_last_programs(places, edits, settings, workload)]
+    programs = [*_memory_programs(places, workload), *_last_programs(places, edits, settings, workload, every)]
     if places.config.architecture == "decoder":
         programs += _reading_programs(places, edits, settings, workload)
     if "subject" in sites_of(places.config):
@@ -356,7 +358,9 @@ def last_memory_rows(edits: int, settings: TPatcherSettings, workload: Workload)
     return workload.memory + in_blocks(rows, last_site.LEAST_ROWS, last_site.BLOCK)
 
 
-def _last_programs(places: Places, edits: int, settings: TPatcherSettings, workload: Workload) -> list[Program]:
+def _last_programs(
+    places: Places, edits: int, settings: TPatcherSettings, workload: Workload, every: bool
+) -> list[Program]:
     """Neurons in the last layer: both recipes, what they start from, and what the network says with them."""
     config, width, weights = places.config, places.config.hidden_size, places.last_weights
     act, fit = ACTIVATIONS[config.activation], settings.fit
@@ -397,18 +401,21 @@ def _last_programs(places: Places, edits: int, settings: TPatcherSettings, workl
                 trips=fit.value_steps, runs=times(neurons * workload.missing / few, 0.0), resident=memory),
         Program("last layer: patches", fitting._many_end_staged, (settled, problem, head, fit, act),
                 runs=times(neurons / size), resident=memory),
-        *_joint_programs(places, problem, memory, head, size),
+        *(_asked_programs(places, problem, memory, head, size) if every else ()),
         *_start_programs(places, edits, settings, size, contexts, times(neurons / size)),
     ]  # fmt: skip
-    rows = places.rows((64, width), places.dtype)
+    rows = places.rows((holding.ROWS, width), places.dtype)
     if pointwise:
         patch = places.patch(in_blocks(round(edits * workload.neurons), collection.NEURONS, 4096))
         sites = collection.Sites(rows, rows, rows)
-        looks = edits * workload.target * (1 + 2 * workload.attempts) / 64
+        looks = edits * workload.target * (1 + 2 * workload.attempts) / holding.ROWS
         args = (config, weights, patch, sites)
-        programs.append(
-            Program("last layer: what is said", collection._predicted, args, runs=times(looks), resident=memory)
-        )
+        wanted = places.rows((holding.ROWS,), jnp.int32)
+        programs += [
+            Program("last layer: what is said", collection._predicted, args, runs=times(looks), resident=memory),
+            # Asked before a request is edited, and of some texts afterwards.
+            Program("margins of what is asked", holding._margins, (config, weights, sites, wanted)),
+        ]
     return programs
 
 
@@ -418,13 +425,19 @@ def _shapes(function: Any, places: Places, *args: Any) -> Any:
     return jax.tree.map(lambda leaf: places.rows(leaf.shape, leaf.dtype), lanes)
 
 
-def _joint_programs(places: Places, problem: FitProblem, memory: Memory, head: Partial, size: int) -> list[Program]:
-    """The paper's recipe, which runs where it is asked for."""
+def _asked_programs(places: Places, problem: FitProblem, memory: Memory, head: Partial, size: int) -> list[Program]:
+    """The paper's recipe, and single fits by both recipes."""
     settings: FitSettings = PRESETS["paper"].fit
     act = ACTIVATIONS[places.config.activation]
     states = _shapes(fitting._many_begin, places, problem, places.key(size), settings)
     args = (states, problem, memory, head, settings, act)
+    one = jax.tree.map(lambda leaf: places.array(leaf.shape[1:], leaf.dtype), problem)
+    single = jax.jit(fitting.fit, static_argnames=("settings", "activation"))
+    alone = {"head": head, "rng": places.key(), "activation": act}
+    staged = {**alone, "settings": PRESETS["default"].fit}
     return [
+        Program("one fit, staged", single, (one, memory), staged, trips=PRESETS["default"].fit.key_steps),
+        Program("one fit, joint", single, (one, memory), {**alone, "settings": settings}, trips=settings.least_steps),
         Program("paper's recipe: start", fitting._many_begin, (problem, places.key(size), settings)),
         Program(f"paper's recipe: {settings.patience} steps", fitting._many_advance, args, resident=memory),
         Program("paper's recipe: patches", fitting._many_end, args, resident=memory),
@@ -498,7 +511,8 @@ def _subject_programs(places: Places, edits: int, settings: TPatcherSettings, wo
         places.array((keys, 1 + subject.key_contexts, width)), places.array((keys,), jnp.int32), scalar, scalar,
         places.array((keys, AVOIDED, width)), scalar,
     )  # fmt: skip
-    lanes = min(power_of_two(edits), subject.value_lanes or subject_site.ELSEWHERE)
+    most = places.data * (subject.value_lanes or subject_site.ELSEWHERE)
+    lanes = min(subject_site.lanes_together(edits, places.data), most)
     chunks = {"subject": float(-(-edits // lanes))}
     # Besides, the prompt behind a longer text and with its subject in lower case.
     aims, beside = subject.value_contexts + subject.shorter + subject.same + 2, subject.neutral
@@ -509,15 +523,19 @@ def _subject_programs(places: Places, edits: int, settings: TPatcherSettings, wo
     problem, state = _value_structs(places, lanes, aims, beside, tokens, ends, read, layer)
     carry = stepping._Carry(state, places.rows((lanes,), jnp.bool_), places.rows((lanes,), jnp.int32))
     step = Partial(values._step(subject.value._replace(steps=0)), run)
-    number, half = places.array((), jnp.int32), places.rows((max(1, lanes // 2),), jnp.int32)
+    number, half = places.rows((places.data,), jnp.int32), places.rows((max(places.data, lanes // 2),), jnp.int32)
+    # On one part of a mesh the loop is that of one device.
+    over = places.mesh if places.data > 1 else None
     return [
         Program("subjects: keys", subject_site._keys, (*lanewise, memory), {"rounds": subject.key_rounds},
                 runs={"subject": 1.0}),
         *fork_programs(places, "values, rows", lanes, tokens, layer, chunks),
         Program("values: what is said unedited", subject_rows._log_probs, said, runs=chunks),
-        Program("values: steps", stepping._advance, (step, carry, problem, number), {"steps": subject.value.steps},
-                trips=workload.value_steps, runs=chunks),
-        Program("values: fewer lanes", stepping._take, ((carry, problem), half, lanes), runs=chunks),
+        # A look at each number of steps, none included.
+        Program("values: steps", stepping._advance, (step, carry, problem, number, subject.value.steps, over),
+                trips=subject.value.steps + 1, runs=chunks),
+        Program("values: fewer lanes", stepping._take, ((carry, problem), half, lanes // places.data, over),
+                runs=chunks),
     ]  # fmt: skip
 
 

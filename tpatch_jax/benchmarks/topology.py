@@ -4,6 +4,7 @@ Nothing runs on them. The compiler says whether a program lowers, what memory it
 """
 
 import importlib.util
+import math
 import os
 import re
 import time
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -21,7 +23,16 @@ from tpatch_jax.core.devices import DATA_AXIS
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.sharding import MODEL_AXIS
 
-__all__ = ["CHIPS", "Chip", "Compiled", "Topology", "compile_lowered", "create_mesh", "describe_topology"]
+__all__ = [
+    "CHIPS",
+    "Chip",
+    "Compiled",
+    "Topology",
+    "compile_lowered",
+    "create_mesh",
+    "describe_accelerator",
+    "describe_topology",
+]
 
 LIBTPU = "libtpu>=0.0.42"
 
@@ -77,7 +88,7 @@ class Topology(NamedTuple):
     Attributes:
         name: such as ``"v5e:2x4"``.
         chip: what one device can do; where a chip is two devices, half a chip.
-        devices: stand-ins of the devices, which run nothing.
+        devices: the devices, or stand-ins of them, which run nothing.
         hosts: how many machines they belong to.
     """
 
@@ -117,6 +128,50 @@ def _environment() -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+KINDS: Mapping[str, Chip] = MappingProxyType(
+    {
+        "TPU v6": CHIPS["v6e"],
+        "TPU v5 lite": CHIPS["v5e"],
+        "TPU v5e": CHIPS["v5e"],
+        "TPU v5": CHIPS["v5p"],
+        "TPU v4": CHIPS["v4"],
+        "H200": Chip(989e12, 4800e9, 141e9, 450e9),
+        "H100 PCIe": Chip(756e12, 2000e9, 80e9, 64e9),
+        "H100": Chip(989e12, 3350e9, 80e9, 450e9),
+        "A100-SXM4-40GB": Chip(312e12, 1555e9, 40e9, 300e9),
+        "A100-PCIE-40GB": Chip(312e12, 1555e9, 40e9, 32e9),
+        "A100": Chip(312e12, 2039e9, 80e9, 300e9),
+        "L40S": Chip(362e12, 864e9, 48e9, 32e9),
+        "NVIDIA L4": Chip(121e12, 300e9, 24e9, 32e9),
+        "Tesla T4": Chip(65e12, 320e9, 16e9, 16e9),
+    }
+)
+"""Published peaks by a part of what JAX calls a kind of device; the first that is in it counts.
+
+Source: besides those of `CHIPS`, NVIDIA's data sheets, without sparsity; links in one direction.
+"""
+
+UNKNOWN = Chip(math.inf, math.inf, math.inf, math.inf)
+"""A chip whose peaks are not known here: a roofline on it says nothing."""
+
+
+def describe_accelerator() -> Topology | None:
+    """The accelerators that JAX finds, with their published peaks, or `UNKNOWN`; ``None`` where it finds none.
+
+    Example:
+        >>> describe_accelerator() is None or len(describe_accelerator().devices) > 0
+        True
+    """
+    devices = tuple(jax.devices())
+    if devices[0].platform == "cpu":
+        return None
+    kind = devices[0].device_kind
+    chip = next((chip for part, chip in KINDS.items() if part in kind), UNKNOWN)
+    if room := (devices[0].memory_stats() or {}).get("bytes_limit"):
+        chip = chip._replace(memory=float(room))
+    return Topology(kind, chip, devices, len({device.process_index for device in devices}))
 
 
 def describe_topology(name: str) -> Topology:

@@ -29,8 +29,15 @@ class Bench:
         str | None,
         arg(metavar="CHIPS", help="with --plan: compile MODEL, a shape such as Llama-3-8B, for TPUs such as v5e:2x4"),
     ] = None
+    programs: Annotated[
+        bool, arg(help="with --plan: only name every program that edits of MODEL, a shape, run; compile none")
+    ] = False
+    device: Annotated[
+        bool, arg(help="edit on the accelerator that is here, beside what its compiled programs take at the least")
+    ] = False
     edits: Annotated[
-        tuple[int, ...] | None, arg(metavar="N", help="with --topology: how many edits in a call; 1 100 10000")
+        tuple[int, ...] | None,
+        arg(metavar="N", help="with --topology or --device: how many edits in a call; 1 100 10000, or 1 16 256"),
     ] = None
     every: Annotated[
         bool, arg(help="with --topology: other methods, generation and evaluation as well, which takes longer")
@@ -44,14 +51,27 @@ class Bench:
 
     def run(self) -> None:
         """Measure, print a table, and draw a picture if one is asked for; or show what it would cost elsewhere."""
-        for name, given in (("topology", self.topology), ("edits", self.edits), ("every", self.every)):
-            beside, flag = ("plan", self.plan) if name == "topology" else ("topology", self.topology)
-            if given and not flag:
-                raise TPatchError(f"--{name} goes with --{beside}; give both, or leave it out")
-        if self.against is not None:
+        beside = {
+            "topology": ("plan", self.plan),
+            "programs": ("plan", self.plan),
+            "edits": ("topology or --device", self.topology or self.device),
+            "every": ("topology", self.topology),
+        }
+        for name, (other, there) in beside.items():
+            if getattr(self, name) and not there:
+                raise TPatchError(f"--{name} goes with --{other}; give both, or leave it out")
+        if self.programs and self.topology:
+            raise TPatchError("--programs compiles nothing, so it goes without --topology; leave one of them out")
+        if self.edits and min(self.edits) < 1:
+            raise TPatchError(f"--edits is {min(self.edits)}; give whole numbers, 1 or more")
+        if self.device:
+            self._run_on_device()
+        elif self.against is not None:
             self._compare(self.against)
         elif self.topology is not None:
             self._compile(self.topology)
+        elif self.programs:
+            self._list()
         elif self.plan:
             _show_plan(self.json)
         else:
@@ -65,8 +85,6 @@ class Bench:
             if given:
                 raise TPatchError(f"--topology goes without --{name}; leave one of them out")
         edits = self.edits or EDITS
-        if min(edits) < 1:
-            raise TPatchError(f"--edits is {min(edits)}; give whole numbers, 1 or more")
         name, config = network_shape(self.model)
         with progress_bar(self.quiet or self.json) as report:
             result = compile_plan(
@@ -76,6 +94,36 @@ class Bench:
             print_json(result)
         else:
             _show_compiled(result)
+
+    def _list(self) -> None:
+        from tpatch_jax.benchmarks.compiled_plan import list_programs
+        from tpatch_jax.benchmarks.network_shapes import network_shape
+
+        name, config = network_shape(self.model)
+        programs = list_programs(config)
+        if self.json:
+            print_json({"model": name, "programs": programs})
+            return
+        sites = sorted({site for program in programs for site in program["runs"]}, reverse=True)
+        runs = [[f"{each['runs'][site]:,.0f}" if site in each["runs"] else "" for site in sites] for each in programs]
+        rows = [[each["name"], *times] for each, times in zip(programs, runs, strict=True)]
+        show_rows(f"programs of {name}, and how often 100 edits run them", [["", *sites], *rows])
+
+    def _run_on_device(self) -> None:
+        from tpatch_jax.benchmarks.on_device import bench_device
+
+        for name, given in (("plan", self.plan), ("against", self.against), ("output", self.output)):
+            if given:
+                raise TPatchError(f"--device goes without --{name}; leave one of them out")
+        edits, repeats = self.edits or ((1, 16) if self.quick else (1, 16, 256)), 1 if self.quick else 3
+        with progress_bar(self.quiet or self.json) as report:
+            result = bench_device(self.model, edits, repeats, self.file, self.dtype, report)
+        if self.json:
+            print_json(result)
+        if not result["ran"]:
+            raise TPatchError(f"{result['reason']}; on a machine with one install JAX for it, such as jax[cuda12]")
+        if not self.json:
+            _show_device(result)
 
     def _compare(self, folder: str) -> None:
         from tpatch_jax.benchmarks.side_by_side import FULL, QUICK, check_build, compare_builds
@@ -223,6 +271,24 @@ def _show_compiled(result: dict[str, Any]) -> None:
             fits = "yes" if figures["fits"] else "no"
             table.add_row(site, count, memory, fits, f"{figures['edits_per_second']:.1f}", shown)
     console.print(table)
+
+
+def _show_device(result: dict[str, Any]) -> None:
+    """Show what edits cost on an accelerator, and what its compiled programs say they take at the least."""
+    where, rows = result["accelerator"], []
+    rows.append(["", "edits", "ms per edit", "at least", "peak GiB", "compiled", "exact", "locality"])
+    for site, by_count in result["edits"].items():
+        for count, figures in by_count.items():
+            least = figures["predicted"] or {}
+            sizes = (figures["peak_memory_bytes"], least.get("memory_bytes_per_chip"))
+            peak, compiled = ("" if size is None else f"{size / 2**30:.2f}" for size in sizes)
+            times = (figures["ms_per_edit"], least.get("ms_per_edit"))
+            taken, bound = ("" if time is None else f"{time:.1f}" for time in times)
+            locality = figures["locality_tokens"]
+            shown = "" if locality is None else f"{locality:.4f}"
+            rows.append([site, count, taken, bound, peak, compiled, f"{figures['exact']:.3f}", shown])
+    title = f"editing {result['model']} in {result['dtype']} on {where['devices']} x {where['kind']}"
+    show_rows(f"{title}; 'at least' and 'compiled' are what the compiled programs say", rows)
 
 
 def _show_plan(json: bool) -> None:

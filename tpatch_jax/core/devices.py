@@ -116,17 +116,26 @@ def shard_rows(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays with their leading axis split over ``"data"``; one that is not divided by it is repeated.
 
     Args:
-        tree: arrays, the same in every process.
+        tree: arrays, the same in every process; one that is split so already stays as it is, also along other axes.
         mesh: the devices; ``None`` leaves everything as it is.
     """
     if mesh is None:
         return tree
 
     def put(leaf: Any) -> Array:
+        if isinstance(leaf, Array) and _rows_are_split(leaf, mesh):
+            return leaf
         split = leaf.ndim > 0 and leaf.shape[0] % parts(mesh) == 0
         return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(DATA_AXIS) if split else PartitionSpec()))
 
     return jax.tree.map(put, tree)
+
+
+def _rows_are_split(array: Array, mesh: Mesh) -> bool:
+    sharding = None if isinstance(array, Tracer) else array.sharding
+    if not isinstance(sharding, NamedSharding) or sharding.mesh != mesh or not sharding.spec:
+        return False
+    return sharding.spec[0] in (DATA_AXIS, (DATA_AXIS,))
 
 
 def repeat(tree: Any, mesh: Mesh | None) -> Any:

@@ -3,6 +3,9 @@
 A lane is one of them: a vector that takes steps of its own. All lanes of a batch step together in one compiled loop,
 which the host enters anew only where half of them have ended: those are dropped, into batches of powers of two, so that
 few shapes are ever compiled.
+
+On a mesh each part of its axis ``"data"`` has lanes of its own and a loop of its own. No lane ever moves to another
+part, and no part asks another how far it is, so that nothing is exchanged along ``"data"`` until the end.
 """
 
 from collections.abc import Callable
@@ -13,10 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, PartitionSpec
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
+from tpatch_jax.core.devices import DATA_AXIS, host, parts, shard_rows
 from tpatch_jax.core.sizes import power_of_two
+from tpatch_jax.errors import TPatchError
 
 __all__ = ["LaneResult", "LaneRun", "minimise_lanes", "run_lanes", "take_lanes"]
 
@@ -87,8 +93,7 @@ class _Carry(NamedTuple):
     steps: Int[Array, " lanes"]
 
 
-@partial(jax.jit, static_argnames="steps")
-def _advance(
+def _loop(
     step: Partial, carry: _Carry, problem: Any, number: Int[Array, ""], steps: int
 ) -> tuple[_Carry, Int[Array, ""]]:
     """Steps until so many lanes have ended that a smaller batch holds the others."""
@@ -113,11 +118,37 @@ def _advance(
     return jax.lax.while_loop(lambda at: jnp.sum(~at[0].ended) > fewest, take_step, (carry, number))
 
 
+def _split(tree: Any) -> Any:
+    """How lanes lie on a mesh: by their leading axis; scalars are repeated."""
+    return jax.tree.map(lambda leaf: PartitionSpec(DATA_AXIS) if leaf.ndim else PartitionSpec(), tree)
+
+
+@partial(jax.jit, static_argnames=("steps", "mesh"))
+def _advance(
+    step: Partial, carry: _Carry, problem: Any, number: Int[Array, " parts"], steps: int, mesh: Mesh | None = None
+) -> tuple[_Carry, Int[Array, " parts"]]:
+    """The loop of `_loop`; on a mesh one for each part, which asks no other part. Each has a number of its own."""
+
+    def alone(step: Partial, carry: _Carry, problem: Any, number: Int[Array, " 1"]) -> tuple[_Carry, Int[Array, " 1"]]:
+        carry, after = _loop(step, carry, problem, number[0], steps)
+        return carry, after[None]
+
+    if mesh is None:
+        return alone(step, carry, problem, number)
+    whole, rows = PartitionSpec(), PartitionSpec(DATA_AXIS)
+    each = jax.shard_map(
+        alone, mesh=mesh, in_specs=(whole, rows, _split(problem), rows), out_specs=(rows, rows),
+        axis_names={DATA_AXIS}, check_vma=False,
+    )  # fmt: skip
+    return each(step, carry, problem, number)
+
+
 def run_lanes(
     step: Callable[[State, Problem, Int[Array, ""]], tuple[State, Bool[Array, " lanes"], State]],
     state: State,
     problem: Problem,
     steps: int,
+    mesh: Mesh | None = None,
 ) -> LaneRun:
     """Let lanes take steps, each until its own end, in one compiled loop.
 
@@ -132,9 +163,14 @@ def run_lanes(
         state: where the lanes start: arrays with a leading axis of lanes; scalars are shared by all lanes.
         problem: arrays as `take_lanes` takes them.
         steps: at most so many steps.
+        mesh: devices over whose axis ``"data"`` the lanes are split; each part of it takes steps until its lanes have
+            ended. As many lanes as it has parts, or a multiple.
 
     Returns:
         A `LaneRun`: the state of each lane as the last look at it left it, on the host.
+
+    Raises:
+        TPatchError: the mesh does not divide the lanes, or they share a scalar of their state.
 
     Source: this library's.
 
@@ -146,21 +182,28 @@ def run_lanes(
     """
     step = step if isinstance(step, Partial) else Partial(step)
     leaves = jax.tree.leaves(state)
-    count = next(leaf.shape[0] for leaf in leaves if leaf.ndim)
+    count, over = next(leaf.shape[0] for leaf in leaves if leaf.ndim), parts(mesh)
+    if count % over or (mesh is not None and not all(leaf.ndim for leaf in leaves)):
+        raise TPatchError(
+            f"{count} lanes cannot be split into {over} parts; give a multiple, and a state for each lane"
+        )
     lane = np.arange(count)
     carry = _Carry(jax.tree.map(jnp.asarray, state), jnp.zeros(count, bool), jnp.zeros(count, jnp.int32))
-    result, number = LaneRun(jax.tree.map(np.array, state), np.zeros(count, int)), jnp.int32(0)
+    carry, problem, number = shard_rows((carry, problem, np.zeros(over, np.int32)), mesh)
+    result = LaneRun(jax.tree.map(lambda leaf: np.array(host(leaf)), state), np.zeros(count, int))
     while True:
-        carry, number = _advance(step, carry, problem, number, steps)
+        carry, number = _advance(step, carry, problem, number, steps, mesh)
         # Of a lane that goes on this is written again at its end.
         _write(result, lane, (carry.state, carry.steps))
-        going = np.flatnonzero(~np.asarray(carry.ended))
-        if not going.size:
+        going = [np.flatnonzero(~part) for part in host(carry.ended).reshape(over, -1)]
+        most = max(part.size for part in going)
+        if not most:
             return result
-        # One that stands in twice does the same both times.
-        keep = np.resize(going, power_of_two(going.size))
-        carry, problem = _take((carry, problem), jnp.asarray(keep), lane.size)
-        lane = lane[keep]
+        # One that stands in twice does the same both times; a part whose lanes have all ended keeps its first.
+        keep = np.stack([np.resize(part if part.size else np.zeros(1, int), power_of_two(most)) for part in going])
+        each = lane.size // over
+        carry, problem = _take((carry, problem), shard_rows(keep.reshape(-1), mesh), each, mesh)
+        lane = lane[(keep + each * np.arange(over)[:, None]).reshape(-1)]
 
 
 class _Descent(NamedTuple):
@@ -242,13 +285,20 @@ def minimise_lanes(
     return LaneResult(run.state.moves, run.steps, run.state.state)
 
 
-@partial(jax.jit, static_argnames="count")
-def _take(tree: Tree, lanes: Int[Array, " taken"], count: int) -> Tree:
-    return take_lanes(tree, lanes, count)
+@partial(jax.jit, static_argnames=("count", "mesh"))
+def _take(tree: Tree, lanes: Int[Array, " taken"], count: int, mesh: Mesh | None = None) -> Tree:
+    """Some lanes of a batch of ``count``; on a mesh of each part's batch, by their numbers in it."""
+    if mesh is None:
+        return take_lanes(tree, lanes, count)
+    rows, specs = PartitionSpec(DATA_AXIS), _split(tree)
+    take = partial(take_lanes, count=count)
+    return jax.shard_map(
+        take, mesh=mesh, in_specs=(specs, rows), out_specs=specs, axis_names={DATA_AXIS}, check_vma=False
+    )(tree, lanes)
 
 
 def _write(to: Any, lanes: Int[np.ndarray, " written"], tree: Any) -> None:
     """Put what stands in a batch into arrays on the host, at these lanes; what all lanes share stays out."""
     for array, leaf in zip(jax.tree.leaves(to), jax.tree.leaves(tree), strict=True):
         if array.ndim:
-            array[lanes] = np.asarray(leaf)
+            array[lanes] = host(leaf)

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
+from tpatch_jax.core.devices import host
 from tpatch_jax.core.lanes import run_lanes
 
 __all__ = [
@@ -275,6 +277,7 @@ def train_values(
     scale: Float[Array, " lanes"],
     settings: ValueTrainingSettings,
     start: Float[Array, "lanes d"],
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "lanes d"], ValueTrainingInfo]:
     """The values of some lanes, each trained for its own targets.
 
@@ -291,6 +294,7 @@ def train_values(
         scale: the length of the FFN's output at each lane's site, ``[lanes]``.
         settings: options.
         start: values to start from, ``[lanes, d]``.
+        mesh: devices over whose axis ``"data"`` the lanes are split; see `tpatch_jax.core.lanes.run_lanes`.
 
     Returns:
         The values, ``[lanes, d]``, and a `ValueTrainingInfo`.
@@ -315,11 +319,11 @@ def train_values(
         jnp.zeros(lanes, bool),
     )
     run = run if isinstance(run, Partial) else Partial(run)
-    result = run_lanes(Partial(_step(settings._replace(steps=0)), run), state, problem, settings.steps)
-    end, weight = result.state, np.asarray(_row_weights(targets))
+    result = run_lanes(Partial(_step(settings._replace(steps=0)), run), state, problem, settings.steps, mesh)
+    end, weight = result.state, host(_row_weights(targets))
     mean = np.where(weight > 0, end.losses * weight, 0.0).sum(1) / np.maximum(weight.sum(1), 1e-12)
     close = end.divergence.mean(1) if end.divergence.shape[1] else np.zeros(lanes, np.float32)
-    values = jnp.asarray(end.move) * problem.limit
+    values = jnp.asarray(end.move) * host(problem.limit)
     return values, ValueTrainingInfo(result.steps, mean, close, end.at_start)
 
 

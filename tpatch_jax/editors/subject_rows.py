@@ -11,6 +11,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
+from tpatch_jax.core.devices import mesh_of, shard_rows
 from tpatch_jax.core.sizes import in_halves, power_of_two
 from tpatch_jax.editors.locating import locate_subject
 from tpatch_jax.editors.reading import Item, subject_token
@@ -238,6 +239,8 @@ def read_queries(
 def fork_rows(model: Model, lanes: Sequence[Sequence[PromptRow]], layer: int, places: int) -> ForkedRows:
     """Rows of some lanes, equally many each, run up to a layer's FFN, and from their subjects' ends on.
 
+    On a mesh that divides the lanes each part of its axis ``"data"`` runs those of its lanes.
+
     Args:
         model: the model.
         lanes: the rows of each.
@@ -251,8 +254,9 @@ def fork_rows(model: Model, lanes: Sequence[Sequence[PromptRow]], layer: int, pl
             there = np.asarray(row.places[:places]) - row.subject
             table[lane, number] = begins[lane][number]
             table[lane, number, : len(there)] += there.astype(np.int32)
+    pack, first, spots = shard_rows((pack, np.asarray(begins, np.int32), table), mesh_of(model.params))
     forked = networks.fork(model.config, model.params, pack, layer)
-    return ForkedRows(forked, jnp.asarray(begins, jnp.int32), jnp.asarray(table))
+    return ForkedRows(forked, jnp.asarray(first), jnp.asarray(spots))
 
 
 class KnownRows(NamedTuple):

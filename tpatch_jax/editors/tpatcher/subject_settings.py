@@ -36,8 +36,8 @@ class SubjectSettings:
         question_floor: the same as `key_floor` for keys that turn away.
         question_split: the same as `key_split` for keys that turn away.
         key_nuisance: how strongly a key avoids directions in which only the context shows.
-        value_lanes: how many values are trained together at most; 0 is 2 on a CPU, where more only take memory, and 8
-            elsewhere.
+        value_lanes: how many values are trained together at most, on each device along the mesh axis ``"data"``; 0 is 2
+            on a CPU, where more only take memory, and 8 elsewhere.
         plateau: the response stops growing here, where 1 is that of the edit's own queries; it takes a second neuron.
             0 lets it grow.
         start: what predicts the values that training starts from: ``"auto"``, what comes with the library for this

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
+from tpatch_jax.core.devices import divided, host, mesh_of, parts, repeat
 from tpatch_jax.core.memory import Memory, blended, create_memory, extend, nuisance_scatter
 from tpatch_jax.core.patch import Patch, concatenate, create, sharpen, sized
 from tpatch_jax.core.recipes.staged import Recognised
@@ -37,7 +39,15 @@ from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage.finished_parts import FinishedParts
 from tpatch_jax.typing import Progress
 
-__all__ = ["FittedSubjects", "SubjectNeuron", "Subjects", "fit_subjects", "read_subjects", "subject_layer"]
+__all__ = [
+    "FittedSubjects",
+    "SubjectNeuron",
+    "Subjects",
+    "fit_subjects",
+    "lanes_together",
+    "read_subjects",
+    "subject_layer",
+]
 
 ON_A_CPU, ELSEWHERE = 2, 8
 """So many values are trained together by default: one alone fills a CPU's products, an accelerator takes more."""
@@ -228,7 +238,7 @@ def read_subjects(
     positive = np.concatenate([positive, otherwise])
     avoid = np.concatenate([avoid, avoid[spelt]])
     asks, of = np.concatenate([asks, asks[spelt]]), np.concatenate([groups[lanes], of])
-    keys = _recognised(known, positive, of, avoid, asks, negative, answer, settings, len(spelt))
+    keys = _recognised(known, positive, of, avoid, asks, negative, answer, settings, len(spelt), mesh_of(model.params))
     return Subjects(
         model, layer, settings, lanes, rows.prompts, rows.neutral, groups, queries, keys, positions, start,
         _unheard(keys, otherwise, spelt, settings.plateau),
@@ -272,7 +282,7 @@ def _previous_queries(previous: PreviousEdits) -> tuple[np.ndarray, np.ndarray]:
 
 def _recognised(
     known: ModelMemory, positive: np.ndarray, groups: np.ndarray, avoid: np.ndarray, asks: np.ndarray,
-    negative: np.ndarray, answer: np.ndarray, settings: SubjectSettings, spelt: int = 0
+    negative: np.ndarray, answer: np.ndarray, settings: SubjectSettings, spelt: int = 0, mesh: Mesh | None = None
 ) -> Recognised:  # fmt: skip
     """The keys of some subjects, silent on ``negative [rows, d]`` but for rows of their own group.
 
@@ -292,9 +302,10 @@ def _recognised(
     memory = extend(memory, negative, answer, power_of_two(len(negative), 64))
     # Lanes come in few numbers; one that stands in twice is dropped again.
     index = np.minimum(np.arange(power_of_two(lanes)), lanes - 1)
-    lanewise = (part[index] for part in (positive, groups, floor, split, avoid, strength))
-    keys = _keys(*lanewise, memory, rounds=settings.key_rounds)
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[:lanes], keys)
+    # A few lanes after the other, each asking all parts of the memory's rows.
+    lanewise = repeat([part[index] for part in (positive, groups, floor, split, avoid, strength)], mesh)
+    keys = _keys(*lanewise, divided(memory, mesh), rounds=settings.key_rounds)
+    return jax.tree.map(lambda leaf: host(leaf)[:lanes], keys)
 
 
 def fit_subjects(
@@ -330,7 +341,9 @@ def fit_subjects(
     turn = {number: sum(groups[other] == groups[number] for other in going if other < number) for number in going}
     if progress and going:
         progress("training values", 0, len(going))
+    # On each part of a mesh, so that more of them train more at a time.
     lanes = settings.value_lanes or (ON_A_CPU if jax.default_backend() == "cpu" else ELSEWHERE)
+    lanes *= parts(mesh_of(model.params))
     for round_ in range(max(turn.values(), default=-1) + 1):
         now = [number for number in going if turn[number] == round_]
         # Of similar lengths together, so that little is padding.
@@ -365,7 +378,8 @@ def _fit_chunk(
     keys, settings = read.keys, read.settings
     assert keys is not None
     # Lanes come in few numbers too; one that stands in twice is dropped again.
-    lanes = [*chunk, *[chunk[-1]] * (power_of_two(len(chunk)) - len(chunk))]
+    mesh = mesh_of(read.model.params)
+    lanes = [*chunk, *[chunk[-1]] * (lanes_together(len(chunk), parts(mesh)) - len(chunk))]
     silent, there = _keys_of(read, [slot[number] for number in lanes])
     problem = create_value_problem(
         present, read.model, read.layer, silent, [read.prompts[n] for n in lanes], [kept[n] for n in lanes],
@@ -375,7 +389,7 @@ def _fit_chunk(
     if read.start is not None:
         start = predict_start(read.start, problem, settings.value.longest)
     run, rows = runner(present, read.layer), (problem.known, problem.targets, problem.kept)
-    value, info = train_values(*rows, run, problem.scale, settings.value, start)
+    value, info = train_values(*rows, run, problem.scale, settings.value, start, mesh)
     neurons, order = [], []
     every = level_patch(
         _flat(silent._replace(value=jnp.broadcast_to(value[:, None], silent.key.shape))), settings.plateau
@@ -394,6 +408,20 @@ def _fit_chunk(
         ]
     new = jax.tree.map(lambda leaf: np.asarray(leaf)[order], sharpen(every, SHARPNESS))
     return FittedSubjects(new, neurons)
+
+
+def lanes_together(count: int, over: int) -> int:
+    """In how many lanes so many values are trained together: a power of two on each part of a mesh.
+
+    Args:
+        count: how many values.
+        over: how many parts the mesh has.
+
+    Example:
+        >>> lanes_together(5, 1), lanes_together(5, 4), lanes_together(1, 6)
+        (8, 8, 6)
+    """
+    return over * power_of_two(-(-count // over))
 
 
 def _keys_of(read: Subjects, slots: Sequence[int]) -> tuple[Patch, np.ndarray]:

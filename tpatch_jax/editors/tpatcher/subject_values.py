@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from tpatch_jax.core import ffn
+from tpatch_jax.core.devices import host, mesh_of, shard_rows
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.core.start import StartParams, predict_values, start_features
@@ -67,7 +68,7 @@ def level_patch(patch: Patch, plateau: float) -> Patch:
 
 def _activity(model: Model, patch: Patch, forked: ForkedRows, plateau: float) -> Array:
     """How strongly each lane's neurons fire at the subject in each of its rows, all together, ``[lanes, rows]``."""
-    query = jnp.take_along_axis(forked.fork.query, forked.first[..., None], 1).astype(jnp.float32)
+    query = host(jnp.take_along_axis(forked.fork.query, forked.first[..., None], 1).astype(jnp.float32))
     z = jnp.einsum("nrd,nkd->nrk", query, patch.key) + patch.bias[:, None]
     act = ffn.ACTIVATIONS[model.config.activation]
     fired = act(z * SHARPNESS) / SHARPNESS
@@ -130,7 +131,7 @@ def create_value_problem(
     together = [[*part, *beside] for part, beside in zip(rows, neutral, strict=True)]
     forked = fork_rows(model, together, layer, count)
     activity = np.asarray(_activity(model, patch, forked, plateau))
-    scale = jnp.linalg.norm(_unedited_output(model, unedited, layer, forked), axis=-1)
+    scale = jnp.asarray(host(jnp.linalg.norm(_unedited_output(model, unedited, layer, forked), axis=-1)))
     # A wording that the key does not know can teach the value nothing.
     recognised = activity[:, :each] > HEARD * activity[:, :1]
     weight *= np.where(np.arange(each) < len(prompts[0]), recognised, True)[..., None]
@@ -145,7 +146,10 @@ def create_value_problem(
             before, _, places = fork_rows(unedited, neutral, layer, 1)
             table = places[..., 0]
         kept_rows = KeptRows(jnp.asarray(activity[:, each:]), said_at(unedited, before, table))
-    features = _features(unedited, layer, [part[:1] for part in rows], targets) if predicted else None
+    features = None
+    if predicted:
+        features = jnp.asarray(host(_features(unedited, layer, [part[:1] for part in rows], targets)))
+    targets, kept_rows = shard_rows((targets, kept_rows), mesh_of(model.params))
     return ValueProblem(known, targets, kept_rows, scale, features)
 
 
