@@ -33,7 +33,7 @@ __all__ = [
 SCHEMA = 1
 
 ROWS: Mapping[str, str] = {
-    "ft": "ROME's authors, CounterFact, GPT-2 XL and GPT-J: every edit holds, and few neighbours stay",
+    "ft": "",
     "ft-kl": "",
     "rome": "CounterFact, one edit at a time: GPT-J ES .999, PS .991, NS .789; GPT-2 XL 1.000, .964, .754",
     "r-rome": "GPT-J and GPT-2 XL, CounterFact one after the other: none of the collapses that ROME has",
