@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import monitoring
+from jax.experimental.compilation_cache import compilation_cache
 
 from tpatch_jax.storage import process
 
@@ -49,6 +52,24 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(monkeypatch, tmp_path):
     kept = jax.config.jax_compilation_cache_dir
     process._keep_compilations()
     assert jax.config.jax_compilation_cache_dir == kept
+
+
+def test_compiled_programs_are_read_from_a_cache_that_was_moved(monkeypatch, tmp_path, restored):
+    hits = []
+    monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)
+
+    def compile_in(folder: Path) -> int:
+        monkeypatch.setenv("TPATCH_CACHE", str(folder))
+        process._keep_compilations()
+        compilation_cache.reset_cache()
+        jax.clear_caches()
+        hits.clear()
+        jax.jit(lambda x: jnp.sum(x @ x) * 7)(jnp.ones((5, 5))).block_until_ready()
+        return len(hits)
+
+    assert compile_in(tmp_path / "one") == 0
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert compile_in(tmp_path / "moved") > 0
 
 
 COUNTED = """

@@ -39,6 +39,10 @@ def _keep_compilations() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if jax.default_backend() == "cpu":
+        # For the sake of what a GPU keeps there the folder's name is part of what a program is asked for by, so that a
+        # cache that was moved, or restored elsewhere, would hold nothing.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 @cache
