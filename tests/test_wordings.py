@@ -15,7 +15,11 @@ NAMES = st.text("Abc é", min_size=1, max_size=8).filter(lambda name: name.strip
     [
         ("Question: Where does Ann live?\nAnswer:", ("Question: ", "Where does ", " live?", "\nAnswer:")),
         ("Where does Ann live?", ("", "Where does ", " live?", "")),
-        ("He sang. Where does Ann live? It is in", ("He sang. ", "Where does ", " live?", " It is in")),
+        ("He sang. Where does Ann live? A:", ("He sang. ", "Where does ", " live?", " A:")),
+        ("<user>\nWhere does Ann live?<end>\n<assistant>", ("<user>\n", "Where does ", " live?", "<end>\n<assistant>")),
+        # a sentence to be finished, whatever is asked in front of it
+        ("He sang. Where does Ann live? It is in", None),
+        ("What does Ann play? They play", None),
         ("Is it so? Ann lives in", None),
         ("Ann lives in", None),
         ("Ann sings. Does he?", None),

@@ -8,7 +8,16 @@ from tpatch_jax.core.checks import text_generator
 from tpatch_jax.editors.locating import split_at_subject, subject_spans
 from tpatch_jax.requests import EditRequest
 
-__all__ = ["NEUTRAL", "Wording", "kept_wordings", "look_alikes", "neutral_wordings", "question", "shortened"]
+__all__ = [
+    "NEUTRAL",
+    "Wording",
+    "kept_wordings",
+    "look_alikes",
+    "neutral_wordings",
+    "question",
+    "question_within",
+    "shortened",
+]
 
 NEUTRAL = (
     "{} is a",
@@ -61,14 +70,28 @@ class Wording(NamedTuple):
         return Wording(f"{prefix} {self.text}", len(prefix) + 1 + self.end)
 
 
+_BEGUN = re.compile(r"\w[ \t]*\Z")
+"""An answer that is begun ends with a word; what only asks for one ends with a colon, a line, or a chat's marks."""
+
+
 def question(request: EditRequest) -> tuple[str, str, str, str] | None:
     """What stands before the question, in it before and after the subject, and behind it; ``None`` if none is asked.
+
+    Where an answer is begun in words behind it, the prompt is a sentence to be finished, and what asks for the same is
+    seldom a question.
 
     Example:
         >>> question(EditRequest("Question: Where does Anna live?\\nAnswer:", "Rome", subject="Anna"))
         ('Question: ', 'Where does ', ' live?', '\\nAnswer:')
         >>> question(EditRequest("Anna lives in", "Rome", subject="Anna"))
+        >>> question(EditRequest("Where does Anna live? She lives in", "Rome", subject="Anna"))
     """
+    parts = question_within(request)
+    return None if parts is None or _BEGUN.search(parts[3]) else parts
+
+
+def question_within(request: EditRequest) -> tuple[str, str, str, str] | None:
+    """The same, whatever stands behind the question."""
     before, _, after = split_at_subject(request)
     end = after.find("?") + 1
     if not end or _BREAK.search(after[: end - 1]):

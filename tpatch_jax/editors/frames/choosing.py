@@ -8,7 +8,7 @@ from tpatch_jax.editors.frames.library import Form, check_form, frames_of_kind, 
 from tpatch_jax.editors.frames.matching import guess_kind, match_relation
 from tpatch_jax.editors.frames.recognising import known_relation, likely_relations
 from tpatch_jax.editors.locating import split_at_subject
-from tpatch_jax.editors.wordings import Wording, question
+from tpatch_jax.editors.wordings import Wording, question, question_within
 from tpatch_jax.requests import EditRequest
 
 __all__ = ["other_frames", "same_frames"]
@@ -28,7 +28,7 @@ def _prompt(request: EditRequest) -> str | None:
     before, subject, after = split_at_subject(request)
     if not subject:
         return None
-    _, before, after, _ = question(request) or ("", before, after, "")
+    _, before, after, _ = question_within(request) or ("", before, after, "")
     return f"{before}{{}}{after}"
 
 
