@@ -30,6 +30,7 @@ from tpatch_jax.requests import EditRequest, parse_request
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+PROMOTION = "standard"  # optax takes steps
 SOUND = tiny_sound(1)
 
 

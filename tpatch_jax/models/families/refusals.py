@@ -6,7 +6,7 @@ from typing import Any
 __all__ = ["refuse"]
 
 _RECURRENT = "some of its layers are recurrent"
-_EXPERTS = "its feed-forward networks are mixtures of experts of another kind than those that are read"
+_EXPERTS = "its feed-forward networks are other mixtures of experts"
 _LATENT = "its attention keeps compressed keys and values (multi-head latent attention)"
 _SPARSE = "its attention picks the tokens that it sees by an index"
 _VISION = "it reads images as well"
