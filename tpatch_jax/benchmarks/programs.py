@@ -314,7 +314,7 @@ def _reading_programs(places: Places, edits: int, settings: TPatcherSettings, wo
     begun, which = places.cache(power_of_two(settings.contexts - 1), tokens), places.rows((rows,), jnp.int32)
     stream = places.stream(rows, tokens, width)
     programs = [
-        Program("reading: embeddings", stack._embedded, (config, embed, numbers, numbers), runs=embedded),
+        Program("reading: embeddings", stack._embedded, (config, embed, numbers, numbers, None), runs=embedded),
         *block_programs(places, "reading", rows, tokens, 0, last, runs=whole),
         _enter_program(places, "reading, last layer", rows, tokens, last, whole),
         *block_programs(places, "reading up to the subject's layer", rows, tokens, 0, middle, runs=at_subjects),
