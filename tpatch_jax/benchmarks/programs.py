@@ -28,7 +28,7 @@ from tpatch_jax.core.sizes import in_blocks, in_halves, in_steps, power_of_two, 
 from tpatch_jax.core.values import KeptRows, TargetRows
 from tpatch_jax.editors import holding, subject_rows
 from tpatch_jax.editors.subject_rows import KnownRows
-from tpatch_jax.editors.tpatcher import last_site, subject_site
+from tpatch_jax.editors.tpatcher import last_site, subject_site, subject_values
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.editors.tpatcher.subject_prompts import AVOIDED
 from tpatch_jax.models import collection, networks, stack, tracing
@@ -467,7 +467,7 @@ def _start_programs(
 
 def pack_sizes(workload: Workload, rows: int) -> tuple[int, int]:
     """Tokens and ends of so many packed rows, as `tpatch_jax.editors.subject_rows.pack_lanes` pads them."""
-    return in_halves(round(workload.row * rows), 64), in_halves(round(workload.end * rows), 32)
+    return in_halves(round(workload.row * rows), 32), in_halves(round(workload.end * rows), 16)
 
 
 def fork_structs(places: Places, packs: int, tokens: int, ends: int, layer: int) -> networks.Fork:
@@ -521,6 +521,7 @@ def _subject_programs(places: Places, edits: int, settings: TPatcherSettings, wo
     said = (config, places.last_weights, places.stream(lanes, ends, width), places.rows((lanes, beside), jnp.int32))
     run = Partial(subject_rows._runner(config, layer, False), networks.after(places.params, layer))
     problem, state = _value_structs(places, lanes, aims, beside, tokens, ends, read, layer)
+    alone, _ = _value_structs(places, lanes, 1, 0, *pack_sizes(workload, 1), read, layer)
     carry = stepping._Carry(state, places.rows((lanes,), jnp.bool_), places.rows((lanes,), jnp.int32))
     step = Partial(values._step(subject.value._replace(steps=0)), run)
     number, half = places.rows((places.data,), jnp.int32), places.rows((max(places.data, lanes // 2),), jnp.int32)
@@ -531,6 +532,8 @@ def _subject_programs(places: Places, edits: int, settings: TPatcherSettings, wo
                 runs={"subject": 1.0}),
         *fork_programs(places, "values, rows", lanes, tokens, layer, chunks),
         Program("values: what is said unedited", subject_rows._log_probs, said, runs=chunks),
+        Program("values: slopes before any step", subject_values._slope, (run, alone.known, alone.targets),
+                runs=chunks),
         # A look at each number of steps, none included.
         Program("values: steps", stepping._advance, (step, carry, problem, number, subject.value.steps, over),
                 trips=subject.value.steps + 1, runs=chunks),
