@@ -485,7 +485,7 @@ def test_the_start_that_a_setting_names(model, learnt, file, tmp_path, monkeypat
 
 def test_each_start_that_comes_with_the_library_can_be_read():
     for path in start_file.SHIPPED.glob("*.safetensors"):
-        assert load_start(path).params.direct.shape[0] == 5 * load_start(path).params.direct.shape[1]
+        assert load_start(path).params.direct.shape[0] == 6 * load_start(path).params.direct.shape[1]
 
 
 # --- edits that start from it ---

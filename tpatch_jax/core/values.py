@@ -55,12 +55,12 @@ class ValueTrainingSettings(NamedTuple):
         farthest: how far a step goes at most, over the value's largest length.
     """
 
-    steps: int = 4
+    steps: int = 10
     longest: float = 4.0
     enough: float = 0.05
     aim: float = 5.0
     closeness: float = 1.5
-    near: float = 0.3
+    near: float = 0.2
     damping: float = 10.0
     farthest: float = 0.45
 
