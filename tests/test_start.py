@@ -577,8 +577,8 @@ def test_figures_say_how_many_held_at_their_start():
     assert "predicted" not in show_edit(none, [], None, None).text
     # in a report, over all steps
     costs = [_cost(info), _cost(none), _cost(info._replace(requests=results[:1]))]
-    assert _result({}, costs, True)["cost"]["held_at_start"] == pytest.approx(2 / 4)
-    assert "held_at_start" not in _result({}, costs[1:2], True)["cost"]
+    assert _result({}, costs, True, {})["cost"]["held_at_start"] == pytest.approx(2 / 4)
+    assert "held_at_start" not in _result({}, costs[1:2], True, {})["cost"]
 
 
 # --- the command ---
