@@ -192,16 +192,14 @@ def test_slopes_are_those_of_the_residuals():
     activity = jnp.asarray([[1.0, 0.5, 0.8], [1.0, 0.9, 0.3]])
     targets = values.TargetRows(activity, jnp.full((2, 3, 1), 1), jnp.full((2, 3, 1), 1 / 3))
     kept = values.KeptRows(activity, jax.nn.log_softmax(jnp.sin(known[:, 3:])))
-    problem = values._Problem(known, targets, kept, jnp.asarray([[1.0], [2.0]]))
-    none = jnp.zeros((2, 6))
+    problem = values._Problem(known, targets, kept, jnp.asarray([[1.0], [2.0]]), jnp.int32(4))
     move = jnp.full((2, 4), 0.3)
-    state = values._State(move, jnp.zeros((2, 6, 4)), none, none[:, :3], none[:, :3], none[:, 0] > 0)
-    looked = values._look_again(Partial(run), problem, state, jnp.int32(0))
+    (looked, _, _), slopes = values._look_with_slopes(Partial(run), problem, move)
 
     def residual(move):
         added = jnp.concatenate([activity, activity], 1)[..., None] * (move * problem.limit)[:, None]
         return values._look(Partial(run), problem, added)[1][0]
 
     slope = jax.jacobian(residual)(move)
-    np.testing.assert_allclose(looked.slope, [slope[lane, :, lane] for lane in range(2)], rtol=2e-3, atol=1e-5)
-    np.testing.assert_allclose(looked.residual, residual(move), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(slopes(), [slope[lane, :, lane] for lane in range(2)], rtol=2e-3, atol=1e-5)
+    np.testing.assert_allclose(looked, residual(move), rtol=1e-5, atol=1e-6)

@@ -151,7 +151,7 @@ def test_prompts_are_kept(tmp_path: Path):
     with pytest.raises(TPatchError, match="request 0: 'keep' must be a list of non-empty strings"):
         as_requests([EditRequest("p", "t", keep="a")])  # type: ignore[arg-type]
     # A request that keeps nothing, and does not say where it holds, has the digest that it always had.
-    later = ("form", "system", "turns", "aliases")
+    later = ("form", "system", "turns", "aliases", "instead_of")
     old = {name: value for name, value in vars(kept).items() if name not in later}
     assert request_fields(kept) == old
     assert request_fields(others[0]) == {name: None if name == "id" else old[name] for name in old if name != "keep"}
@@ -168,7 +168,7 @@ def test_where_a_request_holds_is_read_and_written_again(tmp_path: Path):
     assert request == EditRequest("p", "t", "s", form="chat", system="y", turns=turns, aliases=("b", "c"))
     assert as_requests([request, {**record, "turns": [["user", "u"], ["assistant", "a"]]}]) == [request] * 2
     assert place_fields(request) == {**{k: record[k] for k in ("form", "system", "turns")}, "aliases": ["b", "c"]}
-    assert set(request_fields(request)) == set(vars(request)) - {"keep"}
+    assert set(request_fields(request)) == set(vars(request)) - {"keep", "instead_of"}
     empty = {"prompt": "p", "target": "t", "form": None, "system": None, "turns": None, "aliases": None}
     assert read(tmp_path, json.dumps(empty).encode()) == [EditRequest("p", "t")]
     assert place_fields(EditRequest("p", "t")) == {}

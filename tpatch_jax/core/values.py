@@ -348,6 +348,17 @@ def _look(run: Partial, problem: _Problem, added: Array) -> tuple[Array, tuple[A
     return jnp.sum(residual), (residual, losses, moved)
 
 
+def _look_with_slopes(
+    run: Partial, problem: _Problem, move: Array
+) -> tuple[tuple[Array, Array, Array], Callable[[], Array]]:
+    """What `_look` says of all rows as the lanes stand, and what gives each residual's slope in its lane's move."""
+    activity = _activity(problem.targets, problem.kept)
+    added = activity[..., None] * (move * problem.limit)[:, None]
+    total, pull, seen = jax.vjp(lambda added: _look(run, problem, added), added, has_aux=True)
+    # No row reaches another, so the gradient of their sum is each row's.
+    return seen, lambda: pull(jnp.ones_like(total))[0] * (activity * problem.limit)[..., None]
+
+
 @lru_cache(maxsize=16)
 def _step(settings: ValueTrainingSettings) -> Callable[..., tuple[_State, Bool[Array, " lanes"], _State]]:
     """One object for the same settings, so that ``jit`` recognises it."""
@@ -355,20 +366,16 @@ def _step(settings: ValueTrainingSettings) -> Callable[..., tuple[_State, Bool[A
     def step(
         run: Partial, state: _State, problem: _Problem, number: Int[Array, ""]
     ) -> tuple[_State, Bool[Array, " lanes"], _State]:
-        activity = _activity(problem.targets, problem.kept)
-        added = activity[..., None] * (state.move * problem.limit)[:, None]
-        total, pull, seen = jax.vjp(lambda added: _look(run, problem, added), added, has_aux=True)
-        residual, losses, moved = seen
+        (residual, losses, moved), slopes = _look_with_slopes(run, problem, state.move)
         state = _State(state.move, losses, moved, jnp.where(number == 0, residual[:, 0] < 0, state.at_start))
         weight, aims = _row_weights(problem.targets), losses.shape[1]
         said = jnp.all(jnp.where(weight > 0, losses, 0.0) < settings.enough, 1)
         close = jnp.mean(moved, 1) < settings.near if moved.shape[1] else True
         ended = (said & close) | ~jnp.all(jnp.isfinite(jnp.where(weight > 0, losses, 0.0)), 1)
-        # Slopes cost as much again as the look; the last one needs none. No row reaches another, so the gradient of
-        # their sum is each row's.
+        # Slopes cost as much again as the look; the last one needs none.
         last = jnp.all(ended) | (number == problem.most)
-        gradient = jax.lax.cond(last, jnp.zeros_like, lambda _: pull(jnp.ones_like(total))[0], added)
-        slope = gradient * (activity * problem.limit)[..., None]
+        shape = (*residual.shape, state.move.shape[1])
+        slope = jax.lax.cond(last, lambda: jnp.zeros(shape, residual.dtype), slopes)
         short = jnp.maximum(residual[:, :aims] + settings.aim, 0.0)
         others = residual.shape[1] - aims
         beside = jnp.full((weight.shape[0], others), settings.closeness / max(1, others), weight.dtype)
