@@ -1,6 +1,5 @@
 """A key in closed form, for sites whose queries say plainly what they are about, such as a subject's last token."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ RIDGE = 0.06
 
 
 class _Wanted(NamedTuple):
-    """Whitened rows, what a key should say of each, and how little that matters."""
+    """Whitened rows, what a key should say of each, and how little that matters; rows of zeros count for nothing."""
 
     rows: Float[Array, "rows d"]
     response: Float[Array, " rows"]
@@ -41,9 +40,9 @@ def _scaled(rows: Float[Array, "rows d"], weight: Array | float, total: Array) -
     return rows * jnp.sqrt(weight * rows.shape[1] / jnp.maximum(total, 1e-12))
 
 
-def _direction(parts: Sequence[_Wanted], own: Float[Array, "contexts d"]) -> Float[Array, " d"]:
+def _direction(wanted: _Wanted, own: Float[Array, "contexts d"]) -> Float[Array, " d"]:
     """``argmin_k ‖k‖² + Σ (x·k - y)²/s`` of all rows, scaled so that the mean response of ``own`` is 1."""
-    rows, response, slack = (jnp.concatenate(part) for part in zip(*parts, strict=True))
+    rows, response, slack = wanted
     key = rows.T @ jnp.linalg.solve(rows @ rows.T + jnp.diag(slack), response)
     return key / jnp.maximum(jnp.mean(own @ key), jnp.finfo(own.dtype).tiny)
 
@@ -108,14 +107,25 @@ def whitened_key(
     def responses(direction: Array) -> Array:
         return jnp.where(foreign, (memory.query - mean) @ (whitener @ direction), -jnp.inf)
 
-    direction = _direction(parts, own_query)
-    for _ in range(rounds):
-        alike, index = jax.lax.top_k(responses(direction), min(HARD, len(foreign)))
-        hard = alike > ALIKE
+    count = min(HARD, len(foreign))
+    begin = sum(len(part.rows) for part in parts)
+    parts.append(_wanted(jnp.zeros((count * rounds, own_query.shape[1]), own_query.dtype), 0.0, slack))
+
+    def turn_away(number: Array, wanted: _Wanted) -> _Wanted:
+        alike, index = jax.lax.top_k(responses(_direction(wanted, own_query)), count)
+        hard, place = alike > ALIKE, begin + number * count
         rows = jnp.where(hard[:, None], (memory.query[index] - mean) @ whitener, 0.0)
         # One that is hard again stands there twice, and so counts for more.
-        parts.append(_wanted(rows, jnp.where(hard, ALIKE, 0.0), slack))
-        direction = _direction(parts, own_query)
+        return wanted._replace(
+            rows=jax.lax.dynamic_update_slice(wanted.rows, rows, (place, jnp.zeros_like(place))),
+            response=jax.lax.dynamic_update_slice(
+                wanted.response, jnp.where(hard, ALIKE, 0.0).astype(rows.dtype), (place,)
+            ),
+        )
+
+    wanted = _Wanted(*(jnp.concatenate(part) for part in zip(*parts, strict=True)))
+    wanted = jax.lax.fori_loop(0, rounds, turn_away, wanted) if rounds else wanted
+    direction = _direction(wanted, own_query)
     key = whitener @ direction
     z = own_query @ direction
     hard = jnp.max(responses(direction), initial=0.0)
