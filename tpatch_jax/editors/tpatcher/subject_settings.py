@@ -42,7 +42,6 @@ class SubjectSettings:
             0 lets it grow.
         start: what predicts the values that training starts from: ``"auto"``, what comes with the library for this
             model, if anything; ``"none"``, which starts from zero; or a file that ``tpatch learn`` made.
-        start_steps: at most so many steps on a value that starts from a prediction; `value` says how many from zero.
 
     Raises:
         TPatchError: a value makes no sense.
@@ -70,13 +69,12 @@ class SubjectSettings:
     value_lanes: int = 0
     plateau: float = 0.3
     start: str = "auto"
-    start_steps: int = 4
 
     def __post_init__(self) -> None:
         """Checks the values."""
         check_types(self)
         check_range(self, ("key_contexts", "value_contexts"), 1)
-        check_range(self, ("neutral", "same", "chat", "chat_neutral", "value_lanes", "key_rounds", "start_steps"), 0)
+        check_range(self, ("neutral", "same", "chat", "chat_neutral", "value_lanes", "key_rounds"), 0)
         check_range(self, ("shorter",), 0, 3)
         check_range(
             self,

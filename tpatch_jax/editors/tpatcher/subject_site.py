@@ -385,12 +385,11 @@ def _fit_chunk(
         present, read.model, read.layer, silent, [read.prompts[n] for n in lanes], [kept[n] for n in lanes],
         [read.neutral[n] for n in lanes], settings.plateau, read.start is not None,
     )  # fmt: skip
-    start, training = jnp.zeros(silent.key.shape[::2], jnp.float32), settings.value
+    start = jnp.zeros(silent.key.shape[::2], jnp.float32)
     if read.start is not None:
-        training = training._replace(steps=settings.start_steps)
         start = predict_start(read.start, problem, settings.value.longest)
     run, rows = runner(present, read.layer), (problem.known, problem.targets, problem.kept)
-    value, info = train_values(*rows, run, problem.scale, training, start, mesh)
+    value, info = train_values(*rows, run, problem.scale, settings.value, start, mesh)
     neurons, order = [], []
     every = level_patch(
         _flat(silent._replace(value=jnp.broadcast_to(value[:, None], silent.key.shape))), settings.plateau
