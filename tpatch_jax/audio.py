@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.images import find_file
 
 __all__ = ["AUDIO", "RATE", "AudioPrompt", "as_audio", "change_audio", "read_audio", "resample"]
 
@@ -114,10 +115,7 @@ def as_audio(audio: Any, where: str = "the recording", folder: Path | None = Non
     if isinstance(audio, AudioPrompt):
         return audio
     if isinstance(audio, str | PathLike):
-        path = Path(audio)
-        if folder is not None and not path.is_absolute() and (folder / path).exists():
-            path = folder / path
-        return read_audio(path, where)
+        return read_audio(find_file(audio, folder), where)
     array = np.asarray(audio) if hasattr(audio, "shape") else np.zeros(0, object)
     if array.dtype == object:
         kind = "nothing" if audio is None else f"a {type(audio).__name__}"

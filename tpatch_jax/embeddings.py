@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.images import IMAGE
+from tpatch_jax.images import IMAGE, find_file
 
 __all__ = ["EMBEDDINGS", "EmbeddingPrompt", "as_embeddings", "embedding_prompt", "is_named", "plain_text"]
 
@@ -95,7 +95,7 @@ def as_embeddings(
         (1, 2)
     """
     if isinstance(embeddings, str | PathLike):
-        embeddings = _read_array(Path(embeddings), where, folder)
+        embeddings = _read_array(find_file(embeddings, folder), where)
     try:
         array = np.asarray(embeddings)
     except (ValueError, TypeError):
@@ -112,9 +112,7 @@ def as_embeddings(
     return vectors
 
 
-def _read_array(path: Path, where: str, folder: Path | None) -> np.ndarray:
-    if folder is not None and not path.is_absolute() and (folder / path).exists():
-        path = folder / path
+def _read_array(path: Path, where: str) -> np.ndarray:
     if path.suffix.lower() != ".npy":
         raise TPatchError(f"{where}: {path} is no .npy; {_MEND}")
     try:

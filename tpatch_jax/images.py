@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["IMAGE", "ImagePrompt", "as_image", "change_image", "picture_source", "read_image"]
+__all__ = ["IMAGE", "ImagePrompt", "as_image", "change_image", "find_file", "picture_source", "read_image"]
 
 IMAGE = "image sha256 "
 """With this the names of images begin, which stand for them in files and reports."""
@@ -63,6 +63,18 @@ class ImagePrompt(str):
         return ImagePrompt, (np.asarray(self.pixels), self.source)
 
 
+def find_file(path: str | PathLike[str], folder: Path | None) -> Path:
+    """Where a file is that a request names: relative names begin in the request's folder, if it is there.
+
+    Args:
+        path: its name.
+        folder: the request's; without it, or where there is no such file, names begin in the working directory.
+    """
+    path = Path(path)
+    there = path if folder is None or path.is_absolute() else folder / path
+    return there if there.exists() else path
+
+
 def as_image(image: Any, where: str = "the image", folder: Path | None = None) -> ImagePrompt:
     """An image as a prompt.
 
@@ -82,10 +94,7 @@ def as_image(image: Any, where: str = "the image", folder: Path | None = None) -
     if isinstance(image, ImagePrompt):
         return image
     if isinstance(image, str | PathLike):
-        path = Path(image)
-        if folder is not None and not path.is_absolute() and (folder / path).exists():
-            path = folder / path
-        return read_image(path, where)
+        return read_image(find_file(image, folder), where)
     if callable(getattr(image, "getbands", None)):
         return ImagePrompt(_plain(image, where))
     try:

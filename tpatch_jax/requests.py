@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -240,6 +240,21 @@ _OF_BARE_TEXTS = ("subject", "system", "turns", "aliases")
 _OF_MEDIA = ("rephrases", "locality", "keep")
 
 
+def _lists_of_media(record: Mapping[str, Any], where: str, called: str) -> Iterator[tuple[str, Iterable[Any]]]:
+    """Those of a request's lists of other prompts that are given, with their names, in turn.
+
+    Raises:
+        TPatchError: one is no list.
+    """
+    for name in _OF_MEDIA:
+        entry = record.get(name)
+        if entry is None:
+            continue
+        if isinstance(entry, str | Mapping) or not isinstance(entry, Iterable):
+            raise TPatchError(f"{where}: {name!r} must be a list of {called}")
+        yield name, entry
+
+
 def _with_media(record: Mapping[str, Any], kind: str, where: str, folder: Path | None) -> dict[str, Any]:
     """A request about an image or a recording with that as its prompt; its rephrases and what it keeps are such too.
 
@@ -258,12 +273,7 @@ def _with_media(record: Mapping[str, Any], kind: str, where: str, folder: Path |
         raise TPatchError(f"{where}: {kind!r} stands beside {misplaced[0]!r}, which {belongs}; leave one of them out")
     read = {name: entry for name, entry in record.items() if name != kind}
     read["prompt"] = read_one(record[kind], f"{where}: {kind!r}", folder)
-    for name in _OF_MEDIA:
-        entry = record.get(name)
-        if entry is None:
-            continue
-        if isinstance(entry, str | Mapping) or not isinstance(entry, Iterable):
-            raise TPatchError(f"{where}: {name!r} must be a list of {called}s")
+    for name, entry in _lists_of_media(record, where, f"{called}s"):
         read[name] = [read_one(one, f"{where}: {called} {n} of {name!r}", folder) for n, one in enumerate(entry)]
     return read
 
@@ -292,12 +302,7 @@ def _with_embeddings(record: Mapping[str, Any], where: str, folder: Path | None)
         except TPatchError as error:
             raise TPatchError(f"{where}: {error}") from None
     read["prompt"], read["form"] = asked, "bare"
-    for name in _OF_MEDIA:
-        entry = record.get(name)
-        if entry is None:
-            continue
-        if isinstance(entry, str | Mapping) or not isinstance(entry, Iterable):
-            raise TPatchError(f"{where}: {name!r} must be a list of embeddings, or of prompts with some")
+    for name, entry in _lists_of_media(record, where, "embeddings, or of prompts with some"):
         # A prompt that was read already is as it shall be.
         again = "embeddings" not in record
         read[name] = [

@@ -295,23 +295,22 @@ def learn_start(
             drawn = next(draws)
             bare = _read_bare(model, layer, drawn)
             said = [_draw(one.targets, settings.targets, rng, BARE) for one in drawn]
-            problems = [
-                (_read_rows(model, layer, said, [_draw(one.neutral, settings.neutral, rng) for one in drawn]), drawn)
-            ]
-            chats = [one for one in drawn if one.chat and one.chat_neutral][: settings.chat]
+            others = [_draw(one.neutral, settings.neutral, rng) for one in drawn]
+            problems = [(_read_rows(model, layer, said, others), np.arange(len(drawn)))]
+            chats = [lane for lane, one in enumerate(drawn) if one.chat and one.chat_neutral][: settings.chat]
             if settings.chat and len(chats) == settings.chat:
-                said = [_draw(one.chat, 1, rng) for one in chats]
-                others = [_draw(one.chat_neutral, 1, rng) for one in chats]
-                problems.append((_read_rows(model, layer, said, others), chats))
+                said = [_draw(drawn[lane].chat, 1, rng) for lane in chats]
+                others = [_draw(drawn[lane].chat_neutral, 1, rng) for lane in chats]
+                problems.append((_read_rows(model, layer, said, others), np.asarray(chats)))
+            # A value is predicted from the bare prompt, wherever it is asked for.
+            features, told = jnp.matmul(jnp.asarray(bare.features), turn), []
             gradient = jax.tree.map(jnp.zeros_like, params)
             for problem, lanes in problems:
-                # A value is predicted from the bare prompt, wherever it is asked for.
-                which = np.asarray([drawn.index(one) for one in lanes])
-                features = jnp.matmul(jnp.asarray(bare.features)[which], turn)
-                problem = problem._replace(features=features, scale=bare.scale[which])
+                problem = problem._replace(features=features[lanes], scale=bare.scale[lanes])
                 parts, more = _gradient(params, problem, run, longest, settings.closeness)
                 gradient = jax.tree.map(jnp.add, gradient, more)
-                losses += [jnp.stack(parts)] if lanes is drawn else []
+                told.append(jnp.stack(parts))
+            losses.append(told[0])
             params, state = _update(params, state, gradient, Partial(optimiser.update))
             if progress:
                 progress("learning where values start", step + 1, settings.steps)
