@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import settings as hypothesis_settings
@@ -214,7 +213,7 @@ def make_tiny_model(seed: int = 0, defaults: Mapping[str, Any] = LLAMA, **change
         # Of experts' kernels there are many; beside experts stand no neurons.
         inputs = max(1, leaf.shape[max(0, leaf.ndim - 2)])
         spread = 0.1 if around else 1.0 if "embed" in jax.tree_util.keystr(path) else inputs**-0.5
-        return jnp.asarray(around + spread * rng.normal(size=leaf.shape), jnp.float32)
+        return jax.device_put((around + spread * rng.normal(size=leaf.shape)).astype(np.float32))
 
     params = jax.tree_util.tree_map_with_path(draw, parameter_shapes(config))
     tokenizer = tiny_tokenizer() if config.image is None else image_reader(config, settings)

@@ -33,7 +33,7 @@ def model():
 @pytest.fixture(scope="module")
 def edited(model):
     with pytest.MonkeyPatch.context() as patching:
-        patching.setattr(memory_text, "TEXTS", 32)  # a small memory is quick to sample
+        patching.setattr(memory_text, "TEXTS", 16)  # a small memory is quick to sample
         patching.setattr(model_memory, "SPANS", 8)
         return tp.edit(model, [*REQUESTS, CHAT], cache=False)
 

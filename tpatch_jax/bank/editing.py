@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from tpatch_jax.bank.adding import AddInfo, add_with
 from tpatch_jax.bank.assembly import Store, assemble
@@ -269,7 +268,7 @@ def bank_patch(folder: str | Path, model: Model) -> dict[int, Patch]:
             "model with tp.bank_model"
         )
     neurons = assemble(bank, active(bank), Store.new()).neurons
-    return jax.tree.map(jnp.asarray, patches_of(neurons, model.layer(None)))
+    return jax.device_put(patches_of(neurons, model.layer(None)))
 
 
 @automatically

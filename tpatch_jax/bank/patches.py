@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -150,7 +150,7 @@ def read_patches(folder: str | Path) -> SavedPatches:
         raise TPatchError(f"{folder} was written by a newer version (schema {schema}); upgrade tpatch-jax")
     try:
         arrays = load_file(folder / ARRAYS)
-        patch = Patch(*(jnp.asarray(arrays[name]) for name in Patch._fields))
+        patch = Patch(*(jax.device_put(arrays[name]) for name in Patch._fields))
         # Of neurons in the last layer alone the layer was not always told.
         layer = arrays.get("layer", np.full(patch.bias.shape, int(model.get("layers", 0)) - 1))
     except (SafetensorError, KeyError) as error:

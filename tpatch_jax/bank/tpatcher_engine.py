@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tpatch_jax.bank.assembly import Held
@@ -173,7 +172,7 @@ class TPatcherEngine:
         with jax.default_matmul_precision("highest"):
             model, _ = self._look(held)
             previous = self._previous([*self._held_pieces(held), *self._guard_pieces(guards, model)])
-            patches = jax.tree.map(jnp.asarray, self._patches(held))
+            patches = jax.device_put(self._patches(held))
             state = self._unedited.replace(patches=patches, previous=previous)  # type: ignore[attr-defined]
             after, info = self.editor.step(state, requests, self.rng)
         return Stepped(self._results(after, info), self._moved(held, after))

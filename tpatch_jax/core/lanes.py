@@ -188,7 +188,8 @@ def run_lanes(
             f"{count} lanes cannot be split into {over} parts; give a multiple, and a state for each lane"
         )
     lane = np.arange(count)
-    carry = _Carry(jax.tree.map(jnp.asarray, state), jnp.zeros(count, bool), jnp.zeros(count, jnp.int32))
+    counts = jax.device_put(np.zeros(count, bool)), jax.device_put(np.zeros(count, np.int32))
+    carry = _Carry(jax.device_put(state), *counts)
     carry, problem, number = shard_rows((carry, problem, np.zeros(over, np.int32)), mesh)
     result = LaneRun(jax.tree.map(lambda leaf: np.array(host(leaf)), state), np.zeros(count, int))
     while True:

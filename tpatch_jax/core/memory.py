@@ -97,6 +97,7 @@ def _kept_moments(query: Array) -> tuple[Array, Array]:
     return kept[2]
 
 
+@jax.jit
 def nuisance_scatter(groups: Float[Array, "groups contexts d"]) -> Float[Array, "d d"]:
     """How one and the same query varies with what stands before it: the mean covariance within groups.
 

@@ -71,6 +71,7 @@ def create_start(rng: PRNGKeyArray, hidden_size: int, width: int) -> StartParams
     return StartParams(inner, bias, outer, direct)
 
 
+@jax.jit
 def start_features(
     query: Float[Array, "lanes d"],
     end: Float[Array, "lanes d"],
@@ -105,6 +106,7 @@ def start_features(
     return jnp.concatenate([x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-20) for x in parts], -1)
 
 
+@jax.jit
 def predict_values(
     params: StartParams, features: Float[Array, "lanes features"], limit: Float[Array, " lanes"]
 ) -> Float[Array, "lanes d"]:

@@ -309,22 +309,25 @@ def train_values(
         >>> int(values[0].argmax())
         2
     """
-    limit = (settings.longest * scale)[:, None].astype(jnp.float32)
-    problem = _Problem(known, targets, kept, limit, jnp.int32(settings.steps))
+    limit, move = _begin(scale, settings.longest, start)
+    problem = _Problem(known, targets, kept, limit, jax.device_put(np.int32(settings.steps)))
     (lanes, aims), others = targets.activity.shape, 0 if kept is None else kept.activity.shape[1]
-    state = _State(
-        _within_limit(start / problem.limit),
-        jnp.zeros((lanes, aims), jnp.float32),
-        jnp.zeros((lanes, others), jnp.float32),
-        jnp.zeros(lanes, bool),
-    )
+    rest = np.zeros((lanes, aims), np.float32), np.zeros((lanes, others), np.float32), np.zeros(lanes, bool)
+    state = _State(move, *map(jax.device_put, rest))
     run = run if isinstance(run, Partial) else Partial(run)
     result = run_lanes(Partial(_step(settings._replace(steps=0)), run), state, problem, settings.steps, mesh)
-    end, weight = result.state, host(_row_weights(targets))
+    end, weight = result.state, host(targets.weight).sum(2)
     mean = np.where(weight > 0, end.losses * weight, 0.0).sum(1) / np.maximum(weight.sum(1), 1e-12)
     close = end.divergence.mean(1) if end.divergence.shape[1] else np.zeros(lanes, np.float32)
-    values = jnp.asarray(end.move) * host(problem.limit)
+    values = jax.device_put(end.move * host(problem.limit))
     return values, ValueTrainingInfo(result.steps, mean, close, end.at_start)
+
+
+@jax.jit
+def _begin(scale: Array, longest: float, start: Array) -> tuple[Array, Array]:
+    """The largest length of each lane's value, ``[lanes, 1]``, and where it starts, measured by that."""
+    limit = (longest * scale)[:, None].astype(jnp.float32)
+    return limit, _within_limit(start / limit)
 
 
 def _within_limit(move: Float[Array, "lanes d"]) -> Float[Array, "lanes d"]:

@@ -82,7 +82,7 @@ def collect_inputs(
     else:
         # Tokens of one text differ in what they are; what they share is what the text says.
         query, shortest = single_rows(sites)[0], int(real(sites).sum(1).min())
-        nuisance = nuisance_scatter(jnp.asarray(sites.query[:GROUPS, :shortest]))
+        nuisance = nuisance_scatter(jax.device_put(sites.query[:GROUPS, :shortest]))
     kept = np.sort(np.random.default_rng(1).permutation(len(query))[:QUERIES])
     names = dict.fromkeys(name for text in inputs for name in _NAME.findall(text))
     centres = _centres(model, sites) if model.config.labels else None
@@ -116,7 +116,7 @@ def _between_rephrasings(facts: Sequence[tuple[str, str]], places: Sequence[rang
         return None
     spans = [[np.arange(starts[number], starts[number + 1]) for number in pair] for pair in pairs[:MOST_PAIRS]]
     chosen = np.concatenate([np.stack(span, 1) for span in spans])
-    return nuisance_scatter(jnp.asarray(query[chosen]))
+    return nuisance_scatter(jax.device_put(query[chosen]))
 
 
 def _between_recordings(model: Model, layer: int, rows: Sequence[Sequence[int]], inputs: Sequence[str]) -> Array:
@@ -131,7 +131,7 @@ def _between_recordings(model: Model, layer: int, rows: Sequence[Sequence[int]],
         spans = [[*shape, *answer] for shape in shapes]
         query = collect(model, spans, [_places(model, span) for span in spans], layer).query
         groups.append(query.reshape(SHAPES, -1, query.shape[-1]).swapaxes(0, 1))
-    return nuisance_scatter(jnp.asarray(np.concatenate(groups)))
+    return nuisance_scatter(jax.device_put(np.concatenate(groups)))
 
 
 def _nuisance(model: Model, layer: int, rows: Sequence[Sequence[int]], others: tuple[str, ...]) -> Array:
@@ -157,7 +157,7 @@ def _nuisance(model: Model, layer: int, rows: Sequence[Sequence[int]], others: t
         part = query[first : first + CONTEXTS * size].reshape(CONTEXTS, size, -1)
         groups.append(part.swapaxes(0, 1))
         first += CONTEXTS * size
-    return nuisance_scatter(jnp.asarray(np.concatenate(groups)))
+    return nuisance_scatter(jax.device_put(np.concatenate(groups)))
 
 
 def _centres(model: Model, sites: Sites) -> Array:
@@ -165,11 +165,11 @@ def _centres(model: Model, sites: Sites) -> Array:
     before = np.asarray(sites.residual + sites.output, np.float32)
     weights, share = networks.final_weights(model.config, model.params), []
     for first in range(0, len(before), 1024):
-        residual, output = (jnp.asarray(array[first : first + 1024]) for array in (sites.residual, sites.output))
+        residual, output = (jax.device_put(array[first : first + 1024]) for array in (sites.residual, sites.output))
         logits = networks.finish(model.config, weights, {"residual": residual}, output)
         share.append(np.asarray(jax.nn.softmax(logits, -1)))
     probable = np.concatenate(share)
     if before.ndim == 3:
         there = real(sites)[..., None]
         before = (before * there).sum(1) / there.sum(1)
-    return jnp.asarray(probable.T @ before / probable.sum(0)[:, None])
+    return jax.device_put(probable.T @ before / probable.sum(0)[:, None])

@@ -139,7 +139,7 @@ def _collect(model: Model, layer: int, rows: list[list[int]], progress: Progress
         groups = sites.reshape(-1, contexts, 3, sites.shape[-1]).swapaxes(1, 2).reshape(-1, contexts, sites.shape[-1])
         nuisance = nuisance_scatter(groups)
     else:
-        nuisance = jnp.eye(query.shape[-1])
+        nuisance = jax.device_put(np.eye(query.shape[-1], dtype=np.float32))
     names = find_names(texts)
     passage = " ".join(" ".join(texts[-PASSAGES:]).split()[:PASSAGE_WORDS])
     known = tuple(prefixes), names

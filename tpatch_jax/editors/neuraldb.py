@@ -258,7 +258,7 @@ def _adapters(state: NeuralDBState) -> dict[int, Database]:
         return {}
     network = state.model.params["layers"][state.layer]["ffn"]
     missing = power_of_two(count, ENTRIES) - count
-    key, value = (jnp.asarray(np.pad(array, ((0, missing), (0, 0)))) for array in (state.keys, state.values))
+    key, value = (jax.device_put(np.pad(array, ((0, missing), (0, 0)))) for array in (state.keys, state.values))
     reader = {name: network[name] for name in ("up", "gate") if name in network}
     threshold = jnp.asarray(state.settings.threshold, jnp.float32)
     return {state.layer: Database(reader, key, value, threshold, state.model.config.activation)}

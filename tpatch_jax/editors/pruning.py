@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -260,7 +259,7 @@ class _Pruner:
             parts = [unit for unit in there if unit.layer == layer]
             if parts:
                 patch = _joined(parts)
-                patches[layer] = jax.tree.map(jnp.asarray, sized(patch))
+                patches[layer] = jax.device_put(sized(patch))
         return attach(self.model, patches) if patches else self.model
 
     def failing(self, units: Sequence[_Unit | None], groups: set[int] | None = None) -> set[int]:
@@ -486,7 +485,7 @@ class _Pruner:
                 parts.append(unit)
                 first = numbers.stop
             if parts:
-                patches[layer] = jax.tree.map(jnp.asarray, _joined(parts))
+                patches[layer] = jax.device_put(_joined(parts))
         neurons: dict[int, dict[int, tuple[int, ...]]] = {
             n: {layer: tuple(some) for layer, some in places[group].items()}
             for group, members in enumerate(self.members)

@@ -174,7 +174,8 @@ def _pack_together(parts: Sequence[_Packed], ends: Sequence[Sequence[int]]) -> n
             if before >= 0:
                 sees[lane, node] |= sees[lane, before]
         numbers[lane, : len(ends[lane])] = ends[lane]
-    return networks.Pack(*map(jnp.asarray, (tokens, positions, sees, numbers)))
+    # Put as they are: `jnp.asarray` would compile a program for each new shape.
+    return networks.Pack(*map(jax.device_put, (tokens, positions, sees, numbers)))
 
 
 def pack_lanes(lanes: Sequence[Sequence[PromptRow]]) -> tuple[networks.Pack, list[list[int]]]:
@@ -256,7 +257,7 @@ def fork_rows(model: Model, lanes: Sequence[Sequence[PromptRow]], layer: int, pl
             table[lane, number, : len(there)] += there.astype(np.int32)
     pack, first, spots = shard_rows((pack, np.asarray(begins, np.int32), table), mesh_of(model.params))
     forked = networks.fork(model.config, model.params, pack, layer)
-    return ForkedRows(forked, jnp.asarray(first), jnp.asarray(spots))
+    return ForkedRows(forked, jax.device_put(first), jax.device_put(spots))
 
 
 class KnownRows(NamedTuple):

@@ -383,7 +383,7 @@ def collect_features(model: Model, items: Sequence[Item], places: Sequence[Place
         missing = power_of_two(len(owner), LEAST_ROWS) - len(owner)
         weight = np.pad(np.ones(len(owner), np.float32), (0, missing))
         lane, place, wanted = (np.pad(array, (0, missing)).astype(np.int32) for array in (lane, place, wanted))
-        keys, gradients = _run(model, places, batch, Said(*map(jnp.asarray, (lane, place, wanted, weight))))
+        keys, gradients = _run(model, places, batch, Said(*map(jax.device_put, (lane, place, wanted, weight))))
         for at in places:
             key, gradient = (np.asarray(array, np.float32)[: len(owner)] for array in (keys[at], gradients[at]))
             for number in numbers:
@@ -481,7 +481,7 @@ def ultraedit(
 def _padded(arrays: Sequence[np.ndarray]) -> Array:
     """All rows, and zeros behind them up to one of few sizes."""
     rows = np.concatenate(arrays)
-    return jnp.asarray(np.pad(rows, ((0, power_of_two(len(rows), LEAST_ROWS) - len(rows)), (0, 0))))
+    return jax.device_put(np.pad(rows, ((0, power_of_two(len(rows), LEAST_ROWS) - len(rows)), (0, 0))))
 
 
 def _updated(state: UltraEditState, features: Sequence[Mapping[Place, Features]]) -> UltraEditState:
@@ -586,7 +586,7 @@ def restore_updates(state: UltraEditState, arrays: Mapping[str, np.ndarray]) -> 
             kernel = state.model.params["layers"][int(first)]["ffn"][second]["kernel"]
             kernels[int(first), second] = jnp.asarray(array, kernel.dtype)
         else:
-            parts.setdefault((int(first), int(second)), {})[kind] = jnp.asarray(array)
+            parts.setdefault((int(first), int(second)), {})[kind] = jax.device_put(array)
     return state._replace(kernels=kernels, moments={shape: RunningMoments(**each) for shape, each in parts.items()})
 
 

@@ -333,7 +333,7 @@ def routing_activations(state: WiseState, prompts: Sequence[Sequence[int]]) -> n
     for numbers, batch in batches(config, prompts):
         traced = state.model.trace(batch, state.layer)
         counted = _counted([len(prompts[number]) for number in numbers], traced.query.shape[:2])
-        moved = _moves(_hidden(network, traced.query, config.activation), change, jnp.asarray(counted))
+        moved = _moves(_hidden(network, traced.query, config.activation), change, jax.device_put(counted))
         moves[numbers] = np.asarray(moved)[: len(numbers)]
     return moves
 
@@ -418,7 +418,7 @@ def _lesson(item: Item, held: Sequence[int]) -> tuple[Array, _Lesson]:
     counted = _counted([*item.starts, len(held)], (lanes, length))
     tokens = tokens_array([*rows, *[[0]] * (lanes - len(rows))], length)
     arrays = (places.astype(np.int32), wanted, weight.astype(np.float32), counted, edit, out)
-    return tokens, _Lesson(*map(jnp.asarray, arrays))
+    return tokens, _Lesson(*map(jax.device_put, arrays))
 
 
 class _Fit(NamedTuple):

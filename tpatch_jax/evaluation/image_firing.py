@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -73,7 +73,7 @@ def _values(model: Model, layer: int, patch: Patch, images: np.ndarray) -> np.nd
     key, bias = (np.asarray(array, np.float32) for array in (patch.key, patch.bias))
     values: list[Any] = []
     for first in range(0, len(images), AT_ONCE):
-        query = model.trace(jnp.asarray(images[first : first + AT_ONCE]), layer).query
+        query = model.trace(jax.device_put(images[first : first + AT_ONCE]), layer).query
         if model.config.pooling == "first":
             values.append(np.asarray(query[:, 0], np.float32) @ key.T + bias)
         else:

@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -378,7 +377,7 @@ def _heat(setup: Setup, patches: LayerPatches | None, neurons: Sequence[int]) ->
     if not neurons:
         return [0.0] * len(places)
     fitted = take(patches[last], list(neurons))
-    rows = jnp.asarray(setup.base.query[np.concatenate(places)])
+    rows = jax.device_put(setup.base.query[np.concatenate(places)])
     strength = np.asarray(activations(fitted, rows, jax.nn.relu)).reshape(len(rows), -1).max(-1)
     return [round(float(part.max()), 4) for part in np.split(strength, np.cumsum([*map(len, places)])[:-1])]
 

@@ -202,7 +202,8 @@ def _chunks(total: int, most: int):
 
 
 def _padded(array: np.ndarray, missing: int, dtype: Any = None) -> Array:
-    return jnp.asarray(pad_rows(array, missing), dtype)
+    # Put as it is: `jnp.asarray` would compile a program for each new shape.
+    return jax.device_put(np.asarray(pad_rows(array, missing), dtype))
 
 
 def _dtype(model: Model) -> Any:

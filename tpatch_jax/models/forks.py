@@ -1,7 +1,8 @@
 """Rows that begin alike, packed and cut at one layer, of which only the ends are run again."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -12,7 +13,7 @@ from tpatch_jax.models.pytrees import with_static_fields
 from tpatch_jax.models.stack import embed_tokens, enter_block, leave_block, run_block, without_ffn
 from tpatch_jax.typing import Params
 
-__all__ = ["Fork", "Pack", "after", "fork", "pack_queries", "resume_fork"]
+__all__ = ["Fork", "Pack", "after", "fork", "pack_queries", "resume_fork", "take_tokens"]
 
 
 class Pack(NamedTuple):
@@ -73,22 +74,44 @@ def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int) -> Fork:
     Raises:
         TPatchError: the network is no decoder.
     """
-    tokens, positions, sees, ends = pack
-    around, layers = Around(seen=Seen(sees, positions)), params["layers"]
+    positions, layers = pack.positions, params["layers"]
+    around = Around(seen=Seen(pack.sees, positions))
     residual, query, output = _enter(config, params, pack, layer)
     x = leave_block(config, config.kind(layer), without_ffn(layers[layer]), residual, output)
     caches = []
     for number in range(layer + 1, config.layers):
         x, cache = run_block(config, config.kind(number), layers[number], x, positions, None, around)
         caches.append(cache)
-    end = lambda x: jnp.take_along_axis(x, ends[..., None], 1)  # noqa: E731
-    rows = end(sees)
+    query, output, residual, x = take_tokens((query, output, residual, x), pack.ends)
+    where, seen = _seen_by_ends(pack)
+    return Fork(query, output, residual, where, seen, caches, x, layer)
+
+
+@jax.jit
+def take_tokens(arrays: Any, tokens: Int[Array, "packs tokens"]) -> Any:
+    """Some tokens of each pack, of every array of a pytree: ``[packs, all, …]`` to ``[packs, tokens, …]``.
+
+    Args:
+        arrays: a pytree.
+        tokens: which.
+
+    Example:
+        >>> take_tokens(jnp.array([[[1.0], [2.0]]]), jnp.array([[1]])).tolist()
+        [[[2.0]]]
+    """
+    return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, tokens[..., None], 1), arrays)
+
+
+@jax.jit
+def _seen_by_ends(pack: Pack) -> tuple[Array, Seen]:
+    """The positions of packed rows' ends, and what they look at when they are run again."""
+    tokens, positions, sees, ends = pack
+    rows = take_tokens(sees, ends)
     # An end looks at the ends before it as they are run again, not as they stood.
     again = jnp.any(ends[..., None] == jnp.arange(tokens.shape[1]), 1)
     visible = jnp.concatenate([rows & ~again[:, None], jnp.take_along_axis(rows, ends[:, None], 2)], 2)
     where = jnp.take_along_axis(positions, ends, 1)
-    seen = Seen(visible, jnp.concatenate([positions, where], 1))
-    return Fork(end(query), end(output), end(residual), where, seen, caches, end(x), layer)
+    return where, Seen(visible, jnp.concatenate([positions, where], 1))
 
 
 def pack_queries(config: NetworkConfig, params: Params, pack: Pack, layer: int) -> Float[Array, "packs ends hidden"]:
@@ -107,7 +130,7 @@ def pack_queries(config: NetworkConfig, params: Params, pack: Pack, layer: int) 
         TPatchError: the network is no decoder.
     """
     _, query, _ = _enter(config, params, pack, layer)
-    return jnp.take_along_axis(query, pack.ends[..., None], 1)
+    return take_tokens(query, pack.ends)
 
 
 def _enter(config: NetworkConfig, params: Params, pack: Pack, layer: int) -> tuple[Array, Array, Array]:

@@ -157,9 +157,9 @@ def unembedding(config: NetworkConfig, params: Params) -> Float[Array, "vocabula
 
 
 def unembedding_rows(
-    config: NetworkConfig, params: Params, tokens: Int[Array, "tokens"] | slice
-) -> Float[Array, "tokens hidden"]:
-    """The rows of `unembedding` of some tokens, ``[tokens, d]``.
+    config: NetworkConfig, params: Params, tokens: Int[Array, "*tokens"] | slice
+) -> Float[Array, "*tokens hidden"]:
+    """The rows of `unembedding` of some tokens, ``[…, d]``.
 
     Raises:
         TPatchError: the network is a classifier, which has none.
@@ -170,12 +170,23 @@ def unembedding_rows(
         # Of a table in INT8 none but these rows is turned back.
         table = rows.qvalue[tokens].astype(rows.scale.dtype) * rows.scale[tokens] if is_int8(rows) else rows[tokens]
     else:
-        table = plain(head["kernel"]).T[tokens] if head else None
+        table = _columns(plain(head["kernel"]), tokens) if head else None
     if table is None:
         raise TPatchError(f"this {config.architecture} has no unembedding; it tells labels apart")
     if config.post_norm:
         return table
-    return table * (params["norm"]["scale"] + jnp.asarray(config.norm_shift, table.dtype))
+    return _folded(table, params["norm"]["scale"], config.norm_shift)
+
+
+def _columns(kernel: Array, tokens: Array | slice) -> Array:
+    """Some columns of a kernel, as rows; of a few the kernel is not turned over as a whole."""
+    return kernel.T[tokens] if isinstance(tokens, slice) else jnp.moveaxis(kernel[:, tokens], 0, -1)
+
+
+@jax.jit
+def _folded(table: Array, scale: Array, shift: float) -> Array:
+    """Unembedding rows with the scale of the last norm in them."""
+    return table * (scale + jnp.asarray(shift, table.dtype))
 
 
 def final_weights(config: NetworkConfig, params: Params) -> Params:

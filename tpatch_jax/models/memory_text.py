@@ -176,7 +176,7 @@ def first_token(model: Model) -> int:
 
 def _sampled(model: Model, progress: Progress | None) -> list[list[int]]:
     rows: list[list[int]] = []
-    lanes, first = 64, first_token(model)
+    lanes, first = min(64, TEXTS), first_token(model)
     for done in range(0, TEXTS, lanes):
         if progress:
             progress("sampling memory text", done, TEXTS)

@@ -18,7 +18,7 @@ rows of which only the end is run again in `tpatch_jax.models.forks`.
 
 from tpatch_jax.models.caches import Cache, begin, decode, empty_cache
 from tpatch_jax.models.embedded import Embedded
-from tpatch_jax.models.forks import Fork, Pack, after, fork, pack_queries, resume_fork
+from tpatch_jax.models.forks import Fork, Pack, after, fork, pack_queries, resume_fork, take_tokens
 from tpatch_jax.models.heads import (
     argmax,
     final_weights,
@@ -63,6 +63,7 @@ __all__ = [
     "resume",
     "resume_fork",
     "routes",
+    "take_tokens",
     "trace",
     "trace_after",
     "unembedding",

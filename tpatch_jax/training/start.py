@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from tpatch_jax.errors import TPatchError
@@ -119,7 +119,7 @@ def complete(config: NetworkConfig, params: Params, seed: int, spread: float = S
     for number, (path, leaf) in enumerate(flatten(shapes)):
         known = have.get(path)
         drawn = known if known is not None else _draw(config, path, leaf.shape, spread, [seed, number])
-        insert(result, path, jnp.asarray(drawn))
+        insert(result, path, jax.device_put(drawn))
     return result
 
 

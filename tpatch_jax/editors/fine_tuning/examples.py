@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jax import Array
 
@@ -37,7 +37,7 @@ def _filled(numbers: np.ndarray, total: int) -> np.ndarray:
 def _cut(sites: Sites, numbers: np.ndarray) -> Cut:
     """Some rows of collected sites, filled up to one of few sizes: ``[rows, d]``."""
     chosen = _filled(numbers, power_of_two(len(numbers), LEAST_ROWS))
-    return Cut(jnp.asarray(sites.query[chosen]), jnp.asarray(sites.residual[chosen]))
+    return Cut(jax.device_put(sites.query[chosen]), jax.device_put(sites.residual[chosen]))
 
 
 def _whole(
@@ -65,7 +65,7 @@ def _whole(
     lane = np.concatenate([np.full(len(chosen), number) for number, chosen in enumerate(places)])
     place = np.asarray([place_in(config, row, at) for row, chosen in zip(rows, places, strict=True) for at in chosen])
     missing = power_of_two(len(lane), LEAST_ROWS) - len(lane)
-    indices = (jnp.asarray(pad_rows(array.astype(np.int32), missing)) for array in (lane, place))
+    indices = (jax.device_put(pad_rows(array.astype(np.int32), missing)) for array in (lane, place))
     return Whole(Pair(*sides) if len(sides) == 2 else sides[0], *indices)
 
 
@@ -119,8 +119,8 @@ def draw(model: Model, pool: Pool, tokens: int, generator: np.random.Generator, 
     else:
         seen = _cut(pool.sites, filled)
     weight = pad_rows(np.ones(len(numbers), np.float32), total - len(numbers))
-    residual, output = (jnp.asarray(array[filled]) for array in (pool.sites.residual, pool.sites.output))
-    return Calm(seen, residual, output, jnp.asarray(weight))
+    residual, output = (jax.device_put(array[filled]) for array in (pool.sites.residual, pool.sites.output))
+    return Calm(seen, residual, output, jax.device_put(weight))
 
 
 # --- the requests ---
@@ -159,6 +159,6 @@ def grouped(model: Model, items: Sequence[Item], most: int, whole_network: bool)
         wanted = np.concatenate([item.target for item in chosen]).astype(np.int32)
         weight = np.concatenate([np.full(len(item.target), 1 / len(item.target), np.float32) for item in chosen])
         missing = power_of_two(len(wanted), LEAST_ROWS) - len(wanted)
-        padded = (jnp.asarray(pad_rows(array, missing)) for array in (wanted, weight))
+        padded = (jax.device_put(pad_rows(array, missing)) for array in (wanted, weight))
         result.append(Group(Lesson(seen, *padded), owner))
     return result

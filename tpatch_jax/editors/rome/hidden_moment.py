@@ -129,7 +129,7 @@ def hidden_moment(
             there = np.zeros(query.shape[:2], np.float32)
             for lane, number in enumerate(numbers):
                 there[lane, : len(part[number])] = 1
-            moment = moment + _sum(ffn.detach(params), query, jnp.asarray(there), model.config.activation)
+            moment = moment + _sum(ffn.detach(params), query, jax.device_put(there), model.config.activation)
         done += len(part)
         _keep(folder, done, moment)
     return moment / total
@@ -141,7 +141,7 @@ def _recall(folder: Path | None, width: int) -> tuple[int, Array]:
         try:
             moment = load_file(path / "sum.safetensors")["sum"]
             if moment.shape == (width, width):
-                return int(path.name), jnp.asarray(moment)
+                return int(path.name), jax.device_put(moment)
         except (OSError, ValueError, KeyError, SafetensorError):
             pass
         shutil.rmtree(path, ignore_errors=True)

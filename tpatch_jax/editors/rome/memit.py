@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -316,7 +317,7 @@ def subject_keys(
     """The mean of each bare prompt's key and of the mean of its other contexts', ``[requests, h]``."""
     query = collect(model, *_cut([row for each in rows for row in each]), layer).query
     network = model.params["layers"][layer]["ffn"]
-    keys = ffn.hidden(network, jnp.asarray(query), model.config.activation).astype(jnp.float32)
+    keys = ffn.hidden(network, jax.device_put(query), model.config.activation).astype(jnp.float32)
     keys = keys.reshape(len(rows), -1, keys.shape[-1])
     return (keys[:, 0] + jnp.mean(keys[:, 1:], 1)) / 2 if keys.shape[1] > 1 else keys[:, 0]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -260,7 +261,7 @@ def find_update(model: Model, layer: int, request: EditRequest, item: Item, sett
     keys = ffn.hidden(network, fork.query[0, first[:-1]], model.config.activation).astype(jnp.float32)
     output = fork.output[0, first[0]].astype(jnp.float32)
     offset, info = train_offsets(model, forked, jnp.linalg.norm(output)[None], settings)
-    return Update(jnp.mean(keys, 0), keys[0], output + jnp.asarray(offset[0]), info)
+    return Update(jnp.mean(keys, 0), keys[0], output + jax.device_put(offset[0]), info)
 
 
 def _step(state: RomeState, requests: list[EditRequest], progress: Progress | None) -> tuple[RomeState, EditInfo]:

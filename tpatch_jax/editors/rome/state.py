@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -111,7 +112,7 @@ def restore(state: RomeState, arrays: Mapping[str, np.ndarray]) -> RomeState:
         kind, _, number = name.rpartition("-")
         layer = int(number)
         if kind == "earlier":
-            earlier[layer] = jnp.asarray(array)
+            earlier[layer] = jax.device_put(array)
             continue
         down_projections[layer] = jnp.asarray(array, state.model.params["layers"][layer]["ffn"]["down"]["kernel"].dtype)
     return state._replace(down_projections=down_projections, earlier=earlier)

@@ -137,7 +137,7 @@ def fork_requests(model: Model, rows: Sequence[Sequence[PromptRow]], layer: int)
         for number, row in enumerate(each[:-1]):
             wanted[lane, number, : len(row.wanted)] = row.wanted
             weight[lane, number, : len(row.wanted)] = 1 / ((len(each) - 1) * len(row.wanted))
-    return Forked(fork_rows(model, rows, layer, count), jnp.asarray(wanted), jnp.asarray(weight))
+    return Forked(fork_rows(model, rows, layer, count), jax.device_put(wanted), jax.device_put(weight))
 
 
 def _length(x: Float[Array, "*rows d"]) -> Float[Array, "*rows"]:
@@ -245,7 +245,7 @@ def train_together(
         # Lanes come in few numbers; one that stands in twice is dropped again.
         lanes = [*chunk, *[chunk[-1]] * (power_of_two(len(chunk)) - len(chunk))]
         forked = fork_requests(model, [rows[number] for number in lanes], layer)
-        scale = jnp.linalg.norm(jnp.asarray(before[lanes]), axis=-1)
+        scale = jnp.linalg.norm(jax.device_put(before[lanes]), axis=-1)
         offsets, info = train_offsets(model, forked, scale, settings, stream=True)
         for lane, number in enumerate(chunk):
             trained[number] = offsets[lane], info, lane

@@ -303,7 +303,7 @@ def learn_start(
                 others = [_draw(drawn[lane].chat_neutral, 1, rng) for lane in chats]
                 problems.append((_read_rows(model, layer, said, others), np.asarray(chats)))
             # A value is predicted from the bare prompt, wherever it is asked for.
-            features, told = jnp.matmul(jnp.asarray(bare.features), turn), []
+            features, told = jnp.matmul(jax.device_put(bare.features), turn), []
             gradient = jax.tree.map(jnp.zeros_like, params)
             for problem, lanes in problems:
                 problem = problem._replace(features=features[lanes], scale=bare.scale[lanes])
@@ -351,8 +351,8 @@ def _draw_examples(
 def _with_all_features(params: StartParams) -> StartParams:
     """A network that was learnt before slopes were among the features: they count for nothing yet."""
     missing = PARTS * params.direct.shape[1] - len(params.direct)
-    inner, direct = (jnp.pad(jnp.asarray(leaf), ((0, missing), (0, 0))) for leaf in (params.inner, params.direct))
-    return StartParams(inner, jnp.asarray(params.bias), jnp.asarray(params.outer), direct)
+    inner, direct = (jnp.pad(jax.device_put(leaf), ((0, missing), (0, 0))) for leaf in (params.inner, params.direct))
+    return StartParams(inner, jax.device_put(params.bias), jax.device_put(params.outer), direct)
 
 
 def _read_turn(
@@ -369,7 +369,7 @@ def _read_turn(
         nothing = jnp.eye(PARTS * model.config.hidden_size, dtype=jnp.float32)
         return nothing, nothing
     turn, back = even_out(np.concatenate(parts))
-    return jnp.asarray(turn), jnp.asarray(back)
+    return jax.device_put(turn), jax.device_put(back)
 
 
 def _hold_out(requests: list[EditRequest], settings: LearningSettings) -> tuple[list[EditRequest], list[EditRequest]]:

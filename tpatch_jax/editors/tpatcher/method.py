@@ -1,6 +1,6 @@
 """T-Patcher among the editing methods: how an evaluation sees and keeps its edits."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from tpatch_jax.core.layers import LayerPatches, flatten_layers, split_layers
@@ -43,7 +43,7 @@ def _save(state: EditState) -> Arrays:
 
 
 def _restore(state: EditState, arrays: Arrays) -> EditState:
-    patch = Patch(**{name: jnp.asarray(arrays[name]) for name in Patch._fields})
+    patch = Patch(**{name: jax.device_put(arrays[name]) for name in Patch._fields})
     # Of neurons in the last layer alone the layer was not always told.
     layer = arrays.get("layer", np.full(len(patch.bias), state.model.layer(None)))
     patches = {**state.patches, **split_layers(patch, layer)}

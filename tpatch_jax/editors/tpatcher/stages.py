@@ -206,8 +206,8 @@ def verify_draft(plan: EditPlan, draft: Draft) -> Draft:
             return set()
         # The new neuron that acts most strongly where an earlier edit broke has to go.
         new = take(patch, np.arange(older, patch.key.shape[0]))
-        strength = act(preactivations(new, jnp.asarray(previous.sites.query[broken])))
-        strength = jnp.abs(strength * jnp.linalg.norm(jnp.asarray(new.value), axis=1))
+        strength = act(preactivations(new, jax.device_put(previous.sites.query[broken])))
+        strength = jnp.abs(strength * jnp.linalg.norm(jax.device_put(new.value), axis=1))
         strength = jnp.max(strength, 1) if strength.ndim == 3 else strength
         return set(targets.owner[rows[np.asarray(jnp.argmax(strength, 1))]].tolist())
 

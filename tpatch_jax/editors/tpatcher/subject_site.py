@@ -11,14 +11,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
 from tpatch_jax.core.devices import divided, host, mesh_of, parts, repeat
 from tpatch_jax.core.memory import Memory, blended, create_memory, extend, nuisance_scatter
-from tpatch_jax.core.patch import Patch, concatenate, create, sharpen, sized
+from tpatch_jax.core.patch import Patch, concatenate, create, join, sharpen, sized
 from tpatch_jax.core.recipes.staged import Recognised
 from tpatch_jax.core.recipes.whitened import whitened_key
 from tpatch_jax.core.sizes import power_of_two
@@ -292,7 +291,7 @@ def _recognised(
     lanes = len(positive)
     # The subjects' own contexts tell more than the general ones, the more of them there are; even those of one
     # subject tell how its token differs between the start of a text and the middle.
-    nuisance = blended(nuisance_scatter(jnp.asarray(positive)), known.nuisance, min(0.9, lanes / 30))
+    nuisance = blended(nuisance_scatter(jax.device_put(positive)), known.nuisance, min(0.9, lanes / 30))
     memory = create_memory(known.query, nuisance, weight=settings.key_nuisance)
     floor = np.where(asks, settings.question_floor, settings.key_floor).astype(np.float32)
     floor[lanes - spelt :] = np.maximum(floor[lanes - spelt :], settings.spelling_floor)
@@ -385,15 +384,13 @@ def _fit_chunk(
         present, read.model, read.layer, silent, [read.prompts[n] for n in lanes], [kept[n] for n in lanes],
         [read.neutral[n] for n in lanes], settings.plateau, read.start is not None,
     )  # fmt: skip
-    start = jnp.zeros(silent.key.shape[::2], jnp.float32)
+    start = jax.device_put(np.zeros(silent.key.shape[::2], np.float32))
     if read.start is not None:
         start = predict_start(read.start, problem, settings.value.longest)
     run, rows = runner(present, read.layer), (problem.known, problem.targets, problem.kept)
     value, info = train_values(*rows, run, problem.scale, settings.value, start, mesh)
     neurons, order = [], []
-    every = level_patch(
-        _flat(silent._replace(value=jnp.broadcast_to(value[:, None], silent.key.shape))), settings.plateau
-    )
+    every = sharpen(_level_neurons(silent, value, settings.plateau), SHARPNESS)
     each = every.key.shape[0] // there.size
     for number, lane in enumerate(chunk):
         key_losses = {name: float(loss[slot[lane]]) for name, loss in keys.losses.items()}
@@ -406,7 +403,7 @@ def _fit_chunk(
         neurons += [
             SubjectNeuron(position, neuron, steps, margin, losses) for neuron in range(len(neurons), len(order))
         ]
-    new = jax.tree.map(lambda leaf: np.asarray(leaf)[order], sharpen(every, SHARPNESS))
+    new = jax.tree.map(lambda leaf: leaf[order], every)
     return FittedSubjects(new, neurons)
 
 
@@ -440,12 +437,13 @@ def _keys_of(read: Subjects, slots: Sequence[int]) -> tuple[Patch, np.ndarray]:
     there = pick >= 0
     key = np.where(there[..., None], keys.key[pick], 0.0).astype(keys.key.dtype)
     bias = np.where(there, keys.bias[pick], SILENT).astype(keys.bias.dtype)
-    return Patch(jnp.asarray(key), jnp.asarray(bias), jnp.zeros_like(jnp.asarray(key))), there
+    return Patch(*map(jax.device_put, (key, bias, np.zeros_like(key)))), there
 
 
-def _flat(patch: Patch) -> Patch:
-    """The neurons of all lanes one after the other."""
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), patch)
+def _level_neurons(keys: Patch, value: Array, plateau: float) -> Patch:
+    """The neurons of all lanes one after the other, on the host: each key of a lane bears its value."""
+    every = keys._replace(value=np.broadcast_to(np.asarray(value)[:, None], keys.key.shape))
+    return jax.tree.map(np.asarray, level_patch(join(jax.tree.map(np.asarray, every)), plateau))
 
 
 def _positions(read: Subjects, chunk: Sequence[int]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The rows of some lanes are run once up to the layer; from there on only their en
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -54,6 +55,7 @@ class ValueProblem(NamedTuple):
         return (longest * self.scale).astype(jnp.float32)
 
 
+@partial(jax.jit, static_argnames="plateau")
 def level_patch(patch: Patch, plateau: float) -> Patch:
     """Neurons whose response rises from 0 at ``z = 0`` to 1 at ``z = plateau`` and stays there: two for each, in turn.
 
@@ -66,11 +68,11 @@ def level_patch(patch: Patch, plateau: float) -> Patch:
     return jax.tree.map(lambda low, high: jnp.stack([low, high], 1).reshape(-1, *low.shape[1:]), *pair)
 
 
-def _activity(model: Model, patch: Patch, forked: ForkedRows, plateau: float) -> Array:
-    """How strongly each lane's neurons fire at the subject in each of its rows, all together, ``[lanes, rows]``."""
-    query = host(jnp.take_along_axis(forked.fork.query, forked.first[..., None], 1).astype(jnp.float32))
-    z = jnp.einsum("nrd,nkd->nrk", query, patch.key) + patch.bias[:, None]
-    act = ffn.ACTIVATIONS[model.config.activation]
+@partial(jax.jit, static_argnames=("activation", "plateau"))
+def _activity(query: Array, patch: Patch, activation: str, plateau: float) -> Array:
+    """How strongly each lane's neurons fire on some queries of it, all together: ``[lanes, rows, d]`` to two axes."""
+    z = jnp.einsum("nrd,nkd->nrk", query.astype(jnp.float32), patch.key) + patch.bias[:, None]
+    act = ffn.ACTIVATIONS[activation]
     fired = act(z * SHARPNESS) / SHARPNESS
     fired = (fired - act((z - plateau) * SHARPNESS) / SHARPNESS) / plateau if plateau else fired
     return jnp.sum(fired, 2)
@@ -82,15 +84,13 @@ def _unedited_output(model: Model, unedited: Model, layer: int, forked: ForkedRo
     What a value is measured by: with the neurons of earlier edits of a subject in it, each value would be allowed to
     be longer than the one before.
     """
-    lane, first = jnp.arange(forked.first.shape[0]), forked.first[:, 0]
+    first = forked.first[:, :1]
     if model is unedited:
-        return forked.fork.output[lane, first].astype(jnp.float32)
+        return networks.take_tokens(forked.fork.output, first)[:, 0]
     # This layer reads what no neuron of its own has changed.
-    query = forked.fork.query[lane, first]
+    query = networks.take_tokens(forked.fork.query, first)[:, 0]
     config = unedited.config
-    return networks.feed_forward(config, config.kind(layer), unedited.params["layers"][layer], query).astype(
-        jnp.float32
-    )
+    return networks.feed_forward(config, config.kind(layer), unedited.params["layers"][layer], query)
 
 
 def create_value_problem(
@@ -130,27 +130,37 @@ def create_value_problem(
     # Rows that aim and rows that stay close are read together: much of what they begin with is the same.
     together = [[*part, *beside] for part, beside in zip(rows, neutral, strict=True)]
     forked = fork_rows(model, together, layer, count)
-    activity = np.asarray(_activity(model, patch, forked, plateau))
-    scale = jnp.asarray(host(jnp.linalg.norm(_unedited_output(model, unedited, layer, forked), axis=-1)))
+    query = host(networks.take_tokens(forked.fork.query, forked.first))
+    activity = np.asarray(_activity(query, patch, model.config.activation, plateau))
+    scale = np.linalg.norm(host(_unedited_output(model, unedited, layer, forked)).astype(np.float32), axis=-1)
     # A wording that the key does not know can teach the value nothing.
     recognised = activity[:, :each] > HEARD * activity[:, :1]
     weight *= np.where(np.arange(each) < len(prompts[0]), recognised, True)[..., None]
     share = weight.sum((1, 2), keepdims=True)
-    targets = TargetRows(jnp.asarray(activity[:, :each]), jnp.asarray(wanted), jnp.asarray(weight / share))
-    aims, others = forked.places[:, :each], forked.places[:, each:, 0]
-    known = known_rows(forked, jnp.concatenate([aims.reshape(lanes, -1), others], 1))
+    targets = TargetRows(jax.device_put(activity[:, :each]), jax.device_put(wanted), jax.device_put(weight / share))
+    read, others = _read_places(forked.places, each)
+    known = known_rows(forked, read)
     kept_rows = None
     if neutral[0]:
         before, table = forked.fork, others
         if model is not unedited:
             before, _, places = fork_rows(unedited, neutral, layer, 1)
             table = places[..., 0]
-        kept_rows = KeptRows(jnp.asarray(activity[:, each:]), said_at(unedited, before, table))
+        kept_rows = KeptRows(jax.device_put(activity[:, each:]), said_at(unedited, before, table))
     features = None
     if predicted:
-        features = jnp.asarray(host(_features(unedited, layer, [part[:1] for part in rows], targets)))
+        first = np.ones((lanes, 1), np.float32), wanted[:, :1], (weight / share)[:, :1]
+        bare = TargetRows(*map(jax.device_put, first))
+        features = jax.device_put(host(_features(unedited, layer, [part[:1] for part in rows], bare)))
     targets, kept_rows = shard_rows((targets, kept_rows), mesh_of(model.params))
-    return ValueProblem(known, targets, kept_rows, scale, features)
+    return ValueProblem(known, targets, kept_rows, jax.device_put(scale), features)
+
+
+@partial(jax.jit, static_argnames="each")
+def _read_places(places: Array, each: int) -> tuple[Array, Array]:
+    """Of ``places [lanes, rows, places]`` all of the first rows, then the first of the others; and the latter alone."""
+    others = places[:, each:, 0]
+    return jnp.concatenate([places[:, :each].reshape(len(places), -1), others], 1), others
 
 
 def predict_start(params: StartParams, problem: ValueProblem, longest: float) -> Float[Array, "lanes d"]:
@@ -166,20 +176,24 @@ def predict_start(params: StartParams, problem: ValueProblem, longest: float) ->
 
 
 def _features(
-    unedited: Model, layer: int, prompts: Sequence[list[PromptRow]], targets: TargetRows
+    unedited: Model, layer: int, prompts: Sequence[list[PromptRow]], bare: TargetRows
 ) -> Float[Array, "lanes features"]:
     """What is known of each lane before any step, from its bare prompt alone: a slope costs what its rows do."""
-    wanted, weight = targets.wanted[:, :1], targets.weight[:, :1]
-    forked = fork_rows(unedited, prompts, layer, wanted.shape[2])
-    fork, lane = forked.fork, jnp.arange(len(prompts))
-    first, end = forked.first[:, 0], forked.places[:, 0, 0]
-    rows = networks.unembedding_rows(unedited.config, unedited.params, wanted.reshape(-1))
-    rows = rows.reshape(lane.size, -1, rows.shape[-1])
-    bare = TargetRows(jnp.ones_like(targets.activity[:, :1]), wanted, weight)
-    slope = _slope(runner(unedited, layer), known_rows(forked, forked.places.reshape(lane.size, -1)), bare)
-    return start_features(
-        fork.query[lane, first], fork.query[lane, end], fork.hidden[lane, end], rows, weight[:, 0], slope
-    )
+    forked = fork_rows(unedited, prompts, layer, bare.wanted.shape[2])
+    rows = networks.unembedding_rows(unedited.config, unedited.params, jax.device_put(bare.wanted[:, 0]))
+    places, _ = _read_places(forked.places, 1)
+    slope = _slope(runner(unedited, layer), known_rows(forked, places), bare)
+    return _features_of(forked.fork.query, forked.fork.hidden, forked.first, places, rows, bare.weight, slope)
+
+
+@jax.jit
+def _features_of(
+    query: Array, hidden: Array, first: Array, places: Array, rows: Array, weight: Array, slope: Array
+) -> Array:
+    """`start_features` of lanes of one row each, from what stands at the ends of their packs."""
+    end = places[:, :1]
+    subject, last, hidden = (networks.take_tokens(*at)[:, 0] for at in ((query, first), (query, end), (hidden, end)))
+    return start_features(subject, last, hidden, rows, weight[:, 0], slope)
 
 
 @jax.jit

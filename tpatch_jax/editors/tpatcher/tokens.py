@@ -187,7 +187,7 @@ def _edit(
 
     def problems_of(rows: np.ndarray, patch: Patch) -> FitProblem:
         chosen = np.stack([tokens.table[tokens.owner[row]][:, tokens.token[row]] for row in rows])
-        return create_problems(network, sites, chosen, jnp.asarray(tokens.wanted[rows]), patch, head, moment)
+        return create_problems(network, sites, chosen, jax.device_put(tokens.wanted[rows]), patch, head, moment)
 
     nothing = create(network.hidden_size)
     missing = wrong(nothing)
@@ -210,7 +210,7 @@ def _edit(
     ]
     neurons, notes = number_neurons(made, {})
     before = {items[number].position for number in already}
-    patch = jax.tree.map(jnp.asarray, take(fitted.patch, kept))
+    patch = jax.device_put(take(fitted.patch, kept))
     times = time.perf_counter() - began, fitted.seconds, unit
     return patch, report(names, problems, before, neurons, notes, network.hidden_size, times)
 

@@ -141,7 +141,7 @@ def replace_unused(
     for done, (layer, patch) in enumerate(chosen.items()):
         if progress is not None:
             progress("choosing neurons", done, len(chosen))
-        network, query = layers[layer]["ffn"], jnp.asarray(np.asarray(collect(beside, fitted, places, layer).query))
+        network, query = layers[layer]["ffn"], jax.device_put(np.asarray(collect(beside, fitted, places, layer).query))
         constant = None
         if not model.config.ffn_bias:
             queries = collect(beside, [row for row, _ in asked], [spots for _, spots in asked], layer).query
@@ -151,7 +151,7 @@ def replace_unused(
         weights[layer] = _at(network, neurons[layer])
         layers[layer] = {
             **layers[layer],
-            "ffn": ffn.merge_in_place(network, patch, jnp.asarray(neurons[layer]), constant),
+            "ffn": ffn.merge_in_place(network, patch, jax.device_put(neurons[layer]), constant),
         }
     replaced = model.with_params({**model.params, "layers": layers})
     held, lost = requests_said(replaced, requests, asked)
@@ -261,7 +261,8 @@ def read_replaced(folder: str | Path) -> Replaced:
         layers = [int(layer) for layer in told["replaced"]]
         neurons = {layer: arrays[f"{layer}.neurons"] for layer in layers}
         patches = {
-            layer: Patch(*(jnp.asarray(arrays[f"{layer}.patch.{name}"]) for name in Patch._fields)) for layer in layers
+            layer: Patch(*(jax.device_put(arrays[f"{layer}.patch.{name}"]) for name in Patch._fields))
+            for layer in layers
         }
         weights = {layer: _weights(arrays, layer, len(neurons[layer])) for layer in layers}
         pair = told["perplexity"]

@@ -80,4 +80,4 @@ def collect_queries(
     for first, last, table in _batches(rows, longest):
         query = np.asarray(network.trace(table).query)
         queries += [query[lane, list(places(rows[first + lane]))] for lane in range(last - first)]
-    return jnp.asarray(np.concatenate(queries))
+    return jax.device_put(np.concatenate(queries))

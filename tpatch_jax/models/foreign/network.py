@@ -344,7 +344,7 @@ class Network:
             noise = jax.random.normal(jax.random.key(0), traced.output.shape, traced.output.dtype)
             traced = traced._replace(output=traced.output + noise * jnp.std(traced.output))
             order = np.random.default_rng(0).permutation(rows)
-            gathered = networks.gather(traced, jnp.asarray(order // length), jnp.asarray(order % length))
+            gathered = networks.gather(traced, jax.device_put(order // length), jax.device_put(order % length))
             logits = self.resume(traced, traced.output).reshape(rows, -1)[order]
             alone = self.resume(gathered, gathered.output)[:, 0]
         difference, size = _compared(alone, logits, lambda x: jnp.max(jnp.abs(x)))
