@@ -35,7 +35,8 @@ def edited(model):
     with pytest.MonkeyPatch.context() as patching:
         patching.setattr(memory_text, "TEXTS", 16)  # a small memory is quick to sample
         patching.setattr(model_memory, "SPANS", 8)
-        return tp.edit(model, [*REQUESTS, CHAT], cache=False)
+        few = {"subject": {"value": {"steps": 3}}}
+        return tp.edit(model, [*REQUESTS, CHAT], settings=few, cache=False)
 
 
 def test_it_is_the_model_that_it_should_be(model):
