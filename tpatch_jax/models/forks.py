@@ -74,8 +74,7 @@ def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int) -> Fork:
     Raises:
         TPatchError: the network is no decoder.
     """
-    positions, layers = pack.positions, params["layers"]
-    around = Around(seen=Seen(pack.sees, positions))
+    positions, layers, around = pack.positions, params["layers"], _around(pack)
     residual, query, output = _enter(config, params, pack, layer)
     x = leave_block(config, config.kind(layer), without_ffn(layers[layer]), residual, output)
     caches = []
@@ -133,13 +132,17 @@ def pack_queries(config: NetworkConfig, params: Params, pack: Pack, layer: int) 
     return take_tokens(query, pack.ends)
 
 
+def _around(pack: Pack) -> Around:
+    """What blocks are told beside their input: which tokens of a pack see which."""
+    return Around(seen=Seen(pack.sees, pack.positions))
+
+
 def _enter(config: NetworkConfig, params: Params, pack: Pack, layer: int) -> tuple[Array, Array, Array]:
     """Packed rows up to a layer's FFN: the residual stream beside it, its input and its output."""
     if config.architecture != "decoder":
         raise TPatchError(f"rows of an {config.architecture} cannot be packed; only those of a decoder can")
-    tokens, positions, sees, _ = pack
-    around, layers = Around(seen=Seen(sees, positions)), params["layers"]
-    x = embed_tokens(config, params, tokens, positions)
+    positions, layers, around = pack.positions, params["layers"], _around(pack)
+    x = embed_tokens(config, params, pack.tokens, positions)
     for number in range(layer):
         x, _ = run_block(config, config.kind(number), layers[number], x, positions, None, around)
     return enter_block(config, config.kind(layer), layers[layer], x, positions, None, around)
