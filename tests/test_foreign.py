@@ -842,7 +842,7 @@ class Inline(nnx.Module):
 def test_an_ffn_inline_in_a_block_is_refused_at_the_cut(kinds, reason, names):
     module = Decoder(nnx.Rngs(0))
     module.layers = nnx.List([Inline(nnx.Rngs(1), **kinds) for _ in range(2)])
-    message = f"'layers.1' is no feed-forward network but a block around one: {reason}.*name its first and its last linear layer as a pair"
+    message = f"'layers.1' is no feed-forward network but a block around one: {reason}.*its last linear layer as a pair"
     with pytest.raises(tp.TPatchError, match=message):
         tp.from_nnx(module, "layers.1", activation="gelu_tanh", **names)
     with pytest.raises(tp.TPatchError, match=r"inline in a block .* name its first and its last linear layer"):

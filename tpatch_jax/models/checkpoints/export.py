@@ -230,7 +230,7 @@ def export_model(
         with jax.default_matmul_precision("highest"):
             approximated, error = _approximate(model, requests, memory, cache, progress)
         params = _in_experts(approximated)
-    elif form == "exact" and not target.ffn_bias:
+    elif form == "exact" and not target.ffn_bias and merged_neurons(model.config, model.params):
         params = _without_biases(model)
     rounded: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     if safe_for is not None:

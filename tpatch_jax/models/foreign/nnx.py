@@ -271,7 +271,17 @@ def _linears(
             mend = "" if layer is _NOTHING else f", say how it keeps its kernel (linears={{{type(layer).__name__}: …}})"
             where = f" in {path!r}" if path else ""
             raise TPatchError(f"{role}={names[role]!r}{where} is {kind}; name an nnx.Linear{mend}, or attach")
+        if isinstance(layer, nnx.Linear) and not _is_plain(layer):
+            raise TPatchError(
+                f"{role}={names[role]!r} keeps its kernel as a {type(layer.kernel[...]).__name__}, quantised, and what "
+                "is merged needs plain numbers; attach the patch, whose neurons stay in float"
+            )
     return linears
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a linear layer's kernel is an array of numbers; a library that quantises puts something else there."""
+    return isinstance(layer.kernel[...], Array)
 
 
 def _entries(linears: Mapping[str, nnx.Module], kinds: Mapping[type, LinearKind]) -> dict[str, dict[str, Array]]:
@@ -290,7 +300,11 @@ def _entries(linears: Mapping[str, nnx.Module], kinds: Mapping[type, LinearKind]
 
 def _matrices(module: nnx.Module) -> list[Matrices]:
     """What the linear layers of a module may be in an FFN, if nobody names them."""
-    layers = [_read_linear(layer) for _, layer in nnx.iter_modules(module) if isinstance(layer, nnx.Linear)]
+    layers = [
+        _read_linear(layer)
+        for _, layer in nnx.iter_modules(module)
+        if isinstance(layer, nnx.Linear) and _is_plain(layer)
+    ]
     writers = {layer["kernel"].shape[1] for layer in layers} & {layer["kernel"].shape[0] for layer in layers}
     return [matrices for size in sorted(writers) for matrices in arranged(layers, size)]
 
