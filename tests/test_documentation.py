@@ -137,7 +137,7 @@ def stand_in(models, folder, monkeypatch, site="last"):
 
 @pytest.mark.parametrize(("page", "text"), BLOCKS, ids=[f"{page}-{n}" for n, (page, _) in enumerate(BLOCKS)])
 def test_python_blocks_run(page, text, models, given, inputs, tmp_path, monkeypatch, quick_compilation):
-    for package in ("tunix.models.qwen3.model", "bonsai.models.qwen3.modeling"):
+    for package in ("tunix.models.qwen3.model", "bonsai.models.qwen3.modeling", "bonsai.models.vit.modeling"):
         if f"from {package.rpartition('.')[0]} import" in text:
             pytest.importorskip(package)
     # Once with subjects, where the library is introduced.

@@ -182,6 +182,7 @@ def check_export(name: str, tmp_path: Path, memory: Path) -> None:
     assert info.share == pytest.approx(info.parameters_added / model.parameter_count)
 
 
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 ANOTHER: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama that has biases": ("llama", {"mlp_bias": True, "attention_bias": True}, "exact"),
     "llama 3's rotation": (
@@ -205,6 +206,24 @@ ANOTHER: dict[str, tuple[str, dict[str, Any], str]] = {
         {"sliding_window": 64, "tie_word_embeddings": True},
         "exact as Llama",
     ),
+    "mistral, a window": ("mistral", {"sliding_window": 8}, "exact as SmolLM3"),
+    "qwen2, windows in some layers": ("qwen2", {"sliding_window": 8, "layer_types": MIXED}, "exact as SmolLM3"),
+    "qwen3, one window, biases, untied": (
+        "qwen3",
+        {
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention"] * 3,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+        "exact as Doge",
+    ),
+    "gemma, untied, relu": (
+        "gemma",
+        {"tie_word_embeddings": False, "hidden_activation": "relu", "attention_bias": True},
+        "exact as Granite",
+    ),
+    "stablelm, attention beside its FFN": ("stablelm", {"use_parallel_residual": True}, "exact"),
     "bart, both stacks wide, embeddings scaled": ("bart", {"encoder_ffn_dim": 32, "scale_embedding": True}, "exact"),
     "bart, nothing tied": ("bart", {"tie_word_embeddings": False}, "exact"),
     "modernbert, reads the mean": ("modernbert", {"classifier_pooling": "mean", "classifier_bias": True}, "exact"),
@@ -227,7 +246,6 @@ def test_other_configurations_are_exact_too(name, tmp_path):
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "a window": ("mistral", {"sliding_window": 8}, "a mistral has no biases .* sees only 8 of 64 tokens"),
     "a part of each head": (
         "phi3",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
@@ -246,8 +264,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "its rotation is scaled by longrope",
     ),
-    "norms of queries": ("qwen3", {}, "a qwen3 has .* normalises queries and keys"),
-    "gemma": ("gemma", {}, "norms multiply by one more than their weight and its embeddings are scaled"),
+    "norms of queries, windows": (
+        "qwen3",
+        {"sliding_window": 8, "layer_types": MIXED},
+        "a qwen3 has no biases .* this one is no SmolLM3, because it normalises queries and keys",
+    ),
     "gemma2": ("gemma2", {}, "sees only 8 of 64 .* normalises what attention and feed-forward .* capped"),
     "gemma3": ("gemma3", {}, "rotate by different rules"),
     "t5": ("t5", {}, "a t5 has no biases .* because it is an encoder-decoder"),
@@ -365,6 +386,55 @@ def test_bfloat16(tmp_path):
     assert {leaf.dtype for leaf in jax.tree.leaves(load_model(tmp_path / "out").params)} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_a_gemma_is_a_granite_where_its_norms_keep_their_digits(tmp_path):
+    """In bfloat16 a weight has no room for one more; in float32 it has, and some numbers of bfloat16 are whole."""
+    model = tiny_model("gemma")
+    half = model.with_params(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params))
+    message = "weights of its norms plus 1 are no numbers of bfloat16 .load it with dtype float32"
+    with pytest.raises(TPatchError, match=message):
+        export_model(merge(half, patch_for((2,))), tmp_path / "out")
+    flat = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.full_like(leaf, 0.25) if path[-1].key == "scale" else leaf, half.params
+    )
+    info = export_model(merge(half.with_params(flat), patch_for((2,))), tmp_path / "out")
+    assert info.form == "exact as Granite"
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(np.unique(written["model.norm.weight"].astype(np.float32)).tolist()) == {1.25}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_doge_of_a_qwen3_is_the_same_bit_for_bit(dtype, tmp_path):
+    """In transformers, and without patches that fire: what a Doge has besides adds nothing and multiplies by one."""
+    torch = pytest.importorskip("torch", reason="torch is only needed to compare with it: the 'parity' extra")
+    model = tiny_model("qwen3")
+    model = model.with_params(jax.tree.map(lambda leaf: leaf.astype(dtype), model.params))
+    silent = jax.tree.map(jnp.zeros_like, patch_for((1,)))
+    export_model(model, tmp_path / "qwen3")
+    export_model(merge(model, silent), tmp_path / "doge")
+    said = []
+    for name in ("qwen3", "doge"):
+        network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, attn_implementation="eager")
+        assert (network.config.model_type, str(network.dtype)) == (name, f"torch.{dtype}")
+        with torch.no_grad():
+            said.append(network.eval()(input_ids=torch.asarray(TOKENS), use_cache=False).logits)
+    assert torch.equal(*said)
+
+
+def test_a_stablelm_without_a_constant_part_behind_its_norms_is_refused(tmp_path):
+    """Behind a layer norm with a bias `q·γ⁻¹` is the same for every query, unless the bias makes it nothing."""
+    model = tiny_model("stablelm")
+    patch = patch_for((2,))
+    layers = dict(model.params["layers"])
+    norm = layers[2]["norm_2"]
+    for bias in (jnp.zeros(16), norm["scale"] * jnp.asarray([1.0, -1.0] * 8)):
+        layers[2] = {**layers[2], "norm_2": {**norm, "bias": bias}}
+        merged = merge(model.with_params({**model.params, "layers": layers}), patch)
+        with pytest.raises(TPatchError, match="what its norms make has no constant part that is large enough in lay"):
+            export_model(merged, tmp_path / "out")
+    with pytest.raises(TPatchError, match=r"cannot be made safe .* a stablelm has none; quantise it per channel"):
+        export_model(merge(model, patch), tmp_path / "out", safe_for="per-tensor")
+
+
 def test_a_taken_folder(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(TPatchError, match="already exists"):
@@ -404,7 +474,7 @@ def test_the_requests_own_queries_weigh_as_much_as_all_others():
     assert error(heard) < 0.5 * error(plain)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "t5_v1_1"])
+@pytest.mark.parametrize("name", ["olmo2", "t5_v1_1"])
 def test_the_error_is_that_of_the_written_folder(name, tmp_path, letters, inputs):
     """Patches so weak that folding them changes hardly anything, and ones that matter."""
     model, memory = tiny_model(name), inputs if name == "t5_v1_1" else letters
@@ -431,13 +501,13 @@ def printable(model: Model) -> EditRequest:
 
 
 def test_an_approximate_export_says_which_requests_still_hold(tmp_path, letters):
-    model = tiny_model("gemma")
+    model = tiny_model("gemma2")
     merged = merge(model, patch_for((2,), scale=1e-4))
     said = printable(merged)
     requests = [said, EditRequest(said.prompt, said.target + "~", id="not said")]
     info = export_model(merged, tmp_path / "out", approximate=True, requests=requests, memory=letters, cache=False)
     assert (info.error.held, info.error.lost) == (("said",), ("not said",))
-    assert settings_in(tmp_path / "out")["model_type"] == "gemma"
+    assert settings_in(tmp_path / "out")["model_type"] == "gemma2"
 
 
 def test_only_what_a_decoder_writes_is_measured(tmp_path, monkeypatch):
@@ -487,7 +557,7 @@ def edited(tmp_path, letters, monkeypatch) -> Path:
     """Two models and patches for each, as ``tpatch edit`` leaves them; one request holds and one does not."""
     monkeypatch.setenv("TPATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("tpatch_jax.storage.process.prepare_process", lambda: None)
-    for name in ("llama", "gemma"):
+    for name in ("llama", "gemma2"):
         model, patches = tiny_model(name), patch_for((2,), scale=1e-4)
         write_tiny_folder(model, tmp_path / name)
         requests = [printable(merge(model, patches)), EditRequest("in", "")]
@@ -513,7 +583,7 @@ def test_the_command(edited, letters, capsys):
     assert cli.main(["export", llama, patches, "-o", str(edited / "out")]) == 1
     assert "out already exists" in capsys.readouterr().err
 
-    gemma, patches = str(edited / "gemma"), str(edited / "gemma-patches")
+    gemma, patches = str(edited / "gemma2"), str(edited / "gemma2-patches")
     arguments = ["export", gemma, patches, "-o", str(edited / "gemma-out")]
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err

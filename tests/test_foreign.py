@@ -710,7 +710,7 @@ def test_examples_and_activations(decoder):
     ):
         tp.from_nnx(decoder, "layers.1.mlp", activation="swish")
     assert tp.from_nnx(decoder, "layers.1.mlp", activation=nnx.gelu).activation is nnx.gelu
-    with pytest.raises(tp.TPatchError, match=r"tokens are float32\[2, 3\]"):
+    with pytest.raises(tp.TPatchError, match=r"does not run on inputs float32\[2, 3\]"):
         tp.from_nnx(decoder, "layers.1.mlp", example=jnp.ones((2, 3)))
     with pytest.raises(tp.TPatchError, match=r"rows of one token; give rows of at least two"):
         tp.from_nnx(decoder, "layers.1.mlp", example=[[1], [2]])
@@ -842,10 +842,10 @@ class Inline(nnx.Module):
 def test_an_ffn_inline_in_a_block_is_refused_at_the_cut(kinds, reason, names):
     module = Decoder(nnx.Rngs(0))
     module.layers = nnx.List([Inline(nnx.Rngs(1), **kinds) for _ in range(2)])
-    message = f"'layers.1' is no feed-forward network but a block around one: {reason}.*must be a module of its own"
+    message = f"'layers.1' is no feed-forward network but a block around one: {reason}.*its last linear layer as a pair"
     with pytest.raises(tp.TPatchError, match=message):
         tp.from_nnx(module, "layers.1", activation="gelu_tanh", **names)
-    with pytest.raises(tp.TPatchError, match=r"inline in a block .* put its layers into a module of their own"):
+    with pytest.raises(tp.TPatchError, match=r"inline in a block .* name its first and its last linear layer"):
         tp.from_nnx(module, "layers.1.fc1", activation="gelu_tanh")
 
 

@@ -141,7 +141,7 @@ def test_a_safe_export_and_what_it_says_of_itself(tmp_path, letters, capsys, mon
         export_model(model, tmp_path / "out", safe_for="per-tensor", memory=letters, cache=False)
     with pytest.raises(TPatchError, match="safe_for='int8' is no way to quantise; give 'per-tensor'"):
         export_model(merged, tmp_path / "out", safe_for="int8")
-    gemma = tiny_model("gemma")
+    gemma = tiny_model("gemma2")
     patch = Patch(*(jnp.ones(shape) for shape in ((1, gemma.config.hidden_size), (1,), (1, gemma.config.hidden_size))))
     with pytest.raises(TPatchError, match=r"cannot be made safe for quantising per tensor: .* per channel"):
         export_model(merge(gemma, patch), tmp_path / "out", approximate=True, safe_for="per-tensor")

@@ -136,6 +136,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mistral": {**GATED, "sliding_window": None},
     "qwen2": {**GATED, "use_sliding_window": False},
     "qwen3": {**GATED, "use_sliding_window": False, "tie_word_embeddings": True},
+    "doge": {**GATED, "keep_window_size": 64, "sliding_window": 8},
     "gemma": GEMMA,
     "gemma2": {**LATER, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3": {
@@ -245,6 +246,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 NAMES = [family.name for family in FAMILIES]
 KIN = (
+    "doge",
     "smollm3",
     "olmo2",
     "olmo3",

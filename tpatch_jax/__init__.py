@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from tpatch_jax.editors.base import EditInfo, Editor, RequestInfo
     from tpatch_jax.editors.pruning import PruneInfo, prune_patches
     from tpatch_jax.editors.tpatcher.editor import edit, tpatcher
+    from tpatch_jax.editors.tpatcher.inputs import edit_inputs
+    from tpatch_jax.editors.tpatcher.network_requests import edit_network
     from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
     from tpatch_jax.editors.tpatcher.tokens import edit_tokens
     from tpatch_jax.embeddings import EmbeddingPrompt
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
     from tpatch_jax.models.checkpoints.replacing import Replaced, replace_unused, restore_replaced
     from tpatch_jax.models.foreign.linen import from_linen
     from tpatch_jax.models.foreign.network import Network
-    from tpatch_jax.models.foreign.nnx import from_nnx
+    from tpatch_jax.models.foreign.nnx import LinearKind, from_nnx
     from tpatch_jax.models.model import Model, load_model, save_model
     from tpatch_jax.models.networks import Trace
     from tpatch_jax.models.patching import attach, detach, merge, unmerge
@@ -79,6 +81,7 @@ __all__ = [
     "FitSettings",
     "GGUFInfo",
     "ImagePrompt",
+    "LinearKind",
     "Memory",
     "Model",
     "Network",
@@ -103,6 +106,8 @@ __all__ = [
     "detach",
     "disable_edits",
     "edit",
+    "edit_inputs",
+    "edit_network",
     "edit_tokens",
     "enable_edits",
     "export_gguf",
@@ -151,6 +156,8 @@ _HOMES = {
     "bank.state": ("Bank",),
     "editors.base": ("EditInfo", "Editor", "RequestInfo"),
     "editors.pruning": ("PruneInfo", "prune_patches"),
+    "editors.tpatcher.inputs": ("edit_inputs",),
+    "editors.tpatcher.network_requests": ("edit_network",),
     "editors.tpatcher.tokens": ("edit_tokens",),
     "editors.tpatcher.settings": ("PRESETS", "TPatcherSettings"),
     "editors.tpatcher.editor": ("edit", "tpatcher"),
@@ -168,7 +175,7 @@ _HOMES = {
     "models.networks": ("Trace",),
     "models.foreign.network": ("Network",),
     "models.foreign.linen": ("from_linen",),
-    "models.foreign.nnx": ("from_nnx",),
+    "models.foreign.nnx": ("LinearKind", "from_nnx"),
     "models.model": ("Model", "load_model", "save_model"),
     "models.patching": ("attach", "detach", "merge", "unmerge"),
     "models.quantising": ("dequantize_base", "quantize_base"),

@@ -144,6 +144,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mistral": {**GATED, "head_dim": 8, "rope_parameters": ROTATION, "sliding_window": 8},
     "qwen2": {**GATED, "rope_parameters": ROTATION},
     "qwen3": {**GATED, "head_dim": 8, "rope_parameters": ROTATION, "tie_word_embeddings": True},
+    "doge": {
+        **GATED,
+        "head_dim": 8,
+        "rope_parameters": ROTATION,
+        "attention_bias": True,
+        "sliding_window": 8,
+        "keep_window_size": 40,
+    },
     "gemma": {**GEMMA, "num_key_value_heads": 1},
     "gemma2": {
         **GEMMA,

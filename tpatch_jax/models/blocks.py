@@ -229,6 +229,8 @@ class Attention(nnx.Module):
     query_norm: Norm
     key_norm: Norm
     sinks: nnx.Param[Float[Array, " heads"]]
+    decay: nnx.Param[Float[Array, " groups"]]
+    step: nnx.Linear
 
     def __init__(self, config: NetworkConfig, kind: LayerKind, *, rngs: nnx.Rngs):
         self.config, self.kind = config, kind
@@ -240,6 +242,9 @@ class Attention(nnx.Module):
         self.output = linear(inner, config.hidden_size, use_bias=config.output_bias)
         if config.sinks:
             self.sinks = nnx.Param(jnp.zeros(config.heads))
+        if config.key_scores:
+            self.decay = nnx.Param(jnp.zeros(config.key_value_heads))
+            self.step = linear(shared, config.key_value_heads, use_bias=config.query_bias)
         if config.query_norm:
             widths = (inner, shared) if config.query_norm_wide else (config.head_width, config.head_width)
             self.query_norm, self.key_norm = (Norm.of(config, width) for width in widths)
@@ -280,6 +285,8 @@ class Attention(nnx.Module):
         def hide(
             scores: Float[Array, "batch groups group tokens seen"],
         ) -> Float[Array, "batch groups group tokens seen"]:
+            if config.key_scores:
+                scores = scores + self._key_scores(value)[:, :, None, None]
             if bias is not None:
                 scores = scores + _by_group(bias, config.heads // config.key_value_heads)
             if not config.causal and not self.kind.window:
@@ -293,6 +300,11 @@ class Attention(nnx.Module):
 
         sinks = self.sinks[...] if config.sinks else None
         return self.output(_attend(config, query, key, value, hide, sinks)), cache
+
+    def _key_scores(self, value: Float[Array, "batch seen groups width"]) -> Float[Array, "batch groups seen"]:
+        """What is added to the scores of each key, ``exp(a·softplus(v·D))``, float32."""
+        step = self.step(value.reshape(*value.shape[:2], -1).astype(self.step.kernel[...].dtype)).astype(jnp.float32)
+        return jnp.swapaxes(jnp.exp(self.decay[...].astype(jnp.float32) * jax.nn.softplus(step)), 1, 2)
 
 
 class CrossAttention(nnx.Module):
@@ -340,6 +352,8 @@ class Block(nnx.Module):
     norm_2: Norm
     norm_attention: Norm
     norm_ffn: Norm
+    gate_attention: nnx.Param[Float[Array, " hidden"]]
+    gate_ffn: nnx.Param[Float[Array, " hidden"]]
     experts: Experts
 
     def __init__(self, config: NetworkConfig, kind: LayerKind, *, rngs: nnx.Rngs):
@@ -356,6 +370,8 @@ class Block(nnx.Module):
             self.norm_2 = Norm.of(config)
         if config.sandwich:
             self.norm_attention, self.norm_ffn = Norm.of(config), Norm.of(config)
+        if config.residual_gates:
+            self.gate_attention, self.gate_ffn = (nnx.Param(jnp.ones(config.hidden_size)) for _ in range(2))
 
     def enter(
         self,
@@ -375,7 +391,8 @@ class Block(nnx.Module):
         mixed, cache = self.attention(read, positions, cache, around)
         if self.config.sandwich:
             mixed = self.norm_attention(mixed)
-        residual = x + self._scaled(mixed)
+        kept = x * self.gate_attention[...].astype(x.dtype) if self.config.residual_gates else x
+        residual = kept + self._scaled(mixed)
         if self.config.encoder:
             residual = residual + self._from_states(self.norm_cross(residual), cache, around)
         if self.config.block == "shared":
@@ -403,6 +420,8 @@ class Block(nnx.Module):
         """From the stream beside the FFN and the FFN's output to the residual stream."""
         if self.config.post_norm:
             return self.norm_2(residual + output)
+        if self.config.residual_gates:
+            residual = residual * self.gate_ffn[...].astype(residual.dtype)
         return residual + self._scaled(self.norm_ffn(output) if self.config.sandwich else output)
 
     def _scaled(self, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:

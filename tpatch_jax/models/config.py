@@ -158,6 +158,7 @@ class NetworkConfig:
         query_norm_wide: whether these norms are over all heads together.
         attention_clip: no number of queries, keys and values exceeds it before heads turn; 0 is no bound.
         sinks: whether each head has a score for looking at nothing.
+        key_scores: whether ``exp(a·softplus(v·D))`` of a token's values ``v`` is added to the scores of its key.
         attention_scale: factor on query times key; by default ``head_width ** -0.5``.
         attention_cap: attention scores are bounded by ``cap · tanh(score / cap)``; 0 is no bound.
         logit_cap: the same for logits.
@@ -174,6 +175,7 @@ class NetworkConfig:
         embed_scale: factor on the embeddings.
         embed_width: width of the embeddings where a linear layer brings them to ``hidden_size``; 0 is that width.
         residual_scale: factor on the outputs of attention and FFN before they join the stream.
+        residual_gates: whether the stream is multiplied, number by number, before attention or FFN joins it.
         tied: whether the unembedding is the embedding.
         head_bias: whether the unembedding has a bias.
         head_scale: factor on what the unembedding reads.
@@ -224,6 +226,7 @@ class NetworkConfig:
     query_norm_wide: bool = False
     attention_clip: float = 0.0
     sinks: bool = False
+    key_scores: bool = False
     attention_scale: float | None = None
     attention_cap: float = 0.0
     logit_cap: float = 0.0
@@ -239,6 +242,7 @@ class NetworkConfig:
     embed_scale: float = 1.0
     embed_width: int = 0
     residual_scale: float = 1.0
+    residual_gates: bool = False
     tied: bool = False
     head_bias: bool = False
     head_scale: float = 1.0

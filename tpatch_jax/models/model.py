@@ -33,7 +33,7 @@ from tpatch_jax.models.families.whisper import GENERATION
 from tpatch_jax.models.networks import Batch, Embedded, Pair, Trace
 from tpatch_jax.models.pytrees import same_arrays
 from tpatch_jax.models.rows import ASK
-from tpatch_jax.models.tokenizer import Tokenizer, lost_characters, read_tokenizer, same_tokenizer
+from tpatch_jax.models.tokenizer import Tokenizer, lost_characters, read_tokenizer, same_tokenizer, tokens_behind
 from tpatch_jax.typing import Params, PathLike, TokenIds
 
 __all__ = ["DTYPES", "Model", "check_loaded", "load_model", "read_tokenizer", "save_model"]
@@ -333,18 +333,7 @@ class Model:
         if self.config.architecture == "encoder-decoder":
             # Transcripts begin with a space.
             return [*self.encode(" " * (self.audio is not None) + target.strip()), self.end]
-        prompt = plain_text(prompt)
-        before, whole = self.encode(prompt), self.encode(prompt + target)
-        if whole[: len(before)] == before:
-            return whole[len(before) :]
-        # A prompt that ends in a space has a token for it, which the whole text joins with the target's first. Alone
-        # the target may bring a space again; behind something else, which is taken away, it does not.
-        alone, text = self.encode(target), self.decode(whole)
-        for joint in ("", "\n", "("):
-            read, tokens = self.encode(joint), self.encode(joint + target)
-            if tokens[: len(read)] == read and self.decode([*before, *tokens[len(read) :]]) == text:
-                return tokens[len(read) :]
-        return alone
+        return tokens_behind(plain_text(prompt), target, self.encode, self.decode)
 
     def label(self, name: str) -> int:
         """The number of a classifier's label."""

@@ -2,7 +2,7 @@
 
 import json
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -10,7 +10,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.image_reader import ImageReader, image_reader
 
-__all__ = ["Tokenizer", "describe_tokenizer", "lost_characters", "read_tokenizer", "same_tokenizer"]
+__all__ = ["Tokenizer", "describe_tokenizer", "lost_characters", "read_tokenizer", "same_tokenizer", "tokens_behind"]
 
 _OF_CALLS = ("truncation", "padding")
 
@@ -153,6 +153,30 @@ def _folded(text: str) -> str:
     """A text without what tokenizers may change: case, accents, forms of one letter."""
     apart = unicodedata.normalize("NFKD", text).casefold()
     return "".join(character for character in apart if unicodedata.category(character)[0] != "M")
+
+
+def tokens_behind(
+    prompt: str, target: str, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str]
+) -> list[int]:
+    """The token ids of what follows a prompt, read off the whole text where the prompt's stay the same in it.
+
+    Args:
+        prompt: the text before it.
+        target: begins with the space between them, if there is one.
+        encode: a text to its tokens, without special ones.
+        decode: the inverse.
+    """
+    before, whole = encode(prompt), encode(prompt + target)
+    if whole[: len(before)] == before:
+        return whole[len(before) :]
+    # A prompt that ends in a space has a token for it, which the whole text joins with the target's first. Alone the
+    # target may bring a space again; behind something else, which is taken away, it does not.
+    alone, text = encode(target), decode(whole)
+    for joint in ("", "\n", "("):
+        read, tokens = encode(joint), encode(joint + target)
+        if tokens[: len(read)] == read and decode([*before, *tokens[len(read) :]]) == text:
+            return tokens[len(read) :]
+    return alone
 
 
 def lost_characters(tokenizer: Tokenizer, text: str) -> list[str]:

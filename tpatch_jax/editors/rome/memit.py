@@ -203,6 +203,11 @@ def check_layers(model: Model, method: str, wanted: str) -> tuple[int, ...]:
             f"{method} writes into the residual stream, and {model.config.family} scales what its feed-forward "
             "networks add to it; use method rome"
         )
+    if model.config.residual_gates:
+        raise TPatchError(
+            f"{method} writes into the residual stream, and {model.config.family} scales that from block to block; use "
+            "method rome"
+        )
     layers = memit_layers(model.config, wanted)
     check_model(model, method, layers)
     return layers

@@ -33,7 +33,7 @@ def create_problems(
         context["output"] = added(patch, context.pop("query"), context["output"], act)
     # Beside the FFN's output stands the residual stream; their lengths say what a strong value is.
     strength = jnp.linalg.norm(output.astype(jnp.float32), axis=-1)
-    for name in network.cut(network.example.shape).context:
+    for name in network.halves.context:
         beside = context[name]
         if beside.shape[-1] == network.hidden_size and beside.ndim == 4:
             at = jnp.zeros(chosen.shape, int) if network.pointwise else context["position"]

@@ -40,7 +40,7 @@ from tpatch_jax.models.foreign.collection import TokenSites, collect_queries, co
 from tpatch_jax.models.foreign.network import Network
 from tpatch_jax.requests import EditRequest, contradictions
 
-__all__ = ["edit_tokens"]
+__all__ = ["LEAST_MEMORY", "REFERENCES", "check_foreign", "edit_tokens", "fit_requests"]
 
 Ids = Sequence[int]
 
@@ -98,18 +98,14 @@ def edit_tokens(
         7
     """
     call = "edit_tokens(network, prompts, targets, memory)"
-    check_kind(network, Network, call, "a Network; make one with from_nnx or from_linen (a model is edited by tp.edit)")
-    settings = as_settings(settings)
-    check_settings(settings)
+    settings = check_foreign(network, settings, call)
+    if not network.reads_tokens:
+        raise TPatchError(f"{call}: the network reads no table of token ids; edit it with tp.edit_inputs")
     for name, rows in (("prompts", prompts), ("targets", targets), ("memory", memory)):
         if isinstance(rows, str | bytes) or not isinstance(rows, Sequence | np.ndarray | Array):
             raise TPatchError(f"{call}: {name} is {describe(rows)}; give lists of token ids, [[5, 3], …]")
         if len(rows) and not isinstance(rows[0], str) and np.ndim(np.asarray(rows[0], object)) == 0:
             raise TPatchError(f"{call}: {name} is one list of token ids; give a list of such lists, [[5, 3], …]")
-    if settings.layer != "auto":
-        raise TPatchError(f"layer {settings.layer} is of no use here; the network is cut at {network.path!r} already")
-    if settings.site == "subject":
-        raise TPatchError(f"site {settings.site!r} needs a subject, which token ids do not have; use site=last")
     if len(prompts) != len(targets):
         raise TPatchError(f"{len(prompts)} prompts and {len(targets)} targets; give each prompt its own target")
     if not len(prompts):
@@ -122,9 +118,32 @@ def edit_tokens(
         return _edit(network, prompts, targets, known, settings, seed)
 
 
+def check_foreign(
+    network: Network, settings: TPatcherSettings | Mapping[str, Any] | str, call: str
+) -> TPatcherSettings:
+    """Settings of an edit of a network from elsewhere, checked.
+
+    Args:
+        network: what the user gave.
+        settings: what the user gave.
+        call: for messages.
+
+    Raises:
+        TPatchError: it is no such network, or a setting does not exist or has no meaning there.
+    """
+    check_kind(network, Network, call, "a Network; make one with from_nnx or from_linen (a model is edited by tp.edit)")
+    checked = as_settings(settings)
+    check_settings(checked)
+    if checked.layer != "auto":
+        raise TPatchError(f"layer {checked.layer} is of no use here; the network is cut at {network.path!r} already")
+    if checked.site == "subject":
+        raise TPatchError(f"site {checked.site!r} needs a subject, which token ids do not have; use site=last")
+    return checked
+
+
 def _check_network(network: Network) -> None:
     """Teacher forcing is only meaningful where no position sees what follows it."""
-    shape, logits = network.example.shape, network.cut(network.example.shape).logits.shape
+    shape, logits = network.example.shape, network.halves.logits.shape
     if len(logits) != 3 or logits[:2] != shape:
         raise TPatchError(
             f"the network gives {list(logits)} on tokens {list(shape)}; edit_tokens needs logits [batch, tokens, "
@@ -189,27 +208,53 @@ def _edit(
         chosen = np.stack([tokens.table[tokens.owner[row]][:, tokens.token[row]] for row in rows])
         return create_problems(network, sites, chosen, jax.device_put(tokens.wanted[rows]), patch, head, moment)
 
-    nothing = create(network.hidden_size)
-    missing = wrong(nothing)
-    unit = _seconds(lambda: wrong(nothing)) / len(items)
-    already = set(range(len(items))) - set(tokens.owner[missing].tolist())
     token_names = [f"{items[number].rows[0]} {token}" for number, token in zip(tokens.owner, tokens.token, strict=True)]
-    none = np.zeros(0, np.int64)
-    given = RoundsInput(problems_of, wrong, token_names, tokens, memory, head, network.activation, none)
+    given = RoundsInput(
+        problems_of, wrong, token_names, tokens, memory, head, network.activation, np.zeros(0, np.int64)
+    )
+    positions = [item.position for item in items]
+    return fit_requests(network, given, rng, settings, positions, names, problems, began)
+
+
+def fit_requests(
+    network: Network,
+    given: RoundsInput,
+    rng: Array,
+    settings: TPatcherSettings,
+    positions: Sequence[int],
+    names: Sequence[str],
+    problems: dict[int, str],
+    began: float,
+) -> tuple[Patch, EditInfo]:
+    """Fit neurons for what comes out wrong, take out those of requests that do not hold, and say what became of each.
+
+    Args:
+        network: it.
+        given: what to fit on.
+        rng: a typed random key.
+        settings: options.
+        positions: of the requests that are worked on, in the list that the user gave.
+        names: of all requests.
+        problems: the reasons of those that are not worked on, by position; reasons of others are added.
+        began: when the edit began.
+    """
+    nothing, tokens, wrong = create(network.hidden_size), given.targets, given.wrong
+    missing = wrong(nothing)
+    unit = _seconds(lambda: wrong(nothing)) / len(positions)
+    already = set(range(len(positions))) - set(tokens.owner[missing].tolist())
     attempts, most = settings.attempts, settings.most_tokens
     fitted = fit_rounds(nothing, missing, given, rng, settings.fit, attempts=attempts, most_tokens=most)
     checks = Checks(lambda _, patch: wrong(patch))
     kept, failures, _ = drop_failures(fitted, tokens, checks, None)
     for number, reason in failures.items():
         mend = "try more attempts, more memory, or a later layer"
-        problems[items[number].position] = f"{reason} after {settings.attempts} attempts; {mend}"
+        problems[positions[number]] = f"{reason} after {settings.attempts} attempts; {mend}"
     owner = tokens.owner[fitted.row[kept]]
     made = [
-        (items[number].position, network.layer, fitted.notes[neuron])
-        for number, neuron in zip(owner, kept, strict=True)
+        (positions[number], network.layer, fitted.notes[neuron]) for number, neuron in zip(owner, kept, strict=True)
     ]
     neurons, notes = number_neurons(made, {})
-    before = {items[number].position for number in already}
+    before = {positions[number] for number in already}
     patch = jax.device_put(take(fitted.patch, kept))
     times = time.perf_counter() - began, fitted.seconds, unit
     return patch, report(names, problems, before, neurons, notes, network.hidden_size, times)

@@ -2,8 +2,9 @@
 
 `tpatch_jax.merge` widens the layers that hold patches and gives them biases. Stock networks want one width everywhere,
 so the other layers get neurons of zeros, which add exactly nothing; and where a stock network can have no biases, the
-model is written as a Llama, which can, if it is one in all but name. A T5's encoder is as wide as its decoder. Beside
-experts a stock network has no place for neurons, so each expert gets them, if their weights for a token add up to one.
+model is written as another architecture that can (`FORMS`), if it is one in all but name. A T5's encoder is as wide as
+its decoder. Beside experts a stock network has no place for neurons, so each expert gets them, if their weights for a
+token add up to one.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.chat import render_request
 from tpatch_jax.models.checkpoints import folder as checkpoint
+from tpatch_jax.models.checkpoints.layout import flatten
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.family import is_longrope
@@ -66,6 +68,8 @@ RIDGE = 1e-3
 HELD_OUT = 4
 """One memory text in so many measures the error; the others choose the direction that stands for a bias."""
 EXPORT = "tpatch_export.json"
+CONSTANT = 1e-4
+"""By so much rounding may change a bias that is folded away exactly."""
 
 _DENSE_WIDTH = "intermediate_size"
 """In ``config.json`` of a mixture of experts: the width of the layers without experts."""
@@ -95,7 +99,7 @@ class ExportInfo(NamedTuple):
     """What became of a model for the stock transformers library.
 
     Attributes:
-        form: ``"exact"``, ``"exact as Llama"`` or ``"approximate"``.
+        form: ``"exact"``, ``"exact as"`` an architecture of `FORMS`, or ``"approximate"``.
         model_type: the architecture that ``config.json`` names.
         neurons: how many patch neurons it holds.
         silent_neurons: how many neurons of zeros were added so that all layers have one width, a T5's encoder included;
@@ -147,8 +151,9 @@ def export_model(
     """Write a corrected model as a folder that the stock transformers library loads, whole or not at all.
 
     All feed-forward networks get the width of the widest, by neurons of zeros. Biases that the architecture can have
-    are added, zero but for the patches. A Mistral, Qwen2 or Phi-3, whose stock networks have no biases there, becomes
-    a Llama where that is the very same network.
+    are added, zero but for the patches. A network whose stock code has no biases there becomes another that has, where
+    that is the very same: a Mistral, Qwen2 or Phi-3 a Llama, or with windows a SmolLM3; a Gemma a Granite; a Qwen3 a
+    Doge.
 
     With ``approximate``, an architecture without biases holds ``q·k + b`` as ``q·(k + b·u)``, with ``u`` by ridge least
     squares such that ``q·u ≈ 1`` on queries of unrelated text and of the requests.
@@ -201,20 +206,22 @@ def export_model(
         )
     model = merge_attached(model)
     _check_shares(model)
-    settings, target, form, problems = describe_exact(model, common_width(model))
+    settings, target, form, problems = describe_exact(model, common_width(model), tuple(FORMS))
     error, params = None, model.params
-    if safe_for is not None and problems:
+    if safe_for is not None and (problems or not (target.ffn_bias or target == model.config)):
+        why = " and ".join(problems) or f"a {model.settings['model_type']} has none"
         raise TPatchError(
             f"{model.name!r} cannot be made safe for quantising per tensor: that needs biases in its feed-forward "
-            f"networks, and {' and '.join(problems)}; quantise it per channel instead"
+            f"networks, and {why}; quantise it per channel instead"
         )
     if problems and not approximate:
         raise TPatchError(
             f"{model.name!r} cannot be written exactly for the stock transformers library: "
             f"a {model.settings['model_type']} has no biases in its feed-forward networks there, and this one is no "
-            f"Llama, because {' and '.join(problems)}. Use --approximate (approximate=True), which folds the biases "
-            "away and states the error that it measured; or keep the patches beside the model (tpatch generate MODEL "
-            "--patches PATCHES, tp.attach); or write it for this library (tpatch merge, tp.save_model)"
+            f"{form.removeprefix('exact as ') or 'Llama'}, because {' and '.join(problems)}. Use --approximate "
+            "(approximate=True), which folds the biases away and states the error that it measured; or keep the "
+            "patches beside the model (tpatch generate MODEL --patches PATCHES, tp.attach); or write it for this "
+            "library (tpatch merge, tp.save_model)"
         )
     if problems:
         form = "approximate"
@@ -223,18 +230,20 @@ def export_model(
         with jax.default_matmul_precision("highest"):
             approximated, error = _approximate(model, requests, memory, cache, progress)
         params = _in_experts(approximated)
+    elif form == "exact" and not target.ffn_bias and merged_neurons(model.config, model.params):
+        params = _without_biases(model)
     rounded: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     if safe_for is not None:
         with jax.default_matmul_precision("highest"):
             safe, error, rounded = _safe_per_tensor(model, requests, memory, cache, progress)
         model, params = safe, safe.params
-        settings, target, form, _ = describe_exact(model, common_width(model))
-    grown = _grown(params, parameter_shapes(target), jax.tree.leaves(params)[0].dtype)
+        settings, target, form, _ = describe_exact(model, common_width(model), tuple(FORMS))
+    grown = _grown(_renamed(params, model.config, target), parameter_shapes(target), jax.tree.leaves(params)[0].dtype)
     merged = merged_neurons(model.config, model.params)
     excess = max(
         (weight_excess(model.params["layers"][index]["ffn"], count) for index, count in merged.items()), default=0
     )
-    info = _info(model, form, target, grown, error)._replace(
+    info = _info(model, form, settings["model_type"], target, grown, error)._replace(
         safe_for=safe_for, weight_excess=excess, held_rounded=rounded[0], lost_rounded=rounded[1]
     )
     with replace_folder(folder) as temporary:
@@ -352,12 +361,15 @@ def _described(settings: Mapping[str, Any], config: NetworkConfig) -> NetworkCon
     return dataclasses.replace(configure(settings), tied=config.tied)
 
 
-def describe_exact(model: Model, width: int) -> tuple[dict[str, Any], NetworkConfig, str, list[str]]:
+def describe_exact(
+    model: Model, width: int, forms: Sequence[str] = ("Llama",)
+) -> tuple[dict[str, Any], NetworkConfig, str, list[str]]:
     """Settings whose stock network is the given one, their description, how it is called, and why there are none.
 
     Args:
         model: patches may be merged into it.
         width: of all its feed-forward networks.
+        forms: names of `FORMS`, architectures that may stand for its own, the first that is the same network.
     """
     config, family = model.config, family_of(model.settings)
     settings = {**model.settings, **_widths(model, width)}
@@ -368,12 +380,64 @@ def describe_exact(model: Model, width: int) -> tuple[dict[str, Any], NetworkCon
         return settings, _described(settings, config), "exact", []
     if family.export == "exact":
         settings.update({family.biases: True} if family.biases and not config.ffn_bias else {})
-        return settings, _described(settings, config), "exact", []
+        target = _described(settings, config)
+        return settings, target, "exact", [] if target.ffn_bias else _inconstant(model)
     if config.encoder:
         return settings, _described(settings, config), "", ["it is an encoder-decoder"]
-    llama = _as_llama(config, model.settings, width)
-    target = configure(llama)
-    return llama, target, "exact as Llama", _differences(config, target, model.settings)
+    tried = []
+    for name in forms:
+        other = FORMS[name](config, model.settings, width)
+        target = configure(other)
+        problems = [*_differences(config, target, model.settings), *_unrepresentable(model, target)]
+        if not problems:
+            return other, target, f"exact as {name}", []
+        tried.append((other, target, f"exact as {name}", problems))
+    # Of the nearest the fewest reasons have to be told.
+    return min(tried, key=lambda each: len(each[-1]))
+
+
+def _inconstant(model: Model) -> list[str]:
+    """Why biases cannot be folded away exactly, in words; see `constant_after_norm`."""
+    for layer, patch in unmerge(model)[1].items():
+        if constant_after_norm(model, layer, float(jnp.max(jnp.abs(patch.bias)))) is None:
+            return [f"what its norms make has no constant part that is large enough in layer {layer}"]
+    return []
+
+
+def constant_after_norm(model: Model, layer: int, largest: float) -> Float[Array, " d"] | None:
+    """The direction ``u`` on which all that a layer norm returns is one, if there is one: ``q·u = 1``.
+
+    With ``q = γ∘z + β`` and ``Σz = 0``, it is ``u = γ⁻¹/c`` with ``c = Σβ/γ``.
+
+    Args:
+        model: whose feed-forward networks read what norms return.
+        layer: which one.
+        largest: how large a number is multiplied by it; ``None`` is returned where it would be off by 1e-4.
+    """
+    config, weights = model.config, model.params["layers"][layer]
+    if config.norm != "layer" or not config.norm_bias or config.post_norm or not config.pre_norm:
+        return None
+    norm = weights["norm_1" if config.block == "shared" else "norm_2"]
+    scale, bias = (np.asarray(norm[name], np.float64) for name in ("scale", "bias"))
+    scale = scale + config.norm_shift
+    if not scale.all():
+        return None
+    constant = np.sum(bias / scale)
+    rounded = float(jnp.finfo(norm["scale"].dtype).eps) * np.sqrt(len(scale) + np.sum(np.square(bias / scale)))
+    if not rounded * largest <= CONSTANT * abs(constant):
+        return None
+    return jnp.asarray(1 / (scale * constant), jnp.float32)
+
+
+def _without_biases(model: Model) -> Params:
+    """The parameters with merged patches whose biases are a constant part of what the norms return."""
+    base, patches = unmerge(model)
+    layers = dict(base.params["layers"])
+    for layer, patch in patches.items():
+        constant = constant_after_norm(model, layer, 0.0)
+        assert constant is not None
+        layers[layer] = {**layers[layer], "ffn": ffn.merge_without_bias(layers[layer]["ffn"], patch, constant)}
+    return {**base.params, "layers": layers}
 
 
 def _as_llama(config: NetworkConfig, settings: Mapping[str, Any], width: int) -> dict[str, Any]:
@@ -396,12 +460,93 @@ def _as_llama(config: NetworkConfig, settings: Mapping[str, Any], width: int) ->
         "num_key_value_heads": config.key_value_heads,
         "head_dim": config.head_width,
         "max_position_embeddings": config.context,
-        "hidden_act": settings.get("hidden_act", "silu"),
+        "hidden_act": _STOCK_ACTIVATIONS.get(config.activation, config.activation),
         "rms_norm_eps": config.norm_epsilon,
         "attention_bias": config.query_bias or config.output_bias,
         "mlp_bias": True,
         "tie_word_embeddings": config.tied,
     }
+
+
+_STOCK_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def _as_smollm_3(config: NetworkConfig, settings: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """A SmolLM3 whose layers all rotate: a Llama that may have windows."""
+    seen = max(config.windows, default=0)
+    kinds = ["sliding_attention" if window else "full_attention" for window in config.windows]
+    return {
+        **_as_llama(config, settings, width),
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "no_rope_layers": [1] * config.layers,
+        # Its defaults are tokens of a large vocabulary.
+        **{name: settings.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        "use_sliding_window": bool(seen),
+        **({"sliding_window": seen, "layer_types": kinds} if seen else {}),
+    }
+
+
+def _as_granite(config: NetworkConfig, settings: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """A Granite whose other factors are one: a Llama whose embeddings are scaled, as a Gemma's are."""
+    return {
+        **_as_llama(config, settings, width),
+        "architectures": ["GraniteForCausalLM"],
+        "model_type": "granite",
+        "embedding_multiplier": config.embed_scale,
+        "attention_multiplier": _attention_scale(config),
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    }
+
+
+def _as_doge(config: NetworkConfig, settings: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """A Doge whose gates let everything through and whose scores of keys are nothing: a Llama with norms of queries."""
+    seen = set(config.windows) or {0}
+    # It has one window for all layers, or none.
+    window = {"sliding_window": max(seen)} if len(seen) == 1 and max(seen) else {}
+    return {
+        **_as_llama(config, settings, width),
+        "architectures": ["DogeForCausalLM"],
+        "model_type": "doge",
+        "keep_window_size": config.context,
+        **window,
+    }
+
+
+FORMS = {"Llama": _as_llama, "SmolLM3": _as_smollm_3, "Granite": _as_granite, "Doge": _as_doge}
+"""Architectures whose feed-forward networks may have biases, by name: settings of the one nearest to a network."""
+
+_FILLED = {"gate_attention": 1.0, "gate_ffn": 1.0, "decay": -1e4}
+"""What parameters are that only the other architecture has, where not zero: ``exp(-1e4·log 2)`` is zero in any type."""
+
+
+def _unrepresentable(model: Model, target: NetworkConfig) -> list[str]:
+    """Which parameters another architecture would keep otherwise, and could not in the model's type, in words."""
+    if model.config.norm_shift == target.norm_shift:
+        return []
+    shift = model.config.norm_shift - target.norm_shift
+    scales = [np.asarray(leaf) for path, leaf in flatten(model.params) if path.endswith(".scale")]
+    lost = (_shifted(leaf, shift).astype(np.float32) != leaf.astype(np.float32) + np.float32(shift) for leaf in scales)
+    if not any(each.any() for each in lost):
+        return []
+    return [f"the weights of its norms plus {shift:g} are no numbers of {model.dtype} (load it with dtype float32)"]
+
+
+def _shifted(scale: Any, shift: float) -> Any:
+    return (scale.astype(np.float32) + np.float32(shift)).astype(scale.dtype)
+
+
+def _renamed(params: Params, config: NetworkConfig, target: NetworkConfig) -> Params:
+    """Parameters as another architecture keeps them: the scales of norms whole, where a network's are less one."""
+    shift = config.norm_shift - target.norm_shift
+
+    def changed(entry: Any, name: str) -> Any:
+        if isinstance(entry, Mapping):
+            return {key: changed(part, str(key)) for key, part in entry.items()}
+        return _shifted(entry, shift) if name == "scale" else entry
+
+    return changed(params, "") if shift else params
 
 
 _WORDS = {
@@ -416,17 +561,25 @@ _WORDS = {
     "rope_frequencies": "it rotates only a part of each head",
     "sandwich": "it normalises what attention and feed-forward networks return",
 }
-_FREE = ("family", "ffn_width", "ffn_bias", "query_bias", "output_bias", "windows")
+_FREE = ("family", "ffn_width", "ffn_bias", "query_bias", "output_bias", "windows", "attention_scale")
+_FREE_OF = {"granite": ("norm_shift",), "doge": ("key_scores", "residual_gates")}
+"""What else another architecture may have otherwise, by its family: parameters are written so that it is the same."""
 
 
 def _differences(config: NetworkConfig, target: NetworkConfig, settings: Mapping[str, Any]) -> list[str]:
     """Why a network is no Llama, in words; biases that are added are zero and make no difference."""
-    seen = [window for window in config.windows if 0 < window < config.context]
-    reasons = [f"its attention sees only {min(seen)} of {config.context} tokens in some layers"] if seen else []
-    names = [field.name for field in dataclasses.fields(config) if field.name not in _FREE]
+    seen, others = _windows_within(config, config.context), _windows_within(target, config.context)
+    reasons = []
+    if seen != others:
+        narrowest = min(window for window in [*seen, *others] if window)
+        reasons.append(f"its attention sees only {narrowest} of {config.context} tokens in some layers")
+    free = (*_FREE, *_FREE_OF.get(target.family, ()))
+    names = [field.name for field in dataclasses.fields(config) if field.name not in free]
     reasons += [
         _WORDS.get(name, f"its {name} differs") for name in names if getattr(config, name) != getattr(target, name)
     ]
+    if _attention_scale(config) != _attention_scale(target):
+        reasons.append(_WORDS["attention_scale"])
     # Our reading of it is for short texts; a stock Llama would change the rule with the text's length.
     if is_longrope(settings):
         reasons.append("its rotation is scaled by longrope")
@@ -435,14 +588,24 @@ def _differences(config: NetworkConfig, target: NetworkConfig, settings: Mapping
     return reasons
 
 
+def _windows_within(config: NetworkConfig, context: int) -> list[int]:
+    """How far back each layer sees, 0 where that is everything in texts of a length."""
+    windows = (config.kind(layer).window for layer in range(config.layers))
+    return [window if window < context else 0 for window in windows]
+
+
+def _attention_scale(config: NetworkConfig) -> float:
+    return config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
+
+
 def _grown(params: Params, shapes: Params, dtype: Any) -> Params:
-    """Parameters of larger shapes: zeros behind the end of every axis, and zeros for what is missing."""
+    """Parameters of larger shapes: zeros behind the end of every axis, and zeros or `_FILLED` for what is missing."""
     result: Params = {}
     for name, wanted in shapes.items():
         if isinstance(wanted, Mapping):
             result[name] = _grown(params.get(name, {}), dict(wanted), dtype)
         elif name not in params:
-            result[name] = jnp.zeros(wanted.shape, dtype)
+            result[name] = jnp.full(wanted.shape, _FILLED.get(name, 0.0), dtype)
         else:
             missing = [(0, new - old) for old, new in zip(params[name].shape, wanted.shape, strict=True)]
             result[name] = jnp.pad(params[name], missing) if any(map(any, missing)) else params[name]
@@ -454,7 +617,9 @@ def _stock_width(config: NetworkConfig, layer: int) -> int:
     return config.mixture.width if config.mixture and config.mixed(layer) else config.ffn_width
 
 
-def _info(model: Model, form: str, target: NetworkConfig, params: Params, error: ExportError | None) -> ExportInfo:
+def _info(
+    model: Model, form: str, model_type: str, target: NetworkConfig, params: Params, error: ExportError | None
+) -> ExportInfo:
     neurons = sum(merged_neurons(model.config, model.params).values())
     before = sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(model.config)))
     leaves = jax.tree.leaves(params)
@@ -464,7 +629,7 @@ def _info(model: Model, form: str, target: NetworkConfig, params: Params, error:
         wider += (target.encoder.ffn_width - model.config.encoder.ffn_width) * target.encoder.layers
     return ExportInfo(
         form,
-        "llama" if form == "exact as Llama" else model.settings["model_type"],
+        model_type,
         neurons,
         wider - neurons,
         target.mixture.width if target.mixture else target.ffn_width,

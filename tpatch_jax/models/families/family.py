@@ -90,7 +90,7 @@ class Family(NamedTuple):
         position_tables: tensors of computed positions that stock networks want in a file, though they need not be read.
         experts: how the experts of a mixture are named.
         export: how a corrected model of this family is written for the stock transformers library:
-            ``"exact"``, ``"exact as Llama"``, ``"approximate only"`` or ``"none"``; see
+            ``"exact"``, ``"exact as"`` another architecture, ``"approximate only"`` or ``"none"``; see
             `tpatch_jax.models.checkpoints.export`.
     """
 

@@ -55,6 +55,6 @@ _SANDWICH = {
     "layers.{}.norm_2.scale": "model.layers.{}.pre_feedforward_layernorm.weight",
     "layers.{}.norm_ffn.scale": "model.layers.{}.post_feedforward_layernorm.weight",
 }
-GEMMA = Family("gemma", ("gemma",), _gemma, "model.", NAMES, export="approximate only")
+GEMMA = Family("gemma", ("gemma",), _gemma, "model.", NAMES, export="exact as Granite")
 GEMMA_2 = Family("gemma2", ("gemma2",), _gemma_2, "model.", _SANDWICH, export="approximate only")
 GEMMA_3 = Family("gemma3", ("gemma3_text",), _gemma_3, "model.", {**_SANDWICH, **QUERY_NORM}, export="approximate only")

@@ -90,4 +90,4 @@ LLAMA = Family(
 )
 MISTRAL = Family("mistral", ("mistral",), _mistral, "model.", NAMES, export="exact as Llama")
 QWEN_2 = Family("qwen2", ("qwen2",), _qwen_2, "model.", NAMES, export="exact as Llama")
-QWEN_3 = Family("qwen3", ("qwen3",), _qwen_3, "model.", {**NAMES, **QUERY_NORM}, export="approximate only")
+QWEN_3 = Family("qwen3", ("qwen3",), _qwen_3, "model.", {**NAMES, **QUERY_NORM}, export="exact as Doge")

@@ -5,6 +5,7 @@ from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.bart import BART, MARIAN, MBART, PEGASUS
 from tpatch_jax.models.families.bert import BERT, DISTILBERT, ELECTRA, ROBERTA
 from tpatch_jax.models.families.cohere import COHERE, COHERE_2
+from tpatch_jax.models.families.doge import DOGE
 from tpatch_jax.models.families.ernie_4_5 import ERNIE_4_5
 from tpatch_jax.models.families.family import Family, Settings, setting
 from tpatch_jax.models.families.gemma import GEMMA, GEMMA_2, GEMMA_3
@@ -39,6 +40,7 @@ FAMILIES: tuple[Family, ...] = (
     MISTRAL,
     QWEN_2,
     QWEN_3,
+    DOGE,
     GEMMA,
     GEMMA_2,
     GEMMA_3,

@@ -23,4 +23,4 @@ def _stablelm(settings: Settings) -> NetworkConfig:
     )
 
 
-STABLELM = Family("stablelm", ("stablelm",), _stablelm, "model.", with_norm_biases(NAMES), export="approximate only")
+STABLELM = Family("stablelm", ("stablelm",), _stablelm, "model.", with_norm_biases(NAMES))

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import takewhile
 from typing import Any
 
 import jax
@@ -16,24 +17,67 @@ from tpatch_jax.core import ffn
 from tpatch_jax.core.arguments import describe
 from tpatch_jax.core.patch import Patch, product
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.foreign.cut import is_tokens
 from tpatch_jax.models.foreign.network import Activation, Growth, Network, token_table, tolerance
 
-__all__ = ["Matrices", "arranged", "check_path", "create_network", "suggestion", "widened"]
+__all__ = [
+    "Matrices",
+    "Path",
+    "arranged",
+    "check_path",
+    "create_network",
+    "example_inputs",
+    "layers_of",
+    "suggestion",
+    "widened",
+]
 
 Matrices = Mapping[str, Mapping[str, Array]]
 """An FFN's linear layers by role, ``"up"``, ``"down"`` and perhaps ``"gate"``: kernel and perhaps bias of each."""
 
 
+Path = str | tuple[str, ...]
+"""Where an FFN is: of its module, or of its linear layers, ``(up, down)`` or ``(gate, up, down)``."""
+
+
 def check_path(path: Any, call: str) -> None:
-    """Make sure that a path is a text."""
+    """Make sure that a path is a text, or two or three texts."""
+    several = isinstance(path, tuple | list) and len(path) in (2, 3) and all(isinstance(part, str) for part in path)
+    if not isinstance(path, str) and not several:
+        raise TPatchError(
+            f"{call}: {describe(path)} is no path of a module; give a text such as 'layers.3.mlp', or those of its "
+            "first and its last linear layer, ('layers.3.fc1', 'layers.3.fc2')"
+        )
+
+
+def layers_of(path: Path, call: str, named: Sequence[str | None]) -> dict[str, str]:
+    """The linear layers that a path of several names, by role; empty of one path.
+
+    Args:
+        path: checked already.
+        call: for messages.
+        named: what the user named besides.
+    """
+    if isinstance(path, str):
+        return {}
+    if any(named):
+        raise TPatchError(f"{call}: a path of {len(path)} layers names them already; leave up=, down= and gate= out")
+    return dict(zip(("up", "down") if len(path) == 2 else ("gate", "up", "down"), path, strict=True))
+
+
+def _layer_number(path: Path) -> int:
+    """The last number in a path, or in what the paths of several layers have in common; 0 without one."""
     if not isinstance(path, str):
-        raise TPatchError(f"{call}: {describe(path)} is no path of a module; give a text such as 'layers.3.mlp'")
+        parts = zip(*(each.replace("/", ".").split(".") for each in path), strict=False)
+        path = ".".join(same[0] for same in takewhile(lambda same: len(set(same)) == 1, parts))
+    numbers = re.findall(r"\d+", path)
+    return int(numbers[-1]) if numbers else 0
 
 
 def create_network(
     run: Callable[[Any, Array], Array],
     params: Any,
-    path: str,
+    path: Path,
     activation: str | Activation,
     example: Any,
     growth: Growth | str,
@@ -46,7 +90,7 @@ def create_network(
         params: see `Network`.
         path: see `Network`.
         activation: a name or a function.
-        example: token ids, or ``None``.
+        example: token ids, any other pytree, or ``None``.
         growth: see `Network`.
         candidates: what the FFN's matrices may be, by role; of one that merges, those that it grows.
 
@@ -61,25 +105,24 @@ def create_network(
     if not callable(activation):
         raise TPatchError(f"activation is {describe(activation)}; give a name such as 'gelu_tanh', or a function")
     given = example is not None
-    tokens = token_table(example if given else np.zeros((2, 8), np.int32))
-    if tokens.shape[1] < 2:
+    inputs = example_inputs(example)
+    if is_tokens(inputs) and inputs.shape[1] < 2:
         raise TPatchError("the example has rows of one token; give rows of at least two")
-    numbers = re.findall(r"\d+", path)
     # What is tried on the example is tried with these parameters, whatever is traced or trained later.
     network = Network(
         run,
         params,
-        path,
-        int(numbers[-1]) if numbers else 0,
+        path if isinstance(path, str) else " to ".join(path),
+        _layer_number(path),
         activation,
-        tokens,
+        inputs,
         growth=growth,
         _memo={"params": params},
     )
-    network.cut(tokens.shape)
+    halves = network.halves
     if not given:
-        drawn = np.random.default_rng(0).integers(0, network.vocabulary, tokens.shape)
-        network = dataclasses.replace(network, example=jnp.asarray(drawn, tokens.dtype))
+        drawn = np.random.default_rng(0).integers(0, halves.logits.shape[-1], inputs.shape)
+        network = dataclasses.replace(network, example=jnp.asarray(drawn, inputs.dtype))
     # Shapes alone, or what is being traced, cannot be tried.
     if all(
         isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)
@@ -87,6 +130,25 @@ def create_network(
         with jax.default_matmul_precision("highest"):
             _check_network(network, candidates)
     return network
+
+
+def example_inputs(example: Any) -> Any:
+    """What a network reads, from what the user gave as an example: token ids by default."""
+    if example is None:
+        return token_table(np.zeros((2, 8), np.int32))
+    try:
+        arrays = jax.tree.map(jnp.asarray, example)
+    except (TypeError, ValueError):
+        arrays = None
+    several = isinstance(example, Mapping | tuple) or not isinstance(example, list)
+    if arrays is not None and several and jax.tree.leaves(arrays) and not _is_row(arrays):
+        return arrays
+    return token_table(example)
+
+
+def _is_row(arrays: Any) -> bool:
+    """Whether it is one row of tokens, of which a table was meant."""
+    return isinstance(arrays, Array) and (arrays.ndim < 2 or is_tokens(arrays))
 
 
 def _check_network(network: Network, candidates: Sequence[Matrices]) -> None:
@@ -123,8 +185,8 @@ def _check_network(network: Network, candidates: Sequence[Matrices]) -> None:
     if reason:
         raise TPatchError(
             f"{network.path!r} is no feed-forward network but a block around one: {reason}. An FFN must be a module of "
-            "its own, whose input and output alone can be told; where it is written inline in a block, put its layers "
-            "into a module that the block calls, and name that one"
+            "its own, whose input and output alone can be told; where it is written inline in a block, name its first "
+            "and its last linear layer as a pair, ('blocks.3.fc1', 'blocks.3.fc2')"
         )
 
 
@@ -158,7 +220,7 @@ def _output(matrices: Matrices, query: Array, activation: Activation) -> Array:
 
 def _no_network(network: Network, query: Array) -> str:
     """Why a module cannot be a feed-forward network alone; empty if it may be one."""
-    cut, example = network.cut(network.example.shape), network.example
+    cut, example = network.halves, network.example
     if cut.adds_input:
         return "it adds its own input to what it computes (a residual connection)"
     noise = jax.random.normal(jax.random.key(0), query[:, 0].shape, query.dtype) * jnp.std(query)
@@ -204,13 +266,12 @@ def suggestion(call: Callable[[Array], Any], seen: list[tuple[str, bool]], examp
     """Whether the network runs, and which paths an FFN may have, as a sentence.
 
     Args:
-        call: runs the network on tokens and fills ``seen``.
+        call: runs the network on inputs and fills ``seen``.
         seen: path of every module that keeps its input's shape, and whether it is a standard layer.
-        example: token ids, if the user gave any.
+        example: what the network reads, if the user gave any.
     """
-    tokens = np.zeros((2, 8), np.int32) if example is None else example
     try:
-        jax.eval_shape(call, token_table(tokens))
+        jax.eval_shape(call, example_inputs(example))
     except Exception as error:
         why = type(error).__name__
         return False, f"its modules cannot be listed, for it does not run ({why}); give call= or example="

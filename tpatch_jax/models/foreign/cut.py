@@ -17,13 +17,14 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["Cut", "capture", "cut"]
+__all__ = ["Cut", "capture", "cut", "is_tokens", "mark_output", "mark_query"]
 
 _QUERY, _OUTPUT = "tpatch_jax.query", "tpatch_jax.output"
 # By their names in all jax versions that are supported.
@@ -55,13 +56,22 @@ def capture(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, 
     Raises:
         TPatchError: the query or the output is not one array.
     """
+    return mark_output(mark_query(call, args, kwargs, name), name)
+
+
+def mark_query(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Any:
+    """Call the first layer of a feed-forward network and name its input; see `capture`."""
     args, kwargs = list(args), dict(kwargs)
     holder, place = (args, 0) if args else (kwargs, next(iter(kwargs), None))
     query = holder[place] if place is not None else None  # type: ignore[index]
     if not isinstance(query, jax.Array):
         raise TPatchError(f"{name!r} is called on {_said(query)}; its first argument must be the query, one array")
     holder[place] = checkpoint_name(query, _QUERY)  # type: ignore[index]
-    output = call(*args, **kwargs)
+    return call(*args, **kwargs)
+
+
+def mark_output(output: Any, name: str) -> Array:
+    """Name what the last layer of a feed-forward network returned; see `capture`."""
     if not isinstance(output, jax.Array):
         raise TPatchError(
             f"{name!r} returns {_said(output)}, not one array; name the submodule that computes its output"
@@ -151,7 +161,7 @@ def _run(steps: Sequence[_Step], values: dict[int, Any]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """A function of parameters and tokens in two halves, for one shape of tokens; see `cut`.
+    """A function of parameters and inputs in two halves, for one shape of inputs; see `cut`.
 
     Attributes:
         before: equations of the first half.
@@ -172,21 +182,20 @@ class Cut:
     logits: Any
     _constants: dict[int, Any] = field(repr=False)
     _params: tuple[int, ...] = field(repr=False)
+    _inputs: tuple[int, ...] = field(repr=False)
     _numbers: dict[str, int] = field(repr=False)
     _context: dict[str, int] = field(repr=False)
 
-    def trace(self, params: Any, tokens: Array) -> tuple[Array, Array, dict[str, Array]]:
+    def trace(self, params: Any, inputs: Any) -> tuple[Array, Array, dict[str, Array]]:
         """The first half: the FFN's input and output, and the context."""
-        values = self._start(params)
-        values[self._numbers["tokens"]] = tokens
+        values = self._start(params, inputs)
         _run(self.before, values)
         context = {name: values[number] for name, number in self._context.items()}
         return values[self._numbers["query"]], values[self._numbers["output"]], context
 
-    def network(self, params: Any, tokens: Array, query: Array) -> Array:
+    def network(self, params: Any, inputs: Any, query: Array) -> Array:
         """The FFN's output where its input is another than the first half gives it."""
-        values = self._start(params)
-        values[self._numbers["tokens"]] = tokens
+        values = self._start(params, inputs)
         _run(self.before, values)
         values[self._numbers["query"]] = query
         _run(self.inside, values)
@@ -200,8 +209,10 @@ class Cut:
         _run(self.after, values)
         return values[self._numbers["logits"]]
 
-    def _start(self, params: Any) -> dict[int, Any]:
-        return {**self._constants, **dict(zip(self._params, jax.tree.leaves(params), strict=True))}
+    def _start(self, params: Any, inputs: Any = ()) -> dict[int, Any]:
+        given = [(self._params, params), *([(self._inputs, inputs)] if jax.tree.leaves(inputs) else [])]
+        pairs = (pair for numbers, tree in given for pair in zip(numbers, jax.tree.leaves(tree), strict=True))
+        return {**self._constants, **dict(pairs)}
 
     @cached_property
     def jit_trace(self) -> Callable[..., tuple[Array, Array, dict[str, Array]]]:
@@ -219,24 +230,24 @@ class Cut:
         return jax.jit(self.resume)
 
 
-def cut(function: Callable[[Any, Array], Array], params: Any, tokens: jax.ShapeDtypeStruct, name: str) -> Cut:
+def cut(function: Callable[[Any, Any], Array], params: Any, inputs: Any, name: str) -> Cut:
     """Cut a function in two at the call that `capture` wraps.
 
-    ``function(params, tokens) == resume(params, context, output)``
-    with ``query, output, context = trace(params, tokens)``.
+    ``function(params, inputs) == resume(params, context, output)``
+    with ``query, output, context = trace(params, inputs)``.
 
     Args:
-        function: pure, of parameters and tokens ``[batch, tokens]``; one array, of any shape.
+        function: pure, of parameters and inputs, such as tokens ``[batch, tokens]``; one array, of any shape.
         params: a pytree of arrays.
-        tokens: their shape and type.
+        inputs: a pytree of shapes and types.
         name: what errors call the feed-forward network.
 
     Returns:
-        The `Cut`, for tokens of this shape.
+        The `Cut`, for inputs of these shapes.
 
     Raises:
         TPatchError: the function fails, draws random numbers or does not return one array; or the call does not happen
-            just once, or not from ``[batch, tokens, d]`` to the same shape, or has no effect on the result.
+            just once, or not from ``[batch, positions, d]`` to the same shape, or has no effect on the result.
 
     Example:
         >>> def function(params, tokens):
@@ -249,25 +260,37 @@ def cut(function: Callable[[Any, Array], Array], params: Any, tokens: jax.ShapeD
         ((1, 3, 10), ['add', 'transpose', 'dot_general'])
     """
     try:
-        closed, result = jax.make_jaxpr(function, return_shape=True)(params, tokens)
+        closed, result = jax.make_jaxpr(function, return_shape=True)(params, inputs)
     except TPatchError:
         raise
     except Exception as error:
         reason = (str(error).strip() or "no message").splitlines()[0]
         raise TPatchError(
-            f"the network does not run on tokens of shape {tokens.shape} ({type(error).__name__}: {reason}); "
-            "say how it is called with call=lambda module, tokens: …, or give tokens that it accepts as example="
+            f"the network does not run on {_described(inputs)} ({type(error).__name__}: {reason}); "
+            "say how it is called with call=lambda module, tokens: …, or give tokens, or whatever it reads, as example="
         ) from error
     if not isinstance(result, jax.ShapeDtypeStruct):
         raise TPatchError(
             f"the network returns {_said(result)}; pick the logits with call=lambda module, tokens: module(tokens)[0]"
         )
     program = _Program(closed)
-    _check(program, tokens, name)
-    return _halves(program, name)
+    _check(program, inputs, name)
+    return _halves(program, len(jax.tree.leaves(inputs)), name)
 
 
-def _check(program: _Program, tokens: jax.ShapeDtypeStruct, name: str) -> None:
+def is_tokens(inputs: Any) -> bool:
+    """Whether what a network reads, or its shape and type, is one table of token ids."""
+    integers = jnp.issubdtype(getattr(inputs, "dtype", jnp.float32), jnp.integer)
+    return integers and getattr(inputs, "ndim", 0) == 2
+
+
+def _described(inputs: Any) -> str:
+    if is_tokens(inputs):
+        return f"tokens of shape {inputs.shape}"
+    return "inputs " + ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(inputs))
+
+
+def _check(program: _Program, inputs: Any, name: str) -> None:
     if program.hidden_in:
         raise TPatchError(
             f"{name!r} is called inside {program.hidden_in[0]!r}, where one layer cannot be told from another; "
@@ -275,17 +298,21 @@ def _check(program: _Program, tokens: jax.ShapeDtypeStruct, name: str) -> None:
         )
     if not program.outputs:
         raise TPatchError(f"{name!r} is never called on the way to the logits; name the FFN that the network runs")
-    if len(program.outputs) > 1:
+    if not program.queries:
+        raise TPatchError(f"the first layer of {name!r} is never called on the way to the logits; name one that is")
+    if (calls := max(len(program.outputs), len(program.queries))) > 1:
         raise TPatchError(
-            f"{name!r} is called {len(program.outputs)} times in one pass (shared between layers?); a patch needs an "
+            f"{name!r} is called {calls} times in one pass (shared between layers?); a patch needs an "
             "FFN that is called once: give each layer its own"
         )
     query, output = (program.types[number] for number in (program.queries[0], program.outputs[0][0]))
-    if query.shape != output.shape or query.shape[:2] != tokens.shape or query.ndim != 3:
+    tokens = is_tokens(inputs)
+    if query.shape != output.shape or (tokens and query.shape[:2] != inputs.shape) or query.ndim != 3:
         raise TPatchError(
-            f"{name!r} maps {list(query.shape)} to {list(output.shape)} on tokens {list(tokens.shape)}; "
-            "an FFN maps [batch, tokens, d] to the same shape: name the module around its layers. One that is written "
-            "inline in a block has none; put its layers into a module of their own"
+            f"{name!r} maps {list(query.shape)} to {list(output.shape)} on {_described(inputs)}; an FFN maps "
+            f"[batch, {'tokens' if tokens else 'positions'}, d] to the same shape: name the module around its layers. "
+            "One that is written inline in a block has none; name its first and its last linear layer as a pair, "
+            "('blocks.3.fc1', 'blocks.3.fc2')"
         )
     equations = [equation for step in program.steps for equation in (step.equation, *_inside(step.equation))]
     drawn = next((equation.primitive.name for equation in equations if equation.primitive.name in _RANDOM), None)
@@ -296,10 +323,10 @@ def _check(program: _Program, tokens: jax.ShapeDtypeStruct, name: str) -> None:
         )
 
 
-def _halves(program: _Program, name: str) -> Cut:
-    *params, tokens = program.inputs
+def _halves(program: _Program, count: int, name: str) -> Cut:
+    params, inputs = program.inputs[:-count], program.inputs[-count:]
     (query,), ((output, given),), (logits,) = program.queries, program.outputs, program.results
-    second, first = {given}, {tokens}
+    second, first = {given}, set(inputs)
     for step in program.steps:
         side = second if second.intersection(step.reads) else first if first.intersection(step.reads) else None
         if side is not None:
@@ -323,6 +350,10 @@ def _halves(program: _Program, name: str) -> Cut:
     for step in before:
         if reached.intersection(step.reads):
             reached.update(step.writes)
+    if output not in reached:
+        raise TPatchError(
+            f"what {name!r} returns does not depend on what it reads; name its first layer first and its last one last"
+        )
     # Not the step that makes the query itself.
     inside, _ = needed([step for step in before if (reached - {query}).intersection(step.writes)], {output})
     context = {f"{place}": number for place, number in enumerate(shared)}
@@ -336,7 +367,8 @@ def _halves(program: _Program, name: str) -> Cut:
         jax.ShapeDtypeStruct(*_shaped(program.types[logits])),
         program.constants,
         tuple(params),
-        {"tokens": tokens, "query": query, "output": output, "given": given, "logits": logits},
+        tuple(inputs),
+        {"query": query, "output": output, "given": given, "logits": logits},
         context,
     )
 

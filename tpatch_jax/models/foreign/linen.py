@@ -16,13 +16,16 @@ from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.foreign.checks import (
     Matrices,
+    Path,
     arranged,
     check_path,
     create_network,
+    example_inputs,
+    layers_of,
     suggestion,
     widened,
 )
-from tpatch_jax.models.foreign.cut import capture
+from tpatch_jax.models.foreign.cut import capture, mark_output, mark_query
 from tpatch_jax.models.foreign.network import Activation, Growth, Network
 
 __all__ = ["from_linen"]
@@ -34,13 +37,13 @@ Widen = Callable[[Any, int], nn.Module]
 def from_linen(
     module: nn.Module,
     params: Mapping[str, Any],
-    ffn_path: str,
+    ffn_path: Path,
     *,
     activation: str | Activation = "gelu",
     call: Call | None = None,
     widen: Widen | None = None,
-    up: str = "Dense_0",
-    down: str = "Dense_1",
+    up: str | None = None,
+    down: str | None = None,
     gate: str | None = None,
     example: Any = None,
 ) -> Network:
@@ -53,15 +56,17 @@ def from_linen(
         module: the network.
         params: its parameters, or all its variables (``{"params": …, …}``).
         ffn_path: where the FFN is, such as ``"block_3/mlp"``; a module of its own that is called once in a pass, on
-            ``[batch, tokens, d]`` as its first argument; a block in which the FFN is written inline is none.
+            ``[batch, tokens, d]`` as its first argument. Where it is written inline in a block, its linear layers:
+            ``("block_3/Dense_0", "block_3/Dense_1")``, or gate, up and down.
         activation: the FFN's, a name in `tpatch_jax.core.ffn.ACTIVATIONS` (``"gelu"`` is exact, ``"gelu_tanh"`` what
             `jax.nn.gelu` does by default) or a function.
-        call: ``(module, tokens) -> logits``, if it is not ``module(tokens)``; the module is bound to its parameters.
+        call: ``(module, inputs) -> logits``, if it is not ``module(inputs)``; the module is bound to its parameters.
         widen: ``(module, n) -> module`` with ``n`` more hidden neurons; only merging needs it.
-        up: the FFN's first ``nn.Dense``.
-        down: its last ``nn.Dense``.
+        up: the FFN's first ``nn.Dense``, by default ``"Dense_0"``.
+        down: its last ``nn.Dense``, by default ``"Dense_1"``.
         gate: the ``nn.Dense`` whose output is activated, if there is one besides ``up``.
-        example: token ids that the network accepts, ``[batch, tokens]``; by default ``[2, 8]``.
+        example: what the network accepts: token ids, ``[batch, tokens]``, by default ``[2, 8]``; or any pytree of
+            arrays, such as images, or features and tokens.
 
     Returns:
         The `Network`. Its ``merge`` returns a module and its parameters.
@@ -106,33 +111,50 @@ def from_linen(
     given = variables
     variables = jax.tree.map(jnp.asarray, nn.meta.unbox(variables))
     run_module = call or (lambda module, tokens: module(tokens))
-    path = "/".join(part for part in ffn_path.replace(".", "/").split("/") if part)
+    names = layers_of(ffn_path, call_shape, (up, down, gate))
+    path, ends = "", tuple(_cleaned(part) for part in names.values())
+    place = " to ".join(ends)
+    if isinstance(ffn_path, str):
+        path = place = _cleaned(ffn_path)
+        ends = (path,)
+        names = {"up": up or "Dense_0", "down": down or "Dense_1"} | ({"gate": gate} if gate else {})
+    names = {role: _cleaned(name) for role, name in names.items()}
 
-    def run(variables: Any, tokens: Array) -> Array:
+    def run(variables: Any, inputs: Any) -> Array:
         def intercept(following: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-            if _path(context) != path:
-                return following(*args, **kwargs)
-            return capture(following, args, kwargs, ffn_path)
+            here = _path(context)
+            if here == path and path:
+                return capture(following, args, kwargs, place)
+            marked = not path and here is not None
+            output = mark_query(following, args, kwargs, place) if marked and here == ends[0] else None
+            output = following(*args, **kwargs) if output is None else output
+            return mark_output(output, place) if marked and here == ends[-1] else output
 
         with nn.intercept_methods(intercept):
-            return nn.apply(run_module, module)(variables, tokens)
+            return nn.apply(run_module, module)(variables, inputs)
 
     called: set[str] = set()
     seen: list[tuple[str, bool]] = []
     runs, listed = suggestion(
         lambda tokens: _listen(run_module, module, variables, tokens, called, seen), seen, example
     )
-    if runs and (not path or path not in called):
-        raise TPatchError(f"{ffn_path!r} is not a module that this network calls; {listed}")
+    for end in ends if runs else ():
+        if not end or end not in called:
+            shown = end if len(ends) > 1 else ffn_path
+            raise TPatchError(f"{shown!r} is not a module that this network calls; {listed}")
     growth: Growth | str = (
-        f"Linen checks parameter shapes, so merging into {ffn_path!r} needs a wider module; pass "
+        f"Linen checks parameter shapes, so merging into {place!r} needs a wider module; pass "
         "widen=lambda module, n: module.clone(hidden=module.hidden + n), with your module's own option, or attach"
     )
-    names = {"up": up, "down": down} | ({"gate": gate} if gate else {})
     candidates = _matrices(variables["params"], path, names)
     if widen is not None:
         growth = _growth(module, variables, given, whole, run_module, path, names, widen, example)
-    return create_network(run, variables, path, activation, example, growth, candidates)
+    return create_network(run, variables, path or ends, activation, example, growth, candidates)
+
+
+def _cleaned(path: str) -> str:
+    """A path with its parts between single strokes."""
+    return "/".join(part for part in path.replace(".", "/").split("/") if part)
 
 
 def _path(context: Any) -> str | None:
@@ -161,14 +183,20 @@ def _listen(
 
 def _matrices(params: Mapping[str, Any], path: str, names: Mapping[str, str]) -> list[Matrices]:
     """What an FFN's linear layers are, if those of these names are there; else what they may be by their shapes."""
-    inner: Any = params
-    for part in path.split("/"):
-        inner = inner.get(part, {}) if isinstance(inner, Mapping) else {}
+    inner = _inside(params, path)
+    named = {role: _inside(inner, name) for role, name in names.items()}
+    if all(getattr(_kernel(entry), "ndim", 0) == 2 for entry in named.values()):
+        return [named]
     layers = {name: entry for name, entry in inner.items() if getattr(_kernel(entry), "ndim", 0) == 2}
-    if layers.keys() >= set(names.values()):
-        return [{role: layers[name] for role, name in names.items()}]
     sizes = {_kernel(entry).shape[0] for entry in layers.values()}
     return [matrices for size in sorted(sizes) for matrices in arranged(list(layers.values()), size)]
+
+
+def _inside(params: Any, path: str) -> Any:
+    """What stands under a path; nothing where there is none."""
+    for part in path.split("/") if path else ():
+        params = params.get(part, {}) if isinstance(params, Mapping) else {}
+    return params
 
 
 def _kernel(entry: Any) -> Any:
@@ -186,22 +214,19 @@ def _growth(
     widen: Widen,
     example: Any,
 ) -> Growth:
-    tokens = jnp.zeros((2, 8), jnp.int32) if example is None else jnp.asarray(example)
-    parts = path.split("/")
+    inputs = example_inputs(example)
+    parts = path.split("/") if path else []
 
     def entries(params: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
         """The FFN's own sub-dict, by role."""
-        inner: Any = params
-        for part in parts:
-            inner = inner.get(part, {})
+        inner = _inside(params, path)
         for role, name in names.items():
-            kernel = inner.get(name, {}).get("kernel") if isinstance(inner.get(name), Mapping) else None
-            if getattr(kernel, "ndim", 0) != 2:
+            if getattr(_kernel(_inside(inner, name)), "ndim", 0) != 2:
                 there = ", ".join(inner) or "nothing"
                 raise TPatchError(
                     f"{role}={name!r} is not an nn.Dense in {path!r}, which holds {there}; name it, or attach"
                 )
-        return {role: dict(inner[name]) for role, name in names.items()}
+        return {role: dict(_inside(inner, name)) for role, name in names.items()}
 
     base = entries(variables["params"])
 
@@ -218,10 +243,12 @@ def _growth(
         neurons = patch.key.shape[0]
         wider = widen(module, neurons)
         init = nn.init(call, wider)
-        shapes = flatten_dict(unfreeze(jax.eval_shape(lambda: init(jax.random.key(0), tokens)["params"])))
+        shapes = flatten_dict(unfreeze(jax.eval_shape(lambda: init(jax.random.key(0), inputs)["params"])))
         expected = {place: nn.meta.unbox(leaf) for place, leaf in shapes.items()}
-        merged = widened(base, patch, path)
-        inside = {(*parts, names[role], name): leaf for role in merged for name, leaf in merged[role].items()}
+        merged = widened(base, patch, path or " to ".join(names.values()))
+        inside = {
+            (*parts, *names[role].split("/"), name): leaf for role in merged for name, leaf in merged[role].items()
+        }
         have = {**flatten_dict(variables["params"]), **inside}
         result = {place: _fit(place, have.get(place), shape, neurons) for place, shape in expected.items()}
         lost = sorted("/".join(place) for place in set(have) - set(expected))
@@ -246,9 +273,9 @@ def _growth(
         before = {place: _first(flat[place], leaf.shape) for place, leaf in original.items()}
         return (module, given(before, {})), patch
 
-    def apply(wider: Any, tokens: Array) -> Array:
+    def apply(wider: Any, inputs: Any) -> Array:
         module, params = wider
-        return jax.jit(nn.apply(call, module))(params if whole else {"params": params}, tokens)
+        return jax.jit(nn.apply(call, module))(params if whole else {"params": params}, inputs)
 
     return Growth(grow, shrink, apply, tuple(entry["kernel"].dtype for entry in base.values()))
 

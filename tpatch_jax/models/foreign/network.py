@@ -20,12 +20,12 @@ from tpatch_jax.core.arguments import check_kind, describe
 from tpatch_jax.core.patch import Patch, concatenate, contribution, sized
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
-from tpatch_jax.models.foreign.cut import Cut, cut
+from tpatch_jax.models.foreign.cut import Cut, cut, is_tokens
 from tpatch_jax.models.networks import Trace
 from tpatch_jax.models.pytrees import same_arrays
 from tpatch_jax.typing import Activation
 
-__all__ = ["Activation", "Growth", "Network", "added", "token_table", "tolerance"]
+__all__ = ["Activation", "Growth", "Network", "added", "as_inputs", "shapes_of", "token_table", "tolerance"]
 
 
 class Growth(NamedTuple):
@@ -34,7 +34,7 @@ class Growth(NamedTuple):
     Attributes:
         grow: ``patch -> wider``, a new module, or a new module and its parameters.
         shrink: ``wider -> (original, patch)``, the inverse.
-        apply: ``(wider, tokens) -> logits``.
+        apply: ``(wider, inputs) -> logits``.
         dtypes: the types of the FFN's matrices, in which a merged patch is kept.
     """
 
@@ -52,7 +52,7 @@ class _Facts:
     path: str
     layer: int
     activation: Activation
-    example: Array
+    example: Any
     growth: Growth | str
     memo: dict[Any, Any]
 
@@ -79,12 +79,13 @@ class Network:
     place and their arrays are the same, bit for bit.
 
     Attributes:
-        run: the network as a pure function, ``(params, tokens [batch, tokens]) -> logits``, its FFN captured.
+        run: the network as a pure function, ``(params, inputs) -> logits``, its FFN captured. What it reads are tokens
+            ``[batch, tokens]``, or any pytree of arrays.
         params: its parameters, a pytree; a snapshot, which later changes of the user's module do not reach.
         path: where the FFN is.
         layer: the last number in ``path``, 0 without one.
         activation: what patch neurons activate with; the FFN's own.
-        example: token ids that the network accepts, ``[batch, tokens]``.
+        example: what the network accepts: token ids ``[batch, tokens]``, or any pytree of arrays.
         beside: attached patches, by the names of `tpatch_jax.core.ffn`.
         growth: how to merge, or why it is impossible.
     """
@@ -94,7 +95,7 @@ class Network:
     path: str
     layer: int
     activation: Activation
-    example: Int[Array, "batch tokens"] = field(repr=False)
+    example: Any = field(repr=False)
     beside: Mapping[str, Patch] = field(default_factory=dict, repr=False)
     growth: Growth | str = field(default="", repr=False)
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -123,41 +124,69 @@ class Network:
     @property
     def hidden_size(self) -> int:
         """The width ``d`` of the FFN's input and output."""
-        return self.cut(self.example.shape).query.shape[-1]
+        return self.halves.query.shape[-1]
 
     @property
     def vocabulary(self) -> int:
         """The size of the logits' last axis."""
-        return self.cut(self.example.shape).logits.shape[-1]
+        return self.halves.logits.shape[-1]
 
-    def cut(self, shape: tuple[int, ...]) -> Cut:
-        """The network in two halves, for tokens of one shape; made once."""
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether it reads a table of token ids, and no other pytree."""
+        return is_tokens(self.example)
+
+    @property
+    def halves(self) -> Cut:
+        """The network in two halves, for inputs such as the example."""
+        return self.cut(shapes_of(self.example))
+
+    def cut(self, shape: Any) -> Cut:
+        """The network in two halves, for inputs of one shape; made once.
+
+        Args:
+            shape: of tokens, ``(batch, tokens)``; of anything else a pytree of `jax.ShapeDtypeStruct`.
+        """
         return self._cut(self.params, shape)
 
-    def _cut(self, params: Any, shape: tuple[int, ...]) -> Cut:
+    def _cut(self, params: Any, shape: Any) -> Cut:
+        if self.reads_tokens and isinstance(shape, tuple):
+            shape = jax.ShapeDtypeStruct(shape, self.example.dtype)
         kinds = tuple((np.shape(leaf), jax.dtypes.result_type(leaf)) for leaf in jax.tree.leaves(params))
         # Matmul precision is written into the equations when they are made, and so are the parameters' types.
-        place = (shape, jax.config.jax_default_matmul_precision, kinds)  # type: ignore[attr-defined]
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        place = (*_flat(shape), precision, kinds)
         if place not in self._memo:
-            tokens = jax.ShapeDtypeStruct(shape, self.example.dtype)
-            self._memo[place] = cut(self.run, params, tokens, self.path)
+            self._memo[place] = cut(self.run, params, shape, self.path)
         return self._memo[place]
 
-    def trace(self, tokens: Int[Array, "batch tokens"] | np.ndarray) -> Trace:
+    def _cut_of(self, traced: Trace) -> Cut:
+        """The halves of which the first made a trace."""
+        if self.reads_tokens:
+            return self.cut(traced.query.shape[:2])
+        shapes = self._memo.get(_signature(traced))
+        if shapes is None:
+            raise TPatchError("that trace is of other inputs than this network has seen; give what `trace` returned")
+        return self.cut(shapes)
+
+    def trace(self, inputs: Any) -> Trace:
         """Run everything up to the FFN, and that FFN with whatever patch is attached: one jitted pass.
 
         Args:
-            tokens: ``[batch, tokens]`` int.
+            inputs: token ids, ``[batch, tokens]`` int; or a pytree such as the example that the network was made with.
 
         Returns:
-            The `Trace`: ``query`` and ``output``, ``[batch, tokens, d]``, and whatever the rest needs besides.
+            The `Trace`: ``query`` and ``output``, ``[batch, positions, d]``, and whatever the rest needs besides.
 
         Raises:
-            TPatchError: the tokens are not a table of integers, or the network does not accept their shape.
+            TPatchError: the inputs are not of the example's kind, or the network does not accept their shape.
         """
-        tokens = token_table(tokens, self.example.dtype)
-        query, output, context = self.cut(tokens.shape).jit_trace(self.params, tokens)
-        return Trace(query, self.beside_output(query, output), context, self.layer)
+        inputs = as_inputs(inputs, self.example)
+        query, output, context = self.cut(shapes_of(inputs)).jit_trace(self.params, inputs)
+        traced = Trace(query, self.beside_output(query, output), context, self.layer)
+        if not self.reads_tokens:
+            self._memo[_signature(traced)] = shapes_of(inputs)
+        return traced
 
     def beside_output(
         self, query: Float[Array, "... hidden"], output: Float[Array, "... hidden"]
@@ -185,18 +214,18 @@ class Network:
             raise TPatchError(f"the output is {describe(output)}; the trace holds {list(traced.output.shape)}")
         if output.shape != traced.output.shape:
             raise TPatchError(f"the output is {list(output.shape)}; the trace holds {list(traced.output.shape)}")
-        return self.cut(traced.query.shape[:2]).jit_resume(self.params, traced.context, output)
+        return self._cut_of(traced).jit_resume(self.params, traced.context, output)
 
-    def apply(self, tokens: Int[Array, "batch tokens"] | np.ndarray) -> Array:
+    def apply(self, inputs: Any) -> Array:
         """The whole network with whatever patch is attached: ``resume(t, t.output)`` of its trace.
 
         Args:
-            tokens: ``[batch, tokens]`` int.
+            inputs: token ids, ``[batch, tokens]`` int; or a pytree such as the example that the network was made with.
 
         Returns:
             Logits, ``[batch, tokens, vocabulary]`` for a language model.
         """
-        traced = self.trace(tokens)
+        traced = self.trace(inputs)
         return self.resume(traced, traced.output)
 
     def attach(self, patch: Patch, *, relu: bool = False) -> "Network":
@@ -326,6 +355,8 @@ class Network:
         return self._memo["pointwise"]
 
     def _acts_pointwise(self) -> bool:
+        if not self.reads_tokens:
+            return False
         (batch, length), whole = self.example.shape, self.cut(self.example.shape)
         if whole.logits.shape[:2] != (batch, length) or len(whole.logits.shape) != 3:
             return False
@@ -360,6 +391,27 @@ class Network:
             # One function for this network and all that `attach` makes of it, so that ``jit`` recognises it.
             self._memo["finish"] = self._finish_rows if self.pointwise else self._finish_whole
         return Partial(self._memo["finish"], self.params)
+
+    def finisher_of(self, inputs: Any, answer: int | None) -> Partial:
+        """The same of a network that reads anything: ``(context, output [rows, d]) -> [rows, classes]``.
+
+        Args:
+            inputs: shapes and types of what it reads; the first axis of each array is the batch.
+            answer: which position of logits ``[batch, positions, classes]`` counts; ``None`` for ``[batch, classes]``.
+        """
+        place = ("finish", *_flat(inputs), answer)
+        if place not in self._memo:
+            self._memo[place] = partial(self._finish_inputs, inputs, answer)
+        return Partial(self._memo[place], self.params)
+
+    def _finish_inputs(
+        self, inputs: Any, answer: int | None, params: Any, context: dict[str, Array], output: Array
+    ) -> Array:
+        rows, whole = jnp.arange(output.shape[0]), context["output"]
+        whole = whole.at[rows, context["position"]].set(output.astype(whole.dtype))
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(rows), *leaf.shape[1:]), leaf.dtype), inputs)
+        logits = self._cut(params, shapes).resume(params, context, whole)
+        return logits if answer is None else logits[:, answer]
 
     def _finish_rows(self, params: Any, context: dict[str, Array], output: Array) -> Array:
         return self._cut(params, (output.shape[0], 1)).resume(params, context, output[:, None])[:, 0]
@@ -408,6 +460,37 @@ def added(patch: Patch, query: Array, output: Array, activation: Activation) -> 
 @partial(jax.jit, static_argnames="activation")
 def _added(patch: Patch, query: Array, output: Array, activation: Activation) -> Array:
     return output + contribution(patch, query, activation)
+
+
+def shapes_of(inputs: Any) -> Any:
+    """Shapes and types of what a network reads."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
+
+
+def _flat(shapes: Any) -> tuple[Any, ...]:
+    leaves, kind = jax.tree.flatten(shapes)
+    return kind, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+
+def _signature(traced: Trace) -> tuple[Any, ...]:
+    """What tells which halves a trace is of: two inputs of one signature have halves that read the same."""
+    shapes = tuple(sorted((name, entry.shape) for name, entry in traced.context.items()))
+    return ("inputs", traced.query.shape, shapes)
+
+
+def as_inputs(inputs: Any, example: Any) -> Any:
+    """What a network reads as arrays, checked: a table of tokens, or a pytree of the example's structure and types."""
+    if is_tokens(example):
+        return token_table(inputs, example.dtype)
+    if jax.tree.structure(inputs) != jax.tree.structure(example):
+        raise TPatchError(
+            f"the network reads {jax.tree.structure(example)} and was given {jax.tree.structure(inputs)}; give "
+            "inputs such as the example that it was made with"
+        )
+    try:
+        return jax.tree.map(lambda leaf, like: jnp.asarray(leaf).astype(like.dtype), inputs, example)
+    except (TypeError, ValueError):
+        raise TPatchError(f"{describe(inputs)} holds something that is no array; give arrays of numbers") from None
 
 
 def token_table(tokens: Any, dtype: Any = None) -> Array:

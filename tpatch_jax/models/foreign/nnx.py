@@ -1,8 +1,8 @@
 """Patches on any Flax NNX module: its feed-forward network is captured in a copy, and widened in another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -14,24 +14,26 @@ from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.foreign.checks import (
     Matrices,
+    Path,
     arranged,
     check_path,
     create_network,
+    layers_of,
     suggestion,
     widened,
 )
-from tpatch_jax.models.foreign.cut import capture
+from tpatch_jax.models.foreign.cut import capture, mark_output, mark_query
 from tpatch_jax.models.foreign.network import Activation, Growth, Network
 from tpatch_jax.models.pytrees import same_arrays
 
-__all__ = ["from_nnx"]
+__all__ = ["LinearKind", "from_nnx"]
 
 Call = Callable[[Any, Array], Any]
 
 
 def from_nnx(
     module: nnx.Module,
-    ffn_path: str,
+    ffn_path: Path,
     *,
     activation: str | Activation = "gelu",
     call: Call | None = None,
@@ -39,20 +41,24 @@ def from_nnx(
     down: str | None = None,
     gate: str | None = None,
     example: Any = None,
+    linears: "Mapping[type, LinearKind] | None" = None,
 ) -> Network:
     """Cut an NNX module at one of its feed-forward networks, so that patches can be fitted, attached and merged.
 
     Args:
         module: the network, in evaluation mode; not changed, and later changes to it are not seen.
         ffn_path: where the FFN is, such as ``"blocks.3.mlp"``; a module of its own that is called once in a pass, on
-            ``[batch, tokens, d]`` as its first argument; a block in which the FFN is written inline is none.
+            ``[batch, tokens, d]`` as its first argument. Where it is written inline in a block, its linear layers:
+            ``("blocks.3.fc1", "blocks.3.fc2")``, or gate, up and down.
         activation: the FFN's, a name in `tpatch_jax.core.ffn.ACTIVATIONS` (``"gelu"`` is exact, ``"gelu_tanh"`` what
             `jax.nn.gelu` does by default) or a function.
-        call: ``(module, tokens) -> logits``, if it is not ``module(tokens)``.
+        call: ``(module, inputs) -> logits``, if it is not ``module(inputs)``.
         up: the FFN's first ``nnx.Linear``, such as ``"fc1"``; only merging needs it.
         down: its last ``nnx.Linear``.
         gate: the ``nnx.Linear`` whose output is activated, if there is one besides ``up``.
-        example: token ids that the network accepts, ``[batch, tokens]``; by default ``[2, 8]``.
+        example: what the network accepts: token ids, ``[batch, tokens]``, by default ``[2, 8]``; or any pytree of
+            arrays, such as images, or features and tokens.
+        linears: kinds of linear layers besides ``nnx.Linear``, by class; see `LinearKind`.
 
     Returns:
         The `Network`. Its ``merge`` returns an NNX module.
@@ -88,6 +94,8 @@ def from_nnx(
     check_path(ffn_path, call_shape)
     for name, value in (("up", up), ("down", down), ("gate", gate)):
         check_kind(value, str | None, f"from_nnx(…, {name}=…)", "the name of a layer inside the FFN, such as 'fc1'")
+    names = layers_of(ffn_path, call_shape, (up, down, gate))
+    kinds = {nnx.Linear: PLAIN, **_checked(linears)}
     if bool(up) != bool(down) or (gate and not up):
         raise TPatchError(f"{call_shape}: merging needs both up= and down=, and only one is given; name both or none")
     graph, state = nnx.split(module)
@@ -96,27 +104,42 @@ def from_nnx(
     def bare() -> nnx.Module:
         return nnx.merge(graph, _copy(params))
 
-    def run(params: Any, tokens: Array) -> Array:
-        copy = nnx.merge(graph, params)
-        module_at = _walk(copy, ffn_path)
-        # The copy alone gets another class; the user's module and its class stay as they are.
-        object.__setattr__(module_at, "__class__", _captured(type(module_at), ffn_path))
-        return run_module(copy, tokens)
+    first, last = (ffn_path, ffn_path) if isinstance(ffn_path, str) else (ffn_path[0], ffn_path[-1])
+    place, whole = (ffn_path, ffn_path) if isinstance(ffn_path, str) else ("", " to ".join(ffn_path))
+    roles = ("whole",) if place else ("first", "last")
 
-    module_at = _walk(bare(), ffn_path)
-    if not isinstance(module_at, nnx.Module) or not ffn_path.strip("./"):
-        kind = "the whole network" if isinstance(module_at, nnx.Module) else f"a {type(module_at).__name__}"
-        what = "is not in this network" if module_at is _NOTHING else f"is {kind}, not one of its modules"
-        raise TPatchError(f"{ffn_path!r} {what}; {_candidates(bare(), run_module, example)}")
-    candidates = _matrices(module_at)
+    def run(params: Any, inputs: Any) -> Array:
+        copy = nnx.merge(graph, params)
+        ends = _walk(copy, first), _walk(copy, last)
+        # The copy alone gets other classes; the user's modules and their classes stay as they are.
+        for module_at, role in zip(ends, roles, strict=False):
+            object.__setattr__(module_at, "__class__", _captured(type(module_at), whole, role))
+        return run_module(copy, inputs)
+
+    for path in (ffn_path,) if isinstance(ffn_path, str) else ffn_path:
+        module_at = _walk(bare(), path)
+        if not isinstance(module_at, nnx.Module) or not path.strip("./"):
+            kind = "the whole network" if isinstance(module_at, nnx.Module) else f"a {type(module_at).__name__}"
+            what = "is not in this network" if module_at is _NOTHING else f"is {kind}, not one of its modules"
+            raise TPatchError(f"{path!r} {what}; {_candidates(bare(), run_module, example)}")
+    candidates = [] if names else _matrices(_walk(bare(), place))
     growth: Growth | str = (
-        f"how to merge into {ffn_path!r} is not known; name its nnx.Linear layers, as in "
+        f"how to merge into {whole!r} is not known; name its nnx.Linear layers, as in "
         'from_nnx(…, up="fc1", down="fc2"), or attach'
     )
     if up and down:
         names = {"up": up, "down": down} | ({"gate": gate} if gate else {})
-        candidates = [_entries(_linears(bare(), ffn_path, names))]
-        growth = _growth(bare, run_module, ffn_path, names)
+    if names:
+        try:
+            linears_at = _linears(bare(), place, names, kinds)
+        except TPatchError as error:
+            # Layers that the path names are marked whatever they are; merging alone has to know them.
+            if isinstance(ffn_path, str):
+                raise
+            growth, names = str(error), {}
+        else:
+            candidates = [_entries(linears_at, kinds)]
+            growth = _growth(bare, run_module, place, names, kinds, whole)
     return create_network(run, params, ffn_path, activation, example, growth, candidates)
 
 
@@ -141,9 +164,16 @@ def _walk(module: Any, path: str) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _captured(kind: type, path: str) -> type:
+def _captured(kind: type, path: str, role: str) -> type:
+    """A class whose call is named: of a whole FFN, or of its first or its last layer."""
+
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Array:
-        return capture(lambda *args, **kwargs: kind.__call__(self, *args, **kwargs), args, kwargs, path)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return kind.__call__(self, *args, **kwargs)
+
+        if role == "first":
+            return mark_query(run, args, kwargs, path)
+        return mark_output(run(*args, **kwargs), path) if role == "last" else capture(run, args, kwargs, path)
 
     return type(kind)(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__})
 
@@ -170,52 +200,138 @@ def _candidates(module: nnx.Module, call: Call, example: Any) -> str:
     return suggestion(lambda tokens: call(module, tokens), seen, example)[1]
 
 
-def _linears(module: nnx.Module, path: str, names: dict[str, str]) -> dict[str, nnx.Linear]:
+class LinearKind(NamedTuple):
+    """How a class of linear layers keeps its kernel and its bias, for `from_nnx` to merge into it.
+
+    Attributes:
+        read: ``layer -> {"kernel": [in, out], "bias"?: [out]}``.
+        write: ``(layer, the same, wider) -> None``, changes the layer, whatever says how wide it is included.
+
+    Example:
+        >>> from flax import nnx
+        >>> class Turned(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.weight = nnx.Param(rngs.params.normal((32, 8)))
+        ...     def __call__(self, x):
+        ...         return x @ self.weight[...].T
+        >>> def write(layer, entry):
+        ...     layer.weight = nnx.Param(entry["kernel"].T)
+        >>> turned = LinearKind(lambda layer: {"kernel": layer.weight[...].T}, write)
+        >>> turned.read(Turned(nnx.Rngs(0)))["kernel"].shape
+        (8, 32)
+    """
+
+    read: Callable[[Any], Mapping[str, Array]]
+    write: Callable[[Any, Mapping[str, Array]], None]
+
+
+def _read_linear(layer: Any) -> dict[str, Array]:
+    return {"kernel": layer.kernel[...]} | ({} if layer.bias is None else {"bias": layer.bias[...]})
+
+
+def _write_linear(layer: Any, entry: Mapping[str, Array]) -> None:
+    # What keeps its shape is left as it is, for another layer may share it.
+    if layer.kernel.shape != entry["kernel"].shape:
+        layer.kernel = layer.kernel.replace(entry["kernel"])
+    layer.in_features, layer.out_features = entry["kernel"].shape
+    layer.use_bias = "bias" in entry
+    if not layer.use_bias:
+        layer.bias = nnx.data(None)
+    elif layer.bias is None:
+        layer.bias = nnx.Param(entry["bias"])
+    elif layer.bias.shape != entry["bias"].shape:
+        layer.bias = layer.bias.replace(entry["bias"])
+
+
+PLAIN = LinearKind(_read_linear, _write_linear)
+
+
+def _checked(linears: Any) -> Mapping[type, LinearKind]:
+    """The kinds of linear layers that a user gave."""
+    call = "from_nnx(…, linears=…)"
+    check_kind(linears, Mapping | None, call, "a dict from classes of linear layers to LinearKind(read, write)")
+    for kind, adapter in (linears or {}).items():
+        check_kind(kind, type, call, "a class of linear layers, such as nnx.Linear")
+        check_kind(adapter, LinearKind, call, "what reads and writes such a layer, LinearKind(read, write)")
+    return linears or {}
+
+
+def _kind_of(layer: Any, kinds: Mapping[type, LinearKind]) -> LinearKind | None:
+    return next((kinds[kind] for kind in type(layer).__mro__ if kind in kinds), None)
+
+
+def _linears(
+    module: nnx.Module, path: str, names: dict[str, str], kinds: Mapping[type, LinearKind]
+) -> dict[str, nnx.Module]:
     """The linear layers of an FFN, by role."""
     linears = {role: _walk(_walk(module, path), name) for role, name in names.items()}
     for role, layer in linears.items():
-        if not isinstance(layer, nnx.Linear):
+        if _kind_of(layer, kinds) is None:
             kind = "missing" if layer is _NOTHING else f"a {type(layer).__name__}"
-            raise TPatchError(f"{role}={names[role]!r} in {path!r} is {kind}; name an nnx.Linear, or attach")
+            mend = "" if layer is _NOTHING else f", say how it keeps its kernel (linears={{{type(layer).__name__}: …}})"
+            where = f" in {path!r}" if path else ""
+            raise TPatchError(f"{role}={names[role]!r}{where} is {kind}; name an nnx.Linear{mend}, or attach")
+        if isinstance(layer, nnx.Linear) and not _is_plain(layer):
+            raise TPatchError(
+                f"{role}={names[role]!r} keeps its kernel as a {type(layer.kernel[...]).__name__}, quantised, and what "
+                "is merged needs plain numbers; attach the patch, whose neurons stay in float"
+            )
     return linears
 
 
-def _entries(linears: dict[str, nnx.Linear]) -> dict[str, dict[str, Array]]:
-    return {role: _entry(layer) for role, layer in linears.items()}
+def _is_plain(layer: Any) -> bool:
+    """Whether a linear layer's kernel is an array of numbers; a library that quantises puts something else there."""
+    return isinstance(layer.kernel[...], Array)
 
 
-def _entry(layer: nnx.Linear) -> dict[str, Array]:
-    return {"kernel": layer.kernel[...]} | ({} if layer.bias is None else {"bias": layer.bias[...]})
+def _entries(linears: Mapping[str, nnx.Module], kinds: Mapping[type, LinearKind]) -> dict[str, dict[str, Array]]:
+    entries = {}
+    for role, layer in linears.items():
+        kind = _kind_of(layer, kinds)
+        assert kind is not None
+        entries[role] = dict(kind.read(layer))
+        if getattr(entries[role].get("kernel"), "ndim", 0) != 2 or entries[role].keys() - {"kernel", "bias"}:
+            raise TPatchError(
+                f"what `read` of linears= makes of the {type(layer).__name__} for {role} is not "
+                '{"kernel": [in, out]} with or without "bias": [out]; mend it'
+            )
+    return entries
 
 
 def _matrices(module: nnx.Module) -> list[Matrices]:
     """What the linear layers of a module may be in an FFN, if nobody names them."""
-    layers = [_entry(layer) for _, layer in nnx.iter_modules(module) if isinstance(layer, nnx.Linear)]
+    layers = [
+        _read_linear(layer)
+        for _, layer in nnx.iter_modules(module)
+        if isinstance(layer, nnx.Linear) and _is_plain(layer)
+    ]
     writers = {layer["kernel"].shape[1] for layer in layers} & {layer["kernel"].shape[0] for layer in layers}
     return [matrices for size in sorted(writers) for matrices in arranged(layers, size)]
 
 
-def _growth(bare: Callable[[], nnx.Module], call: Call, path: str, names: dict[str, str]) -> Growth:
+def _growth(
+    bare: Callable[[], nnx.Module],
+    call: Call,
+    path: str,
+    names: dict[str, str],
+    kinds: Mapping[type, LinearKind],
+    whole: str,
+) -> Growth:
     readers = ("gate", "up") if "gate" in names else ("up",)
-    original = _entries(_linears(bare(), path, names))
+
+    def entries(module: nnx.Module) -> dict[str, dict[str, Array]]:
+        return _entries(_linears(module, path, names, kinds), kinds)
+
+    original = entries(bare())
     biased = {"bias" in original[role] for role in readers}
     if len(biased) > 1:
         raise TPatchError(f"of {' and '.join(names[role] for role in readers)} in {path!r} only one has a bias; attach")
 
     def changed(module: Any, params: dict[str, dict[str, Array]]) -> nnx.Module:
-        for role in names:
-            layer, entry = _walk(_walk(module, path), names[role]), params[role]
-            # What keeps its shape is left as it is, for another layer may share it.
-            if layer.kernel.shape != entry["kernel"].shape:
-                layer.kernel = layer.kernel.replace(entry["kernel"])
-            layer.in_features, layer.out_features = entry["kernel"].shape
-            layer.use_bias = "bias" in entry
-            if not layer.use_bias:
-                layer.bias = nnx.data(None)
-            elif layer.bias is None:
-                layer.bias = nnx.Param(entry["bias"])
-            elif layer.bias.shape != entry["bias"].shape:
-                layer.bias = layer.bias.replace(entry["bias"])
+        for role, layer in _linears(module, path, names, kinds).items():
+            kind = _kind_of(layer, kinds)
+            assert kind is not None
+            kind.write(layer, params[role])
         return module
 
     def shared_again(module: Any) -> nnx.Module:
@@ -223,29 +339,29 @@ def _growth(bare: Callable[[], nnx.Module], call: Call, path: str, names: dict[s
         before, there = bare(), dict(nnx.iter_modules(module))
         for role in names:
             first, last = (_walk(_walk(each, path), names[role]) for each in (before, module))
-            for name in ("kernel", "bias"):
-                held, variable = getattr(first, name), getattr(last, name)
-                for place, submodule in nnx.iter_modules(before) if isinstance(held, nnx.Variable) else ():
+            for name, held in [pair for pair in vars(first).items() if isinstance(pair[1], nnx.Variable)]:
+                variable = getattr(last, name)
+                for place, submodule in nnx.iter_modules(before):
                     for other in [key for key, value in vars(submodule).items() if value is held]:
                         if same_arrays(getattr(there[place], other)[...], variable[...]):
                             setattr(there[place], other, variable)
         return module
 
     def grow(patch: Patch) -> nnx.Module:
-        return changed(bare(), widened(original, patch, path))
+        return changed(bare(), widened(original, patch, whole))
 
     def shrink(wider: Any) -> tuple[nnx.Module, Patch]:
         graph, state = nnx.split(wider)
         copy = nnx.merge(graph, _copy(state))
-        params = _entries(_linears(copy, path, names))
+        params = entries(copy)
         added = ffn.width(params) - ffn.width(original)
         if added < 0:
-            raise TPatchError(f"{path!r} of that module is narrower than this network's; give what `merge` returned")
+            raise TPatchError(f"{whole!r} of that module is narrower than this network's; give what `merge` returned")
         before, patch = ffn.unmerge(params, added, added_bias=biased == {False})
         return shared_again(changed(copy, before)), patch
 
-    def apply(wider: Any, tokens: Array) -> Array:
+    def apply(wider: Any, inputs: Any) -> Array:
         graph, state = nnx.split(wider)
-        return jax.jit(lambda state, tokens: call(nnx.merge(graph, state), tokens))(state, tokens)
+        return jax.jit(lambda state, inputs: call(nnx.merge(graph, state), inputs))(state, inputs)
 
     return Growth(grow, shrink, apply, tuple(entry["kernel"].dtype for entry in original.values()))
