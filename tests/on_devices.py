@@ -46,7 +46,7 @@ def edit(folder: str, text: str, out: Path, shape: str) -> dict[str, Any]:
         data, model = map(int, shape.split("x"))
         mesh = jax.make_mesh((data, model), ("data", "model"))
     seen: dict[str, list[int]] = {"lanes": [], "rows": []}
-    whole = fitting._many_settle
+    whole = fitting.settle_many
 
     def watched(lanes: Any, memory: Any, *rest: Any) -> Any:
         for name, array in (("lanes", lanes.query), ("rows", memory.query)):
@@ -55,12 +55,12 @@ def edit(folder: str, text: str, out: Path, shape: str) -> dict[str, Any]:
             seen[name].extend((largest, array.shape[0]))
         return whole(lanes, memory, *rest)
 
-    fitting._many_settle = watched  # pyright: ignore[reportAttributeAccessIssue]
+    fitting.settle_many = watched  # pyright: ignore[reportAttributeAccessIssue]
     try:
         loaded = tp.load_model(folder, mesh=mesh)
         patches, info = tp.edit(loaded, REQUESTS, settings=settings(), memory=text, cache=False)
     finally:
-        fitting._many_settle = whole
+        fitting.settle_many = whole
     tp.save_patches(out / shape / "patches", loaded, patches, REQUESTS, info)
     tp.save_model(tp.merge(loaded, patches), out / shape / "model")
     exact = measure(loaded, patches, REQUESTS)["exact"]
@@ -88,7 +88,7 @@ def values(mesh: Mesh | None) -> dict[str, Any]:
     settings = ValueTrainingSettings(steps=60, longest=8.0, enough=0.2, farthest=0.03)
     groups: set[str] = set()
     shapes: list[list[int]] = []
-    whole = stepping._advance
+    whole = stepping.advance_lanes
 
     def watched(*given: Any) -> Any:
         compiled = whole.lower(*given).compile()
@@ -98,12 +98,12 @@ def values(mesh: Mesh | None) -> dict[str, Any]:
         # The number of steps and the mesh are static.
         return compiled(*given[:4])
 
-    stepping._advance = watched  # pyright: ignore[reportAttributeAccessIssue]
+    stepping.advance_lanes = watched  # pyright: ignore[reportAttributeAccessIssue]
     try:
         given = jnp.asarray(known), targets, kept, Partial(said, head), jnp.ones(lanes), settings
         trained, info = train_values(*given, jnp.zeros((lanes, 8)), mesh)
     finally:
-        stepping._advance = whole
+        stepping.advance_lanes = whole
     return {
         "values": trained.tolist(), "steps": info.steps.tolist(), "loss": info.loss.tolist(),
         "closeness": info.closeness.tolist(), "groups": sorted(groups), "shapes": shapes,

@@ -32,6 +32,7 @@ __all__ = [
     "fork_requests",
     "train_offsets",
     "train_together",
+    "value_program",
     "value_rows",
 ]
 
@@ -197,7 +198,7 @@ def train_offsets(
     Source: Meng et al. 2022, equation 4 and the authors' published code for the penalty; Meng et al. 2023.
     """
     fork, requests = forked.rows.fork, scale.shape[0]
-    program = _program(settings)
+    program = value_program(settings)
     loss = Partial(program.loss, runner(model, fork.layer, stream=stream))
     places = forked.rows.places
     # Of the neutral row one place is read.
@@ -262,7 +263,9 @@ class _Program(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def _program(settings: ValueSettings) -> _Program:
+def value_program(settings: ValueSettings) -> _Program:
+    """What offsets are trained by: one object for the same settings, so that ``jit`` recognises it."""
+
     def loss(
         run: Partial, offsets: Float[Array, "requests d"], problem: _Problem, state: _State, number: Int[Array, ""]
     ) -> tuple[Float[Array, ""], _Report]:

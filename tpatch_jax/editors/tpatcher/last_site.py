@@ -74,6 +74,7 @@ __all__ = [
     "head_of",
     "last_memory",
     "moment",
+    "prepare_starts",
     "start_values",
 ]
 
@@ -215,7 +216,7 @@ def head_of(model: Model) -> Partial:
 
 
 @partial(jax.jit, static_argnames="config")
-def _prepared(
+def prepare_starts(
     config: NetworkConfig, weights: Any, value_start: Array, patch: Patch, given: Mapping[str, Array]
 ) -> tuple[Array, Array, Array]:
     """What lanes begin with: the output with other neurons in it, the value's direction, and its scale."""
@@ -294,7 +295,7 @@ def create_problems(
     index = np.resize(np.arange(len(rows)), round_up(len(rows), settings.fit.lanes))
     weights = networks.final_weights(model.config, model.params)
     weights["layers"] = {model.layer(None): weights["layer"]}
-    made = _prepared(
+    made = prepare_starts(
         model.config, weights, value_start, sized(patch, NEURONS), {name: x[index] for name, x in given.items()}
     )
     beside, direction, scale = (host(array)[: len(rows)] for array in made)

@@ -22,7 +22,7 @@ from tpatch_jax.editors.subject_rows import ForkedRows, KnownRows, PromptRow, fo
 from tpatch_jax.models import networks
 from tpatch_jax.models.model import Model
 
-__all__ = ["SHARPNESS", "ValueProblem", "create_value_problem", "level_patch", "predict_start"]
+__all__ = ["SHARPNESS", "ValueProblem", "create_value_problem", "level_patch", "predict_start", "target_slope"]
 
 HEARD = 0.1
 """A key hears a wording on which it fires this strongly, the bare prompt being 1."""
@@ -176,14 +176,14 @@ def _features(
     rows = networks.unembedding_rows(unedited.config, unedited.params, wanted.reshape(-1))
     rows = rows.reshape(lane.size, -1, rows.shape[-1])
     bare = TargetRows(jnp.ones_like(targets.activity[:, :1]), wanted, weight)
-    slope = _slope(runner(unedited, layer), known_rows(forked, forked.places.reshape(lane.size, -1)), bare)
+    slope = target_slope(runner(unedited, layer), known_rows(forked, forked.places.reshape(lane.size, -1)), bare)
     return start_features(
         fork.query[lane, first], fork.query[lane, end], fork.hidden[lane, end], rows, weight[:, 0], slope
     )
 
 
 @jax.jit
-def _slope(run: Partial, known: KnownRows, bare: TargetRows) -> Float[Array, "lanes d"]:
+def target_slope(run: Partial, known: KnownRows, bare: TargetRows) -> Float[Array, "lanes d"]:
     """How the log-odds of each lane's target depend on what is added at its subject, where nothing is yet."""
 
     def odds(added: Array) -> Array:
