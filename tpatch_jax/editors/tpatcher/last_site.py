@@ -35,6 +35,7 @@ from tpatch_jax.core.memory import (
     nuisance_scatter,
 )
 from tpatch_jax.core.patch import Patch, contribution, sized
+from tpatch_jax.core.positive import solve_positive
 from tpatch_jax.core.sizes import FEW, in_blocks, round_up
 from tpatch_jax.editors.locating import replace_subject
 from tpatch_jax.editors.model_memory import ModelMemory
@@ -228,7 +229,7 @@ def prepare_starts(
     else:
         # M⁻¹·u_token raises a token's logit most against all others.
         rows = networks.unembedding_rows(config, weights, targets)
-        direction = jnp.linalg.solve(value_start, rows.astype(jnp.float32).T).T
+        direction = solve_positive(value_start, rows.astype(jnp.float32).T).T
     return beside.astype(jnp.float32), direction, _scale(config, weights, given["residual"], given["output"], beside)
 
 
