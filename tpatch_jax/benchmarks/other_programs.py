@@ -143,7 +143,7 @@ def _offset_program(
     stub: Any = Model(config, places.params, None)  # pyright: ignore[reportArgumentType]
     loss = Partial(program.loss, runner(stub, layer, stream=stream))
     wanted = (requests, each, count)
-    problem = subject_value._Problem(
+    problem = subject_value.OffsetProblem(
         KnownRows(
             tuple(fork[:-1]), places.rows((requests, rows), jnp.int32),
             places.rows((requests, each * count + 1), jnp.int32),
@@ -151,7 +151,7 @@ def _offset_program(
         places.rows(wanted, jnp.int32), places.rows(wanted), places.rows((requests,)),
     )  # fmt: skip
     one = places.rows((requests,))
-    known = subject_value._State(one, one, places.over_vocabulary((requests, config.vocabulary)))
+    known = subject_value.OffsetState(one, one, places.over_vocabulary((requests, config.vocabulary)))
     moves = places.rows((requests, width))
     moments = jax.tree.map(
         lambda leaf: places.rows(leaf.shape, leaf.dtype), jax.eval_shape(program.optimiser.init, moves)
