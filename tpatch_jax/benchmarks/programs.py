@@ -392,12 +392,14 @@ def _last_programs(
     problem, some = problems(size), problems(few)
     settle = (problem, memory, head, fit, act, places.array((), jnp.int32))
     settled = _shapes(fitting.settle_many, places, *settle)
+    # On one part of a mesh the loop is that of one device.
+    over = places.mesh if places.data > 1 else None
     settled_few = jax.tree.map(lambda leaf: places.rows((few, *leaf.shape[1:]), leaf.dtype), settled)
     steps = fit.key_steps // fit.rounds
     programs = [
         Program("last layer: keys, thresholds, first values", fitting.settle_many, settle, trips=steps,
                 runs=times(neurons / size), resident=memory),
-        Program("last layer: steps on values", fitting.improve_many, (settled_few, some, head, fit, act),
+        Program("last layer: steps on values", fitting.improve_many, (settled_few, some, head, fit, act, over),
                 trips=fit.value_steps, runs=times(neurons * workload.missing / few, 0.0), resident=memory),
         Program("last layer: patches", fitting.end_staged_many, (settled, problem, head, fit, act),
                 runs=times(neurons / size), resident=memory),

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int, Key
 
 from tpatch_jax.core.arguments import check_kind, describe
 from tpatch_jax.core.checks import as_key
-from tpatch_jax.core.devices import automatically, divided, host, parts, shard_rows
+from tpatch_jax.core.devices import DATA_AXIS, automatic, automatically, divided, host, parts, shard_rows
 from tpatch_jax.core.memory import Memory
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.core.problem import FitInfo, FitProblem, FitSettings, Head
@@ -126,10 +126,21 @@ def settle_many(lanes, memory, head, settings, activation, harder):
     return jax.vmap(lambda lane: staged.settle(lane, memory, head, settings, activation, harder))(lanes)
 
 
-@partial(jax.jit, static_argnames=("settings", "activation"))
-def improve_many(settled, lanes, head, settings, activation):
-    """Steps on the values of lanes that miss their target."""
-    return jax.vmap(lambda state, lane: staged.improve(state, lane, head, settings, activation))(settled, lanes)
+@partial(jax.jit, static_argnames=("settings", "activation", "mesh"))
+def improve_many(settled, lanes, head, settings, activation, mesh=None):
+    """Steps on the values of lanes that miss their target; on a mesh each part of it until its own lanes have ended."""
+
+    def alone(settled, lanes, head):
+        return jax.vmap(lambda state, lane: staged.improve(state, lane, head, settings, activation))(settled, lanes)
+
+    if mesh is None:
+        return alone(settled, lanes, head)
+    rows, whole = PartitionSpec(DATA_AXIS), PartitionSpec()
+    # One loop for all lanes would ask at each step whether any of them goes on.
+    each = jax.shard_map(
+        alone, mesh=mesh, in_specs=(rows, rows, whole), out_specs=rows, axis_names={DATA_AXIS}, check_vma=False
+    )
+    return each(settled, lanes, head)
 
 
 @partial(jax.jit, static_argnames=("settings", "activation"))
@@ -159,12 +170,13 @@ def _staged_bucket(
     lanes = shard_rows(lanes, mesh)
     settled = settle_many(lanes, memory, head, settings, activation, np.int32(retry))
     missing = np.flatnonzero(~host(settled.held)[:count])
+    over = automatic(mesh) if mesh is not None and parts(mesh) > 1 else None
     # A few at a time: how many miss differs from call to call, and must not compile anything.
     size = round_up(few_or_most(1, settings.lanes), parts(mesh))
     for first in range(0, missing.size, size):
         few = missing[first : first + size]
         part = jax.tree.map(lambda leaf, few=few: host(leaf)[np.resize(few, size)], (settled, lanes))
-        improved = improve_many(*shard_rows(part, mesh), head, settings, activation)
+        improved = improve_many(*shard_rows(part, mesh), head, settings, activation, over)
         both = jax.tree.map(lambda old, new, few=few: _replaced(old, few, new), settled, improved)
         settled = shard_rows(both, mesh)
     return end_staged_many(settled, lanes, head, settings, activation)
