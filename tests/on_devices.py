@@ -21,7 +21,9 @@ import tpatch_jax as tp
 from tpatch_jax.core import ffn
 from tpatch_jax.core import fit as fitting
 from tpatch_jax.core import lanes as stepping
-from tpatch_jax.core.devices import automatic
+from tpatch_jax.core.devices import automatic, host, shard_rows
+from tpatch_jax.core.fit import FitProblem, FitSettings
+from tpatch_jax.core.recipes.staged import Staged
 from tpatch_jax.core.values import KeptRows, TargetRows, ValueTrainingSettings, train_values
 from tpatch_jax.editors.tpatcher.settings import PRESETS, TPatcherSettings
 from tpatch_jax.evaluation.measure import measure
@@ -46,7 +48,7 @@ def edit(folder: str, text: str, out: Path, shape: str) -> dict[str, Any]:
         data, model = map(int, shape.split("x"))
         mesh = jax.make_mesh((data, model), ("data", "model"))
     seen: dict[str, list[int]] = {"lanes": [], "rows": []}
-    whole = fitting._many_settle
+    whole = fitting.settle_many
 
     def watched(lanes: Any, memory: Any, *rest: Any) -> Any:
         for name, array in (("lanes", lanes.query), ("rows", memory.query)):
@@ -55,17 +57,22 @@ def edit(folder: str, text: str, out: Path, shape: str) -> dict[str, Any]:
             seen[name].extend((largest, array.shape[0]))
         return whole(lanes, memory, *rest)
 
-    fitting._many_settle = watched  # pyright: ignore[reportAttributeAccessIssue]
+    fitting.settle_many = watched  # pyright: ignore[reportAttributeAccessIssue]
     try:
         loaded = tp.load_model(folder, mesh=mesh)
         patches, info = tp.edit(loaded, REQUESTS, settings=settings(), memory=text, cache=False)
     finally:
-        fitting._many_settle = whole
+        fitting.settle_many = whole
     tp.save_patches(out / shape / "patches", loaded, patches, REQUESTS, info)
     tp.save_model(tp.merge(loaded, patches), out / shape / "model")
     exact = measure(loaded, patches, REQUESTS)["exact"]
     held = [request.held for request in info.requests]
-    return {"seen": seen, "held": held, "exact": exact, "values": values(mesh)}
+    return {"seen": seen, "held": held, "exact": exact, "values": values(mesh), "improved": improved(mesh)}
+
+
+def exchanges(text: str) -> list[str]:
+    """Between which devices a compiled program sends something."""
+    return re.findall(r"(?:replica_groups|source_target_pairs)=(\S+?),? ", text)
 
 
 def said(head: jax.Array, known: jax.Array, added: jax.Array) -> jax.Array:
@@ -88,26 +95,50 @@ def values(mesh: Mesh | None) -> dict[str, Any]:
     settings = ValueTrainingSettings(steps=60, longest=8.0, enough=0.2, farthest=0.03)
     groups: set[str] = set()
     shapes: list[list[int]] = []
-    whole = stepping._advance
+    whole = stepping.advance_lanes
 
     def watched(*given: Any) -> Any:
         compiled = whole.lower(*given).compile()
-        groups.update(re.findall(r"(?:replica_groups|source_target_pairs)=(\S+?),? ", compiled.as_text()))
+        groups.update(exchanges(compiled.as_text()))
         count = given[1].ended.shape[0]
         shapes.append([count, max(part.data.shape[0] for part in given[2].known.addressable_shards)])
         # The number of steps and the mesh are static.
         return compiled(*given[:4])
 
-    stepping._advance = watched  # pyright: ignore[reportAttributeAccessIssue]
+    stepping.advance_lanes = watched  # pyright: ignore[reportAttributeAccessIssue]
     try:
         given = jnp.asarray(known), targets, kept, Partial(said, head), jnp.ones(lanes), settings
         trained, info = train_values(*given, jnp.zeros((lanes, 8)), mesh)
     finally:
-        stepping._advance = whole
+        stepping.advance_lanes = whole
     return {
         "values": trained.tolist(), "steps": info.steps.tolist(), "loss": info.loss.tolist(),
         "closeness": info.closeness.tolist(), "groups": sorted(groups), "shapes": shapes,
     }  # fmt: skip
+
+
+def logits(head: jax.Array, context: jax.Array, output: jax.Array) -> jax.Array:
+    """The rest of a network that is one matrix."""
+    return (context + output) @ head
+
+
+def improved(mesh: Mesh | None) -> dict[str, Any]:
+    """Sixteen values of the last layer improved: what they are, their steps, and which devices talked to which."""
+    rng, lanes = np.random.default_rng(0), 16
+    context, query = (rng.normal(size=(lanes, 2, 8)).astype(np.float32) for _ in range(2))
+    target, zeros = rng.integers(0, 8, lanes).astype(np.int32), np.zeros((lanes, 8), np.float32)
+    head = jnp.asarray(2 * np.eye(8) + 0.2, jnp.float32)
+    problem = FitProblem(query, 0 * query, 0 * query, context, target, zeros, np.full(lanes, 2.0, np.float32))
+    ones = np.ones(lanes, np.float32)
+    settled = Staged(query.mean(1), ones, zeros, ones < 0, 0 * target, ones, {})
+    if mesh is not None:
+        mesh = automatic(mesh)
+        head = jax.device_put(head, NamedSharding(mesh, PartitionSpec(None, "model")))
+    given = *shard_rows((settled, problem), mesh), Partial(logits, head)
+    compiled = fitting.improve_many.lower(*given, FitSettings(value_steps=24), jax.nn.relu, mesh).compile()
+    after = jax.tree.map(host, compiled(*given))
+    groups = sorted(set(exchanges(compiled.as_text())))
+    return {"values": after.value.tolist(), "steps": after.steps.tolist(), "groups": groups}
 
 
 def axes(folder: str, saved: Path) -> dict[str, float]:

@@ -114,13 +114,26 @@ def test_values_are_those_of_one_device_and_each_device_trains_its_part(found, o
     assert (len(many["shapes"]) > 1) == (other == "4x2")
 
 
+PAIRS = {"{{0,1},{2,3},{4,5},{6,7}}", "{{1,0},{3,2},{5,4},{7,6}}", "[4,2]<=[8]"}
+"""Devices 0 and 1 share the weights, 2 and 3 do, and so on."""
+
+
+def test_steps_on_values_in_the_last_layer_exchange_nothing_over_data(found):
+    one = found["alone"]["improved"]
+    assert len(set(one["steps"])) > 2
+    for other in ("8x1", "4x2"):
+        many = found[other]["improved"]
+        assert many["steps"] == one["steps"]
+        assert relative(np.asarray(many["values"]), np.asarray(one["values"])) < 1e-5
+    assert one["groups"] == found["8x1"]["improved"]["groups"] == []
+    assert found["4x2"]["improved"]["groups"]
+    assert set(found["4x2"]["improved"]["groups"]) <= PAIRS
+
+
 def test_no_step_on_values_exchanges_anything_over_data(found):
     assert found["alone"]["values"]["groups"] == found["8x1"]["values"]["groups"] == []
-    # Devices 0 and 1 share the matrix, 2 and 3 do, and so on.
     assert found["4x2"]["values"]["groups"]
-    assert set(found["4x2"]["values"]["groups"]) <= {
-        "{{0,1},{2,3},{4,5},{6,7}}", "{{1,0},{3,2},{5,4},{7,6}}", "[4,2]<=[8]"
-    }  # fmt: skip
+    assert set(found["4x2"]["values"]["groups"]) <= PAIRS
 
 
 def test_explicit_and_automatic_axes_give_the_same(found):

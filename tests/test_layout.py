@@ -65,3 +65,16 @@ def test_no_module_imports_itself_in_a_circle():
 
     for name in sorted(graph):
         visit(name, ())
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_what_is_private_to_a_module_stays_there(path):
+    """Neither ``from module import _name`` nor ``module._name``; fields of a named tuple are no such names."""
+    nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and "tpatch_jax" in (node.module or "")]
+    names = {alias.asname or alias.name for node in imports for alias in node.names}
+    reached = {name for name in names if name.startswith("_")}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
+            reached |= {f"{node.value.id}.{node.attr}"} if node.attr.startswith("_") else set()
+    assert not {name for name in reached if not name.endswith(("._replace", "._asdict", "._fields", "._make", "__"))}

@@ -192,7 +192,7 @@ def test_slopes_are_those_of_the_residuals():
     activity = jnp.asarray([[1.0, 0.5, 0.8], [1.0, 0.9, 0.3]])
     targets = values.TargetRows(activity, jnp.full((2, 3, 1), 1), jnp.full((2, 3, 1), 1 / 3))
     kept = values.KeptRows(activity, jax.nn.log_softmax(jnp.sin(known[:, 3:])))
-    problem = values._Problem(known, targets, kept, jnp.asarray([[1.0], [2.0]]), jnp.int32(4))
+    problem = values.ValueProblem(known, targets, kept, jnp.asarray([[1.0], [2.0]]), jnp.int32(4))
     move = jnp.full((2, 4), 0.3)
     (looked, _, _), slopes = values._look_with_slopes(Partial(run), problem, move)
 

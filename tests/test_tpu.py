@@ -158,6 +158,38 @@ def test_a_loop_counts_as_often_as_it_goes_round(end, trips, rounds):
     assert costs.collective_bytes == rounds * 8 * 16 * 4 * 2 * 3 / 4
 
 
+BY_AXIS = {
+    "replica_groups=[2,4]<=[8]": (4, "model"),
+    "replica_groups=[4,2]<=[2,4]T(1,0)": (2, "data"),
+    "replica_groups=[1,8]<=[8]": (8, "data, model"),
+    "replica_groups={{0,1,2,3},{4,5,6,7}}": (4, "model"),
+    "replica_groups={{0,4},{1,5},{2,6},{3,7}}": (2, "data"),
+    "replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_0'}": (2, "data"),
+    "replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4] {'axis_1','axis_2'}": (4, "model"),
+    "replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}": (8, "data, model"),
+    "replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0'}": (4, "model"),
+    "replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_2'}": (2, "data"),
+}
+"""How XLA writes between which of 2 x 4 devices an exchange goes; how many that is, and along which axes."""
+
+
+@pytest.mark.parametrize("groups", BY_AXIS)
+def test_an_exchange_is_counted_along_its_axes(groups):
+    size, along = BY_AXIS[groups]
+    text = TEXT.replace("END", "constant(1)").replace("replica_groups=[2,4]<=[8]", groups)
+    costs = program_costs(text, axes={"data": 2, "model": 4})
+    assert costs.collective_bytes == 8 * 16 * 4 * 2 * (size - 1) / size
+    assert costs.over == ((along, costs.collective_bytes),)
+    assert program_costs(text).over == ()
+
+
+def test_what_a_device_keeps_for_itself_is_not_sent():
+    pairs = "source_target_pairs={{0,0},{1,4},{4,1}}"
+    text = TEXT.replace("END", "constant(1)").replace("all-reduce(%y)", "collective-permute(%y)")
+    text = text.replace("replica_groups=[2,4]<=[8]", pairs)
+    assert dict(program_costs(text, axes={"data": 2, "model": 4}).over) == {"data, model": 8 * 16 * 4}
+
+
 def test_only_what_goes_through_memory_is_traffic_and_of_a_slice_the_slice():
     text = TEXT.replace("END", "constant(1)")
     # x is read; w and y stay on the chip; one row is read and written, its place is read; so are the loop's counters.
@@ -292,7 +324,13 @@ def test_every_program_of_an_edit_compiles_for_eight_chips(eight):
         assert row["fits"]
         assert row["memory_bytes_per_chip"] > 0
         assert row["seconds"] > 0
+        assert sum(row["collective_bytes_over"].values()) == pytest.approx(row["collective_bytes"])
     assert len(rows) > 40
+    over = {row["name"]: " ".join(row["collective_bytes_over"]) for row in rows}
+    # No step on a value asks another part of the mesh, neither at subjects nor in the last layer.
+    assert "data" not in over["values: steps"] + over["last layer: steps on values"]
+    assert "model" in over["values: steps"]
+    assert "unknown" not in " ".join(over.values())
     assert jax.devices()[0].platform == "cpu"
 
 

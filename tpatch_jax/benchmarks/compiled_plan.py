@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from tpatch_jax.benchmarks.other_programs import other_programs
 from tpatch_jax.benchmarks.program_costs import ProgramCosts, program_costs
@@ -101,8 +102,8 @@ def compile_programs(
     Returns:
         For each program ``name``, ``topology``, whether it ``compiled`` (else ``error``), ``memory_bytes_per_chip``,
         all weights included, and whether that ``fits``; of one run on one device ``flops``, ``bytes``,
-        ``collective_bytes`` and ``collectives``; the roofline ``seconds`` and what they are ``bound`` by;
-        ``compile_seconds`` of the processor.
+        ``collective_bytes``, ``collective_bytes_over`` (the same by the axes of the mesh) and ``collectives``; the
+        roofline ``seconds`` and what they are ``bound`` by; ``compile_seconds`` of the processor.
     """
     known = {} if known is None else known
     weights = _bytes_by_array(params)
@@ -129,7 +130,7 @@ def _row(
     if isinstance(compiled, str):
         numbers = ("memory_bytes_per_chip", "flops", "bytes", "seconds", "collective_bytes", "compile_seconds")
         return {**row, "error": compiled.splitlines()[0][:400], "fits": False, "bound": None} | dict.fromkeys(numbers)
-    costs = program_costs(compiled.text, program.trips)
+    costs = program_costs(compiled.text, program.trips, _mesh_of(leaves))
     seconds, bound = roofline(costs, topology.chip)
     given = {id(leaf) for leaf in leaves}
     beside = {**weights, **_bytes_by_array(program.resident)}
@@ -146,8 +147,15 @@ def _row(
         "bound": bound,
         "collective_bytes": costs.collective_bytes,
         "collectives": dict(costs.collectives),
+        "collective_bytes_over": dict(costs.over),
         "compile_seconds": compiled.seconds if new else 0.0,
     }
+
+
+def _mesh_of(leaves: Sequence[Any]) -> Mapping[str, int]:
+    """The axes of the mesh on which a program's arguments lie, with their sizes."""
+    places = (getattr(leaf, "sharding", None) for leaf in leaves)
+    return next((dict(place.mesh.shape) for place in places if isinstance(place, NamedSharding)), {})
 
 
 def list_programs(config: NetworkConfig, edits: int = 100, dtype: str = "bfloat16") -> list[dict[str, Any]]:

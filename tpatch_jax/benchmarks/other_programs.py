@@ -98,9 +98,11 @@ def _evaluation_programs(places: Places, workload: Workload) -> list[Program]:
     part, wanted = places.stream(rows, width), places.rows((rows,), jnp.int32)
     patch, long = places.patch(neurons), (rows, width)
     programs = [
-        Program("evaluation: scores of rows", scoring._read, (config, places.last_weights, part, part, wanted)),
-        Program("evaluation: where neurons fire", scoring._fires, (patch, places.rows(long))),
-        Program("evaluation: outputs with neurons", scoring._corrected, (patch, places.rows(long), places.rows(long))),
+        Program("evaluation: scores of rows", scoring.read_scores, (config, places.last_weights, part, part, wanted)),
+        Program("evaluation: where neurons fire", scoring.which_fire, (patch, places.rows(long))),
+        Program(
+            "evaluation: outputs with neurons", scoring.correct_outputs, (patch, places.rows(long), places.rows(long))
+        ),
     ]
     if config.architecture == "decoder":
         layer = places.params["layers"][config.layers - 1]
@@ -123,9 +125,9 @@ def _generation_programs(places: Places, prompts: int = 8, tokens: int = 32, tot
     return [
         *block_programs(places, "generation: prompts", prompts, tokens, 0, config.layers, total),
         *block_programs(places, "generation: next token", prompts, 1, 0, config.layers, total),
-        Program("generation: last place", generation._pick, picked),
-        Program("generation: most probable token", generation._choose, (*choose, 0)),
-        Program("generation: drawn token", generation._choose, (*choose, 50)),
+        Program("generation: last place", generation.pick_places, picked),
+        Program("generation: most probable token", generation.choose_tokens, (*choose, 0)),
+        Program("generation: drawn token", generation.choose_tokens, (*choose, 50)),
     ]
 
 
@@ -137,11 +139,11 @@ def _offset_program(
     each, count = 6, round_up(workload.target, 2)
     rows = each + 1
     fork = fork_structs(places, requests, *pack_sizes(workload, rows), layer)
-    program = subject_value._program(settings)
+    program = subject_value.value_program(settings)
     stub: Any = Model(config, places.params, None)  # pyright: ignore[reportArgumentType]
     loss = Partial(program.loss, runner(stub, layer, stream=stream))
     wanted = (requests, each, count)
-    problem = subject_value._Problem(
+    problem = subject_value.OffsetProblem(
         KnownRows(
             tuple(fork[:-1]), places.rows((requests, rows), jnp.int32),
             places.rows((requests, each * count + 1), jnp.int32),
@@ -149,17 +151,17 @@ def _offset_program(
         places.rows(wanted, jnp.int32), places.rows(wanted), places.rows((requests,)),
     )  # fmt: skip
     one = places.rows((requests,))
-    known = subject_value._State(one, one, places.over_vocabulary((requests, config.vocabulary)))
+    known = subject_value.OffsetState(one, one, places.over_vocabulary((requests, config.vocabulary)))
     moves = places.rows((requests, width))
     moments = jax.tree.map(
         lambda leaf: places.rows(leaf.shape, leaf.dtype), jax.eval_shape(program.optimiser.init, moves)
     )
-    start = stepping._Descent(moves, known, moments)
-    step = Partial(stepping._descend(program.optimiser), loss, Partial(program.project), Partial(program.stop))
-    carry = stepping._Carry(start, places.rows((requests,), jnp.bool_), places.rows((requests,), jnp.int32))
+    start = stepping.Descent(moves, known, moments)
+    step = Partial(stepping.descent_of(program.optimiser), loss, Partial(program.project), Partial(program.stop))
+    carry = stepping.LanesCarry(start, places.rows((requests,), jnp.bool_), places.rows((requests,), jnp.int32))
     most = settings.value_steps + settings.value_extra_steps - 1
     args = (step, carry, problem, places.array((1,), jnp.int32), most)
-    return Program(name, stepping._advance, args, trips=settings.value_steps)
+    return Program(name, stepping.advance_lanes, args, trips=settings.value_steps)
 
 
 def _rome_programs(places: Places, workload: Workload) -> list[Program]:
@@ -171,11 +173,11 @@ def _rome_programs(places: Places, workload: Workload) -> list[Program]:
     key, value = places.array((inner,)), places.array((width,))
     together = MEMIT_PRESETS["default"].together
     programs = [
-        Program("ROME: sum of second moments", hidden_moment._sum,
+        Program("ROME: sum of second moments", hidden_moment.sum_moments,
                 (network, places.stream(16, 64, width), places.rows((16, 64)), config.activation)),
         Program("ROME: ridge", rank_one.damped, (square, places.array(()))),
-        Program("ROME: solve", rank_one._rank_one, (network["down"], key, value, square, key, None)),
-        Program("AlphaEdit: solve", rank_one._projected,
+        Program("ROME: solve", rank_one.solve_rank_one, (network["down"], key, value, square, key, None)),
+        Program("AlphaEdit: solve", rank_one.solve_projected,
                 (places.rows((128, inner)), places.rows((128, width)), square, places.array(()), square)),
         _offset_program(
             places, "ROME: steps on a value", layer, 1, workload, subject_value.ValueSettings(clamp=4.0), False
@@ -189,7 +191,7 @@ def _rome_programs(places: Places, workload: Workload) -> list[Program]:
             _offset_program(
                 places, "MEMIT: steps on values", last, together, workload, MEMIT_PRESETS["default"].value, True
             ),
-            Program("MEMIT: solve", rank_one._distributed,
+            Program("MEMIT: solve", rank_one.solve_distributed,
                     (places.rows((edits, inner)), places.rows((edits, width)), square, places.array(()), None)),
         ]  # fmt: skip
     return programs
@@ -250,13 +252,19 @@ def _fine_tuning_programs(places: Places, workload: Workload) -> list[Program]:
         return programs
     if config.labels or config.encoder:
         params = like(places.params)
-        optimiser = loop._optimizer(loop.FinetuneSettings(), 100)
+        optimiser = loop.make_optimizer(loop.FinetuneSettings(), 100)
         answers = places.rows((32,) if config.labels else (32, workload.context), jnp.int32)
         weight = places.rows(answers.shape)
-        args = (loop._cross_entropy(config), optimiser, params, moments_of(optimiser, params), (batch, answers, weight))
+        args = (
+            loop.cross_entropy_loss(config),
+            optimiser,
+            params,
+            moments_of(optimiser, params),
+            (batch, answers, weight),
+        )
         programs += [
-            Program("training: step on the network", loop._step, args),
-            Program("training: which rows are right", loop._right, (config, places.params, batch, answers, weight)),
+            Program("training: step on the network", loop.take_step, args),
+            Program("training: which rows are right", loop.right_rows, (config, places.params, batch, answers, weight)),
         ]
     return programs
 
@@ -277,7 +285,7 @@ def _grace_programs(places: Places, workload: Workload) -> list[Program]:
     )
     scalar = places.array(())
     args = (config, last, 100, places.params, (stream, stream, context), book, lessons, scalar, scalar)
-    return [Program("GRACE: steps on values", grace._train, args, trips=20)]
+    return [Program("GRACE: steps on values", grace.train_entries, args, trips=20)]
 
 
 def _counterfactual_programs(places: Places, workload: Workload) -> list[Program]:
@@ -305,14 +313,14 @@ def _scope_programs(places: Places, workload: Workload) -> list[Program]:
     config, rows = places.config, 32
     tokens = places.rows((2 * rows, workload.context), jnp.int32)
     return [
-        Program("SERAC: embeddings of texts", serac_networks._embed, (config, places.params, tokens)),
+        Program("SERAC: embeddings of texts", serac_networks.embed_texts, (config, places.params, tokens)),
         _training_step("SERAC: step on the scope classifier", places, scope_loss(config), places.params,
                        (tokens, places.rows((rows, rows), jnp.int32))),
     ]  # fmt: skip
 
 
 def _training_step(name: str, places: Places, loss: Any, trained: Any, lesson: tuple[Any, ...]) -> Program:
-    optimiser: optax.GradientTransformation = loop._optimizer(loop.FinetuneSettings(), 100)
+    optimiser: optax.GradientTransformation = loop.make_optimizer(loop.FinetuneSettings(), 100)
     by_shape = {leaf.shape: leaf for leaf in jax.tree.leaves(trained)}
     moments = jax.tree.map(
         lambda leaf: (
@@ -322,4 +330,4 @@ def _training_step(name: str, places: Places, loss: Any, trained: Any, lesson: t
         ),
         jax.eval_shape(optimiser.init, trained),
     )
-    return Program(name, loop._step, (loss, optimiser, trained, moments, lesson))
+    return Program(name, loop.take_step, (loss, optimiser, trained, moments, lesson))

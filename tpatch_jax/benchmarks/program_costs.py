@@ -8,7 +8,10 @@ import math
 import re
 from collections.abc import Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import NamedTuple
+
+import numpy as np
 
 __all__ = ["ProgramCosts", "program_costs"]
 
@@ -29,6 +32,8 @@ _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "rag
 _COPIES = {"copy-start", "slice-start", "dynamic-slice-start"}
 _LIBRARY = ("__cublas$gemm", "__cublas$lt$matmul")
 """Products that a GPU's library does."""
+NO_AXES: Mapping[str, int] = MappingProxyType({})
+"""Of a mesh about which nothing is known."""
 _PASSES = {"highest": 6, "high": 3}
 """A product of float32 in so many products of bfloat16."""
 
@@ -42,6 +47,8 @@ class ProgramCosts(NamedTuple):
         bytes: read from and written to the device's memory; what stays on the chip is not among them.
         collective_bytes: that a device sends to others.
         collectives: how many exchanges there are, by kind.
+        over: of ``collective_bytes`` how many go along which axes of the mesh, such as ``"data"`` or ``"data, model"``;
+            nothing where the axes are not known.
     """
 
     flops: float = 0.0
@@ -49,14 +56,23 @@ class ProgramCosts(NamedTuple):
     bytes: float = 0.0
     collective_bytes: float = 0.0
     collectives: tuple[tuple[str, float], ...] = ()
+    over: tuple[tuple[str, float], ...] = ()
 
     def plus(self, other: "ProgramCosts", times: float = 1.0) -> "ProgramCosts":
         """The costs of both, the other one so often."""
-        kinds = dict(self.collectives)
-        for kind, count in other.collectives:
-            kinds[kind] = kinds.get(kind, 0.0) + times * count
         sums = (mine + times * theirs for mine, theirs in zip(self[:4], other[:4], strict=True))
-        return ProgramCosts(*sums, collectives=tuple(sorted(kinds.items())))
+        collectives = _sums(self.collectives, other.collectives, times)
+        return ProgramCosts(*sums, collectives=collectives, over=_sums(self.over, other.over, times))
+
+
+def _sums(
+    mine: tuple[tuple[str, float], ...], theirs: tuple[tuple[str, float], ...], times: float
+) -> tuple[tuple[str, float], ...]:
+    """Figures by name, and others by name so often."""
+    sums = dict(mine)
+    for name, figure in theirs:
+        sums[name] = sums.get(name, 0.0) + times * figure
+    return tuple(sorted(sums.items()))
 
 
 class _Array(NamedTuple):
@@ -182,18 +198,53 @@ def _dot(line: _Instruction, left: _Array) -> float:
     return 2.0 * inner * math.prod(line.arrays[0].shape)
 
 
-def _group_size(line: _Instruction) -> int:
-    """Over how many devices an exchange goes."""
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line.attributes):
-        return int(match.group(1))
-    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", line.attributes):
-        return len(match.group(1).split(","))
-    return 2
+def _lists(text: str) -> list[list[int]]:
+    return [[int(number) for number in part.split(",")] for part in re.findall(r"\{([\d,]+)\}", text)]
 
 
-def _sent(kind: str, line: _Instruction, operands: float) -> float:
+def _placed(sizes: str, order: str | None) -> np.ndarray:
+    """Devices ``0 …`` in an array of these sizes, whose axes are exchanged as it says."""
+    shape = [int(size) for size in sizes.split(",")]
+    devices = np.arange(math.prod(shape)).reshape(shape)
+    return devices.transpose([int(axis) for axis in order.split(",")]) if order else devices
+
+
+def _groups(line: _Instruction) -> list[list[int]]:
+    """Between which devices an exchange goes, in each of the forms that XLA writes; nothing if it does not say."""
+    text = line.attributes
+    if match := re.search(r"source_target_pairs=\{([\d,{}]*)\}", text):
+        return [pair for pair in _lists(match.group(1)) if pair[0] != pair[1]]
+    if match := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", text):
+        return _lists(match.group(1))
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        groups, size, sizes, order = match.groups()
+        return _placed(sizes, order).reshape(int(groups), int(size)).tolist()
+    match = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", text
+    )
+    if match is None:
+        return []
+    axes, sizes, order, along = match.groups()
+    named = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+    chosen = [number for number, name in enumerate(named) if f"'{name}'" in along]
+    devices = _placed(sizes or str(math.prod(named.values())), order).reshape(list(named.values()))
+    size = math.prod(devices.shape[axis] for axis in chosen)
+    return np.moveaxis(devices, chosen, range(-len(chosen), 0)).reshape(-1, size).tolist()
+
+
+def _along(groups: list[list[int]], axes: Mapping[str, int]) -> str:
+    """The axes of a mesh along which its devices exchange something."""
+    sizes, members = tuple(axes.values()), np.asarray(groups)
+    if not groups or members.max() >= math.prod(sizes):
+        return "unknown"
+    places = np.unravel_index(members, sizes)
+    moved = [name for name, place in zip(axes, places, strict=True) if np.any(place != place[:, :1])]
+    return ", ".join(moved)
+
+
+def _sent(kind: str, groups: list[list[int]], operands: float) -> float:
     """Bytes that each device sends, by the ring algorithms; nothing where a group is one device."""
-    group = _group_size(line)
+    group = len(groups[0]) if groups else 2
     share = (group - 1) / group
     if kind == "collective-permute":
         return operands
@@ -211,9 +262,9 @@ def _copied(line: _Instruction) -> float:
 class _Reader:
     """Adds up a program's costs, each computation once."""
 
-    def __init__(self, text: str, trips: int):
+    def __init__(self, text: str, trips: int, axes: Mapping[str, int]):
         self.computations, self.entry = _computations(text)
-        self.trips = trips
+        self.trips, self.axes = trips, axes
         self.known: dict[tuple[str, bool], ProgramCosts] = {}
 
     def cost(self, name: str, inside: bool = False) -> ProgramCosts:
@@ -243,7 +294,10 @@ class _Reader:
         kind = next((kind for kind in _COLLECTIVES if code in (kind, f"{kind}-start")), None)
         if kind is not None:
             size = sum(array.bytes for operand in given for array in operand.arrays)
-            return ProgramCosts(collective_bytes=_sent(kind, line, size), collectives=((kind, 1.0),))
+            groups = _groups(line)
+            sent = _sent(kind, groups, size)
+            over = ((_along(groups, self.axes), sent),) if self.axes and sent else ()
+            return ProgramCosts(collective_bytes=sent, collectives=((kind, 1.0),), over=over)
         if code in _COPIES:
             return ProgramCosts(bytes=0.0 if inside else _copied(line))
         within = ProgramCosts()
@@ -316,12 +370,14 @@ class _Reader:
         return self.trips
 
 
-def program_costs(text: str, trips: int = 1) -> ProgramCosts:
+def program_costs(text: str, trips: int = 1, axes: Mapping[str, int] = NO_AXES) -> ProgramCosts:
     """What a compiled program costs each device.
 
     Args:
         text: the program as the compiler writes it, ``jax.stages.Compiled.as_text()``.
         trips: how often a loop goes round whose end shows only as it runs.
+        axes: of the mesh that it was compiled for, by name their sizes, so that it is known along which of them
+            devices exchange something.
 
     Returns:
         The `ProgramCosts`. Elementwise work is not counted, which beside products and traffic takes no time.
@@ -332,5 +388,5 @@ def program_costs(text: str, trips: int = 1) -> ProgramCosts:
         >>> program_costs(text).flops
         1024.0
     """
-    reader = _Reader(text, trips)
+    reader = _Reader(text, trips, axes)
     return reader.cost(reader.entry)

@@ -314,7 +314,7 @@ def _reading_programs(places: Places, edits: int, settings: TPatcherSettings, wo
     begun, which = places.cache(power_of_two(settings.contexts - 1), tokens), places.rows((rows,), jnp.int32)
     stream = places.stream(rows, tokens, width)
     programs = [
-        Program("reading: embeddings", stack._embedded, (config, embed, numbers, numbers, None), runs=embedded),
+        Program("reading: embeddings", stack.embed_rows, (config, embed, numbers, numbers, None), runs=embedded),
         *block_programs(places, "reading", rows, tokens, 0, last, runs=whole),
         _enter_program(places, "reading, last layer", rows, tokens, last, whole),
         *block_programs(places, "reading up to the subject's layer", rows, tokens, 0, middle, runs=at_subjects),
@@ -324,10 +324,10 @@ def _reading_programs(places: Places, edits: int, settings: TPatcherSettings, wo
         args = (config, kind, params["layers"][index], stream, numbers, begun, which)
         name = "reading behind a prefix: block" + (f", kind {number + 1}" if number else "")
         times = {site: float(count * each) for site, each in after.items()}
-        programs.append(Program(name, tracing._run_after, args, runs=times))
+        programs.append(Program(name, tracing.run_block_after, args, runs=times))
     args = (config, config.kind(last), params["layers"][last], stream, numbers, begun, which)
     name = "reading behind a prefix: block up to its FFN's output"
-    programs.append(Program(name, tracing._enter_after, args, runs={site: float(n) for site, n in after.items()}))
+    programs.append(Program(name, tracing.enter_block_after, args, runs={site: float(n) for site, n in after.items()}))
     return programs
 
 
@@ -343,7 +343,7 @@ def _memory_programs(places: Places, workload: Workload) -> list[Program]:
         Program("memory: mixture of scatters", memories.blended, (square, square, scalar),
                 runs={"subject": 1.0, "last": 1.0}),
         Program(
-            "memory: whitening", memories._whitening, (square, square, scalar, scalar),
+            "memory: whitening", memories.whitening_matrix, (square, square, scalar, scalar),
             runs={"subject": 1.0 + workload.completed, "last": 1.0},
         ),
     ]  # fmt: skip
@@ -391,15 +391,17 @@ def _last_programs(
     head = Partial(networks.finisher(config), weights)
     problem, some = problems(size), problems(few)
     settle = (problem, memory, head, fit, act, places.array((), jnp.int32))
-    settled = _shapes(fitting._many_settle, places, *settle)
+    settled = _shapes(fitting.settle_many, places, *settle)
+    # On one part of a mesh the loop is that of one device.
+    over = places.mesh if places.data > 1 else None
     settled_few = jax.tree.map(lambda leaf: places.rows((few, *leaf.shape[1:]), leaf.dtype), settled)
     steps = fit.key_steps // fit.rounds
     programs = [
-        Program("last layer: keys, thresholds, first values", fitting._many_settle, settle, trips=steps,
+        Program("last layer: keys, thresholds, first values", fitting.settle_many, settle, trips=steps,
                 runs=times(neurons / size), resident=memory),
-        Program("last layer: steps on values", fitting._many_improve, (settled_few, some, head, fit, act),
+        Program("last layer: steps on values", fitting.improve_many, (settled_few, some, head, fit, act, over),
                 trips=fit.value_steps, runs=times(neurons * workload.missing / few, 0.0), resident=memory),
-        Program("last layer: patches", fitting._many_end_staged, (settled, problem, head, fit, act),
+        Program("last layer: patches", fitting.end_staged_many, (settled, problem, head, fit, act),
                 runs=times(neurons / size), resident=memory),
         *(_asked_programs(places, problem, memory, head, size) if every else ()),
         *_start_programs(places, edits, settings, size, contexts, times(neurons / size)),
@@ -412,9 +414,9 @@ def _last_programs(
         args = (config, weights, patch, sites)
         wanted = places.rows((holding.ROWS,), jnp.int32)
         programs += [
-            Program("last layer: what is said", collection._predicted, args, runs=times(looks), resident=memory),
+            Program("last layer: what is said", collection.predict_sites, args, runs=times(looks), resident=memory),
             # Asked before a request is edited, and of some texts afterwards.
-            Program("margins of what is asked", holding._margins, (config, weights, sites, wanted)),
+            Program("margins of what is asked", holding.margins_of_sites, (config, weights, sites, wanted)),
         ]
     return programs
 
@@ -429,7 +431,7 @@ def _asked_programs(places: Places, problem: FitProblem, memory: Memory, head: P
     """The paper's recipe, and single fits by both recipes."""
     settings: FitSettings = PRESETS["paper"].fit
     act = ACTIVATIONS[places.config.activation]
-    states = _shapes(fitting._many_begin, places, problem, places.key(size), settings)
+    states = _shapes(fitting.begin_many, places, problem, places.key(size), settings)
     args = (states, problem, memory, head, settings, act)
     one = jax.tree.map(lambda leaf: places.array(leaf.shape[1:], leaf.dtype), problem)
     single = jax.jit(fitting.fit, static_argnames=("settings", "activation"))
@@ -438,9 +440,9 @@ def _asked_programs(places: Places, problem: FitProblem, memory: Memory, head: P
     return [
         Program("one fit, staged", single, (one, memory), staged, trips=PRESETS["default"].fit.key_steps),
         Program("one fit, joint", single, (one, memory), {**alone, "settings": settings}, trips=settings.least_steps),
-        Program("paper's recipe: start", fitting._many_begin, (problem, places.key(size), settings)),
-        Program(f"paper's recipe: {settings.patience} steps", fitting._many_advance, args, resident=memory),
-        Program("paper's recipe: patches", fitting._many_end, args, resident=memory),
+        Program("paper's recipe: start", fitting.begin_many, (problem, places.key(size), settings)),
+        Program(f"paper's recipe: {settings.patience} steps", fitting.advance_many, args, resident=memory),
+        Program("paper's recipe: patches", fitting.end_many, args, resident=memory),
     ]
 
 
@@ -461,7 +463,7 @@ def _start_programs(
         Program(
             "last layer: moment of the unembedding", last_site.moment, (places.array(table.shape, table.dtype, split),)
         ),
-        Program("last layer: where values start", last_site._prepared, args, runs=runs),
+        Program("last layer: where values start", last_site.prepare_starts, args, runs=runs),
     ]
 
 
@@ -519,26 +521,26 @@ def _subject_programs(places: Places, edits: int, settings: TPatcherSettings, wo
     tokens, ends = pack_sizes(workload, aims + beside)
     read = power_of_two(workload.target, 2)
     said = (config, places.last_weights, places.stream(lanes, ends, width), places.rows((lanes, beside), jnp.int32))
-    run = Partial(subject_rows._runner(config, layer, False), networks.after(places.params, layer))
+    run = Partial(subject_rows.runner_function(config, layer, False), networks.after(places.params, layer))
     problem, state = _value_structs(places, lanes, aims, beside, tokens, ends, read, layer)
     alone, _ = _value_structs(places, lanes, 1, 0, *pack_sizes(workload, 1), read, layer)
-    carry = stepping._Carry(state, places.rows((lanes,), jnp.bool_), places.rows((lanes,), jnp.int32))
-    step = Partial(values._step(subject.value._replace(steps=0)), run)
+    carry = stepping.LanesCarry(state, places.rows((lanes,), jnp.bool_), places.rows((lanes,), jnp.int32))
+    step = Partial(values.value_step(subject.value._replace(steps=0)), run)
     number, half = places.rows((places.data,), jnp.int32), places.rows((max(places.data, lanes // 2),), jnp.int32)
     # On one part of a mesh the loop is that of one device.
     over = places.mesh if places.data > 1 else None
     return [
-        Program("subjects: keys", subject_site._keys, (*lanewise, memory), {"rounds": subject.key_rounds},
+        Program("subjects: keys", subject_site.fit_keys, (*lanewise, memory), {"rounds": subject.key_rounds},
                 runs={"subject": 1.0}),
         *fork_programs(places, "values, rows", lanes, tokens, layer, chunks),
-        Program("values: what is said unedited", subject_rows._log_probs, said, runs=chunks),
-        Program("values: slopes before any step", subject_values._slope, (run, alone.known, alone.targets),
+        Program("values: what is said unedited", subject_rows.log_probs_at, said, runs=chunks),
+        Program("values: slopes before any step", subject_values.target_slope, (run, alone.known, alone.targets),
                 runs=chunks),
         # A look at each number of steps, none included.
-        Program("values: steps", stepping._advance, (step, carry, problem, number, subject.value.steps, over),
+        Program("values: steps", stepping.advance_lanes, (step, carry, problem, number, subject.value.steps, over),
                 trips=subject.value.steps + 1, runs=chunks),
-        Program("values: fewer lanes", stepping._take, ((carry, problem), half, lanes // places.data, over),
-                runs=chunks),
+        Program("values: fewer lanes", stepping.take_lanes_by_part,
+                ((carry, problem), half, lanes // places.data, over), runs=chunks),
     ]  # fmt: skip
 
 
@@ -554,7 +556,7 @@ def _value_structs(
     targets = TargetRows(places.rows((lanes, aims)), places.rows(wanted, jnp.int32), places.rows(wanted))
     kept = KeptRows(places.rows((lanes, beside)), places.over_vocabulary((lanes, beside, config.vocabulary)))
     move = places.rows((lanes, width))
-    state = values._State(
+    state = values.ValueState(
         move, places.rows((lanes, aims)), places.rows((lanes, beside)), places.rows((lanes,), jnp.bool_)
     )
-    return values._Problem(known, targets, kept, places.rows((lanes, 1)), places.array((), jnp.int32)), state
+    return values.ValueProblem(known, targets, kept, places.rows((lanes, 1)), places.array((), jnp.int32)), state

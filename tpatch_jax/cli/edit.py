@@ -32,7 +32,7 @@ from tpatch_jax.cli.common import (
     settings_of,
     split_base,
 )
-from tpatch_jax.display.console import format_count, print_json, result_console, result_table
+from tpatch_jax.display.console import format_count, print_json, progress_bar, result_console, result_table
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.requests import EditRequest, protect, request_fields
 
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from tpatch_jax.models.model import Model
 
 __all__ = ["Edit", "other_facts", "summary"]
+
+TPATCHER = "tpatcher"
+"""The method whose edits are patches."""
 
 SHOWN = 100
 """So many requests at most are shown with what the model says; all are in ``--json``."""
@@ -55,7 +58,12 @@ class Edit:
     model: ModelName
     requests: RequestsFile = None
     _: KW_ONLY
-    output: Annotated[str, arg(aliases=["-o"], metavar="PATCHES", help="folder for the patches")]
+    output: Annotated[
+        str, arg(aliases=["-o"], metavar="PATCHES", help="folder for the patches; with --method for the edited model")
+    ]
+    method: Annotated[
+        str, arg(metavar="NAME", help="tpatcher, or one that changes weights: ft, rome, r-rome, memit, alphaedit, …")
+    ] = TPATCHER
     prompt: Prompt = None
     target: Target = None
     subject: Subject = None
@@ -76,6 +84,9 @@ class Edit:
 
     def run(self) -> None:
         """Edit, save, measure, and show the figures and what the model says now."""
+        if self.method != TPATCHER:
+            self._edit_weights()
+            return
         from tpatch_jax.bank.patches import save_patches
         from tpatch_jax.core.layers import count_neurons
         from tpatch_jax.display.progress import edit_phases, edit_progress, format_seconds, pass_seconds
@@ -167,14 +178,59 @@ class Edit:
         if not held:
             raise TPatchError(f"nothing is saved in {self.output}: no request holds; mend them as the reasons say")
 
+    def _edit_weights(self) -> None:
+        """Edit with a method whose result is a model, and save that."""
+        from tpatch_jax.editors.registry import method_settings
+        from tpatch_jax.editors.speech import spoken_requests
+        from tpatch_jax.editors.weights import check_changes_weights, edit_weights
+        from tpatch_jax.evaluation.answers import compare_answers, count_prompts
+        from tpatch_jax.evaluation.measure import measure
+        from tpatch_jax.models.model import save_model
+        from tpatch_jax.storage.files import check_vacant
+        from tpatch_jax.storage.settings import combine, read_config, split_changes
+
+        name = check_changes_weights(self.method).name
+        for option in ("train_on_rephrases", "protect", "resume"):
+            if getattr(self, option):
+                raise TPatchError(f"--{option.replace('_', '-')} is for T-Patcher's edits; leave it out, or --method")
+        single = (self.prompt, self.target, self.subject)
+        requests = requests_of(self.requests, single, join=self.join, form=self.form, system=self.system)
+        given, dtype = split_base(self.changes, self.dtype)
+        changes = combine(read_config(self.config) if self.config else {}, split_changes(given))
+        in_file = changes.pop("preset", "default")
+        settings = method_settings([name], self.preset or str(in_file), changes)[name]
+        check_vacant(Path(self.output))
+        model = load(self.model, dtype, self.quiet or self.json)
+        requests, prompts = spoken_requests(model, requests), count_prompts(requests)
+        with progress_bar(self.quiet or self.json) as report:
+            edited, info = edit_weights(
+                model, requests, name, settings=settings, memory=self.memory, seed=self.seed, progress=report
+            )
+            held = any(request.held for request in info.requests)
+            if held:
+                save_model(edited, self.output)
+            figures = measure(model, edited, requests, lambda done: report("measuring", done, 2 * prompts))
+            said = compare_answers(model, edited, requests, lambda done: report("reading answers", done, 2 * prompts))
+        result = {**summary(info, figures, 0), "subject_specificity": {}, "method": name}
+        result["records"] = _records(info, said, [[] for _ in requests])
+        if self.json:
+            print_json(result)
+        else:
+            self._show(requests, info, result, saved=held)
+        if not held:
+            raise TPatchError(f"nothing is saved in {self.output}: no request holds; mend them as the reasons say")
+
     def _show(self, requests: Sequence[EditRequest], info: "EditInfo", result: dict[str, Any], *, saved: bool) -> None:
         from rich.markup import escape
         from rich.text import Text
 
         console = result_console()
-        counts = f"{format_count(len(requests), 'request')}, {format_count(result['patches'], 'neuron')}"
+        method = result.get("method")
+        made = f"by {method}" if method else format_count(result["patches"], "neuron")
+        counts = f"{format_count(len(requests), 'request')}, {made}"
         table = result_table(f"{counts}, {info.seconds:.1f} s", ("figure", "value"), ("value",))
-        shown = {**result, **result["subject_specificity"].get("statements", {}), "prompts": None}
+        shown = {**result, **result["subject_specificity"].get("statements", {}), "prompts": None, "method": None}
+        shown |= {"patches": None} if method else {}
         for name, value in shown.items():
             if value is not None and not isinstance(value, list | dict):
                 table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
@@ -187,17 +243,20 @@ class Edit:
             console.print(f"[red]failed[/red] {escape(request.id)}: {escape(request.reason)}")
         if not saved:
             return
-        console.print(f"patches saved in {self.output}; try them:", markup=False)
+        what = "model saved in {}; try it:" if method else "patches saved in {}; try them:"
+        console.print(what.format(self.output), markup=False)
         source = getattr(requests[0].prompt, "source", "")
         if hasattr(requests[0].prompt, "samples"):
-            command = ["tpatch", "transcribe", self.model, source or "AUDIO", "--patches", self.output]
+            command = ["tpatch", "transcribe", self.output if method else self.model, source or "AUDIO"]
+            command += [] if method else ["--patches", self.output]
             console.print(Text(shlex.join(command)), soft_wrap=True)
             return
-        words = ["tpatch", "generate", self.model, "--patches", self.output, "--prompt", requests[0].prompt]
+        words = ["tpatch", "generate", *([self.output] if method else [self.model, "--patches", self.output])]
+        words += ["--prompt", requests[0].prompt]
         words += ["--chat"] if requests[0].form == "chat" else []
         words += ["--system", requests[0].system] if requests[0].system is not None else []
         dtype = split_base(self.changes, self.dtype)[1]
-        words += ["--dtype", dtype] if dtype else []
+        words += ["--dtype", dtype] if dtype and not method else []
         console.print(Text(shlex.join(words)), soft_wrap=True)
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int, Key
 
 from tpatch_jax.core.arguments import check_kind, describe
 from tpatch_jax.core.checks import as_key
-from tpatch_jax.core.devices import automatically, divided, host, parts, shard_rows
+from tpatch_jax.core.devices import DATA_AXIS, automatic, automatically, divided, host, parts, shard_rows
 from tpatch_jax.core.memory import Memory
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.core.problem import FitInfo, FitProblem, FitSettings, Head
@@ -30,7 +30,19 @@ from tpatch_jax.core.sizes import few_or_most, power_of_two, round_up
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.typing import Activation, CountProgress, RngKey
 
-__all__ = ["FitInfo", "FitProblem", "FitSettings", "fit", "fit_many"]
+__all__ = [
+    "FitInfo",
+    "FitProblem",
+    "FitSettings",
+    "advance_many",
+    "begin_many",
+    "end_many",
+    "end_staged_many",
+    "fit",
+    "fit_many",
+    "improve_many",
+    "settle_many",
+]
 
 
 @automatically
@@ -109,17 +121,31 @@ def _check(lane: Any, memory: Any, head: Any, rng: Any, settings: Any, activatio
 
 
 @partial(jax.jit, static_argnames=("settings", "activation"))
-def _many_settle(lanes, memory, head, settings, activation, harder):
+def settle_many(lanes, memory, head, settings, activation, harder):
+    """Of many lanes keys, thresholds and first values: the staged recipe up to its steps on values."""
     return jax.vmap(lambda lane: staged.settle(lane, memory, head, settings, activation, harder))(lanes)
 
 
-@partial(jax.jit, static_argnames=("settings", "activation"))
-def _many_improve(settled, lanes, head, settings, activation):
-    return jax.vmap(lambda state, lane: staged.improve(state, lane, head, settings, activation))(settled, lanes)
+@partial(jax.jit, static_argnames=("settings", "activation", "mesh"))
+def improve_many(settled, lanes, head, settings, activation, mesh=None):
+    """Steps on the values of lanes that miss their target; on a mesh each part of it until its own lanes have ended."""
+
+    def alone(settled, lanes, head):
+        return jax.vmap(lambda state, lane: staged.improve(state, lane, head, settings, activation))(settled, lanes)
+
+    if mesh is None:
+        return alone(settled, lanes, head)
+    rows, whole = PartitionSpec(DATA_AXIS), PartitionSpec()
+    # One loop for all lanes would ask at each step whether any of them goes on.
+    each = jax.shard_map(
+        alone, mesh=mesh, in_specs=(rows, rows, whole), out_specs=rows, axis_names={DATA_AXIS}, check_vma=False
+    )
+    return each(settled, lanes, head)
 
 
 @partial(jax.jit, static_argnames=("settings", "activation"))
-def _many_end_staged(settled, lanes, head, settings, activation):
+def end_staged_many(settled, lanes, head, settings, activation):
+    """Patches of many lanes, and how each was fitted, by the staged recipe."""
     return jax.vmap(lambda state, lane: staged.end(state, lane, head, settings, activation))(settled, lanes)
 
 
@@ -142,31 +168,35 @@ def _staged_bucket(
 ) -> tuple[Patch, FitInfo]:
     """The staged recipe for one bucket; only lanes that miss their target go through the steps on the value."""
     lanes = shard_rows(lanes, mesh)
-    settled = _many_settle(lanes, memory, head, settings, activation, np.int32(retry))
+    settled = settle_many(lanes, memory, head, settings, activation, np.int32(retry))
     missing = np.flatnonzero(~host(settled.held)[:count])
+    over = automatic(mesh) if mesh is not None and parts(mesh) > 1 else None
     # A few at a time: how many miss differs from call to call, and must not compile anything.
     size = round_up(few_or_most(1, settings.lanes), parts(mesh))
     for first in range(0, missing.size, size):
         few = missing[first : first + size]
         part = jax.tree.map(lambda leaf, few=few: host(leaf)[np.resize(few, size)], (settled, lanes))
-        improved = _many_improve(*shard_rows(part, mesh), head, settings, activation)
+        improved = improve_many(*shard_rows(part, mesh), head, settings, activation, over)
         both = jax.tree.map(lambda old, new, few=few: _replaced(old, few, new), settled, improved)
         settled = shard_rows(both, mesh)
-    return _many_end_staged(settled, lanes, head, settings, activation)
+    return end_staged_many(settled, lanes, head, settings, activation)
 
 
 @partial(jax.jit, static_argnames="settings")
-def _many_begin(lanes, rngs, settings):
+def begin_many(lanes, rngs, settings):
+    """Where the joint recipe starts, for many lanes."""
     return jax.vmap(lambda lane, rng: joint.begin(lane, settings, rng))(lanes, rngs)
 
 
 @partial(jax.jit, static_argnames=("settings", "activation"))
-def _many_advance(states, lanes, memory, head, settings, activation):
+def advance_many(states, lanes, memory, head, settings, activation):
+    """So many steps of the joint recipe as it has patience, on many lanes."""
     return jax.vmap(lambda state, lane: joint.advance(state, lane, memory, head, settings, activation))(states, lanes)
 
 
 @partial(jax.jit, static_argnames=("settings", "activation"))
-def _many_end(states, lanes, memory, head, settings, activation):
+def end_many(states, lanes, memory, head, settings, activation):
+    """Patches of many lanes, and how each was fitted, by the joint recipe."""
     return jax.vmap(lambda state, lane: joint.end(state, lane, memory, head, settings, activation))(states, lanes)
 
 
@@ -293,12 +323,12 @@ def _joint_bucket(
     activation: Activation,
 ) -> tuple[Patch, FitInfo]:
     """The joint recipe for one bucket, which shrinks as lanes finish."""
-    states = _many_begin(lanes, rngs, settings)
+    states = begin_many(lanes, rngs, settings)
     finished: dict[int, joint.JointState] = {}
     going = [(lane, lane) for lane in range(count)]  # where in the bucket, which lane
     part = lanes
     while going:
-        states = _many_advance(states, part, memory, head, settings, activation)
+        states = advance_many(states, part, memory, head, settings, activation)
         done = np.asarray(states.done)
         for slot, lane in going:
             if done[slot]:
@@ -311,4 +341,4 @@ def _joint_bucket(
             going = list(enumerate(rest.tolist()))
     states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(finished[lane] for lane in range(count)))
     size = lanes.target.shape[0]
-    return _many_end(_padded(states, size), lanes, memory, head, settings, activation)
+    return end_many(_padded(states, size), lanes, memory, head, settings, activation)

@@ -24,7 +24,18 @@ from tpatch_jax.core.devices import DATA_AXIS, host, parts, shard_rows
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["LaneResult", "LaneRun", "minimise_lanes", "run_lanes", "take_lanes"]
+__all__ = [
+    "Descent",
+    "LaneResult",
+    "LaneRun",
+    "LanesCarry",
+    "advance_lanes",
+    "descent_of",
+    "minimise_lanes",
+    "run_lanes",
+    "take_lanes",
+    "take_lanes_by_part",
+]
 
 PAIR = 2
 """A batch of so few lanes is kept whole: another program would take longer to compile than the lane that is saved."""
@@ -85,7 +96,7 @@ def take_lanes(tree: Tree, lanes: Int[np.ndarray | Array, " taken"], count: int)
     return jax.tree.map(take, tree)
 
 
-class _Carry(NamedTuple):
+class LanesCarry(NamedTuple):
     """Of all lanes: where they stand, which have ended, and when."""
 
     state: Any
@@ -94,8 +105,8 @@ class _Carry(NamedTuple):
 
 
 def _loop(
-    step: Partial, carry: _Carry, problem: Any, number: Int[Array, ""], steps: int
-) -> tuple[_Carry, Int[Array, ""]]:
+    step: Partial, carry: LanesCarry, problem: Any, number: Int[Array, ""], steps: int
+) -> tuple[LanesCarry, Int[Array, ""]]:
     """Steps until so many lanes have ended that a smaller batch holds the others."""
     size = power_of_two(carry.ended.shape[0])
     fewest = size // 2 if size > PAIR else 0
@@ -106,14 +117,14 @@ def _loop(
             lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b) if a.ndim else a, new, old
         )
 
-    def take_step(at: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
+    def take_step(at: tuple[LanesCarry, Array]) -> tuple[LanesCarry, Array]:
         (state, ended, taken), number = at
         seen, stopped, after = step(state, problem, number)
         stopped |= number == steps
         taken = jnp.where(~ended & stopped, number, taken)
         state = chosen(~ended, seen, state)
         ended |= stopped
-        return _Carry(chosen(~ended, after, state), ended, taken), number + 1
+        return LanesCarry(chosen(~ended, after, state), ended, taken), number + 1
 
     return jax.lax.while_loop(lambda at: jnp.sum(~at[0].ended) > fewest, take_step, (carry, number))
 
@@ -124,12 +135,14 @@ def _split(tree: Any) -> Any:
 
 
 @partial(jax.jit, static_argnames=("steps", "mesh"))
-def _advance(
-    step: Partial, carry: _Carry, problem: Any, number: Int[Array, " parts"], steps: int, mesh: Mesh | None = None
-) -> tuple[_Carry, Int[Array, " parts"]]:
+def advance_lanes(
+    step: Partial, carry: LanesCarry, problem: Any, number: Int[Array, " parts"], steps: int, mesh: Mesh | None = None
+) -> tuple[LanesCarry, Int[Array, " parts"]]:
     """The loop of `_loop`; on a mesh one for each part, which asks no other part. Each has a number of its own."""
 
-    def alone(step: Partial, carry: _Carry, problem: Any, number: Int[Array, " 1"]) -> tuple[_Carry, Int[Array, " 1"]]:
+    def alone(
+        step: Partial, carry: LanesCarry, problem: Any, number: Int[Array, " 1"]
+    ) -> tuple[LanesCarry, Int[Array, " 1"]]:
         carry, after = _loop(step, carry, problem, number[0], steps)
         return carry, after[None]
 
@@ -189,11 +202,11 @@ def run_lanes(
         )
     lane = np.arange(count)
     counts = jax.device_put(np.zeros(count, bool)), jax.device_put(np.zeros(count, np.int32))
-    carry = _Carry(jax.device_put(state), *counts)
+    carry = LanesCarry(jax.device_put(state), *counts)
     carry, problem, number = shard_rows((carry, problem, np.zeros(over, np.int32)), mesh)
     result = LaneRun(jax.tree.map(lambda leaf: np.array(host(leaf)), state), np.zeros(count, int))
     while True:
-        carry, number = _advance(step, carry, problem, number, steps, mesh)
+        carry, number = advance_lanes(step, carry, problem, number, steps, mesh)
         # Of a lane that goes on this is written again at its end.
         _write(result, lane, (carry.state, carry.steps))
         going = [np.flatnonzero(~part) for part in host(carry.ended).reshape(over, -1)]
@@ -203,11 +216,11 @@ def run_lanes(
         # One that stands in twice does the same both times; a part whose lanes have all ended keeps its first.
         keep = np.stack([np.resize(part if part.size else np.zeros(1, int), power_of_two(most)) for part in going])
         each = lane.size // over
-        carry, problem = _take((carry, problem), shard_rows(keep.reshape(-1), mesh), each, mesh)
+        carry, problem = take_lanes_by_part((carry, problem), shard_rows(keep.reshape(-1), mesh), each, mesh)
         lane = lane[(keep + each * np.arange(over)[:, None]).reshape(-1)]
 
 
-class _Descent(NamedTuple):
+class Descent(NamedTuple):
     """Of all lanes: where they stand, and what the stop rule and the optimiser know of them."""
 
     moves: Float[Array, "lanes d"]
@@ -216,19 +229,19 @@ class _Descent(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def _descend(
+def descent_of(
     optimiser: optax.GradientTransformation,
-) -> Callable[..., tuple[_Descent, Bool[Array, " lanes"], _Descent]]:
+) -> Callable[..., tuple[Descent, Bool[Array, " lanes"], Descent]]:
     """One object for each optimiser, so that ``jit`` recognises it."""
 
     def step(
-        loss: Partial, project: Partial, stop: Partial, at: _Descent, problem: Any, number: Int[Array, ""]
-    ) -> tuple[_Descent, Bool[Array, " lanes"], _Descent]:
+        loss: Partial, project: Partial, stop: Partial, at: Descent, problem: Any, number: Int[Array, ""]
+    ) -> tuple[Descent, Bool[Array, " lanes"], Descent]:
         (_, report), gradient = jax.value_and_grad(loss, has_aux=True)(at.moves, problem, at.state, number)
         state, stopped = stop(at.moves, problem, at.state, report, number)
         update, moments = optimiser.update(gradient, at.moments, at.moves)
         after = project(at.moves + jnp.asarray(update), problem)
-        return at._replace(state=state), stopped, _Descent(after, state, moments)
+        return at._replace(state=state), stopped, Descent(after, state, moments)
 
     return step
 
@@ -281,13 +294,13 @@ def minimise_lanes(
         (3.0, True)
     """
     functions = [function if isinstance(function, Partial) else Partial(function) for function in (loss, project, stop)]
-    start = _Descent(jnp.asarray(moves), state, optimiser.init(moves))  # pyright: ignore[reportArgumentType]
-    run = run_lanes(Partial(_descend(optimiser), *functions), start, problem, steps)
+    start = Descent(jnp.asarray(moves), state, optimiser.init(moves))  # pyright: ignore[reportArgumentType]
+    run = run_lanes(Partial(descent_of(optimiser), *functions), start, problem, steps)
     return LaneResult(run.state.moves, run.steps, run.state.state)
 
 
 @partial(jax.jit, static_argnames=("count", "mesh"))
-def _take(tree: Tree, lanes: Int[Array, " taken"], count: int, mesh: Mesh | None = None) -> Tree:
+def take_lanes_by_part(tree: Tree, lanes: Int[Array, " taken"], count: int, mesh: Mesh | None = None) -> Tree:
     """Some lanes of a batch of ``count``; on a mesh of each part's batch, by their numbers in it."""
     if mesh is None:
         return take_lanes(tree, lanes, count)

@@ -29,6 +29,7 @@ __all__ = [
     "nuisance_scatter",
     "second_moments",
     "whitening",
+    "whitening_matrix",
 ]
 
 NO_ANSWER, PADDING = -1, -2
@@ -161,11 +162,12 @@ def whitening(
         >>> whitening(jnp.eye(4)).shape
         (4, 4)
     """
-    return _whitening(covariance, nuisance, weight, shrinkage)
+    return whitening_matrix(covariance, nuisance, weight, shrinkage)
 
 
 @jax.jit
-def _whitening(covariance: Array, nuisance: Array | None, weight: float, shrinkage: float) -> Array:
+def whitening_matrix(covariance: Array, nuisance: Array | None, weight: float, shrinkage: float) -> Array:
+    """What `whitening` returns, in one compiled program."""
     hidden_size = covariance.shape[0]
 
     def normalised(matrix: Array) -> Array:

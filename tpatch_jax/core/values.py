@@ -25,6 +25,8 @@ from tpatch_jax.core.lanes import run_lanes
 __all__ = [
     "KeptRows",
     "TargetRows",
+    "ValueProblem",
+    "ValueState",
     "ValueTrainingInfo",
     "ValueTrainingSettings",
     "gauss_newton_step",
@@ -33,6 +35,7 @@ __all__ = [
     "losses_of_rows",
     "run_rows",
     "train_values",
+    "value_step",
 ]
 
 Run = Callable[[Any, Float[Array, "lanes rows d"]], Float[Array, "lanes places vocabulary"]]
@@ -185,7 +188,7 @@ def _activity(targets: TargetRows, kept: KeptRows | None) -> Float[Array, "lanes
     return targets.activity if kept is None else jnp.concatenate([targets.activity, kept.activity], 1)
 
 
-class _Problem(NamedTuple):
+class ValueProblem(NamedTuple):
     """What each lane is trained on.
 
     ``limit`` is the value's largest length, ``[lanes, 1]``, ``most`` so many steps are taken at most, a scalar int.
@@ -198,7 +201,7 @@ class _Problem(NamedTuple):
     most: Int[Array, ""]
 
 
-class _State(NamedTuple):
+class ValueState(NamedTuple):
     """Of each lane: where it stands, and what its rows said when last looked at.
 
     Attributes:
@@ -310,12 +313,12 @@ def train_values(
         2
     """
     limit, move = _begin(scale, settings.longest, start)
-    problem = _Problem(known, targets, kept, limit, jax.device_put(np.int32(settings.steps)))
+    problem = ValueProblem(known, targets, kept, limit, jax.device_put(np.int32(settings.steps)))
     (lanes, aims), others = targets.activity.shape, 0 if kept is None else kept.activity.shape[1]
     rest = np.zeros((lanes, aims), np.float32), np.zeros((lanes, others), np.float32), np.zeros(lanes, bool)
-    state = _State(move, *map(jax.device_put, rest))
+    state = ValueState(move, *map(jax.device_put, rest))
     run = run if isinstance(run, Partial) else Partial(run)
-    result = run_lanes(Partial(_step(settings._replace(steps=0)), run), state, problem, settings.steps, mesh)
+    result = run_lanes(Partial(value_step(settings._replace(steps=0)), run), state, problem, settings.steps, mesh)
     end, weight = result.state, host(targets.weight).sum(2)
     mean = np.where(weight > 0, end.losses * weight, 0.0).sum(1) / np.maximum(weight.sum(1), 1e-12)
     close = end.divergence.mean(1) if end.divergence.shape[1] else np.zeros(lanes, np.float32)
@@ -340,7 +343,7 @@ def _neutral_residual(moved: Array) -> Array:
     return jnp.where(moved > 1e-9, jnp.sqrt(2 * jnp.maximum(moved, 1e-9)), 0.0)
 
 
-def _look(run: Partial, problem: _Problem, added: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+def _look(run: Partial, problem: ValueProblem, added: Array) -> tuple[Array, tuple[Array, Array, Array]]:
     """Each row's residual and its sum, the losses of the targets, and how far the others have moved."""
     said, beside = run_rows(run, problem.known, problem.targets, problem.kept, added)
     residual, losses = log_odds_against(problem.targets, said), losses_of_rows(problem.targets, said)
@@ -352,7 +355,7 @@ def _look(run: Partial, problem: _Problem, added: Array) -> tuple[Array, tuple[A
 
 
 def _look_with_slopes(
-    run: Partial, problem: _Problem, move: Array
+    run: Partial, problem: ValueProblem, move: Array
 ) -> tuple[tuple[Array, Array, Array], Callable[[], Array]]:
     """What `_look` says of all rows as the lanes stand, and what gives each residual's slope in its lane's move."""
     activity = _activity(problem.targets, problem.kept)
@@ -363,14 +366,14 @@ def _look_with_slopes(
 
 
 @lru_cache(maxsize=16)
-def _step(settings: ValueTrainingSettings) -> Callable[..., tuple[_State, Bool[Array, " lanes"], _State]]:
+def value_step(settings: ValueTrainingSettings) -> Callable[..., tuple[ValueState, Bool[Array, " lanes"], ValueState]]:
     """One object for the same settings, so that ``jit`` recognises it."""
 
     def step(
-        run: Partial, state: _State, problem: _Problem, number: Int[Array, ""]
-    ) -> tuple[_State, Bool[Array, " lanes"], _State]:
+        run: Partial, state: ValueState, problem: ValueProblem, number: Int[Array, ""]
+    ) -> tuple[ValueState, Bool[Array, " lanes"], ValueState]:
         (residual, losses, moved), slopes = _look_with_slopes(run, problem, state.move)
-        state = _State(state.move, losses, moved, jnp.where(number == 0, residual[:, 0] < 0, state.at_start))
+        state = ValueState(state.move, losses, moved, jnp.where(number == 0, residual[:, 0] < 0, state.at_start))
         weight, aims = _row_weights(problem.targets), losses.shape[1]
         said = jnp.all(jnp.where(weight > 0, losses, 0.0) < settings.enough, 1)
         close = jnp.mean(moved, 1) < settings.near if moved.shape[1] else True

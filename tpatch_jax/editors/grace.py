@@ -73,6 +73,7 @@ __all__ = [
     "grace_layer",
     "restore_edits",
     "save_edits",
+    "train_entries",
 ]
 
 HEIGHT = 0.75
@@ -416,7 +417,7 @@ class Trained(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("config", "layer", "steps"))
-def _train(
+def train_entries(
     config: NetworkConfig,
     layer: int,
     steps: int,
@@ -486,7 +487,7 @@ def _fit(state: GraceState, items: Sequence[Item], wanted: Sequence[int], progre
             traced = model.trace(batch, state.layer)
             lessons = _lessons(config, [items[n] for n in chosen], [wanted[n] for n in chosen], len(traced.query))
             arrays = traced.query, traced.output, traced.context
-            trained = _train(
+            trained = train_entries(
                 config, state.layer, settings.edit_steps, model.params, arrays, codebook, lessons,
                 settings.edit_rate, settings.nll_enough,
             )  # fmt: skip

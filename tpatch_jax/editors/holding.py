@@ -21,7 +21,7 @@ from tpatch_jax.models.model import Model, check_loaded
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.requests import EditRequest
 
-__all__ = ["AskedRow", "asked_row", "read_margins", "requests_held"]
+__all__ = ["AskedRow", "asked_row", "margins_of_sites", "read_margins", "requests_held"]
 
 ROWS = 64
 
@@ -65,7 +65,10 @@ def asked_row(model: Model, request: EditRequest) -> AskedRow:
 
 
 @partial(jax.jit, static_argnames="config")
-def _margins(config: NetworkConfig, weights: Any, sites: Sites, wanted: Int[Array, " rows"]) -> Float[Array, " rows"]:
+def margins_of_sites(
+    config: NetworkConfig, weights: Any, sites: Sites, wanted: Int[Array, " rows"]
+) -> Float[Array, " rows"]:
+    """By how much the wanted token leads all others, or trails them, at each site."""
     logits = networks.finish(config, weights, {"residual": sites.residual}, sites.output).astype(jnp.float32)
     target = jnp.take_along_axis(logits, wanted[:, None], 1)[:, 0]
     others = jnp.where(jax.nn.one_hot(wanted, logits.shape[1], dtype=jnp.bool_), -jnp.inf, logits)
@@ -92,7 +95,7 @@ def read_margins(model: Model, rows: Sequence[AskedRow]) -> Float[np.ndarray, " 
         missing = few_or_most(count, ROWS) - count
         part = Sites(*(pad_rows(array[first : first + count], missing) for array in sites))
         tokens = np.pad(wanted[first : first + count], (0, missing))
-        parts.append(host(_margins(model.config, weights, *shard_rows((part, tokens), mesh)))[:count])
+        parts.append(host(margins_of_sites(model.config, weights, *shard_rows((part, tokens), mesh)))[:count])
     margins, end, least = np.concatenate([np.zeros(0), *parts]), 0, []
     for row in rows:
         least.append(min(margins[end : end + len(row.wanted)], default=np.inf))

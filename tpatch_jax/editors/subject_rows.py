@@ -29,6 +29,7 @@ __all__ = [
     "fitting_rows",
     "fork_rows",
     "known_rows",
+    "log_probs_at",
     "pack_lanes",
     "prompt_row",
     "read_queries",
@@ -36,6 +37,7 @@ __all__ = [
     "row_of",
     "rows_of",
     "runner",
+    "runner_function",
     "said_at",
     "short_ends",
     "short_rows",
@@ -292,11 +294,11 @@ def runner(model: Model, layer: int, *, stream: bool = False) -> Partial:
         ``(a KnownRows, added [lanes, rows, d]) -> [lanes, places, vocabulary]``, as
         `tpatch_jax.core.values.train_values` runs it.
     """
-    return Partial(_runner(model.config, layer, stream), networks.after(model.params, layer))
+    return Partial(runner_function(model.config, layer, stream), networks.after(model.params, layer))
 
 
 @lru_cache(maxsize=16)
-def _runner(config: NetworkConfig, layer: int, stream: bool) -> Callable[..., Array]:
+def runner_function(config: NetworkConfig, layer: int, stream: bool) -> Callable[..., Array]:
     """One object for each network and layer, so that ``jit`` recognises it."""
 
     @jax.jit
@@ -308,18 +310,18 @@ def _runner(config: NetworkConfig, layer: int, stream: bool) -> Callable[..., Ar
         lane = jnp.arange(place.shape[0])[:, None]
         changed = place.at[lane, known.first].add(added.astype(place.dtype))
         forked, output = (forked._replace(residual=changed), forked.output) if stream else (forked, changed)
-        return _log_probs(config, params, networks.resume_fork(config, params, forked, output), known.places)
+        return log_probs_at(config, params, networks.resume_fork(config, params, forked, output), known.places)
 
     return run
 
 
 def said_at(model: Model, forked: networks.Fork, places: Int[Array, "lanes places"]) -> Array:
     """Log-probabilities of what comes next as rows stand, at places among their ends: ``[lanes, places, v]``."""
-    return _log_probs(model.config, networks.final_weights(model.config, model.params), forked.hidden, places)
+    return log_probs_at(model.config, networks.final_weights(model.config, model.params), forked.hidden, places)
 
 
 @partial(jax.jit, static_argnames="config")
-def _log_probs(config: NetworkConfig, params: Params, hidden: Array, places: Array) -> Array:
+def log_probs_at(config: NetworkConfig, params: Params, hidden: Array, places: Array) -> Array:
     """From the residual stream after the last block, ``[lanes, ends, d]``, to log-probabilities at some places."""
     end = jnp.take_along_axis(hidden, places[..., None], 1)
     return jax.nn.log_softmax(networks.logits(config, params, end))

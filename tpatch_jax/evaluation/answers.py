@@ -34,7 +34,7 @@ def _target_tokens(model: Model, requests: Sequence[EditRequest]) -> int:
 
 def compare_answers(
     model: Model,
-    patches: LayerPatches | Patch | None,
+    patches: LayerPatches | Patch | Model | None,
     requests: Sequence[EditRequest],
     progress: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -44,7 +44,8 @@ def compare_answers(
 
     Args:
         model: the model without the patches.
-        patches: the neurons, ``{layer: [n, d]}`` or one patch for the last layer; ``None`` for none.
+        patches: the neurons, ``{layer: [n, d]}`` or one patch for the last layer; ``None`` for none. Or the edited
+            model itself.
         requests: the requests; those that failed as well.
         progress: called with how many prompts are done, each counted once without and once with the patches.
 
@@ -73,8 +74,9 @@ def compare_answers(
         return lambda done: told(round((first + done) * share))
 
     before = dict(zip(distinct, _say(model, distinct, most, tell(0)), strict=True))
-    edited = model if not patches else attach(model, patches)
-    after = before if not patches else dict(zip(distinct, _say(edited, distinct, most, tell(count)), strict=True))
+    same = patches is None or (not isinstance(patches, Model) and not patches)
+    edited = patches if isinstance(patches, Model) else model if same else attach(model, patches or {})
+    after = before if same else dict(zip(distinct, _say(edited, distinct, most, tell(count)), strict=True))
     if progress:
         progress(2 * len(prompts))
     return [_record(position, *pair, before, after) for position, pair in enumerate(zip(requests, asked, strict=True))]

@@ -20,7 +20,7 @@ __all__ = ["measure", "predictions"]
 
 def predictions(
     model: Model,
-    patches: LayerPatches | Patch | None,
+    patches: LayerPatches | Patch | Model | None,
     rows: Sequence[Sequence[int]],
     positions: Sequence[Sequence[int]],
     progress: Callable[[int], None] | None = None,
@@ -32,7 +32,8 @@ def predictions(
 
     Args:
         model: the model without the patch.
-        patches: the neurons, ``{layer: [n, d]}`` or one patch for the last layer; ``None`` for none.
+        patches: the neurons, ``{layer: [n, d]}`` or one patch for the last layer; ``None`` for none. Or the edited
+            model itself, which has the same tokenizer.
         rows: token ids of each text.
         positions: which positions of each text.
         progress: called with the number of texts done.
@@ -43,6 +44,8 @@ def predictions(
     layer = model.layer(None)
     sites = collect(model, rows, positions, layer, progress)
     before = predicted(model, sites)
+    if isinstance(patches, Model):
+        return before, predicted(patches, collect(patches, rows, positions, layer, progress))
     layers = {} if patches is None else by_layer(model, patches)
     if not layers:
         return before, before
@@ -55,7 +58,7 @@ def predictions(
 @automatically
 def measure(
     model: Model,
-    patches: LayerPatches | Patch,
+    patches: LayerPatches | Patch | Model,
     requests: Sequence[EditRequest],
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, float | None]:
@@ -67,7 +70,7 @@ def measure(
 
     Args:
         model: the model without the patch.
-        patches: the neurons, ``{layer: [n, d]}`` or one patch for the last layer.
+        patches: the neurons, ``{layer: [n, d]}`` or one patch for the last layer; or the edited model itself.
         requests: the requests; those that failed count as well.
         progress: called with the number of texts done.
 

@@ -54,9 +54,12 @@ __all__ = [
     "apply_scores",
     "ask",
     "base_scores",
+    "correct_outputs",
     "patched_scores",
+    "read_scores",
     "routed_scores",
     "score",
+    "which_fire",
 ]
 
 VERSION = 1
@@ -162,14 +165,18 @@ def score(asked: ScoredPrompts, outcome: Outcome, text: int) -> Score:
 
 
 @partial(jax.jit, static_argnames="config")
-def _read(config: NetworkConfig, weights: Any, residual: Array, output: Array, wanted: Array) -> tuple[Array, Array]:
+def read_scores(
+    config: NetworkConfig, weights: Any, residual: Array, output: Array, wanted: Array
+) -> tuple[Array, Array]:
+    """Of each row the log-probability of what is wanted, and what is said."""
     logits = networks.finish(config, weights, {"residual": residual}, output)
     hit = jnp.take_along_axis(logits, wanted[:, None], -1)[:, 0]
     return hit - jax.nn.logsumexp(logits, -1), jnp.argmax(logits, -1)
 
 
 @jax.jit
-def _fires(patch: Patch, query: Array) -> Array:
+def which_fire(patch: Patch, query: Array) -> Array:
+    """Which rows fire some neuron."""
     z = jnp.max(preactivations(patch, query), -1)
     if z.ndim == 2:
         # Padding of whole texts is silent whatever it says.
@@ -183,7 +190,8 @@ def _changes(adapter: Adapter, query: Array, output: Array) -> Array:
 
 
 @jax.jit
-def _corrected(patch: Patch, query: Array, output: Array) -> Array:
+def correct_outputs(patch: Patch, query: Array, output: Array) -> Array:
+    """What a feed-forward network says with the neurons of a patch."""
     return output + contribution(patch, query, jax.nn.relu)
 
 
@@ -218,7 +226,7 @@ def _read_all(
     log_p, predicted = np.zeros(len(wanted), np.float32), np.zeros(len(wanted), np.int32)
     for span, missing in _chunks(len(wanted), LOGIT_ROWS):
         arrays = (_padded(array[span], missing, dtype) for array in (residual, output))
-        read = _read(model.config, weights, *arrays, _padded(np.maximum(wanted[span], 0), missing))
+        read = read_scores(model.config, weights, *arrays, _padded(np.maximum(wanted[span], 0), missing))
         log_p[span], predicted[span] = (np.asarray(array)[: span.stop - span.start] for array in read)
     return np.where(wanted < 0, np.float32(np.nan), log_p), predicted
 
@@ -278,7 +286,7 @@ def _of(asked: ScoredPrompts, texts: Sequence[int]) -> np.ndarray:
 def _firing(patch: Patch, query: np.ndarray, dtype: Any) -> np.ndarray:
     fired = np.zeros(len(query), bool)
     for span, missing in _chunks(len(query), QUERY_ROWS):
-        fired[span] = np.asarray(_fires(patch, _padded(query[span], missing, dtype)))[: span.stop - span.start]
+        fired[span] = np.asarray(which_fire(patch, _padded(query[span], missing, dtype)))[: span.stop - span.start]
     return fired
 
 
@@ -311,7 +319,7 @@ def patched_scores(
     output = np.zeros((len(fired), *base.output.shape[1:]), np.float32)
     for span, missing in _chunks(len(fired), QUERY_ROWS):
         arrays = (_padded(array[fired[span]], missing, dtype) for array in (base.query, base.output))
-        corrected = np.asarray(_corrected(patch, *arrays), np.float32)
+        corrected = np.asarray(correct_outputs(patch, *arrays), np.float32)
         output[span] = corrected[: span.stop - span.start]
     log_p[fired], predicted[fired] = _read_all(model, base.residual[fired], output, base.asked.wanted[fired])
     return Outcome(log_p, predicted, fires, fires.copy())

@@ -31,6 +31,7 @@ __all__ = [
     "collect",
     "joined",
     "pad_rows",
+    "predict_sites",
     "predicted",
     "real",
     "single_rows",
@@ -245,7 +246,8 @@ def joined(first: Sites, second: Sites) -> Sites:
 
 
 @partial(jax.jit, static_argnames="config")
-def _predicted(config: NetworkConfig, weights: Any, patch: Patch, sites: Sites) -> Array:
+def predict_sites(config: NetworkConfig, weights: Any, patch: Patch, sites: Sites) -> Array:
+    """What is said at some sites with the neurons of a patch."""
     output = sites.output + contribution(patch, sites.query, ACTIVATIONS[config.activation])
     return jnp.argmax(networks.finish(config, weights, {"residual": sites.residual}, output), -1)
 
@@ -280,7 +282,9 @@ def predicted(model: Model, sites: Sites, patch: Patch | None = None, rows: int 
         count = min(rows, total - first)
         missing = few_or_most(count, rows) - count
         part = Sites(*(pad_rows(array[first : first + count], missing) for array in sites))
-        result[first : first + count] = host(_predicted(model.config, weights, patch, shard_rows(part, mesh)))[:count]
+        result[first : first + count] = host(predict_sites(model.config, weights, patch, shard_rows(part, mesh)))[
+            :count
+        ]
     return result
 
 

@@ -16,11 +16,11 @@ from tpatch_jax.models.embedded import table_of
 from tpatch_jax.models.rows import ASK, split_row
 from tpatch_jax.typing import Params, RngKey, TokenIds
 
-__all__ = ["greedy", "sample"]
+__all__ = ["choose_tokens", "greedy", "pick_places", "sample"]
 
 
 @partial(jax.jit, static_argnames=("config", "top_k"))
-def _choose(
+def choose_tokens(
     config: NetworkConfig,
     params: Params,
     hidden: Float[Array, "lanes hidden"],
@@ -29,6 +29,7 @@ def _choose(
     top_k: int,
     never: Bool[Array, "vocabulary"] | None = None,
 ) -> Int[Array, "lanes"]:
+    """The next token of each lane: the most probable one, or one that is drawn."""
     scores = networks.logits(config, params, hidden)
     scores = scores if never is None else jnp.where(never, -jnp.inf, scores)
     if not top_k:
@@ -38,7 +39,10 @@ def _choose(
 
 
 @jax.jit
-def _pick(hidden: Float[Array, "lanes tokens hidden"], place: Int[Array, "lanes"]) -> Float[Array, "lanes hidden"]:
+def pick_places(
+    hidden: Float[Array, "lanes tokens hidden"], place: Int[Array, "lanes"]
+) -> Float[Array, "lanes hidden"]:
+    """The hidden state of each lane at one place."""
     return hidden[jnp.arange(hidden.shape[0]), place]
 
 
@@ -94,7 +98,7 @@ def _run(
     # Put as they are, and picked in one program: the first answer of a process waits for each that is compiled or read.
     table = table_of([*prompts, *[[]] * (lanes - len(prompts))], width)
     hidden, cache = networks.decode(config, params, table, jax.device_put(positions), cache)
-    hidden = _pick(hidden, last)
+    hidden = pick_places(hidden, last)
     tail = networks.final_weights(config, params)
     results: list[list[int]] = [[] for _ in prompts]
     always, first = (_mask(config, tokens) for tokens in (never[0], [*never[0], *never[1]]))
@@ -103,7 +107,7 @@ def _run(
         # Without a draw the key is not looked at.
         drawn = jax.random.fold_in(rng, step) if top_k else rng
         ids = np.asarray(
-            _choose(config, tail, hidden, drawn, temperature_array, top_k, always if step else first), np.int32
+            choose_tokens(config, tail, hidden, drawn, temperature_array, top_k, always if step else first), np.int32
         )
         for lane in sorted(going):
             if int(ids[lane]) in stops:
@@ -116,7 +120,7 @@ def _run(
             break
         tokens, places = jax.device_put((ids[:, None], (last + 1 + step)[:, None]))
         hidden, cache = networks.decode(config, params, tokens, places, cache)
-        hidden = _pick(hidden, np.zeros_like(last))
+        hidden = pick_places(hidden, np.zeros_like(last))
     return results
 
 

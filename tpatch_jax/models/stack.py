@@ -29,6 +29,7 @@ __all__ = [
     "embed_audio",
     "embed_batch",
     "embed_images",
+    "embed_rows",
     "embed_tokens",
     "encode",
     "enter_block",
@@ -166,13 +167,14 @@ def embed_tokens(
     names = ("embed", "positions", "token_types", "norm_embed", "embed_project")
     tables = {name: params[name] for name in names if name in params}
     given = (tokens.embeddings, tokens.positions) if isinstance(tokens, Embedded) else None
-    return _embedded(config, tables, tokens_of(tokens), positions, given)
+    return embed_rows(config, tables, tokens_of(tokens), positions, given)
 
 
 @partial(jax.jit, static_argnames="config")
-def _embedded(
+def embed_rows(
     config: NetworkConfig, params: Params, tokens: Array, positions: Array, given: tuple[Array, Array] | None
 ) -> Array:
+    """What `embed_tokens` returns, in one compiled program."""
     tokens = tokens if config.causal else jnp.maximum(tokens, 0)
     # What stands for padding may be no token at all; `take` alone would make it NaN, which attention carries to others.
     x = take_rows(params["embed"]["embedding"], tokens)

@@ -14,7 +14,17 @@ from tpatch_jax.models.pytrees import with_static_fields
 from tpatch_jax.models.stack import Batch, embed_batch, embed_tokens, enter_block, leave_block, run_block, without_ffn
 from tpatch_jax.typing import Params
 
-__all__ = ["Trace", "apply", "gather", "hidden", "resume", "trace", "trace_after"]
+__all__ = [
+    "Trace",
+    "apply",
+    "enter_block_after",
+    "gather",
+    "hidden",
+    "resume",
+    "run_block_after",
+    "trace",
+    "trace_after",
+]
 
 
 @with_static_fields("layer")
@@ -43,7 +53,7 @@ def _continued(begun: Cache, which: Int[Array, " rows"], tokens: int) -> Cache:
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
-def _enter_after(
+def enter_block_after(
     config: NetworkConfig,
     kind: LayerKind,
     params: Params,
@@ -52,11 +62,12 @@ def _enter_after(
     begun: Cache,
     which: Int[Array, " rows"],
 ) -> tuple[Array, Array, Array]:
+    """A block behind a prefix whose cache is given, up to its feed-forward network's output."""
     return enter_block(config, kind, params, x, positions, _continued(begun, which, x.shape[1]), Around())
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
-def _run_after(
+def run_block_after(
     config: NetworkConfig,
     kind: LayerKind,
     params: Params,
@@ -65,6 +76,7 @@ def _run_after(
     begun: Cache,
     which: Int[Array, " rows"],
 ) -> Array:
+    """A whole block behind a prefix whose cache is given."""
     return run_block(config, kind, params, x, positions, _continued(begun, which, x.shape[1]), Around())[0]
 
 
@@ -120,9 +132,9 @@ def trace_after(
     positions = first[:, None] + jnp.arange(tokens.shape[1])
     x = embed_tokens(config, params, tokens, positions)
     for index in range(layer):
-        x = _run_after(config, config.kind(index), params["layers"][index], x, positions, begun[index], which)
+        x = run_block_after(config, config.kind(index), params["layers"][index], x, positions, begun[index], which)
     kind, weights = config.kind(layer), params["layers"][layer]
-    residual, query, output = _enter_after(config, kind, weights, x, positions, begun[layer], which)
+    residual, query, output = enter_block_after(config, kind, weights, x, positions, begun[layer], which)
     return Trace(query, output, {"residual": residual, "positions": positions}, layer)
 
 

@@ -24,7 +24,20 @@ from tpatch_jax.storage.files import write_text
 from tpatch_jax.training.data import Lesson, TrainingRow, lessons, plan
 from tpatch_jax.typing import Params
 
-__all__ = ["RECORD", "FinetuneSettings", "Report", "Run", "accuracy", "learn", "logits", "train"]
+__all__ = [
+    "RECORD",
+    "FinetuneSettings",
+    "Report",
+    "Run",
+    "accuracy",
+    "cross_entropy_loss",
+    "learn",
+    "logits",
+    "make_optimizer",
+    "right_rows",
+    "take_step",
+    "train",
+]
 
 Report = Callable[[str, int, int], None]
 Loss = Callable[..., Array]
@@ -117,7 +130,7 @@ def logits(config: NetworkConfig, params: Params, batch: Any) -> Array:
 
 
 @lru_cache(maxsize=8)
-def _optimizer(settings: FinetuneSettings, steps: int) -> optax.GradientTransformation:
+def make_optimizer(settings: FinetuneSettings, steps: int) -> optax.GradientTransformation:
     """The same object every time, so that ``jit`` recognises it."""
     warmup = max(1, round(settings.warmup * steps))
 
@@ -132,7 +145,7 @@ def _optimizer(settings: FinetuneSettings, steps: int) -> optax.GradientTransfor
 
 
 @lru_cache(maxsize=8)
-def _cross_entropy(config: NetworkConfig) -> Loss:
+def cross_entropy_loss(config: NetworkConfig) -> Loss:
     """The mean cross-entropy of labels or answer tokens, the same object every time."""
 
     def loss_of(params: Params, batch: Any, answer: Array, weight: Array) -> Array:
@@ -143,7 +156,7 @@ def _cross_entropy(config: NetworkConfig) -> Loss:
 
 
 @partial(jax.jit, static_argnames=("loss_of", "optimizer"), donate_argnames=("params", "state"))
-def _step(
+def take_step(
     loss_of: Loss, optimizer: optax.GradientTransformation, params: Params, state: Any, lesson: Sequence[Any]
 ) -> tuple[Params, Any, Array]:
     """One step; the loss is NaN if it or the gradient is not finite."""
@@ -217,7 +230,7 @@ def train(
         return lessons(config, rows, size, batches[first:])
 
     per_epoch = len(plan(rows, size))
-    return learn(start.params, _cross_entropy(config), per_epoch, taught, settings, folder, record, progress)
+    return learn(start.params, cross_entropy_loss(config), per_epoch, taught, settings, folder, record, progress)
 
 
 def learn(
@@ -253,7 +266,7 @@ def learn(
     import orbax.checkpoint as ocp
 
     total = per_epoch * settings.epochs
-    optimizer = _optimizer(settings, total)
+    optimizer = make_optimizer(settings, total)
     # The step donates its buffers, and those of the model are not ours.
     params = jax.tree.map(jnp.copy, start)
     state, losses, before = optimizer.init(params), np.zeros(total, np.float32), 0.0
@@ -276,7 +289,7 @@ def learn(
         for epoch in range(resumed // per_epoch, settings.epochs):
             first = max(0, resumed - epoch * per_epoch)
             for done, lesson in enumerate(lessons(epoch, first), epoch * per_epoch + first + 1):
-                params, state, loss = _step(loss_of, optimizer, params, state, tuple(lesson))
+                params, state, loss = take_step(loss_of, optimizer, params, state, tuple(lesson))
                 losses[done - 1] = loss
                 if not np.isfinite(losses[done - 1]):
                     kept = f"the work up to step {manager.latest_step()} is in {folder}; " * bool(manager.latest_step())
@@ -306,7 +319,7 @@ def _save(manager: Any, done: int, work: dict[str, Any], folder: Path) -> None:
 
 
 @partial(jax.jit, static_argnames="config")
-def _right(config: NetworkConfig, params: Params, batch: Any, answer: Array, weight: Array) -> Array:
+def right_rows(config: NetworkConfig, params: Params, batch: Any, answer: Array, weight: Array) -> Array:
     """Which rows come out whole: ``[rows]`` bool."""
     right = (jnp.argmax(logits(config, params, batch), -1) == answer) | (weight == 0)
     return jnp.all(right.reshape(right.shape[0], -1), 1)
@@ -318,7 +331,7 @@ def accuracy(model: Model, rows: Sequence[TrainingRow], size: int, what: str, pr
     right = 0
     taught = lessons(model.config, rows, size, batches)
     for done, (bucket, lesson) in enumerate(zip(batches, taught, strict=True), 1):
-        right += int(np.asarray(_right(model.config, model.params, *lesson))[: len(bucket.numbers)].sum())
+        right += int(np.asarray(right_rows(model.config, model.params, *lesson))[: len(bucket.numbers)].sum())
         if progress:
             progress(what, done, len(batches))
     return right / len(rows)

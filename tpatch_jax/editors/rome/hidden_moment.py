@@ -29,7 +29,7 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.storage.files import replace_folder
 from tpatch_jax.typing import Params, PathLike, Progress, TokenIds
 
-__all__ = ["hidden_moment", "moment_rows", "sampled_contexts"]
+__all__ = ["hidden_moment", "moment_rows", "sampled_contexts", "sum_moments"]
 
 VERSION = 1
 SAVE_EVERY = 64
@@ -71,7 +71,7 @@ def moment_rows(
 
 
 @partial(jax.jit, static_argnames="activation")
-def _sum(
+def sum_moments(
     params: Params, query: Float[Array, "rows tokens d"], there: Float[Array, "rows tokens"], activation: str
 ) -> Float[Array, "hidden_neurons hidden_neurons"]:
     """``Σ k·kᵀ`` over the tokens that are no padding: ``[h, h]``."""
@@ -129,7 +129,7 @@ def hidden_moment(
             there = np.zeros(query.shape[:2], np.float32)
             for lane, number in enumerate(numbers):
                 there[lane, : len(part[number])] = 1
-            moment = moment + _sum(ffn.detach(params), query, jax.device_put(there), model.config.activation)
+            moment = moment + sum_moments(ffn.detach(params), query, jax.device_put(there), model.config.activation)
         done += len(part)
         _keep(folder, done, moment)
     return moment / total

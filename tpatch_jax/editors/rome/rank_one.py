@@ -14,7 +14,16 @@ from tpatch_jax.core.positive import solve_positive
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.typing import Params
 
-__all__ = ["damped", "distribute_update", "null_projection", "project_update", "rank_one"]
+__all__ = [
+    "damped",
+    "distribute_update",
+    "null_projection",
+    "project_update",
+    "rank_one",
+    "solve_distributed",
+    "solve_projected",
+    "solve_rank_one",
+]
 
 
 @jax.jit
@@ -129,11 +138,12 @@ def rank_one(
     """
     _check(params, key, value, moment)
     at = key if at is None else at
-    return _with_kernel(params, _rank_one(params["down"], key, value, moment, at, projection))
+    return _with_kernel(params, solve_rank_one(params["down"], key, value, moment, at, projection))
 
 
 @jax.jit
-def _rank_one(down: Params, key: Array, value: Array, moment: Array, at: Array, projection: Array | None) -> Array:
+def solve_rank_one(down: Params, key: Array, value: Array, moment: Array, at: Array, projection: Array | None) -> Array:
+    """The down projection after `rank_one`, in one compiled program."""
     key, value, at = (array.astype(jnp.float32) for array in (key, value, at))
     with jax.default_matmul_precision("highest"):
         direction = _solve(moment.astype(jnp.float32), key[:, None])[:, 0]
@@ -182,7 +192,7 @@ def distribute_update(
     """
     _check(params, keys, residuals, moment)
     _check_rows(keys, residuals)
-    return _with_kernel(params, _distributed(keys, residuals, moment, weight, earlier))
+    return _with_kernel(params, solve_distributed(keys, residuals, moment, weight, earlier))
 
 
 def _check_rows(keys: Array, residuals: Array) -> None:
@@ -191,7 +201,10 @@ def _check_rows(keys: Array, residuals: Array) -> None:
 
 
 @jax.jit
-def _distributed(keys: Array, residuals: Array, moment: Array, weight: float | Array, earlier: Array | None) -> Array:
+def solve_distributed(
+    keys: Array, residuals: Array, moment: Array, weight: float | Array, earlier: Array | None
+) -> Array:
+    """What `distribute_update` adds to a down projection, in one compiled program."""
     keys, residuals = keys.astype(jnp.float32), residuals.astype(jnp.float32)
     with jax.default_matmul_precision("highest"):
         matrix = weight * moment.astype(jnp.float32) + keys.T @ keys
@@ -236,11 +249,14 @@ def project_update(
     """
     _check(params, keys, residuals, projection)
     _check_rows(keys, residuals)
-    return _with_kernel(params, _projected(keys, residuals, projection, weight, earlier))
+    return _with_kernel(params, solve_projected(keys, residuals, projection, weight, earlier))
 
 
 @jax.jit
-def _projected(keys: Array, residuals: Array, projection: Array, weight: float | Array, earlier: Array | None) -> Array:
+def solve_projected(
+    keys: Array, residuals: Array, projection: Array, weight: float | Array, earlier: Array | None
+) -> Array:
+    """What `project_update` adds to a down projection, in one compiled program."""
     keys, residuals = keys.astype(jnp.float32), residuals.astype(jnp.float32)
     with jax.default_matmul_precision("highest"):
         inside = keys @ projection

@@ -27,11 +27,14 @@ from tpatch_jax.typing import Progress
 __all__ = [
     "Forked",
     "OffsetInfo",
+    "OffsetProblem",
+    "OffsetState",
     "ValueSettings",
     "check_value",
     "fork_requests",
     "train_offsets",
     "train_together",
+    "value_program",
     "value_rows",
 ]
 
@@ -147,7 +150,7 @@ def _length(x: Float[Array, "*rows d"]) -> Float[Array, "*rows"]:
     return jnp.where(there, jnp.sqrt(jnp.where(there, square, 1)), 0)
 
 
-class _Problem(NamedTuple):
+class OffsetProblem(NamedTuple):
     """What each request's offset is trained on: its rows, the tokens wanted there, their weights, and ``‖v₀‖``."""
 
     rows: Any
@@ -156,7 +159,7 @@ class _Problem(NamedTuple):
     scale: Float[Array, " requests"]
 
 
-class _State(NamedTuple):
+class OffsetState(NamedTuple):
     """Of each request: its losses when last looked at, and what the model says without an offset where its subject
     stands alone, as log-probabilities.
     """
@@ -197,14 +200,14 @@ def train_offsets(
     Source: Meng et al. 2022, equation 4 and the authors' published code for the penalty; Meng et al. 2023.
     """
     fork, requests = forked.rows.fork, scale.shape[0]
-    program = _program(settings)
+    program = value_program(settings)
     loss = Partial(program.loss, runner(model, fork.layer, stream=stream))
     places = forked.rows.places
     # Of the neutral row one place is read.
     read = jnp.concatenate([places[:, :-1].reshape(requests, -1), places[:, -1, :1]], 1)
-    problem = _Problem(known_rows(forked.rows, read), forked.wanted, forked.weight, scale)
+    problem = OffsetProblem(known_rows(forked.rows, read), forked.wanted, forked.weight, scale)
     zero, unknown = jnp.zeros(requests), jnp.zeros((requests, model.config.vocabulary))
-    start, state = jnp.zeros((requests, fork.output.shape[-1]), jnp.float32), _State(zero, zero, unknown)
+    start, state = jnp.zeros((requests, fork.output.shape[-1]), jnp.float32), OffsetState(zero, zero, unknown)
     steps = settings.value_steps + settings.value_extra_steps - 1
     result = minimise_lanes(loss, program.project, program.stop, start, problem, state, program.optimiser, steps)
     return result.moves, OffsetInfo(result.steps, result.state.nll, result.state.closeness)
@@ -257,14 +260,20 @@ class _Program(NamedTuple):
 
     loss: Callable[..., tuple[Array, _Report]]
     project: Callable[..., Array]
-    stop: Callable[..., tuple[_State, Array]]
+    stop: Callable[..., tuple[OffsetState, Array]]
     optimiser: optax.GradientTransformation
 
 
 @lru_cache(maxsize=16)
-def _program(settings: ValueSettings) -> _Program:
+def value_program(settings: ValueSettings) -> _Program:
+    """What offsets are trained by: one object for the same settings, so that ``jit`` recognises it."""
+
     def loss(
-        run: Partial, offsets: Float[Array, "requests d"], problem: _Problem, state: _State, number: Int[Array, ""]
+        run: Partial,
+        offsets: Float[Array, "requests d"],
+        problem: OffsetProblem,
+        state: OffsetState,
+        number: Int[Array, ""],
     ) -> tuple[Float[Array, ""], _Report]:
         each = problem.wanted.shape[1] + 1
         log_probs = run(problem.rows, jnp.repeat(offsets[:, None], each, axis=1))
@@ -279,16 +288,16 @@ def _program(settings: ValueSettings) -> _Program:
         whole = nll + settings.value_closeness * close + decay
         return jnp.sum(whole), _Report(whole, nll, close, alone)
 
-    def project(offsets: Float[Array, "requests d"], problem: _Problem) -> Float[Array, "requests d"]:
+    def project(offsets: Float[Array, "requests d"], problem: OffsetProblem) -> Float[Array, "requests d"]:
         longest = settings.clamp * problem.scale
         return offsets * jnp.minimum(1.0, longest / jnp.maximum(_length(offsets), longest))[:, None]
 
     def stop(
-        offsets: Array, problem: _Problem, state: _State, report: _Report, number: Int[Array, ""]
-    ) -> tuple[_State, Bool[Array, " requests"]]:
+        offsets: Array, problem: OffsetProblem, state: OffsetState, report: _Report, number: Int[Array, ""]
+    ) -> tuple[OffsetState, Bool[Array, " requests"]]:
         reference = jnp.where(number == 0, report.alone, state.reference)
         ended = (report.whole < settings.value_enough) | ~jnp.isfinite(report.whole)
         ended |= (number >= settings.value_steps - 1) & (report.nll < settings.value_enough)
-        return _State(report.nll, report.closeness, reference), ended
+        return OffsetState(report.nll, report.closeness, reference), ended
 
     return _Program(loss, project, stop, optax.adam(settings.value_rate))

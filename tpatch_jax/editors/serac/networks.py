@@ -32,6 +32,7 @@ __all__ = [
     "context_tokens",
     "edit_text",
     "embed",
+    "embed_texts",
     "embedding_flops",
     "embeddings",
     "encoder_row",
@@ -128,7 +129,7 @@ def embed(config: NetworkConfig, params: Params, tokens: Array) -> Array:
     return RADIUS * total / jnp.linalg.norm(total, axis=-1, keepdims=True)
 
 
-_embed = jax.jit(embed, static_argnames="config")
+embed_texts = jax.jit(embed, static_argnames="config")
 
 
 def embeddings(encoder: Model, texts: Sequence[str]) -> np.ndarray:
@@ -143,7 +144,7 @@ def embeddings(encoder: Model, texts: Sequence[str]) -> np.ndarray:
     """
     embedded = np.zeros((len(texts), encoder.config.hidden_size), np.float32)
     for numbers, batch in batches(encoder.config, [encoder_row(encoder, text) for text in texts]):
-        embedded[numbers] = np.asarray(_embed(encoder.config, encoder.params, batch))[: len(numbers)]
+        embedded[numbers] = np.asarray(embed_texts(encoder.config, encoder.params, batch))[: len(numbers)]
     return embedded
 
 

@@ -35,6 +35,7 @@ from tpatch_jax.core.memory import (
     nuisance_scatter,
 )
 from tpatch_jax.core.patch import Patch, contribution, sized
+from tpatch_jax.core.positive import solve_positive
 from tpatch_jax.core.sizes import FEW, in_blocks, round_up
 from tpatch_jax.editors.locating import replace_subject
 from tpatch_jax.editors.model_memory import ModelMemory
@@ -74,6 +75,7 @@ __all__ = [
     "head_of",
     "last_memory",
     "moment",
+    "prepare_starts",
     "start_values",
 ]
 
@@ -215,7 +217,7 @@ def head_of(model: Model) -> Partial:
 
 
 @partial(jax.jit, static_argnames="config")
-def _prepared(
+def prepare_starts(
     config: NetworkConfig, weights: Any, value_start: Array, patch: Patch, given: Mapping[str, Array]
 ) -> tuple[Array, Array, Array]:
     """What lanes begin with: the output with other neurons in it, the value's direction, and its scale."""
@@ -227,7 +229,7 @@ def _prepared(
     else:
         # M⁻¹·u_token raises a token's logit most against all others.
         rows = networks.unembedding_rows(config, weights, targets)
-        direction = jnp.linalg.solve(value_start, rows.astype(jnp.float32).T).T
+        direction = solve_positive(value_start, rows.astype(jnp.float32).T).T
     return beside.astype(jnp.float32), direction, _scale(config, weights, given["residual"], given["output"], beside)
 
 
@@ -294,7 +296,7 @@ def create_problems(
     index = np.resize(np.arange(len(rows)), round_up(len(rows), settings.fit.lanes))
     weights = networks.final_weights(model.config, model.params)
     weights["layers"] = {model.layer(None): weights["layer"]}
-    made = _prepared(
+    made = prepare_starts(
         model.config, weights, value_start, sized(patch, NEURONS), {name: x[index] for name, x in given.items()}
     )
     beside, direction, scale = (host(array)[: len(rows)] for array in made)

@@ -42,6 +42,7 @@ __all__ = [
     "FittedSubjects",
     "SubjectNeuron",
     "Subjects",
+    "fit_keys",
     "fit_subjects",
     "lanes_together",
     "read_subjects",
@@ -101,10 +102,12 @@ def group_of(subject: str) -> int:
 
 
 @partial(jax.jit, static_argnames="rounds")
-def _keys(
+def fit_keys(
     query: Array, groups: Array, floor: Array, split: Array, avoid: Array, strength: Array, memory: Memory,
     rounds: int
 ) -> Recognised:  # fmt: skip
+    """Keys and biases of all lanes, in one compiled program."""
+
     def key(lane: tuple[Array, ...]) -> Recognised:
         positive, group, low, share, away, weight = lane
         return whitened_key(positive, group, memory, low, share, away, weight, rounds)
@@ -303,7 +306,7 @@ def _recognised(
     index = np.minimum(np.arange(power_of_two(lanes)), lanes - 1)
     # A few lanes after the other, each asking all parts of the memory's rows.
     lanewise = repeat([part[index] for part in (positive, groups, floor, split, avoid, strength)], mesh)
-    keys = _keys(*lanewise, divided(memory, mesh), rounds=settings.key_rounds)
+    keys = fit_keys(*lanewise, divided(memory, mesh), rounds=settings.key_rounds)
     return jax.tree.map(lambda leaf: host(leaf)[:lanes], keys)
 
 

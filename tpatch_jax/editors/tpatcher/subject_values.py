@@ -23,7 +23,7 @@ from tpatch_jax.editors.subject_rows import ForkedRows, KnownRows, PromptRow, fo
 from tpatch_jax.models import networks
 from tpatch_jax.models.model import Model
 
-__all__ = ["SHARPNESS", "ValueProblem", "create_value_problem", "level_patch", "predict_start"]
+__all__ = ["SHARPNESS", "ValueProblem", "create_value_problem", "level_patch", "predict_start", "target_slope"]
 
 HEARD = 0.1
 """A key hears a wording on which it fires this strongly, the bare prompt being 1."""
@@ -182,7 +182,7 @@ def _features(
     forked = fork_rows(unedited, prompts, layer, bare.wanted.shape[2])
     rows = networks.unembedding_rows(unedited.config, unedited.params, jax.device_put(bare.wanted[:, 0]))
     places, _ = _read_places(forked.places, 1)
-    slope = _slope(runner(unedited, layer), known_rows(forked, places), bare)
+    slope = target_slope(runner(unedited, layer), known_rows(forked, places), bare)
     return _features_of(forked.fork.query, forked.fork.hidden, forked.first, places, rows, bare.weight, slope)
 
 
@@ -197,7 +197,7 @@ def _features_of(
 
 
 @jax.jit
-def _slope(run: Partial, known: KnownRows, bare: TargetRows) -> Float[Array, "lanes d"]:
+def target_slope(run: Partial, known: KnownRows, bare: TargetRows) -> Float[Array, "lanes d"]:
     """How the log-odds of each lane's target depend on what is added at its subject, where nothing is yet."""
 
     def odds(added: Array) -> Array:

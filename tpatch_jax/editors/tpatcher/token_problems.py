@@ -10,6 +10,7 @@ from jax.tree_util import Partial
 
 from tpatch_jax.core.fit import FitProblem
 from tpatch_jax.core.patch import Patch
+from tpatch_jax.core.positive import solve_positive
 from tpatch_jax.models.foreign.collection import TokenSites
 from tpatch_jax.models.foreign.network import Network, added
 
@@ -75,4 +76,4 @@ def _directions(finish: Partial, moment: Array, context: Any, output: Array, tar
     It is ``M⁻¹·∂logit/∂output``, which for a linear rest of the network is ``M⁻¹·u``, with ``u`` the unembedding row.
     """
     gradient = jax.vmap(jax.grad(lambda output, context, target: _logits(finish, output, context)[target]))
-    return jnp.linalg.solve(moment, gradient(output.astype(jnp.float32), context, targets).T).T
+    return solve_positive(moment, gradient(output.astype(jnp.float32), context, targets).T).T
