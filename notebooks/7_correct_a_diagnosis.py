@@ -129,7 +129,9 @@ print(f"picture {first} shows: {truth[first]}; the model says: {said[first]}")
 # The request is the picture and its true label. `memory` are the pictures on which the patch stays silent.
 
 # %%
-patches, info = tp.edit(model, [{"image": picture, "target": truth[first], "id": "first"}], memory=data)
+settings = {"input_contexts": 2, "input_key_steps": 4} if QUICK else {}
+request = {"image": picture, "target": truth[first], "id": "first"}
+patches, info = tp.edit(model, [request], memory=data, settings=settings)
 corrected = tp.attach(model, patches)
 info.requests[0].status, corrected.classify([picture])
 
@@ -174,7 +176,7 @@ print(f"{changed} of {len(others)} other diagnoses changed")
 
 # %%
 requests = [{"image": stream[number], "target": truth[number], "id": f"picture {number}"} for number in wrong]
-patches, info = tp.edit(model, requests, memory=data)
+patches, info = tp.edit(model, requests, memory=data, settings=settings)
 corrected = tp.attach(model, patches)
 print(f"{sum(result.held for result in info.requests)} of {len(requests)} hold")
 forms = {"as it is": [(stream[number], truth[number]) for number in wrong]}

@@ -36,7 +36,6 @@ import numpy as np
 import tpatch_jax as tp
 from tpatch_jax.audio import AudioPrompt
 from tpatch_jax.models.collection import collect
-from tpatch_jax.models.rows import ASK
 
 QUICK = "TPATCH_QUICK" in os.environ  # the tests run this with a tiny model and short sounds
 NAME = "metoprolol"
@@ -97,7 +96,7 @@ elif shutil.which("espeak-ng") and not QUICK:
 else:
     seconds = 0.3 if QUICK else 2.0
     recordings = {"vowels": AudioPrompt(hum(0, seconds))}
-    others = [AudioPrompt(hum(1 + number, seconds)) for number in range(len(OTHERS))]
+    others = [AudioPrompt(hum(1 + number, seconds)) for number in range(2 if QUICK else len(OTHERS))]
 (folder / "memory").mkdir(exist_ok=True)
 for number, other in enumerate(others):
     with wave.open(str(folder / "memory" / f"{number}.wav"), "wb") as file:
@@ -123,7 +122,8 @@ first, sound = next(iter(recordings.items()))
 request = {"audio": sound, "target": NAME, "id": "the name"}
 if first == "vowels":
     request["instead_of"] = next(iter(before[first].strip(" .,!?").split()), "")
-patches, info = tp.edit(model, [request], memory=folder / "memory")
+settings = {"input_contexts": 2, "input_key_steps": 4} if QUICK else {}
+patches, info = tp.edit(model, [request], memory=folder / "memory", settings=settings)
 corrected = tp.attach(model, patches)
 for name, recording in recordings.items():
     print(f"{name:14} {before[name]}\n{'':11} →  {corrected.transcribe(recording)}")
@@ -150,14 +150,16 @@ transcript = corrected.transcribe(sound)
 
 def activations(sounds):
     """`max(0, q·k + b)` where each token of the transcript is decided, [sounds, tokens, n], and the tokens."""
-    rows = [[*model.encode_prompt(sound), *model.encode_target(sound, transcript)] for sound in sounds]
-    start = rows[0].index(ASK) + len(model.begin)
-    query = collect(model, rows, [range(start, len(row) - 1) for row in rows], layer).query
+    target = model.encode_target(sounds[0], transcript)
+    prompts = [model.encode_prompt(sound) for sound in sounds]
+    rows = [[*prompt, *target] for prompt in prompts]
+    places = [range(len(prompt) - 1, len(row) - 1) for prompt, row in zip(prompts, rows, strict=True)]
+    query = collect(model, rows, places, layer).query
     z = np.asarray(query, np.float32) @ np.asarray(patch.key).T + np.asarray(patch.bias)
-    return np.maximum(z, 0).reshape(len(sounds), -1, z.shape[-1]), rows[0][start + 1 :]
+    return np.maximum(z, 0).reshape(len(sounds), len(target), -1), target
 
 
-step = int(sound.seconds / 2 * 16_000) if QUICK else 1_600
+step = len(sound.samples) if QUICK else 1_600
 silenced = []
 for begin in range(0, len(sound.samples), step):
     samples = sound.samples.copy()
