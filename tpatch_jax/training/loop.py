@@ -72,7 +72,7 @@ class FinetuneSettings:
     weight_decay: float = 0.01
     warmup: float = 0.06
     clip: float = 1.0
-    image_copies: int = 5
+    image_copies: int = 9
     image_contrast: float = 1.0
     checkpoint_steps: int = 0
 
