@@ -69,7 +69,7 @@ class TPatcherSettings:
     rewordings: int = 5
     input_key_steps: int = 128
     label_split: float = 0.7
-    image_split: float = 0.4
+    image_split: float = 0.5
     answer_split: float = 0.3
     answer_negatives: int = 512
     answer_overshoot: float = 8.0
