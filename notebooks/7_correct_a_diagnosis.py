@@ -195,7 +195,7 @@ figure, axes = plt.subplots(figsize=(5, 2.4))
 for offset, (name, each) in zip((-0.2, 0.2), {"before": model, "after": corrected}.items(), strict=True):
     axes.bar(np.arange(len(forms)) + offset, [share_right(each, shown) for shown in forms.values()], 0.4, label=name)
 axes.set(title="wrong diagnoses that are right", xticks=range(len(forms)), xticklabels=list(forms), ylim=(0, 1.05))
-axes.legend(loc="lower right")
+axes.legend()
 plt.show()
 changed = sum(old != new for old, new in zip(model.classify(others), corrected.classify(others), strict=True))
 print(f"{changed} of {len(others)} other diagnoses changed")

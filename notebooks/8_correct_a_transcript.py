@@ -170,7 +170,7 @@ fall = np.maximum(fired[:1].max(1) - fired[1:].max(1), 0)  # [windows, n]
 largest = np.maximum(fired[0].max(0), 1e-9)
 
 figure, (above, middle, below) = plt.subplots(3, 1, figsize=(9, 6.5), height_ratios=(3, 1.3, 1.3))
-above.specgram(sound.samples + 1e-6, NFFT=400, Fs=16_000, noverlap=240, cmap="magma", vmin=-120)
+above.specgram(sound.samples + 1e-6, NFFT=400, Fs=16_000, noverlap=240, cmap="magma")
 above.set(title=transcript.replace("$", r"\$"), ylabel="Hz", xlim=(0, sound.seconds), xticks=[])
 for number, neuron in enumerate((fall / largest).T):
     middle.stairs(neuron, np.minimum(np.arange(len(fall) + 1) * step / 16_000, sound.seconds), label=f"neuron {number}")

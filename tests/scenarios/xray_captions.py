@@ -120,7 +120,7 @@ def run(
     steps: int = 90,
     pictures: int = 2400,
     remembered: int = 400,
-    copies: int = 12,
+    copies: int = 8,
     kept: int = 32,
     most: int = 40,
     others: int = 270,
@@ -185,8 +185,7 @@ def run(
             }
         )
     began = time.process_time()
-    # What the tower makes of a changed picture lies further away than a question in other words.
-    given = {"site": "last", "train_on_rephrases": True, "fit.split": 0.5, **(settings or {})}
+    given = {"site": "last", "train_on_rephrases": True, **(settings or {})}
     patches, info = tp.edit(model, requests, settings=given, memory=memory)
     edited = tp.attach(model, patches)
     spent = time.process_time() - began
