@@ -101,7 +101,9 @@ def models(tmp_path_factory):
     model = make_tiny_model(max_position_embeddings=128)
     model.tokenizer.chat_template = PLAIN
     folder = write_tiny_folder(model, tmp_path_factory.mktemp("tiny") / "model")
-    named = {"models/fever": family_model("bert", **labels), "whisper-tiny-en": family_model("whisper")}
+    seen = {"id2label": {"0": "normal", "1": "pneumonia"}, "label2id": {"normal": 0, "pneumonia": 1}}
+    named = {"models/fever": family_model("bert", **labels), "models/xray": family_model("vit", **seen)}
+    named["whisper-tiny-en"] = family_model("whisper")
     return {"smollm2-135m": tp.load_model(folder), **named}
 
 

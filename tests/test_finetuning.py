@@ -396,6 +396,37 @@ def test_data_that_are_not_utf8(place, tmp_path, capsys):
     refused(capsys, command, "line 1: not UTF-8 at byte 12")
 
 
+@pytest.mark.parametrize(("forms", "count", "size"), [(6, 7, 3), (3, 4, 4), (2, 5, 1)])
+def test_pairs_are_two_forms_of_one_picture(forms, count, size):
+    rows = [finetuning_data.TrainingRow((0,) * 9, (), (number,)) for number in range(forms * count)]
+    for shuffle in (None, np.random.default_rng(3)):
+        batches = finetuning_data.plan_pairs(rows, forms, size, shuffle)
+        assert len(batches) == -(-forms // 2) * -(-count // size)
+        seen = set()
+        for batch in batches:
+            numbers = batch.numbers
+            assert (len(numbers), batch.read) == (2 * size, 16)
+            picture = np.where(numbers < count, numbers, (numbers - count) // (forms - 1))
+            np.testing.assert_array_equal(picture[:size], picture[size:])
+            assert len(set(picture.tolist())) == size
+            assert not np.any(numbers[:size] == numbers[size:])
+            seen |= set(numbers.tolist())
+        assert seen == set(range(forms * count))
+
+
+def test_the_contrastive_loss_by_hand():
+    query = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    unit = query / np.linalg.norm(query, axis=1, keepdims=True)
+    terms = []
+    for row in range(6):
+        alike = {other: float(unit[row] @ unit[other]) / 0.1 for other in range(6) if other != row}
+        terms.append(np.log(sum(map(np.exp, alike.values()))) - alike[(row + 3) % 6])
+    both = jax.jit(jax.value_and_grad(finetuning_loop.contrastive_loss))
+    loss, _ = both(jnp.asarray(query))
+    np.testing.assert_allclose(loss, np.mean(terms), rtol=1e-5)
+    assert np.isfinite(both(jnp.zeros((6, 4)))[1]).all()
+
+
 def test_bad_labels(place, capsys):
     command = arguments(place, "bert", "x", "--from-scratch")
     refused(capsys, [*command, "--labels", "red,green"], "no example has the label 'green'", "blue, red")
@@ -449,6 +480,8 @@ def test_bad_settings(place, tmp_path, capsys):
     refused(capsys, [*command, out, "--epochs", "0"], "epochs is 0; give 1 or more")
     refused(capsys, [*command, out, "--learning-rate", "nan"], "learning_rate is nan")
     refused(capsys, [*command, out, "--dtype", "int8"], "dtype 'int8' is not supported")
+    with pytest.raises(TPatchError, match="image_contrast"):
+        FinetuneSettings(image_contrast=-1.0)
     with pytest.raises(TPatchError, match="warmup is a share"):
         FinetuneSettings(warmup=1.0)
     with pytest.raises(TPatchError, match="no example to learn from"):

@@ -162,7 +162,8 @@ def run(
     stream = data["stream"]
     wanted = named_labels(stream.labels, names)
     said = ask(model, embed(stream.images), tokens)
-    wrong = [number for number, text in enumerate(said) if text != wanted[number]][:most]
+    wrong = [number for number, text in enumerate(said) if text != wanted[number]]
+    before, wrong = 1 - len(wrong) / len(said), wrong[:most]
     print(f"{len(wrong)} answers are corrected", file=sys.stderr)
     known = known[:remembered]
     memories = np.asarray(project(projection, seen[: len(known)]), np.float32)
@@ -185,7 +186,7 @@ def run(
         )
     began = time.process_time()
     given = {"site": "last", "train_on_rephrases": True, **(settings or {})}
-    patches, info = tp.edit(model, requests, settings=given, memory=memory, cache=False)
+    patches, info = tp.edit(model, requests, settings=given, memory=memory)
     edited = tp.attach(model, patches)
     spent = time.process_time() - began
 
@@ -205,7 +206,7 @@ def run(
     rest += [image for number, image in enumerate(stream.images) if number not in wrong]
     return {
         "edits": len(wrong),
-        "right_before": 1 - len(wrong) / len(stream.images),
+        "right_before": before,
         "held": sum(result.held for result in info.requests) / max(1, len(wrong)),
         "edited": share([stream.images[number] for number in wrong], [wanted[number] for number in wrong]),
         **changed,

@@ -30,9 +30,12 @@ class Finetune:
     target_field: Annotated[str, arg(help="the key of the target, or label")] = "target"
     from_scratch: Annotated[bool, arg(help="random weights: MODEL needs no more than a config.json")] = False
     epochs: Annotated[int, arg(help="how often each example is seen")] = 3
-    batch_size: Annotated[int, arg(help="examples a step")] = 32
+    batch_size: Annotated[int, arg(help="examples a step; pictures count once, in two forms")] = 32
     learning_rate: Annotated[float | None, arg(help="by default 5e-5, or 1e-3 from scratch")] = None
-    image_copies: Annotated[int, arg(help="of pictures: so many changed copies of each are learnt as well")] = 5
+    image_copies: Annotated[int, arg(help="of pictures: so many changed copies of each are learnt as well")] = 9
+    image_contrast: Annotated[
+        float, arg(help="of pictures: how much it counts that copies of one are alike, and told from others")
+    ] = 1.0
     checkpoint_steps: Annotated[int, arg(help="save work every so many steps; 0 is every two minutes")] = 0
     dtype: Annotated[str | None, arg(help="of what is written: float32 (the default) or bfloat16")] = None
     seed: Annotated[int, arg(help="the same seed gives the same model")] = 0

@@ -140,7 +140,7 @@ def input_contexts(text: str, others: tuple[str, ...], count: int) -> list[str]:
     return shapes
 
 
-MOVED, TURNED, BRIGHTER, NOISE = 2.0, 5.0, 0.15, 5.0
+MOVED, TURNED, BRIGHTER, NOISE = 2.5, 5.0, 0.15, 5.0
 """How far a picture is changed at most: in pixels, degrees, as a share of its brightness, and the noise's deviation."""
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "choose_labels",
     "lessons",
     "plan",
+    "plan_pairs",
     "read_data",
     "tokenize",
 ]
@@ -260,6 +261,40 @@ def plan(rows: Sequence[TrainingRow], size: int, shuffle: np.random.Generator | 
         numbers = bucket.numbers if shuffle is None else shuffle.permutation(bucket.numbers)
         batches += [bucket._replace(numbers=numbers[first : first + size]) for first in range(0, len(numbers), size)]
     return batches if shuffle is None else [batches[number] for number in shuffle.permutation(len(batches))]
+
+
+def plan_pairs(
+    rows: Sequence[TrainingRow], forms: int, size: int, shuffle: np.random.Generator | None = None
+) -> list[Bucket]:
+    """`plan` for pictures of one size, of which each batch holds some in two forms: the first forms, then the second.
+
+    In an epoch each form of each picture stands in a batch, and some once more: those that make up an even number of
+    forms, and those that fill the last batch.
+
+    Args:
+        rows: all pictures in their first form, then the other forms of the first picture, of the second, and so on.
+        forms: how many of each there are, two or more.
+        size: how many pictures are in a batch, at most as many as there are.
+        shuffle: draws the order and which forms go together.
+
+    Example:
+        >>> rows = [TrainingRow((0,), (), (0,))] * 8
+        >>> [batch.numbers.tolist() for batch in plan_pairs(rows, 2, 2)]
+        [[0, 1, 4, 5], [2, 3, 6, 7]]
+    """
+    count, (read, written) = len(rows) // forms, _lengths(rows[0])
+    order = np.tile(np.arange(forms), (count, 1))
+    if shuffle is not None:
+        order = shuffle.permuted(order, axis=1)
+    order = np.concatenate([order, order[:, :1]], 1)
+    batches = []
+    for first in range(0, forms, 2):
+        pictures = np.arange(count) if shuffle is None else shuffle.permutation(count)
+        for part in np.resize(pictures, (-(-count // size), size)):
+            form = order[part, first : first + 2].T
+            numbers = np.where(form == 0, part, count + part * (forms - 1) + form - 1)
+            batches.append(Bucket(numbers.reshape(-1), read, written))
+    return batches
 
 
 def lessons(

@@ -156,7 +156,7 @@ def finetune(
         rows if image is None else [*rows, *(c for row in rows for c in _copies(image, row, settings.image_copies))]
     )
     if image is None:
-        del used["image_copies"]
+        del used["image_copies"], used["image_contrast"]
     record = {
         "model": fingerprint(start),
         "labels": list(start.config.labels),
@@ -166,7 +166,7 @@ def finetune(
         "settings": {**used, "learning_rate": settings.rate},
     }
     partial_folder = output.with_name(f"{output.name}.partial")
-    run = train(start, learnt, settings, partial_folder, record, progress)
+    run = train(start, learnt, settings, partial_folder, record, progress, len(learnt) // len(rows))
     kind = jnp.dtype(dtype or "float32")
     trained = start.with_params(jax.tree.map(lambda leaf: leaf.astype(kind), run.params))
     size, per_epoch = min(settings.batch_size, len(rows)), len(run.losses) // settings.epochs

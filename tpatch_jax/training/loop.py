@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jaxtyping import Float
 
 from tpatch_jax.core.checks import check_range, check_types
 from tpatch_jax.errors import TPatchError
@@ -21,7 +22,7 @@ from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.storage.files import write_text
-from tpatch_jax.training.data import Lesson, TrainingRow, lessons, plan
+from tpatch_jax.training.data import Bucket, Lesson, TrainingRow, lessons, plan, plan_pairs
 from tpatch_jax.typing import Params
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Report",
     "Run",
     "accuracy",
+    "contrastive_loss",
     "cross_entropy_loss",
     "learn",
     "logits",
@@ -66,6 +68,9 @@ class FinetuneSettings:
         clip: the longest gradient.
         image_copies: of images so many changed copies of each are learnt as well: moved, turned, brighter or darker,
             noisy; see `tpatch_jax.models.inputs.image_contexts`.
+        image_contrast: weight of `contrastive_loss` on the queries of the last layer, where patches recognise a
+            picture: copies of one shall be alike and those of others different. Each step then takes its examples in
+            two forms. Without copies, or at 0, there is none.
         checkpoint_steps: work is saved every so many steps; 0 is every two minutes. It also is at the end of an epoch,
             unless it was in the 15 seconds before.
 
@@ -81,7 +86,8 @@ class FinetuneSettings:
     weight_decay: float = 0.01
     warmup: float = 0.06
     clip: float = 1.0
-    image_copies: int = 5
+    image_copies: int = 9
+    image_contrast: float = 1.0
     checkpoint_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -93,6 +99,7 @@ class FinetuneSettings:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int | float) or not 0 < value < math.inf):
                 raise TPatchError(f"{name} is {value}; give a positive number")
+        check_range(self, ("image_contrast",), 0.0)
         if not 0 <= self.warmup < 1 or not 0 <= self.weight_decay < math.inf:
             raise TPatchError("warmup is a share of the steps, from 0 to below 1, and weight_decay is not negative")
 
@@ -122,11 +129,17 @@ def logits(config: NetworkConfig, params: Params, batch: Any) -> Array:
     """`networks.apply`, but of a classifier's last FFN only what the head reads."""
     if not config.labels or not networks.pointwise(config):
         return networks.apply(config, params, batch)
+    return _decide(config, params, batch)[0]
+
+
+def _decide(config: NetworkConfig, params: Params, batch: Any) -> tuple[Array, Array]:
+    """A classifier's logits, and the last layer's query where the label is decided, or its mean: ``[rows, d]``."""
     last, rows = config.layers - 1, batch.shape[0]
     traced = networks.trace(config, params, batch, last)
-    first = networks.gather(traced, jnp.arange(rows), jnp.zeros(rows, jnp.int32))
-    output = networks.feed_forward(config, config.kind(last), params["layers"][last], first.query)
-    return networks.resume(config, params, first, output)
+    if networks.pointwise(config):
+        traced = networks.gather(traced, jnp.arange(rows), jnp.zeros(rows, jnp.int32))
+    output = networks.feed_forward(config, config.kind(last), params["layers"][last], traced.query)
+    return networks.resume(config, params, traced, output), traced.query.mean(1)
 
 
 @lru_cache(maxsize=8)
@@ -151,6 +164,42 @@ def cross_entropy_loss(config: NetworkConfig) -> Loss:
     def loss_of(params: Params, batch: Any, answer: Array, weight: Array) -> Array:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits(config, params, batch), answer)
         return jnp.sum(losses * weight) / jnp.sum(weight)
+
+    return loss_of
+
+
+TEMPERATURE = 0.1
+
+
+def contrastive_loss(query: Float[Array, "rows d"]) -> Float[Array, ""]:
+    """How hard it is to tell the other form of each row: ``-log softmax(cos(qᵢ, qⱼ)/τ)``, mean over all rows.
+
+    Row ``i`` of the first half and row ``i`` of the second are two forms of the same; all others are others.
+
+    Args:
+        query: ``[2·n, d]``.
+
+    Example:
+        >>> float(contrastive_loss(jnp.tile(jnp.eye(4), (2, 1)))) < 1e-3
+        True
+
+    Source: Chen et al. 2020, the NT-Xent loss; without their projection, for a key reads the query itself.
+    """
+    rows = query.shape[0]
+    unit = query * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(query), -1, keepdims=True), 1e-12))
+    alike = unit @ unit.T / TEMPERATURE
+    alike = jnp.where(jnp.eye(rows, dtype=bool), -jnp.inf, alike)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(alike, jnp.roll(jnp.arange(rows), rows // 2)))
+
+
+@lru_cache(maxsize=8)
+def _contrasted(config: NetworkConfig, contrast: float) -> Loss:
+    """The mean cross-entropy of labels and `contrastive_loss`, the same object every time."""
+
+    def loss_of(params: Params, batch: Any, answer: Array, weight: Array) -> Array:
+        said, query = _decide(config, params, batch)
+        losses = optax.softmax_cross_entropy_with_integer_labels(said, answer)
+        return jnp.sum(losses * weight) / jnp.sum(weight) + contrast * contrastive_loss(query)
 
     return loss_of
 
@@ -206,16 +255,18 @@ def train(
     folder: Path,
     record: dict[str, Any],
     progress: Report | None,
+    forms: int = 1,
 ) -> Run:
     """Train on labels or answers, from where unfinished work ends.
 
     Args:
         start: the model to start from.
-        rows: examples in tokens.
+        rows: examples in tokens; of pictures in several forms all in their first, then each one's others.
         settings: how it is trained.
         folder: for unfinished work.
         record: what that work belongs to.
         progress: called with what is being done, how much of it is done, and how much there is.
+        forms: in how many forms each picture is there.
 
     Returns:
         The `Run`.
@@ -224,13 +275,19 @@ def train(
         TPatchError: the folder's work is of another training or damaged, or the loss is not finite.
     """
     config, size = start.config, min(settings.batch_size, len(rows))
+    contrasted = forms > 1 and settings.image_contrast > 0
+    if contrasted:
+        size = 2 * min(settings.batch_size, len(rows) // forms)
+
+    def planned(shuffle: np.random.Generator | None = None) -> list[Bucket]:
+        return plan_pairs(rows, forms, size // 2, shuffle) if contrasted else plan(rows, size, shuffle)
 
     def taught(epoch: int, first: int) -> Iterator[Lesson]:
-        batches = plan(rows, size, np.random.default_rng([settings.seed, epoch]))
+        batches = planned(np.random.default_rng([settings.seed, epoch]))
         return lessons(config, rows, size, batches[first:])
 
-    per_epoch = len(plan(rows, size))
-    return learn(start.params, cross_entropy_loss(config), per_epoch, taught, settings, folder, record, progress)
+    loss_of = _contrasted(config, settings.image_contrast) if contrasted else cross_entropy_loss(config)
+    return learn(start.params, loss_of, len(planned()), taught, settings, folder, record, progress)
 
 
 def learn(
