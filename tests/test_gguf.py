@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,16 @@ def test_progress_counts_tensors(tmp_path: Path) -> None:
         ({"llama.rope.dimension_count": HEAD // 2}, "rotary positions on part of a head"),
         ({"llama.attention.head_count": [HEADS, HEADS]}, r"head_count' is \[4, 4\]; only models whose layers are all"),
         ({"llama.block_count": None}, "no metadata 'llama.block_count'; export the model to GGUF again"),
+        ({"llama.attention.head_count": 0}, r"'llama\.attention\.head_count' is 0; the file is damaged"),
+        ({"llama.block_count": 0}, r"'llama\.block_count' is 0; the file is damaged"),
+        (
+            {"llama.attention.head_count_kv": 3},
+            r"'blk\.0\.attn_k\.weight' has the shape \[32, 64\], and the file's metadata imply \[48, 64\]",
+        ),
+        (
+            {"llama.feed_forward_length": 90},
+            r"'blk\.0\.ffn_gate\.weight' has the shape \[96, 64\], .* imply \[90, 64\]",
+        ),
         ({"split.count": 3}, "one of 3 parts of a model; join them"),
     ],
 )
@@ -291,12 +302,50 @@ def test_tensors_of_another_type_or_name_are_named(tmp_path: Path) -> None:
         converted(tmp_path / "less", write_tiny_gguf(tmp_path / "less.gguf", tensors))
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "wanted"),
+    [
+        ("blk.0.ffn_gate.weight", (INNER + 1, HIDDEN), "[96, 64]"),
+        ("blk.1.ffn_down.weight", (HIDDEN, INNER - 1), "[64, 96]"),
+        ("blk.1.attn_q.weight", (60, HIDDEN), "[64, 64]"),
+        ("blk.0.attn_k.weight", (HIDDEN, HIDDEN), "[32, 64]"),
+        ("blk.0.attn_output.weight", (HIDDEN, 32), "[64, 64]"),
+        ("blk.0.attn_norm.weight", (HIDDEN - 1,), "[64]"),
+        ("blk.0.ffn_up.weight", (2, INNER, HIDDEN), "[96, 64]"),
+        ("blk.0.ffn_up.bias", (INNER, HIDDEN), "[96]"),
+        ("output_norm.weight", (HIDDEN, 2), "[64]"),
+    ],
+)
+def test_a_tensor_of_another_shape_is_named(tmp_path: Path, name: str, shape: tuple[int, ...], wanted: str) -> None:
+    tensors = tiny_tensors() | {name: np.ones(shape, np.float32)}
+    message = f"odd.gguf: tensor '{name}' has the shape {list(shape)}, and the file's metadata imply {wanted};"
+    with pytest.raises(TPatchError, match=re.escape(message)):
+        converted(tmp_path, write_tiny_gguf(tmp_path / "odd.gguf", tensors))
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "it is empty"),
+        (b"GG", "it is cut short or damaged"),
+        (b"\x89PNG\r\n" + bytes(300), "it does not begin as one"),
+        (b"GGUF\x01\x00\x00\x00" + bytes(300), "its version is 1; 2 and 3 are read"),
+        (b"GGUF\x03\x00\x00\x00" + b"\xff" * 300, "it is cut short or damaged"),
+    ],
+)
+def test_what_is_no_gguf_file_says_why(tmp_path: Path, content: bytes, why: str) -> None:
+    (tmp_path / "odd.gguf").write_bytes(content)
+    with pytest.raises(TPatchError, match=rf"odd\.gguf: not a readable GGUF file \({why}\); download or export it"):
+        converted(tmp_path, tmp_path / "odd.gguf")
+
+
 @pytest.mark.parametrize("keep", [0, 3, 100, 2000, -1000])
 def test_a_cut_file_is_an_error_that_names_it(tmp_path: Path, keep: int) -> None:
     whole = write_tiny_gguf(tmp_path / "whole.gguf").read_bytes()
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(whole[:keep])
-    with pytest.raises(TPatchError, match=r"cut\.gguf: not a readable GGUF file"):
+    why = "it is cut short or damaged" if keep else "it is empty"
+    with pytest.raises(TPatchError, match=rf"cut\.gguf: not a readable GGUF file \({why}\)"):
         converted(tmp_path, cut)
 
 

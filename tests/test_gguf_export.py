@@ -450,12 +450,20 @@ def test_a_file_in_the_other_byte_order(merged, tmp_path):
         export_gguf(dataclasses.replace(merged, name=str(source)), tmp_path / "out.gguf")
 
 
-def test_a_full_disk_leaves_nothing(merged, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        # what NumPy raises
+        (OSError("4352 requested and 1248 written"), r"not all of it fits there \(4352 requested and 1248 written\)"),
+    ],
+)
+def test_a_full_disk_leaves_nothing(merged, tmp_path, monkeypatch, error, why):
     def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise error
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
-    with pytest.raises(TPatchError, match=r"cannot write .*out\.gguf: No space left on device; free some room"):
+    with pytest.raises(TPatchError, match=rf"cannot write .*out\.gguf: {why}; free some room"):
         export_gguf(merged, tmp_path / "out.gguf")
     assert not list(tmp_path.iterdir())
 
@@ -484,7 +492,9 @@ def test_biases_of_some_layers_are_read_and_the_others_are_zero(tmp_path):
         assert not np.asarray(network[name]["bias"]).any()
     wrong = extra | {"blk.1.ffn_up.bias": draw(95)}
     source = write_gguf(tmp_path / "wrong.gguf", "llama", tiny_keys(), tensors | wrong)
-    with pytest.raises(TPatchError, match=r"mlp\.up_proj\.bias has shape \(95,\), config\.json implies \(96,\)"):
+    with pytest.raises(
+        TPatchError, match=r"wrong\.gguf: tensor 'blk\.1\.ffn_up\.bias' has the shape \[95\], .* imply \[96\]"
+    ):
         load_model(source)
 
 

@@ -13,7 +13,9 @@ import tpatch_jax as tp
 from tpatch_jax.bank.patches import read_patches, save_patches
 from tpatch_jax.cli import main as cli
 from tpatch_jax.core.patch import Patch, concatenate, take
-from tpatch_jax.editors.holding import asked_row, read_margins, requests_held
+from tpatch_jax.editors import prune_checks
+from tpatch_jax.editors.holding import AskedRow, asked_row, read_margins, requests_held
+from tpatch_jax.editors.prune_trials import CutRows, ask_rows, shared_beginnings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import load_model
 from tpatch_jax.requests import EditRequest
@@ -146,3 +148,62 @@ def test_a_folder_is_pruned_into_another(model, plain, letters, tmp_path, capsys
     assert (tmp_path / "p" / "patches.json").read_bytes() == before
     assert cli.main(command) == 1
     assert "already exists" in capsys.readouterr().err
+
+
+BEGINNING = [7, 8, 9, 10, 11, 12, 13, 14, 15]
+
+
+def rows_that_begin_alike() -> list[AskedRow]:
+    rng = np.random.default_rng(3)
+    drawn = [rng.integers(3, 30, count).tolist() for count in (5, 2, 9, 4, 3, 6, 11)]
+    tokens = [[*(BEGINNING if n < 4 else []), *rest] for n, rest in enumerate(drawn)]
+    targets = [row[len(row) - count :] for row, count in zip(tokens, (2, 1, 0, 1, 1, 0, 3), strict=True)]
+    return [
+        AskedRow(row, range(len(row) - len(target) - 1, len(row) - bool(target)), target)
+        for row, target in zip(tokens, targets, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("cut", [0, LAST])
+def test_rows_that_are_cut_say_what_whole_ones_say(model, cut):
+    rows = rows_that_begin_alike()
+    begins, which = shared_beginnings(rows)
+    assert which.tolist() == [0, 0, 0, 0, -1, -1, -1]
+    assert begins == [BEGINNING]
+    trials, chosen = CutRows(model, rows, cut), np.asarray([6, 0, 3, 1, 4, 2])
+    rng = np.random.default_rng(4)
+    for _ in range(2):
+        # Heard in the beginning as well, and in a layer above.
+        draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+        patches = {layer: Patch(draw(3, 32), draw(3), draw(3, 32)) for layer in {cut, LAST}}
+        told, whole = trials.ask(patches, chosen), ask_rows(tp.attach(model, patches), [rows[n] for n in chosen])
+        np.testing.assert_allclose(told.margin, whole.margin, rtol=1e-4, atol=1e-5)
+        without = [number for number, row in enumerate(chosen) if not rows[row].wanted]
+        assert told.token[without].tolist() == whole.token[without].tolist()
+    nothing = trials.ask({}, chosen).margin
+    np.testing.assert_allclose(nothing, ask_rows(model, [rows[n] for n in chosen]).margin, rtol=1e-4, atol=1e-5)
+
+
+def test_how_far_a_row_hears_a_change(model):
+    rows = rows_that_begin_alike()
+    trials = CutRows(model, rows, 1)
+    heard = trials.movement(np.arange(len(rows)), lambda query: np.abs(query[:, 0]))
+    traced = [model.trace(jnp.asarray([row.tokens[: row.places.stop]]), 1) for row in rows]
+    expected = [float(jnp.max(jnp.abs(one.query[0, :, 0]) / jnp.linalg.norm(one.output[0], axis=-1))) for one in traced]
+    np.testing.assert_allclose(heard, expected, rtol=1e-4)
+    np.testing.assert_allclose(
+        trials.movement(np.asarray([5, 1]), lambda query: np.abs(query[:, 0])), [expected[5], expected[1]], rtol=1e-4
+    )
+
+
+def test_rows_are_run_again_only_where_a_change_is_heard(model, plain, letters, monkeypatch):
+    asked = []
+    ask = CutRows.ask
+    monkeypatch.setattr(CutRows, "ask", lambda self, *given: asked.append(len(given[1])) or ask(self, *given))
+    fewer, info, pruned = prune(model, level(plain), [[0, 1], [2, 3]], letters)
+    check(model, fewer, info)
+    assert pruned.levelled == 2
+    # All that should be said once, then what hears that two neurons become one; nothing at the end.
+    whole = prune_checks.read_check_rows(model, [[one] for one in REQUESTS], None)
+    assert asked[0] == len(whole.said)
+    assert sum(asked[1:]) < 3 * asked[0]

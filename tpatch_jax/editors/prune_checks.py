@@ -8,24 +8,20 @@ import numpy as np
 
 from tpatch_jax.editors.forms import respelled
 from tpatch_jax.editors.frames import other_frames, same_frames
-from tpatch_jax.editors.holding import AskedRow, asked_row, read_margins
+from tpatch_jax.editors.holding import AskedRow, asked_row
 from tpatch_jax.editors.locating import split_at_subject
 from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.wordings import Wording, kept_wordings, neutral_wordings, question, shortened
 from tpatch_jax.models.chat import form_of, in_chat
-from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 
-__all__ = ["CheckRows", "Checked", "failed_groups", "measure_rows", "read_check_rows"]
+__all__ = ["CheckRows", "read_check_rows"]
 
 PREFIXES, SHORTER, SAME, OTHERS = 2, 3, 4, 6
 """In so many contexts, shorter wordings and other wordings an edit is checked, and so many other things are asked about
 its subject.
 """
-
-SURE, SHARE = 1.0, 0.5
-"""Where a target was said by a margin, at least this share of it has to be left, of margins above `SURE` that of it."""
 
 
 class CheckRows(NamedTuple):
@@ -42,30 +38,6 @@ class CheckRows(NamedTuple):
     said_group: np.ndarray
     kept: list[AskedRow]
     kept_group: np.ndarray
-
-    def of(self, groups: Sequence[int]) -> "CheckRows":
-        """Those of some groups."""
-        said, kept = (np.flatnonzero(np.isin(each, groups)) for each in (self.said_group, self.kept_group))
-        return CheckRows(
-            [self.said[row] for row in said], self.said_group[said], [self.kept[row] for row in kept],
-            self.kept_group[kept],
-        )  # fmt: skip
-
-
-class Checked(NamedTuple):
-    """What a model says there.
-
-    Attributes:
-        margin: of each target; see `tpatch_jax.editors.holding.read_margins`.
-        token: what is said first after each prompt that should stay.
-    """
-
-    margin: np.ndarray
-    token: np.ndarray
-
-
-def _fits(model: Model, row: AskedRow, target: int) -> bool:
-    return bool(row.places) and len(row.wanted) == target
 
 
 def _said(model: Model, request: EditRequest, known: ModelMemory | None) -> list[AskedRow]:
@@ -125,35 +97,3 @@ def read_check_rows(model: Model, groups: Sequence[Sequence[EditRequest]], known
         [row for row, _ in said], np.asarray([number for _, number in said], int),
         [row for row, _ in kept], np.asarray([number for _, number in kept], int),
     )  # fmt: skip
-
-
-def measure_rows(model: Model, rows: CheckRows) -> Checked:
-    """What a model says to them.
-
-    Args:
-        model: with the patches attached.
-        rows: the prompts.
-    """
-    margin = read_margins(model, rows.said)
-    if not rows.kept:
-        return Checked(margin, np.zeros(0, np.int32))
-    sites = collect(model, [row.tokens for row in rows.kept], [row.places for row in rows.kept], model.layer(None))
-    return Checked(margin, predicted(model, sites))
-
-
-def failed_groups(rows: CheckRows, before: Checked, unedited: Checked, after: Checked) -> set[int]:
-    """The groups for which something was lost.
-
-    A target that was said has to be said still, with enough of its margin; what should stay has to be what it was, or
-    what the unedited model says.
-
-    Args:
-        rows: the prompts.
-        before: what is said with all neurons.
-        unedited: what is said without any.
-        after: what is said with some.
-    """
-    least = SHARE * np.minimum(before.margin, SURE)
-    lost = (before.margin > 0) & ~(after.margin >= least)
-    changed = (after.token != before.token) & (after.token != unedited.token)
-    return {*rows.said_group[lost].tolist(), *rows.kept_group[changed].tolist()}

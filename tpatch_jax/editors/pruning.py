@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.arguments import as_path, check_call, check_kind
@@ -21,7 +21,8 @@ from tpatch_jax.core.patch import Patch, sized
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.editors.base import EditInfo, RequestInfo
 from tpatch_jax.editors.model_memory import ModelMemory, collect_model_memory
-from tpatch_jax.editors.prune_checks import Checked, failed_groups, measure_rows, read_check_rows
+from tpatch_jax.editors.prune_checks import read_check_rows
+from tpatch_jax.editors.prune_trials import UNMOVED, CutRows, Outcome, ask_rows, can_be_cut
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import collect
 from tpatch_jax.models.model import Model, check_loaded
@@ -37,6 +38,10 @@ ALIKE = 0.98
 AUDIBLE = 0.5
 """A prompt is one of a neuron's if it responds there at least this share of its strongest response."""
 LOUDER = 1.01
+SURE, SHARE = 1.0, 0.5
+"""Where a target was said by a margin, at least this share of it has to be left, of margins above `SURE` that of it."""
+SAME_LINE = 1 - 1e-6
+"""Values of this cosine lie on one line."""
 ROUNDS = 4
 ROWS_AT_ONCE = 1 << 22
 KINDS = ("merged", "dropped", "levelled")
@@ -213,7 +218,17 @@ class _Pruner:
         self.now: list[_Unit | None] = list(self.units)
         first = known[min(known)] if known else None
         self.rows = read_check_rows(model, [[requests[n] for n in members] for members in self.members], first)
+        self.asked = [*self.rows.said, *self.rows.kept]
+        self.group_of = np.concatenate([self.rows.said_group, self.rows.kept_group])
         self.kinds: dict[int, str] = {}
+        self.cut: CutRows | None = None
+        # Of each row: what was said with all neurons, and what was when it was last asked, with which units.
+        self.margin = np.full(len(self.asked), np.inf)
+        self.token = np.full(len(self.asked), -1, np.int32)
+        self.lost = np.zeros(len(self.asked), bool)
+        self.asked_at = np.full(len(self.asked), -1)
+        self.states: list[list[_Unit | None]] = []
+        self.loudness: dict[int, tuple[_Unit, float]] = {}
 
     def _check(self, owned: Sequence[tuple[tuple[int, int], ...]], requests: int) -> None:
         there = {(layer, n) for layer, patch in self.layers.items() for n in range(patch.key.shape[0])}
@@ -251,25 +266,97 @@ class _Pruner:
         wanted = {self.component(group) for group in groups}
         return {group for group in range(len(self.members)) if self.component(group) in wanted}
 
+    def _patches(self, units: Sequence[_Unit | None]) -> dict[int, Patch]:
+        """The neurons of some units, by layer."""
+        there = [unit for unit in units if unit is not None]
+        parts = {layer: [unit for unit in there if unit.layer == layer] for layer in self.layers}
+        return {layer: jax.device_put(sized(_joined(some))) for layer, some in parts.items() if some}
+
     def corrected(self, units: Sequence[_Unit | None]) -> Model:
         """The model with some units attached."""
-        there = [unit for unit in units if unit is not None]
-        patches = {}
-        for layer in self.layers:
-            parts = [unit for unit in there if unit.layer == layer]
-            if parts:
-                patch = _joined(parts)
-                patches[layer] = jax.device_put(sized(patch))
+        patches = self._patches(units)
         return attach(self.model, patches) if patches else self.model
 
     def failing(self, units: Sequence[_Unit | None], groups: set[int] | None = None) -> set[int]:
-        """The groups, of some or of all, for which units say too little."""
-        rows, before, unedited = self.rows, self.before, self.unedited
+        """The groups, of some or of all, for which units say too little.
+
+        A target that was said has to be said still, with enough of its margin; what should stay has to be what it was,
+        or what the unedited model says. Asked is only what hears a change; of each group the row that hears it most
+        comes first, and the others only where that is well.
+        """
+        rows = np.flatnonzero(self.matters)
         if groups is not None:
-            said, kept = (np.isin(each, list(groups)) for each in (rows.said_group, rows.kept_group))
-            rows = rows.of(list(groups))
-            before, unedited = (Checked(each.margin[said], each.token[kept]) for each in (before, unedited))
-        return failed_groups(rows, before, unedited, measure_rows(self.corrected(units), rows))
+            rows = rows[np.isin(self.group_of[rows], list(groups))]
+        heard = self._movement(self.units, units, rows)
+        rows, heard = rows[heard > UNMOVED], heard[heard > UNMOVED]
+        known = np.zeros(len(rows), bool)
+        for number in np.unique(self.asked_at[rows][self.asked_at[rows] >= 0]).tolist():
+            same = np.flatnonzero(self.asked_at[rows] == number)
+            known[same] = self._movement(self.states[number], units, rows[same]) <= UNMOVED
+        failing = set(self.group_of[rows[known & self.lost[rows]]].tolist())
+        left = ~known & ~np.isin(self.group_of[rows], list(failing))
+        rows, heard = rows[left], heard[left]
+        most: dict[int, tuple[float, int]] = {}
+        for row, by in zip(rows.tolist(), heard.tolist(), strict=True):
+            if row < len(self.rows.said):
+                group = int(self.group_of[row])
+                most[group] = max(most.get(group, (-1.0, row)), (by, row))
+        first = np.asarray(sorted(row for _, row in most.values()), int)
+        failing |= self._ask_for_lost(units, first)
+        rest = np.setdiff1d(rows, first)
+        return failing | self._ask_for_lost(units, rest[~np.isin(self.group_of[rest], list(failing))])
+
+    def _ask_for_lost(self, units: Sequence[_Unit | None], rows: Int[np.ndarray, " rows"]) -> set[int]:
+        """The groups of those of some rows that units say too little to."""
+        if not len(rows):
+            return set()
+        said = rows < len(self.rows.said)
+        unknown = rows[~said & (self.token[rows] < 0)]
+        self.token[unknown] = self._ask(self.units, unknown).token
+        now = self._ask(units, rows)
+        before, lost = self.margin[rows], np.zeros(len(rows), bool)
+        lost[said] = ~(now.margin >= SHARE * np.minimum(before, SURE))[said]
+        changed = np.flatnonzero(~said & (now.token != self.token[rows]))
+        lost[changed] = now.token[changed] != self._ask([], rows[changed]).token
+        self.lost[rows], self.asked_at[rows] = lost, len(self.states)
+        self.states.append(list(units))
+        return set(self.group_of[rows[lost]].tolist())
+
+    def _ask(self, units: Sequence[_Unit | None], rows: Int[np.ndarray, " rows"]) -> Outcome:
+        """What is said to some rows with some units."""
+        if not len(rows):
+            return Outcome(np.zeros(0), np.zeros(0, np.int32))
+        if self.cut is None:
+            return ask_rows(self.corrected(units), [self.asked[row] for row in rows.tolist()])
+        return self.cut.ask(self._patches(units), rows)
+
+    def _movement(
+        self, before: Sequence[_Unit | None], after: Sequence[_Unit | None], rows: Int[np.ndarray, " rows"]
+    ) -> Float[np.ndarray, " rows"]:
+        """How far rows hear that units change, as a share of what the network says; infinite where that is unknown."""
+        changed = [(one, other) for one, other in zip(before, after, strict=True) if one is not other]
+        if not changed:
+            return np.zeros(len(rows))
+        layers = {unit.layer for pair in changed for unit in pair if unit is not None}
+        if self.cut is None or layers != {self.cut.layer}:
+            return np.full(len(rows), np.inf)
+        # Responses along one line are subtracted, others counted each as a change.
+        parts: list[list[tuple[_Unit, float]]] = []
+        for one, other in changed:
+            here, there = ([] if unit is None else [(unit, sign)] for unit, sign in ((one, -1.0), (other, 1.0)))
+            parts += [here + there] if here and there and _on_one_line(here[0][0], there[0][0]) else [here, there]
+        parts = [part for part in parts if part]
+        neurons = [(unit, sign) for part in parts for unit, sign in part]
+        key = np.concatenate([unit.key for unit, _ in neurons]).astype(np.float32)
+        bias = np.concatenate([unit.bias for unit, _ in neurons]).astype(np.float32)
+        coefficient = np.concatenate([sign * unit.coefficients for unit, sign in neurons]).astype(np.float32)
+        starts = np.cumsum([0, *(sum(len(unit.bias) for unit, _ in part) for part in parts)])[:-1]
+
+        def change(query: Float[np.ndarray, "n hidden"]) -> Float[np.ndarray, " n"]:
+            response = _activate(self.model.config.activation, query @ key.T + bias) * coefficient
+            return np.abs(np.add.reduceat(response, starts, axis=1)).sum(1)
+
+        return self.cut.movement(rows, change)
 
     def attempt(self, kind: str, changes: Sequence[_Change]) -> None:
         """Try changes together, at most one of each component, and keep those whose edits lose nothing by them."""
@@ -310,7 +397,12 @@ class _Pruner:
         return True
 
     def _loudest(self, unit: _Unit, known: ModelMemory) -> float:
-        return float(np.max(np.abs(self.responses(unit, np.asarray(known.query))), initial=0))
+        """The largest response on unrelated text, computed once for each unit."""
+        kept = self.loudness.get(id(unit))
+        if kept is None or kept[0] is not unit:
+            kept = unit, float(np.max(np.abs(self.responses(unit, np.asarray(known.query))), initial=0))
+            self.loudness[id(unit)] = kept
+        return kept[1]
 
     def responses(self, unit: _Unit, query: Float[np.ndarray, "rows hidden"]) -> Float[np.ndarray, " rows"]:
         """How far a unit moves the FFN's output on each query, along its value: ``Σ act(q·k + b)·(v·v̂)``."""
@@ -333,14 +425,17 @@ class _Pruner:
         return self._result(info)
 
     def _begin(self) -> None:
-        self.before = measure_rows(self.corrected(self.units), self.rows)
-        self.unedited = measure_rows(self.model, self.rows)
+        if can_be_cut(self.model, self.asked):
+            self.cut = CutRows(self.model, self.asked, min(self.layers))
+        said = np.arange(len(self.rows.said))
+        self.margin[said] = self._ask(self.units, said).margin
+        self.matters = self.margin > 0
         # An edit that does not hold keeps what it has: nothing would tell what it needs.
         self.settled = {
             number for number, members in enumerate(self.members) if not any(self.results[n].held for n in members)
         }
         firsts = {int(group): at for at, group in reversed(list(enumerate(self.rows.said_group.tolist())))}
-        self.settled |= {group for group, at in firsts.items() if not self.before.margin[at] > 0}
+        self.settled |= {group for group, at in firsts.items() if not self.margin[at] > 0}
         self.restored: set[int] = set()
 
     def _merge(self) -> None:
@@ -414,24 +509,29 @@ class _Pruner:
     def _queries_of_pairs(self, pairs: Sequence[int]) -> dict[int, Float[np.ndarray, "rows hidden"]]:
         """Of each pair the query of each of its prompts at which it responds most strongly."""
         result: dict[int, Float[np.ndarray, "rows hidden"]] = {}
-        corrected = self.corrected(self.now)
         for layer in {self._at(n).layer for n in pairs}:
             chosen = [n for n in pairs if self._at(n).layer == layer]
-            rows = self.rows.of(sorted({g for n in chosen for g in self.groups_with({self.group[n]})}))
-            positions = [range(len(row.tokens)) for row in rows.said]
-            query = collect(corrected, [row.tokens for row in rows.said], positions, layer).query
-            ends = np.cumsum([0, *map(len, positions)])
+            groups = sorted({g for n in chosen for g in self.groups_with({self.group[n]})})
+            rows = np.flatnonzero(np.isin(self.rows.said_group, groups))
+            queries = self._queries(layer, rows)
             for number in chosen:
-                lines = np.flatnonzero(np.isin(rows.said_group, list(self.groups_with({self.group[number]}))))
+                theirs = np.isin(self.group_of[rows], list(self.groups_with({self.group[number]})))
                 unit, loudest = self._at(number), []
-                for row in lines:
-                    part = np.asarray(query[ends[row] : ends[row + 1]], np.float32)
-                    z = part @ unit.key[0].astype(np.float32) + np.float32(unit.bias[0])
-                    loudest.append((float(z.max()), part[int(z.argmax())]))
+                for at in np.flatnonzero(theirs):
+                    z = queries[at] @ unit.key[0].astype(np.float32) + np.float32(unit.bias[0])
+                    loudest.append((float(z.max()), queries[at][int(z.argmax())]))
                 top = max((z for z, _ in loudest), default=0.0)
                 if top > 0:
                     result[number] = np.stack([part for z, part in loudest if z > AUDIBLE * top])
         return result
+
+    def _queries(self, layer: int, rows: Int[np.ndarray, " rows"]) -> list[Float[np.ndarray, "tokens hidden"]]:
+        """What a layer's feed-forward network reads of some rows."""
+        if self.cut is not None and self.cut.layer == layer:
+            return [self.cut.queries(row) for row in rows.tolist()]
+        tokens = [self.asked[row].tokens for row in rows.tolist()]
+        query = collect(self.corrected(self.now), tokens, [range(len(row)) for row in tokens], layer).query
+        return np.split(np.asarray(query, np.float32), np.cumsum([len(row) for row in tokens])[:-1])
 
     def _at(self, number: int) -> _Unit:
         unit = self.now[number]
@@ -498,7 +598,7 @@ class _Pruner:
         for number, kind in self.kinds.items():
             unit = self.now[number]
             lost[kind] += len(self.units[number].bias) - (0 if unit is None else len(unit.bias))
-        said = self.before.margin > 0
+        said = self.margin[: len(self.rows.said)] > 0
         pruned = PruneInfo(
             neurons=count,
             neurons_before=before_count,
@@ -516,6 +616,13 @@ class _Pruner:
             restored=tuple(self.results[n].id for group in sorted(self.restored) for n in self.members[group]),
         )
         return patches, info._replace(requests=results, parameters_added=size), pruned
+
+
+def _on_one_line(one: _Unit, other: _Unit) -> bool:
+    """Whether two units move an output along one line, towards the same side."""
+    first, second = (unit.value[0].astype(np.float64) for unit in (one, other))
+    length = float(np.linalg.norm(first) * np.linalg.norm(second))
+    return float(first @ second) >= SAME_LINE * length > 0
 
 
 def _sizes(patches: Mapping[int, Patch]) -> tuple[int, int, int]:

@@ -31,7 +31,7 @@ from tpatch_jax.models.heads import (
     unembedding_rows,
 )
 from tpatch_jax.models.stack import Batch, Pair, encode, feed_forward, residuals, routes
-from tpatch_jax.models.tracing import Trace, apply, gather, hidden, resume, trace, trace_after
+from tpatch_jax.models.tracing import Trace, apply, gather, hidden, hidden_after, resume, trace, trace_after
 
 __all__ = [
     "Batch",
@@ -55,6 +55,7 @@ __all__ = [
     "fork",
     "gather",
     "hidden",
+    "hidden_after",
     "leave_last",
     "logits",
     "pack_queries",

@@ -20,6 +20,7 @@ __all__ = [
     "enter_block_after",
     "gather",
     "hidden",
+    "hidden_after",
     "resume",
     "run_block_after",
     "trace",
@@ -127,7 +128,7 @@ def trace_after(
         first: the length of that text, ``[batch]`` int.
 
     Returns:
-        The `Trace` at ``tokens``, in the last layer as `trace` has it; in an earlier one it cannot be resumed.
+        The `Trace` at ``tokens``, in the last layer as `trace` has it; in an earlier one `hidden_after` goes on.
     """
     positions = first[:, None] + jnp.arange(tokens.shape[1])
     x = embed_tokens(config, params, tokens, positions)
@@ -149,6 +150,33 @@ def hidden(
     )
     for index in range(layer + 1, config.layers):
         x, _ = run_block(config, config.kind(index), params["layers"][index], x, positions, None, around)
+    return x
+
+
+def hidden_after(
+    config: NetworkConfig,
+    params: Params,
+    traced: Trace,
+    output: Float[Array, "batch tokens hidden"],
+    begun: list[Cache],
+    which: Int[Array, "batch"],
+) -> Float[Array, "batch tokens hidden"]:
+    """`hidden` of what `trace_after` gave: the residual stream after the last block, ``[batch, tokens, d]``.
+
+    Args:
+        config: the network's description, of a decoder.
+        params: the network's parameters.
+        traced: from `trace_after`.
+        output: the FFN's output to go on from, ``[batch, tokens, d]``.
+        begun: from `begin`, with these parameters.
+        which: the text that each row begins with, ``[batch]`` int.
+    """
+    layer, positions = traced.layer, traced.context["positions"]
+    x = leave_block(
+        config, config.kind(layer), without_ffn(params["layers"][layer]), traced.context["residual"], output
+    )
+    for index in range(layer + 1, config.layers):
+        x = run_block_after(config, config.kind(index), params["layers"][index], x, positions, begun[index], which)
     return x
 
 

@@ -129,6 +129,9 @@ def _unwritten(path: Path, error: Exception, kind: str) -> TPatchError:
     """What to say where a file or folder could not be written."""
     # a full disk is an OSError from Python and a SafetensorError from safetensors
     reason, number = getattr(error, "strerror", None) or error, getattr(error, "errno", None)
+    if isinstance(error, OSError) and number is None:
+        # What NumPy says where a file takes less than it was given.
+        reason = f"not all of it fits there ({error})"
     full = number in (None, errno.ENOSPC, errno.EDQUOT)
     mend = "free some room and try again" if full else f"choose another output {kind}"
     return TPatchError(f"cannot write {path}: {reason}; {mend}")

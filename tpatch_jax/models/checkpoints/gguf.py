@@ -61,6 +61,8 @@ class Architecture(NamedTuple):
         settings: may be present: tensors that are settings in Hugging Face files; each takes the configuration, and
             gives what changes.
         biases: may be present, in some layers or in all: by the entry of ``config.json`` that says so, as `tensors`.
+        shapes: from ``config.json`` to the shapes of weights of `tensors`, as NumPy has them, but for tables of tokens,
+            which are compared where they are loaded; a bias has the first number.
     """
 
     config: Callable[[Metadata], dict[str, Any]]
@@ -69,6 +71,7 @@ class Architecture(NamedTuple):
     tied: str
     settings: dict[str, Callable[[np.ndarray, Metadata, dict[str, Any]], dict[str, Any]]]
     biases: dict[str, dict[str, str]]
+    shapes: Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]
 
     def expected(self, layers: int, setting: str | None = None) -> dict[str, tuple[str, str]]:
         """Every tensor of `tensors`, or the biases of a setting: its GGUF name, that name there, the other name."""
@@ -110,16 +113,37 @@ def open_gguf(source: Path) -> "tuple[GGUFReader, Metadata, Architecture]":
                 f"{source}: a tensor has type {unknown[1]}, which the installed gguf package does not know; "
                 f"update that package, or {_READABLE}"
             ) from error
-        raise TPatchError(f"{source}: not a readable GGUF file ({error}); download or export it again") from error
+        raise TPatchError(
+            f"{source}: not a readable GGUF file ({_damage(source, error)}); download or export it again"
+        ) from error
 
     name = metadata["general.architecture"]
     if name not in ARCHITECTURES:
-        raise TPatchError(f"{source}: architecture '{name}' is not supported; supported: {listed(ARCHITECTURES)}")
+        raise TPatchError(
+            f"{source}: architecture '{name}' is not supported; supported: {listed(ARCHITECTURES)}. "
+            "Use the model's Hugging Face folder"
+        )
     if (parts := metadata.get("split.count", 0)) > 1:
         raise TPatchError(
             f"{source}: one of {parts} parts of a model; join them with llama.cpp's llama-gguf-split --merge"
         )
     return reader, metadata, ARCHITECTURES[name]
+
+
+def _damage(source: Path, error: Exception) -> str:
+    """What is wrong with a file that gguf stumbled on, where that can be told."""
+    try:
+        with source.open("rb") as file:
+            begin = file.read(4)
+    except OSError as failure:
+        return failure.strerror or str(failure)
+    if not begin:
+        return "it is empty"
+    if not b"GGUF".startswith(begin):
+        return "it does not begin as one"
+    if version := re.search(r"version (\d+)", str(error)):
+        return f"its version is {version[1]}; 2 and 3 are read"
+    return "it is cut short or damaged"
 
 
 def convert_gguf(source: Path, folder: Path, *, progress: Progress | None = None) -> None:
@@ -161,6 +185,7 @@ def convert_gguf(source: Path, folder: Path, *, progress: Progress | None = None
     if missing:
         raise TPatchError(f"{source}: the tensors {listed(sorted(missing))} are missing; download or export it again")
 
+    shapes = architecture.shapes(config)
     weights: dict[str, np.ndarray] = {}
     for done, tensor in enumerate(reader.tensors, 1):
         try:
@@ -173,6 +198,7 @@ def convert_gguf(source: Path, folder: Path, *, progress: Progress | None = None
             config |= architecture.settings[tensor.name](weight, metadata, config)
         else:
             pattern, target = expected[tensor.name]
+            _check_shape(source, tensor.name, weight.shape, pattern, shapes)
             # safetensors stores the buffer as it lies, so a transposed view has to be copied first
             weights[target] = np.ascontiguousarray(architecture.fixes.get(pattern, UNCHANGED).read(weight, metadata))
         if progress is not None:
@@ -189,6 +215,19 @@ def convert_gguf(source: Path, folder: Path, *, progress: Progress | None = None
     # safetensors makes its file readable by the owner only, which a cache shared by a team must not be
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
     _write_json(folder / "generation_config.json", {key: id for key, id in special.items() if id is not None})
+
+
+def _check_shape(
+    source: Path, name: str, shape: tuple[int, ...], pattern: str, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """Make sure that a tensor is of the shape that a file's metadata imply, where these tell."""
+    weight, _, part = pattern.rpartition(".")
+    wanted = shapes.get(weight, shape) if part == "weight" else shapes.get(weight, shape)[:1]
+    if shape != wanted:
+        raise TPatchError(
+            f"{source}: tensor '{name}' has the shape {list(shape)}, and the file's metadata imply {list(wanted)}; "
+            "download or export it again"
+        )
 
 
 UNCHANGED = Fix(lambda weight, metadata: weight, lambda weight, metadata: weight)
@@ -282,6 +321,19 @@ def _half_split(heads: str) -> Fix:
     return Fix(partial(reordered, write=False), partial(reordered, write=True))
 
 
+def _llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    queries, keys = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
+    return {
+        **dict.fromkeys(("output_norm", "blk.{i}.attn_norm", "blk.{i}.ffn_norm"), (hidden,)),
+        **dict.fromkeys(("blk.{i}.ffn_gate", "blk.{i}.ffn_up"), (inner, hidden)),
+        **dict.fromkeys(("blk.{i}.attn_k", "blk.{i}.attn_v"), (keys, hidden)),
+        "blk.{i}.attn_q": (queries, hidden),
+        "blk.{i}.attn_output": (hidden, queries),
+        "blk.{i}.ffn_down": (hidden, inner),
+    }
+
+
 _LLAMA = Architecture(
     config=_llama_config,
     tensors={
@@ -317,10 +369,23 @@ _LLAMA = Architecture(
             },
         }.items()
     },
+    shapes=_llama_shapes,
 )
 
 
 # --- gpt2 ---
+
+
+def _gpt2_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, inner = config["n_embd"], config["n_inner"]
+    return {
+        **dict.fromkeys(_GPT2_NORMS, (hidden,)),
+        "position_embd": (config["n_positions"], hidden),
+        "blk.{i}.attn_qkv": (3 * hidden, hidden),
+        "blk.{i}.attn_output": (hidden, hidden),
+        "blk.{i}.ffn_up": (inner, hidden),
+        "blk.{i}.ffn_down": (hidden, inner),
+    }
 
 
 def _gpt2_config(metadata: Metadata) -> dict[str, Any]:
@@ -369,6 +434,7 @@ _GPT2 = Architecture(
     tied="output.weight",
     settings={},
     biases={},
+    shapes=_gpt2_shapes,
 )
 
 ARCHITECTURES = {"llama": _LLAMA, "gpt2": _GPT2}

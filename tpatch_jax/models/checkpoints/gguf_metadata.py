@@ -38,6 +38,8 @@ class Metadata(dict[str, Any]):
         number = self[key] if default is None else self.get(key, default)
         if not isinstance(number, int):
             raise TPatchError(f"{self.source}: '{key}' is {number!r}; only models whose layers are all alike work")
+        if number < 1:
+            raise TPatchError(f"{self.source}: '{key}' is {number}; the file is damaged: download or export it again")
         return number
 
 
