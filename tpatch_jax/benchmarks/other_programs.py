@@ -313,7 +313,7 @@ def _scope_programs(places: Places, workload: Workload) -> list[Program]:
     config, rows = places.config, 32
     tokens = places.rows((2 * rows, workload.context), jnp.int32)
     return [
-        Program("SERAC: embeddings of texts", serac_networks.embed_texts, (config, places.params, tokens)),
+        Program("SERAC: embeddings of texts", serac_networks.embed, (config, places.params, tokens)),
         _training_step("SERAC: step on the scope classifier", places, scope_loss(config), places.params,
                        (tokens, places.rows((rows, rows), jnp.int32))),
     ]  # fmt: skip

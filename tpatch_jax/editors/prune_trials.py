@@ -133,6 +133,18 @@ class CutRows:
         layer: the cut.
     """
 
+    model: Model
+    layer: int
+    rows: list[AskedRow]
+    begins: list[list[int]]
+    which: Int[np.ndarray, " rows"]
+    first: Int[np.ndarray, " rows"]
+    rest: list[list[int]]
+    sites: Sites
+    ends: list[int]
+    begin_sites: Sites
+    begin_ends: list[int]
+
     def __init__(self, model: Model, rows: Sequence[AskedRow], layer: int) -> None:
         self.model, self.layer, self.rows = model, layer, list(rows)
         self.begins, self.which = shared_beginnings(rows)

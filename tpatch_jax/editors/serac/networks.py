@@ -32,7 +32,6 @@ __all__ = [
     "context_tokens",
     "edit_text",
     "embed",
-    "embed_texts",
     "embedding_flops",
     "embeddings",
     "encoder_row",
@@ -113,6 +112,7 @@ def encoder_row(encoder: Model, text: str) -> list[int]:
     return row if len(row) <= encoder.config.context else [*row[:1], *row[1 - encoder.config.context :]]
 
 
+@partial(jax.jit, static_argnames="config")
 def embed(config: NetworkConfig, params: Params, tokens: Array) -> Array:
     """``e = RADIUS · m / ‖m‖``, ``m`` the mean of the encoder's states over the tokens of a text.
 
@@ -129,9 +129,6 @@ def embed(config: NetworkConfig, params: Params, tokens: Array) -> Array:
     return RADIUS * total / jnp.linalg.norm(total, axis=-1, keepdims=True)
 
 
-embed_texts = jax.jit(embed, static_argnames="config")
-
-
 def embeddings(encoder: Model, texts: Sequence[str]) -> np.ndarray:
     """`embed` of texts.
 
@@ -144,7 +141,7 @@ def embeddings(encoder: Model, texts: Sequence[str]) -> np.ndarray:
     """
     embedded = np.zeros((len(texts), encoder.config.hidden_size), np.float32)
     for numbers, batch in batches(encoder.config, [encoder_row(encoder, text) for text in texts]):
-        embedded[numbers] = np.asarray(embed_texts(encoder.config, encoder.params, batch))[: len(numbers)]
+        embedded[numbers] = np.asarray(embed(encoder.config, encoder.params, batch))[: len(numbers)]
     return embedded
 
 
