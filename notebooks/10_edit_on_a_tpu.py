@@ -15,7 +15,8 @@
 #
 # From an empty runtime to a corrected model on disk: in Colab choose "Upload" and this file, take a TPU runtime
 # (Runtime, Change runtime type), say in the next cell where the repository is, and run all cells. One chip, eight, or
-# none, which is a CPU or a GPU, make no difference but to the time. The outputs below are those of two CPU cores.
+# none, which is a CPU or a GPU, make no difference but to the time. The outputs below are those of a CPU with much
+# other work, so its seconds are many times what they should be.
 
 # %%
 REPOSITORY = ""  # of this library: an address that git can clone, or a folder; nothing where it is installed already
@@ -126,7 +127,7 @@ for request in requests:
 # %% [markdown]
 # ## Save
 #
-# The patches are some hundred kilobytes, and belong to this model; the merged model is a folder of its own, which
+# The patches are some ten kilobytes an edit, and belong to this model; the merged model is a folder of its own, which
 # `tp.load_model` reads. `tp.export_model` writes one for stock transformers.
 
 # %%
