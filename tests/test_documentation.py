@@ -17,6 +17,8 @@ import pytest
 from chat_models import PLAIN
 from conftest import make_tiny_model, write_tiny_folder
 from flax import nnx
+from gguf import GGMLQuantizationType
+from test_gguf_export import write_llama
 from tiny_families import tiny_model as family_model
 from tiny_families import tiny_sound, write_recordings, write_sound
 
@@ -157,6 +159,8 @@ def test_notebooks_run_in_a_reduced_form(name, models, tmp_path, monkeypatch, qu
     monkeypatch.setenv("TPATCH_QUICK", "1")
     stand_in(models, tmp_path, monkeypatch)
     text = (ROOT / "notebooks" / f"{name}.py").read_text("utf-8")
+    if "gguf" in name:
+        write_llama(tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf", GGMLQuantizationType.Q4_1)
     exec(compile(text, name, "exec"), {"__name__": name})
 
 
