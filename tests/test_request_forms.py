@@ -10,6 +10,7 @@ from chat_models import GEMMA, chat_model
 from jax.tree_util import Partial
 
 from tpatch_jax.core import values
+from tpatch_jax.core.patch import Patch, create
 from tpatch_jax.core.recipes.staged import Recognised
 from tpatch_jax.editors.forms import ask_in_chats, chat_rows, holds_in_chats, other_chats, respelled
 from tpatch_jax.editors.locating import respell
@@ -20,7 +21,13 @@ from tpatch_jax.editors.tpatcher import subject_site
 from tpatch_jax.editors.tpatcher.previous import create_empty
 from tpatch_jax.editors.tpatcher.subject_prompts import read_subject_rows
 from tpatch_jax.editors.tpatcher.subject_settings import SubjectSettings
-from tpatch_jax.editors.tpatcher.subject_site import Subjects, read_subjects
+from tpatch_jax.editors.tpatcher.subject_site import (
+    FittedSubjects,
+    SubjectNeuron,
+    Subjects,
+    fit_subjects,
+    read_subjects,
+)
 from tpatch_jax.models.chat import COMPLETE, end_of_turn
 from tpatch_jax.models.collection import collect
 from tpatch_jax.requests import EditRequest
@@ -166,6 +173,24 @@ def test_another_spelling_has_a_key_of_its_own_unless_the_first_knows_it():
     assert both.spelt[0] in (0, -1)
     fires = np.dot(both.keys.key[2], _query(model, "so the hat of ann", 1)) + both.keys.bias[2]
     assert fires > SubjectSettings().plateau
+
+
+def test_progress_counts_requests_however_many_neurons_each_has(monkeypatch):
+    keys = Recognised(np.ones((3, 16), np.float32), np.zeros(3, np.float32), np.ones(3, np.float32), {})
+    rows = {n: [PromptRow([1, 2], 0, [1], [3])] for n in range(3)}
+    groups, queries = np.arange(3, dtype=np.int32), [np.zeros((2, 16), np.float32)] * 3
+    read = Subjects(chat_model(None), 1, SubjectSettings(), [0, 1, 2], rows, rows, groups, queries, keys, [0, 1, 2])
+
+    def fit_chunk(read, present, chunk, kept, slot):
+        four = Patch(np.ones((4 * len(chunk), 16), np.float32), np.ones(4 * len(chunk)), np.ones((4 * len(chunk), 16)))
+        neurons = [SubjectNeuron(n, place, 1, 1.0, {}) for place, n in enumerate(np.repeat(chunk, 4).tolist())]
+        return FittedSubjects(four, neurons)
+
+    monkeypatch.setattr(subject_site, "_fit_chunk", fit_chunk)
+    said = []
+    no_patch = jax.tree.map(np.asarray, create(16))
+    fit_subjects(read, no_patch, [True] * 3, create_empty(16, np.dtype(np.float32)), lambda *told: said.append(told))
+    assert said == [("training values", done, 3) for done in (0, 2, 3)]
 
 
 def _query(model, text, layer):

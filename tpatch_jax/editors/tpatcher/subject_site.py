@@ -346,6 +346,7 @@ def fit_subjects(
     # On each part of a mesh, so that more of them train more at a time.
     lanes = settings.value_lanes or (ON_A_CPU if jax.default_backend() == "cpu" else ELSEWHERE)
     lanes *= parts(mesh_of(model.params))
+    done = 0
     for round_ in range(max(turn.values(), default=-1) + 1):
         now = [number for number in going if turn[number] == round_]
         # Of similar lengths together, so that little is padding.
@@ -368,8 +369,9 @@ def fit_subjects(
             first_neuron = fitted.patch.key.shape[0]
             neurons = [neuron._replace(neuron=first_neuron + neuron.neuron) for neuron in new.neurons]
             fitted = FittedSubjects(concatenate([fitted.patch, new.patch]), [*fitted.neurons, *neurons])
+            done += len(chunk)
             if progress:
-                progress("training values", len(fitted.neurons) // (2 if settings.plateau else 1), len(going))
+                progress("training values", done, len(going))
     return fitted
 
 
