@@ -102,6 +102,7 @@ def say(path, prompts):
 
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(path), 256, 1, False
+    params.verbosity = 0
     server = xllamacpp.Server(params)
     asked = [{"prompt": prompt, "n_predict": most, "temperature": 0} for prompt in prompts]
     return [server.handle_completions(request)["choices"][0]["text"] for request in asked]
