@@ -171,12 +171,7 @@ class Edit:
         totals = specificity_totals(line for lines in facts for line in lines)
         result = {**summary(info, figures, count_neurons(patches)), "subject_specificity": totals}
         result["records"] = _records(info, said, facts)
-        if self.json:
-            print_json(result)
-        else:
-            self._show(requests, info, result, saved=held)
-        if not held:
-            raise TPatchError(f"nothing is saved in {self.output}: no request holds; mend them as the reasons say")
+        self._tell(requests, info, result, saved=held)
 
     def _edit_weights(self) -> None:
         """Edit with a method whose result is a model, and save that."""
@@ -213,11 +208,15 @@ class Edit:
             said = compare_answers(model, edited, requests, lambda done: report("reading answers", done, 2 * prompts))
         result = {**summary(info, figures, 0), "subject_specificity": {}, "method": name}
         result["records"] = _records(info, said, [[] for _ in requests])
+        self._tell(requests, info, result, saved=held)
+
+    def _tell(self, requests: Sequence[EditRequest], info: "EditInfo", result: dict[str, Any], *, saved: bool) -> None:
+        """What became of the requests, as a line of JSON or a table; an error where nothing is saved."""
         if self.json:
             print_json(result)
         else:
-            self._show(requests, info, result, saved=held)
-        if not held:
+            self._show(requests, info, result, saved=saved)
+        if not saved:
             raise TPatchError(f"nothing is saved in {self.output}: no request holds; mend them as the reasons say")
 
     def _show(self, requests: Sequence[EditRequest], info: "EditInfo", result: dict[str, Any], *, saved: bool) -> None:
