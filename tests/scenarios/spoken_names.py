@@ -60,11 +60,27 @@ def speak(text: str, voice: tuple[str, int], path: Path) -> Path:
     return path
 
 
+def correct(model: tp.Model, name: str, path: Path) -> dict[str, Any]:
+    """The request of somebody who knows what was said, and so which of the words that were written stand for the name.
+
+    Where the words behind it are wrong as well, they are corrected with it.
+    """
+    begin, end = (part.strip(" .") for part in EDITED.split("{}"))
+    request = {"audio": path, "target": name, "id": name}
+    written = model.transcribe(path).strip(" .")
+    if not written.lower().startswith(begin.lower()):
+        return request
+    written = written[len(begin) :].strip()
+    if written.lower().endswith(end):
+        return {**request, "instead_of": written[: -len(end)].strip()}
+    return {**request, "instead_of": written, "target": f"{name} {end}"}
+
+
 def run(
     model: tp.Model,
     folder: Path,
     names: Sequence[str] = NAMES,
-    memory: int = 24,
+    memory: int = 96,
     others: int = 96,
     recordings: Sequence[Path] = (),
     say: Callable[[str, tuple[str, int], Path], Path] = speak,
@@ -98,7 +114,7 @@ def run(
         return name in model.transcribe(path).lower()
 
     wrong = [name for name in names if not right(model, name, spoken[name, "edited voice"][0])]
-    requests = [{"audio": spoken[name, "edited voice"][0], "target": name, "id": name} for name in wrong]
+    requests = [correct(model, name, spoken[name, "edited voice"][0]) for name in wrong]
     before = [model.transcribe(path) for path in rest]
     patches, info = tp.edit(model, requests, memory=folder / "memory", settings=settings or {})
     edited = tp.attach(model, patches)
