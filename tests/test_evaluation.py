@@ -235,9 +235,7 @@ def test_figures_of_a_real_model_equal_a_plain_loop() -> None:
     if data:
         records = read_records("counterfact", Path(data) / "counterfact" / "counterfact_full_dev.json", n=10)
     else:
-        records = make_records(
-            ("Paris", "Rome", "Oslo", "Cairo", "Lima"), ("apples", "French wine", "the rain", "music", "old books")
-        )
+        records = make_records(("Paris", "Rome", "Oslo"), ("apples", "French wine", "old books"))
     report = evaluate(model, records, methods=["unedited"], other_facts=0)
     expected = plain_figures(model, records)
     assert {name: report["results"][0]["metrics"][name] for name in expected} == pytest.approx(expected)

@@ -243,15 +243,14 @@ def test_bad_facts(tmp_path, content):
 
 
 def test_a_question_answerer_from_data_to_figures(tmp_path, capsys):
-    """BART; T5 goes the same way and is edited in test_input_models.py."""
+    """BART; T5 goes the same way and is edited in test_input_models.py. What is only asked, the fact checker has."""
     sets = closed_book(*facts(tmp_path))
     folder = random_folder(tmp_path / "bart", "bart", init_std=0.25)
     paths = {name: write_lines(tmp_path / f"{name}.jsonl", rows) for name, rows in sets.items()}
     options = ("--from-scratch", "--epochs", "30", "--batch-size", "16", "--learning-rate", "0.01")
     trained = run(capsys, "finetune", folder, paths["train"], *options, "-o", tmp_path / "answerer")
     common = ("--data", "requests", "--file", paths["stream"], "--protocol", "sequential", "--memory", paths["train"])
-    asked = ("--train-set", paths["train"], "--test-set", paths["test"])
-    report = run(capsys, "eval", tmp_path / "answerer", *common, *asked, *QUICK, "-o", tmp_path / "report")
+    report = run(capsys, "eval", tmp_path / "answerer", *common, *QUICK, "-o", tmp_path / "report")
     unedited, edited = report["results"]
     assert trained["train_accuracy"] > 0.2
     assert unedited["metrics"]["exact"] < 1

@@ -1,5 +1,7 @@
 """SmolLM2-135M-Instruct itself: three quick edits, through real generation. Fetched on first use, then cached."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -22,6 +24,8 @@ REQUESTS = (
     tp.EditRequest("The currency of Croatia is the", "euro", "Croatia", id="croatia"),
 )
 CHAT = tp.EditRequest("What is the capital of Italy?", "Rome", id="italy", form="chat")
+# English that is at hand, instead of text sampled for a while from the model.
+MEMORY = Path(__file__).parents[1] / "CONTRIBUTING.md"
 UNRELATED = ("The largest planet in the solar system is", "Once upon a time, there was a")
 
 
@@ -33,10 +37,10 @@ def model():
 @pytest.fixture(scope="module")
 def edited(model):
     with pytest.MonkeyPatch.context() as patching:
-        patching.setattr(memory_text, "TEXTS", 16)  # a small memory is quick to sample
+        patching.setattr(memory_text, "TEXTS", 16)  # a small memory is quick to read
         patching.setattr(model_memory, "SPANS", 8)
         few = {"subject": {"value": {"steps": 3}}}
-        return tp.edit(model, [*REQUESTS, CHAT], settings=few, cache=False)
+        return tp.edit(model, [*REQUESTS, CHAT], settings=few, memory=MEMORY, cache=False)
 
 
 def test_it_is_the_model_that_it_should_be(model):
