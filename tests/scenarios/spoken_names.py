@@ -26,7 +26,7 @@ VOICE = ("en-us", 160)
 OTHER_VOICES = (("en-gb", 160), ("en-us+f3", 150), ("en-us+m3", 185))
 """Voices of espeak-ng, each with words a minute."""
 SETTINGS = {"answer_split": 0.6}
-"""Thresholds lie higher than by default: the memory has no human voice, and some of the other recordings are of people."""
+"""Thresholds lie higher than by default: the memory has no human voice, and some other recordings are of people."""
 
 _PEOPLE = "the nurse, my brother, a neighbor, the old teacher, our driver, the young artist, her uncle, the manager"
 _SUBJECTS = _PEOPLE.split(", ")
