@@ -405,7 +405,7 @@ def _said(config: NetworkConfig, params: Params, traced: Trace, output: Array, p
     if config.labels:
         logits = networks.logits(config, params, stream, traced.context.get("valid"))
         return jnp.broadcast_to(logits[:, None], (*places.shape, logits.shape[-1]))
-    return networks.logits(config, params, jnp.take_along_axis(stream, places[..., None], 1))
+    return networks.logits(config, params, networks.take_tokens(stream, places))
 
 
 class Trained(NamedTuple):

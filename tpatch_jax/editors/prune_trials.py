@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from tpatch_jax.core.devices import host, mesh_of, shard_rows
 from tpatch_jax.core.ffn import ACTIVATIONS
-from tpatch_jax.core.patch import Patch, contribution, sized
+from tpatch_jax.core.patch import Patch, contribution
 from tpatch_jax.core.sizes import few_or_most, pieces, power_of_two
 from tpatch_jax.editors.holding import ROWS, AskedRow, read_margins
 from tpatch_jax.models import networks
@@ -75,10 +75,6 @@ def shared_beginnings(rows: Sequence[AskedRow]) -> tuple[list[list[int]], Int[np
         which[numbers] = len(begins)
         begins.append(list(some[0].tokens[: next(differs, most)]))
     return begins, which
-
-
-def _on_device(patch: Patch) -> Patch:
-    return jax.tree.map(jnp.asarray, sized(patch))
 
 
 def _equal(one: Mapping[int, Patch], other: Mapping[int, Patch]) -> bool:
@@ -225,7 +221,7 @@ class CutRows:
         output = np.asarray(self.begin_sites.output, np.float32)
         if patch := patches.get(self.layer):
             query = pad_rows(self.begin_sites.query, row_length(len(output)) - len(output))
-            added = _added(_on_device(patch), query, jnp.zeros_like(query), self.model.config.activation)
+            added = _added(patch, query, jnp.zeros_like(query), self.model.config.activation)
             output = output + np.asarray(host(added), np.float32)[: len(output)]
         if self._kept_begun is not None:
             others, before, begun = self._kept_begun
@@ -269,7 +265,7 @@ class CutRows:
             positions = first + np.arange(length, dtype=np.int32)
             query, output, residual, positions, begins_with = shard_rows((*arrays, positions, begins_with), mesh)
             if patch is not None:
-                output = _added(_on_device(patch), query, output, config.activation)
+                output = _added(patch, query, output, config.activation)
             traced = Trace(query, output, {"residual": residual, "positions": positions}, self.layer)
             after = (
                 networks.hidden(config, model.params, traced, output)

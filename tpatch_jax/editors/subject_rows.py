@@ -323,5 +323,4 @@ def said_at(model: Model, forked: networks.Fork, places: Int[Array, "lanes place
 @partial(jax.jit, static_argnames="config")
 def log_probs_at(config: NetworkConfig, params: Params, hidden: Array, places: Array) -> Array:
     """From the residual stream after the last block, ``[lanes, ends, d]``, to log-probabilities at some places."""
-    end = jnp.take_along_axis(hidden, places[..., None], 1)
-    return jax.nn.log_softmax(networks.logits(config, params, end))
+    return jax.nn.log_softmax(networks.logits(config, params, networks.take_tokens(hidden, places)))

@@ -455,7 +455,7 @@ def _fit(
     def losses(kernel: Array) -> tuple[Array, tuple[Array, Array, Array]]:
         moved = output + jnp.matmul(hidden, kernel - main).astype(output.dtype)
         stream = networks.hidden(config, params, traced, moved)
-        logits = networks.logits(config, params, jnp.take_along_axis(stream, lesson.places[..., None], 1))
+        logits = networks.logits(config, params, networks.take_tokens(stream, lesson.places))
         log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
         said = jnp.take_along_axis(log_p, jnp.broadcast_to(lesson.wanted, lesson.places.shape)[..., None], -1)[..., 0]
         wrong = (jnp.argmax(log_p, -1) != lesson.wanted) & (lesson.weight > 0)

@@ -162,10 +162,14 @@ def cross_entropy_loss(config: NetworkConfig) -> Loss:
     """The mean cross-entropy of labels or answer tokens, the same object every time."""
 
     def loss_of(params: Params, batch: Any, answer: Array, weight: Array) -> Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits(config, params, batch), answer)
-        return jnp.sum(losses * weight) / jnp.sum(weight)
+        return _mean_cross_entropy(logits(config, params, batch), answer, weight)
 
     return loss_of
+
+
+def _mean_cross_entropy(said: Array, answer: Array, weight: Array) -> Array:
+    losses = optax.softmax_cross_entropy_with_integer_labels(said, answer)
+    return jnp.sum(losses * weight) / jnp.sum(weight)
 
 
 TEMPERATURE = 0.1
@@ -198,8 +202,7 @@ def _contrasted(config: NetworkConfig, contrast: float) -> Loss:
 
     def loss_of(params: Params, batch: Any, answer: Array, weight: Array) -> Array:
         said, query = _decide(config, params, batch)
-        losses = optax.softmax_cross_entropy_with_integer_labels(said, answer)
-        return jnp.sum(losses * weight) / jnp.sum(weight) + contrast * contrastive_loss(query)
+        return _mean_cross_entropy(said, answer, weight) + contrast * contrastive_loss(query)
 
     return loss_of
 

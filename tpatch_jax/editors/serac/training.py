@@ -161,7 +161,7 @@ def counterfactual_loss(config: NetworkConfig) -> Callable[..., Array]:
     def loss_of(trained: Params, frozen: Params, tokens: Array, place: Array, answer: Array, weight: Array) -> Array:
         params = {**frozen, **trained}
         hidden = networks.residuals(config, params, tokens)[-1]
-        said = networks.logits(config, params, jnp.take_along_axis(hidden, place[..., None], 1))
+        said = networks.logits(config, params, networks.take_tokens(hidden, place))
         losses = optax.softmax_cross_entropy_with_integer_labels(said, answer)
         return jnp.sum(losses * weight) / jnp.sum(weight)
 

@@ -16,15 +16,19 @@ from jax import Array
 from tpatch_jax.core.arguments import describe
 from tpatch_jax.core.checks import random_key
 from tpatch_jax.core.devices import automatically
-from tpatch_jax.core.fit import FitProblem
-from tpatch_jax.core.memory import create_memory, extend
-from tpatch_jax.core.patch import Patch, create
-from tpatch_jax.core.sizes import power_of_two
+from tpatch_jax.core.memory import create_memory
+from tpatch_jax.core.patch import Patch
 from tpatch_jax.editors.base import EditInfo
-from tpatch_jax.editors.tpatcher.rounds import RoundsInput, find_target_tokens, report
+from tpatch_jax.editors.tpatcher.rounds import find_target_tokens
 from tpatch_jax.editors.tpatcher.settings import TPatcherSettings
-from tpatch_jax.editors.tpatcher.token_problems import create_problems, output_moment
-from tpatch_jax.editors.tpatcher.tokens import LEAST_MEMORY, REFERENCES, check_foreign, fit_requests
+from tpatch_jax.editors.tpatcher.tokens import (
+    LEAST_MEMORY,
+    REFERENCES,
+    check_foreign,
+    create_rounds_input,
+    fit_requests,
+    report_none,
+)
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.foreign.collection import TokenSites
 from tpatch_jax.models.foreign.network import Network, as_inputs, shapes_of
@@ -163,30 +167,18 @@ def _edit(
     names = [f"edit-{number}" for number in range(len(inputs))]
     positions = [number for number in range(len(inputs)) if number not in problems]
     if not positions:
-        times = time.perf_counter() - began, 0.0, 0.0
-        return create(network.hidden_size), report(names, problems, set(), {}, {}, network.hidden_size, times)
+        return report_none(network, names, problems, began)
     rows = [inputs[number] for number in positions]
     sites, _ = _collect(network, rows, position)
     tokens = find_target_tokens([[int(targets[number])] for number in positions], [1] * len(positions))
     beside, queries = _collect(network, memory_rows, position)
-    memory = _memory(queries, position, settings)
-    if settings.other_edits:
-        memory = extend(memory, sites.query, tokens.answers, power_of_two(len(tokens.answers), 64))
     head = network.finisher_of(shapes_of(inputs[0]), answer)
     some = np.arange(0, len(memory_rows), max(1, len(memory_rows) // REFERENCES))[:REFERENCES]
-    moment = output_moment(head, jax.tree.map(lambda leaf: leaf[some], beside))
-
-    def wrong(patch: Patch) -> np.ndarray:
-        return np.flatnonzero(_said(network.attach(patch), rows, answer) != tokens.wanted)
-
-    def problems_of(chosen: np.ndarray, patch: Patch) -> FitProblem:
-        places = np.stack([tokens.table[tokens.owner[row]][:, tokens.token[row]] for row in chosen])
-        return create_problems(network, sites, places, jnp.asarray(tokens.wanted[chosen]), patch, head, moment)
-
-    token_names = [f"input {number}" for number in positions]
-    given = RoundsInput(
-        problems_of, wrong, token_names, tokens, memory, head, network.activation, np.zeros(0, np.int64)
-    )
+    references = jax.tree.map(lambda leaf: leaf[some], beside)
+    given = create_rounds_input(
+        network, settings, tokens, sites, _memory(queries, position, settings), head, references,
+        lambda corrected: _said(corrected, rows, answer), [f"input {number}" for number in positions],
+    )  # fmt: skip
     return fit_requests(network, given, random_key(seed), settings, positions, names, problems, began)
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.tree_util import Partial
 
 from tpatch_jax.core.arguments import check_kind, describe
 from tpatch_jax.core.checks import random_key
@@ -27,6 +28,7 @@ from tpatch_jax.editors.model_memory import PREFIX_LENGTHS, SPANS
 from tpatch_jax.editors.tpatcher.rounds import (
     Checks,
     RoundsInput,
+    TargetTokens,
     drop_failures,
     find_target_tokens,
     fit_rounds,
@@ -40,7 +42,15 @@ from tpatch_jax.models.foreign.collection import TokenSites, collect_queries, co
 from tpatch_jax.models.foreign.network import Network
 from tpatch_jax.requests import EditRequest, contradictions
 
-__all__ = ["LEAST_MEMORY", "REFERENCES", "check_foreign", "edit_tokens", "fit_requests"]
+__all__ = [
+    "LEAST_MEMORY",
+    "REFERENCES",
+    "check_foreign",
+    "create_rounds_input",
+    "edit_tokens",
+    "fit_requests",
+    "report_none",
+]
 
 Ids = Sequence[int]
 
@@ -186,8 +196,7 @@ def _edit(
     names = [f"edit-{position}" for position in range(len(prompts))]
 
     if not items:
-        times = time.perf_counter() - began, 0.0, 0.0
-        return create(network.hidden_size), report(names, problems, set(), {}, {}, network.hidden_size, times)
+        return report_none(network, names, problems, began)
     # No row is longer than one that the user gave: the network's own limit is not known.
     longest = max(len(row) for row in [*memory_rows, *(item.rows[0] for item in items)])
     bare_rows, bare_places = [item.rows[0] for item in items], [_places(item.rows[0], item.target) for item in items]
@@ -196,24 +205,67 @@ def _edit(
     tokens = find_target_tokens([item.target for item in items], [len(item.rows) for item in items])
 
     memory = _memory(network, memory_rows, settings, longest)
+    references = _references(network, memory_rows, longest)
+    token_names = [f"{items[number].rows[0]} {token}" for number, token in zip(tokens.owner, tokens.token, strict=True)]
+    given = create_rounds_input(
+        network, settings, tokens, sites, memory, network.finisher(), references,
+        lambda corrected: said(corrected, bare_rows, bare_places, longest), token_names,
+    )  # fmt: skip
+    positions = [item.position for item in items]
+    return fit_requests(network, given, random_key(seed), settings, positions, names, problems, began)
+
+
+def report_none(
+    network: Network, names: Sequence[str], problems: dict[int, str], began: float
+) -> tuple[Patch, EditInfo]:
+    """No neuron, and why, where none of the requests can be worked on.
+
+    Args:
+        network: it.
+        names: of all requests.
+        problems: the reason of each, by position.
+        began: when the edit began.
+    """
+    times = time.perf_counter() - began, 0.0, 0.0
+    return create(network.hidden_size), report(names, problems, set(), {}, {}, network.hidden_size, times)
+
+
+def create_rounds_input(
+    network: Network,
+    settings: TPatcherSettings,
+    tokens: TargetTokens,
+    sites: TokenSites,
+    memory: Memory,
+    head: Partial,
+    references: TokenSites,
+    said: Callable[[Network], np.ndarray],
+    names: Sequence[str],
+) -> RoundsInput:
+    """What rounds of fitting work on, of a network from elsewhere.
+
+    Args:
+        network: it.
+        settings: options.
+        tokens: the target tokens.
+        sites: what the cut gives at each of them, in all contexts.
+        memory: on which neurons stay silent; other requests' queries join it where the settings say so.
+        head: the rest of the network.
+        references: what the cut gives at some places of the memory, for the directions of values.
+        said: what a network says in the place of each target token.
+        names: of each target token.
+    """
     if settings.other_edits:
         memory = extend(memory, sites.query, tokens.answers, power_of_two(len(tokens.answers), 64))
-    head, rng = network.finisher(), random_key(seed)
-    moment = output_moment(head, _references(network, memory_rows, longest))
+    moment = output_moment(head, references)
 
     def wrong(patch: Patch) -> np.ndarray:
-        return np.flatnonzero(said(network.attach(patch), bare_rows, bare_places, longest) != tokens.wanted)
+        return np.flatnonzero(said(network.attach(patch)) != tokens.wanted)
 
     def problems_of(rows: np.ndarray, patch: Patch) -> FitProblem:
         chosen = np.stack([tokens.table[tokens.owner[row]][:, tokens.token[row]] for row in rows])
         return create_problems(network, sites, chosen, jax.device_put(tokens.wanted[rows]), patch, head, moment)
 
-    token_names = [f"{items[number].rows[0]} {token}" for number, token in zip(tokens.owner, tokens.token, strict=True)]
-    given = RoundsInput(
-        problems_of, wrong, token_names, tokens, memory, head, network.activation, np.zeros(0, np.int64)
-    )
-    positions = [item.position for item in items]
-    return fit_requests(network, given, rng, settings, positions, names, problems, began)
+    return RoundsInput(problems_of, wrong, names, tokens, memory, head, network.activation, np.zeros(0, np.int64))
 
 
 def fit_requests(
