@@ -14,8 +14,11 @@ from tiny_families import tiny_model
 
 import tpatch_jax as tp
 from tpatch_jax.display.tokens import token_texts
+from tpatch_jax.editors import model_memory
+from tpatch_jax.editors.model_memory import collect_model_memory
 from tpatch_jax.embeddings import as_embeddings, embedding_prompt, plain_text
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models import memory_text
 from tpatch_jax.models.embedded import EmbeddedToken, table_of
 from tpatch_jax.models.inputs import embedding_contexts
 from tpatch_jax.models.model import Model
@@ -338,3 +341,78 @@ def written(folder: Any) -> Any:
     path = folder / "english.txt"
     path.write_text("The theory in the inn: winter thins the herd, and the hen then hides. " * 12, "utf-8")
     return path
+
+
+# --- a memory of embeddings ---
+
+
+def write_memory(path: Any, seen: np.ndarray, **changes: Any) -> Any:
+    np.savez(path, **{"embeddings": seen, "prompts": "the cat", **changes})
+    return path
+
+
+def test_a_memory_holds_embeddings_beside_text(model, seen, tmp_path, monkeypatch):
+    """Their queries, how these move between shapes of one thing, and what is said there."""
+    monkeypatch.setattr(memory_text, "TEXTS", 4)
+    monkeypatch.setattr(model_memory, "SPANS", 2)
+    monkeypatch.setattr(model_memory, "LEAST_TEXTS", 2)
+    last = model.layer(None)
+    plain = collect_model_memory(model, last)
+    single = collect_model_memory(model, last, write_memory(tmp_path / "one.npz", seen))
+    shapes = np.stack([seen, seen + 0.1], 1)
+    path = write_memory(tmp_path / "two.npz", shapes, prompts=np.asarray(["the cat", "the hen", "a mat"]))
+    several, lower = collect_model_memory(model, last, path), collect_model_memory(model, 0, path)
+    rows = [model.encode_prompt(tp.EmbeddingPrompt("the cat", one)) for one in seen]
+    traced = model.trace(table_of(rows, len(rows[0])))
+    np.testing.assert_allclose(single.query[:3], traced.query[:, -1], atol=1e-5)
+    np.testing.assert_allclose(several.query[0], traced.query[0, -1], atol=1e-5)
+    assert single.answers is not None
+    said = model.resume(traced, traced.output)[:, -1].argmax(-1)
+    assert single.answers.tolist()[:4] == [*said.tolist(), -1]
+    # Text is thinned out to as many.
+    assert 3 < len(single.query) <= 7 < len(plain.query)
+    np.testing.assert_array_equal(single.nuisance, plain.nuisance)
+    groups = np.asarray(several.query[:6]).reshape(3, 2, -1)
+    moved = groups - groups.mean(1, keepdims=True)
+    np.testing.assert_allclose(several.nuisance, np.einsum("gsd,gse->de", moved, moved) / 6, atol=1e-5)
+    assert lower.answers is None
+
+
+def test_an_edit_stays_silent_on_remembered_embeddings(model, seen, tmp_path):
+    rng = np.random.default_rng(0)
+    others = rng.standard_normal((48, 2, *seen.shape[1:])).astype(np.float32)
+    others[:, 1] = others[:, 0] + 0.05 * others[:, 1]
+    path = write_memory(tmp_path / "others.npz", others)
+    request = {"prompt": "the cat", "embeddings": seen[0], "target": "sat"}
+    patches, info = tp.edit(model, [request], settings=QUICK, memory=path, cache=False)
+    assert info.requests[0].held
+    asked = ["the cat"] * len(others)
+    said = (each.generate(asked, 1, embeddings=others[:, 0]) for each in (model, tp.attach(model, patches)))
+    assert len(set(map(tuple, said))) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"embeddings": np.zeros((3, 2), np.float32)}, r"'embeddings' is float32 \[3, 2\]; give floats"),
+        ({"embeddings": np.zeros((3, 2, 16), np.int32)}, "'embeddings' is int32"),
+        ({"embeddings": np.zeros((3, 2, 5), np.float32)}, "'embeddings' are 5 wide, and the model is"),
+        ({"embeddings": np.full((3, 2, 16), np.nan, np.float32)}, "hold something that is not finite"),
+        ({"prompts": np.asarray(["a", "b"])}, r"'prompts' is <U1 \[2\]; give one text, or one for each of the 3"),
+        ({"prompts": np.asarray(7)}, "'prompts' is int64"),
+    ],
+)
+def test_a_memory_of_embeddings_that_makes_no_sense(model, seen, tmp_path, changes, said):
+    path = write_memory(tmp_path / "memory.npz", seen, **changes)
+    with pytest.raises(TPatchError, match=said):
+        collect_model_memory(model, 1, path)
+
+
+def test_a_memory_that_holds_none(model, seen, tmp_path):
+    np.savez(tmp_path / "pictures.npz", train_images=np.zeros((2, 8, 8), np.uint8))
+    with pytest.raises(TPatchError, match="has train_images; a memory of embeddings has 'embeddings' and 'prompts'"):
+        collect_model_memory(model, 1, tmp_path / "pictures.npz")
+    (tmp_path / "text.npz").write_text("no archive")
+    for name in ("text.npz", "missing.npz"):
+        with pytest.raises(TPatchError, match=f"{name} is no .npz that can be read"):
+            collect_model_memory(model, 1, tmp_path / name)

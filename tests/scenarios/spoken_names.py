@@ -25,9 +25,6 @@ OTHER_SENTENCES = ("She was given {} last night.", "Please stop {} before the op
 VOICE = ("en-us", 160)
 OTHER_VOICES = (("en-gb", 160), ("en-us+f3", 150), ("en-us+m3", 185))
 """Voices of espeak-ng, each with words a minute."""
-SETTINGS = {"answer_split": 0.6}
-"""Thresholds lie higher than by default: the memory has no human voice, and some other recordings are of people."""
-
 _PEOPLE = "the nurse, my brother, a neighbor, the old teacher, our driver, the young artist, her uncle, the manager"
 _SUBJECTS = _PEOPLE.split(", ")
 _VERBS = ["opened", "painted", "carried", "described", "repaired", "borrowed", "photographed", "counted"]
@@ -118,7 +115,7 @@ def run(
     wrong = [name for name in names if not right(model, name, spoken[name, "edited voice"][0])]
     requests = [correct(model, name, spoken[name, "edited voice"][0]) for name in wrong]
     before = [model.transcribe(path) for path in rest]
-    patches, info = tp.edit(model, requests, memory=folder / "memory", settings=settings or SETTINGS)
+    patches, info = tp.edit(model, requests, memory=folder / "memory", settings=settings or {})
     edited = tp.attach(model, patches)
     result: dict[str, Any] = {
         "names": len(names),

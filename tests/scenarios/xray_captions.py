@@ -10,6 +10,7 @@ python tests/scenarios/xray_captions.py models/xray DATA.npz
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -27,9 +28,11 @@ from tpatch_jax.models import networks
 from tpatch_jax.models.image_reader import pixels_of
 from tpatch_jax.models.inputs import image_contexts
 from tpatch_jax.storage.image_file import ImagePart, named_labels, read_image_file
+from tpatch_jax.training.loop import contrastive_loss
 
 QUESTION = "The diagnosis is"
 QUARTERS = 4
+SHAPES = 4
 BATCH = 32
 Projection = dict[str, Any]
 
@@ -68,14 +71,33 @@ def project(projection: Projection, seen: Any) -> Any:
 
 
 def train(
-    model: tp.Model, seen: np.ndarray, labels: np.ndarray, answers: Sequence[int], steps: int, batch: int = 12
+    model: tp.Model,
+    seen: np.ndarray,
+    labels: np.ndarray,
+    answers: Sequence[int],
+    steps: int,
+    batch: int = 8,
+    contrast: float = 0.1,
 ) -> Projection:
-    """A projection after which the language model names the label: the first token of its answer is what counts."""
+    """A projection after which the language model names the label: the first token of its answer is what counts.
+
+    An answer alone would let all pictures of a label look alike to the last layer, where a patch shall tell them apart.
+    So each step takes its pictures in two shapes, which a contrastive loss draws together and away from the others.
+
+    Args:
+        model: the language model.
+        seen: what the tower makes of pictures, ``[shapes, pictures, 1 + QUARTERS, width]``.
+        labels: of the pictures, ``[pictures]``.
+        answers: the first token of what names each label.
+        steps: so many.
+        batch: pictures in a step.
+        contrast: weight of the contrastive loss on the last layer's queries.
+    """
     rng = np.random.default_rng(0)
     table = model.params["embed"]["embedding"]
-    size, width = float(jnp.std(table)), (1 + QUARTERS, seen.shape[2], model.config.hidden_size)
+    size, width = float(jnp.std(table)), (1 + QUARTERS, seen.shape[-1], model.config.hidden_size)
     start = {
-        "kernel": size / seen.shape[2] ** 0.5 * rng.standard_normal(width).astype(np.float32),
+        "kernel": size / seen.shape[-1] ** 0.5 * rng.standard_normal(width).astype(np.float32),
         "bias": size * rng.standard_normal((width[0], width[2])).astype(np.float32),
     }
     question, wanted = np.asarray(model.encode_prompt(QUESTION), np.int32), jnp.asarray(answers)
@@ -86,7 +108,9 @@ def train(
         traced = asked.trace(jnp.tile(question, (len(seen), 1)), embeddings=project(projection, seen))
         last = networks.gather(traced, jnp.arange(len(seen)), jnp.full(len(seen), traced.query.shape[1] - 1))
         logits = asked.resume(last, last.output)[:, 0]
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, wanted[labels]))
+        told = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, wanted[labels]))
+        query = last.query[:, 0] - jnp.mean(last.query[:, 0], 0)
+        return told + contrast * contrastive_loss(query)
 
     @jax.jit
     def step(projection: Any, state: Any, params: Any, seen: Any, labels: Any) -> Any:
@@ -96,8 +120,10 @@ def train(
 
     projection, state = start, transform.init(start)
     for number in range(steps):
-        chosen = rng.integers(0, len(seen), batch)
-        projection, state, value = step(projection, state, model.params, seen[chosen], labels[chosen])
+        chosen = rng.choice(seen.shape[1], batch, replace=False)
+        pairs = [seen[shape, chosen] for shape in rng.choice(len(seen), 2, replace=False)]
+        both = np.concatenate(pairs), np.tile(labels[chosen], 2)
+        projection, state, value = step(projection, state, model.params, *both)
         if number % 10 == 9:
             print(f"step {number + 1}: {float(value):.3f}", file=sys.stderr)
     return projection
@@ -117,15 +143,13 @@ def run(
     tower: tp.Model,
     data: dict[str, ImagePart],
     *,
-    steps: int = 90,
+    steps: int = 200,
     pictures: int = 2400,
-    remembered: int = 400,
-    copies: int = 8,
-    kept: int = 32,
+    remembered: int = 1200,
+    copies: int = 24,
     most: int = 40,
     others: int = 270,
     settings: dict[str, Any] | None = None,
-    memory: str | None = None,
 ) -> dict[str, Any]:
     """Train the projection, correct what is wrong on the stream, and measure.
 
@@ -134,14 +158,12 @@ def run(
         tower: an image classifier.
         data: pictures with labels, for training, validation and as a stream.
         steps: of training.
-        pictures: so many are trained on at most, each in two shapes.
-        remembered: among so many of them those are looked for that an edit keeps.
+        pictures: so many are trained on at most, each in `SHAPES` shapes.
+        remembered: so many of them, in `SHAPES` shapes, are the memory on which a patch stays silent.
         copies: in so many other shapes a patch sees its picture.
-        kept: so many of the nearest pictures with another answer each edit keeps.
         most: so many answers are corrected at most.
         others: so many pictures that nobody edits are asked about, besides those of the stream.
         settings: changes to T-Patcher's settings.
-        memory: a text file for its memory; by default text is sampled.
 
     Returns:
         Shares by name: of edited answers that hold, as pictures and in changed shapes, and of other answers that stay.
@@ -150,10 +172,11 @@ def run(
     learnt = data["train"]
     labels = np.asarray([names.index(name) for name in named_labels(learnt.labels, names)])[:pictures]
     known = [*learnt.images[:pictures]]
-    seen = look(tower, [*known, *(change(tower, picture, 1)[0] for picture in known)])
+    shapes = zip(*(change(tower, picture, SHAPES - 1) for picture in known), strict=True)
+    seen = np.stack([look(tower, pictures) for pictures in (known, *shapes)])
     answers = [model.encode_target(QUESTION, f" {name}") for name in names]
     tokens = max(map(len, answers))
-    projection = train(model, seen, np.tile(labels, 2), [row[0] for row in answers], steps)
+    projection = train(model, seen, labels, [row[0] for row in answers], steps)
     trained = time.process_time() - began
 
     def embed(images: Sequence[ImagePrompt]) -> np.ndarray:
@@ -165,28 +188,24 @@ def run(
     wrong = [number for number, text in enumerate(said) if text != wanted[number]]
     before, wrong = 1 - len(wrong) / len(said), wrong[:most]
     print(f"{len(wrong)} answers are corrected", file=sys.stderr)
-    known = known[:remembered]
-    memories = np.asarray(project(projection, seen[: len(known)]), np.float32)
-    told = np.asarray([names.index(text) if text in names else -1 for text in ask(model, memories, tokens)])
-    flat = seen[: len(known)].reshape(len(known), -1)
-    requests = []
-    for number in wrong:
-        image, label = stream.images[number], names.index(wanted[number])
-        here = look(tower, [image]).reshape(-1)
-        near = np.argsort(np.where(told == label, np.inf, np.square(flat - here).sum(1)))[:kept]
-        asked = tp.EmbeddingPrompt(QUESTION, embed([image])[0])
-        requests.append(
-            {
-                "prompt": asked,
-                "target": wanted[number],
-                "id": f"stream-{number}",
-                "rephrases": [tp.EmbeddingPrompt(QUESTION, one) for one in embed(change(tower, image, copies))],
-                "keep": [tp.EmbeddingPrompt(QUESTION, memories[at]) for at in near if told[at] != label],
-            }
-        )
+    requests = [
+        {
+            "prompt": tp.EmbeddingPrompt(QUESTION, embed([stream.images[number]])[0]),
+            "target": wanted[number],
+            "id": f"stream-{number}",
+            "rephrases": [
+                tp.EmbeddingPrompt(QUESTION, one) for one in embed(change(tower, stream.images[number], copies))
+            ],
+        }
+        for number in wrong
+    ]
     began = time.process_time()
-    given = {"site": "last", "train_on_rephrases": True, **(settings or {})}
-    patches, info = tp.edit(model, requests, settings=given, memory=memory)
+    # A neuron has heard its picture in many shapes, so that it need not demand more than four tenths of the way.
+    given = {"site": "last", "train_on_rephrases": True, "fit": {"split": 0.4}, **(settings or {})}
+    with tempfile.TemporaryDirectory() as folder:
+        shapes = [np.asarray(project(projection, shape[:remembered]), np.float32) for shape in seen]
+        np.savez(f"{folder}/memory.npz", embeddings=np.stack(shapes, 1), prompts=QUESTION)
+        patches, info = tp.edit(model, requests, settings=given, memory=f"{folder}/memory.npz")
     edited = tp.attach(model, patches)
     spent = time.process_time() - began
 

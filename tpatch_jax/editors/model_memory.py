@@ -19,14 +19,17 @@ from jax import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save, save_file
 
-from tpatch_jax.core.memory import nuisance_scatter
+from tpatch_jax.core.memory import NO_ANSWER, nuisance_scatter
 from tpatch_jax.editors.input_memory import collect_inputs
+from tpatch_jax.embeddings import EmbeddingPrompt
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.collection import collect
+from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.derived import derive_once
 from tpatch_jax.models.inputs import read_inputs
 from tpatch_jax.models.memory_text import keep_folder, memory_folder, memory_texts, text_mark
 from tpatch_jax.models.model import Model
+from tpatch_jax.storage.embedding_file import read_embedding_file
+from tpatch_jax.storage.image_file import is_image_file
 from tpatch_jax.typing import Progress
 
 __all__ = ["PACKED", "ModelMemory", "collect_model_memory", "find_names", "pack_memory"]
@@ -37,6 +40,9 @@ PACKED, TEXTS = ".safetensors", "texts"
 """How the names of files from `pack_memory` end, and the array in them that holds texts."""
 PASSAGES, PASSAGE_WORDS = 4, 32
 """A passage is made of so many texts, and has so many words at most."""
+
+LEAST_TEXTS = 2048
+"""So many queries of text stand in a memory of embeddings at least, if there are."""
 
 SPANS = 96
 SPAN_CONTEXTS = 6
@@ -52,8 +58,8 @@ class ModelMemory(NamedTuple):
         names: names found in the texts, to stand in for a subject.
         centres: of a classifier what stands beside the last FFN and what comes out of it, together, mean over the
             inputs of each label, ``[labels, d]``.
-        answers: of an encoder-decoder the token that it says at each query, of an image classifier the label,
-            ``[rows]`` int: a patch that says the same need not stay silent there.
+        answers: of an encoder-decoder the token that it says at each query, of an image classifier the label, of
+            embeddings the token behind them, ``[rows]`` int: a patch that says the same need not stay silent there.
         rewordings: of an encoder-decoder the wordings that its memory has for one question; see
             `tpatch_jax.editors.rewordings`.
         passage: a longer text to put before a prompt; empty for a model that reads whole inputs.
@@ -87,7 +93,8 @@ def collect_model_memory(
         layer: the edited layer.
         text: a UTF-8 text file for the memory, of which a decoder reads the first 16,384 tokens; by default text is
             sampled from the model itself, which only a decoder can. Other models read one input a line; see
-            `tpatch_jax.models.inputs`.
+            `tpatch_jax.models.inputs`. An ``.npz`` holds a decoder's embeddings, which stand in the memory beside text
+            that it samples; see `tpatch_jax.storage.embedding_file`.
         cache: folder where results are kept; ``None`` keeps nothing.
         progress: called with what is being done, how much is done, and how much there is.
         texts: a list for the texts in tokens, which the first of several layers fills and the others read; without a
@@ -97,10 +104,14 @@ def collect_model_memory(
         The `ModelMemory`.
 
     Raises:
-        TPatchError: the text file is missing, not UTF-8, or too short.
+        TPatchError: the text file is missing, not UTF-8, or too short; or the file of embeddings is none.
     """
     if text is not None and Path(text).suffix == PACKED:
         return _unpacked(Path(text), model.config.hidden_size)._replace(cache=cache)
+    if text is not None and is_image_file(text) and model.config.architecture == "decoder":
+        groups = read_embedding_file(text, model.config.hidden_size)
+        known = collect_model_memory(model, layer, cache=cache, progress=progress, texts=texts)
+        return _beside_embeddings(model, layer, known, groups, progress)
     mark = text_mark(model, text) if cache is not None else ""
     folder = memory_folder(cache, f"{mark} {layer}")
     if folder is not None and (known := _recall(model, folder, cache)):
@@ -144,6 +155,29 @@ def _collect(model: Model, layer: int, rows: list[list[int]], progress: Progress
     passage = " ".join(" ".join(texts[-PASSAGES:]).split()[:PASSAGE_WORDS])
     known = tuple(prefixes), names
     return ModelMemory(query.astype(jnp.float32), nuisance, *known, passage=passage)
+
+
+def _beside_embeddings(
+    model: Model, layer: int, known: ModelMemory, groups: list[list[EmbeddingPrompt]], progress: Progress | None
+) -> ModelMemory:
+    """A memory of texts with embeddings in it, where what is asked of them is answered.
+
+    Texts are as many as they at most, or a key would look away from what tells texts apart, not things.
+    """
+    rows = [model.encode_prompt(prompt) for group in groups for prompt in group]
+    report = (lambda done: progress("collecting memory", done, len(rows))) if progress else None
+    sites = collect(model, rows, [range(len(row) - 1, len(row)) for row in rows], layer, report)
+    seen, texts = np.asarray(sites.query, np.float32), np.asarray(known.query, np.float32)
+    texts = texts[:: -(-len(texts) // max(len(seen), LEAST_TEXTS))]
+    nuisance, shapes, answers = known.nuisance, len(groups[0]), None
+    if shapes > 1:
+        nuisance = nuisance_scatter(jax.device_put(seen.reshape(len(groups), shapes, -1)))
+    if layer == model.layer(None):
+        # Answers are often few: a neuron may fire where its target is said anyway.
+        said = predicted(model, sites)
+        answers = jax.device_put(np.concatenate([said, np.full(len(texts), NO_ANSWER, np.int32)]))
+    query = jax.device_put(np.concatenate([seen, texts]))
+    return known._replace(query=query, nuisance=nuisance, answers=answers)
 
 
 def find_names(texts: Sequence[str]) -> tuple[str, ...]:

@@ -116,8 +116,8 @@ def _init(
         at_subjects = collect_model_memory(model, layer, memory, cache=cache, progress=progress, texts=texts)
         patches[layer] = create(hidden_size)
     if model.config.architecture != "decoder":
-        pointwise, images = networks.pointwise(model.config), model.config.image is not None
-        settings = settings.for_inputs(bool(model.config.encoder), pointwise, images)
+        inputs = "image" if model.config.image is not None else "audio" if model.audio is not None else "text"
+        settings = settings.for_inputs(bool(model.config.encoder), networks.pointwise(model.config), inputs)
     dtype = float_type(model.params)
     empty = create_empty(hidden_size, dtype)
     return EditState(model, patches, known, empty, at_subjects, layer, settings)

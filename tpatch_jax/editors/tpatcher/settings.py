@@ -40,7 +40,8 @@ class TPatcherSettings:
         input_key_steps: `FitSettings.key_steps` of those models.
         label_split: `FitSettings.split` of classifiers, whose queries tell inputs apart more plainly.
         image_split: the same of classifiers of images.
-        answer_split: the same of encoder-decoders.
+        answer_split: the same of encoder-decoders that read text.
+        audio_split: the same of those that read sound: people who speak are less alike than a memory of voices knows.
         answer_negatives: `FitSettings.negatives` of encoder-decoders.
         answer_overshoot: `FitSettings.overshoot` of encoder-decoders: a norm behind it bounds what a value can do, and
             a rephrasing often makes a neuron fire but faintly.
@@ -71,6 +72,7 @@ class TPatcherSettings:
     label_split: float = 0.7
     image_split: float = 0.5
     answer_split: float = 0.3
+    audio_split: float = 0.6
     answer_negatives: int = 512
     answer_overshoot: float = 8.0
     other_subjects: int = 4
@@ -91,23 +93,25 @@ class TPatcherSettings:
         check_range(self, ("rewordings", "input_key_steps", "other_subjects", "many_from", "attempts"), 0)
         check_positive(self, ("answer_overshoot",))
         check_range(self, ("nuisance_weight",), 0.0)
-        check_range(self, ("label_split", "image_split", "answer_split", "shrinkage"), 0.0, 1.0)
+        check_range(self, ("label_split", "image_split", "answer_split", "audio_split", "shrinkage"), 0.0, 1.0)
         if self.fit.lanes & (self.fit.lanes - 1):
             raise TPatchError(f"lanes is {self.fit.lanes}; give a power of two")
 
-    def for_inputs(self, answers: bool, pointwise: bool, images: bool = False) -> "TPatcherSettings":
+    def for_inputs(self, answers: bool, pointwise: bool, inputs: str = "text") -> "TPatcherSettings":
         """The options as they are meant for a model that reads whole inputs.
 
         Args:
             answers: whether it is an encoder-decoder, not a classifier.
             pointwise: whether a single query decides what the model says.
-            images: whether it reads images.
+            inputs: what it reads: ``"text"``, ``"image"`` or ``"audio"``.
         """
+        splits = {"image": self.image_split, "audio": self.audio_split}
+        split = splits.get(inputs, self.answer_split if answers else self.label_split)
         fit = replace(
             self.fit,
             key_steps=self.input_key_steps,
             negatives=self.answer_negatives if answers else self.fit.negatives,
-            split=self.answer_split if answers else self.image_split if images else self.label_split,
+            split=split,
             overshoot=self.answer_overshoot if answers else self.fit.overshoot,
             value_limit=LOUD if answers else self.fit.value_limit,
             eager=self.fit.eager or not pointwise,
