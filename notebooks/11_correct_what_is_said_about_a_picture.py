@@ -221,9 +221,9 @@ print(f"picture {first} shows: {truth[first]}; the model says: {said[first]}")
 # ## One correction
 #
 # What shows the same only the tower knows: the picture in other shapes stands in `rephrases`, and `train_on_rephrases`
-# has the patch see them; since it has seen so many, `split` lets it fire from four tenths of the way between the
-# hardest other input and its own. `memory` are pictures on which the patch stays silent, in several shapes each: they
-# tell as well which differences mean nothing.
+# has the patch see them. `memory` are pictures on which the patch stays silent, in several shapes each. They tell as
+# well which differences mean nothing, which the key then avoids first of all (`nuisance_weight`), so that it need not
+# be trained for long and may fire from three tenths of the way between the hardest other input and its own (`split`).
 
 # %%
 known = shown[: 4 if QUICK else 600]
@@ -235,9 +235,8 @@ request = {
     "target": truth[first],
     "rephrases": list(embed(change(picture, 2 if QUICK else 24))),
 }
-settings = {"site": "last", "train_on_rephrases": True, "fit": {"split": 0.4}}
-if QUICK:
-    settings["input_key_steps"] = 4
+settings = {"site": "last", "train_on_rephrases": True, "nuisance_weight": 0.98}
+settings["fit"] = {"split": 0.3, "key_steps": 32}
 patches, info = tp.edit(model, [request], memory="pictures.npz", settings=settings)
 corrected = tp.attach(model, patches)
 print(info.requests[0].status, "-", ask(corrected, [picture])[0])
