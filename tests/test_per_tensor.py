@@ -12,9 +12,10 @@ from tiny_families import tiny_model
 from tpatch_jax.cli import main as cli
 from tpatch_jax.core import ffn
 from tpatch_jax.core.patch import Patch
-from tpatch_jax.core.per_tensor import fit_to_network, merge_per_tensor, weight_excess
+from tpatch_jax.core.per_tensor import choose_copies, fit_to_network, merge_per_tensor, split_neurons, weight_excess
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.export import export_model
+from tpatch_jax.models.checkpoints.outliers import hidden_sizes, split_outliers
 from tpatch_jax.models.model import Model, load_model
 from tpatch_jax.models.patching import merge
 from tpatch_jax.models.shapes import merged_neurons
@@ -105,6 +106,51 @@ def test_what_becomes_of_a_neuron():
     np.testing.assert_allclose(same.patch.key, mild.key, rtol=1e-6)
 
 
+def rounded_input(x: np.ndarray) -> np.ndarray:
+    """Activations in as many steps as torch has, one scale for all."""
+    step = (max(x.max(), 0) - min(x.min(), 0)) / 127
+    return np.round(x / step) * step
+
+
+def test_neurons_share_a_hidden_value_that_would_set_the_scale_of_all():
+    params = network(True)
+    params["up"]["bias"], params["gate"]["bias"] = jnp.ones(WIDTH), jnp.zeros(WIDTH)
+    # as in trained networks, one neuron fires hundreds of times as strongly as all others, at one token
+    rows, loud = draw(64, HIDDEN), jnp.arange(WIDTH) == 7
+    rows[0, 4] = 20
+    for name in ("gate", "up"):
+        params[name]["kernel"] = params[name]["kernel"].at[4].set(jnp.where(loud, 2.5, 0.01))
+    hidden = lambda network, x: np.asarray(ffn.hidden(network, jnp.asarray(x), "silu"), np.float64)  # noqa: E731
+    values = np.abs(hidden(params, rows))
+    copies = choose_copies(params, values.max(0), np.square(values).mean(0), 256)
+    assert copies.max() > 8
+    assert np.all(np.log2(copies) % 1 == 0)
+    assert 0 < copies.sum() - WIDTH <= 256
+    split = split_neurons(params, copies)
+    assert ffn.width(split) == copies.sum()
+    before, after = (np.asarray(ffn.apply(each, jnp.asarray(rows), "silu")) for each in (params, split))
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4 * np.abs(before).max())
+    assert np.abs(hidden(split, rows)).max() < values.max() / 4
+
+    def error(network: dict) -> float:
+        """Of the other tokens, where ``down`` reads activations that are rounded together."""
+        output = rounded_input(hidden(network, rows)) @ np.asarray(network["down"]["kernel"])
+        return float(np.abs(output - before)[1:].mean())
+
+    assert error(split) < error(params) / 4
+    # No part is lost where the weights are rounded, as equal parts would be: together they read what the whole does.
+    part = rounded({"up": split["up"]})["up"]["kernel"]
+    neuron = int(copies.argmax())
+    places = np.concatenate([np.arange(WIDTH), np.repeat(np.arange(WIDTH), copies - 1)])
+    step = float(jnp.abs(split["up"]["kernel"]).max()) / 127
+    whole, parts = (np.asarray(each, np.float64) for each in (params["up"]["kernel"], part))
+    np.testing.assert_allclose(parts[:, places == neuron].sum(1), whole[:, neuron], atol=0.51 * step)
+    # nothing to gain, no room: nothing is split
+    assert choose_copies(params, np.ones(WIDTH), np.ones(WIDTH), 256).tolist() == [1] * WIDTH
+    assert choose_copies(params, values.max(0), np.square(values).mean(0), 0).tolist() == [1] * WIDTH
+    assert split_neurons(params, np.ones(WIDTH, int)) is params
+
+
 REQUESTS = [EditRequest("the hen", "q", join="none", id="hen"), EditRequest("a big cat", "x", join="none", id="cat")]
 
 
@@ -116,6 +162,27 @@ def with_outliers(model: Model) -> Model:
         network[name] = {**network[name], "kernel": network[name]["kernel"].at[3, 5].set(8.0)}
     layers[2] = {**layers[2], "ffn": network}
     return model.with_params({**model.params, "layers": layers})
+
+
+def test_outliers_are_found_at_every_token_and_split_where_there_is_room():
+    model = with_outliers(make_tiny_model(hidden_size=32, head_dim=16))
+    rows = [model.encode("the hen"), model.encode("a big cat and a hen")]
+    sizes = hidden_sizes(model, rows)
+    network, queries = model.params["layers"][2]["ffn"], [model.trace(jnp.asarray([row]), 2).query[0] for row in rows]
+    values = np.abs(np.asarray(ffn.hidden(network, jnp.concatenate(queries), "silu")))
+    np.testing.assert_allclose(sizes[2].largest, values.max(0), rtol=1e-4)
+    np.testing.assert_allclose(sizes[2].square, np.square(values).mean(0), rtol=1e-4)
+
+    width = model.config.ffn_width
+    split, added = split_outliers(model, rows, width + 40)
+    widths = [ffn.width(layer["ffn"]) for layer in split.params["layers"].values()]
+    assert added == sum(widths) - 3 * width > 0
+    assert max(widths) <= width + 40
+    batch = jnp.asarray([rows[1]])
+    np.testing.assert_allclose(split.apply(batch), model.apply(batch), rtol=1e-3, atol=1e-4)
+    assert split_outliers(model, rows, width)[1] == 0
+    ungated = tiny_model("gpt2")
+    assert split_outliers(ungated, [[1, 2, 3]], ungated.config.ffn_width + 40) == (ungated, 0)
 
 
 def test_a_safe_export_and_what_it_says_of_itself(tmp_path, letters, capsys, monkeypatch):

@@ -8,18 +8,30 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.typing import Params
 
-__all__ = ["CLIP", "FittedPatch", "fit_to_network", "merge_per_tensor", "weight_excess"]
+__all__ = ["CLIP", "FittedPatch", "choose_copies", "fit_to_network", "merge_per_tensor", "split_neurons", "weight_excess"]
 
 CLIP = 0.5
 """A key's entries are cut at this share of its largest, where it is known what the neuron fires at. Few are that large,
 so that half of the largest costs a key little of its margin, and leaves it twice as sharp within the same bounds.
 """
+
+
+LEVELS = 127
+"""Torch rounds activations to so many steps from the smallest to the largest of a tensor; onnxruntime to twice as many.
+"""
+
+
+INT8 = 127
+"""Weights are rounded to so many steps on either side of zero."""
+
+NEAR = 1.1
+"""Neurons are added only where that takes off more than the eleventh part of the error."""
 
 
 class FittedPatch(NamedTuple):
@@ -95,6 +107,97 @@ def merge_per_tensor(params: Params, patch: Patch, firing: Float[np.ndarray, "ne
     """
     fitted = fit_to_network(params, patch, firing)
     return ffn.merge(params, fitted.patch, fitted.shares if "gate" in params else None)
+
+
+def choose_copies(
+    params: Params, largest: Float[np.ndarray, "width"], square: Float[np.ndarray, "width"], room: int
+) -> Int[np.ndarray, "width"]:
+    """How many neurons share the hidden value of each, so that rounding all of them with one scale costs least.
+
+    With ``k_j`` in the place of neuron ``j`` and a step of ``Δ = max_j(a_j/k_j)/L``, rounding changes what ``down``
+    returns by ``Σ_j ‖w_j‖²·min(k_j²Δ²/12, E h_j²)`` in the square, for what is smaller than a step is lost. The neuron
+    with the largest share is halved again and again. Of what was tried on the way, the least that comes near the best.
+
+    Args:
+        params: the network's parameters.
+        largest: the largest absolute hidden value of each neuron on text, ``a``.
+        square: the mean square of each, ``E h²``.
+        room: so many neurons can be added at most.
+
+    Returns:
+        How many each becomes, ``k``; powers of two.
+
+    Example:
+        >>> params = {"down": {"kernel": jnp.ones((4, 2))}}
+        >>> choose_copies(params, np.array([900.0, 1, 1, 1]), np.array([9.0, 1, 1, 1]), 64).tolist()
+        [64, 1, 1, 1]
+    """
+    weight = np.sum(np.square(np.asarray(params["down"]["kernel"], np.float64)), 1)
+    copies, tried = np.ones(len(weight), np.int64), []
+    while True:
+        shares = largest / copies
+        step = shares.max(initial=0) / LEVELS
+        tried.append((float(weight @ np.minimum(np.square(copies * step) / 12, square)), copies.copy()))
+        widest = int(shares.argmax()) if len(shares) else 0
+        if not step or copies.sum() - len(copies) + copies[widest] > room:
+            break
+        copies[widest] *= 2
+    best = min(error for error, _ in tried)
+    return next(each for error, each in tried if error <= NEAR * best)
+
+
+def split_neurons(params: Params, copies: Int[np.ndarray, "width"]) -> Params:
+    """A gated feed-forward network in which several neurons share the hidden value of one; its output stays.
+
+    ``act(q·g)·(q·u)·w = Σ_i act(q·g)·(q·u_i)·w`` with ``Σ_i u_i = u``. A ``k``-th of ``u`` would itself be rounded
+    away, so each ``u_i`` has whole steps of the scale that the matrix has in INT8, nearly equal numbers of them in each
+    dimension, and the first has what is left.
+
+    Args:
+        params: the network's parameters; not changed.
+        copies: how many neurons each becomes, ``k``; the first stands where it stood, the others behind all.
+
+    Returns:
+        New parameters of a network that is ``Σ(k - 1)`` neurons wider.
+
+    Example:
+        >>> entries = {name: {"kernel": jnp.ones((4, 2))} for name in ("gate", "up")}
+        >>> wider = split_neurons({**entries, "down": {"kernel": jnp.ones((2, 4))}}, np.array([1, 4]))
+        >>> wider["up"]["kernel"].shape, float(wider["up"]["kernel"][0, 1:].sum())
+        ((4, 5), 1.0)
+
+    Source: after Zhao et al., "Improving Neural Network Quantization without Retraining using Outlier Channel
+    Splitting", ICML 2019, section 3, where copies are equal and stand for a channel that is read.
+    """
+    several = np.flatnonzero(copies > 1)
+    if not len(several):
+        return params
+    up = np.asarray(params["up"]["kernel"], np.float64)
+    sizes = np.abs(up).max(0, initial=0)
+    step = (sizes / copies).max(initial=0) / INT8
+    parts = {neuron: _in_steps(up[:, neuron], int(copies[neuron]), step) for neuron in several.tolist()}
+    firsts, others = up.copy(), [parts[neuron][1:].T for neuron in several.tolist()]
+    for neuron, part in parts.items():
+        firsts[:, neuron] = part[0]
+    places = np.concatenate([np.arange(len(copies)), np.repeat(np.arange(len(copies)), copies - 1)])
+    gate, reader = ({part: array[..., places] for part, array in params[name].items()} for name in ("gate", "up"))
+    reader["kernel"] = jnp.asarray(np.concatenate([firsts, *others], 1), params["up"]["kernel"].dtype)
+    if "bias" in reader:
+        reader["bias"] = reader["bias"] / jnp.asarray(copies[places], reader["bias"].dtype)
+    down = {**params["down"], "kernel": params["down"]["kernel"][places]}
+    return {**params, "gate": gate, "up": reader, "down": down}
+
+
+def _in_steps(row: Float[np.ndarray, " d"], parts: int, step: float) -> Float[np.ndarray, "parts d"]:
+    """A row as a sum of rows in whole steps, the first of which has what is smaller than a step besides."""
+    whole = np.trunc(row / step)
+    each, left = np.divmod(np.abs(whole).astype(np.int64), parts)
+    # What does not come out even goes on with the part at which the dimension before stopped, so that none has more.
+    begins = np.cumsum(left) - left
+    more = (np.arange(parts)[:, None] - begins) % parts < left
+    result = np.sign(whole) * (each + more) * step
+    result[0] += row - whole * step
+    return result
 
 
 def weight_excess(params: Params, neurons: int) -> float:
