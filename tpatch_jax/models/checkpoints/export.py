@@ -28,7 +28,7 @@ from tpatch_jax.models import networks
 from tpatch_jax.models.chat import render_request
 from tpatch_jax.models.checkpoints import folder as checkpoint
 from tpatch_jax.models.checkpoints.layout import flatten
-from tpatch_jax.models.checkpoints.outliers import split_outliers
+from tpatch_jax.models.checkpoints.outliers import spread_outliers
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.family import is_longrope
@@ -115,7 +115,8 @@ class ExportInfo(NamedTuple):
         safe_for: ``"per-tensor"`` if it is, else ``None``.
         weight_excess: how many times as large as the network's largest weight the largest of the patches is, in a
             matrix that both are in; above 1, quantising per tensor costs the network bits.
-        split_neurons: how many neurons of a safe export share the hidden value of one that would set the scale of all.
+        split_neurons: of a safe export how many neurons were added to share hidden values that would set the scale of
+            all others; they stand where silent ones would.
         held_rounded: of a safe export, the requests that still hold after its layers' matrices were rounded to INT8
             with one scale each, by id.
         lost_rounded: those that do not any more.
@@ -166,7 +167,8 @@ def export_model(
     With ``safe_for="per-tensor"`` no weight of a patch is larger than the network's largest, so that INT8 with one
     scale for each matrix, which dynamic quantisation of torch and onnxruntime uses by default, costs the network no
     more than without patches. Neurons are less sharp then (`tpatch_jax.core.per_tensor`), and what that changes is
-    measured.
+    measured. A decoder's activations that dwarf all others are spread (`tpatch_jax.models.checkpoints.outliers`), which
+    changes nothing that is computed, so that what is rounded with one scale for all tokens keeps the others.
 
     Args:
         model: a model with merged patches; attached ones are merged first. Not changed.
@@ -714,7 +716,7 @@ def _safe_per_tensor(
         layers[layer] = {**layers[layer], "ffn": merge_per_tensor(layers[layer]["ffn"], patch, firing)}
     merged = base.with_params({**base.params, "layers": layers})
     texts = [*fitted[:OUTLIER_TEXTS], *(row for row, _ in asked)]
-    split, added = split_outliers(merged, texts, common_width(merged))
+    split, added = spread_outliers(merged, texts, common_width(merged))
     error = _error(model, split, measured, requests, asked)
     return _Safe(merged, split, added, error, *requests_said(_rounded_per_tensor(split), requests, asked))
 
