@@ -12,9 +12,17 @@ from tiny_families import tiny_model
 from tpatch_jax.cli import main as cli
 from tpatch_jax.core import ffn
 from tpatch_jax.core.patch import Patch
-from tpatch_jax.core.per_tensor import fit_to_network, merge_per_tensor, weight_excess
+from tpatch_jax.core.per_tensor import (
+    choose_copies,
+    choose_scales,
+    fit_to_network,
+    merge_per_tensor,
+    split_neurons,
+    weight_excess,
+)
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.export import export_model
+from tpatch_jax.models.checkpoints.outliers import activation_sizes, spread_outliers
 from tpatch_jax.models.model import Model, load_model
 from tpatch_jax.models.patching import merge
 from tpatch_jax.models.shapes import merged_neurons
@@ -105,6 +113,50 @@ def test_what_becomes_of_a_neuron():
     np.testing.assert_allclose(same.patch.key, mild.key, rtol=1e-6)
 
 
+def rounded_input(x: np.ndarray) -> np.ndarray:
+    """Activations in as many steps as torch has, one scale for all."""
+    step = (max(x.max(), 0) - min(x.min(), 0)) / 127
+    return np.round(x / step) * step
+
+
+def test_neurons_share_a_hidden_value_that_would_set_the_scale_of_all():
+    params = network(True)
+    params["up"]["bias"], params["gate"]["bias"] = jnp.ones(WIDTH), jnp.zeros(WIDTH)
+    # as in trained networks, one neuron fires hundreds of times as strongly as all others, at one token
+    rows, loud = draw(64, HIDDEN), jnp.arange(WIDTH) == 7
+    rows[0, 4] = 20
+    for name in ("gate", "up"):
+        params[name]["kernel"] = params[name]["kernel"].at[4].set(jnp.where(loud, 2.5, 0.01))
+    hidden = lambda network, x: np.asarray(ffn.hidden(network, jnp.asarray(x), "silu"), np.float64)  # noqa: E731
+    values = np.abs(hidden(params, rows))
+    copies = choose_copies(params, values.max(0), np.square(values).mean(0), 256)
+    assert copies.max() > 8
+    assert 0 < copies.sum() - WIDTH <= 256
+    split = split_neurons(params, copies)
+    assert ffn.width(split) == copies.sum()
+    before, after = (np.asarray(ffn.apply(each, jnp.asarray(rows), "silu")) for each in (params, split))
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4 * np.abs(before).max())
+    assert np.abs(hidden(split, rows)).max() < values.max() / 4
+
+    def error(network: dict) -> float:
+        """Of the other tokens, where ``down`` reads activations that are rounded together."""
+        output = rounded_input(hidden(network, rows)) @ np.asarray(network["down"]["kernel"])
+        return float(np.abs(output - before)[1:].mean())
+
+    assert error(split) < error(params) / 4
+    # No part is lost where the weights are rounded, as equal parts would be: together they read what the whole does.
+    part = rounded({"up": split["up"]})["up"]["kernel"]
+    neuron = int(copies.argmax())
+    places = np.concatenate([np.arange(WIDTH), np.repeat(np.arange(WIDTH), copies - 1)])
+    step = float(jnp.abs(split["up"]["kernel"]).max()) / 127
+    whole, parts = (np.asarray(each, np.float64) for each in (params["up"]["kernel"], part))
+    np.testing.assert_allclose(parts[:, places == neuron].sum(1), whole[:, neuron], atol=0.51 * step)
+    # nothing to gain, no room: nothing is split
+    assert choose_copies(params, np.ones(WIDTH), np.ones(WIDTH), 256).tolist() == [1] * WIDTH
+    assert choose_copies(params, values.max(0), np.square(values).mean(0), 0).tolist() == [1] * WIDTH
+    assert split_neurons(params, np.ones(WIDTH, int)) is params
+
+
 REQUESTS = [EditRequest("the hen", "q", join="none", id="hen"), EditRequest("a big cat", "x", join="none", id="cat")]
 
 
@@ -116,6 +168,62 @@ def with_outliers(model: Model) -> Model:
         network[name] = {**network[name], "kernel": network[name]["kernel"].at[3, 5].set(8.0)}
     layers[2] = {**layers[2], "ffn": network}
     return model.with_params({**model.params, "layers": layers})
+
+
+def test_what_matrices_read_is_divided_by_powers_of_two_where_that_costs_least():
+    kernels, rows = [draw(HIDDEN, WIDTH) / 6, draw(HIDDEN, 48) / 6], draw(64, HIDDEN)
+    # as norms return them: a dimension far larger than all others
+    rows[:, 4] *= 40
+    scales = choose_scales(kernels, np.abs(rows).max(0), np.square(rows).mean(0))
+    assert np.all(np.log2(scales) % 1 == 0)
+    assert scales[4] == scales.max() > 1
+    assert np.sum(scales != 1) < HIDDEN / 2
+
+    def error(scales: np.ndarray) -> float:
+        read = rounded_input(rows / scales)
+        weights = [
+            np.asarray(rounded({"up": {"kernel": jnp.asarray(k * scales[:, None])}})["up"]["kernel"]) for k in kernels
+        ]
+        return sum(float(np.square(read @ w - rows @ k).sum()) for w, k in zip(weights, kernels, strict=True))
+
+    assert error(scales) < error(np.ones(HIDDEN)) / 4
+    assert choose_scales([np.ones((4, 8))], np.ones(4), np.ones(4)).tolist() == [1] * 4
+
+
+def test_outliers_are_found_at_every_token_and_spread():
+    model = with_outliers(make_tiny_model(hidden_size=32, head_dim=16))
+    rows = [model.encode("the hen"), model.encode("a big cat and a hen")]
+    sizes = activation_sizes(model, rows)
+    network, queries = model.params["layers"][2]["ffn"], [model.trace(jnp.asarray([row]), 2).query[0] for row in rows]
+    query = np.abs(np.concatenate(queries))
+    hidden = np.abs(np.asarray(ffn.hidden(network, jnp.concatenate(queries), "silu")))
+    for name, values in (("norm_2", query), ("hidden", hidden)):
+        np.testing.assert_allclose(sizes[2][name].largest, values.max(0), rtol=1e-4)
+        weights = 1 / np.square(values).sum(1)
+        np.testing.assert_allclose(sizes[2][name].square, weights @ np.square(values) / weights.sum(), rtol=1e-4)
+
+    width, batch = model.config.ffn_width, jnp.asarray([rows[1]])
+    spread, added = spread_outliers(model, rows, width + 40)
+    widths = [ffn.width(layer["ffn"]) for layer in spread.params["layers"].values()]
+    assert added == sum(widths) - 3 * width > 0
+    assert max(widths) <= width + 40
+    np.testing.assert_allclose(spread.apply(batch), model.apply(batch), rtol=1e-3, atol=1e-4)
+    # without room no neuron is split, and what is left, powers of two, changes no bit
+    scaled, added = spread_outliers(model, rows, width)
+    assert added == 0
+    assert any(
+        jnp.any(scaled.params["layers"][i]["norm_2"]["scale"] != model.params["layers"][i]["norm_2"]["scale"])
+        for i in range(3)
+    )
+    np.testing.assert_array_equal(scaled.apply(batch), model.apply(batch))
+    # no gate to split, but norms with a bias
+    gpt2 = tiny_model("gpt2")
+    row = [1, 2, 3]
+    spread, added = spread_outliers(gpt2, [row], gpt2.config.ffn_width + 40)
+    assert added == 0
+    np.testing.assert_allclose(spread.apply(jnp.asarray([row])), gpt2.apply(jnp.asarray([row])), rtol=1e-5, atol=1e-5)
+    t5 = tiny_model("t5")
+    assert spread_outliers(t5, [row], t5.config.ffn_width + 40) == (t5, 0)
 
 
 def test_a_safe_export_and_what_it_says_of_itself(tmp_path, letters, capsys, monkeypatch):
@@ -131,6 +239,9 @@ def test_a_safe_export_and_what_it_says_of_itself(tmp_path, letters, capsys, mon
     )
     assert (info.form, info.safe_for, info.ffn_width) == ("exact", "per-tensor", plain.ffn_width)
     assert info.weight_excess <= 1 + 1e-6
+    # neurons that share what one had take the places of silent ones
+    assert info.split_neurons + info.silent_neurons == plain.silent_neurons
+    assert info.split_neurons > 0
     assert (info.error.held, info.error.lost) == (("hen", "cat"), ())
     assert (info.held_rounded, info.lost_rounded) == (("hen", "cat"), ())
     assert info.error.same_argmax > 0.9

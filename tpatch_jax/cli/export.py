@@ -221,6 +221,10 @@ def export_corrected(model: "Model", options: ExportOptions, requests: Sequence[
         for name in error.lost:
             console.print(f"[red]lost[/red] {escape(name)}")
     if info.safe_for:
+        if info.split_neurons:
+            console.print(
+                f"{format_count(info.split_neurons, 'neuron')} share values that would set the scale of all others"
+            )
         count = len(info.held_rounded) + len(info.lost_rounded)
         console.print(f"in INT8 with one scale for each matrix {len(info.held_rounded)} of {count} requests hold")
         for name in info.lost_rounded:

@@ -28,6 +28,7 @@ from tpatch_jax.models import networks
 from tpatch_jax.models.chat import render_request
 from tpatch_jax.models.checkpoints import folder as checkpoint
 from tpatch_jax.models.checkpoints.layout import flatten
+from tpatch_jax.models.checkpoints.outliers import spread_outliers
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.family import is_longrope
@@ -64,6 +65,8 @@ quantiser works on blocks of 32 weights, its K-quants on 256, and leaves the dow
 where they do not fill a row; matrix units read widths off 8 more slowly.
 """
 PER_TENSOR = "per-tensor"
+OUTLIER_TEXTS = 32
+"""On so many memory texts neurons are looked for that fire hundreds of times as strongly as others."""
 RIDGE = 1e-3
 HELD_OUT = 4
 """One memory text in so many measures the error; the others choose the direction that stands for a bias."""
@@ -112,6 +115,8 @@ class ExportInfo(NamedTuple):
         safe_for: ``"per-tensor"`` if it is, else ``None``.
         weight_excess: how many times as large as the network's largest weight the largest of the patches is, in a
             matrix that both are in; above 1, quantising per tensor costs the network bits.
+        split_neurons: of a safe export how many neurons were added to share hidden values that would set the scale of
+            all others; they stand where silent ones would.
         held_rounded: of a safe export, the requests that still hold after its layers' matrices were rounded to INT8
             with one scale each, by id.
         lost_rounded: those that do not any more.
@@ -128,6 +133,7 @@ class ExportInfo(NamedTuple):
     error: ExportError | None = None
     safe_for: str | None = None
     weight_excess: float = 0.0
+    split_neurons: int = 0
     held_rounded: tuple[str, ...] = ()
     lost_rounded: tuple[str, ...] = ()
 
@@ -161,7 +167,8 @@ def export_model(
     With ``safe_for="per-tensor"`` no weight of a patch is larger than the network's largest, so that INT8 with one
     scale for each matrix, which dynamic quantisation of torch and onnxruntime uses by default, costs the network no
     more than without patches. Neurons are less sharp then (`tpatch_jax.core.per_tensor`), and what that changes is
-    measured.
+    measured. A decoder's activations that dwarf all others are spread (`tpatch_jax.models.checkpoints.outliers`), which
+    changes nothing that is computed, so that what is rounded with one scale for all tokens keeps the others.
 
     Args:
         model: a model with merged patches; attached ones are merged first. Not changed.
@@ -232,20 +239,26 @@ def export_model(
         params = _in_experts(approximated)
     elif form == "exact" and not target.ffn_bias and merged_neurons(model.config, model.params):
         params = _without_biases(model)
-    rounded: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    safe = None
     if safe_for is not None:
         with jax.default_matmul_precision("highest"):
-            safe, error, rounded = _safe_per_tensor(model, requests, memory, cache, progress)
-        model, params = safe, safe.params
+            safe = _safe_per_tensor(model, requests, memory, cache, progress)
+        model, params, error = safe.merged, safe.split.params, safe.error
         settings, target, form, _ = describe_exact(model, common_width(model), tuple(FORMS))
     grown = _grown(_renamed(params, model.config, target), parameter_shapes(target), jax.tree.leaves(params)[0].dtype)
     merged = merged_neurons(model.config, model.params)
     excess = max(
         (weight_excess(model.params["layers"][index]["ffn"], count) for index, count in merged.items()), default=0
     )
-    info = _info(model, form, settings["model_type"], target, grown, error)._replace(
-        safe_for=safe_for, weight_excess=excess, held_rounded=rounded[0], lost_rounded=rounded[1]
-    )
+    info = _info(model, form, settings["model_type"], target, grown, error)._replace(weight_excess=excess)
+    if safe is not None:
+        info = info._replace(
+            safe_for=safe_for,
+            split_neurons=safe.added,
+            silent_neurons=info.silent_neurons - safe.added,
+            held_rounded=safe.held_rounded,
+            lost_rounded=safe.lost_rounded,
+        )
     with replace_folder(folder) as temporary:
         checkpoint.write_folder(temporary, target, grown, settings, model.folder)
         _write_tokenizer(temporary, model, settings["model_type"] != model.settings["model_type"])
@@ -675,23 +688,37 @@ def _approximate(
     return approximated, _error(model, approximated, measured, requests, asked)
 
 
+class _Safe(NamedTuple):
+    """A model whose patches set no scale, the same after neurons were split, how far that is off, and what holds."""
+
+    merged: Model
+    split: Model
+    added: int
+    error: ExportError
+    held_rounded: tuple[str, ...]
+    lost_rounded: tuple[str, ...]
+
+
 def _safe_per_tensor(
     model: Model, requests: Sequence[EditRequest], memory: str | Path | None, cache: bool, progress: Progress | None
-) -> tuple[Model, ExportError, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """The model with merged patches none of whose weights sets a scale, how far off it is, and what holds in INT8."""
+) -> _Safe:
+    """The model with merged patches none of whose weights sets a scale, and no neuron that of what ``down`` reads."""
     if not merged_neurons(model.config, model.params):
         raise TPatchError(f"{model.name!r} has no patches, so there is nothing to make safe; leave safe_for out")
     base, patches = unmerge(model)
-    rows = memory_rows(base, memory, cache=cache_folder() if cache else None, progress=progress)[::HELD_OUT]
+    rows = memory_rows(base, memory, cache=cache_folder() if cache else None, progress=progress)
+    measured, fitted = rows[::HELD_OUT], [row for number, row in enumerate(rows) if number % HELD_OUT] or rows
     asked = ask_requests(model, requests)
     layers = dict(base.params["layers"])
     for layer, patch in patches.items():
         places = [range(first_position(model, row, 0), len(row)) for row, _ in asked]
         firing = _firing(patch, collect(model, [row for row, _ in asked], places, layer).query) if asked else None
         layers[layer] = {**layers[layer], "ffn": merge_per_tensor(layers[layer]["ffn"], patch, firing)}
-    safe = base.with_params({**base.params, "layers": layers})
-    error = _error(model, safe, rows, requests, asked)
-    return safe, error, requests_said(_rounded_per_tensor(safe), requests, asked)
+    merged = base.with_params({**base.params, "layers": layers})
+    texts = [*fitted[:OUTLIER_TEXTS], *(row for row, _ in asked)]
+    split, added = spread_outliers(merged, texts, common_width(merged))
+    error = _error(model, split, measured, requests, asked)
+    return _Safe(merged, split, added, error, *requests_said(_rounded_per_tensor(split), requests, asked))
 
 
 def _firing(patch: Patch, query: Any) -> Float[np.ndarray, "neurons d"]:
