@@ -465,7 +465,7 @@ def plan_folder(
             "merge_and_unload returns, of DataParallel `module`), or rename the tensors"
         )
     problems = [f"{name} is missing" for name in missing]
-    passed_over = family.other_heads if labels is not None else ()
+    passed_over = (*(family.other_heads if labels is not None else ()), *family.passes_over(settings))
     known, left_out = set(names.values()), []
     known |= {name + SCALES for name, stored in names.items() if stored == name + BLOCKS}
     for name in shards:
