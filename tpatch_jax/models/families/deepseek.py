@@ -171,6 +171,8 @@ DEEPSEEK_3 = Family(
     _NAMES,
     ffn_width="n_shared_experts",
     experts=_EXPERTS,
+    # In fewer digits other experts would be chosen.
+    precise=("experts.correction",),
     passes_over=_predicting_further,
     export="approximate only",
 )

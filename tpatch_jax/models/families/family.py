@@ -93,6 +93,7 @@ class Family(NamedTuple):
         other_heads: what the names of tensors begin with that are no part of a classifier, in checkpoints without one.
         position_tables: tensors of computed positions that stock networks want in a file, though they need not be read.
         experts: how the experts of a mixture are named.
+        precise: endings of our parameters' paths that are read in float32 whatever type the others get.
         passes_over: from the settings of ``config.json`` to what the names of tensors begin with that are no part of
             the network as it is run.
         export: how a corrected model of this family is written for the stock transformers library:
@@ -118,6 +119,7 @@ class Family(NamedTuple):
     other_heads: tuple[str, ...] = ()
     position_tables: tuple[str, ...] = ()
     experts: ExpertNames | None = None
+    precise: tuple[str, ...] = ()
     passes_over: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
     views: Callable[[NetworkConfig], Mapping[str, tuple[int, ...]]] = lambda config: {}
 
