@@ -86,7 +86,7 @@ def test_copies_and_constants_are_left_out_and_types_counted(tmp_path):
         ("olmoe", {"num_experts": 6}, r"model\.layers\.0\.mlp\.experts\.5\.\w+_proj\.weight is missing"),
         ("llama", {"model_type": "jamba"}, "; jamba is not: some of its layers are recurrent"),
         ("llama", {"model_type": "gemma3"}, "; gemma3 is not: it reads images as well"),
-        ("llama", {"model_type": "deepseek_v3"}, "compressed keys and values"),
+        ("llama", {"model_type": "minicpm3"}, "compressed keys and values"),
         ("llama", {"model_type": "albert"}, "all its layers share one feed-forward network"),
         (
             "llama",

@@ -66,6 +66,29 @@ def test_each_token_is_computed_by_its_experts(tokens, normalised):
         np.testing.assert_allclose(ours, wanted, rtol=2e-4, atol=2e-4)
 
 
+def test_experts_are_chosen_in_the_best_groups():
+    """Without a correction by the largest score of each group; with one by the two largest, and it is in no weight."""
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(50, 8)).astype(np.float32)
+    for corrected in (False, True):
+        mixture = Mixture(8, 2, 6, corrected, groups=4, active_groups=2, corrected=corrected, logistic=corrected)
+        experts = Experts(mixture._replace(scale=2.5), 8, "silu", rngs=nnx.Rngs(0))
+        correction = rng.normal(size=8).astype(np.float32) if corrected else np.zeros(8, np.float32)
+        if corrected:
+            experts.correction = nnx.Param(jnp.asarray(correction))
+        logits = query @ np.asarray(experts.router.kernel[...])
+        scores = np.asarray(jax.nn.sigmoid(logits) if corrected else jax.nn.softmax(logits, -1))
+        routes = experts.route(jnp.asarray(query))
+        for row, score in enumerate(scores):
+            grouped = (score + correction).reshape(4, 2)
+            best = np.argsort(-(grouped.sum(-1) if corrected else grouped.max(-1)))[:2]
+            allowed = [expert for expert in range(8) if expert // 2 in best]
+            chosen = sorted(allowed, key=lambda expert: -(score + correction)[expert])[:2]
+            assert routes.expert[row].tolist() == chosen
+            weight = score[chosen] / (score[chosen].sum() if corrected else 1)
+            np.testing.assert_allclose(routes.weight[row], 2.5 * weight, rtol=1e-5)
+
+
 # --- what a patch leaves as it is ---
 
 
@@ -213,6 +236,26 @@ def test_experts_in_mxfp4_are_read(tmp_path):
     assert check_folder(folder)["problems"][0] == "model.layers.0.mlp.experts.down_proj is missing"
 
 
+def test_patches_join_the_experts_that_are_for_every_token(tmp_path):
+    """A DeepSeek's file stays one whose shared experts are wider; layers that say tokens after the next are no part."""
+    _, params, settings = checkpoint.read_folder(FOLDER / "deepseek_v3")
+    model = Model(configure(settings), params, None, "tiny", None, settings)
+    assert [model.config.width(layer) for layer in range(3)] == [24, 8, 8]
+    patch = Patch(jnp.ones((3, 16)), jnp.ones(3), jnp.ones((3, 16)))
+    merged = tp.merge(model, {2: patch})
+    tp.save_model(merged, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    place = "model.layers.{}.mlp.shared_experts.gate_proj.{}"
+    assert [tensors[place.format(layer, "weight")].shape[0] for layer in (1, 2)] == [8, 11]
+    assert place.format(2, "bias") in tensors
+    assert place.format(1, "bias") not in tensors
+    save_file(tensors | {"model.layers.3.eh_proj.weight": np.ones(2, np.float32)}, tmp_path / "out/model.safetensors")
+    assert same(checkpoint.read_folder(tmp_path / "out")[1], merged.params)
+    assert check_folder(tmp_path / "out")["weights"]["left_out"] == ["model.layers.3.eh_proj.weight"]
+    assert check_folder(FOLDER / "deepseek_v2")["export"] == "exact"
+    assert check_folder(FOLDER / "deepseek_v3")["sizes"]["shared_expert_width"] == 8
+
+
 # --- what is refused ---
 
 
@@ -230,6 +273,14 @@ def test_experts_in_mxfp4_are_read(tmp_path):
         ("gpt_oss", {"swiglu_limit": 0.0}, "only experts with a limit are supported"),
         ("gpt_oss", {"layer_types": ["chunked_attention"] * 3}, "layers of type 'chunked_attention'"),
         ("qwen3_moe", {"hidden_act": "xielu"}, "activation 'xielu'"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "has 'topk_method' 'noaux_tc'"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "which transformers does not follow"),
+        ("deepseek_v2", {"moe_layer_freq": 2}, "has 'moe_layer_freq' 2"),
+        ("deepseek_v2", {"first_k_dense_replace": 3}, "leaves no layer to the experts"),
+        ("deepseek_v3", {"n_shared_experts": None}, "no 'n_shared_experts'"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "'scoring_func' 'softmax'"),
+        ("deepseek_v3", {"n_group": 3}, "4 experts in 'n_group' 3"),
+        ("deepseek_v3", {"num_experts_per_tok": 3}, "2 experts to choose from and 'num_experts_per_tok' 3"),
     ],
 )
 def test_settings_that_cannot_be_expressed(name, changes, words):

@@ -23,7 +23,8 @@ from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation, networks
 from tpatch_jax.models.checkpoints import folder as checkpoint
-from tpatch_jax.models.families.registry import FAMILIES, configure
+from tpatch_jax.models.checkpoints.layout import flatten
+from tpatch_jax.models.families.registry import FAMILIES, configure, family_of
 from tpatch_jax.models.model import Model, save_model
 from tpatch_jax.models.patching import attach, merge, unmerge
 from tpatch_jax.models.rows import ASK
@@ -272,8 +273,10 @@ def test_unmerge_gives_back_model_and_patches_bit_for_bit(reference):
 
 
 def test_bfloat16_stays_near(reference):
-    config, params, _ = checkpoint.read_folder(FOLDER / reference.name, "bfloat16")
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    config, params, settings = checkpoint.read_folder(FOLDER / reference.name, "bfloat16")
+    precise = family_of(settings).precise
+    kinds = {(path.endswith(precise), leaf.dtype.name) for path, leaf in flatten(params)}
+    assert kinds == {(False, "bfloat16"), *([(True, "float32")] if precise else [])}
     logits = logits_of(Model(config, params, None), reference.batch)
     assert logits.dtype == np.float32
     assert np.isfinite(logits).all(), reference.name

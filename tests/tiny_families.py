@@ -46,6 +46,20 @@ EXPERTS = {
     "decoder_sparse_step": 1,
 }
 
+LATENT = {
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "head_dim": 4,
+    "v_head_dim": 8,
+}
+
 ENCODER = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -199,6 +213,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         "layer_types": LATER["layer_types"],
     },
+    "deepseek_v2": {**GATED, **LATENT, "q_lora_rank": None},
+    "deepseek_v3": {
+        **GATED,
+        **LATENT,
+        "q_lora_rank": 12,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.5,
+    },
     "opt": {
         "hidden_size": 16,
         "word_embed_proj_dim": 16,
@@ -264,6 +287,8 @@ KIN = (
     "qwen3_moe",
     "olmoe",
     "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v3",
     "electra",
     "modernbert",
     "mbart",
@@ -328,6 +353,8 @@ def shallow_model(name: str) -> Model:
     """The same with one layer, the kind of layer that stands in the middle."""
     settings = SETTINGS[name]
     changes: dict[str, Any] = {key: [settings[key][1]] for key in ("layer_types", "no_rope_layers") if key in settings}
+    if "first_k_dense_replace" in settings:
+        changes["first_k_dense_replace"] = 0
     depth = {"encoder_layers": 1, "decoder_layers": 1} if "decoder_layers" in settings else {"num_hidden_layers": 1}
     return tiny_model(name, **depth, **changes)
 

@@ -45,6 +45,15 @@ GATED = {
 }
 ROTATION = {"rope_type": "default", "rope_theta": 100.0}
 EXPERTS = {"num_experts_per_tok": 2}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 6,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 5,
+    "moe_intermediate_size": 8,
+    "first_k_dense_replace": 1,
+}
 GEMMA = {**GATED, "head_dim": 8, "rope_parameters": ROTATION}
 LABELS = {"id2label": {0: "no", 1: "yes", 2: "maybe"}, "label2id": {"no": 0, "yes": 1, "maybe": 2}}
 ENCODER = {
@@ -277,6 +286,41 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "truncate": False,
         },
     },
+    # The first layer has no experts; queries are made at once, of their narrow vector, and experts chosen among all.
+    "deepseek_v2": {
+        **GATED,
+        **EXPERTS,
+        **LATENT,
+        "q_lora_rank": None,
+        "n_routed_experts": 5,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.5,
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 12,
+            "beta_fast": 1.5,
+            "beta_slow": 0.2,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.4,
+        },
+    },
+    "deepseek_v3": {
+        **GATED,
+        **EXPERTS,
+        **LATENT,
+        "q_lora_rank": 12,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "rms_norm_eps": 1e-3,
+        "rope_parameters": ROTATION,
+    },
     "opt": {
         "vocab_size": 64,
         "hidden_size": 16,
@@ -463,7 +507,7 @@ def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
                 spread = (18 if model.config.model_type == "electra" else 6) * spread
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread + centre)
         for name, buffer in model.named_buffers():
-            if name == "final_logits_bias":
+            if name.endswith(("final_logits_bias", "e_score_correction_bias")):
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
     return model.eval()
 

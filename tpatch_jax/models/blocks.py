@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.config import LayerKind, NetworkConfig
+from tpatch_jax.models.config import Latent, LayerKind, NetworkConfig
 from tpatch_jax.models.experts import Experts
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Block",
     "Cache",
     "CrossAttention",
+    "LatentAttention",
     "Norm",
     "Seen",
     "relative_bias",
@@ -42,14 +43,15 @@ class Cache(NamedTuple):
     """What one block's attention has read so far.
 
     Attributes:
-        key: of the tokens, ``[batch, context, key_value_heads, head_width]``.
-        value: of the tokens, the same shape.
+        key: of the tokens, ``[batch, context, key_value_heads, head_width]``; of `LatentAttention` the key that all
+            heads share, ``[batch, context, 1, turning]``.
+        value: of the tokens, the same shape; of `LatentAttention` the narrow vector, ``[batch, context, 1, width]``.
         states: of an encoder's states, if it reads any: keys and values, ``[batch, source, heads, head_width]`` each,
             and what is added to the scores, ``[batch, 1, 1, source]``.
     """
 
     key: Float[Array, "batch seen groups width"]
-    value: Float[Array, "batch seen groups width"]
+    value: Float[Array, "batch seen groups inner"]
     states: States | None = None
 
 
@@ -186,11 +188,11 @@ def _attend(
     config: NetworkConfig,
     query: Float[Array, "batch tokens heads width"],
     key: Float[Array, "batch seen groups width"],
-    value: Float[Array, "batch seen groups width"],
+    value: Float[Array, "batch seen groups inner"],
     hide: Callable[[Array], Array],
     sinks: Float[Array, " heads"] | None = None,
-) -> Float[Array, "batch tokens inner"]:
-    """Weighted values of ``[batch, seen, key_value_heads, width]`` for queries ``[batch, tokens, heads, width]``.
+) -> Float[Array, "batch tokens outer"]:
+    """Weighted values of ``[batch, seen, key_value_heads, inner]`` for queries ``[batch, tokens, heads, width]``.
 
     What a head's sink takes of its weights is lost.
     """
@@ -208,7 +210,46 @@ def _attend(
         scores = jnp.concatenate([scores, jnp.broadcast_to(nothing, (*scores.shape[:-1], 1))], -1)
     weights = jax.nn.softmax(scores, -1)[..., :seen].astype(value.dtype)
     mixed = jnp.einsum("bkqs,bksh->bkqh", weights.reshape(batch, groups, -1, seen), value)
-    return jnp.moveaxis(mixed.reshape(batch, heads, tokens, width), 1, 2).reshape(batch, tokens, -1)
+    return jnp.moveaxis(mixed.reshape(batch, heads, tokens, -1), 1, 2).reshape(batch, tokens, -1)
+
+
+def _remember(
+    key: Float[Array, "batch tokens groups width"],
+    value: Float[Array, "batch tokens groups inner"],
+    positions: Int[Array, "batch tokens"],
+    cache: Cache | None,
+    seen: Seen | None,
+) -> tuple[Float[Array, "batch seen groups width"], Float[Array, "batch seen groups inner"], Cache | None]:
+    """Keys and values of all that was read, and the grown cache."""
+    if seen is not None:
+        if cache is not None:
+            key, value = (jnp.concatenate(pair, 1) for pair in ((cache.key, key), (cache.value, value)))
+        return key, value, Cache(key, value)
+    if cache is None:
+        return key, value, None
+    lane = jnp.arange(positions.shape[0])[:, None]
+    # Positions past the cache's end belong to padding; dropping them keeps real entries whole.
+    key = cache.key.at[lane, positions].set(key.astype(cache.key.dtype), mode="drop")
+    value = cache.value.at[lane, positions].set(value.astype(cache.value.dtype), mode="drop")
+    return key, value, cache._replace(key=key, value=value)
+
+
+def _hide_unseen(
+    config: NetworkConfig,
+    kind: LayerKind,
+    scores: Float[Array, "batch groups group tokens seen"],
+    positions: Int[Array, "batch tokens"],
+    seen: Seen | None,
+) -> Float[Array, "batch groups group tokens seen"]:
+    """Scores with `HIDDEN` at what a token does not look at."""
+    if not config.causal and not kind.window:
+        return scores
+    there = jnp.arange(scores.shape[-1])[None] if seen is None else seen.positions
+    back = positions[:, :, None] - there[:, None, :]
+    back = back if config.causal else jnp.abs(back)
+    visible = back >= 0 if seen is None else seen.visible
+    visible = visible & (back < kind.window) if kind.window else visible
+    return jnp.where(visible[:, None, None], scores, HIDDEN)
 
 
 def _by_group(bias: Float[Array, "batch heads tokens seen"], groups: int) -> Float[Array, "batch ..."]:
@@ -271,16 +312,7 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if self.kind.rope_frequencies:
             query, key = (_rotate(part, positions, config, self.kind) for part in (query, key))
-        if seen is not None:
-            if cache is not None:
-                key, value = (jnp.concatenate(pair, 1) for pair in ((cache.key, key), (cache.value, value)))
-            cache = Cache(key, value)
-        elif cache is not None:
-            lane = jnp.arange(batch)[:, None]
-            # Positions past the cache's end belong to padding; dropping them keeps real entries whole.
-            key = cache.key.at[lane, positions].set(key.astype(cache.key.dtype), mode="drop")
-            value = cache.value.at[lane, positions].set(value.astype(cache.value.dtype), mode="drop")
-            cache = cache._replace(key=key, value=value)
+        key, value, cache = _remember(key, value, positions, cache, seen)
 
         def hide(
             scores: Float[Array, "batch groups group tokens seen"],
@@ -289,14 +321,7 @@ class Attention(nnx.Module):
                 scores = scores + self._key_scores(value)[:, :, None, None]
             if bias is not None:
                 scores = scores + _by_group(bias, config.heads // config.key_value_heads)
-            if not config.causal and not self.kind.window:
-                return scores
-            there = jnp.arange(key.shape[1])[None] if seen is None else seen.positions
-            back = positions[:, :, None] - there[:, None, :]
-            back = back if config.causal else jnp.abs(back)
-            visible = back >= 0 if seen is None else seen.visible
-            visible = visible & (back < self.kind.window) if self.kind.window else visible
-            return jnp.where(visible[:, None, None], scores, HIDDEN)
+            return _hide_unseen(config, self.kind, scores, positions, seen)
 
         sinks = self.sinks[...] if config.sinks else None
         return self.output(_attend(config, query, key, value, hide, sinks)), cache
@@ -305,6 +330,71 @@ class Attention(nnx.Module):
         """What is added to the scores of each key, ``exp(a·softplus(v·D))``, float32."""
         step = self.step(value.reshape(*value.shape[:2], -1).astype(self.step.kernel[...].dtype)).astype(jnp.float32)
         return jnp.swapaxes(jnp.exp(self.decay[...].astype(jnp.float32) * jax.nn.softplus(step)), 1, 2)
+
+
+class LatentAttention(nnx.Module):
+    """Self-attention whose keys and values are linear functions of one narrow vector ``c`` that all heads read.
+
+    ``qᵢ·Kᵢc = (Kᵢᵀqᵢ)·c``, so that all heads look at ``c`` itself, and what they take of it is multiplied by their
+    ``Vᵢ`` afterwards: the cache holds ``c`` and the key that turns, and no key or value of a head is ever made.
+
+    Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2.1 and appendix C.
+    """
+
+    config: NetworkConfig
+    kind: LayerKind
+    latent: Latent
+    query_down: nnx.Linear
+    query_norm: Norm
+    query_up: nnx.Linear
+    query: nnx.Linear
+    down: nnx.Linear
+    norm: Norm
+    up: nnx.Linear
+    output: nnx.Linear
+
+    def __init__(self, config: NetworkConfig, kind: LayerKind, latent: Latent, *, rngs: nnx.Rngs):
+        self.config, self.kind, self.latent = config, kind, latent
+        linear, inner = partial(nnx.Linear, rngs=rngs), config.heads * config.head_width
+        if latent.query_width:
+            self.query_down = linear(config.hidden_size, latent.query_width, use_bias=config.query_bias)
+            self.query_norm = Norm("rms", latent.epsilon, 0.0, latent.query_width)
+            self.query_up = linear(latent.query_width, inner, use_bias=False)
+        else:
+            self.query = linear(config.hidden_size, inner, use_bias=False)
+        self.down = linear(config.hidden_size, latent.width + latent.turning, use_bias=config.query_bias)
+        self.norm = Norm("rms", latent.epsilon, 0.0, latent.width)
+        made = config.heads * (config.head_width - latent.turning + latent.value_width)
+        self.up = linear(latent.width, made, use_bias=False)
+        self.output = linear(config.heads * latent.value_width, config.hidden_size, use_bias=config.output_bias)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens hidden"],
+        positions: Int[Array, "batch tokens"],
+        cache: Cache | None,
+        around: Around,
+    ) -> tuple[Float[Array, "batch tokens hidden"], Cache | None]:
+        """Mix ``x [batch, tokens, d]`` at the given positions; a cache is read and grown."""
+        config, latent, (batch, tokens, _) = self.config, self.latent, x.shape
+        still = config.head_width - latent.turning
+        query = self.query_up(self.query_norm(self.query_down(x))) if latent.query_width else self.query(x)
+        query = query.reshape(batch, tokens, config.heads, config.head_width)
+        narrow, key = jnp.split(self.down(x)[:, :, None], [latent.width], -1)
+        turned, key = (_rotate(part, positions, config, self.kind) for part in (query[..., still:], key))
+        key, narrow, cache = _remember(key, self.norm(narrow), positions, cache, around.seen)
+        up = self.up.kernel[...].astype(x.dtype).reshape(latent.width, config.heads, -1)
+        query = jnp.concatenate([jnp.einsum("bthn,chn->bthc", query[..., :still], up[..., :still]), turned], -1)
+
+        def hide(
+            scores: Float[Array, "batch groups group tokens seen"],
+        ) -> Float[Array, "batch groups group tokens seen"]:
+            return _hide_unseen(config, self.kind, scores, positions, around.seen)
+
+        mixed = _attend(config, query, jnp.concatenate([narrow, key], -1), narrow, hide)
+        mixed = mixed.reshape(batch, tokens, config.heads, latent.width)
+        values = jnp.einsum("bthc,chv->bthv", mixed, up[..., still:])
+        return self.output(values.reshape(batch, tokens, -1)), cache
 
 
 class CrossAttention(nnx.Module):
@@ -346,7 +436,7 @@ class Block(nnx.Module):
     config: NetworkConfig
     kind: LayerKind
     norm_1: Norm
-    attention: Attention
+    attention: Attention | LatentAttention
     norm_cross: Norm
     cross: CrossAttention
     norm_2: Norm
@@ -362,7 +452,10 @@ class Block(nnx.Module):
             self.experts = Experts(config.mixture, config.hidden_size, config.activation, rngs=rngs)
         if config.pre_norm and kind.normed:
             self.norm_1 = Norm.of(config)
-        self.attention = Attention(config, kind, rngs=rngs)
+        if config.latent is not None:
+            self.attention = LatentAttention(config, kind, config.latent, rngs=rngs)
+        else:
+            self.attention = Attention(config, kind, rngs=rngs)
         if config.encoder:
             self.norm_cross = Norm.of(config)
             self.cross = CrossAttention(config, rngs=rngs)

@@ -40,10 +40,13 @@ def empty_cache(
         A cache without any token; what the decoder reads of the encoder's states is in it.
     """
     dtype = params["embed"]["embedding"].dtype
-    shape = (batch, context, config.key_value_heads, config.head_width)
+    shape, latent = (batch, context, config.key_value_heads), config.latent
     # One array for all, for none is ever changed.
-    nothing = jnp.zeros(shape, dtype)
-    empty = [Cache(nothing, nothing) for _ in range(config.layers)]
+    if latent is None:
+        key = value = jnp.zeros((*shape, config.head_width), dtype)
+    else:
+        key, value = (jnp.zeros((*shape, width), dtype) for width in (latent.turning, latent.width))
+    empty = [Cache(key, value) for _ in range(config.layers)]
     if source is None:
         return empty
     states, bias = encode(config, params, source), source_bias(config, source)

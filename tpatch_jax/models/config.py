@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-__all__ = ["AudioInput", "ImageInput", "LayerKind", "Mixture", "NetworkConfig"]
+__all__ = ["AudioInput", "ImageInput", "Latent", "LayerKind", "Mixture", "NetworkConfig"]
 
 
 class LayerKind(NamedTuple):
@@ -38,6 +38,14 @@ class Mixture(NamedTuple):
         limit: of experts whose hidden neurons are ``(up + 1)·gate·sigmoid(slope·gate)``: how large ``gate`` may be, and
             ``±up``; 0 is for those that are gated by the network's activation.
         slope: in that.
+        joined_width: hidden neurons of a network that every token passes through beside the experts, as it is; patches
+            join it. 0 is none, and then they stand alone there.
+        logistic: whether an expert's weight is a logistic function of its score, and not the softmax of all.
+        corrected: whether the router has a bias that counts in the choice and not in the weights.
+        groups: the experts stand in so many groups, of which the best are taken first, by the largest score in each, or
+            by the two largest where ``corrected``; 0 is no such step.
+        active_groups: so many groups.
+        scale: factor on the weights.
     """
 
     experts: int
@@ -48,6 +56,32 @@ class Mixture(NamedTuple):
     biased: bool = False
     limit: float = 0.0
     slope: float = 1.0
+    joined_width: int = 0
+    logistic: bool = False
+    corrected: bool = False
+    groups: int = 0
+    active_groups: int = 0
+    scale: float = 1.0
+
+
+class Latent(NamedTuple):
+    """Attention whose heads all read one narrow vector of each token, of which keys and values are linear functions.
+
+    Beside it stands a key that all heads share, and that alone turns with the position, as a part of each query does.
+
+    Attributes:
+        width: numbers in that vector.
+        turning: numbers in that key.
+        value_width: of one head's value.
+        query_width: of the narrow vector of which queries are made in the same way; 0 is no such.
+        epsilon: of the norms of these vectors.
+    """
+
+    width: int
+    turning: int
+    value_width: int
+    query_width: int = 0
+    epsilon: float = 1e-6
 
 
 class ImageInput(NamedTuple):
@@ -197,6 +231,8 @@ class NetworkConfig:
             the numbers in its frames.
         mixture: the experts of each layer but the ``dense_layers``, if there are any. A patch stands beside them.
         dense_layers: the layers whose feed-forward networks are no mixture.
+        latent: how attention makes keys and values, where it makes them of a narrow vector that all heads share. Then
+            ``head_width`` is that of a query, the part that turns included, and ``key_value_heads`` is 1.
     """
 
     family: str
@@ -262,6 +298,7 @@ class NetworkConfig:
     audio: AudioInput | None = None
     mixture: Mixture | None = None
     dense_layers: tuple[int, ...] = ()
+    latent: Latent | None = None
 
     def kind(self, layer: int) -> LayerKind:
         """What distinguishes one layer from the others."""
@@ -277,8 +314,8 @@ class NetworkConfig:
         return self.mixture is not None and layer not in self.dense_layers
 
     def width(self, layer: int) -> int:
-        """Hidden neurons of what a patch joins in a layer, before any patch: none beside experts."""
-        return 0 if self.mixed(layer) else self.ffn_width
+        """Hidden neurons of what a patch joins in a layer, before any patch: often none beside experts."""
+        return self.mixture.joined_width if self.mixture and self.mixed(layer) else self.ffn_width
 
     @property
     def architecture(self) -> Literal["decoder", "encoder", "encoder-decoder"]:

@@ -81,6 +81,7 @@ class Experts(nnx.Module):
     up: _Stacked
     down: _Stacked
     shared: _Gated
+    correction: nnx.Param[Float[Array, " experts"]]
 
     def __init__(self, mixture: Mixture, hidden_size: int, activation: str, *, rngs: nnx.Rngs):
         self.mixture, self.activation = mixture, activation
@@ -90,17 +91,36 @@ class Experts(nnx.Module):
         self.down = stacked(mixture.width, hidden_size)
         if mixture.shared_width:
             self.shared = _Gated(hidden_size, mixture.shared_width, activation, rngs=rngs)
+        if mixture.corrected:
+            self.correction = nnx.Param(jnp.zeros(mixture.experts))
 
     def route(self, query: Float[Array, "*rows hidden"]) -> Routes:
-        """The experts of each token and their weights: the largest of ``softmax(q·R)``, normalised or as they are."""
-        kernel = self.router.kernel[...]
+        """The experts of each token and their weights: the largest of ``softmax(q·R)``, normalised or as they are.
+
+        Or those of a logistic function of ``q·R``; and a correction may be added before they are compared, and all but
+        the best groups of them left out.
+        """
+        kernel, mixture = self.router.kernel[...], self.mixture
         logits = jnp.matmul(query, kernel.astype(query.dtype), preferred_element_type=jnp.float32)
-        if self.mixture.biased and self.router.bias is not None:
+        if mixture.biased and self.router.bias is not None:
             logits = logits + self.router.bias[...].astype(jnp.float32)
-        weight, expert = jax.lax.top_k(jax.nn.softmax(logits, -1), self.mixture.active)
-        if self.mixture.normalised:
+        scores = jax.nn.sigmoid(logits) if mixture.logistic else jax.nn.softmax(logits, -1)
+        compared = scores + self.correction[...].astype(jnp.float32) if mixture.corrected else scores
+        compared = self._in_groups(compared) if mixture.groups else compared
+        weight, expert = jax.lax.top_k(compared, mixture.active)
+        weight = jnp.take_along_axis(scores, expert, -1) if mixture.corrected else weight
+        if mixture.normalised:
             weight = weight / jnp.sum(weight, -1, keepdims=True)
-        return Routes(expert, weight)
+        return Routes(expert, weight if mixture.scale == 1 else weight * mixture.scale)
+
+    def _in_groups(self, compared: Float[Array, "*rows experts"]) -> Float[Array, "*rows experts"]:
+        """The scores of the best groups of experts, and minus infinity in the place of the others."""
+        mixture = self.mixture
+        grouped = compared.reshape(*compared.shape[:-1], mixture.groups, -1)
+        best = jnp.sum(jax.lax.top_k(grouped, 2 if mixture.corrected else 1)[0], -1)
+        _, chosen = jax.lax.top_k(best, mixture.active_groups)
+        kept = jnp.any(chosen[..., None] == jnp.arange(mixture.groups), -2)
+        return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(compared.shape)
 
     def _hidden(self, gate: Float[Array, "rows width"], up: Float[Array, "rows width"]) -> Float[Array, "rows width"]:
         if not (limit := self.mixture.limit):

@@ -57,7 +57,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         result["text_of"] = settings.get(TEXT_OF)
         config = configure(settings)
         result |= {"architecture": config.architecture, "sizes": _sizes(config)}
-        if config.mixture:
+        if config.mixture and not config.mixture.joined_width:
             # Some families have models of both kinds.
             result["export"] = "approximate only" if config.mixture.normalised and not config.mixture.limit else "none"
         if quantisation(folder, settings) or any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
@@ -113,6 +113,8 @@ def _sizes(config: NetworkConfig) -> dict[str, Any]:
     experts = {}
     if mixture:
         experts = {"experts": mixture.experts, "experts_used": mixture.active, "expert_width": mixture.width}
+    if mixture and mixture.joined_width:
+        experts["shared_expert_width"] = mixture.joined_width
     return {
         "layers": config.layers,
         "hidden_size": config.hidden_size,

@@ -3,8 +3,8 @@
 `tpatch_jax.merge` widens the layers that hold patches and gives them biases. Stock networks want one width everywhere,
 so the other layers get neurons of zeros, which add exactly nothing; and where a stock network can have no biases, the
 model is written as another architecture that can (`FORMS`), if it is one in all but name. A T5's encoder is as wide as
-its decoder. Beside experts a stock network has no place for neurons, so each expert gets them, if their weights for a
-token add up to one.
+its decoder. Beside experts most stock networks have no place for neurons, so each expert gets them, if their weights
+for a token add up to one; where some experts are for every token, there are more of them.
 """
 
 import dataclasses
@@ -107,7 +107,7 @@ class ExportInfo(NamedTuple):
         neurons: how many patch neurons it holds.
         silent_neurons: how many neurons of zeros were added so that all layers have one width, a T5's encoder included;
             of a mixture to each expert.
-        ffn_width: that width, of a mixture that of each expert.
+        ffn_width: that width, of a mixture that of each expert, or of those together that every token passes through.
         parameters_added: numbers more than the uncorrected model has.
         bytes_added: and bytes.
         share: ``parameters_added`` as a share of the uncorrected model's.
@@ -297,11 +297,16 @@ def merge_attached(model: Model) -> Model:
 def common_width(model: Model, block: int = 1) -> int:
     """The width of the widest feed-forward network, rounded up; without merged patches that which all have.
 
+    Where a network stands beside experts, it is told in experts.
+
     Args:
         model: patches may be merged into it.
         block: the width is a multiple of this; of 1, it is a multiple of one of `MULTIPLES`.
     """
     config = model.config
+    if config.mixture and config.mixture.joined_width:
+        # What every token passes through is as wide as so many experts.
+        return -(-(config.mixture.joined_width + _most_merged(model, True)) // config.mixture.width)
     width = config.mixture.width if config.mixture else config.ffn_width
     return _rounded_up(width, _most_merged(model, config.mixture is not None), block)
 
@@ -332,6 +337,8 @@ def _check_shares(model: Model) -> None:
         TPatchError: the weights of the chosen experts do not add up to one, or their neurons are bounded.
     """
     mixture = model.config.mixture
+    if mixture and mixture.joined_width:
+        return
     if mixture and mixture.limit and _most_merged(model, True):
         raise TPatchError(
             f"{model.name!r} cannot be written for the stock transformers library: a {model.settings['model_type']} "
@@ -354,7 +361,7 @@ def _in_experts(model: Model) -> Params:
     layers = dict(model.params["layers"])
     for index, layer in layers.items():
         network, count = layer["ffn"], ffn.width(layer["ffn"])
-        if not model.config.mixed(index) or not count:
+        if not model.config.mixed(index) or not count or model.config.width(index):
             continue
         experts = dict(layer["experts"])
         for name, axis in (("gate", 2), ("up", 2), ("down", 1)):
@@ -387,7 +394,10 @@ def describe_exact(
     config, family = model.config, family_of(model.settings)
     settings = {**model.settings, **_widths(model, width)}
     if config.mixture:
-        problems = ["its layers are mixtures of experts"] if merged_neurons(config, model.params) else []
+        merged = merged_neurons(config, model.params)
+        if merged and family.export == "exact":
+            settings[family.biases], merged = True, {}
+        problems = ["its layers are mixtures of experts"] if merged else []
         return settings, _described(settings, config), "exact", problems
     if width == config.ffn_width:
         return settings, _described(settings, config), "exact", []
@@ -627,7 +637,7 @@ def _grown(params: Params, shapes: Params, dtype: Any) -> Params:
 
 def _stock_width(config: NetworkConfig, layer: int) -> int:
     """The width of a layer's feed-forward network, or of each of its experts."""
-    return config.mixture.width if config.mixture and config.mixed(layer) else config.ffn_width
+    return config.width(layer) or (config.mixture.width if config.mixture else 0)
 
 
 def _info(
@@ -645,7 +655,7 @@ def _info(
         model_type,
         neurons,
         wider - neurons,
-        target.mixture.width if target.mixture else target.ffn_width,
+        _stock_width(target, target.layers - 1),
         added,
         added * leaves[0].dtype.itemsize,
         added / before,

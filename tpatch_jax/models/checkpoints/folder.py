@@ -465,7 +465,7 @@ def plan_folder(
             "merge_and_unload returns, of DataParallel `module`), or rename the tensors"
         )
     problems = [f"{name} is missing" for name in missing]
-    passed_over = family.other_heads if labels is not None else ()
+    passed_over = (*(family.other_heads if labels is not None else ()), *family.passes_over(settings))
     known, left_out = set(names.values()), []
     known |= {name + SCALES for name, stored in names.items() if stored == name + BLOCKS}
     for name in shards:
@@ -548,7 +548,8 @@ def read_folder(
             parts = stacks.add(parts, expert)
         for path, part in parts.items():
             # Placing is asynchronous; without waiting, what is still to be copied would pile up on a busy machine.
-            insert(params, path, jax.block_until_ready(place(path, part, dtype, mesh)))
+            kind = "float32" if path.endswith(family.precise) else dtype
+            insert(params, path, jax.block_until_ready(place(path, part, kind, mesh)))
     if family.optional_row in wanted and family.optional_row not in names:
         stored = wanted[family.optional_row]
         kind = dtype or jax.tree.leaves(params)[0].dtype.name

@@ -89,6 +89,7 @@ def layout(
         general = ".".join("{}" if part == layer else part for part in parts) if layer else path
         parent, _, leaf = general.rpartition(".")
         stored_leaf = leaf if leaf == "bias" else "weight"
+        names = {**family.names, **experts.joined} if experts and layer and config.mixed(int(layer)) else family.names
         # An unembedding is a linear layer like any other, even where the blocks store theirs the other way round.
         transposed = leaf == "kernel" and (family.transposed or parts[0] == "head")
         if experts and parent in experts.each and not fused:
@@ -101,11 +102,11 @@ def layout(
             name = entry.name.format(layer) + ("_bias" if leaf == "bias" else "")
             turned, heads = transposed and experts.transposed, held[0][-1] if entry.by_neuron else 1
             result[name] = Stored(paths, held, turned, heads)
-        elif general in family.names:
-            name = family.names[general].format(layer)
+        elif general in names:
+            name = names[general].format(layer)
             result[name] = Stored((path,), (shape,), transposed, 1, name == family.optional_row, views.get(path, ()))
-        elif parent in family.names:
-            name = f"{family.names[parent].format(layer)}.{stored_leaf}"
+        elif parent in names:
+            name = f"{names[parent].format(layer)}.{stored_leaf}"
             result[name] = Stored((path,), (shape,), transposed, 1, view=views.get(path, ()))
         else:
             entry = next(entry for entry in family.fused if parent in entry.parts)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tpatch_jax.errors import TPatchError
@@ -56,12 +57,15 @@ class ExpertNames(NamedTuple):
         fused: tensors that hold all experts, as transformers keeps them in memory from version 5 on.
         transposed: whether kernels lie in those as ``[experts, out, in]``.
         renamed: what stands in their place in other names where experts are fused.
+        joined: names of what a patch joins beside experts, where it is a network that a checkpoint has; from our paths,
+            with ``{}`` for the layer.
     """
 
     each: Mapping[str, str]
     fused: tuple[Fused, ...]
     transposed: bool = True
     renamed: tuple[tuple[str, str], ...] = ()
+    joined: Mapping[str, str] = MappingProxyType({})
 
 
 class Family(NamedTuple):
@@ -89,6 +93,9 @@ class Family(NamedTuple):
         other_heads: what the names of tensors begin with that are no part of a classifier, in checkpoints without one.
         position_tables: tensors of computed positions that stock networks want in a file, though they need not be read.
         experts: how the experts of a mixture are named.
+        precise: endings of our parameters' paths that are read in float32 whatever type the others get.
+        passes_over: from the settings of ``config.json`` to what the names of tensors begin with that are no part of
+            the network as it is run.
         export: how a corrected model of this family is written for the stock transformers library:
             ``"exact"``, ``"exact as"`` another architecture, ``"approximate only"`` or ``"none"``; see
             `tpatch_jax.models.checkpoints.export`.
@@ -112,6 +119,8 @@ class Family(NamedTuple):
     other_heads: tuple[str, ...] = ()
     position_tables: tuple[str, ...] = ()
     experts: ExpertNames | None = None
+    precise: tuple[str, ...] = ()
+    passes_over: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
     views: Callable[[NetworkConfig], Mapping[str, tuple[int, ...]]] = lambda config: {}
 
 

@@ -13,7 +13,7 @@ from tpatch_jax.models.families.family import (
 )
 from tpatch_jax.models.families.llama import NAMES, configure_llama
 
-__all__ = ["GPT_OSS", "MIXTRAL", "OLMOE", "QWEN_2_MOE", "QWEN_3_MOE"]
+__all__ = ["EXPERT_NAMES", "GPT_OSS", "MIXTRAL", "OLMOE", "QWEN_2_MOE", "QWEN_3_MOE"]
 
 _PLAIN = {"ffn_bias": False, "query_bias": False, "output_bias": False}
 _DENSE, _SPARSE_STEP = "mlp_only_layers", "decoder_sparse_step"
@@ -144,7 +144,7 @@ def _named(block: str, gate: str, up: str, down: str) -> ExpertNames:
     )
 
 
-_EXPERTS = _named("mlp", "gate_proj", "up_proj", "down_proj")
+EXPERT_NAMES = _named("mlp", "gate_proj", "up_proj", "down_proj")
 _NAMES = {**NAMES, "layers.{}.experts.router": "model.layers.{}.mlp.gate"}
 _SHARED = {
     f"layers.{{}}.experts.shared.{part}": f"model.layers.{{}}.mlp.shared_expert.{part}_proj"
@@ -160,7 +160,7 @@ MIXTRAL = Family(
     experts=_named("block_sparse_moe", "w1", "w3", "w2"),
     export="approximate only",
 )
-OLMOE = Family("olmoe", ("olmoe",), _olmoe, "model.", {**_NAMES, **QUERY_NORM}, experts=_EXPERTS, export="none")
+OLMOE = Family("olmoe", ("olmoe",), _olmoe, "model.", {**_NAMES, **QUERY_NORM}, experts=EXPERT_NAMES, export="none")
 QWEN_2_MOE = Family(
     "qwen2_moe",
     ("qwen2_moe",),
@@ -168,7 +168,7 @@ QWEN_2_MOE = Family(
     "model.",
     {**_NAMES, **_SHARED, "layers.{}.experts.shared.share": "model.layers.{}.mlp.shared_expert_gate"},
     ffn_width="moe_intermediate_size",
-    experts=_EXPERTS,
+    experts=EXPERT_NAMES,
     export="none",
 )
 QWEN_3_MOE = Family(
@@ -178,7 +178,7 @@ QWEN_3_MOE = Family(
     "model.",
     {**_NAMES, **QUERY_NORM},
     ffn_width="moe_intermediate_size",
-    experts=_EXPERTS,
+    experts=EXPERT_NAMES,
     export="approximate only",
 )
 GPT_OSS = Family(

@@ -29,7 +29,7 @@ _ASKED_FOR: Mapping[str, tuple[str, ...]] = {
         *("hunyuan_v1_moe", "llama4", "llama4_text", "minimax", "phimoe"),
         *("qwen3_vl_moe", "switch_transformers"),
     ),
-    _LATENT: ("deepseek_v2", "deepseek_v3", "minicpm3"),
+    _LATENT: ("deepseek_v32", "kimi_k2", "minicpm3"),
     _VISION: (
         *("florence2", "gemma3", "gemma3n", "gemma4", "idefics3", "internvl", "llama4", "llava", "minicpmv"),
         *("mistral3", "mllama", "paligemma", "phi3_v", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"),

@@ -5,6 +5,7 @@ from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.bart import BART, MARIAN, MBART, PEGASUS
 from tpatch_jax.models.families.bert import BERT, DISTILBERT, ELECTRA, ROBERTA
 from tpatch_jax.models.families.cohere import COHERE, COHERE_2
+from tpatch_jax.models.families.deepseek import DEEPSEEK_2, DEEPSEEK_3
 from tpatch_jax.models.families.doge import DOGE
 from tpatch_jax.models.families.ernie_4_5 import ERNIE_4_5
 from tpatch_jax.models.families.family import Family, Settings, setting
@@ -62,6 +63,8 @@ FAMILIES: tuple[Family, ...] = (
     QWEN_3_MOE,
     OLMOE,
     GPT_OSS,
+    DEEPSEEK_2,
+    DEEPSEEK_3,
     OPT,
     BERT,
     ROBERTA,
