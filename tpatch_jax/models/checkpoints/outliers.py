@@ -63,20 +63,20 @@ def activation_sizes(model: Model, rows: Sequence[Sequence[int]]) -> list[dict[s
         3194
     """
     config, layers = model.config, model.params["layers"]
-    found: list[dict[str, list[np.ndarray]]] = [{} for _ in layers]
+    totals: list[dict[str, list[np.ndarray]]] = [{} for _ in layers]
     for numbers, batch in batches(config, rows):
         _, x, positions, around = embed_batch(config, model.params, batch)
         lengths = np.zeros(x.shape[0], int)
         lengths[: len(numbers)] = [len(rows[number]) for number in numbers]
         valid = jnp.asarray(np.arange(x.shape[1]) < lengths[:, None])
-        for index, sums in enumerate(found):
+        for index, sums in enumerate(totals):
             x, measured = _measured_block(config, config.kind(index), layers[index], x, positions, around, valid)
             for name, values in measured.items():
                 largest, squares, weight = (np.asarray(value, np.float64) for value in values)
                 before = sums.get(name, [np.zeros_like(value) for value in (largest, squares, weight)])
                 sums[name] = [np.maximum(before[0], largest), before[1] + squares, before[2] + weight]
     return [
-        {name: Sizes(largest, squares / weight) for name, (largest, squares, weight) in sums.items()} for sums in found
+        {name: Sizes(largest, squares / weight) for name, (largest, squares, weight) in sums.items()} for sums in totals
     ]
 
 
@@ -113,7 +113,8 @@ def spread_outliers(model: Model, rows: Sequence[Sequence[int]], width: int) -> 
     one (`split_neurons`).
 
     Args:
-        model: patches may be merged into it. One that is no decoder, or has experts, stays as it is.
+        model: patches may be merged into it. One that is no decoder, or has experts or latent attention,
+            stays as it is.
         rows: texts in tokens on which to look for such activations.
         width: no feed-forward network becomes wider than that.
 
@@ -125,7 +126,7 @@ def spread_outliers(model: Model, rows: Sequence[Sequence[int]], width: int) -> 
         7507
     """
     config, layers, added = model.config, dict(model.params["layers"]), 0
-    if config.architecture != "decoder" or config.encoder or config.mixture:
+    if config.architecture != "decoder" or config.encoder or config.mixture or config.latent:
         return model, 0
     for index, sizes in enumerate(activation_sizes(model, rows)):
         layer = layers[index]
