@@ -142,9 +142,11 @@ def stand_in(models, folder, monkeypatch, site="last"):
 # What tunix 0.1.7 writes flax 0.12.8 and jax 0.10.2 no longer want.
 @pytest.mark.filterwarnings("ignore:'sharding' is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:jax.interpreters.pxla.thread_resources:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:'.value' access is now deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("page", "text"), BLOCKS, ids=[f"{page}-{n}" for n, (page, _) in enumerate(BLOCKS)])
 def test_python_blocks_run(page, text, models, given, inputs, tmp_path, monkeypatch, quick_compilation):
-    for package in ("tunix.models.qwen3.model", "bonsai.models.qwen3.modeling", "bonsai.models.vit.modeling"):
+    bonsai = [f"bonsai.models.{name}.modeling" for name in ("qwen3", "vit", "whisper")]
+    for package in ("tunix.models.qwen3.model", *bonsai):
         if f"from {package.rpartition('.')[0]} import" in text:
             pytest.importorskip(package)
     # Once with subjects, where the library is introduced.

@@ -12,7 +12,7 @@ from conftest import make_tiny_model, relative, same
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from test_subject_site import MEMORY, settings
-from tiny_families import tiny_settings
+from tiny_families import tiny_model, tiny_settings
 
 import tpatch_jax as tp
 from tpatch_jax.benchmarks.network_shapes import network_shape
@@ -119,6 +119,27 @@ def test_routing_is_what_it_was_wherever_no_neuron_reaches(mixtral):
     logits = [np.asarray(each.apply(tokens)) for each in (mixtral, patched)]
     np.testing.assert_allclose(logits[1][unreached], logits[0][unreached], atol=1e-5)
     assert relative(logits[1], logits[0]) > 1e-2
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "olmoe", "deepseek_v3"])
+def test_other_mixtures_route_as_before_too(family):
+    """A neuron beside the first mixture fires at one token of two rows: all others go where they went."""
+    model = tiny_model(family)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(1, 48, (2, 12)))
+    place, layer = 5, min(networks.routes(model.config, model.params, tokens))
+    query = np.asarray(model.trace(tokens, layer).query)
+    key = query[0, place] / np.linalg.norm(query[0, place])
+    strength = np.sort((query @ key).ravel())
+    value = jnp.full((1, model.config.hidden_size), 50.0, jnp.float32)
+    patch = Patch(jnp.asarray(key)[None], jnp.asarray([-(strength[-1] + strength[-2]) / 2]), value)
+    patched = tp.attach(model, {layer: patch}, relu=True)
+    before, after = (networks.routes(each.config, each.params, tokens) for each in (model, patched))
+    unreached = np.ones((2, 12), bool)
+    unreached[0, place:] = False
+    assert all(np.array_equal(before[at].expert[unreached], after[at].expert[unreached]) for at in before)
+    logits = [np.asarray(each.apply(tokens)) for each in (model, patched)]
+    np.testing.assert_allclose(logits[1][unreached], logits[0][unreached], atol=1e-5)
+    assert relative(logits[1], logits[0]) > 1e-3
 
 
 def test_an_edit_at_the_subject_holds(mixtral, tmp_path):
