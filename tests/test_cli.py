@@ -651,6 +651,15 @@ def test_the_page_on_commands_is_what_is_generated(tmp_path):
         assert name == "bank" or f"# tpatch {name}\n" in text
 
 
+def test_an_option_is_no_name_of_a_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for option, status in (("--help", 0), ("--page", 2)):
+        with pytest.raises(SystemExit) as ended:
+            reference.main([option])
+        assert ended.value.code == status
+    assert not list(tmp_path.iterdir())
+
+
 # --- bad input, one by one ---
 
 

@@ -3,9 +3,9 @@
 Written anew by ``python -m tpatch_jax.cli.reference docs/commands.md``.
 """
 
+import argparse
 import dataclasses
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -15,7 +15,7 @@ from tpatch_jax.cli.common import Command
 from tpatch_jax.cli.main import ABOUT, ABOUT_BANKS, BANK_COMMANDS, COMMANDS
 from tpatch_jax.storage.files import write_text
 
-__all__ = ["command_reference"]
+__all__ = ["command_reference", "main"]
 
 ARGUMENT: type = type(tyro.conf.arg())
 POSITIONAL: Any = tyro.conf.Positional[str].__metadata__[0]  # type: ignore[attr-defined]
@@ -101,5 +101,18 @@ def _kind(hint: Any) -> type:
     return hint
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page.
+
+    Args:
+        arguments: where to, by default ``docs/commands.md``; those of the command line if absent.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m tpatch_jax.cli.reference", description="Write the page on commands."
+    )
+    parser.add_argument("page", type=Path, nargs="?", default=Path("docs/commands.md"), help="default: %(default)s")
+    write_text(parser.parse_args(arguments).page, command_reference())
+
+
 if __name__ == "__main__":
-    write_text(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/commands.md"), command_reference())
+    main()
