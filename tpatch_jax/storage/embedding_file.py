@@ -1,12 +1,12 @@
 """Files of embeddings that a decoder's memory holds: an ``.npz`` with ``embeddings`` and ``prompts``."""
 
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
 from tpatch_jax.embeddings import EmbeddingPrompt
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.storage.reading import read_npz
 
 __all__ = ["read_embedding_file"]
 
@@ -29,19 +29,10 @@ def read_embedding_file(path: str | Path, hidden_size: int) -> list[list[Embeddi
         >>> read_embedding_file("pictures.npz", 576)[0][0].text  # doctest: +SKIP
         'The diagnosis is'
     """
-    path = Path(path)
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            there = list(file.files)
-            arrays = {name: file[name] for name in ("embeddings", "prompts") if name in there}
-    except (OSError, ValueError, BadZipFile, EOFError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise TPatchError(
-            f"{path} is no .npz that can be read ({reason}); write it by numpy.savez, no objects in it"
-        ) from None
+    arrays, there = read_npz(Path(path), ("embeddings", "prompts").__contains__)
     if len(arrays) < 2:
         raise TPatchError(
-            f"{path} has {', '.join(there) or 'nothing'}; a memory of embeddings has 'embeddings' and 'prompts', the "
+            f"{path} has {there}; a memory of embeddings has 'embeddings' and 'prompts', the "
             "text that is read with them"
         )
     embeddings, prompts = arrays["embeddings"], arrays["prompts"]

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.images import ImagePrompt, as_image
+from tpatch_jax.storage.reading import read_npz
 
 __all__ = ["PARTS", "ImagePart", "is_image_file", "named_labels", "read_image_file", "read_image_part"]
 
@@ -55,17 +55,8 @@ def read_image_file(path: str | Path) -> dict[str, ImagePart]:
     path = Path(path)
     if not path.is_file():
         raise TPatchError(f"{path} {'is no file' if path.exists() else 'does not exist'}; give an .npz of pictures")
-    try:
-        # Opened here, for NumPy leaves a file open that turns out to be no archive.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            wanted = [name for name in file.files if name.endswith(("_images", "_labels"))]
-            arrays = {name: file[name] for name in wanted if name.rpartition("_")[0] in PARTS}
-            there = ", ".join(file.files) or "nothing"
-    except (OSError, ValueError, BadZipFile, EOFError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise TPatchError(
-            f"{path} is no .npz that can be read ({reason}); write it by numpy.savez, no objects in it"
-        ) from None
+    names = {f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")}
+    arrays, there = read_npz(path, names.__contains__)
     parts = {part: _part(path, part, arrays) for part in PARTS if f"{part}_images" in arrays}
     if not parts:
         names = ", ".join(f"{part}_images" for part in PARTS)

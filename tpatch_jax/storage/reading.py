@@ -1,9 +1,15 @@
 """Files that a command reads more than once, pipes such as ``<(…)`` among them."""
 
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from zipfile import BadZipFile
 
-__all__ = ["read_bytes", "read_text"]
+import numpy as np
+
+from tpatch_jax.errors import TPatchError
+
+__all__ = ["read_bytes", "read_npz", "read_text"]
 
 _PIPED: dict[tuple[int, int], bytes] = {}
 
@@ -51,6 +57,33 @@ def read_text(path: str | Path, encoding: str = "utf-8", most: int | None = None
             return file.read(most)
     text = read_bytes(path).decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
     return text[:most]
+
+
+def read_npz(path: Path, wanted: Callable[[str], bool]) -> tuple[dict[str, np.ndarray], str]:
+    """Arrays of an ``.npz``, none of them of objects.
+
+    Args:
+        path: the file.
+        wanted: whether an array is read, by its name.
+
+    Returns:
+        The arrays by name, and the names of all that are there, for a message.
+
+    Raises:
+        TPatchError: it cannot be read.
+
+    Example:
+        >>> read_npz(Path("chests.npz"), lambda name: name.endswith("_images"))  # doctest: +SKIP
+    """
+    try:
+        # Opened here, for NumPy leaves a file open that turns out to be no archive.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if wanted(name)}, ", ".join(file.files) or "nothing"
+    except (OSError, ValueError, BadZipFile, EOFError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise TPatchError(
+            f"{path} is no .npz that can be read ({reason}); write it by numpy.savez, no objects in it"
+        ) from None
 
 
 def _pipe(path: str | Path) -> tuple[int, int] | None:
