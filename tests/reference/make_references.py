@@ -44,6 +44,14 @@ GATED = {
     **ENDS,
 }
 ROTATION = {"rope_type": "default", "rope_theta": 100.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 12,
+    "beta_fast": 1.5,
+    "beta_slow": 0.2,
+}
 EXPERTS = {"num_experts_per_tok": 2}
 LATENT = {
     "num_key_value_heads": 4,
@@ -207,14 +215,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
-            "full_attention": {
-                "rope_type": "yarn",
-                "rope_theta": 100.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 12,
-                "beta_fast": 1.5,
-                "beta_slow": 0.2,
-            },
+            "full_attention": YARN,
         },
     },
     "exaone4": {
@@ -276,15 +277,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "swiglu_limit": 1.0,
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 100.0,
-            "factor": 4.0,
-            "original_max_position_embeddings": 12,
-            "beta_fast": 1.5,
-            "beta_slow": 0.2,
-            "truncate": False,
-        },
+        "rope_parameters": {**YARN, "truncate": False},
     },
     # The first layer has no experts; queries are made at once, of their narrow vector, and experts chosen among all.
     "deepseek_v2": {
@@ -296,16 +289,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "n_shared_experts": 2,
         "routed_scaling_factor": 1.5,
         "attention_bias": True,
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 100.0,
-            "factor": 4.0,
-            "original_max_position_embeddings": 12,
-            "beta_fast": 1.5,
-            "beta_slow": 0.2,
-            "mscale": 0.7,
-            "mscale_all_dim": 1.4,
-        },
+        "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.4},
     },
     "deepseek_v3": {
         **GATED,

@@ -385,12 +385,7 @@ class LatentAttention(nnx.Module):
         key, narrow, cache = _remember(key, self.norm(narrow), positions, cache, around.seen)
         up = self.up.kernel[...].astype(x.dtype).reshape(latent.width, config.heads, -1)
         query = jnp.concatenate([jnp.einsum("bthn,chn->bthc", query[..., :still], up[..., :still]), turned], -1)
-
-        def hide(
-            scores: Float[Array, "batch groups group tokens seen"],
-        ) -> Float[Array, "batch groups group tokens seen"]:
-            return _hide_unseen(config, self.kind, scores, positions, around.seen)
-
+        hide = partial(_hide_unseen, config, self.kind, positions=positions, seen=around.seen)
         mixed = _attend(config, query, jnp.concatenate([narrow, key], -1), narrow, hide)
         mixed = mixed.reshape(batch, tokens, config.heads, latent.width)
         values = jnp.einsum("bthc,chv->bthv", mixed, up[..., still:])
