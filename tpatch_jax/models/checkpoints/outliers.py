@@ -26,10 +26,10 @@ from tpatch_jax.typing import Params
 __all__ = ["Sizes", "activation_sizes", "spread_outliers"]
 
 HIDDEN = "hidden"
-READERS = {"norm_1": "attention", "norm_2": "ffn"}
+READERS: dict[str, str] = {"norm_1": "attention", "norm_2": "ffn"}
 """What reads the output of a layer's norms."""
 
-MATRICES = {"attention": ("query", "key", "value"), "ffn": ("gate", "up")}
+MATRICES: dict[str, tuple[str, ...]] = {"attention": ("query", "key", "value"), "ffn": ("gate", "up")}
 
 
 class Sizes(NamedTuple):
