@@ -31,6 +31,7 @@ from tpatch_jax.editors.subject_rows import (
     known_rows,
     pack_lanes,
     rephrase_rows,
+    rounded_after,
     row_of,
     runner,
     short_rows,
@@ -423,6 +424,43 @@ def test_what_holds_holds_and_says_where(edited):
         if result.held:
             assert merged.generate(request.prompt, 4).startswith(" " + request.target), result
     assert sum(result.held for result in info.requests) == 4
+
+
+def test_values_trained_with_rounded_products_are_others_and_say_the_same(edited):
+    model, requests, *_, text = edited
+    layer, fitted = subject_layer(model.config.layers), {}
+    for precision in ("float32", "bfloat16", "auto"):
+        given = change(settings(), {"value_precision": precision})
+        fitted[precision], info = tp.edit(model, requests[:1], settings=given, memory=text, cache=False)
+        assert info.requests[0].held
+    exact, rounded, auto = (fitted[precision][layer] for precision in ("float32", "bfloat16", "auto"))
+    # a network as small as this gains nothing
+    assert all(map(np.array_equal, exact, auto))
+    assert np.array_equal(exact.key, rounded.key)
+    assert 1e-6 < relative(rounded.value, exact.value) < 0.2
+    with pytest.raises(TPatchError, match="value_precision 'float8' does not exist; use one of auto, float32"):
+        tp.edit(model, requests[:1], settings=change(settings(), {"value_precision": "float8"}))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+def test_ends_are_run_again_with_rounded_products(tiny_model, family):
+    model = tiny_model if family == "llama" else family_model(family)
+    size, layer = model.config.vocabulary, 1
+    rows = some_rows(tiny_model)
+    rows = [[row._replace(tokens=[token % size for token in row.tokens]) for row in part] for part in rows]
+    added = np.random.default_rng(0).normal(size=(2, 4, model.config.hidden_size)).astype(np.float32)
+    said = []
+    for behind in (None, rounded_after(model, layer)):
+        forked = fork_rows(model, rows, layer, 2, behind)
+        run = runner(model, layer, behind=behind)
+        slope = jax.grad(
+            lambda added, run=run, forked=forked: run(known_rows(forked, forked.places[..., 0]), added).std()
+        )
+        said.append((forked.fork.query, run(known_rows(forked, forked.places[..., 0]), added), slope(added)))
+    (query, exact, pull), (same, rounded, other) = said
+    assert np.array_equal(query, same)
+    assert 1e-6 < relative(rounded, exact) < 0.05
+    assert 1e-6 < relative(other, pull) < 0.2
 
 
 def test_where_the_neurons_at_subjects_say_all_nothing_is_read_for_the_last_layer(edited, monkeypatch):

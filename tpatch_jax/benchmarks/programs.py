@@ -160,6 +160,12 @@ class Places:
 
         return jax.tree_util.tree_map_with_path(place, parameter_shapes(self.config))
 
+    def matrices(self, params: Params, rounded: bool) -> Params:
+        """Parameters as `tpatch_jax.core.products.round_matrices` leaves them, if they are rounded."""
+        if not rounded:
+            return params
+        return jax.tree.map(lambda leaf: leaf.update(dtype=jnp.bfloat16) if leaf.ndim > 1 else leaf, params)
+
     @cached_property
     def last_weights(self) -> Params:
         """What the rest after the last feed-forward network reads."""
@@ -249,6 +255,7 @@ def block_programs(
     seen: int = 0,
     runs: Mapping[str, float] = NO_RUNS,
     around: Around = NOTHING,
+    rounded: bool = False,
 ) -> list[Program]:
     """Whole blocks of a range of layers, one program for each kind of layer.
 
@@ -262,17 +269,19 @@ def block_programs(
         seen: how many tokens a cache has room for; 0 is no cache.
         runs: how often the range is run.
         around: what all of them read besides.
+        rounded: whether their products are of bfloat16; see `tpatch_jax.core.products`.
     """
     config = places.config
-    programs = []
+    programs, run = [], stack.run_rounded_block if rounded else stack.run_block
     for number, (kind, (index, count)) in enumerate(places.layers_by_kind(first, last).items()):
         args = (
-            config, kind, places.params["layers"][index], places.stream(rows, tokens, config.hidden_size),
-            places.rows((rows, tokens), jnp.int32), places.cache(rows, seen) if seen else None, around,
+            config, kind, places.matrices(places.params["layers"][index], rounded),
+            places.stream(rows, tokens, config.hidden_size), places.rows((rows, tokens), jnp.int32),
+            places.cache(rows, seen) if seen else None, around,
         )  # fmt: skip
         times = {site: count * each for site, each in runs.items()}
         name = f"{what}: block" + (f", kind {number + 1}" if number else "")
-        programs.append(Program(name, stack.run_block, args, runs=times))
+        programs.append(Program(name, run, args, runs=times))
     return programs
 
 
@@ -475,14 +484,16 @@ def pack_sizes(workload: Workload, rows: int) -> tuple[int, int]:
 def fork_structs(places: Places, packs: int, tokens: int, ends: int, layer: int) -> networks.Fork:
     """Packed rows cut at a layer, as `tpatch_jax.models.networks.fork` leaves them."""
     part = places.stream(packs, ends, places.config.hidden_size)
-    caches = [places.cache(packs, tokens) for _ in range(layer + 1, places.config.layers)]
-    seen = Seen(places.rows((packs, ends, tokens + ends), jnp.bool_), places.rows((packs, tokens + ends), jnp.int32))
+    begins = in_halves(max(1, tokens - ends), 32)
+    caches = [places.cache(packs, begins) for _ in range(layer + 1, places.config.layers)]
+    seen = Seen(places.rows((packs, ends, begins + ends), jnp.bool_), places.rows((packs, begins + ends), jnp.int32))
     return networks.Fork(part, part, part, places.rows((packs, ends), jnp.int32), seen, caches, part, layer)
 
 
 def fork_programs(
-    places: Places, what: str, packs: int, tokens: int, layer: int, runs: Mapping[str, float] = NO_RUNS
-) -> list[Program]:
+    places: Places, what: str, packs: int, tokens: int, layer: int, runs: Mapping[str, float] = NO_RUNS,
+    rounded: bool = False,
+) -> list[Program]:  # fmt: skip
     """Packed rows run through the whole network, with what running their ends again needs kept."""
     config, last = places.config, places.config.layers
     stream = places.stream(packs, tokens, config.hidden_size)
@@ -495,7 +506,9 @@ def fork_programs(
     programs.append(_enter_program(places, f"{what} up to the layer", packs, tokens, layer, runs, around))
     programs.append(Program(f"{what}: end of the layer's block", stack.leave_block, leave, runs=runs))
     behind = f"{what} behind the layer"
-    for program in block_programs(places, behind, packs, tokens, layer + 1, last, runs=runs, around=around):
+    for program in block_programs(
+        places, behind, packs, tokens, layer + 1, last, runs=runs, around=around, rounded=rounded
+    ):
         programs.append(program._replace(resident=caches))
     return programs
 
@@ -521,7 +534,9 @@ def _subject_programs(places: Places, edits: int, settings: TPatcherSettings, wo
     tokens, ends = pack_sizes(workload, aims + beside)
     read = power_of_two(workload.target, 2)
     said = (config, places.last_weights, places.stream(lanes, ends, width), places.rows((lanes, beside), jnp.int32))
-    run = Partial(subject_rows.runner_function(config, layer, False), networks.after(places.params, layer))
+    rounded = subject_site.rounds_products(subject, config, places.dtype, has_units=True)
+    exact, after = subject_rows.runner_function(config, layer, False), networks.after(places.params, layer)
+    run = Partial(subject_rows.runner_function(config, layer, False, rounded), places.matrices(after, rounded))
     problem, state = _value_structs(places, lanes, aims, beside, tokens, ends, read, layer)
     alone, _ = _value_structs(places, lanes, 1, 0, *pack_sizes(workload, 1), read, layer)
     carry = stepping.LanesCarry(state, places.rows((lanes,), jnp.bool_), places.rows((lanes,), jnp.int32))
@@ -532,10 +547,10 @@ def _subject_programs(places: Places, edits: int, settings: TPatcherSettings, wo
     return [
         Program("subjects: keys", subject_site.fit_keys, (*lanewise, memory), {"rounds": subject.key_rounds},
                 runs={"subject": 1.0}),
-        *fork_programs(places, "values, rows", lanes, tokens, layer, chunks),
+        *fork_programs(places, "values, rows", lanes, tokens, layer, chunks, rounded),
         Program("values: what is said unedited", subject_rows.log_probs_at, said, runs=chunks),
-        Program("values: slopes before any step", subject_values.target_slope, (run, alone.known, alone.targets),
-                runs=chunks),
+        Program("values: slopes before any step", subject_values.target_slope,
+                (Partial(exact, after), alone.known, alone.targets), runs=chunks),
         # A look at each number of steps, none included.
         Program("values: steps", stepping.advance_lanes, (step, carry, problem, number, subject.value.steps, over),
                 trips=subject.value.steps + 1, runs=chunks),

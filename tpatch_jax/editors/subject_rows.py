@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from tpatch_jax.core.devices import mesh_of, shard_rows
+from tpatch_jax.core.products import in_float32, round_matrices, round_products
 from tpatch_jax.core.sizes import in_halves, power_of_two
 from tpatch_jax.editors.locating import locate_subject
 from tpatch_jax.editors.reading import Item, subject_token
@@ -34,6 +35,7 @@ __all__ = [
     "prompt_row",
     "read_queries",
     "rephrase_rows",
+    "rounded_after",
     "row_of",
     "rows_of",
     "runner",
@@ -176,8 +178,12 @@ def _pack_together(parts: Sequence[_Packed], ends: Sequence[Sequence[int]]) -> n
             if before >= 0:
                 sees[lane, node] |= sees[lane, before]
         numbers[lane, : len(ends[lane])] = ends[lane]
+    seen = [np.setdiff1d(np.flatnonzero(sees[lane, part].any(0)), part) for lane, part in enumerate(ends)]
+    begins = np.full((len(parts), in_halves(max(map(len, seen)), 32)), size - 1, np.int32)
+    for lane, part in enumerate(seen):
+        begins[lane, : len(part)] = part
     # Put as they are: `jnp.asarray` would compile a program for each new shape.
-    return networks.Pack(*map(jax.device_put, (tokens, positions, sees, numbers)))
+    return networks.Pack(*map(jax.device_put, (tokens, positions, sees, numbers, begins)))
 
 
 def pack_lanes(lanes: Sequence[Sequence[PromptRow]]) -> tuple[networks.Pack, list[list[int]]]:
@@ -239,7 +245,9 @@ def read_queries(
     return queries
 
 
-def fork_rows(model: Model, lanes: Sequence[Sequence[PromptRow]], layer: int, places: int) -> ForkedRows:
+def fork_rows(
+    model: Model, lanes: Sequence[Sequence[PromptRow]], layer: int, places: int, behind: Params | None = None
+) -> ForkedRows:
     """Rows of some lanes, equally many each, run up to a layer's FFN, and from their subjects' ends on.
 
     On a mesh that divides the lanes each part of its axis ``"data"`` runs those of its lanes.
@@ -249,6 +257,7 @@ def fork_rows(model: Model, lanes: Sequence[Sequence[PromptRow]], layer: int, pl
         lanes: the rows of each.
         layer: the layer.
         places: as many places for each row; those it has not are its subject's end.
+        behind: see `tpatch_jax.models.networks.fork`.
     """
     pack, begins = pack_lanes(lanes)
     table = np.zeros((len(lanes), len(lanes[0]), places), np.int32)
@@ -258,7 +267,7 @@ def fork_rows(model: Model, lanes: Sequence[Sequence[PromptRow]], layer: int, pl
             table[lane, number] = begins[lane][number]
             table[lane, number, : len(there)] += there.astype(np.int32)
     pack, first, spots = shard_rows((pack, np.asarray(begins, np.int32), table), mesh_of(model.params))
-    forked = networks.fork(model.config, model.params, pack, layer)
+    forked = networks.fork(model.config, model.params, pack, layer, behind)
     return ForkedRows(forked, jax.device_put(first), jax.device_put(spots))
 
 
@@ -281,7 +290,7 @@ def known_rows(forked: ForkedRows, places: Int[Array, "lanes places"]) -> KnownR
     return KnownRows(tuple(forked.fork[:-1]), forked.first, places)
 
 
-def runner(model: Model, layer: int, *, stream: bool = False) -> Partial:
+def runner(model: Model, layer: int, *, stream: bool = False, behind: Params | None = None) -> Partial:
     """The network from a layer's FFN on: from what is added at the ends of some rows' subjects to log-probabilities.
 
     Args:
@@ -289,17 +298,28 @@ def runner(model: Model, layer: int, *, stream: bool = False) -> Partial:
         layer: the layer.
         stream: whether it is added to the stream beside the FFN, where it comes out of the block as it is, even where
             the FFN's output is normed; by default to the FFN's output.
+        behind: from `rounded_after`, of which then all products with the network's matrices are made; by default the
+            model's own, in their precision.
 
     Returns:
         ``(a KnownRows, added [lanes, rows, d]) -> [lanes, places, vocabulary]``, as
         `tpatch_jax.core.values.train_values` runs it.
     """
-    return Partial(runner_function(model.config, layer, stream), networks.after(model.params, layer))
+    function = runner_function(model.config, layer, stream, behind is not None)
+    return Partial(function, networks.after(model.params, layer) if behind is None else behind)
+
+
+def rounded_after(model: Model, layer: int) -> Params:
+    """The parameters after a cut with their matrices in bfloat16; see `tpatch_jax.core.products`."""
+    return round_matrices(networks.after(model.params, layer))
 
 
 @lru_cache(maxsize=16)
-def runner_function(config: NetworkConfig, layer: int, stream: bool) -> Callable[..., Array]:
+def runner_function(config: NetworkConfig, layer: int, stream: bool, rounded: bool = False) -> Callable[..., Array]:
     """One object for each network and layer, so that ``jit`` recognises it."""
+    if rounded:
+        exact = runner_function(config, layer, stream)
+        return jax.jit(lambda params, known, added: round_products(exact)(in_float32(params), known, added))
 
     @jax.jit
     def run(

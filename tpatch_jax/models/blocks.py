@@ -205,11 +205,16 @@ def _attend(
     scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
     scores = scores.reshape(batch, groups, -1, tokens, seen)
     scores = hide(softcap(scores * scale, config.attention_cap))
-    if sinks is not None:
-        nothing = sinks.astype(jnp.float32).reshape(groups, -1, 1, 1)
-        scores = jnp.concatenate([scores, jnp.broadcast_to(nothing, (*scores.shape[:-1], 1))], -1)
-    weights = jax.nn.softmax(scores, -1)[..., :seen].astype(value.dtype)
-    mixed = jnp.einsum("bkqs,bksh->bkqh", weights.reshape(batch, groups, -1, seen), value)
+    sink = (
+        jnp.full((groups, 1, 1, 1), -jnp.inf) if sinks is None else sinks.astype(jnp.float32).reshape(groups, -1, 1, 1)
+    )
+    # What is divided are a head's few sums, not its many weights, forwards and, above all, backwards.
+    largest = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, -1, keepdims=True), sink))
+    weights = jnp.exp(scores - largest)
+    total = jnp.sum(weights, -1, keepdims=True) + jnp.exp(sink - largest)
+    weights = weights.astype(value.dtype).reshape(batch, groups, -1, seen)
+    mixed = jnp.einsum("bkqs,bksh->bkqh", weights, value, preferred_element_type=jnp.float32)
+    mixed = (mixed / total.reshape(batch, groups, -1, 1)).astype(value.dtype)
     return jnp.moveaxis(mixed.reshape(batch, heads, tokens, -1), 1, 2).reshape(batch, tokens, -1)
 
 

@@ -10,7 +10,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.blocks import Around, Cache, Seen
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.pytrees import with_static_fields
-from tpatch_jax.models.stack import embed_tokens, enter_block, leave_block, run_block, without_ffn
+from tpatch_jax.models.stack import embed_tokens, enter_block, leave_block, run_block, run_rounded_block, without_ffn
 from tpatch_jax.typing import Params
 
 __all__ = ["Fork", "Pack", "after", "fork", "pack_queries", "resume_fork", "take_tokens"]
@@ -24,12 +24,15 @@ class Pack(NamedTuple):
         positions: of each in its rows, ``[packs, tokens]`` int.
         sees: which tokens each looks at, itself among them, ``[packs, tokens, tokens]`` bool; padding sees itself.
         ends: the tokens that are run again, ``[packs, ends]`` int; what fills up is padding.
+        begins: the tokens that ends look at and that are none themselves, ``[packs, begins]`` int; what fills up is
+            padding.
     """
 
     tokens: Int[Array, "packs tokens"]
     positions: Int[Array, "packs tokens"]
     sees: Bool[Array, "packs tokens tokens"]
     ends: Int[Array, "packs ends"]
+    begins: Int[Array, "packs begins"]
 
 
 @with_static_fields("layer")
@@ -44,7 +47,7 @@ class Fork(NamedTuple):
         residual: the residual stream beside the FFN there, ``[packs, ends, d]``.
         positions: of the ends in their rows, ``[packs, ends]``.
         seen: what the ends look at: tokens before them, and each other.
-        caches: keys and values of all tokens in each layer after the cut.
+        caches: keys and values of the tokens before them in each layer after the cut.
         hidden: the residual stream after the last block at the ends, as the rows stand, ``[packs, ends, d]``.
         layer: the cut.
     """
@@ -59,7 +62,7 @@ class Fork(NamedTuple):
     layer: int
 
 
-def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int) -> Fork:
+def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int, behind: Params | None = None) -> Fork:
     """Run packed rows through the network once and keep what running their ends again needs.
 
     Args:
@@ -67,6 +70,8 @@ def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int) -> Fork:
         params: the network's parameters.
         pack: the rows.
         layer: where to cut.
+        behind: what `after` gives with its matrices in bfloat16 (`tpatch_jax.core.products.round_matrices`), with
+            which the layers after the cut are run; by default those of ``params``.
 
     Returns:
         The `Fork`.
@@ -79,8 +84,9 @@ def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int) -> Fork:
     x = leave_block(config, config.kind(layer), without_ffn(layers[layer]), residual, output)
     caches = []
     for number in range(layer + 1, config.layers):
-        x, cache = run_block(config, config.kind(number), layers[number], x, positions, None, around)
-        caches.append(cache)
+        run, weights = (run_block, layers) if behind is None else (run_rounded_block, behind["layers"])
+        x, cache = run(config, config.kind(number), weights[number], x, positions, None, around)
+        caches.append(_take_begins(cache, pack.begins))
     query, output, residual, x = take_tokens((query, output, residual, x), pack.ends)
     where, seen = _seen_by_ends(pack)
     return Fork(query, output, residual, where, seen, caches, x, layer)
@@ -104,13 +110,18 @@ def take_tokens(arrays: Any, tokens: Int[Array, "packs tokens"]) -> Any:
 @jax.jit
 def _seen_by_ends(pack: Pack) -> tuple[Array, Seen]:
     """The positions of packed rows' ends, and what they look at when they are run again."""
-    tokens, positions, sees, ends = pack
-    rows = take_tokens(sees, ends)
+    rows = take_tokens(pack.sees, pack.ends)
     # An end looks at the ends before it as they are run again, not as they stood.
-    again = jnp.any(ends[..., None] == jnp.arange(tokens.shape[1]), 1)
-    visible = jnp.concatenate([rows & ~again[:, None], jnp.take_along_axis(rows, ends[:, None], 2)], 2)
-    where = jnp.take_along_axis(positions, ends, 1)
-    return where, Seen(visible, jnp.concatenate([positions, where], 1))
+    parts = [jnp.take_along_axis(rows, columns[:, None], 2) for columns in (pack.begins, pack.ends)]
+    begins, ends = (jnp.take_along_axis(pack.positions, columns, 1) for columns in (pack.begins, pack.ends))
+    return ends, Seen(jnp.concatenate(parts, 2), jnp.concatenate([begins, ends], 1))
+
+
+@jax.jit
+def _take_begins(cache: Cache, begins: Array) -> Cache:
+    """What attention has read of some tokens of each pack."""
+    key, value = (jnp.take_along_axis(part, begins[..., None, None], 1) for part in (cache.key, cache.value))
+    return Cache(key, value)
 
 
 def pack_queries(config: NetworkConfig, params: Params, pack: Pack, layer: int) -> Float[Array, "packs ends hidden"]:

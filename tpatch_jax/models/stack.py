@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, Num
 from tpatch_jax.core import ffn
 from tpatch_jax.core.ffn import ACTIVATIONS
 from tpatch_jax.core.int8 import plain, plain_tree, take_rows
+from tpatch_jax.core.products import in_float32, round_products
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.blocks import HIDDEN, Around, Block, Cache, Norm, relative_bias
 from tpatch_jax.models.config import LayerKind, NetworkConfig
@@ -41,6 +42,7 @@ __all__ = [
     "residuals",
     "routes",
     "run_block",
+    "run_rounded_block",
     "source_bias",
     "without_ffn",
 ]
@@ -142,6 +144,21 @@ def run_block(
     residual, query, cache = block.enter(x, positions, cache, around)
     output = ffn.apply(params["ffn"], query, config.activation, block.beside(query))
     return block.leave(residual, output), cache
+
+
+@partial(jax.jit, static_argnames=("config", "kind"))
+def run_rounded_block(
+    config: NetworkConfig,
+    kind: LayerKind,
+    params: Params,
+    x: Float[Array, "batch tokens hidden"],
+    positions: Int[Array, "batch tokens"],
+    cache: Cache | None,
+    around: Around,
+) -> tuple[Float[Array, "batch tokens hidden"], Cache | None]:
+    """`run_block` with matrices in bfloat16 and products rounded to it; see `tpatch_jax.core.products`."""
+    run = round_products(lambda *read: run_block(config, kind, *read))
+    return run(in_float32(params), x, positions, cache, around)
 
 
 @partial(jax.jit, static_argnames="config")

@@ -9,7 +9,7 @@ from tpatch_jax.core.arguments import describe
 from tpatch_jax.core.checks import check_positive, check_range, check_types
 from tpatch_jax.core.fit import FitSettings
 from tpatch_jax.core.objective import Weights
-from tpatch_jax.editors.tpatcher.subject_settings import POSITIONS, SubjectSettings
+from tpatch_jax.editors.tpatcher.subject_settings import POSITIONS, PRECISIONS, SubjectSettings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.storage.settings import change
 
@@ -202,6 +202,10 @@ def check_settings(settings: TPatcherSettings) -> None:
         raise TPatchError(f"site {settings.site!r} does not exist; use site=auto, site=last or site=subject")
     if settings.subject.token not in POSITIONS:
         raise TPatchError(f"token {settings.subject.token!r} does not exist; use token=subject or token=prompt")
+    if settings.subject.value_precision not in PRECISIONS:
+        raise TPatchError(
+            f"value_precision {settings.subject.value_precision!r} does not exist; use one of {', '.join(PRECISIONS)}"
+        )
     if settings.layer != "auto" and not settings.layer.isdecimal():
         raise TPatchError(f"layer {settings.layer!r} is not a layer; use layer=auto or a number, 0 being the lowest")
     if settings.fit.output_bias and settings.fit.recipe == "staged":

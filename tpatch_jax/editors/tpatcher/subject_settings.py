@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from tpatch_jax.core.checks import check_positive, check_range, check_types
 from tpatch_jax.core.values import ValueTrainingSettings
 
-__all__ = ["POSITIONS", "SubjectSettings"]
+__all__ = ["POSITIONS", "PRECISIONS", "SubjectSettings"]
 
 POSITIONS = ("subject", "prompt")
+
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class SubjectSettings:
         key_nuisance: how strongly a key avoids directions in which only the context shows.
         value_lanes: how many values are trained together at most, on each device along the mesh axis ``"data"``; 0 is 2
             on a CPU, where more only take memory, and 8 elsewhere.
+        value_precision: of the products by which values are trained: ``"float32"``; ``"bfloat16"``, summed in float32;
+            or ``"auto"``, the latter where the devices multiply it several times as fast and the network is large
+            enough for that to matter. What a patch does is measured in the model's own precision in any case.
         plateau: the response stops growing here, where 1 is that of the edit's own queries; it takes a second neuron.
             0 lets it grow.
         start: what predicts the values that training starts from: ``"auto"``, what comes with the library for this
@@ -67,6 +72,7 @@ class SubjectSettings:
     question_floor: float = 0.5
     question_split: float = 0.4
     value_lanes: int = 0
+    value_precision: str = "auto"
     plateau: float = 0.3
     start: str = "auto"
 

@@ -11,13 +11,16 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
 from tpatch_jax.core.devices import divided, host, mesh_of, parts, repeat
+from tpatch_jax.core.int8 import float_type
 from tpatch_jax.core.memory import Memory, blended, create_memory, extend, nuisance_scatter
 from tpatch_jax.core.patch import Patch, concatenate, create, join, sharpen, sized
+from tpatch_jax.core.products import has_matrix_units
 from tpatch_jax.core.recipes.staged import Recognised
 from tpatch_jax.core.recipes.whitened import whitened_key
 from tpatch_jax.core.sizes import power_of_two
@@ -25,18 +28,19 @@ from tpatch_jax.core.start import StartParams
 from tpatch_jax.core.values import train_values
 from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import Item
-from tpatch_jax.editors.subject_rows import PromptRow, read_queries, runner
+from tpatch_jax.editors.subject_rows import PromptRow, read_queries, rounded_after, runner
 from tpatch_jax.editors.tpatcher.previous import NO_SUBJECT, PreviousEdits
 from tpatch_jax.editors.tpatcher.subject_prompts import AVOIDED, read_subject_rows
 from tpatch_jax.editors.tpatcher.subject_settings import SubjectSettings
 from tpatch_jax.editors.tpatcher.subject_values import SHARPNESS, create_value_problem, level_patch, predict_start
 from tpatch_jax.editors.wordings import question
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage.finished_parts import FinishedParts
-from tpatch_jax.typing import Progress
+from tpatch_jax.typing import Params, Progress
 
 __all__ = [
     "FittedSubjects",
@@ -46,11 +50,15 @@ __all__ = [
     "fit_subjects",
     "lanes_together",
     "read_subjects",
+    "rounds_products",
     "subject_layer",
 ]
 
 ON_A_CPU, ELSEWHERE = 2, 8
 """So many values are trained together by default: one alone fills a CPU's products, an accelerator takes more."""
+
+LARGE = 256
+"""Networks this wide spend their time in products with their matrices; smaller ones gain nothing from faster ones."""
 
 KEYS = 16
 """So many keys are fitted together at most."""
@@ -343,6 +351,7 @@ def fit_subjects(
     turn = {number: sum(groups[other] == groups[number] for other in going if other < number) for number in going}
     if progress and going:
         progress("training values", 0, len(going))
+    rounded = rounds_products(settings, model.config, float_type(model.params), has_matrix_units())
     # On each part of a mesh, so that more of them train more at a time.
     lanes = settings.value_lanes or (ON_A_CPU if jax.default_backend() == "cpu" else ELSEWHERE)
     lanes *= parts(mesh_of(model.params))
@@ -353,6 +362,8 @@ def fit_subjects(
         now.sort(key=lambda number: (len(prompts[number][0].wanted), max(len(row.tokens) for row in prompts[number])))
         there = concatenate([before, fitted.patch]) if before.key.shape[0] else fitted.patch
         present = attach(model, {read.layer: sized(there)}) if there.key.shape[0] else model
+        # Nothing after the cut reads this layer's FFN, so that it serves the unedited model as well.
+        behind = rounded_after(present, read.layer) if rounded else None
         for first in range(0, len(now), lanes):
             chunk = now[first : first + lanes]
             kept = {
@@ -364,7 +375,7 @@ def fit_subjects(
             }
             new = _kept_chunk(finished, f"values-{round_}-{first}", read, chunk)
             if new is None:
-                new = _fit_chunk(read, present, chunk, kept, slot)
+                new = _fit_chunk(read, present, behind, chunk, kept, slot)
                 _keep_chunk(finished, f"values-{round_}-{first}", read, chunk, new)
             first_neuron = fitted.patch.key.shape[0]
             neurons = [neuron._replace(neuron=first_neuron + neuron.neuron) for neuron in new.neurons]
@@ -376,8 +387,9 @@ def fit_subjects(
 
 
 def _fit_chunk(
-    read: Subjects, present: Model, chunk: Sequence[int], kept: Mapping[int, list[PromptRow]], slot: Mapping[int, int]
-) -> FittedSubjects:
+    read: Subjects, present: Model, behind: Params | None, chunk: Sequence[int],
+    kept: Mapping[int, list[PromptRow]], slot: Mapping[int, int],
+) -> FittedSubjects:  # fmt: skip
     """The neurons of a few requests, whose values are trained together, counted from 0."""
     keys, settings = read.keys, read.settings
     assert keys is not None
@@ -387,12 +399,12 @@ def _fit_chunk(
     silent, there = _keys_of(read, [slot[number] for number in lanes])
     problem = create_value_problem(
         present, read.model, read.layer, silent, [read.prompts[n] for n in lanes], [kept[n] for n in lanes],
-        [read.neutral[n] for n in lanes], settings.plateau, read.start is not None,
+        [read.neutral[n] for n in lanes], settings.plateau, read.start is not None, behind,
     )  # fmt: skip
     start = jax.device_put(np.zeros(silent.key.shape[::2], np.float32))
     if read.start is not None:
         start = predict_start(read.start, problem, settings.value.longest)
-    run, rows = runner(present, read.layer), (problem.known, problem.targets, problem.kept)
+    run, rows = runner(present, read.layer, behind=behind), (problem.known, problem.targets, problem.kept)
     value, info = train_values(*rows, run, problem.scale, settings.value, start, mesh)
     neurons, order = [], []
     every = sharpen(_level_neurons(silent, value, settings.plateau), SHARPNESS)
@@ -410,6 +422,22 @@ def _fit_chunk(
         ]
     new = jax.tree.map(lambda leaf: leaf[order], every)
     return FittedSubjects(new, neurons)
+
+
+def rounds_products(settings: SubjectSettings, config: NetworkConfig, dtype: Any, has_units: bool) -> bool:
+    """Whether values are trained with products of bfloat16, in a network that is of float32.
+
+    Args:
+        settings: options.
+        config: the network's description.
+        dtype: the type in which it computes.
+        has_units: what `tpatch_jax.core.products.has_matrix_units` says of the devices.
+    """
+    if dtype != jnp.float32:
+        return False
+    if settings.value_precision == "auto":
+        return config.hidden_size >= LARGE and has_units
+    return settings.value_precision == "bfloat16"
 
 
 def lanes_together(count: int, over: int) -> int:

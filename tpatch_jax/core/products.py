@@ -1,0 +1,162 @@
+"""Products of rounded numbers with exact sums: what processors with units for matrices do several times as fast.
+
+A processor's matrix unit multiplies numbers of 8 significant bits (bfloat16) and sums in float32. XLA uses it on a CPU
+where both factors of a product are bfloat16 and its result is float32, and only there: a function that is written for
+float32 has to be turned into one that asks for that.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.extend.core.primitives import closed_call_p, dot_general_p, jit_p, remat_p
+from jaxtyping import Array, Float
+
+from tpatch_jax.core.int8 import is_int8
+from tpatch_jax.typing import Params
+
+__all__ = ["has_matrix_units", "in_float32", "round_matrices", "round_products"]
+
+CPU_FACTS = Path("/proc/cpuinfo")
+"""Where Linux says what a processor has."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_NESTED = {jit_p: "jaxpr", closed_call_p: "call_jaxpr", remat_p: "jaxpr"}
+"""What only stands around other operations, and the name under which it has them."""
+
+
+@lru_cache(maxsize=1)
+def has_matrix_units() -> bool:
+    """Whether the devices multiply matrices of bfloat16 several times as fast as those of float32.
+
+    A CPU does that has AMX, a GPU from compute capability 8 on, and every TPU.
+    """
+    backend = jax.default_backend()
+    if backend != "cpu":
+        capability = getattr(jax.devices()[0], "compute_capability", "8")
+        return backend == "tpu" or float(str(capability) or 0) >= 8
+    try:
+        return "amx_bf16" in CPU_FACTS.read_text().split()
+    except OSError:
+        return False
+
+
+def round_matrices(params: Params) -> Params:
+    """All matrices of float32 in bfloat16, half as large; vectors, and what is in INT8, stay as they are.
+
+    Args:
+        params: a pytree of arrays.
+
+    Example:
+        >>> rounded = round_matrices({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)})
+        >>> str(rounded["kernel"].dtype), str(rounded["bias"].dtype)
+        ('bfloat16', 'float32')
+    """
+    return _round_matrices(params)
+
+
+@jax.jit
+def _round_matrices(params: Params) -> Params:
+    def rounded(leaf: Any) -> Any:
+        return leaf.astype(jnp.bfloat16) if not is_int8(leaf) and leaf.ndim > 1 and leaf.dtype == jnp.float32 else leaf
+
+    return jax.tree.map(rounded, params, is_leaf=is_int8)
+
+
+def in_float32(params: Params) -> Params:
+    """All arrays of bfloat16 in float32: what a function reads that was written for numbers of that type."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, params)
+
+
+def round_products(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, each product of a matrix rounded to bfloat16 and summed in float32, its derivatives too.
+
+    ``x·W`` becomes ``bf16(x)·bf16(W)``, with sums in float32: each term is off by 2⁻⁸ of itself at most. Products that
+    have batches on both sides, such as attention's scores, stay as they are, and so does all that is not float32 and
+    whatever stands in a loop of its own. What precision a product asks for does not matter.
+
+    Args:
+        function: of pytrees of arrays; pure.
+
+    Returns:
+        A function of the same pytrees, as traceable as the first. Its reverse derivatives have rounded products as
+        well; forward ones it has none.
+
+    Example:
+        >>> exact = jnp.ones((1, 3)) @ jnp.full((3, 2), 1.001)
+        >>> rounded = round_products(jnp.matmul)(jnp.ones((1, 3)), jnp.full((3, 2), 1.001))
+        >>> rounded.dtype == exact.dtype, float(rounded[0, 0])
+        (True, 3.0)
+
+    Source: Micikevicius et al. 2018 for mixed precision; Kalamkar et al. 2019 for bfloat16.
+    """
+
+    def rounded(*args: P.args, **kwargs: P.kwargs) -> R:
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
+        results = _evaluate(closed, jax.tree.leaves((args, kwargs)))
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return rounded
+
+
+def _evaluate(closed: core.ClosedJaxpr, args: list[Any]) -> list[Any]:
+    """Run a traced function, its products rounded."""
+    jaxpr = closed.jaxpr
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
+
+    def read(atoms: Iterable[Any]) -> list[Any]:
+        return [atom.val if isinstance(atom, core.Literal) else known[atom] for atom in atoms]
+
+    for equation in jaxpr.eqns:
+        primitive, params, inputs = equation.primitive, equation.params, read(equation.invars)
+        if primitive is dot_general_p and _is_rounded(params, *inputs):
+            results = [_product(params["dimension_numbers"], params["out_sharding"], *inputs)]
+        elif primitive in _NESTED:
+            inner = params[_NESTED[primitive]]
+            inner = inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
+            results = _evaluate(inner, inputs)
+        else:
+            results = _bind(primitive, params, inputs)
+        known.update(zip(equation.outvars, results, strict=True))
+    return read(jaxpr.outvars)
+
+
+def _bind(primitive: core.Primitive, params: dict[str, Any], inputs: list[Any]) -> list[Any]:
+    """An operation called anew: its functions are parameters as well since JAX 0.10, and came first before."""
+    bound: Any = primitive.get_bind_params(params)
+    functions, named = bound if isinstance(bound, tuple) else ((), bound)
+    results: Any = primitive.bind(*functions, *inputs, **named)
+    return results if primitive.multiple_results else [results]
+
+
+def _is_rounded(params: dict[str, Any], left: Array, right: Array) -> bool:
+    """Whether a product is of float32 and has no batches."""
+    return not params["dimension_numbers"][1][0] and left.dtype == right.dtype == jnp.float32
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(dimensions: Any, sharding: Any, left: Float[Array, "..."], right: Float[Array, "..."]) -> Array:
+    left, right = left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
+    result = jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32, out_sharding=sharding)
+    return jax.lax.optimization_barrier(result)
+
+
+def _forward(dimensions: Any, sharding: Any, left: Array, right: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(dimensions, sharding, left, right), (left, right)
+
+
+def _backward(dimensions: Any, sharding: Any, factors: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+    def pull(left: Array, right: Array, slope: Array) -> tuple[Array, Array]:
+        exact = partial(jax.lax.dot_general, dimension_numbers=dimensions, out_sharding=sharding)
+        return jax.vjp(exact, left, right)[1](slope)
+
+    return round_products(pull)(*factors, slope)
+
+
+_product.defvjp(_forward, _backward)
