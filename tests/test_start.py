@@ -480,7 +480,21 @@ def test_the_start_that_a_setting_names(model, learnt, file, tmp_path, monkeypat
     assert bits(find_start(model, 1, "auto")) == bits(load_start(file).params)
     assert find_start(model, 0, "auto") is None
     assert find_start(other, 1, "auto") is None
+    # and for the same weights in another precision
+    half = model.with_params(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params))
+    assert find_start(half, 1, "auto") is None
+    start_file._same_weights.cache_clear()
+    names = {fingerprint(half): fingerprint(model)}
+    (tmp_path / "starts" / "same_weights.json").write_text(json.dumps(names))
+    assert bits(find_start(half, 1, "auto")) == bits(load_start(file).params)
     start_file._shipped.cache_clear()
+    start_file._same_weights.cache_clear()
+
+
+def test_a_start_in_another_precision_is_for_a_model_that_has_one():
+    models = {load_start(path).model for path in start_file.SHIPPED.glob("*.safetensors")}
+    assert set(start_file._same_weights().values()) <= models
+    assert len(start_file._same_weights()) == 2
 
 
 def test_each_start_that_comes_with_the_library_can_be_read():
