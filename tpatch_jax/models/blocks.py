@@ -210,9 +210,9 @@ def _attend(
     )
     # What is divided are a head's few sums, not its many weights, forwards and, above all, backwards.
     largest = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, -1, keepdims=True), sink))
-    weights = jnp.exp(scores - largest)
-    total = jnp.sum(weights, -1, keepdims=True) + jnp.exp(sink - largest)
-    weights = weights.astype(value.dtype).reshape(batch, groups, -1, seen)
+    weights = jnp.exp(scores - largest).astype(value.dtype)
+    total = jnp.sum(weights, -1, keepdims=True, dtype=jnp.float32) + jnp.exp(sink - largest)
+    weights = weights.reshape(batch, groups, -1, seen)
     mixed = jnp.einsum("bkqs,bksh->bkqh", weights, value, preferred_element_type=jnp.float32)
     mixed = (mixed / total.reshape(batch, groups, -1, 1)).astype(value.dtype)
     return jnp.moveaxis(mixed.reshape(batch, heads, tokens, -1), 1, 2).reshape(batch, tokens, -1)
