@@ -79,6 +79,23 @@ def test_every_program_lowers_for_a_tpu(family, dtype):
     assert lowered >= expected
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_values_are_trained_by_products_of_the_precision_that_is_asked_for(precision):
+    places = tiny_places("llama", jax.make_mesh((1, 1), ("data", "model")), "float32")
+    settings = change(PRESETS["default"], {"value_precision": precision})
+    rounded = {}
+    for program in edit_programs(places, 4, settings, workload=SMALL):
+        if program.name == "values: steps" or program.name.startswith("values, rows"):
+            lowered = program.function.trace(*program.args, **program.kwargs).lower(lowering_platforms=("tpu",))
+            products = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
+            rounded[program.name] = any("bf16>" in line for line in products)
+    assert rounded.pop("values: steps") is (precision == "bfloat16")
+    assert rounded.pop("values, rows behind the layer: block") is (precision == "bfloat16")
+    # up to the layer, where queries are read, nothing is rounded
+    assert rounded
+    assert not any(rounded.values())
+
+
 def test_a_large_positive_system_is_a_loop_on_a_tpu_and_the_library_elsewhere():
     matrix, columns = jax.ShapeDtypeStruct((1024, 1024), jnp.float32), jax.ShapeDtypeStruct((1024, 4), jnp.float32)
     traced = jax.jit(solve_positive).trace(matrix, columns)
