@@ -45,6 +45,7 @@ if "XLA_FLAGS" not in os.environ:
 
 # Processes that tests start compile as the tests do: see `quick_compilation`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 hypothesis_settings.register_profile("ci", deadline=None, derandomize=True, max_examples=20, database=None)
 hypothesis_settings.load_profile("ci")
