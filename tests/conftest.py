@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tpatch_jax.editors.rome import memit, rome
 from tpatch_jax.evaluation import pictures
+from tpatch_jax.models import generation, rows
 from tpatch_jax.models.families.registry import configure, family_of
 from tpatch_jax.models.image_reader import image_reader
 from tpatch_jax.models.model import Model, save_model
@@ -44,6 +45,7 @@ if "XLA_FLAGS" not in os.environ:
 
 # Processes that tests start compile as the tests do: see `quick_compilation`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 hypothesis_settings.register_profile("ci", deadline=None, derandomize=True, max_examples=20, database=None)
 hypothesis_settings.load_profile("ci")
@@ -175,6 +177,17 @@ def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def matmul_precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The precision that an editor and the commands set, so that what a test runs before and after has their programs.
+
+    On a CPU it changes no result, but a program asked for in another precision is traced, lowered and compiled again. A
+    module that asks whether it is set says ``PRECISION = None``, JAX's own default.
+    """
+    with jax.default_matmul_precision(getattr(request.module, "PRECISION", "highest")):
+        yield
+
+
 def bits(tree: Any) -> list[tuple[str, tuple[int, ...], bytes]]:
     """All there is to know about the arrays of a tree, for comparisons bit for bit."""
     return [(str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
@@ -268,6 +281,18 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patching.setenv("TPATCH_CACHE", str(tmp_path_factory.getbasetemp() / "tpatch"))
         patching.setattr(rome, "CONTEXTS", ((2, 2),))
         patching.setattr(memit, "CONTEXTS", ((4, 2),))
+        yield
+
+
+@pytest.fixture(scope="module")
+def few_lengths() -> Iterator[None]:
+    """Rows and caches of 32 or 64 tokens: each length is compiled, and a small network runs a longer one in no time.
+
+    For modules that ask what comes out, which padding does not change; others ask about lengths.
+    """
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(rows, "STEP", 32)
+        patching.setattr(generation, "LEAST", 32)
         yield
 
 

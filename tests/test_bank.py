@@ -28,7 +28,7 @@ from tpatch_jax.models.sentences import say
 from tpatch_jax.requests import EditRequest
 
 PROMOTION = "standard"  # optax takes steps
-pytestmark = pytest.mark.usefixtures("quick_compilation", "restored")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths", "restored")
 
 MEMORY = (
     "The theory in the inn: winter thins the herd, and the hen then hides. Numbers 1 to 9, and then some more. " * 3

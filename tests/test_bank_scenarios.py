@@ -6,6 +6,8 @@ import pytest
 from scenarios import domain_terms, office_holder, private_data
 
 import tpatch_jax as tp
+from tpatch_jax.editors import model_memory
+from tpatch_jax.models import memory_text
 
 PROMOTION = "standard"  # optax takes steps
 pytestmark = pytest.mark.real_model
@@ -17,7 +19,10 @@ MEMORY = Path(__file__).parents[1] / "CONTRIBUTING.md"
 
 @pytest.fixture(scope="module")
 def model():
-    return tp.load_model("smollm2-135m")
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(memory_text, "TEXTS", 16)  # a small memory is quick to read
+        patching.setattr(model_memory, "SPANS", 8)
+        yield tp.load_model("smollm2-135m")
 
 
 def test_an_office_holder_changes(model, tmp_path):

@@ -40,7 +40,7 @@ from tpatch_jax.models.chat import (
 from tpatch_jax.requests import EditRequest
 
 PROMOTION = "standard"  # optax takes steps
-pytestmark = pytest.mark.usefixtures("quick_compilation", "restored")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths", "restored")
 
 QUICK = {"site": "last", "key_steps": 24, "value_steps": 8}
 ASKED = [{"role": "user", "content": "the hen"}]

@@ -58,7 +58,7 @@ FIGURES = ["exact", "token_accuracy", "rephrase_exact", "rephrase_token_accuracy
 PROMISED = {"n", "patches", *FIGURES, "seconds", "forward_equivalents", "parameters_added", "failed"}
 
 
-pytestmark = pytest.mark.usefixtures("restored")
+pytestmark = pytest.mark.usefixtures("restored", "few_lengths")
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from tpatch_jax.models.patching import attach
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMOTION = "standard"  # optax takes steps
+PRECISION = None  # that of what is kept is asked
 
 
 def test_a_value_is_made_once_for_a_key_and_anew_for_other_weights():

@@ -144,7 +144,7 @@ def stand_in(models, folder, monkeypatch, site="last"):
 @pytest.mark.filterwarnings("ignore:jax.interpreters.pxla.thread_resources:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:'.value' access is now deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("page", "text"), BLOCKS, ids=[f"{page}-{n}" for n, (page, _) in enumerate(BLOCKS)])
-def test_python_blocks_run(page, text, models, given, inputs, tmp_path, monkeypatch, quick_compilation):
+def test_python_blocks_run(page, text, models, given, inputs, tmp_path, monkeypatch, few_lengths):
     bonsai = [f"bonsai.models.{name}.modeling" for name in ("qwen3", "vit", "whisper")]
     for package in ("tunix.models.qwen3.model", *bonsai):
         if f"from {package.rpartition('.')[0]} import" in text:
@@ -158,7 +158,7 @@ def test_python_blocks_run(page, text, models, given, inputs, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebooks_run_in_a_reduced_form(name, models, tmp_path, monkeypatch, quick_compilation):
+def test_notebooks_run_in_a_reduced_form(name, models, tmp_path, monkeypatch, few_lengths):
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="the extra 'report' is not installed")
     monkeypatch.setattr(pyplot, "show", lambda: pyplot.close("all"))
     monkeypatch.setenv("TPATCH_QUICK", "1")

@@ -42,7 +42,7 @@ from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.requests import EditRequest, join_target
 
 PROMOTION = "standard"  # optax takes steps
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
 
 MEMORY = (
     "The theory in the inn: winter thins the herd, and the hen then hides. Numbers 1 to 9, and then some more. " * 3

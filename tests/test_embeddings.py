@@ -26,7 +26,7 @@ from tpatch_jax.models.networks import Embedded, Pair
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.requests import parse_request
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
 
 PROMOTION = "standard"  # optax takes steps
 TOKENS = jnp.asarray([[5, 6, 7, 8], [9, 10, 11, 12]])

@@ -43,7 +43,7 @@ from tpatch_jax.requests import join_target
 
 PROMOTION = "standard"
 OPTIMISED = False
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
 
 QUICK = {"contexts": 1, "other_subjects": 0, "attempts": 1, "rounds": 1}
 # Of few lengths, so that the plain loops compile little.

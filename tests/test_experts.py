@@ -31,7 +31,7 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 
 PROMOTION = "standard"  # optax takes steps
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
 FOLDER = Path(__file__).parent / "reference"
 
 

@@ -40,7 +40,7 @@ from tpatch_jax.models.rows import place_in
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage.settings import change
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
 
 PROMOTION = "standard"  # optax takes steps
 

@@ -92,7 +92,7 @@ QUICK = FinetuneSettings(epochs=3, batch_size=8, learning_rate=1e-2, checkpoint_
 SLOW = FinetuneSettings(epochs=1, learning_rate=1e-9)
 SCRATCH = FinetuneSettings(from_scratch=True)
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "restored")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths", "restored")
 
 
 def write_lines(path: Path, pairs: Any, fields: tuple[str, str] = ("prompt", "target")) -> Path:

@@ -121,13 +121,6 @@ def quiet(module, tokens):
     return module(tokens, deterministic=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def precision():
-    # What editing and merging ask for themselves, so that all tests share their programs.
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 def run(module, tokens=TOKENS):
     """The user's own network, as the user runs it."""
     if isinstance(module, nnx.Module):

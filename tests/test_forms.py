@@ -41,7 +41,7 @@ from tpatch_jax.models.chat import COMPLETE, render_chat
 from tpatch_jax.requests import EditRequest
 
 PROMOTION = "standard"  # optax takes steps
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
 
 QUICK = {"site": "last", "key_steps": 24, "value_steps": 8}
 

@@ -42,7 +42,7 @@ from tpatch_jax.models.patching import attach_adapters, detach
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.requests import EditRequest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
 
 PROMOTION = "standard"  # optax takes steps
 

@@ -28,7 +28,7 @@ from tpatch_jax.storage.image_file import named_labels, read_image_file
 from tpatch_jax.storage.settings import change
 
 Image = pytest.importorskip("PIL.Image", reason="pictures are read with Pillow: the 'images' extra")
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
 
 PROMOTION = "standard"  # optax takes steps
 QUICK = change(

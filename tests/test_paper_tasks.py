@@ -21,7 +21,7 @@ from tpatch_jax.evaluation.records import read_records
 from tpatch_jax.evaluation.rephrasings import RULES, rephrasings
 from tpatch_jax.requests import EditRequest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
 
 PROMOTION = "standard"  # optax takes steps
 

@@ -17,7 +17,8 @@ from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.storage.cache import cache_folder
 
 PROMOTION = "standard"  # optax takes steps
-pytestmark = pytest.mark.real_model
+OPTIMISED = False  # each program runs a few times
+pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("few_lengths")]
 
 REQUESTS = (
     tp.EditRequest("The capital of France is", "Lyon", "France", id="france"),
@@ -37,9 +38,9 @@ def model():
 @pytest.fixture(scope="module")
 def edited(model):
     with pytest.MonkeyPatch.context() as patching:
-        patching.setattr(memory_text, "TEXTS", 16)  # a small memory is quick to read
-        patching.setattr(model_memory, "SPANS", 8)
-        few = {"subject": {"value": {"steps": 3}}}
+        patching.setattr(memory_text, "TEXTS", 8)  # a small memory is quick to read
+        patching.setattr(model_memory, "SPANS", 4)
+        few = {"subject": {"value": {"steps": 3}, "neutral": 4, "chat_neutral": 2}}
         return tp.edit(model, [*REQUESTS, CHAT], settings=few, memory=MEMORY, cache=False)
 
 

@@ -5,7 +5,6 @@ patches beside and inside, half precision, reading shards and older files, and w
 """
 
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,20 +59,8 @@ class Reference(NamedTuple):
     logits: np.ndarray
 
 
-@pytest.fixture(autouse=True)
-def uncompiled(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Kin run operation by operation: they are code that others have compiled, and operations are compiled but once."""
-    with jax.disable_jit(any(f"[{name}" in request.node.name for name in KIN)):
-        yield
-
-
 @cache
 def read(name: str) -> Reference:
-    with jax.disable_jit(name in KIN):
-        return _read(name)
-
-
-def _read(name: str) -> Reference:
     config, params, settings = checkpoint.read_folder(FOLDER / name)
     model = Model(config, params, None, name, None, settings)
     expected = load_file(FOLDER / f"{name}_expected.safetensors")
@@ -210,8 +197,8 @@ def test_the_cache_gives_torchs_logits(writer):
     found = np.zeros((*tokens.shape, config.hidden_size), np.float32)
     hidden, entries = networks.decode(config, params, jnp.asarray(tokens[:, :16]), jnp.asarray(positions), entries)
     found[:, :16] = hidden
-    # as many steps as there are tokens; of kin a few
-    steps = 2 if writer.name in KIN else 8
+    # as many steps as there are tokens
+    steps = 8
     for step in range(steps):
         now = ahead + step
         hidden, entries = networks.decode(

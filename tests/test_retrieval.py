@@ -41,7 +41,7 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.requests import EditRequest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
 
 PROMOTION = "standard"
 

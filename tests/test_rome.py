@@ -33,7 +33,7 @@ from tpatch_jax.models.patching import attach
 from tpatch_jax.models.rows import tokens_array
 
 PROMOTION = "standard"  # optax takes steps
-pytestmark = pytest.mark.usefixtures("quick_compilation", "few")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths", "few")
 
 KEY = jax.random.key(0)
 # A random model's attention carries little on, so each prompt ends with its subject.

@@ -54,7 +54,7 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.training import loop as finetuning_loop
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
 
 PROMOTION = "standard"  # optax takes steps
 

@@ -29,6 +29,7 @@ from tpatch_jax.models.families.registry import configure
 from tpatch_jax.storage.settings import change
 
 PROMOTION = "standard"  # optax takes steps
+PRECISION = None  # what lowers for a TPU has the precision that the library itself sets
 pytestmark = pytest.mark.usefixtures("programs_compiled_anew")
 
 needs_libtpu = pytest.mark.skipif(

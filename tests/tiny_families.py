@@ -295,7 +295,7 @@ KIN = (
     "marian",
     "pegasus",
 )
-"""Families that are settings of the code which those before them run: their tests compile as little as can be."""
+"""Families that are settings of the code which those before them run: one layer of them is edited."""
 
 
 def tiny_settings(name: str, **changes: Any) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from tpatch_jax.typing import Params, RngKey, TokenIds
 
 __all__ = ["choose_tokens", "greedy", "pick_places", "sample"]
 
+LEAST = 8
+"""Prompts and caches have as many tokens as a power of two, at least so many."""
+
 
 @partial(jax.jit, static_argnames=("config", "top_k"))
 def choose_tokens(
@@ -68,7 +71,7 @@ def _run(
             raise TPatchError(f"a prompt has {longest} tokens, the encoder reads {config.encoder.context}; shorten it")
         filling = [[0]] * (power_of_two(len(read)) - len(read))
         # What is read of sound has one length, whatever of it is silence.
-        length = audio.numbers if audio else power_of_two(longest, 8)
+        length = audio.numbers if audio else power_of_two(longest, LEAST)
         source = table_of([*read, *filling], length, ASK)
     lengths = [len(prompt) for prompt in prompts]
     if not lengths:
@@ -85,8 +88,8 @@ def _run(
     count = min(count, max(rooms))
     if count < 1:
         return [[] for _ in prompts]
-    lanes, width = power_of_two(len(prompts)), power_of_two(max(lengths), 8)
-    total = min(power_of_two(max(lengths) + count, 8), max(config.context, width))
+    lanes, width = power_of_two(len(prompts)), power_of_two(max(lengths), LEAST)
+    total = min(power_of_two(max(lengths) + count, LEAST), max(config.context, width))
     # Padding is written past the cache's end, where it is dropped.
     positions = np.full((lanes, width), total, np.int32)
     for lane, prompt in enumerate(prompts):

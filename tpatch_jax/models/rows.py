@@ -12,6 +12,9 @@ from tpatch_jax.models.config import NetworkConfig
 
 __all__ = ["ASK", "place_in", "row_length", "split_row", "tokens_array"]
 
+STEP = 8
+"""Of how many tokens the length of a short row is a multiple."""
+
 ASK = -1
 """In a row of token ids: what stands before it is read whole by an encoder, what stands behind it is the answer."""
 
@@ -23,7 +26,7 @@ def row_length(tokens: int) -> int:
         >>> row_length(5), row_length(17), row_length(70)
         (8, 24, 128)
     """
-    return round_up(tokens, 8) if tokens <= 64 else power_of_two(tokens)
+    return round_up(tokens, STEP) if tokens <= 64 else power_of_two(tokens)
 
 
 def split_row(config: NetworkConfig, row: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:

@@ -1,7 +1,8 @@
 """The shapes of a network's parameters, and what they tell of merged patches."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,13 @@ from flax import nnx
 
 from tpatch_jax.core import ffn
 from tpatch_jax.models.blocks import Block, Norm
-from tpatch_jax.models.config import NetworkConfig
+from tpatch_jax.models.config import LayerKind, NetworkConfig
 from tpatch_jax.typing import Params
 
-__all__ = ["merged_neurons", "parameter_shapes"]
+__all__ = ["block_graph", "merged_neurons", "norm_graph", "parameter_shapes"]
+
+Graph: TypeAlias = tuple[nnx.GraphDef, Params]
+"""The structure of a module without its weights, and their shapes."""
 
 
 def parameter_shapes(config: NetworkConfig, merged: Mapping[int, int] | None = None) -> Params:
@@ -31,7 +35,7 @@ def parameter_shapes(config: NetworkConfig, merged: Mapping[int, int] | None = N
         dense = _linear_shapes(config.hidden_size, config.hidden_size, config.head_dense_bias)
         result["classifier"] = {
             **({"dense": dense} if config.head_activation else {}),
-            **({"norm": _shapes_of(lambda: Norm.of(config))} if config.head_norm else {}),
+            **({"norm": _norm_shapes(config)} if config.head_norm else {}),
             "output": _linear_shapes(config.hidden_size, len(config.labels), True),
         }
     elif not config.tied:
@@ -68,8 +72,26 @@ def _audio_shapes(config: NetworkConfig) -> Params:
     return {"audio": {name: _linear_shapes(3 * inputs, width, True) for name, inputs in convolutions.items()}}
 
 
-def _shapes_of(make: Callable[[], nnx.Module]) -> Params:
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(make)))
+def _graph_of(make: Callable[[], nnx.Module]) -> Graph:
+    graph, state = nnx.split(nnx.eval_shape(make))
+    # Without a sharding, which a leaf has from the mesh that happens to be set when it is made.
+    return graph, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nnx.to_pure_dict(state))
+
+
+@lru_cache(maxsize=256)
+def block_graph(config: NetworkConfig, kind: LayerKind) -> Graph:
+    """The structure of a block without its weights and their shapes, made once per kind of layer; not to be changed."""
+    return _graph_of(lambda: Block(config, kind, rngs=nnx.Rngs(0)))
+
+
+@lru_cache(maxsize=256)
+def norm_graph(config: NetworkConfig, width: int) -> Graph:
+    """The same of a norm over so many numbers."""
+    return _graph_of(lambda: Norm.of(config, width))
+
+
+def _norm_shapes(config: NetworkConfig, width: int | None = None) -> Params:
+    return dict(norm_graph(config, config.hidden_size if width is None else width)[1])
 
 
 def _stack_shapes(config: NetworkConfig, merged: Mapping[int, int]) -> Params:
@@ -83,15 +105,14 @@ def _stack_shapes(config: NetworkConfig, merged: Mapping[int, int]) -> Params:
         return {**entries, "down": _linear_shapes(hidden, config.hidden_size, config.ffn_bias)}
 
     kinds = [config.kind(index) for index in range(config.layers)]
-    blocks = {
-        kind: _shapes_of(lambda kind=kind: Block(config, kind, rngs=nnx.Rngs(0))) for kind in dict.fromkeys(kinds)
-    }
-    result: Params = {"layers": {index: {**blocks[kind], "ffn": network(index)} for index, kind in enumerate(kinds)}}
+    # Dicts of their own, as what is handed out may be changed.
+    blocks = [jax.tree.map(lambda leaf: leaf, block_graph(config, kind)[1]) for kind in kinds]
+    result: Params = {"layers": {index: {**block, "ffn": network(index)} for index, block in enumerate(blocks)}}
     if not config.post_norm:
-        result["norm"] = _shapes_of(lambda: Norm.of(config))
+        result["norm"] = _norm_shapes(config)
     width = config.embed_width or config.hidden_size
     if config.embed_norm:
-        result["norm_embed"] = _shapes_of(lambda: Norm.of(config, width))
+        result["norm_embed"] = _norm_shapes(config, width)
     for name, rows in (("positions", config.positions), ("token_types", config.token_types)):
         if rows:
             result[name] = {"embedding": _shape((rows, width))}

@@ -1,6 +1,6 @@
 """A stack of blocks: its compiled programs, what they read of a batch, and all of them in a row."""
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -14,11 +14,12 @@ from tpatch_jax.core.ffn import ACTIVATIONS
 from tpatch_jax.core.int8 import plain, plain_tree, take_rows
 from tpatch_jax.core.products import in_float32, round_products
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.blocks import HIDDEN, Around, Block, Cache, Norm, relative_bias
+from tpatch_jax.models.blocks import HIDDEN, Around, Block, Cache, relative_bias
 from tpatch_jax.models.config import LayerKind, NetworkConfig
 from tpatch_jax.models.embedded import Embedded, tokens_of
 from tpatch_jax.models.encoder_states import keep_states
 from tpatch_jax.models.experts import Routes
+from tpatch_jax.models.shapes import block_graph, norm_graph
 from tpatch_jax.typing import Params
 
 __all__ = [
@@ -75,20 +76,9 @@ Batch: TypeAlias = (
 """What a network is run on; see `tpatch_jax.models.networks`."""
 
 
-@lru_cache(maxsize=64)
-def _block_graph(config: NetworkConfig, kind: LayerKind) -> nnx.GraphDef:
-    """The structure of a block without its weights, made once per kind of layer."""
-    return nnx.split(nnx.eval_shape(lambda: Block(config, kind, rngs=nnx.Rngs(0))))[0]
-
-
-@lru_cache(maxsize=64)
-def _norm_graph(config: NetworkConfig, width: int) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: Norm.of(config, width)))[0]
-
-
 def _block(config: NetworkConfig, kind: LayerKind, params: Params) -> Block:
     weights = plain_tree({name: params[name] for name in params if name != "ffn"})
-    return nnx.merge(_block_graph(config, kind), weights)
+    return nnx.merge(block_graph(config, kind)[0], weights)
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
@@ -227,7 +217,7 @@ def _sinusoids(positions: Int[Array, "batch tokens"], width: int) -> Float[Array
 
 def normalise(config: NetworkConfig, params: Params, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
     """A norm of the network's kind."""
-    return nnx.merge(_norm_graph(config, x.shape[-1]), params)(x)
+    return nnx.merge(norm_graph(config, x.shape[-1])[0], params)(x)
 
 
 @jax.jit
