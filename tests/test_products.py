@@ -1,5 +1,7 @@
 """Products of rounded numbers: what they round, what they leave alone, and what training with them gives."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,6 +118,30 @@ def test_a_cpu_says_what_it_has(tmp_path, monkeypatch, text, expected):
     if text is not None:
         facts.write_text(text)
     monkeypatch.setattr(products, "CPU_FACTS", facts)
+    has_matrix_units.cache_clear()
+    try:
+        assert has_matrix_units() is expected
+    finally:
+        has_matrix_units.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "expected"),
+    [
+        ("tpu", None, True),
+        ("gpu", "9.0", True),
+        ("gpu", "10.0", True),
+        ("gpu", "7.5", False),
+        ("gpu", "gfx942", True),
+        ("gpu", "gfx1100", False),
+        ("gpu", None, False),
+        ("METAL", None, False),
+    ],
+)
+def test_an_accelerator_says_what_it_has(monkeypatch, backend, capability, expected):
+    device = SimpleNamespace(**({} if capability is None else {"compute_capability": capability}))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
     has_matrix_units.cache_clear()
     try:
         assert has_matrix_units() is expected

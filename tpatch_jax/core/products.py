@@ -35,12 +35,16 @@ _NESTED = {jit_p: "jaxpr", closed_call_p: "call_jaxpr", remat_p: "jaxpr"}
 def has_matrix_units() -> bool:
     """Whether the devices multiply matrices of bfloat16 several times as fast as those of float32.
 
-    A CPU does that has AMX, a GPU from compute capability 8 on, and every TPU.
+    A CPU does that has AMX, an NVIDIA GPU from compute capability 8 on, an AMD GPU of the CDNA family, and every TPU.
     """
     backend = jax.default_backend()
+    if backend == "gpu":
+        # "9.0" where NVIDIA made it, "gfx942" where AMD did.
+        capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+        number = capability.partition(".")[0]
+        return int(number) >= 8 if number.isdecimal() else capability.startswith("gfx9")
     if backend != "cpu":
-        capability = getattr(jax.devices()[0], "compute_capability", "8")
-        return backend == "tpu" or float(str(capability) or 0) >= 8
+        return backend == "tpu"
     try:
         return "amx_bf16" in CPU_FACTS.read_text().split()
     except OSError:
