@@ -56,6 +56,13 @@ def test_of_both_factors():
     assert close(both[1], rounded(X).T @ jnp.ones((5, 6)))
 
 
+def test_a_constant_matrix_is_kept_as_it_was_multiplied_and_nothing_beside_it():
+    _, pull = jax.vjp(round_products(network), X)
+    kept = {(leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(pull)}
+    assert {(W.shape, "bfloat16"), (V.shape, "bfloat16")} <= kept
+    assert not {(W.shape, "float32"), (X.shape, "float32"), (X.shape, "bfloat16")} & kept
+
+
 def test_it_can_be_transformed():
     expected = round_products(network)(X)
     assert close(jax.jit(round_products(network))(X), expected)

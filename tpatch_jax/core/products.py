@@ -151,16 +151,38 @@ def _product(dimensions: Any, sharding: Any, left: Float[Array, "..."], right: F
     return jax.lax.optimization_barrier(result)
 
 
-def _forward(dimensions: Any, sharding: Any, left: Array, right: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(dimensions, sharding, left, right), (left, right)
+@jax.tree_util.register_static
+class _Shape(tuple[int, ...]):
+    """The shape of a factor, which is no array."""
 
 
-def _backward(dimensions: Any, sharding: Any, factors: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
-    def pull(left: Array, right: Array, slope: Array) -> tuple[Array, Array]:
-        exact = partial(jax.lax.dot_general, dimension_numbers=dimensions, out_sharding=sharding)
-        return jax.vjp(exact, left, right)[1](slope)
+def _forward(dimensions: Any, sharding: Any, left: Any, right: Any) -> tuple[Array, Any]:
+    # What is kept for the way back: of each factor that is not constant the other one, rounded as it was multiplied. A
+    # constant matrix is then kept as it is given, and what it is multiplied with is let go.
+    kept = [
+        (_Shape(factor.value.shape), other.value.astype(jnp.bfloat16) if factor.perturbed else None)
+        for factor, other in ((left, right), (right, left))
+    ]
+    return _product(dimensions, sharding, left.value, right.value), kept
 
-    return round_products(pull)(*factors, slope)
+
+def _backward(dimensions: Any, sharding: Any, kept: Any, slope: Array) -> tuple[Array | None, Array | None]:
+    def pull(side: int) -> Array | None:
+        shape, other = kept[side]
+        # No slope at all: nothing depends on this product.
+        if other is None or not isinstance(slope, jax.Array):
+            return None
+
+        def slopes(other: Array, slope: Array) -> Array:
+            def multiply(factor: Array) -> Array:
+                pair = (other, factor) if side else (factor, other)
+                return jax.lax.dot_general(*pair, dimensions, out_sharding=sharding)
+
+            return jax.linear_transpose(multiply, jax.ShapeDtypeStruct(shape, slope.dtype))(slope)[0]
+
+        return round_products(slopes)(other.astype(jnp.float32), slope)
+
+    return pull(0), pull(1)
 
 
-_product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward, symbolic_zeros=True)
