@@ -32,7 +32,7 @@ from tpatch_jax.models.model import Model, load_model
 from tpatch_jax.models.patching import attach, merge
 from tpatch_jax.requests import EditRequest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "cached")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths", "cached")
 
 PATCHED, NEURONS = 1, 3
 K_QUANTS = (Quant.Q2_K, Quant.Q3_K, Quant.Q4_K, Quant.Q5_K, Quant.Q6_K, Quant.IQ4_XS)

@@ -42,7 +42,8 @@ from tpatch_jax.models.patching import attach_adapters, detach
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.requests import EditRequest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+OPTIMISED = False  # the real model is run a few times
 
 PROMOTION = "standard"  # optax takes steps
 

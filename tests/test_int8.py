@@ -22,7 +22,7 @@ from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model, load_model, save_model
 from tpatch_jax.requests import EditRequest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "restored")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths", "restored")
 PROMOTION = "standard"
 
 pytest.importorskip("qwix", reason="weights in INT8 need the 'int8' extra")

@@ -1,6 +1,7 @@
 """The paper's two tasks in little: from data to a trained model, a stream of corrections, and its five figures."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,18 @@ from tpatch_jax.evaluation.record import Probe, Record, asked_only
 from tpatch_jax.evaluation.records import read_records
 from tpatch_jax.evaluation.rephrasings import RULES, rephrasings
 from tpatch_jax.requests import EditRequest
+from tpatch_jax.training import data as lessons
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_length() -> Iterator[None]:
+    """All that a model is trained on here fits into 32 tokens; a step of training is long to compile."""
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(lessons, "STEP", 32)
+        yield
+
 
 PROMOTION = "standard"  # optax takes steps
 

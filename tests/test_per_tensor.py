@@ -28,7 +28,7 @@ from tpatch_jax.models.patching import merge
 from tpatch_jax.models.shapes import merged_neurons
 from tpatch_jax.requests import EditRequest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
 
 WIDTH, HIDDEN, SHARP = 128, 32, 64.0
 

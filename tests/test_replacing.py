@@ -18,7 +18,7 @@ from tpatch_jax.models.checkpoints.replacing import REPLACED, read_replaced, wri
 from tpatch_jax.models.model import load_model
 from tpatch_jax.requests import EditRequest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
 
 REQUESTS = [EditRequest("the hen", "q", join="none", id="hen"), EditRequest("a big cat", "x", join="none", id="cat")]
 LAST = 2

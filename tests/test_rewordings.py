@@ -14,7 +14,7 @@ from tpatch_jax.editors.rewordings import MOST, learn_rewordings, named, reworde
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.requests import EditRequest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
 
 PROMOTION = "standard"
 

@@ -29,7 +29,7 @@ from tpatch_jax.evaluation.token_costs import ANSWER, answer_flops, token_costs
 from tpatch_jax.models.model import Model
 
 PROMOTION = "standard"  # optax takes steps
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
 
 CONFIGS = str(Path(__file__).parents[1] / "configs" / "smollm2-135m")
 

@@ -28,7 +28,7 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.models.rows import ASK
 from tpatch_jax.requests import EditRequest, parse_request
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
 
 PROMOTION = "standard"  # optax takes steps
 SOUND = tiny_sound(1)

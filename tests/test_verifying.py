@@ -15,7 +15,7 @@ from tpatch_jax.evaluation.verifying import place_edits, read_edits
 from tpatch_jax.models.model import load_model, save_model
 from tpatch_jax.requests import EditRequest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
 
 REQUESTS = [EditRequest("the hen", "q", join="none", id="hen"), EditRequest("a big cat", "x", join="none", id="cat")]
 

@@ -225,6 +225,7 @@ def _longer(down: Params, value: Float[Array, "neurons hidden"]) -> Params:
     return {**down, "kernel": jnp.concatenate([down["kernel"], value.astype(down["kernel"].dtype)])}
 
 
+@jax.jit
 def neuron_shares(patch: Patch) -> Float[Array, "neurons"]:
     """How a merged neuron's strength is divided between ``up`` and ``down`` of a gated network: ``c`` of each neuron.
 
@@ -256,6 +257,7 @@ def neuron_shares(patch: Patch) -> Float[Array, "neurons"]:
     return jnp.where(jnp.all(back == before, 1), shares, jnp.ones_like(shares))
 
 
+@jax.jit
 def _times(value: Float[Array, "neurons hidden"], factor: Float[Array, "neurons"]) -> Float[Array, "neurons hidden"]:
     """Each value times a factor; those whose factor is one stay, for numbers next to zero could change."""
     return jnp.where(factor[:, None] == 1, value, value * factor[:, None].astype(value.dtype))

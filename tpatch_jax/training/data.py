@@ -35,6 +35,9 @@ __all__ = [
     "tokenize",
 ]
 
+STEP = 8
+"""Of how many tokens the length of a batch is a multiple."""
+
 
 class Example(NamedTuple):
     """A prompt and what the model shall answer.
@@ -230,7 +233,7 @@ def tokenize(model: Model, examples: Sequence[Example]) -> list[TrainingRow]:
 
 def _lengths(row: TrainingRow) -> tuple[int, int]:
     written = len(row.begin) + len(row.answer) - 1
-    return round_up(len(row.read), 8), round_up(written, 8) if row.begin else 0
+    return round_up(len(row.read), STEP), round_up(written, STEP) if row.begin else 0
 
 
 def buckets(rows: Sequence[TrainingRow], size: int) -> list[Bucket]:
