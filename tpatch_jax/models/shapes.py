@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from tpatch_jax.typing import Params
 
 __all__ = ["block_graph", "merged_neurons", "norm_graph", "parameter_shapes"]
 
-Graph: TypeAlias = tuple[nnx.GraphDef, Params]
+Graph: TypeAlias = tuple[nnx.GraphDef[Any], Params]
 """The structure of a module without its weights, and their shapes."""
 
 
