@@ -181,7 +181,7 @@ def test_progress_counts_requests_however_many_neurons_each_has(monkeypatch):
     groups, queries = np.arange(3, dtype=np.int32), [np.zeros((2, 16), np.float32)] * 3
     read = Subjects(chat_model(None), 1, SubjectSettings(), [0, 1, 2], rows, rows, groups, queries, keys, [0, 1, 2])
 
-    def fit_chunk(read, present, chunk, kept, slot):
+    def fit_chunk(read, present, behind, chunk, kept, slot):
         four = Patch(np.ones((4 * len(chunk), 16), np.float32), np.ones(4 * len(chunk)), np.ones((4 * len(chunk), 16)))
         neurons = [SubjectNeuron(n, place, 1, 1.0, {}) for place, n in enumerate(np.repeat(chunk, 4).tolist())]
         return FittedSubjects(four, neurons)
