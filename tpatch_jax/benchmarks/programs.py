@@ -272,7 +272,7 @@ def block_programs(
         rounded: whether their products are of bfloat16; see `tpatch_jax.core.products`.
     """
     config = places.config
-    programs, run = [], stack.run_rounded_block if rounded else stack.run_block
+    programs = []
     for number, (kind, (index, count)) in enumerate(places.layers_by_kind(first, last).items()):
         args = (
             config, kind, places.matrices(places.params["layers"][index], rounded),
@@ -281,7 +281,7 @@ def block_programs(
         )  # fmt: skip
         times = {site: count * each for site, each in runs.items()}
         name = f"{what}: block" + (f", kind {number + 1}" if number else "")
-        programs.append(Program(name, run, args, runs=times))
+        programs.append(Program(name, stack.run_block, args, {"rounded": True} if rounded else {}, runs=times))
     return programs
 
 

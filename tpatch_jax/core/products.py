@@ -51,6 +51,7 @@ def has_matrix_units() -> bool:
         return False
 
 
+@jax.jit
 def round_matrices(params: Params) -> Params:
     """All matrices of float32 in bfloat16, half as large; vectors, and what is in INT8, stay as they are.
 
@@ -62,11 +63,7 @@ def round_matrices(params: Params) -> Params:
         >>> str(rounded["kernel"].dtype), str(rounded["bias"].dtype)
         ('bfloat16', 'float32')
     """
-    return _round_matrices(params)
 
-
-@jax.jit
-def _round_matrices(params: Params) -> Params:
     def rounded(leaf: Any) -> Any:
         return leaf.astype(jnp.bfloat16) if not is_int8(leaf) and leaf.ndim > 1 and leaf.dtype == jnp.float32 else leaf
 
@@ -147,8 +144,7 @@ def _is_rounded(params: dict[str, Any], left: Array, right: Array) -> bool:
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(dimensions: Any, sharding: Any, left: Float[Array, "..."], right: Float[Array, "..."]) -> Array:
     left, right = left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
-    result = jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32, out_sharding=sharding)
-    return jax.lax.optimization_barrier(result)
+    return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32, out_sharding=sharding)
 
 
 @jax.tree_util.register_static

@@ -1,5 +1,6 @@
 """Rows that begin alike, packed and cut at one layer, of which only the ends are run again."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.blocks import Around, Cache, Seen
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.pytrees import with_static_fields
-from tpatch_jax.models.stack import embed_tokens, enter_block, leave_block, run_block, run_rounded_block, without_ffn
+from tpatch_jax.models.stack import embed_tokens, enter_block, leave_block, run_block, without_ffn
 from tpatch_jax.typing import Params
 
 __all__ = ["Fork", "Pack", "after", "fork", "pack_queries", "resume_fork", "take_tokens"]
@@ -82,11 +83,12 @@ def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int, behind: 
     positions, layers, around = pack.positions, params["layers"], _around(pack)
     residual, query, output = _enter(config, params, pack, layer)
     x = leave_block(config, config.kind(layer), without_ffn(layers[layer]), residual, output)
-    caches = []
+    caches, run, weights = [], run_block, layers
+    if behind is not None:
+        run, weights = partial(run_block, rounded=True), behind["layers"]
     for number in range(layer + 1, config.layers):
-        run, weights = (run_block, layers) if behind is None else (run_rounded_block, behind["layers"])
         x, cache = run(config, config.kind(number), weights[number], x, positions, None, around)
-        caches.append(_take_begins(cache, pack.begins))
+        caches.append(take_tokens(cache, pack.begins))
     query, output, residual, x = take_tokens((query, output, residual, x), pack.ends)
     where, seen = _seen_by_ends(pack)
     return Fork(query, output, residual, where, seen, caches, x, layer)
@@ -104,7 +106,8 @@ def take_tokens(arrays: Any, tokens: Int[Array, "packs tokens"]) -> Any:
         >>> take_tokens(jnp.array([[[1.0], [2.0]]]), jnp.array([[1]])).tolist()
         [[[2.0]]]
     """
-    return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, tokens[..., None], 1), arrays)
+    take = lambda leaf: jnp.take_along_axis(leaf, jnp.expand_dims(tokens, tuple(range(2, leaf.ndim))), 1)  # noqa: E731
+    return jax.tree.map(take, arrays)
 
 
 @jax.jit
@@ -113,15 +116,8 @@ def _seen_by_ends(pack: Pack) -> tuple[Array, Seen]:
     rows = take_tokens(pack.sees, pack.ends)
     # An end looks at the ends before it as they are run again, not as they stood.
     parts = [jnp.take_along_axis(rows, columns[:, None], 2) for columns in (pack.begins, pack.ends)]
-    begins, ends = (jnp.take_along_axis(pack.positions, columns, 1) for columns in (pack.begins, pack.ends))
+    begins, ends = (take_tokens(pack.positions, columns) for columns in (pack.begins, pack.ends))
     return ends, Seen(jnp.concatenate(parts, 2), jnp.concatenate([begins, ends], 1))
-
-
-@jax.jit
-def _take_begins(cache: Cache, begins: Array) -> Cache:
-    """What attention has read of some tokens of each pack."""
-    key, value = (jnp.take_along_axis(part, begins[..., None, None], 1) for part in (cache.key, cache.value))
-    return Cache(key, value)
 
 
 def pack_queries(config: NetworkConfig, params: Params, pack: Pack, layer: int) -> Float[Array, "packs ends hidden"]:

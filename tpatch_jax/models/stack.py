@@ -43,7 +43,6 @@ __all__ = [
     "residuals",
     "routes",
     "run_block",
-    "run_rounded_block",
     "source_bias",
     "without_ffn",
 ]
@@ -119,7 +118,7 @@ def leave_block(
     return _block(config, kind, params).leave(residual, output)
 
 
-@partial(jax.jit, static_argnames=("config", "kind"))
+@partial(jax.jit, static_argnames=("config", "kind", "rounded"))
 def run_block(
     config: NetworkConfig,
     kind: LayerKind,
@@ -128,27 +127,19 @@ def run_block(
     positions: Int[Array, "batch tokens"],
     cache: Cache | None,
     around: Around,
+    rounded: bool = False,
 ) -> tuple[Float[Array, "batch tokens hidden"], Cache | None]:
-    """A whole block: the residual stream after it, and the grown cache."""
+    """A whole block: the residual stream after it, and the grown cache.
+
+    With ``rounded`` its matrices may be in bfloat16, and its products are; see `tpatch_jax.core.products`.
+    """
+    if rounded:
+        run = round_products(lambda *read: run_block(config, kind, *read))
+        return run(in_float32(params), x, positions, cache, around)
     block = _block(config, kind, params)
     residual, query, cache = block.enter(x, positions, cache, around)
     output = ffn.apply(params["ffn"], query, config.activation, block.beside(query))
     return block.leave(residual, output), cache
-
-
-@partial(jax.jit, static_argnames=("config", "kind"))
-def run_rounded_block(
-    config: NetworkConfig,
-    kind: LayerKind,
-    params: Params,
-    x: Float[Array, "batch tokens hidden"],
-    positions: Int[Array, "batch tokens"],
-    cache: Cache | None,
-    around: Around,
-) -> tuple[Float[Array, "batch tokens hidden"], Cache | None]:
-    """`run_block` with matrices in bfloat16 and products rounded to it; see `tpatch_jax.core.products`."""
-    run = round_products(lambda *read: run_block(config, kind, *read))
-    return run(in_float32(params), x, positions, cache, around)
 
 
 @partial(jax.jit, static_argnames="config")

@@ -352,6 +352,8 @@ def fit_subjects(
     if progress and going:
         progress("training values", 0, len(going))
     rounded = rounds_products(settings, model.config, float_type(model.params), has_matrix_units())
+    # Nothing after the cut reads this layer's FFN: with whatever neurons in it the model goes on by the same.
+    behind = rounded_after(model, read.layer) if rounded and going else None
     # On each part of a mesh, so that more of them train more at a time.
     lanes = settings.value_lanes or (ON_A_CPU if jax.default_backend() == "cpu" else ELSEWHERE)
     lanes *= parts(mesh_of(model.params))
@@ -362,8 +364,6 @@ def fit_subjects(
         now.sort(key=lambda number: (len(prompts[number][0].wanted), max(len(row.tokens) for row in prompts[number])))
         there = concatenate([before, fitted.patch]) if before.key.shape[0] else fitted.patch
         present = attach(model, {read.layer: sized(there)}) if there.key.shape[0] else model
-        # Nothing after the cut reads this layer's FFN, so that it serves the unedited model as well.
-        behind = rounded_after(present, read.layer) if rounded else None
         for first in range(0, len(now), lanes):
             chunk = now[first : first + lanes]
             kept = {
