@@ -23,6 +23,7 @@ from tpatch_jax.core.values import (
     kept_close,
     train_values,
 )
+from tpatch_jax.editors import subject_rows
 from tpatch_jax.editors.frames import other_frames, same_frames
 from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import check_requests, read_item, subject_token
@@ -100,19 +101,49 @@ def test_the_ends_of_packed_rows_are_what_whole_rows_say(tiny_model, family):
         assert float(jnp.abs(said - silent).max()) > 0.01
 
 
-def test_what_rows_begin_with_is_packed_once(tiny_model):
+def test_what_rows_begin_with_is_packed_once(tiny_model, monkeypatch):
+    monkeypatch.setattr(subject_rows, "ENDS", 64)
     rows = some_rows(tiny_model)
     pack, begins = pack_lanes(rows)
     cat = rows[0]
     shared = cat[0].subject
     assert [row.tokens[:shared] for row in cat[:2]] == [cat[3].tokens[:shared]] * 2
     ends = [len(row.tokens) - row.subject for row in cat]
+    assert pack.tokens.shape[:2] == (2, 1)
     assert begins[0] == [0, *np.cumsum(ends)[:-1].tolist()]
     count = shared + cat[2].subject + sum(ends)
-    assert (np.asarray(pack.sees[0]).sum(1) > 1).sum() <= count < sum(len(row.tokens) for row in cat)
+    assert (np.asarray(pack.sees[0, 0]).sum(1) > 1).sum() <= count < sum(len(row.tokens) for row in cat)
     # padding looks at itself alone, and nothing looks at padding
-    last = pack.tokens.shape[1] - 1
-    assert np.asarray(pack.sees[:, :, last]).sum() == np.asarray(pack.sees[:, last]).sum() == 2
+    last = pack.tokens.shape[2] - 1
+    assert np.asarray(pack.sees[..., last]).sum() == np.asarray(pack.sees[:, :, last]).sum() == 2
+
+
+def test_many_rows_stand_in_several_sequences_of_one_pack(tiny_model):
+    cat = some_rows(tiny_model)[0]
+    long = row_of(tiny_model, Wording("the hen and the cat sat in the inn and the fox hit the cat", 43), [3, 4])
+    rows = [*cat * 4, long, long._replace(tokens=[*long.tokens[:-1], 5])]
+    pack, (begins,) = pack_lanes([rows])
+    ends = [len(row.tokens) - row.subject for row in rows]
+    sequences, room = pack.ends.shape[1:]
+    assert sum(ends) <= sequences * room < 2 * sum(ends)
+    assert sequences > 1
+    places = [place for begin, count in zip(begins, ends, strict=True) for place in range(begin, begin + count)]
+    assert len(set(places)) == sum(ends)
+    assert max(places) < sequences * room
+    sees, tokens = np.asarray(pack.sees[0]), np.asarray(pack.tokens[0])
+    for row, begin in zip(rows, begins, strict=True):
+        sequence, first = divmod(begin, room)
+        # No row is cut in two, and its last token looks at all of it in its order.
+        nodes = np.asarray(pack.ends[0, sequence, first : first + len(row.tokens) - row.subject])
+        seen = np.flatnonzero(sees[sequence, nodes[-1]])
+        order = np.argsort(np.asarray(pack.positions[0, sequence])[seen])
+        assert tokens[sequence][seen[order]].tolist() == row.tokens
+    # Two that begin alike stand in one sequence, and what they begin with stands there once.
+    assert begins[-1] // room == begins[-2] // room
+    forked = fork_rows(tiny_model, [rows], 1, 2)
+    alone = fork_rows(tiny_model, [[row] for row in rows], 1, 2)
+    apart = alone.fork.hidden[jnp.arange(len(rows))[:, None], alone.places[:, 0]]
+    np.testing.assert_allclose(forked.fork.hidden[0, forked.places[0]], apart, atol=2e-5)
 
 
 # --- keys ---

@@ -173,7 +173,8 @@ def test_a_fork_that_crossed_jit_is_resumed(model, tokens):
     count = tokens.shape[1]
     places = jnp.broadcast_to(jnp.arange(count), tokens.shape)
     sees = jnp.broadcast_to(jnp.tri(count, dtype=bool), (*tokens.shape, count))
-    pack = networks.Pack(tokens, places, sees, places[:, 2:], places[:, :2])
+    # Each row in a sequence of its own, all in one pack.
+    pack = networks.Pack(*(part[None] for part in (tokens, places, sees, places[:, 2:], places[:, :2])))
     run = lambda params: networks.fork(model.config, params, pack, 1)  # noqa: E731
     forked, expected = jax.jit(run)(model.params), run(model.params)
     assert forked.layer == 1

@@ -138,7 +138,7 @@ def _offset_program(
     config, width = places.config, places.config.hidden_size
     each, count = 6, round_up(workload.target, 2)
     rows = each + 1
-    fork = fork_structs(places, requests, *pack_sizes(workload, rows), layer)
+    fork = fork_structs(places, requests, pack_sizes(workload, rows), layer)
     program = subject_value.value_program(settings)
     stub: Any = Model(config, places.params, None)  # pyright: ignore[reportArgumentType]
     loss = Partial(program.loss, runner(stub, layer, stream=stream))
@@ -187,7 +187,7 @@ def _rome_programs(places: Places, workload: Workload) -> list[Program]:
         edits = 128
         last = memit_layers(config)[-1]
         programs += [
-            *fork_programs(places, "MEMIT, rows", together, pack_sizes(workload, 7)[0], last),
+            *fork_programs(places, "MEMIT, rows", together, pack_sizes(workload, 7), last),
             _offset_program(
                 places, "MEMIT: steps on values", last, together, workload, MEMIT_PRESETS["default"].value, True
             ),

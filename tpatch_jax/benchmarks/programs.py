@@ -175,12 +175,12 @@ class Places:
         """Typed random keys."""
         return self.array(shape, jax.random.key(0).dtype)
 
-    def cache(self, rows: int, tokens: int) -> Cache:
-        """A block's keys and values, heads split like the weights that make them."""
-        config = self.config
-        shape = (rows, tokens, config.key_value_heads, config.head_width)
-        names = (DATA_AXIS if rows % self.data == 0 else None, None,
+    def cache(self, *shape: int) -> Cache:
+        """A block's keys and values of ``[rows, …, tokens]``, heads split like the weights that make them."""
+        config, between = self.config, (None,) * (len(shape) - 1)
+        names = (DATA_AXIS if shape[0] % self.data == 0 else None, *between,
                  MODEL_AXIS if config.key_value_heads % self.model == 0 else None)  # fmt: skip
+        shape = (*shape, config.key_value_heads, config.head_width)
         part = self.array(shape, self.dtype, PartitionSpec(*names))
         return Cache(part, part)
 
@@ -476,26 +476,42 @@ def _start_programs(
     ]
 
 
-def pack_sizes(workload: Workload, rows: int) -> tuple[int, int]:
-    """Tokens and ends of so many packed rows, as `tpatch_jax.editors.subject_rows.pack_lanes` pads them."""
-    return in_halves(round(workload.row * rows), 32), in_halves(round(workload.end * rows), 16)
+class PackSizes(NamedTuple):
+    """How many sequences a pack of rows has, and how many tokens, ends and beginnings each of them."""
+
+    sequences: int
+    tokens: int
+    ends: int
+    begins: int
 
 
-def fork_structs(places: Places, packs: int, tokens: int, ends: int, layer: int) -> networks.Fork:
+def pack_sizes(workload: Workload, rows: int) -> PackSizes:
+    """Sizes of so many packed rows, as `tpatch_jax.editors.subject_rows.pack_lanes` pads them."""
+    every = round(workload.end * rows)
+    ends = in_halves(min(every, subject_rows.ENDS), 16)
+    sequences = -(-every // ends)
+    tokens = in_halves(-(-round(workload.row * rows) // sequences), 32)
+    return PackSizes(sequences, tokens, ends, in_halves(max(1, tokens - ends), 32))
+
+
+def fork_structs(places: Places, packs: int, sizes: PackSizes, layer: int) -> networks.Fork:
     """Packed rows cut at a layer, as `tpatch_jax.models.networks.fork` leaves them."""
-    part = places.stream(packs, ends, places.config.hidden_size)
-    begins = in_halves(max(1, tokens - ends), 32)
-    caches = [places.cache(packs, begins) for _ in range(layer + 1, places.config.layers)]
-    seen = Seen(places.rows((packs, ends, begins + ends), jnp.bool_), places.rows((packs, begins + ends), jnp.int32))
-    return networks.Fork(part, part, part, places.rows((packs, ends), jnp.int32), seen, caches, part, layer)
+    sequences, _, ends, begins = sizes
+    part = places.stream(packs, sequences * ends, places.config.hidden_size)
+    place = places.rows((packs, sequences * ends), jnp.int32)
+    caches = [places.cache(packs, sequences, begins) for _ in range(layer + 1, places.config.layers)]
+    shape = (packs, sequences, begins + ends)
+    seen = Seen(places.rows((*shape[:2], ends, shape[2]), jnp.bool_), places.rows(shape, jnp.int32))
+    return networks.Fork(part, part, part, place, seen, caches, part, layer)
 
 
 def fork_programs(
-    places: Places, what: str, packs: int, tokens: int, layer: int, runs: Mapping[str, float] = NO_RUNS,
+    places: Places, what: str, packs: int, sizes: PackSizes, layer: int, runs: Mapping[str, float] = NO_RUNS,
     rounded: bool = False,
 ) -> list[Program]:  # fmt: skip
     """Packed rows run through the whole network, with what running their ends again needs kept."""
     config, last = places.config, places.config.layers
+    packs, tokens = packs * sizes.sequences, sizes.tokens
     stream = places.stream(packs, tokens, config.hidden_size)
     weights = stack.without_ffn(places.params["layers"][layer])
     caches = [places.cache(packs, tokens) for _ in range(layer + 1, last)]
@@ -531,14 +547,15 @@ def _subject_programs(places: Places, edits: int, settings: TPatcherSettings, wo
     chunks = {"subject": float(-(-edits // lanes))}
     # Besides, the prompt behind a longer text and with its subject in lower case.
     aims, beside = subject.value_contexts + subject.shorter + subject.same + 2, subject.neutral
-    tokens, ends = pack_sizes(workload, aims + beside)
+    sizes = pack_sizes(workload, aims + beside)
+    ends = sizes.sequences * sizes.ends
     read = power_of_two(workload.target, 2)
     said = (config, places.last_weights, places.stream(lanes, ends, width), places.rows((lanes, beside), jnp.int32))
     rounded = subject_site.rounds_products(subject, config, places.dtype, has_units=True)
     exact, after = subject_rows.runner_function(config, layer, False), networks.after(places.params, layer)
     run = Partial(subject_rows.runner_function(config, layer, False, rounded), places.matrices(after, rounded))
-    problem, state = _value_structs(places, lanes, aims, beside, tokens, ends, read, layer)
-    alone, _ = _value_structs(places, lanes, 1, 0, *pack_sizes(workload, 1), read, layer)
+    problem, state = _value_structs(places, lanes, aims, beside, sizes, read, layer)
+    alone, _ = _value_structs(places, lanes, 1, 0, pack_sizes(workload, 1), read, layer)
     carry = stepping.LanesCarry(state, places.rows((lanes,), jnp.bool_), places.rows((lanes,), jnp.int32))
     step = Partial(values.value_step(subject.value._replace(steps=0)), run)
     number, half = places.rows((places.data,), jnp.int32), places.rows((max(places.data, lanes // 2),), jnp.int32)
@@ -547,7 +564,7 @@ def _subject_programs(places: Places, edits: int, settings: TPatcherSettings, wo
     return [
         Program("subjects: keys", subject_site.fit_keys, (*lanewise, memory), {"rounds": subject.key_rounds},
                 runs={"subject": 1.0}),
-        *fork_programs(places, "values, rows", lanes, tokens, layer, chunks, rounded),
+        *fork_programs(places, "values, rows", lanes, sizes, layer, chunks, rounded),
         Program("values: what is said unedited", subject_rows.log_probs_at, said, runs=chunks),
         Program("values: slopes before any step", subject_values.target_slope,
                 (Partial(exact, after), alone.known, alone.targets), runs=chunks),
@@ -560,11 +577,11 @@ def _subject_programs(places: Places, edits: int, settings: TPatcherSettings, wo
 
 
 def _value_structs(
-    places: Places, lanes: int, aims: int, beside: int, tokens: int, ends: int, read: int, layer: int
+    places: Places, lanes: int, aims: int, beside: int, sizes: PackSizes, read: int, layer: int
 ) -> tuple[Any, Any]:
     """What values are trained on, and where training starts."""
     config, width, count = places.config, places.config.hidden_size, aims + beside
-    fork = fork_structs(places, lanes, tokens, ends, layer)
+    fork = fork_structs(places, lanes, sizes, layer)
     first = places.rows((lanes, count), jnp.int32)
     known = KnownRows(tuple(fork[:-1]), first, places.rows((lanes, aims * read + beside), jnp.int32))
     wanted = (lanes, aims, read)

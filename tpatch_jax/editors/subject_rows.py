@@ -24,6 +24,7 @@ from tpatch_jax.requests import EditRequest
 from tpatch_jax.typing import Params
 
 __all__ = [
+    "ENDS",
     "ForkedRows",
     "KnownRows",
     "PromptRow",
@@ -52,6 +53,10 @@ SPAN = 16
 
 TOKENS = 1024
 """So many tokens are read at once, where there are many."""
+
+ENDS, BEGINS = 32, 95
+"""Of one sequence so many tokens are run again, and so many stand before them, if rows allow it: with one of padding
+these are 128. Longer ones look at much that is none of theirs; shorter ones are small products."""
 
 
 class PromptRow(NamedTuple):
@@ -164,24 +169,68 @@ def _pack_rows(rows: Iterable[Sequence[int]], shared: Iterable[int]) -> _Packed:
     return packed
 
 
-def _pack_together(parts: Sequence[_Packed], ends: Sequence[Sequence[int]]) -> networks.Pack:
-    """The packs of some lanes, each with the numbers of those tokens that are looked at."""
+class _Sequence(NamedTuple):
+    """Some rows of a lane in one sequence, and those of its tokens that are run again."""
+
+    packed: _Packed
+    ends: list[int]
+
+
+def _share_out(rows: Sequence[PromptRow]) -> tuple[list[list[int]], int]:
+    """Rows in sequences, as places in the list, each short enough that attention between its tokens costs little.
+
+    The longest beginnings apart, then long rows before short ones, each where it adds the fewest tokens.
+
+    Returns:
+        The sequences, and how many ends one has at most.
+    """
+    ends = [len(row.tokens) - row.subject for row in rows]
+    room = in_halves(max(*ends, min(ENDS, sum(ends))), 16)
+    count = -(-sum(ends) // room)
+    begins: list[set[tuple[int, ...]]] = [set() for _ in range(count)]
+    left = [room] * count
+    sequences: list[list[int]] = [[] for _ in range(count)]
+    order = sorted(range(len(rows)), key=lambda number: -rows[number].subject)
+    rest = sorted(order[count:], key=lambda number: (-max(rows[number].subject, SPAN), -ends[number]))
+    for number in [*order[:count], *rest]:
+        known = {tuple(rows[number].tokens[: place + 1]) for place in range(rows[number].subject)}
+        free = [place for place, most in enumerate(left) if most >= ends[number]]
+        if not free:
+            free = [len(left)]
+            begins, left, sequences = [*begins, set()], [*left, room], [*sequences, []]
+
+        both = {place: len(begins[place] | known) for place in free}
+        # Up to a size that most lanes have nothing is lost by more of them, and no other program is compiled.
+        costs = [(max(size, BEGINS), size - len(begins[place]), left[place]) for place, size in both.items()]
+        best = free[costs.index(min(costs))]
+        sequences[best].append(number)
+        begins[best] |= known
+        left[best] -= ends[number]
+    return [sorted(numbers) for numbers in sequences], room
+
+
+def _pack_together(lanes: Sequence[Sequence[_Sequence]], least: int = 16) -> networks.Pack:
+    """The packs of some lanes, the sequences of each with the numbers of those tokens that are looked at."""
+    every = [sequence for lane in lanes for sequence in lane]
     # Few sizes, so that another prompt seldom compiles anything; at least one token is padding.
-    size, count = in_halves(max(len(part.tokens) for part in parts) + 1, 32), in_halves(max(map(len, ends)), 16)
-    shape = (len(parts), size)
+    size = in_halves(max(len(sequence.packed.tokens) for sequence in every) + 1, 32)
+    count, most = in_halves(max(len(sequence.ends) for sequence in every), least), max(map(len, lanes))
+    shape = (len(lanes), most, size)
     tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     sees = np.broadcast_to(np.eye(size, dtype=bool), (*shape, size)).copy()
-    numbers = np.full((len(parts), count), size - 1, np.int32)
-    for lane, part in enumerate(parts):
-        tokens[lane, : len(part.tokens)], positions[lane, : len(part.tokens)] = part.tokens, part.positions
-        for node, before in enumerate(part.before):
-            if before >= 0:
-                sees[lane, node] |= sees[lane, before]
-        numbers[lane, : len(ends[lane])] = ends[lane]
-    seen = [np.setdiff1d(np.flatnonzero(sees[lane, part].any(0)), part) for lane, part in enumerate(ends)]
-    begins = np.full((len(parts), in_halves(max(map(len, seen)), 32)), size - 1, np.int32)
-    for lane, part in enumerate(seen):
-        begins[lane, : len(part)] = part
+    numbers, looked_at = np.full((*shape[:2], count), size - 1, np.int32), {}
+    for lane, part in enumerate(lanes):
+        for place, (packed, ends) in enumerate(part):
+            at, visible = (lane, place), sees[lane, place]
+            tokens[at][: len(packed.tokens)], positions[at][: len(packed.tokens)] = packed.tokens, packed.positions
+            for node, before in enumerate(packed.before):
+                if before >= 0:
+                    visible[node] |= visible[before]
+            numbers[at][: len(ends)] = ends
+            looked_at[at] = np.setdiff1d(np.flatnonzero(visible[ends].any(0)), ends)
+    begins = np.full((*shape[:2], in_halves(max(map(len, looked_at.values())), 32)), size - 1, np.int32)
+    for at, seen in looked_at.items():
+        begins[at][: len(seen)] = seen
     # Put as they are: `jnp.asarray` would compile a program for each new shape.
     return networks.Pack(*map(jax.device_put, (tokens, positions, sees, numbers, begins)))
 
@@ -195,14 +244,22 @@ def pack_lanes(lanes: Sequence[Sequence[PromptRow]]) -> tuple[networks.Pack, lis
     Returns:
         The packs, and for each row of each lane where its ends begin among those of its pack.
     """
-    # From its subject's end on each row is changed by itself.
-    parts = [_pack_rows([row.tokens for row in rows], [row.subject for row in rows]) for rows in lanes]
-    ends = [
-        [nodes[row.subject :] for nodes, row in zip(part.rows, rows, strict=True)]
-        for part, rows in zip(parts, lanes, strict=True)
-    ]
-    begins = [[0, *np.cumsum([len(row) for row in rows])[:-1].tolist()] for rows in ends]
-    return _pack_together(parts, [[*chain(*rows)] for rows in ends]), begins
+    shared = [_share_out(rows) for rows in lanes]
+    room = max(room for _, room in shared)
+    packs, places = [], []
+    for rows, (numbers, _) in zip(lanes, shared, strict=True):
+        pack, begins = [], [0] * len(rows)
+        for sequence, part in enumerate(numbers):
+            # From its subject's end on each row is changed by itself.
+            some = [rows[number] for number in part]
+            packed = _pack_rows([row.tokens for row in some], [row.subject for row in some])
+            ends = [nodes[row.subject :] for nodes, row in zip(packed.rows, some, strict=True)]
+            pack.append(_Sequence(packed, [*chain(*ends)]))
+            for number, first in zip(part, [0, *np.cumsum([len(part) for part in ends]).tolist()], strict=False):
+                begins[number] = sequence * room + first
+        packs.append(pack)
+        places.append(begins)
+    return _pack_together(packs, room), places
 
 
 def read_queries(
@@ -235,7 +292,7 @@ def read_queries(
         chunk = order[done : done + power_of_two(max(1, TOKENS // size))]
         # Chunks come in few numbers; a lane that stands in twice is dropped again.
         filled = [*chunk, *[chunk[-1]] * (power_of_two(len(chunk)) - len(chunk))]
-        pack = _pack_together([parts[lane] for lane in filled], [ends[lane] for lane in filled])
+        pack = _pack_together([[_Sequence(parts[lane], ends[lane])] for lane in filled])
         seen = np.asarray(networks.pack_queries(model.config, model.params, pack, layer))
         for place, lane in enumerate(chunk):
             queries[lane] = seen[place, : len(ends[lane])]

@@ -18,37 +18,42 @@ __all__ = ["Fork", "Pack", "after", "fork", "pack_queries", "resume_fork", "take
 
 
 class Pack(NamedTuple):
-    """Rows of text in one sequence: what some of them begin with stands once, and each token sees its rows alone.
+    """Rows of text in a few sequences: what some rows of a sequence begin with stands there once.
+
+    Each token sees its rows alone. Attention is between all tokens of a sequence, so that several short ones cost less
+    than a long one.
 
     Attributes:
-        tokens: ``[packs, tokens]`` int; padding is anything.
-        positions: of each in its rows, ``[packs, tokens]`` int.
-        sees: which tokens each looks at, itself among them, ``[packs, tokens, tokens]`` bool; padding sees itself.
-        ends: the tokens that are run again, ``[packs, ends]`` int; what fills up is padding.
-        begins: the tokens that ends look at and that are none themselves, ``[packs, begins]`` int; what fills up is
+        tokens: ``[packs, sequences, tokens]`` int; padding is anything.
+        positions: of each in its rows, ``[packs, sequences, tokens]`` int.
+        sees: which tokens of its sequence each looks at, itself among them, ``[packs, sequences, tokens, tokens]``
+            bool; padding sees itself.
+        ends: the tokens of each sequence that are run again, ``[packs, sequences, ends]`` int; what fills up is
             padding.
+        begins: those that ends look at and that are none themselves, ``[packs, sequences, begins]`` int; what fills up
+            is padding.
     """
 
-    tokens: Int[Array, "packs tokens"]
-    positions: Int[Array, "packs tokens"]
-    sees: Bool[Array, "packs tokens tokens"]
-    ends: Int[Array, "packs ends"]
-    begins: Int[Array, "packs begins"]
+    tokens: Int[Array, "packs sequences tokens"]
+    positions: Int[Array, "packs sequences tokens"]
+    sees: Bool[Array, "packs sequences tokens tokens"]
+    ends: Int[Array, "packs sequences ends"]
+    begins: Int[Array, "packs sequences begins"]
 
 
 @with_static_fields("layer")
 class Fork(NamedTuple):
     """Packed rows cut at one layer, of which only the ends are run again: a change at a token reaches no earlier one.
 
-    A pytree, of which the layer is static.
+    A pytree, of which the layer is static. The ends of a pack's sequences stand one after the other.
 
     Attributes:
         query: the FFN's input at the ends, ``[packs, ends, d]``.
         output: the FFN's output there, ``[packs, ends, d]``.
         residual: the residual stream beside the FFN there, ``[packs, ends, d]``.
         positions: of the ends in their rows, ``[packs, ends]``.
-        seen: what the ends look at: tokens before them, and each other.
-        caches: keys and values of the tokens before them in each layer after the cut.
+        seen: what the ends of each sequence look at, ``[packs, sequences, …]``: tokens before them, and each other.
+        caches: keys and values of the tokens before them in each layer after the cut, ``[packs, sequences, …]``.
         hidden: the residual stream after the last block at the ends, as the rows stand, ``[packs, ends, d]``.
         layer: the cut.
     """
@@ -80,6 +85,7 @@ def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int, behind: 
     Raises:
         TPatchError: the network is no decoder.
     """
+    (packs, sequences, _), pack = pack.tokens.shape, _merge_axes(pack)
     positions, layers, around = pack.positions, params["layers"], _around(pack)
     residual, query, output = _enter(config, params, pack, layer)
     x = leave_block(config, config.kind(layer), without_ffn(layers[layer]), residual, output)
@@ -91,7 +97,21 @@ def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int, behind: 
         caches.append(take_tokens(cache, pack.begins))
     query, output, residual, x = take_tokens((query, output, residual, x), pack.ends)
     where, seen = _seen_by_ends(pack)
+    query, output, residual, x, where = _part_axis((query, output, residual, x, where), (packs, -1), 2)
+    seen, caches = _part_axis((seen, caches), (packs, sequences), 1)
     return Fork(query, output, residual, where, seen, caches, x, layer)
+
+
+@jax.jit
+def _merge_axes(arrays: Any) -> Any:
+    """Arrays ``[packs, sequences, …]`` as those of so many sequences, ``[packs · sequences, …]``."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), arrays)
+
+
+@partial(jax.jit, static_argnames=("axes", "count"))
+def _part_axis(arrays: Any, axes: tuple[int, ...], count: int) -> Any:
+    """The first axes of arrays, ``count`` of them, as others."""
+    return jax.tree.map(lambda leaf: leaf.reshape(*axes, *leaf.shape[count:]), arrays)
 
 
 @jax.jit
@@ -130,17 +150,18 @@ def pack_queries(config: NetworkConfig, params: Params, pack: Pack, layer: int) 
         layer: whose FFN.
 
     Returns:
-        ``[packs, ends, d]``.
+        ``[packs, ends, d]``, those of a pack's sequences one after the other.
 
     Raises:
         TPatchError: the network is no decoder.
     """
+    packs, pack = len(pack.tokens), _merge_axes(pack)
     _, query, _ = _enter(config, params, pack, layer)
-    return take_tokens(query, pack.ends)
+    return _part_axis(take_tokens(query, pack.ends), (packs, -1), 2)
 
 
 def _around(pack: Pack) -> Around:
-    """What blocks are told beside their input: which tokens of a pack see which."""
+    """What blocks are told beside their input: which tokens of a sequence see which."""
     return Around(seen=Seen(pack.sees, pack.positions))
 
 
@@ -166,11 +187,15 @@ def resume_fork(
         forked: from `fork`.
         output: the FFN's output to go on from, ``[packs, ends, d]``.
     """
-    layer, around = forked.layer, Around(seen=forked.seen)
-    x = leave_block(config, config.kind(layer), without_ffn(params["layers"][layer]), forked.residual, output)
-    for number, cache in zip(range(layer + 1, config.layers), forked.caches, strict=True):
-        x, _ = run_block(config, config.kind(number), params["layers"][number], x, forked.positions, cache, around)
-    return x
+    layer, packs, sequences = forked.layer, *forked.seen.visible.shape[:2]
+    seen, caches = _merge_axes((forked.seen, forked.caches))
+    by_sequence = (forked.residual, output, forked.positions)
+    residual, output, positions = _part_axis(by_sequence, (packs * sequences, output.shape[1] // sequences), 2)
+    around = Around(seen=seen)
+    x = leave_block(config, config.kind(layer), without_ffn(params["layers"][layer]), residual, output)
+    for number, cache in zip(range(layer + 1, config.layers), caches, strict=True):
+        x, _ = run_block(config, config.kind(number), params["layers"][number], x, positions, cache, around)
+    return _part_axis(x, (packs, -1), 2)
 
 
 def after(params: Params, layer: int) -> Params:
