@@ -12,7 +12,7 @@ import safetensors.numpy
 from conftest import make_tiny_model, write_tiny_folder
 
 from tpatch_jax.cli import main as cli
-from tpatch_jax.display.progress import Estimate, Phase, edit_phases, format_seconds
+from tpatch_jax.display.progress import Estimate, Phase, edit_phases, edit_progress, format_seconds
 from tpatch_jax.editors.tpatcher import rounds, subject_site
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.storage.finished_parts import FinishedParts
@@ -234,6 +234,23 @@ def test_what_an_interrupted_run_has_finished_takes_no_time_and_tells_nothing_of
     clock.now += 20
     estimate.report("training", 90, 100)
     assert 9.9 < estimate.left() < 21
+
+
+def test_what_was_compiled_before_the_first_report_is_not_warned_of(monkeypatch):
+    clock, warnings = Clock(), []
+    monkeypatch.setattr(Estimate.__init__, "__defaults__", (clock,))
+    # Two minutes of compiling, then a second for each of a hundred: no hour is left.
+    phases = [Phase("training values", 100, 300.0)]
+    with edit_progress(True, phases, 1.0, ("training values",), warnings.append) as report:
+        for done in range(1, 101):
+            clock.now = 120.0 + done
+            report("training values", done, 100)
+    assert not warnings
+    with edit_progress(True, phases, 1.0, ("training values",), warnings.append) as report:
+        for done in range(1, 101):
+            clock.now += 50.0
+            report("training values", done, 100)
+    assert warnings == [pytest.approx(4900, rel=0.25)]
 
 
 def test_a_phase_weighs_what_it_costs():

@@ -518,7 +518,9 @@ def fork_programs(
     leave = (config, config.kind(layer), weights, stream, stream)
     seen = Seen(places.rows((packs, tokens, tokens), jnp.bool_), places.rows((packs, tokens), jnp.int32))
     around = Around(seen=seen)
-    programs = block_programs(places, f"{what} up to the layer", packs, tokens, 0, layer, runs=runs, around=around)
+    programs = block_programs(
+        places, f"{what} up to the layer", packs, tokens, 0, layer, runs=runs, around=around, rounded=rounded
+    )
     programs.append(_enter_program(places, f"{what} up to the layer", packs, tokens, layer, runs, around))
     programs.append(Program(f"{what}: end of the layer's block", stack.leave_block, leave, runs=runs))
     behind = f"{what} behind the layer"

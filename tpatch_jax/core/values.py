@@ -50,7 +50,7 @@ class ValueTrainingSettings(NamedTuple):
     Attributes:
         steps: at most so many steps.
         longest: the value's largest length, over the length of the FFN's output at its site.
-        enough: a lane stops once the mean loss of each of its targets, in nats, is below this.
+        enough: a lane stops once the loss of its first target and the mean loss of all, in nats, are below this.
         aim: the log-odds that a step aims at for each target.
         closeness: weight of the divergence from the unedited model on neutral prompts.
         near: a lane goes on until the mean of that divergence, in nats, is below this, too.
@@ -285,8 +285,9 @@ def train_values(
     """The values of some lanes, each trained for its own targets.
 
     ``min_v  ½ Σ_targets w (aim - log-odds)₊² + c · mean KL(unedited ‖ edited on kept rows)`` by damped Gauss-Newton
-    steps from ``start``, with ``‖v‖`` kept to its limit. Each step looks at all rows. A lane has ended when all its
-    targets are said and its kept rows are near enough; or when its loss is no number. Lanes never couple.
+    steps from ``start``, with ``‖v‖`` kept to its limit. Each step looks at all rows. A lane has ended when its
+    first target is said, and the others in the mean, and its kept rows are near enough; or when its loss is no number.
+    Lanes never couple.
 
     Args:
         known: what ``run`` knows of the lanes, every leaf with a leading axis of lanes.
@@ -375,7 +376,8 @@ def value_step(settings: ValueTrainingSettings) -> Callable[..., tuple[ValueStat
         (residual, losses, moved), slopes = _look_with_slopes(run, problem, state.move)
         state = ValueState(state.move, losses, moved, jnp.where(number == 0, residual[:, 0] < 0, state.at_start))
         weight, aims = _row_weights(problem.targets), losses.shape[1]
-        said = jnp.all(jnp.where(weight > 0, losses, 0.0) < settings.enough, 1)
+        mean = jnp.sum(jnp.where(weight > 0, losses, 0.0) * weight, 1)
+        said = jnp.maximum(mean, losses[:, 0]) < settings.enough
         close = jnp.mean(moved, 1) < settings.near if moved.shape[1] else True
         ended = (said & close) | ~jnp.all(jnp.isfinite(jnp.where(weight > 0, losses, 0.0)), 1)
         # Slopes cost as much again as the look; the last one needs none.

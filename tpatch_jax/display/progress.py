@@ -22,6 +22,8 @@ TRUST = 0.005
 """What was expected counts like this share of all the work, against what was measured."""
 LONG = 3600.0
 """Work that takes more seconds is warned of."""
+MEASUREMENTS = 2
+"""After so many measurements."""
 TEXT_TOKENS = 16
 CPU_FLOPS, DEVICE_FLOPS = 2.5e10, 5e12
 """What one core, and any accelerator, is expected to do in a second before anything was measured."""
@@ -225,7 +227,8 @@ def edit_progress(
         quiet: draw nothing; nothing is drawn off a terminal either.
         phases: what is to do, in order.
         unit: what one pass is expected to take, in seconds.
-        measured: after the first report of any of these phases the time left is known well enough to be warned of.
+        measured: after two reports of any of these phases the time left is known well enough to be warned of; the
+            first has waited for programs to be compiled.
         warn: called once with the seconds that are left where they are many.
         kept: how many parts so far were those of an interrupted run.
     """
@@ -234,7 +237,7 @@ def edit_progress(
     from rich.progress import Progress as Bars
     from rich.text import Text
 
-    estimate, warned, known = Estimate(phases, unit), False, 0
+    estimate, measurements, known = Estimate(phases, unit), 0, 0
 
     class TimeLeft(ProgressColumn):
         """The seconds that are left; of the estimate, not of the bar."""
@@ -256,14 +259,14 @@ def edit_progress(
         task = bars.add_task(estimate.what, total=1.0)
 
         def report(what: str, done: int, total: int) -> None:
-            nonlocal warned, known
+            nonlocal measurements, known
             before, known = known, kept()
             estimate.report(what, done, total, known > before)
             counted = f"{what} {done:,}/{total:,}"
             bars.update(task, description=counted, completed=min(0.999, estimate.share()))
-            if not warned and done and what in measured and known == before:
-                warned = True
-                if (left := estimate.left()) > LONG:
+            if done and what in measured and known == before:
+                measurements += 1
+                if measurements == MEASUREMENTS and (left := estimate.left()) > LONG:
                     warn(left)
 
         yield report

@@ -36,7 +36,7 @@ __all__ = [
     "prompt_row",
     "read_queries",
     "rephrase_rows",
-    "rounded_after",
+    "rounded_around",
     "row_of",
     "rows_of",
     "runner",
@@ -209,16 +209,15 @@ def _share_out(rows: Sequence[PromptRow]) -> tuple[list[list[int]], int]:
     return [sorted(numbers) for numbers in sequences], room
 
 
-def _pack_together(lanes: Sequence[Sequence[_Sequence]], least: int = 16) -> networks.Pack:
-    """The packs of some lanes, the sequences of each with the numbers of those tokens that are looked at."""
+def _pack_together(lanes: Sequence[Sequence[_Sequence]], room: int) -> networks.Pack:
+    """The packs of some lanes, the sequences of each with room for the numbers of those tokens that are looked at."""
     every = [sequence for lane in lanes for sequence in lane]
     # Few sizes, so that another prompt seldom compiles anything; at least one token is padding.
     size = in_halves(max(len(sequence.packed.tokens) for sequence in every) + 1, 32)
-    count, most = in_halves(max(len(sequence.ends) for sequence in every), least), max(map(len, lanes))
-    shape = (len(lanes), most, size)
+    shape = (len(lanes), max(map(len, lanes)), size)
     tokens, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     sees = np.broadcast_to(np.eye(size, dtype=bool), (*shape, size)).copy()
-    numbers, looked_at = np.full((*shape[:2], count), size - 1, np.int32), {}
+    numbers, looked_at = np.full((*shape[:2], room), size - 1, np.int32), {}
     for lane, part in enumerate(lanes):
         for place, (packed, ends) in enumerate(part):
             at, visible = (lane, place), sees[lane, place]
@@ -292,7 +291,8 @@ def read_queries(
         chunk = order[done : done + power_of_two(max(1, TOKENS // size))]
         # Chunks come in few numbers; a lane that stands in twice is dropped again.
         filled = [*chunk, *[chunk[-1]] * (power_of_two(len(chunk)) - len(chunk))]
-        pack = _pack_together([[_Sequence(parts[lane], ends[lane])] for lane in filled])
+        room = in_halves(max(len(ends[lane]) for lane in chunk), 16)
+        pack = _pack_together([[_Sequence(parts[lane], ends[lane])] for lane in filled], room)
         seen = np.asarray(networks.pack_queries(model.config, model.params, pack, layer))
         for place, lane in enumerate(chunk):
             queries[lane] = seen[place, : len(ends[lane])]
@@ -303,7 +303,7 @@ def read_queries(
 
 
 def fork_rows(
-    model: Model, lanes: Sequence[Sequence[PromptRow]], layer: int, places: int, behind: Params | None = None
+    model: Model, lanes: Sequence[Sequence[PromptRow]], layer: int, places: int, rounded: Params | None = None
 ) -> ForkedRows:
     """Rows of some lanes, equally many each, run up to a layer's FFN, and from their subjects' ends on.
 
@@ -314,7 +314,7 @@ def fork_rows(
         lanes: the rows of each.
         layer: the layer.
         places: as many places for each row; those it has not are its subject's end.
-        behind: see `tpatch_jax.models.networks.fork`.
+        rounded: see `tpatch_jax.models.networks.fork`.
     """
     pack, begins = pack_lanes(lanes)
     table = np.zeros((len(lanes), len(lanes[0]), places), np.int32)
@@ -324,7 +324,7 @@ def fork_rows(
             table[lane, number] = begins[lane][number]
             table[lane, number, : len(there)] += there.astype(np.int32)
     pack, first, spots = shard_rows((pack, np.asarray(begins, np.int32), table), mesh_of(model.params))
-    forked = networks.fork(model.config, model.params, pack, layer, behind)
+    forked = networks.fork(model.config, model.params, pack, layer, rounded)
     return ForkedRows(forked, jax.device_put(first), jax.device_put(spots))
 
 
@@ -347,7 +347,7 @@ def known_rows(forked: ForkedRows, places: Int[Array, "lanes places"]) -> KnownR
     return KnownRows(tuple(forked.fork[:-1]), forked.first, places)
 
 
-def runner(model: Model, layer: int, *, stream: bool = False, behind: Params | None = None) -> Partial:
+def runner(model: Model, layer: int, *, stream: bool = False, rounded: Params | None = None) -> Partial:
     """The network from a layer's FFN on: from what is added at the ends of some rows' subjects to log-probabilities.
 
     Args:
@@ -355,20 +355,20 @@ def runner(model: Model, layer: int, *, stream: bool = False, behind: Params | N
         layer: the layer.
         stream: whether it is added to the stream beside the FFN, where it comes out of the block as it is, even where
             the FFN's output is normed; by default to the FFN's output.
-        behind: from `rounded_after`, of which then all products with the network's matrices are made; by default the
+        rounded: from `rounded_around`, of which then all products with the network's matrices are made; by default the
             model's own, in their precision.
 
     Returns:
         ``(a KnownRows, added [lanes, rows, d]) -> [lanes, places, vocabulary]``, as
         `tpatch_jax.core.values.train_values` runs it.
     """
-    function = runner_function(model.config, layer, stream, behind is not None)
-    return Partial(function, networks.after(model.params, layer) if behind is None else behind)
+    function = runner_function(model.config, layer, stream, rounded is not None)
+    return Partial(function, networks.after(model.params if rounded is None else rounded, layer))
 
 
-def rounded_after(model: Model, layer: int) -> Params:
-    """The parameters after a cut with their matrices in bfloat16; see `tpatch_jax.core.products`."""
-    return round_matrices(networks.after(model.params, layer))
+def rounded_around(model: Model, layer: int) -> Params:
+    """All parameters but a layer's FFN with their matrices in bfloat16; see `tpatch_jax.core.products`."""
+    return round_matrices(networks.around(model.params, layer))
 
 
 @lru_cache(maxsize=16)

@@ -1,5 +1,6 @@
 """Rows that begin alike, packed and cut at one layer, of which only the ends are run again."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from tpatch_jax.models.pytrees import with_static_fields
 from tpatch_jax.models.stack import embed_tokens, enter_block, leave_block, run_block, without_ffn
 from tpatch_jax.typing import Params
 
-__all__ = ["Fork", "Pack", "after", "fork", "pack_queries", "resume_fork", "take_tokens"]
+__all__ = ["Fork", "Pack", "after", "around", "fork", "pack_queries", "resume_fork", "take_tokens"]
 
 
 class Pack(NamedTuple):
@@ -68,7 +69,7 @@ class Fork(NamedTuple):
     layer: int
 
 
-def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int, behind: Params | None = None) -> Fork:
+def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int, rounded: Params | None = None) -> Fork:
     """Run packed rows through the network once and keep what running their ends again needs.
 
     Args:
@@ -76,8 +77,8 @@ def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int, behind: 
         params: the network's parameters.
         pack: the rows.
         layer: where to cut.
-        behind: what `after` gives with its matrices in bfloat16 (`tpatch_jax.core.products.round_matrices`), with
-            which the layers after the cut are run; by default those of ``params``.
+        rounded: what `around` gives with its matrices in bfloat16 (`tpatch_jax.core.products.round_matrices`), with
+            which the other layers are run; by default those of ``params``. The cut's layer is run as it is.
 
     Returns:
         The `Fork`.
@@ -86,14 +87,12 @@ def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int, behind: 
         TPatchError: the network is no decoder.
     """
     (packs, sequences, _), pack = pack.tokens.shape, _merge_axes(pack)
-    positions, layers, around = pack.positions, params["layers"], _around(pack)
-    residual, query, output = _enter(config, params, pack, layer)
+    positions, layers, beside = pack.positions, params["layers"], _beside(pack)
+    residual, query, output = _enter(config, params, pack, layer, rounded)
     x = leave_block(config, config.kind(layer), without_ffn(layers[layer]), residual, output)
-    caches, run, weights = [], run_block, layers
-    if behind is not None:
-        run, weights = partial(run_block, rounded=True), behind["layers"]
+    caches, (run, weights) = [], _blocks(params, rounded)
     for number in range(layer + 1, config.layers):
-        x, cache = run(config, config.kind(number), weights[number], x, positions, None, around)
+        x, cache = run(config, config.kind(number), weights[number], x, positions, None, beside)
         caches.append(take_tokens(cache, pack.begins))
     query, output, residual, x = take_tokens((query, output, residual, x), pack.ends)
     where, seen = _seen_by_ends(pack)
@@ -160,20 +159,27 @@ def pack_queries(config: NetworkConfig, params: Params, pack: Pack, layer: int) 
     return _part_axis(take_tokens(query, pack.ends), (packs, -1), 2)
 
 
-def _around(pack: Pack) -> Around:
+def _beside(pack: Pack) -> Around:
     """What blocks are told beside their input: which tokens of a sequence see which."""
     return Around(seen=Seen(pack.sees, pack.positions))
 
 
-def _enter(config: NetworkConfig, params: Params, pack: Pack, layer: int) -> tuple[Array, Array, Array]:
+def _blocks(params: Params, rounded: Params | None) -> tuple[Callable[..., tuple[Array, Any]], Any]:
+    """What runs the blocks beside the cut, and their parameters by layer."""
+    return (run_block, params["layers"]) if rounded is None else (partial(run_block, rounded=True), rounded["layers"])
+
+
+def _enter(
+    config: NetworkConfig, params: Params, pack: Pack, layer: int, rounded: Params | None = None
+) -> tuple[Array, Array, Array]:
     """Packed rows up to a layer's FFN: the residual stream beside it, its input and its output."""
     if config.architecture != "decoder":
         raise TPatchError(f"rows of an {config.architecture} cannot be packed; only those of a decoder can")
-    positions, layers, around = pack.positions, params["layers"], _around(pack)
+    positions, beside, (run, weights) = pack.positions, _beside(pack), _blocks(params, rounded)
     x = embed_tokens(config, params, pack.tokens, positions)
     for number in range(layer):
-        x, _ = run_block(config, config.kind(number), layers[number], x, positions, None, around)
-    return enter_block(config, config.kind(layer), layers[layer], x, positions, None, around)
+        x, _ = run(config, config.kind(number), weights[number], x, positions, None, beside)
+    return enter_block(config, config.kind(layer), params["layers"][layer], x, positions, None, beside)
 
 
 def resume_fork(
@@ -191,10 +197,10 @@ def resume_fork(
     seen, caches = _merge_axes((forked.seen, forked.caches))
     by_sequence = (forked.residual, output, forked.positions)
     residual, output, positions = _part_axis(by_sequence, (packs * sequences, output.shape[1] // sequences), 2)
-    around = Around(seen=seen)
+    beside = Around(seen=seen)
     x = leave_block(config, config.kind(layer), without_ffn(params["layers"][layer]), residual, output)
     for number, cache in zip(range(layer + 1, config.layers), caches, strict=True):
-        x, _ = run_block(config, config.kind(number), params["layers"][number], x, positions, cache, around)
+        x, _ = run_block(config, config.kind(number), params["layers"][number], x, positions, cache, beside)
     return _part_axis(x, (packs, -1), 2)
 
 
@@ -202,9 +208,19 @@ def after(params: Params, layer: int) -> Params:
     """The parameters that `resume_fork` and the logits read, so that a compiled program does not carry the rest.
 
     Args:
+        params: the network's parameters, or what `around` gives of them.
+        layer: the cut.
+    """
+    beside = around(params, layer)
+    return {**beside, "layers": {number: entry for number, entry in beside["layers"].items() if number >= layer}}
+
+
+def around(params: Params, layer: int) -> Params:
+    """All parameters but those of a layer's feed-forward network, and of an encoder.
+
+    Args:
         params: the network's parameters.
         layer: the cut.
     """
-    layers = {number: entry for number, entry in params["layers"].items() if number > layer}
     others = {name: entry for name, entry in params.items() if name not in ("layers", "encoder")}
-    return {**others, "layers": {layer: without_ffn(params["layers"][layer]), **layers}}
+    return {**others, "layers": {**params["layers"], layer: without_ffn(params["layers"][layer])}}

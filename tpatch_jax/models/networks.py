@@ -18,7 +18,7 @@ rows of which only the end is run again in `tpatch_jax.models.forks`.
 
 from tpatch_jax.models.caches import Cache, begin, decode, empty_cache
 from tpatch_jax.models.embedded import Embedded
-from tpatch_jax.models.forks import Fork, Pack, after, fork, pack_queries, resume_fork, take_tokens
+from tpatch_jax.models.forks import Fork, Pack, after, around, fork, pack_queries, resume_fork, take_tokens
 from tpatch_jax.models.heads import (
     argmax,
     final_weights,
@@ -44,6 +44,7 @@ __all__ = [
     "after",
     "apply",
     "argmax",
+    "around",
     "begin",
     "decode",
     "empty_cache",

@@ -28,7 +28,7 @@ from tpatch_jax.core.start import StartParams
 from tpatch_jax.core.values import train_values
 from tpatch_jax.editors.model_memory import ModelMemory
 from tpatch_jax.editors.reading import Item
-from tpatch_jax.editors.subject_rows import PromptRow, read_queries, rounded_after, runner
+from tpatch_jax.editors.subject_rows import PromptRow, read_queries, rounded_around, runner
 from tpatch_jax.editors.tpatcher.previous import NO_SUBJECT, PreviousEdits
 from tpatch_jax.editors.tpatcher.subject_prompts import AVOIDED, read_subject_rows
 from tpatch_jax.editors.tpatcher.subject_settings import SubjectSettings
@@ -351,9 +351,9 @@ def fit_subjects(
     turn = {number: sum(groups[other] == groups[number] for other in going if other < number) for number in going}
     if progress and going:
         progress("training values", 0, len(going))
-    rounded = rounds_products(settings, model.config, float_type(model.params), has_matrix_units())
-    # Nothing after the cut reads this layer's FFN: with whatever neurons in it the model goes on by the same.
-    behind = rounded_after(model, read.layer) if rounded and going else None
+    rounds = rounds_products(settings, model.config, float_type(model.params), has_matrix_units())
+    # No other layer reads this one's FFN: with whatever neurons in it they are the same.
+    rounded = rounded_around(model, read.layer) if rounds and going else None
     # On each part of a mesh, so that more of them train more at a time.
     lanes = settings.value_lanes or (ON_A_CPU if jax.default_backend() == "cpu" else ELSEWHERE)
     lanes *= parts(mesh_of(model.params))
@@ -375,7 +375,7 @@ def fit_subjects(
             }
             new = _kept_chunk(finished, f"values-{round_}-{first}", read, chunk)
             if new is None:
-                new = _fit_chunk(read, present, behind, chunk, kept, slot)
+                new = _fit_chunk(read, present, rounded, chunk, kept, slot)
                 _keep_chunk(finished, f"values-{round_}-{first}", read, chunk, new)
             first_neuron = fitted.patch.key.shape[0]
             neurons = [neuron._replace(neuron=first_neuron + neuron.neuron) for neuron in new.neurons]
@@ -387,7 +387,7 @@ def fit_subjects(
 
 
 def _fit_chunk(
-    read: Subjects, present: Model, behind: Params | None, chunk: Sequence[int],
+    read: Subjects, present: Model, rounded: Params | None, chunk: Sequence[int],
     kept: Mapping[int, list[PromptRow]], slot: Mapping[int, int],
 ) -> FittedSubjects:  # fmt: skip
     """The neurons of a few requests, whose values are trained together, counted from 0."""
@@ -399,12 +399,12 @@ def _fit_chunk(
     silent, there = _keys_of(read, [slot[number] for number in lanes])
     problem = create_value_problem(
         present, read.model, read.layer, silent, [read.prompts[n] for n in lanes], [kept[n] for n in lanes],
-        [read.neutral[n] for n in lanes], settings.plateau, read.start is not None, behind,
+        [read.neutral[n] for n in lanes], settings.plateau, read.start is not None, rounded,
     )  # fmt: skip
     start = jax.device_put(np.zeros(silent.key.shape[::2], np.float32))
     if read.start is not None:
         start = predict_start(read.start, problem, settings.value.longest)
-    run, rows = runner(present, read.layer, behind=behind), (problem.known, problem.targets, problem.kept)
+    run, rows = runner(present, read.layer, rounded=rounded), (problem.known, problem.targets, problem.kept)
     value, info = train_values(*rows, run, problem.scale, settings.value, start, mesh)
     neurons, order = [], []
     every = sharpen(_level_neurons(silent, value, settings.plateau), SHARPNESS)

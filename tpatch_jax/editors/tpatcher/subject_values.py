@@ -104,7 +104,7 @@ def create_value_problem(
     neutral: Sequence[list[PromptRow]],
     plateau: float,
     predicted: bool = True,
-    behind: Params | None = None,
+    rounded: Params | None = None,
 ) -> ValueProblem:
     """The rows of one chunk of lanes, run up to the layer.
 
@@ -118,7 +118,7 @@ def create_value_problem(
         neutral: of each lane prompts after which little should change, equally many.
         plateau: see `level_patch`.
         predicted: whether values are predicted, for which features are read.
-        behind: see `tpatch_jax.models.networks.fork`.
+        rounded: see `tpatch_jax.models.networks.fork`.
     """
     lanes, most = len(prompts), max((len(rows) for rows in kept), default=0)
     # A lane without that many repeats its own bare prompt, which then counts for nothing.
@@ -132,7 +132,7 @@ def create_value_problem(
             weight[lane, number, : len(row.wanted)] = 1 / (group * len(row.wanted))
     # Rows that aim and rows that stay close are read together: much of what they begin with is the same.
     together = [[*part, *beside] for part, beside in zip(rows, neutral, strict=True)]
-    forked = fork_rows(model, together, layer, count, behind)
+    forked = fork_rows(model, together, layer, count, rounded)
     query = host(networks.take_tokens(forked.fork.query, forked.first))
     activity = np.asarray(_activity(query, patch, model.config.activation, plateau))
     scale = np.linalg.norm(host(_unedited_output(model, unedited, layer, forked)).astype(np.float32), axis=-1)
@@ -147,7 +147,7 @@ def create_value_problem(
     if neutral[0]:
         before, table = forked.fork, others
         if model is not unedited:
-            before, _, places = fork_rows(unedited, neutral, layer, 1, behind)
+            before, _, places = fork_rows(unedited, neutral, layer, 1, rounded)
             table = places[..., 0]
         kept_rows = KeptRows(jax.device_put(activity[:, each:]), said_at(unedited, before, table))
     features = None
