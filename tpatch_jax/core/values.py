@@ -376,10 +376,10 @@ def value_step(settings: ValueTrainingSettings) -> Callable[..., tuple[ValueStat
         (residual, losses, moved), slopes = _look_with_slopes(run, problem, state.move)
         state = ValueState(state.move, losses, moved, jnp.where(number == 0, residual[:, 0] < 0, state.at_start))
         weight, aims = _row_weights(problem.targets), losses.shape[1]
-        mean = jnp.sum(jnp.where(weight > 0, losses, 0.0) * weight, 1)
-        said = jnp.maximum(mean, losses[:, 0]) < settings.enough
+        counted = jnp.where(weight > 0, losses, 0.0)
+        said = jnp.maximum(jnp.sum(counted * weight, 1), losses[:, 0]) < settings.enough
         close = jnp.mean(moved, 1) < settings.near if moved.shape[1] else True
-        ended = (said & close) | ~jnp.all(jnp.isfinite(jnp.where(weight > 0, losses, 0.0)), 1)
+        ended = (said & close) | ~jnp.all(jnp.isfinite(counted), 1)
         # Slopes cost as much again as the look; the last one needs none.
         last = jnp.all(ended) | (number == problem.most)
         shape = (*residual.shape, state.move.shape[1])

@@ -187,24 +187,25 @@ def _share_out(rows: Sequence[PromptRow]) -> tuple[list[list[int]], int]:
     ends = [len(row.tokens) - row.subject for row in rows]
     room = in_halves(max(*ends, min(ENDS, sum(ends))), 16)
     count = -(-sum(ends) // room)
-    begins: list[set[tuple[int, ...]]] = [set() for _ in range(count)]
+    # Which of the tokens that rows begin with are the same ones.
+    shared = _pack_rows((row.tokens[: row.subject] for row in rows), (row.subject for row in rows)).rows
+    begins: list[set[int]] = [set() for _ in range(count)]
     left = [room] * count
     sequences: list[list[int]] = [[] for _ in range(count)]
     order = sorted(range(len(rows)), key=lambda number: -rows[number].subject)
     rest = sorted(order[count:], key=lambda number: (-max(rows[number].subject, SPAN), -ends[number]))
     for number in [*order[:count], *rest]:
-        known = {tuple(rows[number].tokens[: place + 1]) for place in range(rows[number].subject)}
         free = [place for place, most in enumerate(left) if most >= ends[number]]
         if not free:
             free = [len(left)]
             begins, left, sequences = [*begins, set()], [*left, room], [*sequences, []]
 
-        both = {place: len(begins[place] | known) for place in free}
+        both = {place: len(begins[place].union(shared[number])) for place in free}
         # Up to a size that most lanes have nothing is lost by more of them, and no other program is compiled.
         costs = [(max(size, BEGINS), size - len(begins[place]), left[place]) for place, size in both.items()]
         best = free[costs.index(min(costs))]
         sequences[best].append(number)
-        begins[best] |= known
+        begins[best].update(shared[number])
         left[best] -= ends[number]
     return [sorted(numbers) for numbers in sequences], room
 

@@ -86,7 +86,7 @@ def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int, rounded:
     Raises:
         TPatchError: the network is no decoder.
     """
-    (packs, sequences, _), pack = pack.tokens.shape, _merge_axes(pack)
+    (packs, sequences, _), pack = pack.tokens.shape, _regroup(pack, (-1,))
     positions, layers, beside = pack.positions, params["layers"], _beside(pack)
     residual, query, output = _enter(config, params, pack, layer, rounded)
     x = leave_block(config, config.kind(layer), without_ffn(layers[layer]), residual, output)
@@ -96,20 +96,14 @@ def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int, rounded:
         caches.append(take_tokens(cache, pack.begins))
     query, output, residual, x = take_tokens((query, output, residual, x), pack.ends)
     where, seen = _seen_by_ends(pack)
-    query, output, residual, x, where = _part_axis((query, output, residual, x, where), (packs, -1), 2)
-    seen, caches = _part_axis((seen, caches), (packs, sequences), 1)
+    query, output, residual, x, where = _regroup((query, output, residual, x, where), (packs, -1))
+    seen, caches = _regroup((seen, caches), (packs, sequences), 1)
     return Fork(query, output, residual, where, seen, caches, x, layer)
 
 
-@jax.jit
-def _merge_axes(arrays: Any) -> Any:
-    """Arrays ``[packs, sequences, …]`` as those of so many sequences, ``[packs · sequences, …]``."""
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), arrays)
-
-
 @partial(jax.jit, static_argnames=("axes", "count"))
-def _part_axis(arrays: Any, axes: tuple[int, ...], count: int) -> Any:
-    """The first axes of arrays, ``count`` of them, as others."""
+def _regroup(arrays: Any, axes: tuple[int, ...], count: int = 2) -> Any:
+    """The first axes of arrays, ``count`` of them, as others; by default packs and their sequences, or their ends."""
     return jax.tree.map(lambda leaf: leaf.reshape(*axes, *leaf.shape[count:]), arrays)
 
 
@@ -154,9 +148,9 @@ def pack_queries(config: NetworkConfig, params: Params, pack: Pack, layer: int) 
     Raises:
         TPatchError: the network is no decoder.
     """
-    packs, pack = len(pack.tokens), _merge_axes(pack)
+    packs, pack = len(pack.tokens), _regroup(pack, (-1,))
     _, query, _ = _enter(config, params, pack, layer)
-    return _part_axis(take_tokens(query, pack.ends), (packs, -1), 2)
+    return _regroup(take_tokens(query, pack.ends), (packs, -1))
 
 
 def _beside(pack: Pack) -> Around:
@@ -194,14 +188,13 @@ def resume_fork(
         output: the FFN's output to go on from, ``[packs, ends, d]``.
     """
     layer, packs, sequences = forked.layer, *forked.seen.visible.shape[:2]
-    seen, caches = _merge_axes((forked.seen, forked.caches))
-    by_sequence = (forked.residual, output, forked.positions)
-    residual, output, positions = _part_axis(by_sequence, (packs * sequences, output.shape[1] // sequences), 2)
+    seen, caches = _regroup((forked.seen, forked.caches), (-1,))
+    residual, output, positions = _regroup((forked.residual, output, forked.positions), (packs * sequences, -1))
     beside = Around(seen=seen)
     x = leave_block(config, config.kind(layer), without_ffn(params["layers"][layer]), residual, output)
     for number, cache in zip(range(layer + 1, config.layers), caches, strict=True):
         x, _ = run_block(config, config.kind(number), params["layers"][number], x, positions, cache, beside)
-    return _part_axis(x, (packs, -1), 2)
+    return _regroup(x, (packs, -1))
 
 
 def after(params: Params, layer: int) -> Params:
