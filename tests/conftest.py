@@ -28,6 +28,7 @@ from tpatch_jax.models.families.registry import configure, family_of
 from tpatch_jax.models.image_reader import image_reader
 from tpatch_jax.models.model import Model, save_model
 from tpatch_jax.models.shapes import parameter_shapes
+from tpatch_jax.storage.cache import cache_folder
 
 # Workers share the cores: with a pool of threads in each torch is many times slower, most threads waiting for a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,6 +47,10 @@ if "XLA_FLAGS" not in os.environ:
 # Processes that tests start compile as the tests do: see `quick_compilation`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+# Python runs the `sitecustomize` that it finds first.
+WITHOUT_TORCH = str(Path(__file__).parent / "without_torch")
+if WITHOUT_TORCH not in os.environ.get("PYTHONPATH", ""):
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [WITHOUT_TORCH, os.environ.get("PYTHONPATH")]))
 
 hypothesis_settings.register_profile("ci", deadline=None, derandomize=True, max_examples=20, database=None)
 hypothesis_settings.load_profile("ci")
@@ -274,11 +279,26 @@ def optimised_real_models(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+MODELS = cache_folder()
+"""Where models are kept outside the tests."""
+
+
+@pytest.fixture(scope="session")
+def cache_with_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache for the tests that has the same models as the user's: another one would fetch and convert them again."""
+    folder = tmp_path_factory.mktemp("tpatch")
+    # Models are put in place by a rename, for which both folders have to be of one disk.
+    for name in ("models", "tmp"):
+        (MODELS / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(MODELS / name, target_is_directory=True)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def few(cache_with_models: Path) -> Iterator[None]:
     """Few contexts for values at subjects, so that little is compiled, and a cache for the tests."""
     with pytest.MonkeyPatch.context() as patching:
-        patching.setenv("TPATCH_CACHE", str(tmp_path_factory.getbasetemp() / "tpatch"))
+        patching.setenv("TPATCH_CACHE", str(cache_with_models))
         patching.setattr(rome, "CONTEXTS", ((2, 2),))
         patching.setattr(memit, "CONTEXTS", ((4, 2),))
         yield

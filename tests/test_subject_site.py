@@ -226,6 +226,34 @@ def test_rephrases_are_contexts_where_that_is_wanted(tiny_model):
     assert len(rephrase_rows(tiny_model, requests[0], item, "prompt")) == 3
 
 
+def test_among_many_edits_thresholds_lie_nearer_to_the_edits_own_queries(tiny_model):
+    requests = [EditRequest("the fox is", "red", "fox"), EditRequest("the dog is", "red", "dog")]
+    rows = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32)
+    known = ModelMemory(jnp.asarray(rows), jnp.eye(16), ("in the inn.", "a hat."), ("Ann Bo",))
+    none = create_empty(16, np.dtype(np.float32))
+    one = np.ones(1, np.int32)
+    earlier = none._replace(lengths=one, starts=one, subjects=0 * one, groups=5 * one, subject_query=rows[:1])
+    items = [read_item(tiny_model, n, request, known.prefixes, False) for n, request in enumerate(requests)]
+
+    def keys(before, **changes):
+        settings = SubjectSettings(shorter=0, same=0, key_floor=0.2, key_split=0.2, **changes)
+        found = read_subjects(tiny_model, known, 1, items, requests, before, settings).keys
+        length = np.linalg.norm(found.key, axis=1)
+        # In a random network the other one looks too much like it.
+        assert found.margin[1] > 0
+        return found.key[1] / length[1], -found.bias[1] / length[1]
+
+    few, many = keys(none, key_raise_from=3), keys(earlier, key_raise_from=3)
+    assert keys(none, key_raise_from=3, key_raise=0.9)[1] == few[1]
+    # The key looks where it looked, and asks for more of it.
+    raised = keys(none, key_raise_from=2)
+    np.testing.assert_allclose(raised[0], few[0], atol=1e-5)
+    assert raised[1] > few[1]
+    assert many[1] > keys(earlier, key_raise_from=4)[1]
+    further = keys(none, key_raise_from=2, key_raise=0.4)
+    np.testing.assert_allclose(further[1] - few[1], 2 * (raised[1] - few[1]), rtol=1e-3)
+
+
 def test_even_one_subject_s_key_does_not_look_where_only_its_context_shows():
     generator = np.random.default_rng(0)
     rows = generator.normal(size=(1000, 128)).astype(np.float32)

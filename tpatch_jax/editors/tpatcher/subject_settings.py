@@ -43,6 +43,9 @@ class SubjectSettings:
         value_precision: of the products by which values are trained: ``"float32"``; ``"bfloat16"``, summed in float32;
             or ``"auto"``, the latter where the devices multiply it several times as fast and the network is large
             enough for that to matter. What a patch does is measured in the model's own precision in any case.
+        key_raise_from: from so many edits at subjects on, those of earlier steps included, thresholds are raised by
+            ``key_raise``, since of many keys one may well fire anywhere in a text.
+        key_raise: so far from where a threshold is otherwise (0) to the edit's own queries (1).
         plateau: the response stops growing here, where 1 is that of the edit's own queries; it takes a second neuron.
             0 lets it grow.
         start: what predicts the values that training starts from: ``"auto"``, what comes with the library for this
@@ -73,6 +76,8 @@ class SubjectSettings:
     question_split: float = 0.4
     value_lanes: int = 0
     value_precision: str = "auto"
+    key_raise_from: int = 256
+    key_raise: float = 0.2
     plateau: float = 0.3
     start: str = "auto"
 
@@ -80,7 +85,7 @@ class SubjectSettings:
         """Checks the values."""
         check_types(self)
         check_range(self, ("key_contexts", "value_contexts"), 1)
-        check_range(self, ("neutral", "same", "chat", "chat_neutral", "value_lanes", "key_rounds"), 0)
+        check_range(self, ("neutral", "same", "chat", "chat_neutral", "value_lanes", "key_rounds", "key_raise_from"), 0)
         check_range(self, ("shorter",), 0, 3)
         check_range(
             self,
@@ -88,6 +93,8 @@ class SubjectSettings:
             0.0,
             1.0,
         )
+        # At 1 a key would not fire on its own queries.
+        check_range(self, ("key_raise",), 0.0, 0.9)
         check_range(self, ("key_avoidance", "question_avoidance", "plateau"), 0.0)
         check_range(self.value, ("steps",), 0)
         check_positive(self.value, ("aim", "damping", "farthest", "near"))

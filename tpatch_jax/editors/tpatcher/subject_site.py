@@ -4,6 +4,7 @@ A neuron there recognises what a prompt is about, whatever its wording; so it ge
 differently, which one in the last layer does not.
 """
 
+import dataclasses
 import unicodedata
 import zlib
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,7 @@ __all__ = [
     "fit_keys",
     "fit_subjects",
     "lanes_together",
+    "raise_thresholds_of_many",
     "read_subjects",
     "rounds_products",
     "subject_layer",
@@ -248,7 +250,9 @@ def read_subjects(
     positive = np.concatenate([positive, otherwise])
     avoid = np.concatenate([avoid, avoid[spelt]])
     asks, of = np.concatenate([asks, asks[spelt]]), np.concatenate([groups[lanes], of])
-    keys = _recognised(known, positive, of, avoid, asks, negative, answer, settings, len(spelt), mesh_of(model.params))
+    many = len(lanes) + int((previous.subjects >= 0).sum()) >= settings.key_raise_from
+    settled = raise_thresholds_of_many(settings) if many else settings
+    keys = _recognised(known, positive, of, avoid, asks, negative, answer, settled, len(spelt), mesh_of(model.params))
     return Subjects(
         model, layer, settings, lanes, rows.prompts, rows.neutral, groups, queries, keys, positions, start,
         _unheard(keys, otherwise, spelt, settings.plateau),
@@ -316,6 +320,23 @@ def _recognised(
     lanewise = repeat([part[index] for part in (positive, groups, floor, split, avoid, strength)], mesh)
     keys = fit_keys(*lanewise, divided(memory, mesh), rounds=settings.key_rounds)
     return jax.tree.map(lambda leaf: host(leaf)[:lanes], keys)
+
+
+def raise_thresholds_of_many(settings: SubjectSettings) -> SubjectSettings:
+    """The settings of one edit among many: each threshold nearer to the edit's own queries, ``t + r·(1 − t)``.
+
+    Args:
+        settings: those of a single edit; ``r`` is their ``key_raise``.
+
+    Example:
+        >>> many = raise_thresholds_of_many(SubjectSettings(key_floor=0.7, key_split=0.4, key_raise=0.2))
+        >>> round(many.key_floor, 2), round(many.key_split, 2)
+        (0.76, 0.52)
+    """
+    names = ("key_floor", "key_split", "spelling_floor", "question_floor", "question_split")
+    raised = {name: getattr(settings, name) for name in names}
+    raised = {name: value + settings.key_raise * (1 - value) for name, value in raised.items()}
+    return dataclasses.replace(settings, **raised)
 
 
 def fit_subjects(
