@@ -47,10 +47,6 @@ if "XLA_FLAGS" not in os.environ:
 # Processes that tests start compile as the tests do: see `quick_compilation`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
-# Python runs the `sitecustomize` that it finds first.
-WITHOUT_TORCH = str(Path(__file__).parent / "without_torch")
-if WITHOUT_TORCH not in os.environ.get("PYTHONPATH", ""):
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [WITHOUT_TORCH, os.environ.get("PYTHONPATH")]))
 
 hypothesis_settings.register_profile("ci", deadline=None, derandomize=True, max_examples=20, database=None)
 hypothesis_settings.load_profile("ci")
