@@ -148,7 +148,7 @@ def test_python_blocks_run(page, text, models, given, inputs, tmp_path, monkeypa
     bonsai = [f"bonsai.models.{name}.modeling" for name in ("qwen3", "vit", "whisper")]
     for package in ("tunix.models.qwen3.model", *bonsai):
         if f"from {package.rpartition('.')[0]} import" in text:
-            pytest.importorskip(package)
+            pytest.importorskip(package, reason=f"{package} is only needed to run its own examples")
     # Once with subjects, where the library is introduced.
     stand_in(models, tmp_path, monkeypatch, "auto" if (page, text) == BLOCKS[0] else "last")
     (tmp_path / "claims.txt").write_bytes(inputs.read_bytes())

@@ -4,7 +4,6 @@ A neuron there recognises what a prompt is about, whatever its wording; so it ge
 differently, which one in the last layer does not.
 """
 
-import dataclasses
 import unicodedata
 import zlib
 from collections.abc import Mapping, Sequence
@@ -50,7 +49,6 @@ __all__ = [
     "fit_keys",
     "fit_subjects",
     "lanes_together",
-    "raise_thresholds_of_many",
     "read_subjects",
     "rounds_products",
     "subject_layer",
@@ -251,8 +249,9 @@ def read_subjects(
     avoid = np.concatenate([avoid, avoid[spelt]])
     asks, of = np.concatenate([asks, asks[spelt]]), np.concatenate([groups[lanes], of])
     many = len(lanes) + int((previous.subjects >= 0).sum()) >= settings.key_raise_from
-    settled = raise_thresholds_of_many(settings) if many else settings
-    keys = _recognised(known, positive, of, avoid, asks, negative, answer, settled, len(spelt), mesh_of(model.params))
+    keys = _recognised(
+        known, positive, of, avoid, asks, negative, answer, settings, len(spelt), mesh_of(model.params), many
+    )
     return Subjects(
         model, layer, settings, lanes, rows.prompts, rows.neutral, groups, queries, keys, positions, start,
         _unheard(keys, otherwise, spelt, settings.plateau),
@@ -296,12 +295,13 @@ def _previous_queries(previous: PreviousEdits) -> tuple[np.ndarray, np.ndarray]:
 
 def _recognised(
     known: ModelMemory, positive: np.ndarray, groups: np.ndarray, avoid: np.ndarray, asks: np.ndarray,
-    negative: np.ndarray, answer: np.ndarray, settings: SubjectSettings, spelt: int = 0, mesh: Mesh | None = None
+    negative: np.ndarray, answer: np.ndarray, settings: SubjectSettings, spelt: int = 0, mesh: Mesh | None = None,
+    many: bool = False,
 ) -> Recognised:  # fmt: skip
     """The keys of some subjects, silent on ``negative [rows, d]`` but for rows of their own group.
 
     ``avoid [lanes, rows, d]`` is not a number for lanes that avoid nothing; ``asks [lanes]`` says which ask a question.
-    The last ``spelt`` are other spellings.
+    The last ``spelt`` are other spellings; ``many`` says whether they are of one edit among many.
     """
     lanes = len(positive)
     # The subjects' own contexts tell more than the general ones, the more of them there are; even those of one
@@ -311,6 +311,8 @@ def _recognised(
     floor = np.where(asks, settings.question_floor, settings.key_floor).astype(np.float32)
     floor[lanes - spelt :] = np.maximum(floor[lanes - spelt :], settings.spelling_floor)
     split = np.where(asks, settings.question_split, settings.key_split).astype(np.float32)
+    if many:
+        floor, split = (part + np.float32(settings.key_raise) * (1 - part) for part in (floor, split))
     strength = np.where(asks, settings.question_avoidance, settings.key_avoidance).astype(np.float32)
     avoid = np.where(np.isnan(avoid), np.asarray(memory.mean, np.float32), avoid)
     memory = extend(memory, negative, answer, power_of_two(len(negative), 64))
@@ -320,23 +322,6 @@ def _recognised(
     lanewise = repeat([part[index] for part in (positive, groups, floor, split, avoid, strength)], mesh)
     keys = fit_keys(*lanewise, divided(memory, mesh), rounds=settings.key_rounds)
     return jax.tree.map(lambda leaf: host(leaf)[:lanes], keys)
-
-
-def raise_thresholds_of_many(settings: SubjectSettings) -> SubjectSettings:
-    """The settings of one edit among many: each threshold nearer to the edit's own queries, ``t + r·(1 − t)``.
-
-    Args:
-        settings: those of a single edit; ``r`` is their ``key_raise``.
-
-    Example:
-        >>> many = raise_thresholds_of_many(SubjectSettings(key_floor=0.7, key_split=0.4, key_raise=0.2))
-        >>> round(many.key_floor, 2), round(many.key_split, 2)
-        (0.76, 0.52)
-    """
-    names = ("key_floor", "key_split", "spelling_floor", "question_floor", "question_split")
-    raised = {name: getattr(settings, name) for name in names}
-    raised = {name: value + settings.key_raise * (1 - value) for name, value in raised.items()}
-    return dataclasses.replace(settings, **raised)
 
 
 def fit_subjects(
