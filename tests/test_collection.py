@@ -7,9 +7,10 @@ import pytest
 from conftest import make_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_families import tiny_model as tiny_model_of
 
 from tpatch_jax.models import collection, networks
-from tpatch_jax.models.collection import collect
+from tpatch_jax.models.collection import collect, collect_once
 from tpatch_jax.models.rows import tokens_array
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -101,3 +102,44 @@ def test_beginnings_are_run_once_and_only_if_worth_it(tiny_model, monkeypatch):
     calls.clear()
     collect(tiny_model, rows, [[1, 4]] * len(rows), 2, begins=[[7, 8, 9]])
     assert not calls
+
+
+@given(st.data())
+def test_texts_that_begin_others_are_read_in_them(tiny_model, data):
+    stem = data.draw(tokens(2, SPARE))
+    ends = data.draw(st.lists(tokens(0, 3), min_size=4, max_size=4))
+    rows = [[*stem, *end] for end in ends] + [stem, stem, data.draw(tokens(1, SPARE)), [5]]
+    every = [range(len(row)) for row in rows]
+    some = [sorted(data.draw(st.sets(st.sampled_from(list(span))))) for span in every]
+    for positions in (every, some):
+        once = collect_once(tiny_model, rows, positions, 1)
+        for array, expected in zip(once, collect(tiny_model, rows, positions, 1), strict=True):
+            np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_token_is_read_once(tiny_model, monkeypatch):
+    read = []
+
+    def counted(model, rows, positions, layer, progress=None):
+        read.extend(map(list, rows))
+        return collect(model, rows, positions, layer, progress)
+
+    monkeypatch.setattr(collection, "collect", counted)
+    done = []
+    # the prompt of two answers, of which one has a single token; and what stands behind the last position
+    rows = [[1, 2, 3, 9], [1, 2, 3, 7, 8], [4, 5, 6], [4, 5, 6]]
+    sites = collect_once(tiny_model, rows, [[2], [2, 3], [0, 1], []], 0, done.append)
+    assert sorted(read) == [[1, 2, 3, 7], [4, 5]]
+    assert len(sites.query) == 5
+    assert np.array_equal(sites.query[0], sites.query[1])
+    assert done[-1] == 4
+    read.clear()
+    assert collect_once(tiny_model, [[1, 2]], [[]], 0).query.shape == (0, tiny_model.config.hidden_size)
+    assert read == []
+
+
+def test_an_encoders_texts_are_read_whole():
+    encoder = tiny_model_of("bert")
+    rows = [[1, 2, 3], [1, 2, 3, 4]]
+    once, whole = (one(encoder, rows, [[0], [0]], 1) for one in (collect_once, collect))
+    assert np.array_equal(once.query, whole.query)

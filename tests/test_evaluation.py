@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import same
+from conftest import make_tiny_model, same
 
 from tpatch_jax import EditRequest, TPatchError, edit, load_model
 from tpatch_jax.cli.eval import Eval, _Chosen, _protected
@@ -28,11 +28,21 @@ from tpatch_jax.evaluation.contamination import contaminated_probes, count_probe
 from tpatch_jax.evaluation.journal import Journal
 from tpatch_jax.evaluation.metrics import certificate
 from tpatch_jax.evaluation.pictures import draw_comparison
+from tpatch_jax.evaluation.recalled import recall_answers
 from tpatch_jax.evaluation.records import DataNotes, Probe, Record, read_counterfact, read_records
 from tpatch_jax.evaluation.report import SCHEMA, comparison, data_remarks, read_report, table
 from tpatch_jax.evaluation.runner import _content, evaluate
 from tpatch_jax.evaluation.running_text import read_windows, text_figures
-from tpatch_jax.evaluation.scoring import Base, Outcome, apply_scores, ask, base_scores, patched_scores, score
+from tpatch_jax.evaluation.scoring import (
+    Base,
+    Outcome,
+    apply_scores,
+    ask,
+    base_scores,
+    model_scores,
+    patched_scores,
+    score,
+)
 from tpatch_jax.evaluation.subject_specificity import FIGURES
 from tpatch_jax.models import networks
 from tpatch_jax.models.collection import collect
@@ -249,8 +259,11 @@ def test_scores_of_patches_equal_the_attached_model(tiny_model: Model) -> None:
         patch = some_patch(tiny_model, base, layer)
         quick = patched_scores(tiny_model, base, patch)
         plain = apply_scores(tiny_model, base, attach(tiny_model, patch, relu=True).apply)
-        assert np.allclose(quick.log_p, plain.log_p, atol=2e-5, equal_nan=True)
-        assert (quick.predicted == plain.predicted).all()
+        whole = model_scores(attach(tiny_model, patch, relu=True), base)
+        for one in (quick, whole):
+            assert np.allclose(one.log_p, plain.log_p, atol=2e-5, equal_nan=True)
+            assert (one.predicted == plain.predicted).all()
+        assert whole.fires.all()
         assert quick.fires.any()
         assert not quick.fires.all()
         # Where nothing fires, nothing changes: bit for bit the unedited model's.
@@ -303,7 +316,7 @@ def test_perplexity_equals_a_plain_loop(tiny_model: Model, tmp_path: Path) -> No
 def test_cached_base_scores_equal_uncached(tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, fresh = tiny_base(tiny_model)
     _, kept = tiny_base(tiny_model, cache=tmp_path)
-    monkeypatch.setattr("tpatch_jax.evaluation.scoring.collect", None)  # The model is not run again.
+    monkeypatch.setattr("tpatch_jax.evaluation.scoring.collect_once", None)  # The model is not run again.
     _, recalled = tiny_base(tiny_model, cache=tmp_path)
     for base in (kept, recalled):
         assert same(base[1:], fresh[1:])
@@ -312,6 +325,37 @@ def test_cached_base_scores_equal_uncached(tiny_model: Model, tmp_path: Path, mo
     monkeypatch.undo()
     _, again = tiny_base(tiny_model, cache=tmp_path)
     assert same(again[1:], fresh[1:])
+
+
+def test_what_the_unedited_model_answers_is_asked_once(tiny_model: Model, tmp_path: Path) -> None:
+    asked, rows = [], [[1, 2], [3]]
+
+    def answer() -> list[list[int]]:
+        asked.append(1)
+        return [[7, 8], []]
+
+    for _ in range(2):
+        assert recall_answers(tmp_path, tiny_model, "facts", rows, answer) == [[7, 8], []]
+    assert len(asked) == 1
+    # another way of asking, other prompts, another model, no folder: asked again
+    other = make_tiny_model(5)
+    for place, model, kind, some in (
+        (tmp_path, tiny_model, "questions", rows),
+        (tmp_path, tiny_model, "facts", [[1, 2], [4]]),
+        (tmp_path, other, "facts", rows),
+        (None, tiny_model, "facts", rows),
+    ):
+        recall_answers(place, model, kind, some, answer)
+    assert len(asked) == 5
+    # what an edited model says is never kept, and a file that was cut is written anew
+    patched = attach(tiny_model, some_patch(tiny_model, tiny_base(tiny_model)[1], 1))
+    before = sorted((tmp_path / "answers").iterdir())
+    recall_answers(tmp_path, patched, "facts", rows, answer)
+    assert sorted((tmp_path / "answers").iterdir()) == before
+    for file in before:
+        file.write_text(file.read_text("utf-8")[:5], "utf-8")
+    assert recall_answers(tmp_path, tiny_model, "facts", rows, answer) == [[7, 8], []]
+    assert len(asked) == 7
 
 
 def check_records(model: Model, folder: Path, records: Sequence[Record], shown: str) -> None:

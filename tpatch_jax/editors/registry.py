@@ -47,14 +47,14 @@ class Method:
     """An editing method as `tpatch eval` uses it.
 
     How an evaluation looks at an edited model depends on what an edit is: neurons (``patches``), adapters, another
-    model (``routing``), and where none of these is given whatever `Editor.apply` says.
+    model (``routing``); where none of these is given it asks the edited ``model``, and without one `Editor.apply`.
 
     Attributes:
         name: what ``--method`` calls it.
         presets: its settings by name, each a dataclass; ``default`` is among them.
         build: ``(settings, memory text file or None, cache folder or None, progress or None) -> Editor``.
-        model: ``state -> Model``, the edited model for free generation, or the base model of a ``routing``; ``None``
-            where it is no plain model.
+        model: ``state -> Model``, the edited model, which is asked and writes freely, or the base of a ``routing``;
+            ``None`` where it is no plain model.
         save: ``state -> arrays``, what a run that is interrupted needs besides `Editor.init`.
         restore: ``(fresh state, arrays) -> state``, its inverse.
         patches: ``state -> {layer: Patch}``, where edits are neurons that add nothing below their threshold: then only

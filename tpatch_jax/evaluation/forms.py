@@ -60,6 +60,7 @@ __all__ = [
     "long_text",
     "measure_forms",
     "old_answers",
+    "question_rows",
     "questions_unchanged",
     "records_in_chat",
 ]
@@ -444,9 +445,18 @@ def answer_questions(
         questions: what is asked; by default `tpatch_jax.evaluation.chat_questions.CHAT_QUESTIONS`.
         routing: which questions another model answers.
     """
+    return write(model, question_rows(model, questions), routing, SAME_TOKENS, LANES, stops=chat_stops(model))
+
+
+def question_rows(model: Model, questions: Sequence[str] | None = None) -> list[list[int]]:
+    """What a model reads of `answer_questions`, in tokens.
+
+    Args:
+        model: a model with a chat template.
+        questions: what is asked; by default `tpatch_jax.evaluation.chat_questions.CHAT_QUESTIONS`.
+    """
     asked = CHAT_QUESTIONS if questions is None else questions
-    rows = [encode_chat(model, render_chat(model, [{"role": "user", "content": text}])) for text in asked]
-    return write(model, rows, routing, SAME_TOKENS, LANES, stops=chat_stops(model))
+    return [encode_chat(model, render_chat(model, [{"role": "user", "content": text}])) for text in asked]
 
 
 def questions_unchanged(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> float:

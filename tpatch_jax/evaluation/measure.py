@@ -10,7 +10,7 @@ from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.core.patch import Patch
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.chat import render_requests
-from tpatch_jax.models.collection import collect, predicted
+from tpatch_jax.models.collection import collect_once, predicted
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach, by_layer
 from tpatch_jax.requests import EditRequest, join_target
@@ -42,17 +42,17 @@ def predictions(
         Two arrays of token ids, text after text, position after position.
     """
     layer = model.layer(None)
-    sites = collect(model, rows, positions, layer, progress)
+    sites = collect_once(model, rows, positions, layer, progress)
     before = predicted(model, sites)
     if isinstance(patches, Model):
-        return before, predicted(patches, collect(patches, rows, positions, layer, progress))
+        return before, predicted(patches, collect_once(patches, rows, positions, layer, progress))
     layers = {} if patches is None else by_layer(model, patches)
     if not layers:
         return before, before
     if set(layers) == {layer}:
         return before, predicted(model, sites, layers[layer])
     model = attach(model, layers)
-    return before, predicted(model, collect(model, rows, positions, layer, progress))
+    return before, predicted(model, collect_once(model, rows, positions, layer, progress))
 
 
 @automatically

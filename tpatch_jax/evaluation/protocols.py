@@ -9,6 +9,7 @@ never reset. SR and GR are measured right after each edit, everything else after
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,7 @@ from tpatch_jax.evaluation.generated import answers, continuations, sentences
 from tpatch_jax.evaluation.image_firing import image_firing
 from tpatch_jax.evaluation.journal import Journal
 from tpatch_jax.evaluation.metrics import Score
+from tpatch_jax.evaluation.recalled import recall_answers
 from tpatch_jax.evaluation.records import Probe, Record
 from tpatch_jax.evaluation.running_text import text_figures
 from tpatch_jax.evaluation.scoring import (
@@ -43,6 +45,7 @@ from tpatch_jax.evaluation.scoring import (
     acts_forward,
     adapted_scores,
     apply_scores,
+    model_scores,
     patched_scores,
     routed_scores,
     score,
@@ -118,6 +121,7 @@ class Setup(NamedTuple):
         facts: other facts about the edited subjects, record after record.
         told: what the unedited model says to each, in tokens.
         forms: what is asked freely, form by form.
+        cache: folder where the unedited model's answers are kept, if they are.
     """
 
     model: Model
@@ -136,6 +140,7 @@ class Setup(NamedTuple):
     facts: Sequence[OtherFact] = ()
     told: Sequence[Sequence[int]] = ()
     forms: Forms = Forms()
+    cache: Path | None = None
 
 
 class Edited(NamedTuple):
@@ -174,6 +179,8 @@ def _look(setup: Setup, edited: Edited, base: Base, texts: Sequence[int] | None 
         return patched_scores(setup.model, base, patches, texts)
     if adapters is not None and acts_forward(setup.model):
         return adapted_scores(setup.model, base, adapters, texts)
+    if (model := edited.model) is not None:
+        return model_scores(model, base, texts)
     return apply_scores(setup.model, base, partial(edited.editor.apply, edited.state), texts)
 
 
@@ -268,7 +275,13 @@ def _free(setup: Setup, numbers: Sequence[int], model: Model | None, routing: Ro
         return {}
     of_records: dict[int, Lines] = {}
     for seed in (None, *(forms.seed + number for number in range(forms.samples))):
-        lines = compare_forms(setup.model, prompts, answer_forms(model, prompts, routing, seed=seed))
+        ask = partial(answer_forms, model, prompts, routing, seed=seed)
+        if model is setup.model and routing is None:
+            asked = [[prompt.chat, prompt.row] for prompt in prompts]
+            said = recall_answers(setup.cache, model, f"forms, seed {seed}", asked, ask)
+        else:
+            said = ask()
+        lines = compare_forms(setup.model, prompts, said)
         for prompt, line in zip(prompts, lines, strict=True):
             of_records.setdefault(prompt.number, []).append(line if seed is None else {**line, "seed": seed})
     return of_records

@@ -29,11 +29,13 @@ from tpatch_jax.evaluation.forms import (
     is_chat,
     long_text,
     old_answers,
+    question_rows,
     records_in_chat,
 )
 from tpatch_jax.evaluation.generated import sentences
 from tpatch_jax.evaluation.journal import Journal, finish_report, open_report
 from tpatch_jax.evaluation.protocols import ACCURACY, ELSEWHERE, MOMENTS, PROTOCOLS, SAID, Forms, Setup, unedited
+from tpatch_jax.evaluation.recalled import recall_answers
 from tpatch_jax.evaluation.records import Probe, Record
 from tpatch_jax.evaluation.report import SCHEMA, write_report
 from tpatch_jax.evaluation.running_text import WINDOW, patch_figures, read_windows, text_figures
@@ -346,7 +348,11 @@ def _forms(setup: Setup, forms: Sequence[str], text: str | Path | None, samples:
     prompts = form_prompts(
         model, requests, forms, long=before, old=old_answers(requests, told, known), numbers=[n for n, _ in edits]
     )
-    questions = answer_questions(model) if any(map(is_chat, forms)) else []
+    questions: list[list[int]] = []
+    if any(map(is_chat, forms)):
+        questions = recall_answers(
+            setup.cache, model, "questions", question_rows(model), lambda: answer_questions(model)
+        )
     return Forms(prompts, samples, seed, questions)
 
 
@@ -400,10 +406,14 @@ def _prepare(
     index = {probe: number for number, probe in enumerate(probes)}
     asked = render_requests(model, [request for record in records[:SAID] for request in record.requests])
     prompts = [request.prompt for request in asked]
-    texts = iter(sentences(model, prompts))
+    told = recall_answers(
+        place, model, "sentences", [model.encode(prompt) for prompt in prompts], lambda: sentences(model, prompts)
+    )
+    texts = iter(told)
     said = [[next(texts) for _ in record.requests] for record in records[:SAID]]
+    known = recall_answers(place, model, "facts", [fact.row for fact in facts], lambda: continue_facts(model, facts))
     shared = (model, records, train, held_out, base, index, running, rng, contaminated)
-    return Setup(*shared, generate, every, tell, said, facts, continue_facts(model, facts))
+    return Setup(*shared, generate, every, tell, said, facts, known, cache=place)
 
 
 def _activation(model: Model, methods: Sequence[Method], used: Mapping[str, Any]) -> str | None:

@@ -7,8 +7,7 @@ import numpy as np
 from tpatch_jax.core.layers import LayerPatches
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.metrics import certificate, next_token_agreement, perplexity
-from tpatch_jax.evaluation.scoring import Base, Outcome, ScoredPrompts, apply_scores, patched_scores
-from tpatch_jax.models import networks
+from tpatch_jax.evaluation.scoring import Base, Outcome, ScoredPrompts, model_scores, patched_scores
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
 from tpatch_jax.storage.reading import read_text
@@ -90,8 +89,7 @@ def patch_figures(model: Model, base: Base, patches: LayerPatches) -> dict[str, 
         The figures of `text_figures`, with ``perplexity_unedited``, ``perplexity_ratio``, the edited model's over it,
         and ``next_tokens_unchanged``, the share of positions whose likeliest next token stays.
     """
-    edited = attach(model, patches)
-    said = apply_scores(model, base, lambda batch: networks.apply(edited.config, edited.params, batch))
+    said = model_scores(attach(model, patches), base)
     # Where a neuron is above its threshold; an activation other than ReLU leaks a hair below it.
     acts = patched_scores(model, base, patches)
     figures = text_figures(base, said._replace(fires=acts.fires, here=acts.here))

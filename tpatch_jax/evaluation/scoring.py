@@ -34,7 +34,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.metrics import Score
 from tpatch_jax.evaluation.records import Probe
 from tpatch_jax.models import networks
-from tpatch_jax.models.collection import Sites, batches, collect, pad_rows
+from tpatch_jax.models.collection import Sites, batches, collect_once, pad_rows
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.model import Model
@@ -55,6 +55,7 @@ __all__ = [
     "ask",
     "base_scores",
     "correct_outputs",
+    "model_scores",
     "patched_scores",
     "read_scores",
     "routed_scores",
@@ -255,7 +256,7 @@ def base_scores(
         recalled = _recall(folder, asked)
         if recalled is not None:
             return recalled
-    sites = collect(model, asked.rows, asked.positions, model.layer(None), tell)
+    sites = collect_once(model, asked.rows, asked.positions, model.layer(None), tell)
     query, output, residual = (np.asarray(array, np.float32) for array in sites)
     log_p, predicted = _read_all(model, residual, output, asked.wanted)
     if folder is not None:
@@ -385,11 +386,14 @@ def _reached_scores(
     for first in range(0, len(texts), TEXTS_AT_ONCE):
         part = texts[first : first + TEXTS_AT_ONCE]
         rows = [asked.rows[text] for text in part]
+        if acts_forward(model):
+            # What acts behind the last position that counts reaches none of them.
+            rows = [row[: asked.positions[text].stop] for row, text in zip(rows, part, strict=True)]
         ends = np.cumsum([0, *map(len, rows)])
         fired = np.zeros(ends[-1], bool)
         # As long as nothing acted on the unedited trace of any layer, the edited trace is the unedited one.
         for layer in layers:
-            fired |= acts(layer, collect(model, rows, [range(len(row)) for row in rows], layer))
+            fired |= acts(layer, collect_once(model, rows, [range(len(row)) for row in rows], layer))
         for number, text in enumerate(part):
             at_tokens, places = fired[ends[number] : ends[number + 1]], list(asked.positions[text])
             span = slice(asked.starts[text], asked.starts[text + 1])
@@ -399,7 +403,7 @@ def _reached_scores(
                 touched.append(text)
     if touched:
         rows, positions = [asked.rows[text] for text in touched], [asked.positions[text] for text in touched]
-        sites = collect(edited, rows, positions, model.layer(None))
+        sites = collect_once(edited, rows, positions, model.layer(None))
         places = _of(asked, touched)
         reached = fires[places]
         residual, output = (np.asarray(array, np.float32)[reached] for array in (sites.residual, sites.output))
@@ -441,6 +445,29 @@ def apply_scores(
     return Outcome(np.where(asked.wanted < 0, np.float32(np.nan), log_p), predicted, fires, fires.copy())
 
 
+def model_scores(edited: Model, base: Base, texts: Sequence[int] | None = None) -> Outcome:
+    """What an edited model says: like `apply_scores`, with logits of the positions alone that are looked at.
+
+    Args:
+        edited: the edited model.
+        base: what the unedited model says.
+        texts: which texts are looked at; all by default.
+
+    Returns:
+        The `Outcome`; every position looked at counts as one on which something fires.
+    """
+    asked = base.asked
+    chosen = list(range(len(asked.rows)) if texts is None else texts)
+    log_p, predicted, fires, _ = (array.copy() for array in base.outcome)
+    rows, positions = [asked.rows[text] for text in chosen], [asked.positions[text] for text in chosen]
+    sites = collect_once(edited, rows, positions, edited.layer(None))
+    residual, output = (np.asarray(array, np.float32) for array in (sites.residual, sites.output))
+    places = _of(asked, chosen)
+    log_p[places], predicted[places] = _read_all(edited, residual, output, asked.wanted[places])
+    fires[places] = True
+    return Outcome(log_p, predicted, fires, fires.copy())
+
+
 def routed_scores(base: Base, routing: Routing, texts: Sequence[int] | None = None, whole: bool = False) -> Outcome:
     """What is said where another model answers what is in the scope of an edit; the rest stays as it was, bit for bit.
 
@@ -463,7 +490,7 @@ def routed_scores(base: Base, routing: Routing, texts: Sequence[int] | None = No
     if routed:
         rows = [row for _, _, row in read if not other.excess(row, ())]
         positions = [range(p.start + len(c), p.stop + len(c)) for t, c in routed for p in [asked.positions[t]]]
-        sites = collect(other, rows, positions, other.layer(None))
+        sites = collect_once(other, rows, positions, other.layer(None))
         places = _of(asked, [text for text, _ in routed])
         residual, output = (np.asarray(array, np.float32) for array in (sites.residual, sites.output))
         log_p[places], predicted[places] = _read_all(other, residual, output, asked.wanted[places])

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ __all__ = [
     "Sites",
     "batches",
     "collect",
+    "collect_once",
     "joined",
     "pad_rows",
     "predict_sites",
@@ -178,6 +180,53 @@ def collect(
         if progress:
             progress(done)
     return Sites(*arrays)
+
+
+def collect_once(
+    model: Model,
+    rows: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    layer: int,
+    progress: Callable[[int], None] | None = None,
+) -> Sites:
+    """The same where many texts are alike: a text with which another one begins is read in that one.
+
+    A decoder's tokens see none after them. So nothing behind the last position is read either, and the prompt of
+    several answers is read once.
+
+    Args:
+        model: the model.
+        rows: token ids of each text.
+        positions: which positions of each text to keep, in their order.
+        layer: where to cut.
+        progress: called with the number of texts done.
+
+    Returns:
+        The `Sites`, as `collect` returns them.
+    """
+    config = model.config
+    whole = any(isinstance(token, EmbeddedToken) for row in rows for token in row)
+    if config.architecture != "decoder" or not networks.pointwise(config) or whole:
+        return collect(model, rows, positions, layer, progress)
+    needed = [tuple(row[: places[-1] + 1]) if len(places) else () for row, places in zip(rows, positions, strict=True)]
+    order = sorted(range(len(rows)), key=needed.__getitem__)
+    reader = list(range(len(rows)))
+    # In this order a text stands right before those that begin with it.
+    for number, following in reversed([*pairwise(order)]):
+        if needed[following][: len(needed[number])] == needed[number]:
+            reader[number] = reader[following]
+    read = [number for number in sorted(set(reader)) if needed[number]]
+    wanted: dict[int, set[int]] = {number: set() for number in read}
+    for number, places in enumerate(positions):
+        if len(places):
+            wanted[reader[number]].update(places)
+    kept = [sorted(wanted[number]) for number in read]
+    report = progress and (lambda done: progress(done * len(rows) // len(read)))
+    sites = collect(model, [needed[number] for number in read], kept, layer, report)
+    starts = np.cumsum([0, *map(len, kept)])
+    at = {(number, place): starts[n] + m for n, number in enumerate(read) for m, place in enumerate(kept[n])}
+    picked = np.asarray([at[reader[n], place] for n, places in enumerate(positions) for place in places], int)
+    return Sites(*(array[picked] for array in sites))
 
 
 def _traced(
