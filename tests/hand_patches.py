@@ -50,3 +50,13 @@ def saved_folder(folder: Path, model: Model, requests: Sequence[EditRequest], pa
     info = request_info(requests, [[number] for number in range(len(requests))], model.config.layers - 1)
     save_patches(folder, model, patch, requests, info)
     return folder
+
+
+def with_outliers(model: Model) -> Model:
+    """The model with a few weights in its last layer that are far larger than all others, as trained ones have them."""
+    layers = dict(model.params["layers"])
+    network = dict(layers[2]["ffn"])
+    for name in ("gate", "down"):
+        network[name] = {**network[name], "kernel": network[name]["kernel"].at[3, 5].set(8.0)}
+    layers[2] = {**layers[2], "ffn": network}
+    return model.with_params({**model.params, "layers": layers})

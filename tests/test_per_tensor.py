@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_tiny_model, write_tiny_folder
-from hand_patches import saved_folder, spoken_patch
+from hand_patches import saved_folder, spoken_patch, with_outliers
 from tiny_families import tiny_model
 
 from tpatch_jax.cli import main as cli
@@ -23,7 +23,7 @@ from tpatch_jax.core.per_tensor import (
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.checkpoints.export import export_model
 from tpatch_jax.models.checkpoints.outliers import activation_sizes, spread_outliers
-from tpatch_jax.models.model import Model, load_model
+from tpatch_jax.models.model import load_model
 from tpatch_jax.models.patching import merge
 from tpatch_jax.models.shapes import merged_neurons
 from tpatch_jax.requests import EditRequest
@@ -158,16 +158,6 @@ def test_neurons_share_a_hidden_value_that_would_set_the_scale_of_all():
 
 
 REQUESTS = [EditRequest("the hen", "q", join="none", id="hen"), EditRequest("a big cat", "x", join="none", id="cat")]
-
-
-def with_outliers(model: Model) -> Model:
-    """The model with a few weights in its last layer that are far larger than all others, as trained ones have them."""
-    layers = dict(model.params["layers"])
-    network = dict(layers[2]["ffn"])
-    for name in ("gate", "down"):
-        network[name] = {**network[name], "kernel": network[name]["kernel"].at[3, 5].set(8.0)}
-    layers[2] = {**layers[2], "ffn": network}
-    return model.with_params({**model.params, "layers": layers})
 
 
 def test_what_matrices_read_is_divided_by_powers_of_two_where_that_costs_least():

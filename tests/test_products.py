@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from tpatch_jax.core import products
-from tpatch_jax.core.products import has_matrix_units, in_float32, round_matrices, round_products
+from tpatch_jax.core.products import (
+    has_matrix_units,
+    in_float32,
+    round_inputs,
+    round_matrices,
+    round_products,
+    round_tensor,
+)
 
 
 def draw(seed: int, *shape: int) -> jax.Array:
@@ -154,3 +161,32 @@ def test_an_accelerator_says_what_it_has(monkeypatch, backend, capability, expec
         assert has_matrix_units() is expected
     finally:
         has_matrix_units.cache_clear()
+
+
+def test_an_array_in_equal_steps_of_which_zero_is_one():
+    x = np.asarray(X)
+    step = (x.max() - x.min()) / 127
+    low = np.round(-x.min() / step)
+    wanted = (np.clip(np.round(x / step) + low, 0, 127) - low) * step
+    for round_one in (round_tensor, jax.jit(round_tensor)):
+        assert close(round_one(X, 127.0), jnp.asarray(wanted))
+    assert np.array_equal(round_tensor(X, 0.0), X)
+    assert np.array_equal(round_tensor(jnp.zeros(3), 127.0), jnp.zeros(3))
+    # all above zero: zero is a step all the same
+    assert round_tensor(jnp.array([2.0, 4.0]), 4.0).tolist() == [2.0, 4.0]
+    each = jax.vmap(lambda row: round_tensor(row, 7.0))(X)
+    assert close(each, jnp.stack([round_tensor(row, 7.0) for row in X]))
+
+
+def test_what_matrices_read_is_rounded_and_nothing_else():
+    rows = X[None]
+
+    def attend(x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ W) @ V + jnp.sum(x @ x.swapaxes(1, 2))
+
+    def by_hand(x: jax.Array) -> jax.Array:
+        return round_tensor(jnp.tanh(round_tensor(x, 15.0) @ W), 15.0) @ V + jnp.sum(x @ x.swapaxes(1, 2))
+
+    assert close(round_inputs(attend, 15.0)(rows), by_hand(rows))
+    assert close(jax.jit(lambda x: round_inputs(attend, 15.0)(x))(rows), by_hand(rows))
+    assert close(round_inputs(attend, 0.0)(rows), attend(rows))

@@ -1,4 +1,5 @@
-"""Products of rounded numbers with exact sums: what processors with units for matrices do several times as fast.
+"""Products of rounded numbers with exact sums: what processors with units for matrices do several times as fast, and
+what is left of a network whose activations somebody rounds.
 
 A processor's matrix unit multiplies numbers of 8 significant bits (bfloat16) and sums in float32. XLA uses it on a CPU
 where both factors of a product are bfloat16 and its result is float32, and only there: a function that is written for
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float
 from tpatch_jax.core.int8 import is_int8
 from tpatch_jax.typing import Params
 
-__all__ = ["has_matrix_units", "in_float32", "round_matrices", "round_products"]
+__all__ = ["has_matrix_units", "in_float32", "round_inputs", "round_matrices", "round_products", "round_tensor"]
 
 CPU_FACTS = Path("/proc/cpuinfo")
 """Where Linux says what a processor has."""
@@ -97,17 +98,70 @@ def round_products(function: Callable[P, R]) -> Callable[P, R]:
 
     Source: Micikevicius et al. 2018 for mixed precision; Kalamkar et al. 2019 for bfloat16.
     """
+    return _with_products(function, lambda params, *factors: _product(*_dimensions(params), *factors))
+
+
+def round_inputs(function: Callable[P, R], levels: Float[Array, ""] | float) -> Callable[P, R]:
+    """The same function as dynamic quantisation has it: what a matrix is multiplied with is rounded, `round_tensor`.
+
+    Args:
+        function: of pytrees of arrays; pure. Activations have a leading axis of their own, matrices have none, and so
+            the factor with more axes is what is rounded; where both have two, none is.
+        levels: steps from the smallest to the largest number of a factor; 0 leaves all as they are.
+
+    Example:
+        >>> matrix, inputs = jnp.eye(2), jnp.array([[[0.0, 0.4], [1.0, 0.7]]])
+        >>> round_inputs(jnp.matmul, 2)(inputs, matrix).tolist()
+        [[[0.0, 0.5], [1.0, 0.5]]]
+    """
+
+    def multiply(params: dict[str, Any], left: Array, right: Array) -> Array:
+        left = round_tensor(left, levels) if left.ndim > right.ndim else left
+        right = round_tensor(right, levels) if right.ndim > left.ndim else right
+        return dot_general_p.bind(left, right, **params)
+
+    return _with_products(function, multiply)
+
+
+def round_tensor(x: Float[Array, "..."], levels: Float[Array, ""] | float) -> Float[Array, "..."]:
+    """An array in equal steps from its smallest number to its largest, of which zero is one.
+
+    ``q = clip(round(x/s) + z, 0, levels) - z``, times ``s = (max - min)/levels``, with ``z = round(-min/s)``.
+
+    Args:
+        x: the array, which one scale serves.
+        levels: how many steps; 0 leaves it as it is.
+
+    Example:
+        >>> round_tensor(jnp.array([0.0, 0.3, 1.0]), 2).tolist()
+        [0.0, 0.5, 1.0]
+
+    Source: Jacob et al. 2018, section 2.1; torch has 127 levels by default, onnxruntime 255.
+    """
+    low, high = jnp.minimum(jnp.min(x), 0), jnp.maximum(jnp.max(x), 0)
+    step = (high - low) / jnp.maximum(levels, 1)
+    step = jnp.where(step > 0, step, 1)
+    zero = jnp.round(-low / step)
+    rounded = (jnp.clip(jnp.round(x / step) + zero, 0, levels) - zero) * step
+    return jnp.where(jnp.asarray(levels) > 0, rounded, x)
+
+
+Multiply = Callable[[dict[str, Any], Array, Array], Array]
+
+
+def _with_products(function: Callable[P, R], multiply: Multiply) -> Callable[P, R]:
+    """The same function, its products without batches computed by another one."""
 
     def rounded(*args: P.args, **kwargs: P.kwargs) -> R:
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
-        results = _evaluate(closed, jax.tree.leaves((args, kwargs)))
+        results = _evaluate(closed, jax.tree.leaves((args, kwargs)), multiply)
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return rounded
 
 
-def _evaluate(closed: core.ClosedJaxpr, args: list[Any]) -> list[Any]:
-    """Run a traced function, its products rounded."""
+def _evaluate(closed: core.ClosedJaxpr, args: list[Any], multiply: Multiply) -> list[Any]:
+    """Run a traced function, its products computed by another one."""
     jaxpr = closed.jaxpr
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
 
@@ -117,11 +171,11 @@ def _evaluate(closed: core.ClosedJaxpr, args: list[Any]) -> list[Any]:
     for equation in jaxpr.eqns:
         primitive, params, inputs = equation.primitive, equation.params, read(equation.invars)
         if primitive is dot_general_p and _is_rounded(params, *inputs):
-            results = [_product(params["dimension_numbers"], params["out_sharding"], *inputs)]
+            results = [multiply(params, *inputs)]
         elif primitive in _NESTED:
             inner = params[_NESTED[primitive]]
             inner = inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
-            results = _evaluate(inner, inputs)
+            results = _evaluate(inner, inputs, multiply)
         else:
             results = _bind(primitive, params, inputs)
         known.update(zip(equation.outvars, results, strict=True))
@@ -134,6 +188,10 @@ def _bind(primitive: core.Primitive, params: dict[str, Any], inputs: list[Any]) 
     functions, named = bound if isinstance(bound, tuple) else ((), bound)
     results: Any = primitive.bind(*functions, *inputs, **named)
     return results if primitive.multiple_results else [results]
+
+
+def _dimensions(params: dict[str, Any]) -> tuple[Any, Any]:
+    return params["dimension_numbers"], params["out_sharding"]
 
 
 def _is_rounded(params: dict[str, Any], left: Array, right: Array) -> bool:

@@ -29,6 +29,7 @@ from tpatch_jax.models.chat import render_request
 from tpatch_jax.models.checkpoints import folder as checkpoint
 from tpatch_jax.models.checkpoints.layout import flatten
 from tpatch_jax.models.checkpoints.outliers import spread_outliers
+from tpatch_jax.models.checkpoints.rounded_edits import round_weights, strengthen_edits
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.families.family import is_longrope
@@ -727,8 +728,26 @@ def _safe_per_tensor(
     merged = base.with_params({**base.params, "layers": layers})
     texts = [*fitted[:OUTLIER_TEXTS], *(row for row, _ in asked)]
     split, added = spread_outliers(merged, texts, common_width(merged))
+    split = strengthen_edits(split, _patch_neurons(base, merged, split), asked, progress)
     error = _error(model, split, measured, requests, asked)
-    return _Safe(merged, split, added, error, *requests_said(_rounded_per_tensor(split), requests, asked))
+    return _Safe(merged, split, added, error, *requests_said(round_weights(split), requests, asked))
+
+
+def _patch_neurons(base: Model, merged: Model, split: Model) -> dict[int, np.ndarray]:
+    """The neurons of patches by layer, and those that take a part of one: these have its column in ``gate``."""
+    neurons = {}
+    for layer, entry in merged.params["layers"].items():
+        width, wider = (ffn.width(each["ffn"]) for each in (base.params["layers"][layer], entry))
+        if wider > width:
+            places = np.arange(width, wider)
+            network = split.params["layers"][layer]["ffn"]
+            if "gate" in network:
+                columns = np.asarray(network["gate"]["kernel"], np.float32).T
+                known = {column.tobytes() for column in columns[places]}
+                added = [n for n in range(wider, len(columns)) if columns[n].tobytes() in known]
+                places = np.append(places, np.asarray(added, int))
+            neurons[layer] = places
+    return neurons
 
 
 def _firing(patch: Patch, query: Any) -> Float[np.ndarray, "neurons d"]:
@@ -737,21 +756,6 @@ def _firing(patch: Patch, query: Any) -> Float[np.ndarray, "neurons d"]:
     inputs = rows @ key.T + np.asarray(patch.bias, np.float32)
     # Two neurons of one key, whose response together is level, have their largest input at the same query.
     return np.where(inputs.max(0)[:, None] > 0, rows[inputs.argmax(0)], np.nan)
-
-
-def _rounded_per_tensor(model: Model) -> Model:
-    """The model with the matrices of its layers rounded to INT8, one scale each."""
-
-    def rounded(entry: Any) -> Any:
-        if not isinstance(entry, Mapping):
-            return entry
-        result = {name: rounded(part) for name, part in entry.items()}
-        if "kernel" in entry:
-            scale = jnp.max(jnp.abs(entry["kernel"])) / 127
-            result["kernel"] = jnp.where(scale > 0, jnp.round(entry["kernel"] / scale) * scale, entry["kernel"])
-        return result
-
-    return model.with_params({**model.params, "layers": rounded(model.params["layers"])})
 
 
 def constant_direction(
