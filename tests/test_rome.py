@@ -26,7 +26,14 @@ from tpatch_jax.editors.rome.memit import MemitSettings, memit, memit_layers, me
 from tpatch_jax.editors.rome.rank_one import damped, distribute_update, rank_one
 from tpatch_jax.editors.rome.rome import R_ROME_PRESETS, ROME_PRESETS, RomeSettings, find_update, rome, rome_layer
 from tpatch_jax.editors.rome.state import Attempt, RomeState, edited, report, restore, save, says
-from tpatch_jax.editors.rome.subject_value import OffsetInfo, ValueSettings, fork_requests, train_offsets, value_rows
+from tpatch_jax.editors.rome.subject_value import (
+    OffsetInfo,
+    ValueSettings,
+    fork_requests,
+    round_network,
+    train_offsets,
+    value_rows,
+)
 from tpatch_jax.evaluation.runner import evaluate
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
@@ -245,6 +252,19 @@ def test_an_offset_is_clamped_and_stops_when_it_is_enough(tiny_model: Model) -> 
     assert not offsets.any()
 
 
+def test_products_of_bfloat16_give_nearly_the_same_offset_and_are_asked_for(tiny_model: Model) -> None:
+    item = read_item(tiny_model, 0, REQUESTS[0], (), False)
+    forked = fork_requests(tiny_model, [value_rows(tiny_model, REQUESTS[0], item)], 1)
+    assert round_network(tiny_model, 1, LOOSE) is None
+    settings = LOOSE._replace(offset_precision="bfloat16", value_steps=4, value_extra_steps=0)
+    rounded = round_network(tiny_model, 1, settings)
+    offsets, near = (
+        train_offsets(tiny_model, forked, jnp.asarray([2.0]), settings, rounded=network)[0]
+        for network in (None, rounded)
+    )
+    assert 0 < relative(near[0], offsets[0]) < 0.1
+
+
 def test_only_a_target_that_is_not_reached_takes_extra_steps(tiny_model: Model) -> None:
     item = read_item(tiny_model, 0, REQUESTS[0], (), False)
     forked = fork_requests(tiny_model, [value_rows(tiny_model, REQUESTS[0], item)], 1)
@@ -459,6 +479,13 @@ def test_values_that_make_no_sense_are_named(name: str, wrong: float) -> None:
     if name != "together":
         with pytest.raises(TPatchError, match=f"{name} is {wrong}"):
             method_settings(["rome"], changes={name: wrong})
+
+
+def test_a_precision_that_does_not_exist_is_named() -> None:
+    with pytest.raises(
+        TPatchError, match="offset_precision 'float16' does not exist; use one of auto, float32, bfloat16"
+    ):
+        method_settings(["rome"], changes={"offset_precision": "float16"})
 
 
 def test_norms_behind_the_network_are_not_for_memit(letters: Path) -> None:

@@ -24,6 +24,7 @@ from tpatch_jax.core.ffn import ACTIVATIONS
 from tpatch_jax.core.fit import FitProblem, FitSettings
 from tpatch_jax.core.memory import Memory
 from tpatch_jax.core.patch import Patch
+from tpatch_jax.core.products import rounds_products
 from tpatch_jax.core.sizes import in_blocks, in_halves, in_steps, power_of_two, round_up
 from tpatch_jax.core.values import KeptRows, TargetRows
 from tpatch_jax.editors import holding, subject_rows
@@ -553,7 +554,7 @@ def _subject_programs(places: Places, edits: int, settings: TPatcherSettings, wo
     ends = sizes.sequences * sizes.ends
     read = power_of_two(workload.target, 2)
     said = (config, places.last_weights, places.stream(lanes, ends, width), places.rows((lanes, beside), jnp.int32))
-    rounded = subject_site.rounds_products(subject, config, places.dtype, has_units=True)
+    rounded = rounds_products(subject.value_precision, config.hidden_size, places.dtype, has_units=True)
     exact, after = subject_rows.runner_function(config, layer, False), networks.after(places.params, layer)
     run = Partial(subject_rows.runner_function(config, layer, False, rounded), places.matrices(after, rounded))
     problem, state = _value_structs(places, lanes, aims, beside, sizes, read, layer)

@@ -15,12 +15,27 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core.primitives import closed_call_p, dot_general_p, jit_p, remat_p
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from tpatch_jax.core.int8 import is_int8
 from tpatch_jax.typing import Params
 
-__all__ = ["has_matrix_units", "in_float32", "round_inputs", "round_matrices", "round_products", "round_tensor"]
+__all__ = [
+    "PRECISIONS",
+    "has_matrix_units",
+    "in_float32",
+    "round_inputs",
+    "round_matrices",
+    "round_products",
+    "round_tensor",
+    "rounds_products",
+]
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+"""Of the products by which values are trained."""
+
+LARGE = 256
+"""Networks this wide spend their time in products with their matrices; smaller ones gain nothing from faster ones."""
 
 CPU_FACTS = Path("/proc/cpuinfo")
 """Where Linux says what a processor has."""
@@ -50,6 +65,24 @@ def has_matrix_units() -> bool:
         return "amx_bf16" in CPU_FACTS.read_text().split()
     except OSError:
         return False
+
+
+def rounds_products(precision: str, hidden_size: int, dtype: Any, has_units: bool) -> bool:
+    """Whether values are trained with products of bfloat16, in a network that is of float32.
+
+    Args:
+        precision: one of `PRECISIONS`; ``"auto"`` leaves it to the devices and the network's width.
+        hidden_size: that width.
+        dtype: the type in which the network computes.
+        has_units: what `has_matrix_units` says of the devices.
+
+    Example:
+        >>> rounds_products("auto", 576, jnp.float32, True), rounds_products("auto", 576, jnp.float32, False)
+        (True, False)
+    """
+    if dtype != jnp.float32:
+        return False
+    return hidden_size >= LARGE and has_units if precision == "auto" else precision == "bfloat16"
 
 
 @jax.jit
@@ -101,13 +134,16 @@ def round_products(function: Callable[P, R]) -> Callable[P, R]:
     return _with_products(function, lambda params, *factors: _product(*_dimensions(params), *factors))
 
 
-def round_inputs(function: Callable[P, R], levels: Float[Array, ""] | float) -> Callable[P, R]:
+def round_inputs(
+    function: Callable[P, R], levels: Float[Array, ""] | float, valid: Bool[Array, "tokens 1"] | None = None
+) -> Callable[P, R]:
     """The same function as dynamic quantisation has it: what a matrix is multiplied with is rounded, `round_tensor`.
 
     Args:
         function: of pytrees of arrays; pure. Activations have a leading axis of their own, matrices have none, and so
             the factor with more axes is what is rounded; where both have two, none is.
         levels: steps from the smallest to the largest number of a factor; 0 leaves all as they are.
+        valid: which tokens are no padding, on the axis before the last one of all activations.
 
     Example:
         >>> matrix, inputs = jnp.eye(2), jnp.array([[[0.0, 0.4], [1.0, 0.7]]])
@@ -116,14 +152,16 @@ def round_inputs(function: Callable[P, R], levels: Float[Array, ""] | float) -> 
     """
 
     def multiply(params: dict[str, Any], left: Array, right: Array) -> Array:
-        left = round_tensor(left, levels) if left.ndim > right.ndim else left
-        right = round_tensor(right, levels) if right.ndim > left.ndim else right
+        left = round_tensor(left, levels, valid) if left.ndim > right.ndim else left
+        right = round_tensor(right, levels, valid) if right.ndim > left.ndim else right
         return dot_general_p.bind(left, right, **params)
 
     return _with_products(function, multiply)
 
 
-def round_tensor(x: Float[Array, "..."], levels: Float[Array, ""] | float) -> Float[Array, "..."]:
+def round_tensor(
+    x: Float[Array, "..."], levels: Float[Array, ""] | float, valid: Bool[Array, "..."] | None = None
+) -> Float[Array, "..."]:
     """An array in equal steps from its smallest number to its largest, of which zero is one.
 
     ``q = clip(round(x/s) + z, 0, levels) - z``, times ``s = (max - min)/levels``, with ``z = round(-min/s)``.
@@ -131,6 +169,7 @@ def round_tensor(x: Float[Array, "..."], levels: Float[Array, ""] | float) -> Fl
     Args:
         x: the array, which one scale serves.
         levels: how many steps; 0 leaves it as it is.
+        valid: which of its numbers count for the scale; all by default.
 
     Example:
         >>> round_tensor(jnp.array([0.0, 0.3, 1.0]), 2).tolist()
@@ -138,7 +177,8 @@ def round_tensor(x: Float[Array, "..."], levels: Float[Array, ""] | float) -> Fl
 
     Source: Jacob et al. 2018, section 2.1; torch has 127 levels by default, onnxruntime 255.
     """
-    low, high = jnp.minimum(jnp.min(x), 0), jnp.maximum(jnp.max(x), 0)
+    counted = x if valid is None else jnp.where(valid, x, 0)
+    low, high = jnp.minimum(jnp.min(counted), 0), jnp.maximum(jnp.max(counted), 0)
     step = (high - low) / jnp.maximum(levels, 1)
     step = jnp.where(step > 0, step, 1)
     zero = jnp.round(-low / step)

@@ -34,6 +34,7 @@ from tpatch_jax.editors.rome.subject_value import (
     ValueSettings,
     check_value,
     fork_requests,
+    round_network,
     train_offsets,
     value_rows,
 )
@@ -260,7 +261,8 @@ def find_update(model: Model, layer: int, request: EditRequest, item: Item, sett
     fork, first = forked.rows.fork, forked.rows.first[0]
     keys = ffn.hidden(network, fork.query[0, first[:-1]], model.config.activation).astype(jnp.float32)
     output = fork.output[0, first[0]].astype(jnp.float32)
-    offset, info = train_offsets(model, forked, jnp.linalg.norm(output)[None], settings)
+    rounded = round_network(model, layer, settings)
+    offset, info = train_offsets(model, forked, jnp.linalg.norm(output)[None], settings, rounded=rounded)
     return Update(jnp.mean(keys, 0), keys[0], output + jax.device_put(offset[0]), info)
 
 

@@ -15,14 +15,24 @@ import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
+from tpatch_jax.core.int8 import float_type
 from tpatch_jax.core.lanes import minimise_lanes
+from tpatch_jax.core.products import PRECISIONS, has_matrix_units, rounds_products
 from tpatch_jax.core.sizes import power_of_two, round_up
 from tpatch_jax.editors.reading import Item, subject_token
-from tpatch_jax.editors.subject_rows import ForkedRows, PromptRow, fork_rows, known_rows, prompt_row, runner
+from tpatch_jax.editors.subject_rows import (
+    ForkedRows,
+    PromptRow,
+    fork_rows,
+    known_rows,
+    prompt_row,
+    rounded_around,
+    runner,
+)
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
-from tpatch_jax.typing import Progress
+from tpatch_jax.typing import Params, Progress
 
 __all__ = [
     "Forked",
@@ -32,6 +42,7 @@ __all__ = [
     "ValueSettings",
     "check_value",
     "fork_requests",
+    "round_network",
     "train_offsets",
     "train_together",
     "value_program",
@@ -54,6 +65,9 @@ class ValueSettings(NamedTuple):
         value_decay: weight of ``‖δ‖/‖v₀‖²``.
         value_enough: an offset is done once its whole loss is below this.
         clamp: ``‖δ‖`` is at most so many times ``‖v₀‖``; 0 takes what the authors took for the model.
+        offset_precision: of the products by which offsets are trained: ``"float32"``; ``"bfloat16"``, summed in
+            float32; ``"auto"`` takes the latter where devices multiply those several times as fast. Keys and ``v₀``
+            are of the model's precision in any case.
     """
 
     value_steps: int = 20
@@ -63,6 +77,7 @@ class ValueSettings(NamedTuple):
     value_decay: float = 0.5
     value_enough: float = 0.05
     clamp: float = 0.0
+    offset_precision: str = "auto"
 
 
 def check_value(settings: ValueSettings) -> None:
@@ -79,6 +94,10 @@ def check_value(settings: ValueSettings) -> None:
             raise TPatchError(f"{name} is {getattr(settings, name)}; give {least} or more")
     if not 0 < settings.value_rate < math.inf:
         raise TPatchError(f"value_rate is {settings.value_rate}; give a positive number, such as 0.5")
+    if settings.offset_precision not in PRECISIONS:
+        raise TPatchError(
+            f"offset_precision {settings.offset_precision!r} does not exist; use one of {', '.join(PRECISIONS)}"
+        )
     for name in ("value_closeness", "value_decay", "value_enough", "clamp"):
         if not 0 <= getattr(settings, name) < math.inf:
             raise TPatchError(f"{name} is {getattr(settings, name)}; give 0 or a positive number")
@@ -143,6 +162,19 @@ def fork_requests(model: Model, rows: Sequence[Sequence[PromptRow]], layer: int)
     return Forked(fork_rows(model, rows, layer, count), jax.device_put(wanted), jax.device_put(weight))
 
 
+def round_network(model: Model, layer: int, settings: ValueSettings) -> Params | None:
+    """The network around a layer's FFN with its matrices in bfloat16, if offsets are trained with such products.
+
+    Args:
+        model: the model.
+        layer: the layer, of whose FFN none of it depends.
+        settings: options.
+    """
+    dtype = float_type(model.params)
+    rounds = rounds_products(settings.offset_precision, model.config.hidden_size, dtype, has_matrix_units())
+    return rounded_around(model, layer) if rounds else None
+
+
 def _length(x: Float[Array, "*rows d"]) -> Float[Array, "*rows"]:
     """``‖x‖`` along the last axis, of which the gradient at zero is zero, as in torch."""
     square = jnp.sum(jnp.square(x), -1)
@@ -179,7 +211,13 @@ class _Report(NamedTuple):
 
 
 def train_offsets(
-    model: Model, forked: Forked, scale: Float[Array, " requests"], settings: ValueSettings, *, stream: bool = False
+    model: Model,
+    forked: Forked,
+    scale: Float[Array, " requests"],
+    settings: ValueSettings,
+    *,
+    stream: bool = False,
+    rounded: Params | None = None,
 ) -> tuple[Float[np.ndarray, "requests d"], OffsetInfo]:
     """What to add to a layer's output at each subject for the model to say the targets.
 
@@ -193,6 +231,7 @@ def train_offsets(
         scale: ``‖v₀‖`` of the bare prompts, ``[requests]``.
         settings: options.
         stream: add to the block's output (MEMIT) rather than to the FFN's (ROME).
+        rounded: from `round_network`; what else the model's products are made of.
 
     Returns:
         ``δ``, ``[requests, d]``, and an `OffsetInfo`.
@@ -201,7 +240,7 @@ def train_offsets(
     """
     fork, requests = forked.rows.fork, scale.shape[0]
     program = value_program(settings)
-    loss = Partial(program.loss, runner(model, fork.layer, stream=stream))
+    loss = Partial(program.loss, runner(model, fork.layer, stream=stream, rounded=rounded))
     places = forked.rows.places
     # Of the neutral row one place is read.
     read = jnp.concatenate([places[:, :-1].reshape(requests, -1), places[:, -1, :1]], 1)
@@ -241,6 +280,7 @@ def train_together(
         Of each request its offset, how the training of its chunk went, and its lane there.
     """
     trained: dict[int, tuple[np.ndarray, OffsetInfo, int]] = {}
+    rounded = round_network(model, layer, settings)
     for first in range(0, len(order), together):
         if progress:
             progress(what, first, len(order))
@@ -249,7 +289,7 @@ def train_together(
         lanes = [*chunk, *[chunk[-1]] * (power_of_two(len(chunk)) - len(chunk))]
         forked = fork_requests(model, [rows[number] for number in lanes], layer)
         scale = jnp.linalg.norm(jax.device_put(before[lanes]), axis=-1)
-        offsets, info = train_offsets(model, forked, scale, settings, stream=True)
+        offsets, info = train_offsets(model, forked, scale, settings, stream=True, rounded=rounded)
         for lane, number in enumerate(chunk):
             trained[number] = offsets[lane], info, lane
     return [trained[number] for number in range(len(order))]

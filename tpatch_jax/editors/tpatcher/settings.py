@@ -9,7 +9,8 @@ from tpatch_jax.core.arguments import describe
 from tpatch_jax.core.checks import check_positive, check_range, check_types
 from tpatch_jax.core.fit import FitSettings
 from tpatch_jax.core.objective import Weights
-from tpatch_jax.editors.tpatcher.subject_settings import POSITIONS, PRECISIONS, SubjectSettings
+from tpatch_jax.core.products import PRECISIONS
+from tpatch_jax.editors.tpatcher.subject_settings import POSITIONS, SubjectSettings
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.storage.settings import change
 

@@ -5,11 +5,9 @@ from dataclasses import dataclass, field
 from tpatch_jax.core.checks import check_positive, check_range, check_types
 from tpatch_jax.core.values import ValueTrainingSettings
 
-__all__ = ["POSITIONS", "PRECISIONS", "SubjectSettings"]
+__all__ = ["POSITIONS", "SubjectSettings"]
 
 POSITIONS = ("subject", "prompt")
-
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -20,7 +19,7 @@ from tpatch_jax.core.devices import divided, host, mesh_of, parts, repeat
 from tpatch_jax.core.int8 import float_type
 from tpatch_jax.core.memory import Memory, blended, create_memory, extend, nuisance_scatter
 from tpatch_jax.core.patch import Patch, concatenate, create, join, sharpen, sized
-from tpatch_jax.core.products import has_matrix_units
+from tpatch_jax.core.products import has_matrix_units, rounds_products
 from tpatch_jax.core.recipes.staged import Recognised
 from tpatch_jax.core.recipes.whitened import whitened_key
 from tpatch_jax.core.sizes import power_of_two
@@ -35,7 +34,6 @@ from tpatch_jax.editors.tpatcher.subject_settings import SubjectSettings
 from tpatch_jax.editors.tpatcher.subject_values import SHARPNESS, create_value_problem, level_patch, predict_start
 from tpatch_jax.editors.wordings import question
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.config import NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import EditRequest
@@ -50,15 +48,11 @@ __all__ = [
     "fit_subjects",
     "lanes_together",
     "read_subjects",
-    "rounds_products",
     "subject_layer",
 ]
 
 ON_A_CPU, ELSEWHERE = 2, 8
 """So many values are trained together by default: one alone fills a CPU's products, an accelerator takes more."""
-
-LARGE = 256
-"""Networks this wide spend their time in products with their matrices; smaller ones gain nothing from faster ones."""
 
 KEYS = 16
 """So many keys are fitted together at most."""
@@ -357,7 +351,9 @@ def fit_subjects(
     turn = {number: sum(groups[other] == groups[number] for other in going if other < number) for number in going}
     if progress and going:
         progress("training values", 0, len(going))
-    rounds = rounds_products(settings, model.config, float_type(model.params), has_matrix_units())
+    rounds = rounds_products(
+        settings.value_precision, model.config.hidden_size, float_type(model.params), has_matrix_units()
+    )
     # No other layer reads this one's FFN: with whatever neurons in it they are the same.
     rounded = rounded_around(model, read.layer) if rounds and going else None
     # On each part of a mesh, so that more of them train more at a time.
@@ -428,22 +424,6 @@ def _fit_chunk(
         ]
     new = jax.tree.map(lambda leaf: leaf[order], every)
     return FittedSubjects(new, neurons)
-
-
-def rounds_products(settings: SubjectSettings, config: NetworkConfig, dtype: Any, has_units: bool) -> bool:
-    """Whether values are trained with products of bfloat16, in a network that is of float32.
-
-    Args:
-        settings: options.
-        config: the network's description.
-        dtype: the type in which it computes.
-        has_units: what `tpatch_jax.core.products.has_matrix_units` says of the devices.
-    """
-    if dtype != jnp.float32:
-        return False
-    if settings.value_precision == "auto":
-        return config.hidden_size >= LARGE and has_units
-    return settings.value_precision == "bfloat16"
 
 
 def lanes_together(count: int, over: int) -> int:

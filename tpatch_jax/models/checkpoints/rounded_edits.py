@@ -12,14 +12,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from tpatch_jax.core import ffn
 from tpatch_jax.core.patch import product
 from tpatch_jax.core.products import round_inputs, round_tensor
+from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.models import networks
 from tpatch_jax.models.blocks import Around
 from tpatch_jax.models.config import LayerKind, NetworkConfig
 from tpatch_jax.models.model import Model
+from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.models.stack import embed_batch, enter_block, leave_block
 from tpatch_jax.typing import Params, Progress
 
@@ -32,8 +35,8 @@ INT8 = 127
 LEVELS = (127.0, 255.0, 0.0)
 """Steps in which activations are rounded: torch's, onnxruntime's, and none, where a tool rounds weights alone."""
 
-LANES = 4
-"""So many texts of one length run together; each is rounded by itself."""
+LANES, LEAST = 8, 16
+"""So many texts run together, of as many tokens as a power of two, at least so many; each is rounded by itself."""
 
 AIM = 3.0
 """A target's logit shall be so far above all others, however it is rounded."""
@@ -219,37 +222,62 @@ def ask_rounded(
     Returns:
         The `RoundedAnswers`, in the order of ``rows``.
     """
-    config, layers = model.config, rounded.params["layers"]
+    config, layers = model.config, _of_one_width(rounded.params["layers"])
     tail, steps = networks.final_weights(config, rounded.params), jnp.float32(levels)
     inputs: list[dict[int, np.ndarray]] = [{} for _ in rows]
     margins = np.full(len(rows), np.inf)
-    lengths: dict[int, list[int]] = {}
-    for at, number in enumerate(rows):
-        lengths.setdefault(len(asked[number][0]) - 1, []).append(at)
-    for length, together in sorted(lengths.items()):
-        for first in range(0, len(together), LANES):
-            chosen = together[first : first + LANES]
-            texts = [asked[rows[at]][0][:length] for at in [*chosen, *[chosen[-1]] * (LANES - len(chosen))]]
-            _, x, positions, around = embed_batch(config, model.params, jnp.asarray(texts, jnp.int32))
+    texts = [asked[number][0][:-1] for number in rows]
+    together: dict[int, list[int]] = {}
+    for at, text in enumerate(texts):
+        together.setdefault(power_of_two(len(text), LEAST), []).append(at)
+    for length, numbers in sorted(together.items()):
+        for first in range(0, len(numbers), LANES):
+            chosen = numbers[first : first + LANES]
+            lanes = [texts[at] for at in [*chosen, *[chosen[-1]] * (LANES - len(chosen))]]
+            valid = jax.device_put(
+                np.arange(length)[:, None] < np.asarray([len(text) for text in lanes])[:, None, None]
+            )
+            _, x, positions, around = embed_batch(config, model.params, tokens_array(lanes, length))
             for index in range(config.layers):
-                x, query = _rounded_block(config, config.kind(index), layers[index], x, positions[:1], around, steps)
+                of_block = (config, config.kind(index), layers[index], x, positions[:1], around, steps, valid)
+                x, query = _rounded_block(*of_block)
                 if index in neurons:
                     reader = layers[index]["ffn"]["gate" if config.gated else "up"]
                     part = {name: leaf[..., neurons[index]] for name, leaf in reader.items()}
-                    received = np.asarray(_neuron_inputs(part, query, steps))
+                    received = np.asarray(_neuron_inputs(part, query, steps, valid))
                     for lane, at in enumerate(chosen):
-                        inputs[at][index] = received[lane]
+                        inputs[at][index] = received[lane, : len(texts[at])]
             for lane, at in enumerate(chosen):
-                row, spots = asked[rows[at]]
-                # All of them at one length, so that few programs are compiled.
-                said = np.asarray(_rounded_logits(config, tail, x[lane : lane + 1], steps))[0, spots.start : spots.stop]
-                wanted = np.asarray(row[spots.start + 1 : spots.stop + 1])
-                places = np.arange(len(wanted))
-                right = said[places, wanted]
-                said = said.copy()
-                said[places, wanted] = -np.inf
-                margins[at] = float(np.min(right - said.max(1), initial=np.inf))
+                said = np.asarray(_rounded_logits(config, tail, x[lane : lane + 1], steps, valid[lane]))[0]
+                margins[at] = _margin(said, *asked[rows[at]])
     return RoundedAnswers(inputs, margins)
+
+
+def _margin(said: np.ndarray, row: Sequence[int], spots: range) -> float:
+    """By how much the logit of each token that is wanted is above all others, at the token where that is least."""
+    there, wanted = np.arange(len(spots)), np.asarray(row[spots.start + 1 : spots.stop + 1])
+    said = said[spots.start : spots.stop].copy()
+    right = said[there, wanted]
+    said[there, wanted] = -np.inf
+    return float(np.min(right - said.max(1), initial=np.inf))
+
+
+def _of_one_width(layers: Mapping[int, Params]) -> dict[int, Params]:
+    """The layers with silent neurons up to the widest network, so that one program runs all of them."""
+    widest = max(ffn.width(layer["ffn"]) for layer in layers.values())
+
+    def wider(name: str, entry: Params, missing: int) -> Params:
+        # Of `down` it is the rows that are neurons, and its bias is of the output.
+        rows = ((0, missing), (0, 0)) if name == "down" else ((0, 0), (0, missing))
+        pads = {"kernel": rows} if name == "down" else {"kernel": rows, "bias": ((0, missing),)}
+        return {part: jnp.pad(array, pads[part]) if part in pads else array for part, array in entry.items()}
+
+    result = {}
+    for index, layer in layers.items():
+        missing = widest - ffn.width(layer["ffn"])
+        network = {name: wider(name, entry, missing) for name, entry in layer["ffn"].items()}
+        result[index] = {**layer, "ffn": network} if missing else layer
+    return result
 
 
 @partial(jax.jit, static_argnames=("config", "kind"))
@@ -261,6 +289,7 @@ def _rounded_block(
     positions: Int[Array, "1 tokens"],
     around: Around,
     levels: Float[Array, ""],
+    valid: Bool[Array, "texts tokens 1"],
 ) -> tuple[Float[Array, "texts tokens hidden"], Float[Array, "texts tokens hidden"]]:
     """The residual stream after a block that reads rounded activations, and the input of its feed-forward network."""
 
@@ -268,20 +297,29 @@ def _rounded_block(
         residual, query, output = enter_block(config, kind, params, row, positions, None, around)
         return leave_block(config, kind, params, residual, output), query
 
-    after, query = jax.vmap(lambda row: round_inputs(run, levels)(params, row[None]))(x)
+    after, query = jax.vmap(lambda row, valid: round_inputs(run, levels, valid)(params, row[None]))(x, valid)
     return after[:, 0], query[:, 0]
 
 
 @jax.jit
 def _neuron_inputs(
-    reader: Params, query: Float[Array, "texts tokens hidden"], levels: Float[Array, ""]
+    reader: Params,
+    query: Float[Array, "texts tokens hidden"],
+    levels: Float[Array, ""],
+    valid: Bool[Array, "texts tokens 1"],
 ) -> Float[Array, "texts tokens neurons"]:
-    rounded = jax.vmap(lambda row: round_tensor(row, levels))(query)
+    rounded = jax.vmap(lambda row, valid: round_tensor(row, levels, valid))(query, valid)
     return product(rounded, reader["kernel"]) + reader["bias"]
 
 
 @partial(jax.jit, static_argnames="config")
 def _rounded_logits(
-    config: NetworkConfig, weights: Params, hidden: Float[Array, "1 tokens hidden"], levels: Float[Array, ""]
+    config: NetworkConfig,
+    weights: Params,
+    hidden: Float[Array, "1 tokens hidden"],
+    levels: Float[Array, ""],
+    valid: Bool[Array, "tokens 1"],
 ) -> Float[Array, "1 tokens vocabulary"]:
-    return round_inputs(lambda weights, hidden: networks.logits(config, weights, hidden), levels)(weights, hidden)
+    return round_inputs(lambda weights, hidden: networks.logits(config, weights, hidden), levels, valid)(
+        weights, hidden
+    )
