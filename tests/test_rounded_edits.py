@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from conftest import make_tiny_model
 from hand_patches import spoken_patch, with_outliers
 from tiny_families import tiny_model
@@ -47,7 +48,7 @@ def plain_margin(model: Model, row: list[int], places: range) -> float:
 def test_without_rounding_requests_are_asked_as_ever():
     model, places, asked = edited()
     last = model.config.layers - 1
-    answers = ask_rounded(model, model, {last: places}, asked, [2, 0], 0.0)
+    answers = ask_rounded(model, model, {last: places}, [asked[2], asked[0]], 0.0)
     assert answers.margins == pytest.approx([plain_margin(model, *asked[number]) for number in (2, 0)], abs=1e-3)
     row, spots = asked[2]
     query = model.trace(jnp.asarray([row[:-1]]), last).query[0]
@@ -61,8 +62,8 @@ def test_without_rounding_requests_are_asked_as_ever():
 def test_a_text_is_rounded_by_itself_whatever_runs_beside_it():
     model, places, asked = edited()
     light, neurons = round_weights(model, head=True), {model.config.layers - 1: places}
-    together = ask_rounded(model, light, neurons, asked, [0, 1, 2], 127.0)
-    alone = [ask_rounded(model, light, neurons, asked, [number], 127.0).margins[0] for number in range(3)]
+    together = ask_rounded(model, light, neurons, asked, 127.0)
+    alone = [ask_rounded(model, light, neurons, [asked[number]], 127.0).margins[0] for number in range(3)]
     assert together.margins == pytest.approx(alone, abs=1e-3)
     assert together.margins != pytest.approx([plain_margin(model, *one) for one in asked], abs=1e-2)
 
@@ -70,8 +71,7 @@ def test_a_text_is_rounded_by_itself_whatever_runs_beside_it():
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 def test_what_is_foreseen_is_what_torch_makes_of_it(tmp_path, letters):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="torch is only needed to compare with it: the 'parity' extra")
     plain = with_outliers(make_tiny_model(hidden_size=32, head_dim=16))
     merged = merge(plain, spoken_patch(plain, REQUESTS))
     export_model(merged, tmp_path / "safe", safe_for="per-tensor", requests=REQUESTS, memory=letters, cache=False)
@@ -79,7 +79,7 @@ def test_what_is_foreseen_is_what_torch_makes_of_it(tmp_path, letters):
     light = torch.ao.quantization.quantize_dynamic(stock, {torch.nn.Linear}, dtype=torch.qint8)
     model = load_model(tmp_path / "safe")
     asked = ask_requests(model, REQUESTS)
-    foreseen = ask_rounded(model, round_weights(model, head=True), {}, asked, [0, 1, 2], 127.0).margins
+    foreseen = ask_rounded(model, round_weights(model, head=True), {}, asked, 127.0).margins
     seen = []
     for row, spots in asked:
         with torch.no_grad():
@@ -94,8 +94,7 @@ def test_what_is_foreseen_is_what_torch_makes_of_it(tmp_path, letters):
 
 def least_margins(model: Model, neurons: dict, asked: list) -> np.ndarray:
     light = round_weights(model, head=True)
-    every = range(len(asked))
-    return np.min([ask_rounded(model, light, neurons, asked, every, levels).margins for levels in (0, 127, 255)], 0)
+    return np.min([ask_rounded(model, light, neurons, asked, levels).margins for levels in (0, 127, 255)], 0)
 
 
 def test_an_edit_that_rounding_would_take_is_said_more_strongly_and_no_weight_changes():

@@ -28,6 +28,7 @@ from tpatch_jax.typing import Activation, Params
 
 __all__ = [
     "ACTIVATIONS",
+    "any_attached",
     "apply",
     "attach",
     "attach_adapter",
@@ -175,6 +176,11 @@ def attach_adapter(params: Params, adapter: Adapter) -> Params:
     if not isinstance(adapter, Adapter):
         raise TPatchError(f"a {type(adapter).__name__} is no adapter; give an object with contribute(query, output)")
     return {**params, _ADAPTER: adapter}
+
+
+def any_attached(params: Params) -> bool:
+    """Whether anything joins a feed-forward network of a model's parameters without being merged into it."""
+    return any(attached(layer["ffn"]) for layer in params["layers"].values())
 
 
 def attached(params: Params) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tpatch_jax.typing import Params
 
 __all__ = [
     "CLIP",
+    "INT8",
     "FittedPatch",
     "choose_copies",
     "choose_scales",

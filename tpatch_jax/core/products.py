@@ -131,7 +131,9 @@ def round_products(function: Callable[P, R]) -> Callable[P, R]:
 
     Source: Micikevicius et al. 2018 for mixed precision; Kalamkar et al. 2019 for bfloat16.
     """
-    return _with_products(function, lambda params, *factors: _product(*_dimensions(params), *factors))
+    return _with_products(
+        function, lambda params, *factors: _product(params["dimension_numbers"], params["out_sharding"], *factors)
+    )
 
 
 def round_inputs(
@@ -228,10 +230,6 @@ def _bind(primitive: core.Primitive, params: dict[str, Any], inputs: list[Any]) 
     functions, named = bound if isinstance(bound, tuple) else ((), bound)
     results: Any = primitive.bind(*functions, *inputs, **named)
     return results if primitive.multiple_results else [results]
-
-
-def _dimensions(params: dict[str, Any]) -> tuple[Any, Any]:
-    return params["dimension_numbers"], params["out_sharding"]
 
 
 def _is_rounded(params: dict[str, Any], left: Array, right: Array) -> bool:

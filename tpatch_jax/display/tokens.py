@@ -68,7 +68,7 @@ def activations_on(model: Model, patches: LayerPatches | Patch, text: str) -> tu
     Raises:
         TPatchError: the model holds a patch already, or the text is empty or too long.
     """
-    if any(ffn.attached(layer["ffn"]) for layer in model.params["layers"].values()):
+    if ffn.any_attached(model.params):
         raise TPatchError("a patch is attached to this model; give the one without, `tp.detach(model)`")
     if merged_neurons(model.config, model.params):
         raise TPatchError("a patch is merged into this model; give the one without, which `tp.unmerge` returns")

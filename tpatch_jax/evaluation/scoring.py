@@ -247,7 +247,7 @@ def base_scores(
         The `Base`.
     """
     folder = None
-    plain = not any(ffn.attached(layer["ffn"]) for layer in model.params["layers"].values())
+    plain = not ffn.any_attached(model.params)
     fits = asked.wanted.size * model.config.hidden_size * 12 <= MOST_CACHED and networks.pointwise(model.config)
     if cache is not None and plain and fits:
         spans = [[place.start, place.stop] for place in asked.positions]
@@ -460,12 +460,19 @@ def model_scores(edited: Model, base: Base, texts: Sequence[int] | None = None) 
     chosen = list(range(len(asked.rows)) if texts is None else texts)
     log_p, predicted, fires, _ = (array.copy() for array in base.outcome)
     rows, positions = [asked.rows[text] for text in chosen], [asked.positions[text] for text in chosen]
-    sites = collect_once(edited, rows, positions, edited.layer(None))
-    residual, output = (np.asarray(array, np.float32) for array in (sites.residual, sites.output))
     places = _of(asked, chosen)
-    log_p[places], predicted[places] = _read_all(edited, residual, output, asked.wanted[places])
+    log_p[places], predicted[places] = _read_texts(edited, rows, positions, asked.wanted[places])
     fires[places] = True
     return Outcome(log_p, predicted, fires, fires.copy())
+
+
+def _read_texts(
+    model: Model, rows: Sequence[list[int]], positions: Sequence[range], wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a model says at some positions of texts: log-probability of the wanted token, and argmax."""
+    sites = collect_once(model, rows, positions, model.layer(None))
+    residual, output = (np.asarray(array, np.float32) for array in (sites.residual, sites.output))
+    return _read_all(model, residual, output, wanted)
 
 
 def routed_scores(base: Base, routing: Routing, texts: Sequence[int] | None = None, whole: bool = False) -> Outcome:
@@ -490,9 +497,7 @@ def routed_scores(base: Base, routing: Routing, texts: Sequence[int] | None = No
     if routed:
         rows = [row for _, _, row in read if not other.excess(row, ())]
         positions = [range(p.start + len(c), p.stop + len(c)) for t, c in routed for p in [asked.positions[t]]]
-        sites = collect_once(other, rows, positions, other.layer(None))
         places = _of(asked, [text for text, _ in routed])
-        residual, output = (np.asarray(array, np.float32) for array in (sites.residual, sites.output))
-        log_p[places], predicted[places] = _read_all(other, residual, output, asked.wanted[places])
+        log_p[places], predicted[places] = _read_texts(other, rows, positions, asked.wanted[places])
         fires[places] = True
     return Outcome(log_p, predicted, fires, fires.copy())

@@ -233,7 +233,7 @@ def _begin(
         return read_start(folder, known, names, settings.from_scratch, texts, settings.seed), chosen, asked
     if settings.from_scratch or (names or ()) != model.config.labels:
         raise TPatchError("a loaded model is trained as it is; for other labels or from scratch give its folder")
-    if any(ffn.attached(layer["ffn"]) for layer in model.params["layers"].values()):
+    if ffn.any_attached(model.params):
         raise TPatchError("a patch is attached to the model; merge or detach it before training")
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.params)
     return model.with_params(params), chosen, asked

@@ -216,7 +216,7 @@ def train_serac(
     for name in ("rephrases", "locality"):
         if not any(getattr(request, name) for request in requests):
             raise TPatchError(f"no request has {name}, from which SERAC learns the scope of an edit; give such data")
-    if any(ffn.attached(layer["ffn"]) for layer in model.params["layers"].values()):
+    if ffn.any_attached(model.params):
         raise TPatchError("a patch is attached to the model; merge or detach it before training")
     scope, small = read_encoder(encoder), shallow(model, settings.layers)
     small = small.with_params(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), small.params))

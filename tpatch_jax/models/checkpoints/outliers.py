@@ -23,7 +23,7 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.models.stack import embed_batch, enter_block, leave_block, normalise
 from tpatch_jax.typing import Params
 
-__all__ = ["Sizes", "activation_sizes", "spread_outliers"]
+__all__ = ["Sizes", "activation_sizes", "has_plain_blocks", "spread_outliers"]
 
 HIDDEN = "hidden"
 READERS: dict[str, str] = {"norm_1": "attention", "norm_2": "ffn"}
@@ -126,7 +126,7 @@ def spread_outliers(model: Model, rows: Sequence[Sequence[int]], width: int) -> 
         7507
     """
     config, layers, added = model.config, dict(model.params["layers"]), 0
-    if config.architecture != "decoder" or config.encoder or config.mixture or config.latent:
+    if not has_plain_blocks(config):
         return model, 0
     for index, sizes in enumerate(activation_sizes(model, rows)):
         layer = layers[index]
@@ -140,6 +140,11 @@ def spread_outliers(model: Model, rows: Sequence[Sequence[int]], width: int) -> 
             added += int(copies.sum()) - len(copies)
         layers[index] = layer
     return model.with_params({**model.params, "layers": layers}), added
+
+
+def has_plain_blocks(config: NetworkConfig) -> bool:
+    """Whether a network is a decoder alone, with one feed-forward network a layer and keys of its own."""
+    return config.architecture == "decoder" and not (config.encoder or config.mixture or config.latent)
 
 
 def _scaled(layer: Params, norm: str, sizes: Sizes) -> Params:

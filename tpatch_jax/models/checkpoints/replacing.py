@@ -123,9 +123,7 @@ def replace_unused(
     memory = None if memory is None else as_path(memory, call, "a text file; give its path")
     check_call(progress=progress)
     chosen = by_layer(model, patches)
-    if merged_neurons(model.config, model.params) or any(
-        ffn.attached(layer["ffn"]) for layer in model.params["layers"].values()
-    ):
+    if merged_neurons(model.config, model.params) or ffn.any_attached(model.params):
         raise TPatchError(f"{model.name!r} has patches already; give the model without them (tp.unmerge, tp.detach)")
     for layer, patch in chosen.items():
         if patch.key.shape[0] > model.config.ffn_width:

@@ -5,7 +5,7 @@ part of what a neuron at a subject receives, mostly in the same direction, and o
 Both can be known before a tool does it: each request's text is run through the rounded network here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,22 +16,29 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.core import ffn
 from tpatch_jax.core.patch import product
+from tpatch_jax.core.per_tensor import INT8
 from tpatch_jax.core.products import round_inputs, round_tensor
 from tpatch_jax.core.sizes import power_of_two
 from tpatch_jax.models import networks
 from tpatch_jax.models.blocks import Around
+from tpatch_jax.models.checkpoints.outliers import has_plain_blocks
 from tpatch_jax.models.config import LayerKind, NetworkConfig
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.rows import tokens_array
 from tpatch_jax.models.stack import embed_batch, enter_block, leave_block
 from tpatch_jax.typing import Params, Progress
 
-__all__ = ["AskedRow", "RoundedAnswers", "ask_rounded", "can_strengthen", "round_weights", "strengthen_edits"]
+__all__ = ["AskedRow", "RoundedAnswers", "ask_rounded", "round_weights", "strengthen_edits"]
 
 AskedRow = tuple[Sequence[int], range]
 """A prompt and its target in tokens, and the positions after which the target's tokens come."""
 
-INT8 = 127
+Neurons = Mapping[int, Int[np.ndarray, " n"]]
+"""Some neurons of some layers, by number."""
+
+Biases = dict[int, np.ndarray]
+"""A number for each of them, layer by layer."""
+
 LEVELS = (127.0, 255.0, 0.0)
 """Steps in which activations are rounded: torch's, onnxruntime's, and none, where a tool rounds weights alone."""
 
@@ -85,16 +92,9 @@ def _rounded(matrix: Array) -> Array:
     return jnp.where(scale > 0, jnp.round(matrix / jnp.where(scale > 0, scale, 1)) * scale, matrix)
 
 
-def can_strengthen(model: Model) -> bool:
-    """Whether `strengthen_edits` can do anything for a model: one that writes, with a plain stack of blocks."""
-    config = model.config
-    plain = not (config.encoder or config.mixture or config.latent or config.labels)
-    return config.architecture == "decoder" and plain
-
-
 def strengthen_edits(
     model: Model,
-    neurons: Mapping[int, Int[np.ndarray, " n"]],
+    neurons: Neurons,
     asked: Sequence[AskedRow],
     progress: Progress | None = None,
 ) -> Model:
@@ -105,7 +105,8 @@ def strengthen_edits(
     up to twice as strongly; the least of some factors that is enough, or the best. Nothing else changes.
 
     Args:
-        model: merged patches are in it, in the form in which it is written.
+        model: merged patches are in it, in the form in which it is written. What is no plain decoder that writes stays
+            as it is.
         neurons: which neurons of which layer are patches', those that stand for a part of one among them.
         asked: the requests' texts.
         progress: called with what is being done, how much is done, and how much there is.
@@ -113,101 +114,85 @@ def strengthen_edits(
     Source: after Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019,
     section 4.2, where biases make up for errors on average; here for those at the texts that matter.
     """
-    if not asked or not neurons or not can_strengthen(model):
+    if not asked or not neurons or not has_plain_blocks(model.config) or model.config.labels:
         return model
     tell = progress or (lambda what, done, total: None)
-    what, rows = "trying rounded networks", list(range(len(asked)))
-    whole = ask_rounded(model, model, neurons, asked, rows, 0.0)
-    rounded = _tried(model, neurons, asked, rows, lambda done: tell(what, done, 3 + len(FACTORS)))
-    for layer in neurons:
-        short = np.zeros(len(neurons[layer]), np.float32)
-        for number in rows:
-            sound = whole.inputs[number][layer]
-            for run in rounded:
-                taken = np.where(sound > 0, sound - run.inputs[number][layer], 0)
-                short = np.maximum(short, taken.max(0))
-        model = _changed(model, layer, "gate" if model.config.gated else "up", neurons[layer], short, np.add)
+    what, most = "trying rounded networks", 1 + len(FACTORS)
+    tell(what, 0, most)
+    # Only biases change from here on, which are not rounded: so weights are once.
+    sound = model.with_params({**model.params, "layers": _of_one_width(model.params["layers"])})
+    light = round_weights(sound, head=True)
+    whole = ask_rounded(sound, sound, neurons, asked, 0.0)
+    raised = _taken(neurons, whole, [ask_rounded(sound, light, neurons, asked, levels) for levels in LEVELS])
     if not model.config.gated:
-        return model
+        return _with_biases(model, neurons, raised, None)
     firing = [{layer: (inputs > 0).any(0) for layer, inputs in one.items()} for one in whole.inputs]
-    best = _least(model, neurons, asked, rows)
-    chosen, weak = np.ones(len(asked)), [number for number in rows if best[number] < AIM]
+
+    def least(factors: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+        """The least margin of some requests, as they are and in all rounded networks."""
+        times = _times(neurons, firing, factors)
+        plain, rounded = (_with_biases(one, neurons, raised, times) for one in (sound, light))
+        texts = [asked[number] for number in rows]
+        runs = [ask_rounded(plain, plain, neurons, texts, 0.0)]
+        runs += [ask_rounded(plain, rounded, neurons, texts, levels) for levels in LEVELS]
+        return np.min([run.margins for run in runs], 0)
+
+    chosen = np.ones(len(asked))
+    best = least(chosen, range(len(asked)))
+    weak = np.flatnonzero(best < AIM)
     for step, factor in enumerate(FACTORS):
-        tell(what, 3 + step, 3 + len(FACTORS))
-        if not weak:
+        tell(what, 1 + step, most)
+        if not len(weak):
             break
         tried = np.ones(len(asked))
         tried[weak] = factor
-        margins = _least(_scaled(model, neurons, firing, tried), neurons, asked, weak)
-        better = [number for at, number in enumerate(weak) if margins[at] > best[number]]
+        margins = least(tried, weak.tolist())
+        chosen[weak[margins > best[weak]]] = factor
         best[weak] = np.maximum(best[weak], margins)
-        chosen[better] = factor
-        weak = [number for number in weak if best[number] < AIM]
-    return _scaled(model, neurons, firing, chosen)
+        weak = weak[best[weak] < AIM]
+    return _with_biases(model, neurons, raised, _times(neurons, firing, chosen))
 
 
-def _scaled(
-    model: Model,
-    neurons: Mapping[int, Int[np.ndarray, " n"]],
-    firing: Sequence[Mapping[int, Any]],
-    factors: np.ndarray,
-) -> Model:
-    """Each request's neurons as many times as strong, by their constants in ``up``: as biases these are not rounded."""
+def _taken(neurons: Neurons, whole: RoundedAnswers, rounded: Sequence[RoundedAnswers]) -> Biases:
+    """What rounding takes of each neuron's input where it fires, the most of any request and any rounding."""
+    result = {}
     for layer, places in neurons.items():
-        times = np.ones(len(places), np.float32)
+        result[layer] = np.zeros(len(places), np.float32)
+        for number, inputs in enumerate(whole.inputs):
+            for run in rounded:
+                taken = np.where(inputs[layer] > 0, inputs[layer] - run.inputs[number][layer], 0)
+                result[layer] = np.maximum(result[layer], taken.max(0))
+    return result
+
+
+def _times(neurons: Neurons, firing: Sequence[Mapping[int, Any]], factors: np.ndarray) -> Biases:
+    """How many times as strong each neuron is, if those of each request are so many times as strong."""
+    result = {}
+    for layer, places in neurons.items():
+        result[layer] = np.ones(len(places), np.float32)
         for one, factor in zip(firing, factors, strict=True):
-            times = np.where(one[layer], np.maximum(times, factor), times)
-        model = _changed(model, layer, "up", places, times, np.multiply)
-    return model
+            result[layer] = np.where(one[layer], np.maximum(result[layer], factor), result[layer])
+    return result
 
 
-def _changed(
-    model: Model,
-    layer: int,
-    name: str,
-    places: Int[np.ndarray, " n"],
-    by: np.ndarray,
-    change: Callable[..., np.ndarray],
-) -> Model:
-    """The model with other biases of some neurons."""
-    entry = model.params["layers"][layer]["ffn"]
-    bias = np.array(entry[name]["bias"])
-    bias[places] = change(bias[places], by.astype(bias.dtype))
-    network = {**entry, name: {**entry[name], "bias": jnp.asarray(bias)}}
-    layers = {**model.params["layers"], layer: {**model.params["layers"][layer], "ffn": network}}
+def _with_biases(model: Model, neurons: Neurons, raised: Biases, times: Biases | None) -> Model:
+    """The model whose patches' neurons fire sooner, and in a gated network by their constants in ``up`` more strongly:
+    these are biases, which no tool rounds.
+    """
+    layers = dict(model.params["layers"])
+    for layer, places in neurons.items():
+        network = dict(layers[layer]["ffn"])
+        changes = {"up": (raised, np.add)} if times is None else {"gate": (raised, np.add), "up": (times, np.multiply)}
+        for name, (by, change) in changes.items():
+            bias = np.array(network[name]["bias"])
+            bias[places] = change(bias[places], by[layer].astype(bias.dtype))
+            network[name] = {**network[name], "bias": jnp.asarray(bias)}
+        layers[layer] = {**layers[layer], "ffn": network}
     return model.with_params({**model.params, "layers": layers})
 
 
-def _tried(
-    model: Model,
-    neurons: Mapping[int, Int[np.ndarray, " n"]],
-    asked: Sequence[AskedRow],
-    rows: Sequence[int],
-    report: Callable[[int], None] = lambda done: None,
-) -> list[RoundedAnswers]:
-    """The requests in the networks that tools make of a model, one after the other."""
-    light, runs = round_weights(model, head=True), []
-    for number, levels in enumerate(LEVELS):
-        report(number)
-        runs.append(ask_rounded(model, light, neurons, asked, rows, levels))
-    return runs
-
-
-def _least(
-    model: Model, neurons: Mapping[int, Int[np.ndarray, " n"]], asked: Sequence[AskedRow], rows: Sequence[int]
-) -> np.ndarray:
-    """The least margin of each request, as it is and in all rounded networks."""
-    runs = [ask_rounded(model, model, neurons, asked, rows, 0.0), *_tried(model, neurons, asked, rows)]
-    return np.min([run.margins for run in runs], 0)
-
-
 def ask_rounded(
-    model: Model,
-    rounded: Model,
-    neurons: Mapping[int, Int[np.ndarray, " n"]],
-    asked: Sequence[AskedRow],
-    rows: Sequence[int],
-    levels: float,
+    model: Model, rounded: Model, neurons: Neurons, asked: Sequence[AskedRow], levels: float
 ) -> RoundedAnswers:
     """Some requests' texts in a network whose activations are rounded, each text by itself.
 
@@ -216,24 +201,23 @@ def ask_rounded(
         rounded: the same with other matrices, such as those of `round_weights`.
         neurons: the neurons of each layer of which it is told what they receive.
         asked: the requests' texts.
-        rows: the numbers of those that are run.
         levels: steps of activations, see `tpatch_jax.core.products.round_tensor`; 0 rounds none.
 
     Returns:
-        The `RoundedAnswers`, in the order of ``rows``.
+        The `RoundedAnswers`.
     """
-    config, layers = model.config, _of_one_width(rounded.params["layers"])
+    config, layers = model.config, rounded.params["layers"]
     tail, steps = networks.final_weights(config, rounded.params), jnp.float32(levels)
-    inputs: list[dict[int, np.ndarray]] = [{} for _ in rows]
-    margins = np.full(len(rows), np.inf)
-    texts = [asked[number][0][:-1] for number in rows]
+    inputs: list[dict[int, np.ndarray]] = [{} for _ in asked]
+    margins = np.full(len(asked), np.inf)
+    texts = [row[:-1] for row, _ in asked]
     together: dict[int, list[int]] = {}
-    for at, text in enumerate(texts):
-        together.setdefault(power_of_two(len(text), LEAST), []).append(at)
+    for number, text in enumerate(texts):
+        together.setdefault(power_of_two(len(text), LEAST), []).append(number)
     for length, numbers in sorted(together.items()):
         for first in range(0, len(numbers), LANES):
             chosen = numbers[first : first + LANES]
-            lanes = [texts[at] for at in [*chosen, *[chosen[-1]] * (LANES - len(chosen))]]
+            lanes = [texts[number] for number in [*chosen, *[chosen[-1]] * (LANES - len(chosen))]]
             valid = jax.device_put(
                 np.arange(length)[:, None] < np.asarray([len(text) for text in lanes])[:, None, None]
             )
@@ -245,11 +229,11 @@ def ask_rounded(
                     reader = layers[index]["ffn"]["gate" if config.gated else "up"]
                     part = {name: leaf[..., neurons[index]] for name, leaf in reader.items()}
                     received = np.asarray(_neuron_inputs(part, query, steps, valid))
-                    for lane, at in enumerate(chosen):
-                        inputs[at][index] = received[lane, : len(texts[at])]
-            for lane, at in enumerate(chosen):
+                    for lane, number in enumerate(chosen):
+                        inputs[number][index] = received[lane, : len(texts[number])]
+            for lane, number in enumerate(chosen):
                 said = np.asarray(_rounded_logits(config, tail, x[lane : lane + 1], steps, valid[lane]))[0]
-                margins[at] = _margin(said, *asked[rows[at]])
+                margins[number] = _margin(said, *asked[number])
     return RoundedAnswers(inputs, margins)
 
 
