@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,36 @@ def test_a_table_goes_on_and_what_fails_does_not_stop_it(tmp_path: Path) -> None
     assert fill_table(chosen[:1], measure, QUICK, tmp_path) == table
 
 
+def test_cells_are_measured_side_by_side(tmp_path: Path) -> None:
+    chosen, seen = cells(QUICK, ["rome", "grace", "wise", "locft"], CONFIGS, tmp_path), []
+    both = threading.Barrier(2, timeout=60)  # breaks unless two are there at once
+
+    def measure(cell: Any) -> None:
+        both.wait()
+        if cell.row == "grace":
+            raise TPatchError("something is amiss; mend it")
+        write_cell(cell, 0.5)
+
+    table = fill_table(chosen, measure, QUICK, tmp_path, lambda cell, number: seen.append((cell.row, number)), jobs=2)
+    assert sorted(seen) == [("grace", 1), ("locft", 3), ("rome", 0), ("wise", 2)]
+    assert list(table.results["counterfact-batch"]) == ["unedited", "rome", "locft", "wise"]
+    assert table.missing == {"counterfact-batch": {"grace": "something is amiss; mend it"}}
+    assert json.loads((tmp_path / "table.json").read_text("utf-8")) == table.to_json()
+
+    # What is no fault of a cell ends the table, and no further cell is begun.
+    begun = []
+
+    def interrupted(cell: Any) -> None:
+        begun.append(cell.row)
+        raise KeyboardInterrupt
+
+    others = cells(QUICK, ["ft", "ft-kl", "memit", "alphaedit", "ultraedit", "neuraldb"], CONFIGS, tmp_path)
+    held = threading.Event()
+    with pytest.raises(KeyboardInterrupt):
+        fill_table(others, interrupted, QUICK, tmp_path, lambda cell, number: held.wait(number * 0.2), jobs=2)
+    assert len(begun) < len(others)
+
+
 def test_a_quick_table_of_a_tiny_model(tiny_model: Model, tmp_path: Path, capsys, monkeypatch, restored) -> None:
     monkeypatch.setenv("TPATCH_CACHE", str(tmp_path / "cache"))
     model, data = write_tiny_folder(tiny_model, tmp_path / "tiny"), tmp_path / "data" / "all"
@@ -208,6 +239,8 @@ def test_a_quick_table_of_a_tiny_model(tiny_model: Model, tmp_path: Path, capsys
         (["--rows", "serac", "--quick"], "networks have to be trained first; give --serac or --encoder"),
         (["--rows", "memit-aligned", "--quick"], "no row that this part measures"),
         (["-n", "0"], "-n 0 leaves no record"),
+        (["--jobs", "0"], "--jobs 0: give 1 or more"),
+        (["--jobs", "2", "--quick"], "--jobs 2: a quick table is made in one process; leave it out"),
         (["--configs", "nowhere/x"], "nowhere/x-ft-counterfact.yaml does not exist; give --configs"),
         (["--data", "nowhere"], "nowhere holds no counterfact_full_dev.json; give --data"),
     ],

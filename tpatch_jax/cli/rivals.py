@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -28,6 +29,9 @@ TEXT = "wikitext-2-raw.test.txt"
 HELD = 600_000
 """From this character on the text is for memories and statistics; perplexity is of its beginning."""
 
+TRAINING = Lock()
+"""Of several cells that need SERAC's networks one trains them."""
+
 
 @dataclass(frozen=True)
 class Rivals:
@@ -47,13 +51,17 @@ class Rivals:
         str | None, arg(metavar="ENCODER", help="without --serac: train them first, from this encoder, for 41 minutes")
     ] = None
     n: Annotated[int | None, arg(aliases=["-n"], metavar="N", help="so many records of each part")] = None
+    jobs: Annotated[int, arg(metavar="N", help="so many cells at once, each of about 4 GB; one for a core")] = 1
     json: Json = False
     quiet: Quiet = False
 
     def run(self) -> None:
-        """Measure what has no report yet, one process after the other, write the table, and show it."""
+        """Measure what has no report yet, each cell in a separate process, write the table, and show it."""
         from tpatch_jax.evaluation.rivals import fill_table, open_table
 
+        if self.jobs < 1 or (self.jobs > 1 and self.quick):
+            mend = "give 1 or more" if self.jobs < 1 else "a quick table is made in one process; leave it out"
+            raise TPatchError(f"--jobs {self.jobs}: {mend}")
         output, chosen, remark = Path(self.output), self.cells(), ""
         if self.serac is None and self.encoder is None and any(cell.row == "serac" for cell in chosen):
             chosen = [cell for cell in chosen if cell.row != "serac"]
@@ -71,7 +79,7 @@ class Rivals:
         loaded = cache(lambda: load(self.model, None, True))
         parts = self.parts()
         open_table(output, {"model": self.model, "parts": [part.name for part in parts], "n": [p.n for p in parts]})
-        table = fill_table(chosen, lambda cell: self.measure(cell, output, loaded), parts, output, tell)
+        table = fill_table(chosen, lambda cell: self.measure(cell, output, loaded), parts, output, tell, self.jobs)
         self._draw(table, output)
         if self.json:
             print_json(table.to_json())
@@ -142,7 +150,8 @@ class Rivals:
         tokens = 2048 if self.quick else 8192
         common = ["--memory", str(memory), "--text", str(text), "--text-tokens", str(tokens)]
         if cell.row == "serac":
-            common += ["--set", f"serac={self._networks(output)}"]
+            with TRAINING:
+                common += ["--set", f"serac={self._networks(output)}"]
         return cell.arguments(self.model, data, common)
 
     def _networks(self, output: Path) -> str:

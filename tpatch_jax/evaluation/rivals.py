@@ -7,6 +7,7 @@ their authors report, of other models and more edits: that says what a method ca
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -270,10 +271,12 @@ def fill_table(
     parts: Sequence[Part],
     output: Path,
     tell: Callable[[Cell, int], None] = lambda cell, number: None,
+    jobs: int = 1,
 ) -> Table:
     """Measure every cell that has no report yet; what fails is noted, and the others go on.
 
-    ``table.json`` and ``table.md`` are written after each cell, so that what is known can be read at any time.
+    ``table.json`` and ``table.md`` are written after each cell, so that what is known can be read at any time; with
+    several jobs after each cell before which no other one is still being measured.
 
     Args:
         chosen: what shall be measured, from `cells`.
@@ -281,18 +284,25 @@ def fill_table(
         parts: the table's parts.
         output: the table's folder.
         tell: called before each cell that is measured with it and its number.
+        jobs: so many cells at once, each in a thread, so that ``measure`` should start a process; one in this thread.
     """
+
+    def attempt(number: int) -> str:
+        tell(chosen[number], number)
+        try:
+            measure(chosen[number])
+        except TPatchError as error:
+            return str(error)
+        return ""
+
     missing: dict[tuple[str, str], str] = {}
     table = _write(parts, missing, output)
-    for number, cell in enumerate(chosen):
-        if (cell.folder / REPORT).exists():
-            continue
-        tell(cell, number)
-        try:
-            measure(cell)
-        except TPatchError as error:
-            missing[cell.part.name, cell.row] = str(error)
-        table = _write(parts, missing, output)
+    left = [number for number, cell in enumerate(chosen) if not (cell.folder / REPORT).exists()]
+    with ThreadPoolExecutor(jobs) as pool:
+        for number, reason in zip(left, (map if jobs == 1 else pool.map)(attempt, left), strict=True):
+            if reason:
+                missing[chosen[number].part.name, chosen[number].row] = reason
+            table = _write(parts, missing, output)
     return table
 
 

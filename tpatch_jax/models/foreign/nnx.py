@@ -138,7 +138,7 @@ def from_nnx(
                 raise
             growth, names = str(error), {}
         else:
-            candidates = [_entries(linears_at, kinds)]
+            candidates = [_entries(linears_at)]
             growth = _growth(bare, run_module, place, names, kinds, whole)
     return create_network(run, params, ffn_path, activation, example, growth, candidates)
 
@@ -256,26 +256,32 @@ def _checked(linears: Any) -> Mapping[type, LinearKind]:
     return linears or {}
 
 
-def _kind_of(layer: Any, kinds: Mapping[type, LinearKind]) -> LinearKind | None:
-    return next((kinds[kind] for kind in type(layer).__mro__ if kind in kinds), None)
+class _Linear(NamedTuple):
+    """A linear layer, and how its class keeps its kernel and its bias."""
+
+    layer: nnx.Module
+    kind: LinearKind
 
 
 def _linears(
     module: nnx.Module, path: str, names: dict[str, str], kinds: Mapping[type, LinearKind]
-) -> dict[str, nnx.Module]:
+) -> dict[str, _Linear]:
     """The linear layers of an FFN, by role."""
-    linears = {role: _walk(_walk(module, path), name) for role, name in names.items()}
-    for role, layer in linears.items():
-        if _kind_of(layer, kinds) is None:
-            kind = "missing" if layer is _NOTHING else f"a {type(layer).__name__}"
+    linears = {}
+    for role, name in names.items():
+        layer = _walk(_walk(module, path), name)
+        kind = next((kinds[base] for base in type(layer).__mro__ if base in kinds), None)
+        if kind is None:
+            what = "missing" if layer is _NOTHING else f"a {type(layer).__name__}"
             mend = "" if layer is _NOTHING else f", say how it keeps its kernel (linears={{{type(layer).__name__}: …}})"
             where = f" in {path!r}" if path else ""
-            raise TPatchError(f"{role}={names[role]!r}{where} is {kind}; name an nnx.Linear{mend}, or attach")
+            raise TPatchError(f"{role}={names[role]!r}{where} is {what}; name an nnx.Linear{mend}, or attach")
         if isinstance(layer, nnx.Linear) and not _is_plain(layer):
             raise TPatchError(
                 f"{role}={names[role]!r} keeps its kernel as a {type(layer.kernel[...]).__name__}, quantised, and what "
                 "is merged needs plain numbers; attach the patch, whose neurons stay in float"
             )
+        linears[role] = _Linear(layer, kind)
     return linears
 
 
@@ -284,11 +290,9 @@ def _is_plain(layer: Any) -> bool:
     return isinstance(layer.kernel[...], Array)
 
 
-def _entries(linears: Mapping[str, nnx.Module], kinds: Mapping[type, LinearKind]) -> dict[str, dict[str, Array]]:
+def _entries(linears: Mapping[str, _Linear]) -> dict[str, dict[str, Array]]:
     entries = {}
-    for role, layer in linears.items():
-        kind = _kind_of(layer, kinds)
-        assert kind is not None
+    for role, (layer, kind) in linears.items():
         entries[role] = dict(kind.read(layer))
         if getattr(entries[role].get("kernel"), "ndim", 0) != 2 or entries[role].keys() - {"kernel", "bias"}:
             raise TPatchError(
@@ -320,7 +324,7 @@ def _growth(
     readers = ("gate", "up") if "gate" in names else ("up",)
 
     def entries(module: nnx.Module) -> dict[str, dict[str, Array]]:
-        return _entries(_linears(module, path, names, kinds), kinds)
+        return _entries(_linears(module, path, names, kinds))
 
     original = entries(bare())
     biased = {"bias" in original[role] for role in readers}
@@ -328,9 +332,7 @@ def _growth(
         raise TPatchError(f"of {' and '.join(names[role] for role in readers)} in {path!r} only one has a bias; attach")
 
     def changed(module: Any, params: dict[str, dict[str, Array]]) -> nnx.Module:
-        for role, layer in _linears(module, path, names, kinds).items():
-            kind = _kind_of(layer, kinds)
-            assert kind is not None
+        for role, (layer, kind) in _linears(module, path, names, kinds).items():
             kind.write(layer, params[role])
         return module
 
