@@ -31,7 +31,9 @@ from tpatch_jax.models.shapes import parameter_shapes
 from tpatch_jax.storage.cache import cache_folder
 
 # Workers share the cores: with a pool of threads in each torch is many times slower, most threads waiting for a core.
+# XLA's pool has as many threads as `NPROC` says, where it says anything; with one a run takes a seventh less.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NPROC", "1")
 
 QUICK_COMPILER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 """The tests compile thousands of small programs and run each a few times. XLA's older emitters compile them in two
