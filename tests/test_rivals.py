@@ -183,7 +183,8 @@ def test_cells_are_measured_side_by_side(tmp_path: Path) -> None:
     assert sorted(seen) == [("grace", 1), ("locft", 3), ("rome", 0), ("wise", 2)]
     assert list(table.results["counterfact-batch"]) == ["unedited", "rome", "locft", "wise"]
     assert table.missing == {"counterfact-batch": {"grace": "something is amiss; mend it"}}
-    assert json.loads((tmp_path / "table.json").read_text("utf-8")) == table.to_json()
+    written = json.loads((tmp_path / "table.json").read_text("utf-8"))
+    assert (written["results"], written["missing"]) == (table.results, table.missing)
 
     # What is no fault of a cell ends the table, and no further cell is begun.
     begun = []
