@@ -28,6 +28,7 @@ from tpatch_jax.editors.registry import METHODS
 from tpatch_jax.evaluation.rivals import FULL, QUICK, ROWS, as_markdown, cells, fill_table
 from tpatch_jax.evaluation.token_costs import ANSWER, answer_flops, token_costs
 from tpatch_jax.models.model import Model
+from tpatch_jax.storage.files import write_text
 
 PROMOTION = "standard"  # optax takes steps
 pytestmark = pytest.mark.usefixtures("quick_compilation", "few_lengths")
@@ -131,7 +132,8 @@ def write_cell(cell: Any, exact: float) -> None:
         | {"properties": properties},
     ]
     cell.folder.mkdir(parents=True)
-    (cell.folder / "report.json").write_text(json.dumps({"schema": 1, "config": {}, "results": results}), "utf-8")
+    # In one piece, as evaluations write it: a table may be read meanwhile.
+    write_text(cell.folder / "report.json", json.dumps({"schema": 1, "config": {}, "results": results}))
 
 
 def test_a_table_goes_on_and_what_fails_does_not_stop_it(tmp_path: Path) -> None:
