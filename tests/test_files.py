@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,7 @@ def test_a_full_disk_is_an_error_to_mend_and_the_old_state_stays(
 def test_a_kill_in_the_middle_leaves_nothing_under_the_name(tmp_path: Path):
     script = """
 import os, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tpatch_jax.storage.files import replace_folder
 with replace_folder(Path(sys.argv[1])) as folder:
@@ -199,3 +201,13 @@ def test_what_is_not_for_want_of_room_does_not_say_so(tmp_path: Path, monkeypatc
         replace_folder(tmp_path / "out"),
     ):
         pass
+
+
+def test_threads_that_write_the_same_file_are_in_nobodys_way(tmp_path: Path):
+    path, texts = tmp_path / "text", [letter * 1000 for letter in "abcd"]
+    with ThreadPoolExecutor(len(texts)) as pool:
+        for _ in range(20):
+            # Each ends without an error, and one of them was last.
+            list(pool.map(write_text, [path] * len(texts), texts))
+            assert path.read_text("utf-8") in texts
+    assert list(tmp_path.iterdir()) == [path]

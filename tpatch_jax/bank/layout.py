@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.storage.files import sync
+from tpatch_jax.storage.files import sync, temporary_path
 from tpatch_jax.storage.folders import BANK, describe_folder
 
 __all__ = [
@@ -105,7 +105,7 @@ def put(path: Path, content: bytes) -> None:
     Raises:
         OSError: the disk is full; nothing is left of it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_path(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)

@@ -29,8 +29,8 @@ TEXT = "wikitext-2-raw.test.txt"
 HELD = 600_000
 """From this character on the text is for memories and statistics; perplexity is of its beginning."""
 
-PREPARING = Lock()
-"""What all cells need is written by one of them, though several are measured at once."""
+TRAINING = Lock()
+"""Of several cells that need SERAC's networks one trains them."""
 
 
 @dataclass(frozen=True)
@@ -143,15 +143,14 @@ class Rivals:
 
         data, memory = Path(self.data), output / "memory.txt"
         text = find_file(data, TEXT)
-        with PREPARING:
-            if not memory.exists():
-                written = read_text(text)
-                # A short text, as in a trial, is both.
-                write_text(memory, written[HELD:] or written)
+        if not memory.exists():
+            written = read_text(text)
+            # A short text, as in a trial, is both.
+            write_text(memory, written[HELD:] or written)
         tokens = 2048 if self.quick else 8192
         common = ["--memory", str(memory), "--text", str(text), "--text-tokens", str(tokens)]
         if cell.row == "serac":
-            with PREPARING:
+            with TRAINING:
                 common += ["--set", f"serac={self._networks(output)}"]
         return cell.arguments(self.model, data, common)
 

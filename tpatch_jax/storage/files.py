@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 
 from tpatch_jax.errors import TPatchError
 
-__all__ = ["check_new_file", "check_vacant", "replace_file", "replace_folder", "sync", "write_text"]
+__all__ = ["check_new_file", "check_vacant", "replace_file", "replace_folder", "sync", "temporary_path", "write_text"]
 
 
 def sync(path: Path) -> None:
@@ -25,6 +26,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def temporary_path(path: Path) -> Path:
+    """Where a file is written before it takes its name: beside it, by no other process or thread."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new, never a part.
 
@@ -32,7 +38,7 @@ def write_text(path: Path, text: str) -> None:
         path: the file.
         text: its whole new content.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_path(path)
     try:
         temporary.write_text(text, "utf-8")
         sync(temporary)
@@ -173,7 +179,7 @@ def replace_file(path: Path) -> Iterator[Path]:
         TPatchError: the name is taken, or the disk is full.
     """
     check_new_file(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

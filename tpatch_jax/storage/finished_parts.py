@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.storage.files import sync, write_text
+from tpatch_jax.storage.files import sync, temporary_path, write_text
 from tpatch_jax.storage.reading import read_bytes
 from tpatch_jax.typing import Arrays
 
@@ -80,7 +80,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str
     Raises:
         OSError: the disk is full; so safetensors says it as a ``SafetensorError``.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_path(path)
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     try:
         save_file(whole, temporary, {"about": json.dumps(about)})
