@@ -9,8 +9,8 @@ import pytest
 
 from tpatch_jax.core import products
 from tpatch_jax.core.products import (
-    has_matrix_units,
     in_float32,
+    is_bfloat16_faster,
     round_inputs,
     round_matrices,
     round_products,
@@ -123,7 +123,13 @@ def test_a_matrix_in_int8_stays_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("flags : avx2 amx_bf16 amx_tile", True), ("flags : avx512_bf16", False), (None, False)]
+    ("text", "expected"),
+    [
+        ("flags : avx2 amx_bf16 amx_tile", True),
+        ("flags : avx512f avx512_bf16", True),
+        ("flags : avx2 avx512f avx512_vnni", False),
+        (None, False),
+    ],
 )
 def test_a_cpu_says_what_it_has(tmp_path, monkeypatch, text, expected):
     if jax.default_backend() != "cpu":
@@ -132,11 +138,11 @@ def test_a_cpu_says_what_it_has(tmp_path, monkeypatch, text, expected):
     if text is not None:
         facts.write_text(text)
     monkeypatch.setattr(products, "CPU_FACTS", facts)
-    has_matrix_units.cache_clear()
+    is_bfloat16_faster.cache_clear()
     try:
-        assert has_matrix_units() is expected
+        assert is_bfloat16_faster() is expected
     finally:
-        has_matrix_units.cache_clear()
+        is_bfloat16_faster.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -156,11 +162,11 @@ def test_an_accelerator_says_what_it_has(monkeypatch, backend, capability, expec
     device = SimpleNamespace(**({} if capability is None else {"compute_capability": capability}))
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    has_matrix_units.cache_clear()
+    is_bfloat16_faster.cache_clear()
     try:
-        assert has_matrix_units() is expected
+        assert is_bfloat16_faster() is expected
     finally:
-        has_matrix_units.cache_clear()
+        is_bfloat16_faster.cache_clear()
 
 
 def test_an_array_in_equal_steps_of_which_zero_is_one():

@@ -554,7 +554,7 @@ def _subject_programs(places: Places, edits: int, settings: TPatcherSettings, wo
     ends = sizes.sequences * sizes.ends
     read = power_of_two(workload.target, 2)
     said = (config, places.last_weights, places.stream(lanes, ends, width), places.rows((lanes, beside), jnp.int32))
-    rounded = rounds_products(subject.value_precision, config.hidden_size, places.dtype, has_units=True)
+    rounded = rounds_products(subject.value_precision, config.hidden_size, places.dtype, faster=True)
     exact, after = subject_rows.runner_function(config, layer, False), networks.after(places.params, layer)
     run = Partial(subject_rows.runner_function(config, layer, False, rounded), places.matrices(after, rounded))
     problem, state = _value_structs(places, lanes, aims, beside, sizes, read, layer)

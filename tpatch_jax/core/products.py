@@ -1,9 +1,9 @@
-"""Products of rounded numbers with exact sums: what processors with units for matrices do several times as fast, and
-what is left of a network whose activations somebody rounds.
+"""Products of rounded numbers with exact sums: what processors with units for matrices do several times as fast, those
+with instructions for it up to twice, and what is left of a network whose activations somebody rounds.
 
-A processor's matrix unit multiplies numbers of 8 significant bits (bfloat16) and sums in float32. XLA uses it on a CPU
-where both factors of a product are bfloat16 and its result is float32, and only there: a function that is written for
-float32 has to be turned into one that asks for that.
+Both multiply numbers of 8 significant bits (bfloat16) and sum in float32. XLA uses them on a CPU where both factors of
+a product are bfloat16 and its result is float32, and only there: a function that is written for float32 has to be
+turned into one that asks for that.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,8 +22,8 @@ from tpatch_jax.typing import Params
 
 __all__ = [
     "PRECISIONS",
-    "has_matrix_units",
     "in_float32",
+    "is_bfloat16_faster",
     "round_inputs",
     "round_matrices",
     "round_products",
@@ -40,6 +40,9 @@ LARGE = 256
 CPU_FACTS = Path("/proc/cpuinfo")
 """Where Linux says what a processor has."""
 
+CPU_FLAGS = {"amx_bf16", "avx512_bf16"}
+"""Of processors with units for matrices, and with instructions for dot products, of bfloat16."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -48,10 +51,11 @@ _NESTED = {jit_p: "jaxpr", closed_call_p: "call_jaxpr", remat_p: "jaxpr"}
 
 
 @lru_cache(maxsize=1)
-def has_matrix_units() -> bool:
-    """Whether the devices multiply matrices of bfloat16 several times as fast as those of float32.
+def is_bfloat16_faster() -> bool:
+    """Whether the devices multiply matrices of bfloat16 faster than those of float32.
 
-    A CPU does that has AMX, an NVIDIA GPU from compute capability 8 on, an AMD GPU of the CDNA family, and every TPU.
+    A CPU does that has AMX, or AVX-512's dot products of bfloat16; an NVIDIA GPU from compute capability 8 on, an AMD
+    GPU of the CDNA family, and every TPU.
     """
     backend = jax.default_backend()
     if backend == "gpu":
@@ -62,19 +66,19 @@ def has_matrix_units() -> bool:
     if backend != "cpu":
         return backend == "tpu"
     try:
-        return "amx_bf16" in CPU_FACTS.read_text().split()
+        return not CPU_FLAGS.isdisjoint(CPU_FACTS.read_text().split())
     except OSError:
         return False
 
 
-def rounds_products(precision: str, hidden_size: int, dtype: Any, has_units: bool) -> bool:
+def rounds_products(precision: str, hidden_size: int, dtype: Any, faster: bool) -> bool:
     """Whether values are trained with products of bfloat16, in a network that is of float32.
 
     Args:
         precision: one of `PRECISIONS`; ``"auto"`` leaves it to the devices and the network's width.
         hidden_size: that width.
         dtype: the type in which the network computes.
-        has_units: what `has_matrix_units` says of the devices.
+        faster: what `is_bfloat16_faster` says of the devices.
 
     Example:
         >>> rounds_products("auto", 576, jnp.float32, True), rounds_products("auto", 576, jnp.float32, False)
@@ -82,7 +86,7 @@ def rounds_products(precision: str, hidden_size: int, dtype: Any, has_units: boo
     """
     if dtype != jnp.float32:
         return False
-    return hidden_size >= LARGE and has_units if precision == "auto" else precision == "bfloat16"
+    return hidden_size >= LARGE and faster if precision == "auto" else precision == "bfloat16"
 
 
 @jax.jit

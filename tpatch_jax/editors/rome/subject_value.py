@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tpatch_jax.core.int8 import float_type
 from tpatch_jax.core.lanes import minimise_lanes
-from tpatch_jax.core.products import PRECISIONS, has_matrix_units, rounds_products
+from tpatch_jax.core.products import PRECISIONS, is_bfloat16_faster, rounds_products
 from tpatch_jax.core.sizes import power_of_two, round_up
 from tpatch_jax.editors.reading import Item, subject_token
 from tpatch_jax.editors.subject_rows import (
@@ -66,8 +66,8 @@ class ValueSettings(NamedTuple):
         value_enough: an offset is done once its whole loss is below this.
         clamp: ``‖δ‖`` is at most so many times ``‖v₀‖``; 0 takes what the authors took for the model.
         offset_precision: of the products by which offsets are trained: ``"float32"``; ``"bfloat16"``, summed in
-            float32; ``"auto"`` takes the latter where devices multiply those several times as fast. Keys and ``v₀``
-            are of the model's precision in any case.
+            float32; ``"auto"`` takes the latter where devices multiply those faster. Keys and ``v₀`` are of the
+            model's precision in any case.
     """
 
     value_steps: int = 20
@@ -171,7 +171,7 @@ def round_network(model: Model, layer: int, settings: ValueSettings) -> Params |
         settings: options.
     """
     dtype = float_type(model.params)
-    rounds = rounds_products(settings.offset_precision, model.config.hidden_size, dtype, has_matrix_units())
+    rounds = rounds_products(settings.offset_precision, model.config.hidden_size, dtype, is_bfloat16_faster())
     return rounded_around(model, layer) if rounds else None
 
 

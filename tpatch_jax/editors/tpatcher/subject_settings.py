@@ -39,8 +39,8 @@ class SubjectSettings:
         value_lanes: how many values are trained together at most, on each device along the mesh axis ``"data"``; 0 is 2
             on a CPU, where more only take memory, and 8 elsewhere.
         value_precision: of the products by which values are trained: ``"float32"``; ``"bfloat16"``, summed in float32;
-            or ``"auto"``, the latter where the devices multiply it several times as fast and the network is large
-            enough for that to matter. What a patch does is measured in the model's own precision in any case.
+            or ``"auto"``, the latter where the devices multiply it faster and the network is large enough for that
+            to matter. What a patch does is measured in the model's own precision in any case.
         key_raise_from: from so many edits at subjects on, those of earlier steps included, thresholds are raised by
             ``key_raise``, since of many keys one may well fire anywhere in a text.
         key_raise: so far from where a threshold is otherwise (0) to the edit's own queries (1).

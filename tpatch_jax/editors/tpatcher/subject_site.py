@@ -19,7 +19,7 @@ from tpatch_jax.core.devices import divided, host, mesh_of, parts, repeat
 from tpatch_jax.core.int8 import float_type
 from tpatch_jax.core.memory import Memory, blended, create_memory, extend, nuisance_scatter
 from tpatch_jax.core.patch import Patch, concatenate, create, join, sharpen, sized
-from tpatch_jax.core.products import has_matrix_units, rounds_products
+from tpatch_jax.core.products import is_bfloat16_faster, rounds_products
 from tpatch_jax.core.recipes.staged import Recognised
 from tpatch_jax.core.recipes.whitened import whitened_key
 from tpatch_jax.core.sizes import power_of_two
@@ -352,7 +352,7 @@ def fit_subjects(
     if progress and going:
         progress("training values", 0, len(going))
     rounds = rounds_products(
-        settings.value_precision, model.config.hidden_size, float_type(model.params), has_matrix_units()
+        settings.value_precision, model.config.hidden_size, float_type(model.params), is_bfloat16_faster()
     )
     # No other layer reads this one's FFN: with whatever neurons in it they are the same.
     rounded = rounded_around(model, read.layer) if rounds and going else None
