@@ -203,6 +203,31 @@ def test_a_key_turns_away_from_what_it_is_told_to_avoid():
     np.testing.assert_allclose(response(avoid=nothing, avoidance=1.0), response(), rtol=1e-5)
 
 
+def test_what_a_key_turns_away_from_raises_its_threshold():
+    rng = np.random.default_rng(3)
+    shared, mark = 3 * rng.normal(size=8), np.eye(8)[0] * 4
+    queries = jnp.asarray(shared + mark + 0.1 * rng.normal(size=(4, 8)), jnp.float32)
+    beside = jnp.asarray(shared - 0.2 * mark + 0.1 * rng.normal(size=(6, 8)), jnp.float32)
+    memory = create_memory(jnp.asarray(some_queries(200)))
+
+    def responses(rows, **options):
+        fitted = whitened_key(queries, jnp.array(7), memory, 0.1, 0.1, beside, 0.01, **options)
+        assert fitted.margin > 0
+        return rows @ fitted.key + fitted.bias
+
+    assert float(jnp.max(responses(beside))) > 0
+    for split in (0.05, 0.2, 0.5):
+        # In units of the edit's own queries: z = 0 at the threshold and 1 at their least.
+        loudest = float(jnp.max(responses(beside, avoid_split=split)))
+        assert loudest == pytest.approx(-split / (1 - split), rel=1e-3)
+        assert float(jnp.mean(responses(queries, avoid_split=split))) >= 1 - 1e-4
+    # However near they are, the edit's own queries are recognised.
+    near = queries + 0.01 * mark
+    fitted = whitened_key(queries, jnp.array(7), memory, 0.1, 0.1, near, 0.0, avoid_split=0.9)
+    assert fitted.margin > 0
+    assert float(jnp.min(queries @ fitted.key + fitted.bias)) > 0
+
+
 def test_rephrases_are_contexts_where_that_is_wanted(tiny_model):
     requests = [
         EditRequest("the cat is", "red", "cat", rephrases=("so is the cat", "a cat or a cat", "it is")),

@@ -543,7 +543,7 @@ def _subject_programs(places: Places, edits: int, settings: TPatcherSettings, wo
     scalar = places.array((keys,))
     lanewise = (
         places.array((keys, 1 + subject.key_contexts, width)), places.array((keys,), jnp.int32), scalar, scalar,
-        places.array((keys, AVOIDED, width)), scalar,
+        places.array((keys, AVOIDED, width)), scalar, scalar,
     )  # fmt: skip
     most = places.data * (subject.value_lanes or subject_site.ELSEWHERE)
     lanes = min(subject_site.lanes_together(edits, places.data), most)

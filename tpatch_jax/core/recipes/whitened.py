@@ -17,6 +17,9 @@ HARD = 16
 ALIKE = 0.3
 """A negative is hard above this response, where 1 is that of the edit's own queries, and should respond no more."""
 
+HIGHEST = 0.9
+"""What a key turns away from raises its threshold to this much of what its own queries say at most."""
+
 RIDGE = 0.06
 """How much of its response an own query may lack for a shorter key: this over its square length."""
 
@@ -56,6 +59,7 @@ def whitened_key(
     avoid: Float[Array, "rows d"] | None = None,
     avoidance: float | Float[Array, ""] = 0.0,
     rounds: int = 0,
+    avoid_split: float | Float[Array, ""] = 0.0,
 ) -> Recognised:
     """The shortest key, measured where ``C`` is the identity, that says 1 of the edit's own queries.
 
@@ -68,8 +72,10 @@ def whitened_key(
     of its contexts. The key is then scaled so that ``z = 0`` at the threshold and ``z = 1`` at ``ℓ``.
 
     With ``avoid``, ``C`` is joined by ``w·d·A/tr A`` of their second moment ``A`` about ``μ``, measured where ``C`` is
-    the identity: such a key turns away from what they have in common with the edit's own queries. In each of ``rounds``
-    the negatives that are hardest then, and much like the edit's own queries, join those that the key is fitted on.
+    the identity: such a key turns away from what they have in common with the edit's own queries. With ``avoid_split``
+    the threshold is also at least ``a + avoid_split·(ℓ − a)``, where ``a`` is the most that one of them says, or
+    ``0.9·ℓ`` if that is less. In each of ``rounds`` the negatives that are hardest then, and much like the edit's own
+    queries, join those that the key is fitted on.
 
     Args:
         query: the edit's own queries, the bare prompt first, ``[contexts, d]``.
@@ -81,6 +87,8 @@ def whitened_key(
             for nothing.
         avoidance: ``w`` of `avoid`.
         rounds: so often the hardest negatives are looked for.
+        avoid_split: where between the loudest of `avoid` and own queries the threshold lies at least, 0 to 1; at 0 they
+            say nothing about the threshold.
 
     Returns:
         A `Recognised`; with a negative margin where the two cannot be parted, and then of no use.
@@ -99,8 +107,8 @@ def whitened_key(
     own_query = (query - mean) @ whitener
     slack = RIDGE * jnp.mean(jnp.sum(jnp.square(own_query), 1))
     parts = [_wanted(own_query, 1.0, slack)]
-    if avoid is not None:
-        rows = (avoid - mean) @ whitener
+    rows = None if avoid is None else (avoid - mean) @ whitener
+    if rows is not None:
         parts.append(_wanted(_scaled(rows, avoidance, jnp.sum(jnp.square(rows))), 0.0, 1.0))
     foreign = counted(memory, group)
 
@@ -131,6 +139,10 @@ def whitened_key(
     hard = jnp.max(responses(direction), initial=0.0)
     least = jnp.minimum(z[0], jnp.mean(z))
     threshold = jnp.maximum(floor, hard + split * (least - hard))
+    if rows is not None:
+        loudest = jnp.max(rows @ direction)
+        above = jnp.minimum(loudest + avoid_split * (least - loudest), HIGHEST * least)
+        threshold = jnp.where(jnp.asarray(avoid_split) > 0, jnp.maximum(threshold, above), threshold)
     unit = least - threshold
     scale = 1 / jnp.where(unit > 0, unit, 1.0)
     key, bias = key * scale, -threshold * scale - (mean @ key) * scale

@@ -33,6 +33,8 @@ class SubjectSettings:
         key_rounds: how often a key turns away from what looks most like its subject and is something else.
         spelling_floor: the same as `key_floor` for keys of other spellings, whose tokens are those of common words.
         question_avoidance: how strongly the key of a question turns away from its subject where nothing is asked.
+        question_aside: where between what such a key says of its subject in statements, the loudest of eight, and its
+            own queries the threshold lies at least.
         question_floor: the same as `key_floor` for keys that turn away.
         question_split: the same as `key_split` for keys that turn away.
         key_nuisance: how strongly a key avoids directions in which only the context shows.
@@ -69,7 +71,8 @@ class SubjectSettings:
     key_avoidance: float = 0.05
     key_rounds: int = 3
     spelling_floor: float = 0.85
-    question_avoidance: float = 0.02
+    question_avoidance: float = 0.05
+    question_aside: float = 0.2
     question_floor: float = 0.5
     question_split: float = 0.4
     value_lanes: int = 0
@@ -92,7 +95,7 @@ class SubjectSettings:
             1.0,
         )
         # At 1 a key would not fire on its own queries.
-        check_range(self, ("key_raise",), 0.0, 0.9)
+        check_range(self, ("key_raise", "question_aside"), 0.0, 0.9)
         check_range(self, ("key_avoidance", "question_avoidance", "plateau"), 0.0)
         check_range(self.value, ("steps",), 0)
         check_positive(self.value, ("aim", "damping", "farthest", "near"))

@@ -105,17 +105,17 @@ def group_of(subject: str) -> int:
 
 @partial(jax.jit, static_argnames="rounds")
 def fit_keys(
-    query: Array, groups: Array, floor: Array, split: Array, avoid: Array, strength: Array, memory: Memory,
-    rounds: int
+    query: Array, groups: Array, floor: Array, split: Array, avoid: Array, strength: Array, aside: Array,
+    memory: Memory, rounds: int
 ) -> Recognised:  # fmt: skip
     """Keys and biases of all lanes, in one compiled program."""
 
     def key(lane: tuple[Array, ...]) -> Recognised:
-        positive, group, low, share, away, weight = lane
-        return whitened_key(positive, group, memory, low, share, away, weight, rounds)
+        positive, group, low, share, away, weight, above = lane
+        return whitened_key(positive, group, memory, low, share, away, weight, rounds, above)
 
     # A few lanes at a time: the memory's responses to many keys at once would be the largest array of all.
-    return jax.lax.map(key, (query, groups, floor, split, avoid, strength), batch_size=min(KEYS, len(query)))
+    return jax.lax.map(key, (query, groups, floor, split, avoid, strength, aside), batch_size=min(KEYS, len(query)))
 
 
 class Subjects(NamedTuple):
@@ -308,12 +308,14 @@ def _recognised(
     if many:
         floor, split = (part + np.float32(settings.key_raise) * (1 - part) for part in (floor, split))
     strength = np.where(asks, settings.question_avoidance, settings.key_avoidance).astype(np.float32)
+    # Of a statement's look-alikes the threshold knows nothing: they are drawn up, and none may ever be met.
+    aside = np.where(asks, settings.question_aside, 0.0).astype(np.float32)
     avoid = np.where(np.isnan(avoid), np.asarray(memory.mean, np.float32), avoid)
     memory = extend(memory, negative, answer, power_of_two(len(negative), 64))
     # Lanes come in few numbers; one that stands in twice is dropped again.
     index = np.minimum(np.arange(power_of_two(lanes)), lanes - 1)
     # A few lanes after the other, each asking all parts of the memory's rows.
-    lanewise = repeat([part[index] for part in (positive, groups, floor, split, avoid, strength)], mesh)
+    lanewise = repeat([part[index] for part in (positive, groups, floor, split, avoid, strength, aside)], mesh)
     keys = fit_keys(*lanewise, divided(memory, mesh), rounds=settings.key_rounds)
     return jax.tree.map(lambda leaf: host(leaf)[:lanes], keys)
 
