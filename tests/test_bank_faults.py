@@ -26,7 +26,7 @@ from tpatch_jax.bank.lock import writing
 from tpatch_jax.bank.repair import repair_bank
 from tpatch_jax.bank.state import Bank, states
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.requests import EditRequest
+from tpatch_jax.requests import EditRequest, parse_request
 
 
 def adding(folder: Path, *prompts: str) -> None:
@@ -265,6 +265,24 @@ def test_a_segment_of_which_both_copies_are_damaged_costs_its_edits_only_and_the
     add_with(folder, [EditRequest(**entry) for entry in wanted], fake, resume=True)
     assert list(states(open_bank(folder)).values()) == ["lost", "lost", "active", "active", "active"]
     assert repair_bank(folder).mended == ()
+
+
+def test_lost_requests_keep_all_that_was_asked_in_a_file_for_each_repair(folder):
+    whole = EditRequest(
+        *("Who leads the UN?", "Anna", "UN", ("Who heads the UN?",), ("The sky is",), None, "none", ("The UN is",)),
+        *("chat", "Be brief.", (("user", "Hi"), ("assistant", "Yes")), ("United Nations",)),
+    )
+    requests = []
+    for number, request in enumerate((whole, EditRequest("two", "zwei"))):
+        add_with(folder, [request], fake)
+        segment = open_bank(folder).records[-1]["segment"]["file"]
+        for place in (folder, folder / COPY):
+            (place / SEGMENTS / segment).write_bytes(b"x")
+        path = Path(str(repair_bank(folder).lost_requests))
+        assert path.name == ("lost.jsonl", "lost-2.jsonl")[number]
+        requests.append(path)
+    read = [parse_request(json.loads(path.read_text()), path.name) for path in requests]
+    assert read == [whole, EditRequest("two", "zwei")]
 
 
 def test_what_was_not_active_is_not_to_be_added_again(folder):

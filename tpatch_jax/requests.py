@@ -24,6 +24,7 @@ __all__ = [
     "place_fields",
     "protect",
     "request_fields",
+    "request_line",
 ]
 
 FORMS = ("bare", "chat", "both")
@@ -400,6 +401,27 @@ def place_fields(request: EditRequest) -> dict[str, Any]:
     if request.instead_of is not None:
         fields["instead_of"] = request.instead_of
     return fields
+
+
+def request_line(request: EditRequest) -> dict[str, Any]:
+    """A request as a file of requests has it, without its id: what is given of it, so that it can be read again.
+
+    Args:
+        request: the request.
+
+    Example:
+        >>> request_line(EditRequest("The capital of France is", "Lyon", "France", keep=("The sky is",)))
+        {'prompt': 'The capital of France is', 'target': 'Lyon', 'subject': 'France', 'keep': ['The sky is']}
+    """
+    line: dict[str, Any] = {"prompt": request.prompt, "target": request.target}
+    if request.subject is not None:
+        line["subject"] = request.subject
+    for name in ("rephrases", "locality", "keep"):
+        if texts := getattr(request, name):
+            line[name] = list(texts)
+    if request.join is not None:
+        line["join"] = request.join
+    return line | place_fields(request)
 
 
 def request_fields(request: EditRequest) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tpatch_jax.bank.lock import writing
 from tpatch_jax.bank.method import Engine
 from tpatch_jax.bank.state import FREE, SAID, Bank, BankEdit, Guard, active, prompt_key, request_key, states
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.requests import EditRequest, place_fields
+from tpatch_jax.requests import EditRequest, request_line
 from tpatch_jax.typing import Progress
 
 __all__ = ["AddInfo", "Said", "add_with"]
@@ -54,19 +54,7 @@ class AddInfo(NamedTuple):
 
 
 def _asked(edit: BankEdit) -> dict[str, Any]:
-    request = edit.request
-    entry: dict[str, Any] = {"prompt": request.prompt, "target": request.target}
-    if edit.reads_as is not None:
-        entry["reads_as"] = edit.reads_as
-    if request.subject is not None:
-        entry["subject"] = request.subject
-    for name in ("rephrases", "locality", "keep"):
-        if texts := getattr(request, name):
-            entry[name] = list(texts)
-    if request.join is not None:
-        entry["join"] = request.join
-    entry.update(place_fields(request))
-    return entry
+    return request_line(edit.request) | ({} if edit.reads_as is None else {"reads_as": edit.reads_as})
 
 
 def _same(request: EditRequest) -> tuple[str, str]:

@@ -2,8 +2,9 @@
 
 import json
 import shutil
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tpatch_jax.bank.commit import commit, sweep, write_head
 from tpatch_jax.bank.inspection import inspect_bank, read_bytes
@@ -12,6 +13,7 @@ from tpatch_jax.bank.lock import writing
 from tpatch_jax.bank.segments import segment_paths
 from tpatch_jax.bank.state import replay, states
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.requests import EditRequest, request_line
 
 __all__ = ["RepairInfo", "repair_bank"]
 
@@ -48,8 +50,8 @@ def repair_bank(folder: str | Path) -> RepairInfo:
     """Mend a bank: each damaged file from its intact copy.
 
     Where both copies of a segment are damaged its edits are lost, and every other edit is kept; the journal still has
-    their requests, of which those that were active are written to ``BANK/damaged/lost.jsonl``. Damaged files are kept
-    in ``BANK/damaged``.
+    their requests, of which those that were active are written to ``BANK/damaged/lost.jsonl``, or to ``lost-2.jsonl``
+    where an earlier repair wrote that. Damaged files are kept in ``BANK/damaged``.
 
     Args:
         folder: the bank.
@@ -122,17 +124,14 @@ def _restore(paths: tuple[Path, Path], damaged: set[Path]) -> None:
             put(path, good.read_bytes())
 
 
-def _write_requests(folder: Path, requests: list[Any]) -> str | None:
+def _write_requests(folder: Path, requests: list[EditRequest]) -> str | None:
     if not requests:
         return None
-    lines = [
-        json.dumps(
-            {"prompt": one.prompt, "target": one.target, **({"subject": one.subject} if one.subject else {})},
-            ensure_ascii=False,
-        )
-        for one in requests
-    ]
-    path = folder / DAMAGED / "lost.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    put(path, ("\n".join(lines) + "\n").encode())
+    lines = [json.dumps(request_line(request), ensure_ascii=False) + "\n" for request in requests]
+    place = folder / DAMAGED
+    place.mkdir(exist_ok=True)
+    # Those of an earlier repair stay, whether or not they were added again.
+    names = (f"lost-{number}.jsonl" if number > 1 else "lost.jsonl" for number in count(1))
+    path = next(path for path in map(place.joinpath, names) if not path.exists())
+    put(path, "".join(lines).encode())
     return str(path)
