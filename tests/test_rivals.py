@@ -172,6 +172,32 @@ def test_a_table_goes_on_and_what_fails_does_not_stop_it(tmp_path: Path) -> None
     assert fill_table(chosen[:1], measure, QUICK, tmp_path) == table
 
 
+def test_a_table_is_of_one_kind_of_data_and_configurations(tmp_path: Path, monkeypatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for file in ("counterfact_full_dev.json", "wikitext-2-raw.test.txt"):
+            (tmp_path / name / file).write_text(f"[{name!r}]", "utf-8")
+    for row in ("ft", "ft-kl"):
+        (tmp_path / f"own-{row}-counterfact.yaml").write_text("rate: 1\n", "utf-8")
+    monkeypatch.setattr(Rivals, "measure", lambda self, cell, output, loaded: write_cell(cell, 0.5))
+
+    def fill(data: str, rows: str) -> None:
+        Rivals(
+            "m", data=str(tmp_path / data), output=str(tmp_path / "out"), quick=True, rows=rows, n=7,
+            configs=str(tmp_path / "own"), quiet=True,
+        ).run()  # fmt: skip
+
+    fill("a", "ft")
+    with pytest.raises(TPatchError, match=r"out belongs to a run with data=.*choose another output folder"):
+        fill("b", "ft-kl")
+    fill("a", "ft-kl")
+    assert "## counterfact, 7 records, batch" in (tmp_path / "out" / "table.md").read_text("utf-8")
+    (tmp_path / "own-ft-counterfact.yaml").write_text("rate: 2\n", "utf-8")
+    with pytest.raises(TPatchError, match=r"batch/ft was measured with another .*own-ft-counterfact.yaml; remove that"):
+        fill("a", "ft")
+    fill("a", "ft-kl")
+
+
 def test_cells_are_measured_side_by_side(tmp_path: Path) -> None:
     chosen, seen = cells(QUICK, ["rome", "grace", "wise", "locft"], CONFIGS, tmp_path), []
     both = threading.Barrier(2, timeout=60)  # breaks unless two are there at once

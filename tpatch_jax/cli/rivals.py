@@ -18,6 +18,7 @@ from tpatch_jax.cli.common import Json, ModelName, Quiet, load, show_rows
 from tpatch_jax.cli.eval import Eval
 from tpatch_jax.display.console import print_json, result_console
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.storage.finished_parts import hash_file
 
 if TYPE_CHECKING:
     from tpatch_jax.evaluation.rivals import Cell, Part, Table
@@ -78,7 +79,7 @@ class Rivals:
 
         loaded = cache(lambda: load(self.model, None, True))
         parts = self.parts()
-        open_table(output, {"model": self.model, "parts": [part.name for part in parts], "n": [p.n for p in parts]})
+        open_table(output, self.plan())
         table = fill_table(chosen, lambda cell: self.measure(cell, output, loaded), parts, output, tell, self.jobs)
         self._draw(table, output)
         if self.json:
@@ -94,6 +95,19 @@ class Rivals:
                 f"{len(failed)} of {len(chosen)} cells failed ({', '.join(failed)}); the first: {first}; the same "
                 "command tries them again"
             )
+
+    def plan(self) -> dict[str, Any]:
+        """What all cells of the table depend on."""
+        from tpatch_jax.evaluation.rivals import find_file
+
+        parts = self.parts()
+        names = dict.fromkeys((*(part.file for part in parts), TEXT))
+        return {
+            "model": self.model,
+            "parts": [part.name for part in parts],
+            "n": [part.n for part in parts],
+            "data": {name: hash_file(find_file(Path(self.data), name)) for name in names},
+        }
 
     def parts(self) -> tuple["Part", ...]:
         """The parts of the table.
@@ -190,6 +204,7 @@ class Rivals:
 
     def _show(self, table: "Table", output: Path) -> None:
         from tpatch_jax.evaluation.report import table as as_rows
+        from tpatch_jax.evaluation.rivals import heading
 
         for part in table.parts:
             results = table.results[part.name]
@@ -198,7 +213,7 @@ class Rivals:
                     row: {**result, "metrics": {n: v for n, v in result["metrics"].items() if n in part.figures}}
                     for row, result in results.items()
                 }
-                show_rows(f"{part.data}, {part.n} records, {part.protocol}", as_rows(list(kept.items())))
+                show_rows(heading(part, results), as_rows(list(kept.items())))
         result_console().print(f"table in {output / 'table.md'}", markup=False)
 
 

@@ -27,11 +27,16 @@ __all__ = [
     "as_markdown",
     "cells",
     "fill_table",
+    "find_file",
+    "heading",
     "open_table",
     "read_table",
 ]
 
 SCHEMA = 1
+
+CONFIG = "configuration.yaml"
+"""Beside a cell's report: what it was measured with."""
 
 ROWS: Mapping[str, str] = {
     "ft": "",
@@ -278,6 +283,8 @@ def fill_table(
     ``table.json`` and ``table.md`` are written after each cell, so that what is known can be read at any time; with
     several jobs after each cell before which no other one is still being measured.
 
+    Beside its report each cell keeps its configuration.
+
     Args:
         chosen: what shall be measured, from `cells`.
         measure: writes a cell's report.
@@ -285,25 +292,42 @@ def fill_table(
         output: the table's folder.
         tell: called before each cell that is measured with it and its number.
         jobs: so many cells at once, each in a thread, so that ``measure`` should start a process; one in this thread.
+
+    Raises:
+        TPatchError: a cell that has a report was measured with another configuration, or the disk is full.
     """
 
     def attempt(number: int) -> str:
         tell(chosen[number], number)
         try:
             measure(chosen[number])
+            write_text(chosen[number].folder / CONFIG, chosen[number].config.read_text("utf-8"))
         except TPatchError as error:
             return str(error)
         return ""
 
     missing: dict[tuple[str, str], str] = {}
     table = _write(parts, missing, output)
-    left = [number for number, cell in enumerate(chosen) if not (cell.folder / REPORT).exists()]
+    left = [number for number, cell in enumerate(chosen) if not _is_measured(cell)]
     with ThreadPoolExecutor(jobs) as pool:
         for number, reason in zip(left, (map if jobs == 1 else pool.map)(attempt, left), strict=True):
             if reason:
                 missing[chosen[number].part.name, chosen[number].row] = reason
             table = _write(parts, missing, output)
     return table
+
+
+def _is_measured(cell: Cell) -> bool:
+    """Whether a cell has a report, of the configuration that it has now."""
+    if not (cell.folder / REPORT).exists():
+        return False
+    kept = cell.folder / CONFIG
+    if kept.exists() and kept.read_text("utf-8") != cell.config.read_text("utf-8"):
+        raise TPatchError(
+            f"{cell.folder} was measured with another {cell.config}; remove that folder, and the same command measures "
+            "it anew"
+        )
+    return True
 
 
 def _write(parts: Sequence[Part], missing: Mapping[tuple[str, str], str], output: Path) -> Table:
@@ -316,12 +340,18 @@ def _write(parts: Sequence[Part], missing: Mapping[tuple[str, str], str], output
     return table
 
 
+def heading(part: Part, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """What one table is of: the data set, how many of its records were measured, and the protocol."""
+    counts = {result["n"] for result in results.values()} or {part.n}
+    return f"{part.data}, {' to '.join(map(str, sorted({min(counts), max(counts)})))} records, {part.protocol}"
+
+
 def as_markdown(table: Table) -> str:
     """The page to read: a table for each part, quality first, then what it costs."""
     blocks = []
     for part in table.parts:
         results = table.results[part.name]
-        title = f"## {part.data}, {part.n} records, {part.protocol}"
+        title = f"## {heading(part, results)}"
         figures = [name for name in part.figures if any(name in result["metrics"] for result in results.values())]
         costs = [name for name in COSTS if any(name in result["cost"] for result in results.values())]
         # Of several methods in one process it is the most that any of them took.
