@@ -1,5 +1,6 @@
 """Corrected models as GGUF files: not one byte of an original weight changes, and llama.cpp says the same."""
 
+import copy
 import dataclasses
 import errno
 import hashlib
@@ -538,6 +539,23 @@ def test_a_folder_becomes_a_whole_file(name, tmp_path):
         assert back.encode(text) == model.encode(text)
     assert back.tokenizer.eos_token_id == model.tokenizer.eos_token_id
     check_llama_cpp(tmp_path / "out.gguf", merged)
+
+
+def test_each_of_several_chat_templates_has_its_key(tmp_path):
+    model = tiny_model("llama")
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.chat_template = {"tool use": "tools {{ messages }}", "default": TEMPLATE}
+    export_gguf(merge(dataclasses.replace(model, tokenizer=tokenizer), patch_for((0,))), tmp_path / "out.gguf")
+    keys = {name: value for name, (value, _) in keys_in(tmp_path / "out.gguf").items() if "chat_template" in name}
+    assert keys == {
+        "tokenizer.chat_template": TEMPLATE,
+        "tokenizer.chat_templates": ["tool_use"],
+        "tokenizer.chat_template.tool_use": "tools {{ messages }}",
+    }
+    back = load_model(tmp_path / "out.gguf").tokenizer
+    assert back.chat_template == {"default": TEMPLATE, "tool_use": "tools {{ messages }}"}
+    messages = [{"role": "user", "content": "the"}]
+    assert back.apply_chat_template(messages, tokenize=False) == "<|im_start|>the<|im_end|>"
 
 
 def test_llama_3_s_rotation(tmp_path):

@@ -5,6 +5,7 @@ One entry of `_KINDS` per algorithm, one of `_PRE_TOKENIZERS` per rule that spli
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ from tpatch_jax.models.tokenizer import Tokenizer
 __all__ = ["tokenizer_files", "tokenizer_keys"]
 
 _log = logging.getLogger(__name__)
+
+TEMPLATE = "tokenizer.chat_template"
+"""The key of the default one; others have their names behind a point, of which a list stands in the plural's key."""
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
@@ -117,7 +121,7 @@ def tokenizer_files(metadata: Metadata, longest: int) -> dict[str, str]:
     except Exception as error:
         raise _damaged(metadata, str(error)) from error
 
-    template = metadata.get("tokenizer.chat_template")
+    template = _read_templates(metadata)
     settings = {
         # any class of a family's own would build its tables anew, and not as this file has them
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -289,7 +293,6 @@ def tokenizer_keys(tokenizer: Tokenizer, vocabulary: int, longest: int, model: s
     if max(names) >= vocabulary:
         raise _unwritten(model, f"has tokens from {vocabulary} on, which the model does not know", "and")
     types = {id: _CONTROL if entry["special"] else _USER_DEFINED for id, entry in added.items()}
-    template = tokenizer.chat_template
     keys: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
@@ -305,8 +308,27 @@ def tokenizer_keys(tokenizer: Tokenizer, vocabulary: int, longest: int, model: s
         "tokenizer.ggml.add_bos_token": first > 0,
         "tokenizer.ggml.add_eos_token": len(whole) > first + len(plain),
     }
-    keys |= {"tokenizer.chat_template": template} if isinstance(template, str) and template else {}
+    keys |= _template_keys(tokenizer.chat_template)
     _check_written(tokenizer, keys, longest, model)
+    return keys
+
+
+def _read_templates(metadata: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
+    """A file's chat template, or all of them by name, as a tokenizer's configuration has them."""
+    template = metadata.get(TEMPLATE)
+    others = {str(name): metadata.get(f"{TEMPLATE}.{name}") for name in metadata.get(f"{TEMPLATE}s", ())}
+    named = {name: text for name, text in {"default": template, **others}.items() if text}
+    return [{"name": name, "template": text} for name, text in named.items()] if others else template
+
+
+def _template_keys(template: Any) -> dict[str, Any]:
+    """The keys of a tokenizer's chat template, of several ones each by its name, of letters, digits and ``_`` alone."""
+    named = dict(template) if isinstance(template, Mapping) else {"default": template}
+    default = named.pop("default", None)
+    keys: dict[str, Any] = {TEMPLATE: default} if default else {}
+    others = {re.sub("[^a-zA-Z0-9]", "_", name): text for name, text in named.items()}
+    if others:
+        keys |= {f"{TEMPLATE}s": list(others)} | {f"{TEMPLATE}.{name}": text for name, text in others.items()}
     return keys
 
 
