@@ -237,6 +237,16 @@ def test_a_guarded_answer_stays_whatever_is_enabled_and_what_changes_it_is_said(
     assert change_with(folder, "enable", ["b-breaker"], None).guards_broken is None
 
 
+def test_what_shall_hold_in_chats_as_well_supersedes_what_was_fitted_in_bare_text(folder):
+    bare, both = EditRequest("who", "Anna", id="bare"), EditRequest("who", "Anna", id="both", form="both")
+    add_with(folder, [bare], fake)
+    info = add_with(folder, [both], fake, resume=True)
+    assert (info.added, info.already, info.superseded, info.skipped) == (("both",), (), (("bare", "both"),), 0)
+    # What was fitted in both holds in bare text.
+    assert add_with(folder, [EditRequest("who", "Anna", id="again")], fake).already == ("both",)
+    assert add_with(folder, [dataclasses.replace(both, id=None)], fake, resume=True).skipped == 1
+
+
 def test_resume_counts_what_occurs_several_times(folder):
     wanted = [EditRequest("a", target) for target in ("one", "two", "one")]
     add_with(folder, wanted[:2], fake)

@@ -61,6 +61,16 @@ def _same(request: EditRequest) -> tuple[str, str]:
     return request_key(request), request.target.strip()
 
 
+def _in_chats_too(request: EditRequest) -> bool:
+    """Whether a request asks to be fitted in chats beside bare text."""
+    return request.form == "both" or (request.form is None and bool(request.system is not None or request.turns))
+
+
+def _covers(edit: BankEdit, request: EditRequest) -> bool:
+    """Whether an edit that says what a request wants was fitted wherever that shall hold."""
+    return _in_chats_too(edit.request) or not _in_chats_too(request)
+
+
 Reads = Callable[[EditRequest], tuple[Hashable, Hashable] | None]
 """A request's prompt and target as the model's tokenizer reads them; ``None`` if it cannot."""
 
@@ -95,11 +105,13 @@ def _waiting(bank: Bank, requests: Sequence[EditRequest], resume: bool) -> list[
     """The requests that are not in the bank yet, with the names that they will have there."""
     taken = {edit.id for edit in bank.edits}
     state_of = states(bank)
-    done = Counter(_same(edit.request) for edit in bank.edits if state_of[edit.id] not in ("removed", "lost"))
+    there = [edit.request for edit in bank.edits if state_of[edit.id] not in ("removed", "lost")]
+    done = Counter((*_same(request), _in_chats_too(request)) for request in there)
     waiting, number = [], len(bank.edits)
     for request in requests:
-        if resume and done[_same(request)]:
-            done[_same(request)] -= 1
+        mark = (*_same(request), _in_chats_too(request))
+        if resume and done[mark]:
+            done[mark] -= 1
             continue
         name = request.id
         if name is None:
@@ -197,7 +209,11 @@ def _add(
 ) -> tuple[Bank, Draft, dict[str, tuple[Any, ...]]]:  # fmt: skip
     now = {alike.prompt(edit.request): edit for edit in active(bank)}
     there = {name: now.get(alike.prompt(request)) for name, request in part}
-    same = {name: old.id for name, one in part if (old := there[name]) and alike.read(old.request) == alike.read(one)}
+    same = {
+        name: old.id
+        for name, one in part
+        if (old := there[name]) and alike.read(old.request) == alike.read(one) and _covers(old, one)
+    }
     known = list(same.values())
     fresh = [(name, request) for name, request in part if name not in same]
     earlier, edits = alike.first(bank.edits), []
