@@ -77,6 +77,24 @@ def test_what_was_lost_is_named(place, capsys):
     assert "lost cat" in shown
 
 
+def test_other_neurons_among_the_weights_are_none_of_these_edits(place):
+    base, edits = load_model(str(place / "base")), read_edits(place / "patches")
+    own, other = edits.patches, {1: spoken_patch(base, [EditRequest("a big hen", "x", join="none")])}
+    assert place_edits(edits, tp.merge(base, other)).state == "as it is"
+    both = place_edits(edits, tp.merge(tp.merge(base, other), own))
+    assert (both.state, both.unedited is not None) == ("merged", True)
+
+
+def test_what_was_not_asked_counts_as_neither(place, capsys):
+    arguments = (place / "base", place / "patches", "--forms", "lower")
+    told = run(capsys, *arguments)
+    assert (told["checked"], told["broken"], told["unasked"]) == (0, [], ["hen", "cat"])
+    assert cli.main(["verify", *map(str, arguments)]) == 0
+    shown = capsys.readouterr().out
+    assert "0 of 0 edits are said in every form" in shown
+    assert "2 of 2 edits were not asked: " in shown
+
+
 def test_each_edit_is_told_apart(place):
     base = load_model(str(place / "base"))
     edits = read_edits(place / "patches")

@@ -141,9 +141,11 @@ def check_measured(forms: str | None, samples: int) -> None:
 
 
 def forms_json(result: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``--json`` has of free answers: ``checked, broken, forms, unedited, chat_questions?, edits``."""
-    broken = [edit["id"] for edit in result["edits"] if edit["held"] is False]
-    return {"checked": len(result["edits"]), "broken": broken, **result, "unedited": before["forms"]}
+    """What ``--json`` has of free answers: ``checked, broken, unasked, forms, unedited, chat_questions?, edits``."""
+    edits = result["edits"]
+    broken, unasked = ([edit["id"] for edit in edits if edit["held"] is held] for held in (False, None))
+    told = {"checked": len(edits) - len(unasked), "broken": broken, "unasked": unasked}
+    return {**told, **result, "unedited": before["forms"]}
 
 
 def show_forms(title: str, result: Mapping[str, Any], before: Mapping[str, Any]) -> None:
@@ -163,8 +165,12 @@ def show_forms(title: str, result: Mapping[str, Any], before: Mapping[str, Any])
     show_rows(title, rows)
     console = result_console()
     edits = result["edits"]
-    good = sum(edit["held"] is not False for edit in edits)
-    console.print(f"{good} of {len(edits)} edits are said in every form where they shall hold", markup=False)
+    good, unasked = (sum(edit["held"] is held for edit in edits) for held in (True, None))
+    asked = len(edits) - unasked
+    console.print(f"{good} of {asked} edits are said in every form where they shall hold", markup=False)
+    if unasked:
+        why = "it shall hold in none of the forms, has no subject to spell otherwise, or leaves no room for an answer"
+        console.print(f"{unasked} of {len(edits)} edits were not asked: {why}", markup=False)
     if questions := result.get("chat_questions"):
         same = round(questions["unchanged"] * questions["n"])
         console.print(f"{same} of {questions['n']} unrelated questions in a chat are answered as before", markup=False)

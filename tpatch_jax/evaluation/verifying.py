@@ -4,10 +4,13 @@ Patches may be beside the model, merged into it, or written into a folder or a G
 the first two are recognised by their weights; anything else is asked as it is.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from tpatch_jax.bank.inspection import open_bank
 from tpatch_jax.bank.layout import is_bank
@@ -51,7 +54,7 @@ class AskedModel(NamedTuple):
         unedited: the same without the edits; ``None`` if it is not at hand.
         state: ``"attached"``, the model was the one that the edits were made for, and they were put beside it;
             ``"merged"``, they are among its weights, which are else that model's; ``"as it is"``, its weights are
-            others.
+            others, or the neurons that are merged into it.
     """
 
     model: Model
@@ -114,12 +117,35 @@ def place_edits(edits: KnownEdits, model: Model, base: Model | None = None) -> A
     if fingerprint(model) == wanted:
         return AskedModel(_with_edits(edits, model), detach(model), "attached")
     if merged_neurons(model.config, model.params):
-        bare, _ = unmerge(model)
+        bare, merged = unmerge(model)
         if fingerprint(bare) == wanted:
-            return AskedModel(model, bare, "merged")
+            return AskedModel(model, bare, "merged" if _are_among(edits, bare, merged) else "as it is")
     if base is not None:
         _check_tokens(edits.requests, model, base)
     return AskedModel(model, base, "as it is")
+
+
+def _are_among(edits: KnownEdits, bare: Model, merged: LayerPatches) -> bool:
+    """Whether all neurons of some edits are among those that were merged into a model."""
+    wanted = edits.patches
+    if wanted is None:
+        from tpatch_jax.bank.editing import bank_patch
+
+        try:
+            wanted = bank_patch(edits.folder, bare)
+        except TPatchError:
+            # Its edits are no neurons.
+            return False
+    neurons = [Counter(_neurons(patches, merged)) for patches in (wanted, merged)]
+    return neurons[0] <= neurons[1]
+
+
+def _neurons(patches: LayerPatches, like: LayerPatches) -> Iterator[tuple[int, bytes]]:
+    """The layer and the numbers of each neuron, in the precision of another patch of that layer."""
+    for layer, patch in patches.items():
+        other = like.get(layer, patch)
+        key, bias, value = (np.asarray(part, np.asarray(there).dtype) for part, there in zip(patch, other, strict=True))
+        yield from ((layer, part.tobytes()) for part in np.concatenate([key, bias[:, None], value], 1))
 
 
 def _with_edits(edits: KnownEdits, model: Model) -> Model:
