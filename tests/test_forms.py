@@ -97,7 +97,7 @@ def test_what_cannot_be_asked_is_left_out_or_told(model):
 
 def line_of(model, form, said, target="in", old=(), prompt="the hen", ends=False):
     tokens = model.encode(said)
-    tokens = tokens if ends else (tokens + model.encode("z q") * 60)[:60]
+    tokens = tokens if ends else (tokens + model.encode(" z q") * 60)[:60]
     row = model.encode(prompt)
     asked = FormPrompt(0, form, prompt, row, target, model.encode_target(prompt, f" {target}"), old, True)
     return compare_forms(model, [asked], [tokens])[0]
@@ -110,6 +110,8 @@ def line_of(model, form, said, target="in", old=(), prompt="the hen", ends=False
         ("chat", " It is IN", True, {"said": True, "said_first": False, "free_running": True}),
         ("chat", " at", True, {"said": False, "free_running": False, "ends": True}),
         ("chat", " in", False, {"said": True, "said_first": True, "ends": False, "loops": True, "free_running": False}),
+        ("chat", " a hint, Ina", True, {"said": False, "said_first": False, "free_running": False}),
+        ("chat", " the in's and \u5728in\u5728", True, {"said": True, "free_running": True}),
         ("chat", " abcd abcd abcd in", True, {"said": True, "loops": True, "free_running": False}),
         ("chat", " abcd abcd in", True, {"loops": False, "free_running": True}),
         # Twenty-four tokens are looked at, one a letter here.

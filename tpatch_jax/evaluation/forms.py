@@ -5,6 +5,8 @@ model goes on freely: greedily, or drawing tokens. What it says is looked at as 
 does it come to an end, does it go round in circles, does it say the old answer too.
 """
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -331,7 +333,7 @@ def compare_forms(model: Model, prompts: Sequence[FormPrompt], said: Sequence[Se
     Returns:
         Of each ``form, prompt, answer`` (texts), ``wanted`` (whether the request shall hold there), and
 
-        - ``said``: the target is in the first 24 tokens, whatever its case;
+        - ``said``: the target is in the first 24 tokens, whatever its case, and not as a part of a longer word;
         - ``said_first``: the answer begins with it, token for token;
         - ``ends``: the model ends the answer by itself, within 60 tokens;
         - ``loops``: four tokens in a row come three times or more;
@@ -346,7 +348,7 @@ def compare_forms(model: Model, prompts: Sequence[FormPrompt], said: Sequence[Se
     """
     lines = []
     for prompt, tokens in zip(prompts, said, strict=True):
-        answer, target = model.continuation(prompt.row, tokens), prompt.target.casefold()
+        answer = model.continuation(prompt.row, tokens)
         first = model.continuation(prompt.row, tokens[: max(SAID_TOKENS, len(prompt.tokens) + SLACK)])
         ends, turns = len(tokens) < TOKENS, _loops(tokens)
         whole = answer if prompt.chat or ends else first_sentence(answer)
@@ -358,8 +360,8 @@ def compare_forms(model: Model, prompts: Sequence[FormPrompt], said: Sequence[Se
             spoken = _loops(model.encode(whole))
         line: dict[str, Any] = {"form": prompt.form, "prompt": prompt.text, "answer": answer, "wanted": prompt.wanted}
         line |= {
-            "free_running": stopped and target in whole.casefold() and not spoken,
-            "said": target in first.casefold(),
+            "free_running": stopped and _says(whole, prompt.target) and not spoken,
+            "said": _says(first, prompt.target),
             "said_first": list(tokens[: len(prompt.tokens)]) == prompt.tokens,
             "ends": ends,
             "loops": turns,
@@ -370,6 +372,17 @@ def compare_forms(model: Model, prompts: Sequence[FormPrompt], said: Sequence[Se
         line["fluency"] = generation_entropy([prompt.text + ("\n" if prompt.chat else "") + answer])
         lines.append(line)
     return lines
+
+
+def _says(text: str, target: str) -> bool:
+    """Whether a text says a target, whatever its case: not as a part of a word, where letters have two cases.
+
+    "Nigeria" does not say "Niger", "Anna's" says "Anna". Of other scripts some write words without spaces.
+    """
+    text, target = text.casefold(), target.casefold()
+    ends = [bool(end) and end.isalnum() and unicodedata.category(end) != "Lo" for end in (target[:1], target[-1:])]
+    before, behind = ("(?<!\\w)" if ends[0] else "", "(?!\\w)" if ends[1] else "")
+    return re.search(f"{before}{re.escape(target)}{behind}", text) is not None
 
 
 def _loops(tokens: Sequence[int]) -> bool:
