@@ -245,6 +245,11 @@ def test_what_was_compiled_before_the_first_report_is_not_warned_of(monkeypatch)
         for done in range(1, 101):
             clock.now = 120.0 + done
             report("training values", done, 100)
+    # Two more programs are met soon, at a minute each.
+    with edit_progress(True, phases, 1.0, ("training values",), warnings.append) as report:
+        for done in range(1, 101):
+            clock.now += 61.0 if done in (1, 2, 7) else 1.0
+            report("training values", done, 100)
     assert not warnings
     with edit_progress(True, phases, 1.0, ("training values",), warnings.append) as report:
         for done in range(1, 101):

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from tpatch_jax.typing import Progress
@@ -22,8 +23,10 @@ TRUST = 0.005
 """What was expected counts like this share of all the work, against what was measured."""
 LONG = 3600.0
 """Work that takes more seconds is warned of."""
-MEASUREMENTS = 2
-"""After so many measurements."""
+MEASUREMENTS = 5
+"""After so many measurements; each of the first may have waited for another program to be compiled."""
+ENOUGH = 3
+"""From so many rates on their median tells how fast a phase goes, whatever was compiled meanwhile."""
 TEXT_TOKENS = 16
 CPU_FLOPS, DEVICE_FLOPS = 2.5e10, 5e12
 """What one core, and any accelerator, is expected to do in a second before anything was measured."""
@@ -112,6 +115,7 @@ class _Measured:
         # Of what is done some was finished by an interrupted run; of the rest some came with the first report.
         self.done = self.kept = self.first_done = 0.0
         self.seconds = self.first_seconds = 0.0
+        self.rates: list[float] = []
 
     def report(self, done: float, total: float, seconds: float, kept: bool) -> None:
         """More is done, in so many seconds."""
@@ -121,6 +125,8 @@ class _Measured:
         else:
             if not self.cost_done:
                 self.first_done, self.first_seconds = done - self.done, seconds
+            elif done > self.done:
+                self.rates.append(seconds / (done - self.done))
             self.seconds += seconds
         self.done = done
 
@@ -134,10 +140,12 @@ class _Measured:
         return max(0.0, self.phase.units - self.done) * self.phase.cost
 
     def running(self, each: float) -> float:
-        """The seconds that it took without compiling, which only comes before the first report.
+        """The seconds that it took without compiling, which comes before the first report, and now and then later.
 
         Where there was but one, what a pass takes elsewhere, ``each``, has to tell.
         """
+        if len(self.rates) >= ENOUGH:
+            return min(self.seconds, median(self.rates) * (self.done - self.kept))
         later = self.done - self.kept - self.first_done
         if later > 0:
             rate = (self.seconds - self.first_seconds) / later
@@ -227,8 +235,8 @@ def edit_progress(
         quiet: draw nothing; nothing is drawn off a terminal either.
         phases: what is to do, in order.
         unit: what one pass is expected to take, in seconds.
-        measured: after two reports of any of these phases the time left is known well enough to be warned of; the
-            first has waited for programs to be compiled.
+        measured: after five reports of any of these phases the time left is known well enough to be warned of; the
+            first ones have waited for programs to be compiled.
         warn: called once with the seconds that are left where they are many.
         kept: how many parts so far were those of an interrupted run.
     """
