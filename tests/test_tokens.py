@@ -301,6 +301,20 @@ def test_templates_are_copied_and_paths_are_not(tiny_folder, tmp_path):
     assert "_name_or_path" not in json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
 
 
+def test_code_that_is_not_written_is_not_named(tiny_folder, tmp_path):
+    folder = tiny_folder(tmp_path)
+    settings = json.loads((folder / "config.json").read_text("utf-8"))
+    settings["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(settings), "utf-8")
+    model = load_model(folder)
+    tp.export_model(model, tmp_path / "stock")
+    tp.save_model(model, tmp_path / "saved")
+    for name in ("stock", "saved"):
+        written = json.loads((tmp_path / name / "config.json").read_text("utf-8"))
+        assert written["model_type"] == settings["model_type"]
+        assert "auto_map" not in written
+
+
 # --- networks from elsewhere ---
 
 

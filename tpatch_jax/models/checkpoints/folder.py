@@ -625,6 +625,8 @@ def write_folder(
         "_name_or_path",
         PREPROCESSOR,
         GENERATION,
+        # It names Python files that are not written; transformers has the class.
+        "auto_map",
         *(["rope_scaling"] if settings.get("rope_parameters") else []),
     }
     new = {name: entry for name, entry in settings.items() if name not in left_out}
