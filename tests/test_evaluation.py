@@ -469,6 +469,22 @@ def test_protocols_report_and_resume(tiny_model: Model, tmp_path: Path, protocol
     assert rows[0] == ["", "whole: unedited", f"whole: direct, {protocol}", f"again: direct, {protocol}"]
 
 
+def test_nobody_else_measures_in_a_folder_meanwhile(tiny_model: Model, tmp_path: Path) -> None:
+    records, refused = make_records()[:2], []
+
+    def also(what: str, done: int, total: int) -> None:
+        if what == "single edits" and not refused:
+            with pytest.raises(TPatchError, match=rf"out is being written by process {os.getpid()} on") as error:
+                run(tiny_model, "single", records, output=tmp_path / "out")
+            refused.append(error)
+
+    report = run(tiny_model, "single", records, output=tmp_path / "out", progress=also)
+    assert refused
+    assert read_report(tmp_path / "out") == report
+    assert len((tmp_path / "out" / "records-direct.jsonl").read_text("utf-8").splitlines()) == 2
+    assert run(tiny_model, "single", records, output=tmp_path / "out") == report
+
+
 def test_a_stream_goes_on_from_its_last_saved_edits(
     tiny_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,56 +1,25 @@
 """One writer at a time."""
 
-import json
-import os
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from tpatch_jax.bank.layout import LOCK, check_folder
-from tpatch_jax.errors import TPatchError
+from tpatch_jax.storage.lock import hold_lock
 
 __all__ = ["writing"]
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Hold a bank's lock for a block; the system lets go of it if the process dies.
+    """Hold a bank's lock for a block; see `tpatch_jax.storage.lock.hold_lock`.
 
     Args:
         folder: the bank.
 
     Raises:
-        TPatchError: another process holds it, or the folder cannot be written.
+        TPatchError: another process holds it, or the folder is no bank or cannot be written.
     """
     check_folder(folder)
-    path = folder / LOCK
-    # Read before the attempt, which empties the file in some versions of filelock.
-    holder = _holder(path)
-    lock = FileLock(path, timeout=0, mode=0o644)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise TPatchError(
-            f"{folder} is being written by {holder}; wait until it is done, or stop that process"
-        ) from None
-    except OSError as error:
-        raise TPatchError(f"cannot write {folder}: {error.strerror}; check who owns it") from None
-    try:
-        # Who holds it is for messages only: a full disk, or a system that keeps the file locked, does not matter here.
-        with suppress(OSError):
-            path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), "utf-8")
+    with hold_lock(folder / LOCK, folder):
         yield
-    finally:
-        lock.release()
-
-
-def _holder(path: Path) -> str:
-    """Who wrote their name into the file; one who holds the lock does so at once."""
-    try:
-        note = json.loads(path.read_text("utf-8"))
-        return f"process {note['pid']} on {note['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"

@@ -17,11 +17,31 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.storage.files import check_vacant, write_text
 from tpatch_jax.storage.finished_parts import check_same_run, load_arrays, save_arrays
 from tpatch_jax.storage.folders import REPORT
+from tpatch_jax.storage.lock import hold_lock
 from tpatch_jax.typing import Arrays
 
-__all__ = ["Journal", "finish_report", "open_report"]
+__all__ = ["Journal", "finish_report", "open_report", "reporting"]
 
-RUN, UNFINISHED = "run.json", "unfinished"
+RUN, UNFINISHED, LOCK = "run.json", "unfinished", "lock"
+
+
+@contextmanager
+def reporting(folder: Path | None, config: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+    """A report folder in which nobody else measures meanwhile: see `open_report`, whose result is given.
+
+    Args:
+        folder: the folder; ``None`` keeps nothing, and locks nothing.
+        config: what determines the figures.
+
+    Raises:
+        TPatchError: as `open_report`, or another process measures in that folder.
+    """
+    whole = None if folder is None else open_report(folder, config)
+    if folder is None or whole is not None:
+        yield whole
+        return
+    with hold_lock(folder / UNFINISHED / LOCK, folder):
+        yield None
 
 
 def open_report(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:

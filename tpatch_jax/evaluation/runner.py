@@ -33,7 +33,7 @@ from tpatch_jax.evaluation.forms import (
     records_in_chat,
 )
 from tpatch_jax.evaluation.generated import sentences
-from tpatch_jax.evaluation.journal import Journal, finish_report, open_report
+from tpatch_jax.evaluation.journal import Journal, finish_report, reporting
 from tpatch_jax.evaluation.protocols import ACCURACY, ELSEWHERE, MOMENTS, PROTOCOLS, SAID, Forms, Setup, unedited
 from tpatch_jax.evaluation.recalled import recall_answers
 from tpatch_jax.evaluation.records import Probe, Record
@@ -122,7 +122,8 @@ def evaluate(
         each kind how many there are and how many are contaminated; figures over the others are ``<figure>_clean``.
 
     Raises:
-        TPatchError: no such method or protocol, no record that can be asked, or a folder that holds another run.
+        TPatchError: no such method or protocol, no record that can be asked, or a folder that holds another run, or in
+            which another process measures.
 
     Example:
         >>> from tpatch_jax.evaluation.records import read_records
@@ -187,16 +188,14 @@ def evaluate(
     config |= {"forms": chosen_forms, "samples": samples} if chosen_forms else {}
     config = json.loads(json.dumps(config, default=list))
     folder = None if output is None else Path(output)
-    if folder is not None:
-        beside = {"train": train, "held_out": held_out}
-        contents: dict[str, Any] = {f"{name}_sha256": _content(others) for name, others in beside.items() if others}
-        contents |= {"learnt": learnt} if learnt else {}
-        contents |= {"records_sha256": _content(records), "data_sha256": data_sha256}
-        whole = open_report(folder, {**config, **contents})
+    beside = {"train": train, "held_out": held_out}
+    contents: dict[str, Any] = {f"{name}_sha256": _content(others) for name, others in beside.items() if others}
+    contents |= {"learnt": learnt} if learnt else {}
+    contents |= {"records_sha256": _content(records), "data_sha256": data_sha256}
+    tell = progress or (lambda what, done, total: None)
+    with reporting(folder, {**config, **contents}) as whole, jax.default_matmul_precision("highest"):
         if whole is not None:
             return whole
-    tell = progress or (lambda what, done, total: None)
-    with jax.default_matmul_precision("highest"):
         mixed = {kind for kind, count in probes.items() if count["contaminated"]}
         wanted = [{kind: mark for kind, mark in marked.items() if kind in mixed} for marked in marks]
         facts = _facts(model, records, other_facts)
@@ -221,20 +220,20 @@ def evaluate(
                 journal.finish(result)
             results.append(result)
             lines[name] = journal.lines
-    report = {
-        "schema": SCHEMA,
-        "config": config,
-        "seed": seed,
-        "versions": _versions(),
-        "data_sha256": data_sha256,
-        "data": told.summary(),
-        "probes": probes,
-        "results": results,
-    }
-    if folder is not None:
-        write_report(folder, report, lines)
-        finish_report(folder)
-    return report
+        report = {
+            "schema": SCHEMA,
+            "config": config,
+            "seed": seed,
+            "versions": _versions(),
+            "data_sha256": data_sha256,
+            "data": told.summary(),
+            "probes": probes,
+            "results": results,
+        }
+        if folder is not None:
+            write_report(folder, report, lines)
+            finish_report(folder)
+        return report
 
 
 @automatically
@@ -266,7 +265,7 @@ def evaluate_patches(
         those of `tpatch_jax.evaluation.running_text.patch_figures`.
 
     Raises:
-        TPatchError: the text cannot be read, or the folder holds something else.
+        TPatchError: the text cannot be read, or the folder holds something else or is being written by another process.
 
     Example:
         >>> report = evaluate_patches(model, tp.load_patches("patches", model), "wiki.txt")  # doctest: +SKIP
@@ -281,30 +280,30 @@ def evaluate_patches(
         "generate": False, "every": 50, "seed": 0,
     }  # fmt: skip
     folder = None if output is None else Path(output)
-    if folder is not None and (whole := open_report(folder, config)) is not None:
-        return whole
     tell, began = progress or (lambda what, done, total: None), time.perf_counter()
-    with jax.default_matmul_precision("highest"):
+    with reporting(folder, config) as whole, jax.default_matmul_precision("highest"):
+        if whole is not None:
+            return whole
         base = base_scores(
             model, windows, cache=cache_folder() if cache else None,
             tell=lambda done: tell("reading the text", done, len(windows.rows)),
         )  # fmt: skip
         figures = {"unedited": text_figures(base, base.outcome), "patches": patch_figures(model, base, patches)}
-    results = []
-    for name, metrics in figures.items():
-        cost = {"seconds": 0.0, "total_seconds": time.perf_counter() - began, "peak_memory_mib": _peak()}
-        common = {"method": name, "protocol": "batch", "moment": MOMENTS["batch"], "n": 0}
-        result = {**common, "metrics": metrics, "cost": cost, "requests": {}}
-        results.append(json.loads(json.dumps(result)))
-    results[1]["neurons"] = count_neurons(patches)
-    report = {
-        "schema": SCHEMA, "config": config, "seed": 0, "versions": _versions(), "data_sha256": None,
-        "data": DataNotes().summary(), "probes": {}, "results": results,
-    }  # fmt: skip
-    if folder is not None:
-        write_report(folder, report, {name: [] for name in figures})
-        finish_report(folder)
-    return report
+        results = []
+        for name, metrics in figures.items():
+            cost = {"seconds": 0.0, "total_seconds": time.perf_counter() - began, "peak_memory_mib": _peak()}
+            common = {"method": name, "protocol": "batch", "moment": MOMENTS["batch"], "n": 0}
+            result = {**common, "metrics": metrics, "cost": cost, "requests": {}}
+            results.append(json.loads(json.dumps(result)))
+        results[1]["neurons"] = count_neurons(patches)
+        report = {
+            "schema": SCHEMA, "config": config, "seed": 0, "versions": _versions(), "data_sha256": None,
+            "data": DataNotes().summary(), "probes": {}, "results": results,
+        }  # fmt: skip
+        if folder is not None:
+            write_report(folder, report, {name: [] for name in figures})
+            finish_report(folder)
+        return report
 
 
 def _askable(model: Model, records: Sequence[Record], notes: DataNotes) -> Sequence[Record]:
