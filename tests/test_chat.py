@@ -17,6 +17,7 @@ from tpatch_jax.bank.patches import read_patches, saved_requests
 from tpatch_jax.bank.state import states
 from tpatch_jax.cli import main as cli
 from tpatch_jax.editors import model_memory
+from tpatch_jax.editors.forms import unsaid_in_chats
 from tpatch_jax.editors.repeats import step_once
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation import forms
@@ -258,6 +259,20 @@ def test_the_default_is_fitted_as_it_always_was(model, letters):
     fitted = [edit_tiny(model, letters, EditRequest("the hen", "ab", form=form))[0] for form in (None, "bare", "both")]
     assert same(fitted[0], fitted[1])
     assert same(fitted[0], fitted[2])
+
+
+@pytest.mark.usefixtures("small")
+def test_what_shall_hold_in_chats_is_fitted_there_though_bare_text_says_it(model, letters):
+    prompt = "the hen sat in"
+    said = EditRequest(prompt, model.generate(prompt, 1), subject="hen", join="none")
+    assert said.target.strip()
+    asked = [said, dataclasses.replace(said, form="both")]
+    assert unsaid_in_chats(model, asked) == [False, True]
+    settings = {**QUICK, "site": "subject", "steps": 2}
+    fitted = [tp.edit(model, [one], settings=settings, memory=letters, cache=False) for one in asked]
+    assert [info.requests[0].status for _, info in fitted] == ["already", "edited"]
+    assert not any(len(patch.key) for patch in fitted[0][0].values())
+    assert any(len(patch.key) for patch in fitted[1][0].values())
 
 
 def test_every_method_is_given_what_the_model_reads(model):

@@ -1,9 +1,10 @@
 """The forms in which a request shall hold: in conversations, and with its subject spelt otherwise."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from tpatch_jax.editors.frames import other_frames, same_frames
+from tpatch_jax.editors.holding import AskedRow, read_margins
 from tpatch_jax.editors.locating import locate_subject, respell
 from tpatch_jax.editors.reading import target_tokens
 from tpatch_jax.editors.subject_rows import PromptRow, row_of
@@ -13,7 +14,7 @@ from tpatch_jax.models.chat import COMPLETE, as_turn, form_of, in_chat
 from tpatch_jax.models.model import Model
 from tpatch_jax.requests import EditRequest
 
-__all__ = ["ask_in_chats", "chat_rows", "holds_in_chats", "other_chats", "respelled"]
+__all__ = ["ask_in_chats", "chat_rows", "holds_in_chats", "other_chats", "respelled", "unsaid_in_chats"]
 
 FINISH, BRIEFLY = "Please finish this sentence: {}", "Answer briefly."
 """How the rest of an unfinished sentence, or an answer, is asked for besides `tpatch_jax.models.chat.as_turn`."""
@@ -111,6 +112,22 @@ def chat_rows(model: Model, twins: Iterable[EditRequest], *, wanted: bool = True
             wording = Wording(twin.prompt, spans[-1][1])
             rows.append(row_of(model, wording, target_tokens(model, twin) if wanted else ()))
     return [row for row in rows if row is not None]
+
+
+def unsaid_in_chats(model: Model, requests: Sequence[EditRequest]) -> list[bool]:
+    """Which requests shall hold in chats beside bare text and are not said there, asked as they are, to the turn's end.
+
+    Args:
+        model: a decoder as it stands.
+        requests: those without a subject are never among them.
+    """
+    rows: dict[int, AskedRow] = {}
+    for number, request in enumerate(requests):
+        if request.subject is not None and holds_in_chats(model, request):
+            for row in chat_rows(model, ask_in_chats(model, request, 1)):
+                rows[number] = AskedRow(row.tokens, range(row.places[0], row.places[-1] + 1), row.wanted)
+    unsaid = dict(zip(rows, (read_margins(model, list(rows.values())) <= 0).tolist(), strict=True))
+    return [unsaid.get(number, False) for number in range(len(requests))]
 
 
 def respelled(model: Model, request: EditRequest, lower_case: bool) -> list[EditRequest]:

@@ -14,6 +14,7 @@ from jax import Array
 from tpatch_jax.core.devices import mesh_of
 from tpatch_jax.core.ffn import ACTIVATIONS
 from tpatch_jax.core.patch import Patch, concatenate, create, preactivations, take
+from tpatch_jax.editors.forms import unsaid_in_chats
 from tpatch_jax.editors.plan import EditPlan
 from tpatch_jax.editors.tpatcher.draft import Draft, SubjectDraft, with_subject_neurons
 from tpatch_jax.editors.tpatcher.last_site import (
@@ -76,6 +77,9 @@ def fit_at_subjects(
     said = predicted(model, collect_bare(model, plan.items, progress), last)
     ends = np.cumsum([len(item.target) for item in plan.items])[:-1]
     wrong = [tokens.tolist() != item.target for item, tokens in zip(plan.items, np.split(said, ends), strict=True)]
+    # What shall hold in chats as well is no more said already for being said in bare text.
+    unsaid = unsaid_in_chats(model, [plan.requests[item.position] for item in plan.items])
+    wrong = [bare or chat for bare, chat in zip(wrong, unsaid, strict=True)]
     start = find_start(unedited, layer, settings.subject.start)
     subjects = read_subjects(
         unedited, state.subject_memory, layer, plan.items, plan.requests, previous, settings.subject, progress, start
