@@ -18,7 +18,6 @@ from tpatch_jax.cli.common import Json, ModelName, Quiet, load, show_rows
 from tpatch_jax.cli.eval import Eval
 from tpatch_jax.display.console import print_json, result_console
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.storage.finished_parts import hash_file
 
 if TYPE_CHECKING:
     from tpatch_jax.evaluation.rivals import Cell, Part, Table
@@ -99,6 +98,7 @@ class Rivals:
     def plan(self) -> dict[str, Any]:
         """What all cells of the table depend on."""
         from tpatch_jax.evaluation.rivals import find_file
+        from tpatch_jax.storage.finished_parts import hash_file
 
         parts = self.parts()
         names = dict.fromkeys((*(part.file for part in parts), TEXT))
