@@ -23,7 +23,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation import forms
 from tpatch_jax.evaluation.answers import compare_answers
 from tpatch_jax.evaluation.measure import measure
-from tpatch_jax.models import memory_text
+from tpatch_jax.models import generation, memory_text
 from tpatch_jax.models.chat import (
     COMPLETE,
     as_messages,
@@ -37,7 +37,9 @@ from tpatch_jax.models.chat import (
     render_chat,
     render_request,
     render_requests,
+    stops_after,
 )
+from tpatch_jax.models.sentences import continue_rows
 from tpatch_jax.requests import EditRequest
 
 PROMOTION = "standard"  # optax takes steps
@@ -458,3 +460,18 @@ def test_a_long_conversation_loses_its_oldest_exchange(place, capsys, monkeypatc
     assert converse(monkeypatch, [str(place / "tiny"), "--max-new-tokens", "2", "--json"], *asked) == 0
     messages = last_json(capsys)["messages"]
     assert [message["content"][:1] for message in messages if message["role"] == "user"] == ["z"]
+
+
+def test_each_prompt_ends_where_its_own_kind_ends(model, monkeypatch):
+    chat = render_request(model, EditRequest("the hen", "in", form="chat")).prompt
+    end = chat_stops(model)
+    assert stops_after(model, ["the hen", chat]) == [model.stops, end] != [end, end]
+    given = []
+    monkeypatch.setattr(
+        generation, "greedy", lambda config, params, rows, count, stops, *more, **named: given.append(stops) or rows
+    )
+    model.generate(["the hen", chat], 2)
+    assert given == [[model.stops, end]]
+    # Sorted by length, the prompts take theirs with them.
+    continue_rows(model, [model.encode_prompt(text) for text in (chat, "the hen")], 2, stops=[end, model.stops])
+    assert given[1] == [model.stops, end]

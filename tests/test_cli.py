@@ -36,7 +36,9 @@ from tpatch_jax.editors.serac.training import SeracTraining
 from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import draw_comparison
+from tpatch_jax.evaluation.runner import evaluate_patches
 from tpatch_jax.evaluation.running_text import read_windows
+from tpatch_jax.models.fingerprint import fingerprint_attached
 from tpatch_jax.models.model import load_model
 from tpatch_jax.requests import EditRequest
 from tpatch_jax.storage import settings as settings_
@@ -114,6 +116,14 @@ def test_what_saved_patches_do_to_running_text(place, patches, capsys):
     assert cli.main([*asked, "--quiet"]) == 0
     assert "perplexity is" in capsys.readouterr().out
     assert "perplexity_ratio" in (out / "report.md").read_text("utf-8")
+    # the report of these patches is not that of others
+    other = {layer: patch._replace(value=2 * patch.value) for layer, patch in tp.load_patches(patches, model).items()}
+    report = json.loads((out / "report.json").read_text("utf-8"))
+    with pytest.raises(TPatchError, match="belongs to a run with patches="):
+        evaluate_patches(model, other, place / "memory.txt", text_tokens=200, output=out, about=report["config"])
+    attached = [fingerprint_attached(tp.attach(model, one)) for one in (other, tp.load_patches(patches, model))]
+    assert len({*attached, fingerprint_attached(model)}) == 3
+    assert fingerprint_attached(model) == ""
 
 
 @pytest.mark.parametrize(

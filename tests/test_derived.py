@@ -12,9 +12,11 @@ from conftest import bits, make_tiny_model
 import tpatch_jax as tp
 from tpatch_jax.core import memory as core_memory
 from tpatch_jax.core.memory import create_memory, second_moments
+from tpatch_jax.core.patch import Patch
 from tpatch_jax.editors import model_memory
 from tpatch_jax.editors.model_memory import collect_model_memory
 from tpatch_jax.editors.reading import read_item
+from tpatch_jax.editors.rome.hidden_moment import hidden_moment, moment_rows
 from tpatch_jax.editors.tpatcher import last_site
 from tpatch_jax.editors.tpatcher.last_site import forward_seconds, start_values
 from tpatch_jax.models import derived
@@ -145,3 +147,19 @@ def test_moments_of_a_memory_are_taken_once_and_not_of_what_may_change(monkeypat
     del query, memories
     gc.collect()
     assert place not in core_memory._MOMENTS
+
+
+def test_what_is_attached_leaves_nothing_in_the_cache_of_the_bare_model(letters, tmp_path):
+    model, rng = make_tiny_model(6), np.random.default_rng(0)
+    key, value = (jnp.asarray(4 * rng.normal(size=(4, 16)), jnp.float32) for _ in range(2))
+    patched = attach(model, {0: Patch(key, jnp.zeros(4), value)})
+    moment_of = lambda asked, cache: hidden_moment(asked, 1, moment_rows(asked, letters), cache=cache)  # noqa: E731
+    bare = collect_model_memory(model, 1, letters), moment_of(model, None)
+    beside = collect_model_memory(patched, 1, letters, cache=tmp_path), moment_of(patched, tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert bits(beside[0].query) != bits(bare[0].query)
+    after = collect_model_memory(model, 1, letters, cache=tmp_path), moment_of(model, tmp_path)
+    assert bits(after[0].query) == bits(bare[0].query)
+    assert bits(after[1]) == bits(bare[1]) != bits(beside[1])
+    # The bare model's is not taken by the patched one either.
+    assert bits(collect_model_memory(patched, 1, letters, cache=tmp_path).query) == bits(beside[0].query)

@@ -286,3 +286,15 @@ def test_settings_that_make_no_sense_are_named(name, value, message):
     with pytest.raises(TPatchError, match=message):
         FitSettings(**{name: value})
     assert FitSettings(clip=float("inf"), value_limit=float("inf")).clip == float("inf")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+@BOTH
+def test_a_problem_in_half_precision_is_fitted_in_float32(recipe, dtype):
+    lanes, memory, resume, keys = problem()
+    lanes = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf, lanes)
+    patches, info = fit_many(lanes, memory, resume, keys, SETTINGS[recipe], ACT)
+    assert {leaf.dtype for leaf in patches} == {jnp.dtype("float32")}
+    assert np.asarray(info.held).sum() == np.asarray(fitted(recipe)[1].held).sum()
+    alone, _ = fit(pick(lanes, 0), memory, resume, keys[0], SETTINGS[recipe], ACT)
+    np.testing.assert_allclose(alone.key, patches.key[0], rtol=2e-3, atol=2e-3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tpatch_jax.core.memory import NO_ANSWER, create_memory, extend
-from tpatch_jax.editors.reading import read_item, with_shared_numbers
+from tpatch_jax.editors.reading import read_item, swapped_prompts, with_shared_numbers
 from tpatch_jax.editors.tpatcher import last_site, stages
 from tpatch_jax.editors.tpatcher.editor import tpatcher
 from tpatch_jax.editors.tpatcher.last_site import collect_inner
@@ -147,7 +147,7 @@ def test_other_subjects_are_read_for_what_wants_a_neuron_and_later_for_what_is_a
     monkeypatch.setattr(
         last_site, "collect", lambda model, rows, *a, **k: calls.append(len(rows)) or collected(model, rows, *a, **k)
     )
-    monkeypatch.setattr(last_site, "_mates", lambda *given: {})
+    monkeypatch.setattr(last_site, "find_mates", lambda *given: {})
 
     def negatives_of(first):
         given = (
@@ -175,3 +175,22 @@ def test_other_subjects_are_read_for_what_wants_a_neuron_and_later_for_what_is_a
     np.testing.assert_allclose(none(numbers), expected, rtol=1e-5, atol=1e-5)
     assert calls == [6, 2, 2, 4]
     assert none(numbers[:0]).shape == (0, 2, tiny_model.config.hidden_size)
+
+
+def test_other_requests_that_serve_as_negatives_do_not_depend_on_the_order(tiny_model):
+    names, targets = ("cat", "hen", "fox", "dog", "inn", "hat"), "bqzxkw"
+    wanted = [EditRequest(f"the {name} sat in", target, name) for name, target in zip(names, targets, strict=True)]
+
+    def chosen_in(order):
+        requests = {position: wanted[number] for position, number in enumerate(order)}
+        read = [read_item(tiny_model, position, request, (), False) for position, request in requests.items()]
+        mates = last_site.find_mates(read, requests, 2)
+        swapped = swapped_prompts(tiny_model, requests, ("theory", "herd"), 2)
+        named = lambda at: requests[at].subject  # noqa: E731
+        return {named(at): [*map(named, others)] for at, others in mates.items()}, {
+            named(at): texts for at, texts in swapped.items()
+        }
+
+    first = chosen_in(range(6))
+    assert first == chosen_in([3, 5, 0, 4, 1, 2]) == chosen_in([5, 4, 3, 2, 1, 0])
+    assert sorted(map(len, first[0].values())) == [2] * 6

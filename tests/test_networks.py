@@ -314,6 +314,23 @@ def test_sampling_follows_its_key_and_stays_among_the_best(tiny_model):
     assert draw(3, top_k=1) == generation.greedy(tiny_model.config, tiny_model.params, rows, 8)
 
 
+def test_stops_of_each_prompt_end_its_own_lane(tiny_model):
+    rows = [tiny_model.encode(text) for text in TEXTS[:2]]
+    given = tiny_model.config, tiny_model.params, rows, 6
+    free = generation.greedy(*given)
+    stop = free[1][3]
+    both = generation.greedy(*given, [(free[0][0],), (stop,)])
+    assert both == [[], free[1][: free[1].index(stop)]]
+    with pytest.raises(TPatchError, match="stops for 1 of 2 prompts; give those of each"):
+        generation.greedy(*given, [(1,)])
+
+
+def test_sampling_from_few_tokens_takes_all_of_them():
+    few = make_tiny_model(vocab_size=30)
+    (drawn,) = generation.sample(few.config, few.params, [[1, 2]], 8, jax.random.key(0), stops=(0,))
+    assert set(drawn) <= set(range(30))
+
+
 # --- patches ---
 
 

@@ -494,6 +494,18 @@ def test_neuraldbs_edits_come_out_exactly_and_are_saved(tiny_model: Model, table
     assert same(again[3:5], state[3:5])
 
 
+def test_a_later_edit_of_the_same_prompt_answers_until_it_is_forgotten(
+    tiny_model: Model, table: tuple[NeuralDBState, Any]
+) -> None:
+    state, _ = table
+    again = dataclasses.replace(REQUESTS[0], id="eve-2", target="t")
+    after, info = neuraldb(TABLE).step(state, [again], KEY)
+    says = lambda held: database_model(held).generate(again.prompt, 1).strip()  # noqa: E731
+    assert info.requests[0].held
+    states = state, after, forget(after, ["eve-2"]), forget(after, ["eve"])
+    assert [*map(says, states)] == ["the", "t", "the", "t"]
+
+
 def test_what_neuraldb_cannot_reach_is_kept_or_not(tiny_model: Model) -> None:
     weak = ValueSettings(value_steps=2, value_extra_steps=0, clamp=0.01)
     wanted = [*REQUESTS[:2], EditRequest("Nobody", "x")]

@@ -25,9 +25,9 @@ from tpatch_jax.editors.wise import (
     WiseSettings,
     WiseState,
     _lesson,
-    _mask,
     _with_edit,
     check_wise,
+    draw_mask,
     merge_shards,
     restore_memory,
     routing,
@@ -97,7 +97,7 @@ def test_an_edit_is_gradient_descent_on_its_loss_within_its_mask(model, fresh):
     """Three steps against the formula on whole logits."""
     settings = dataclasses.replace(QUICK, edit_steps=3, sgd_rate=0.05)
     state, fit = _with_edit(fresh._replace(settings=settings), read_item(model, 0, WANTED[0], fresh.contexts, False))
-    main, mask = fresh.main, np.asarray(_mask(fresh, 0))
+    main, mask = fresh.main, np.asarray(draw_mask(fresh, 0))
     item = read_item(model, 0, WANTED[0], fresh.contexts, False)
     assert len(item.rows) == 2
     held = list(fresh.held[int(wise_module.text_generator(WANTED[0].prompt).integers(len(fresh.held)))])
@@ -222,6 +222,18 @@ def test_shards_begin_anew_with_other_masks(fresh):
     assert (nothing.shards, nothing.edits, nothing.least) == ((), 0, math.inf)
     with pytest.raises(TPatchError, match="take the same model and layer"):
         restore_memory(fresh, {**save_memory(state), "shards": np.zeros((1, 2, 3))})
+
+
+def test_a_mask_does_not_depend_on_x64(fresh):
+    masks = []
+    for wide in (False, True):
+        jax.config.update("jax_enable_x64", wide)
+        try:
+            masks.append(np.asarray(draw_mask(fresh, 0)))
+        finally:
+            jax.config.update("jax_enable_x64", False)
+    assert np.array_equal(*masks)
+    assert 0 < masks[0].mean() < 1
 
 
 def test_what_does_not_hold_is_said_and_kept_or_not(model, fresh):

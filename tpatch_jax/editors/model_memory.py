@@ -26,7 +26,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import collect, predicted
 from tpatch_jax.models.derived import derive_once
 from tpatch_jax.models.inputs import read_inputs
-from tpatch_jax.models.memory_text import keep_folder, memory_folder, memory_texts, text_mark
+from tpatch_jax.models.memory_text import cache_of, keep_folder, memory_folder, memory_texts, text_mark
 from tpatch_jax.models.model import Model
 from tpatch_jax.storage.embedding_file import read_embedding_file
 from tpatch_jax.storage.image_file import is_image_file
@@ -106,6 +106,7 @@ def collect_model_memory(
     Raises:
         TPatchError: the text file is missing, not UTF-8, or too short; or the file of embeddings is none.
     """
+    cache = cache_of(model, cache)
     if text is not None and Path(text).suffix == PACKED:
         return _unpacked(Path(text), model.config.hidden_size)._replace(cache=cache)
     if text is not None and is_image_file(text) and model.config.architecture == "decoder":

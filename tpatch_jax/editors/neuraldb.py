@@ -209,7 +209,8 @@ def neuraldb(settings: NeuralDBSettings = NEURALDB_PRESETS["default"], *, progre
     """The NeuralDB editor: no parameter changes, edits become entries of a table beside one layer.
 
     ``FFN'(q) = FFN(q) + r_j`` where the nearest key's cosine is above ``γ``; everywhere else the model is the unedited
-    one, bit for bit. `forget` takes edits out again, exactly; so does an earlier state.
+    one, bit for bit. A later edit of the same prompt goes before an earlier one. `forget` takes edits out again,
+    exactly; so does an earlier state.
 
     Args:
         settings: its options.
@@ -253,12 +254,13 @@ def _width(model: Model, layer: int) -> int:
 
 def _adapters(state: NeuralDBState) -> dict[int, Database]:
     """The database, filled up to one of few sizes with entries that never fire."""
-    count = len(state.keys)
-    if not count:
+    # The last edit of each prompt answers for all of them; their keys are the same.
+    latest = sorted({request.prompt: number for number, request in enumerate(state.requests)}.values())
+    if not latest:
         return {}
     network = state.model.params["layers"][state.layer]["ffn"]
-    missing = power_of_two(count, ENTRIES) - count
-    key, value = (jax.device_put(np.pad(array, ((0, missing), (0, 0)))) for array in (state.keys, state.values))
+    missing = power_of_two(len(latest), ENTRIES) - len(latest)
+    key, value = (jax.device_put(np.pad(array[latest], ((0, missing), (0, 0)))) for array in (state.keys, state.values))
     reader = {name: network[name] for name in ("up", "gate") if name in network}
     threshold = jnp.asarray(state.settings.threshold, jnp.float32)
     return {state.layer: Database(reader, key, value, threshold, state.model.config.activation)}

@@ -330,7 +330,7 @@ def swapped_prompts(
 ) -> dict[int, list[str]]:
     """Each prompt about other subjects, of all requests or the wanted: what its patch must stay silent on."""
     subjects = {position: _subject(request) for position, request in requests.items()}
-    pool = list(dict.fromkeys([*(subject for subject in subjects.values() if subject), *names]))
+    pool = sorted({*(subject for subject in subjects.values() if subject), *names})
     result = {}
     for position, request in (requests if wanted is None else wanted).items():
         subject = subjects[position]

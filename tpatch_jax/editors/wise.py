@@ -483,10 +483,10 @@ def _fit(
     return jax.lax.while_loop(going, advance, (begun, jnp.asarray(False)))[0]
 
 
-def _mask(state: WiseState, shard: int) -> Array:
+def draw_mask(state: WiseState, shard: int) -> Array:
     """Which parameters a shard trains, drawn at random."""
     key = jax.random.fold_in(state.rng, shard)
-    return jax.random.bernoulli(key, state.settings.mask_share, state.main.shape)
+    return jax.random.bernoulli(key, jnp.float32(state.settings.mask_share), state.main.shape)
 
 
 def _with_edit(state: WiseState, item: Item) -> tuple[WiseState, _Fit]:
@@ -503,7 +503,7 @@ def _with_edit(state: WiseState, item: Item) -> tuple[WiseState, _Fit]:
     options = jnp.asarray([settings.sgd_rate, settings.max_change, settings.total_enough], jnp.float32)
     fit = _fit(
         model.config, state.layer, settings.edit_steps, model.params, (traced.query, traced.output, traced.context),
-        state.main, shards[-1], _mask(state, len(shards) - 1), lesson, margins, options,
+        state.main, shards[-1], draw_mask(state, len(shards) - 1), lesson, margins, options,
     )  # fmt: skip
     if not bool(jnp.isfinite(fit.total)):
         return state, fit

@@ -36,7 +36,7 @@ from tpatch_jax.models.chat import (
     render_chat,
     render_requests,
 )
-from tpatch_jax.models.memory_text import memory_folder, memory_texts, text_mark
+from tpatch_jax.models.memory_text import memory_rows
 from tpatch_jax.models.model import Model, check_loaded
 from tpatch_jax.models.patching import attach
 from tpatch_jax.models.sentences import first_sentence, say
@@ -192,8 +192,7 @@ def long_text(model: Model, file: str | Path | None = None) -> str:
         TPatchError: the file cannot be read.
     """
     if file is None:
-        cache = cache_folder()
-        rows = memory_texts(model, None, memory_folder(cache, text_mark(model, None)), None)
+        rows = memory_rows(model, cache=cache_folder())
         ids: list[int] = []
         for row in rows:
             ids += row[len(model.start) :] if list(row[: len(model.start)]) == list(model.start) else row

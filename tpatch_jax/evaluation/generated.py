@@ -9,10 +9,9 @@ from jax import Array
 from tpatch_jax.editors.base import Routing
 from tpatch_jax.evaluation.records import Record
 from tpatch_jax.models.chat import stops_after
-from tpatch_jax.models.generation import sample
+from tpatch_jax.models.generation import Stops, sample, stops_of_each
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.sentences import continue_rows, first_sentence, say
-from tpatch_jax.typing import TokenIds
 
 __all__ = ["answers", "continuations", "sentences", "write"]
 
@@ -86,7 +85,7 @@ def write(
     most: int = ANSWER_TOKENS,
     lanes: int = LANES,
     *,
-    stops: TokenIds | None = None,
+    stops: Stops | None = None,
     draw: tuple[Array, float] | None = None,
 ) -> list[list[int]]:
     """The tokens that follow prompts, greedily or drawn; none follow one that is too long for the model that continues
@@ -98,14 +97,17 @@ def write(
         routing: which prompts another model continues.
         most: so many tokens at most.
         lanes: so many prompts are run together.
-        stops: tokens that end an answer; by default those that end a text of the model that writes.
+        stops: tokens that end an answer, of all prompts or for each of them; by default those that end a text of the
+            model that writes.
         draw: a typed random key and the temperature, if tokens are drawn.
     """
     said: list[list[int]] = [[] for _ in prompts]
     for writer, numbers, rows in _writers(model, routing, prompts):
         # What stands before a prompt for another model may leave no room in it; then that says nothing.
         fitting = [at for at, row in enumerate(rows) if not writer.excess(row, [0])]
-        written = continue_rows(writer, [rows[at] for at in fitting], most, lanes=lanes, stops=stops, draw=draw)
+        each = stops_of_each(writer.stops if stops is None else stops, len(prompts))
+        ends = [each[numbers[at]] for at in fitting]
+        written = continue_rows(writer, [rows[at] for at in fitting], most, lanes=lanes, stops=ends, draw=draw)
         for at, row in zip(fitting, written, strict=True):
             said[numbers[at]] = row
     return said

@@ -42,7 +42,7 @@ from tpatch_jax.evaluation.running_text import WINDOW, patch_figures, read_windo
 from tpatch_jax.evaluation.scoring import ScoredPrompts, ask, base_scores
 from tpatch_jax.evaluation.subject_specificity import FRAMES_EACH, OtherFact, continue_facts, facts_about
 from tpatch_jax.models.chat import check_chat, render_requests
-from tpatch_jax.models.fingerprint import fingerprint
+from tpatch_jax.models.fingerprint import fingerprint, fingerprint_attached
 from tpatch_jax.models.model import Model
 from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import request_fields
@@ -172,6 +172,7 @@ def evaluate(
         **extra,
         "model": model.name,
         "fingerprint": fingerprint(model),
+        **({"attached": mark} if (mark := fingerprint_attached(model)) else {}),
         "methods": [method.name for method in chosen],
         "protocol": protocol,
         "n": len(records),
@@ -272,9 +273,9 @@ def evaluate_patches(
         >>> report["results"][1]["metrics"]["perplexity_ratio"]  # doctest: +SKIP
         1.0004
     """
-    windows, marks = read_windows(model, text, text_tokens), fingerprint(attach(model, patches))
+    windows, mark = read_windows(model, text, text_tokens), fingerprint_attached(attach(model, patches))
     config: dict[str, Any] = {
-        **(about or {}), "model": model.name, "fingerprint": fingerprint(model), "patches": marks,
+        **(about or {}), "model": model.name, "fingerprint": fingerprint(model), "patches": mark,
         "methods": ["patches"], "protocol": "batch", "n": 0, "settings": {}, "activation": model.config.activation,
         "text": {"sha256": hash_file(text), "tokens": text_tokens, "window": WINDOW}, "memory": None,
         "generate": False, "every": 50, "seed": 0,

@@ -333,16 +333,18 @@ def chat_stops(model: "Model") -> tuple[int, ...]:
     return tuple(dict.fromkeys([*model.stops, *ends[-1:]]))
 
 
-def stops_after(model: "Model", prompts: Sequence[str]) -> tuple[int, ...]:
-    """The tokens at which what follows prompts ends: also that of a turn, where one of them is a rendered chat.
+def stops_after(model: "Model", prompts: Sequence[str]) -> list[tuple[int, ...]]:
+    """For each prompt the tokens at which what follows it ends: also that of a turn, where it is a rendered chat.
 
     Args:
         model: the model.
         prompts: texts, bare or rendered.
     """
-    if model.config.architecture == "decoder" and any(is_rendered(model.tokenizer, text) for text in prompts):
-        return chat_stops(model)
-    return model.stops
+    if model.config.architecture != "decoder":
+        return [model.stops] * len(prompts)
+    rendered = [is_rendered(model.tokenizer, text) for text in prompts]
+    of_chats = chat_stops(model) if any(rendered) else ()
+    return [of_chats if chat else model.stops for chat in rendered]
 
 
 def answer_chat(

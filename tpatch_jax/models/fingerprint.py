@@ -18,7 +18,7 @@ from tpatch_jax.models.model import Model
 from tpatch_jax.models.tokenizer import describe_tokenizer
 from tpatch_jax.storage.kept_text import keep_text
 
-__all__ = ["fingerprint", "remember_files", "tokenizer_fingerprint"]
+__all__ = ["fingerprint", "fingerprint_attached", "remember_files", "tokenizer_fingerprint"]
 
 _FIRST_NAMES = {"hidden_size": "width"}
 """What fields of the description were called when fingerprints were first taken, which stay what they are."""
@@ -86,6 +86,27 @@ def fingerprint(model: Model) -> str:
     result = take() if files is None else keep_text("fingerprints", f"{VERSION} {files} {description}", take, _is_hex)
     object.__setattr__(model, "_fingerprint", (arrays, result))
     return result
+
+
+@automatically
+def fingerprint_attached(model: Model) -> str:
+    """A short text that is the same exactly for the same patches and adapters attached to the same layers.
+
+    Args:
+        model: the model; what its `fingerprint` tells does not count.
+
+    Returns:
+        32 hexadecimal digits; empty where nothing is attached.
+    """
+    beside = {index: ffn.attached(layer["ffn"]) for index, layer in model.params["layers"].items()}
+    leaves = jax.tree_util.tree_leaves_with_path(beside)
+    if not any(beside.values()):
+        return ""
+    digest = hashlib.sha256(str(jax.tree.structure(beside)).encode())
+    for path, leaf in leaves:
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode() + array.tobytes())
+    return digest.hexdigest()[:32]
 
 
 def remember_files(model: Model, files: str) -> None:

@@ -16,7 +16,10 @@ from tpatch_jax.models.embedded import table_of
 from tpatch_jax.models.rows import ASK, split_row
 from tpatch_jax.typing import Params, RngKey, TokenIds
 
-__all__ = ["choose_tokens", "greedy", "pick_places", "sample"]
+__all__ = ["Stops", "choose_tokens", "greedy", "pick_places", "sample", "stops_of_each"]
+
+Stops = TokenIds | Sequence[TokenIds]
+"""Tokens that end what is written: the same for all prompts, or those of each prompt."""
 
 LEAST = 8
 """Prompts and caches have as many tokens as a power of two, at least so many."""
@@ -37,7 +40,7 @@ def choose_tokens(
     scores = scores if never is None else jnp.where(never, -jnp.inf, scores)
     if not top_k:
         return jnp.argmax(scores, -1)
-    scores, ids = jax.lax.top_k(scores, top_k)
+    scores, ids = jax.lax.top_k(scores, min(top_k, scores.shape[-1]))
     return jnp.take_along_axis(ids, jax.random.categorical(rng, scores / temperature)[..., None], -1)[..., 0]
 
 
@@ -54,7 +57,7 @@ def _run(
     params: Params,
     prompts: Sequence[TokenIds],
     count: int,
-    stops: TokenIds,
+    stops: Stops,
     rng: RngKey,
     temperature: float,
     top_k: int,
@@ -104,6 +107,7 @@ def _run(
     hidden = pick_places(hidden, last)
     tail = networks.final_weights(config, params)
     results: list[list[int]] = [[] for _ in prompts]
+    ends = stops_of_each(stops, len(prompts))
     always, first = (_mask(config, tokens) for tokens in (never[0], [*never[0], *never[1]]))
     going = set(range(len(prompts)))
     for step in range(count):
@@ -113,7 +117,7 @@ def _run(
             choose_tokens(config, tail, hidden, drawn, temperature_array, top_k, always if step else first), np.int32
         )
         for lane in sorted(going):
-            if int(ids[lane]) in stops:
+            if int(ids[lane]) in ends[lane]:
                 going.discard(lane)
             else:
                 results[lane].append(int(ids[lane]))
@@ -125,6 +129,28 @@ def _run(
         hidden, cache = networks.decode(config, params, tokens, places, cache)
         hidden = pick_places(hidden, np.zeros_like(last))
     return results
+
+
+def stops_of_each(stops: Stops, count: int) -> list[TokenIds]:
+    """For each of some prompts the tokens that end what is written after it.
+
+    Args:
+        stops: of all prompts, or already for each of them.
+        count: so many prompts.
+
+    Raises:
+        TPatchError: there are stops for another number of prompts.
+
+    Example:
+        >>> stops_of_each((2, 5), 3), stops_of_each([(2,), (2, 5)], 2)
+        ([(2, 5), (2, 5), (2, 5)], [(2,), (2, 5)])
+    """
+    each = [one for one in stops if not isinstance(one, (int, np.integer))]
+    if not each:
+        return [tuple(int(one) for one in stops if isinstance(one, (int, np.integer)))] * count
+    if len(each) != len(stops) or len(each) != count:
+        raise TPatchError(f"there are stops for {len(each)} of {count} prompts; give those of each, or one set for all")
+    return [tuple(one) for one in each]
 
 
 def _mask(config: NetworkConfig, tokens: TokenIds) -> Bool[Array, "vocabulary"] | None:
@@ -141,7 +167,7 @@ def greedy(
     params: Params,
     prompts: Sequence[TokenIds],
     count: int,
-    stops: TokenIds = (),
+    stops: Stops = (),
     ended: Callable[[int, list[int]], bool] | None = None,
     never: tuple[TokenIds, TokenIds] = ((), ()),
 ) -> list[list[int]]:
@@ -152,7 +178,7 @@ def greedy(
         params: its parameters.
         prompts: token ids of each prompt, as `Model.encode_prompt` gives them.
         count: at most so many new tokens, and no more than the context has room for.
-        stops: tokens that end a lane; they are not returned.
+        stops: tokens that end a lane, of all prompts or for each of them; they are not returned.
         ended: from a prompt's number and its new tokens so far to whether these are enough.
         never: tokens that are never chosen, and those that are not chosen first.
 
@@ -174,7 +200,7 @@ def sample(
     *,
     temperature: float = 1.0,
     top_k: int = 50,
-    stops: TokenIds = (),
+    stops: Stops = (),
     ended: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Sampled continuations of several prompts at once; arguments as `greedy`, and a typed random key.
@@ -187,7 +213,7 @@ def sample(
         key: a typed random key.
         temperature: divides the logits.
         top_k: only so many tokens are ever drawn.
-        stops: tokens that end a lane; they are not returned.
+        stops: tokens that end a lane, of all prompts or for each of them; they are not returned.
         ended: from a prompt's number and its new tokens so far to whether these are enough.
     """
     return _run(config, params, prompts, count, stops, key, temperature, top_k, ended)

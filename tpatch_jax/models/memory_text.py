@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from tpatch_jax.core import ffn
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.fingerprint import fingerprint, tokenizer_fingerprint
 from tpatch_jax.models.generation import greedy, sample
@@ -25,6 +26,7 @@ from tpatch_jax.typing import Progress
 __all__ = [
     "LENGTH",
     "beginning",
+    "cache_of",
     "first_token",
     "keep_folder",
     "memory_folder",
@@ -67,6 +69,7 @@ def memory_rows(
     Raises:
         TPatchError: the text file is missing, not UTF-8, or too short.
     """
+    cache = cache_of(model, cache)
     return memory_texts(
         model, text, memory_folder(cache, text_mark(model, text)) if cache is not None else None, progress
     )
@@ -82,6 +85,18 @@ def text_mark(model: Model, text: str | Path | None) -> str:
     else:
         source = "itself" if text is None else hashlib.sha256(read_memory_text(text).encode()).hexdigest()
     return f"{VERSION} {fingerprint(model)} {tokenizer_fingerprint(model)} {source}"
+
+
+def cache_of(model: Model, cache: Path | None) -> Path | None:
+    """The folder where what is derived from a model is kept: none for one with something attached.
+
+    A fingerprint leaves out what is attached, so that the bare model would take what was derived from the patched one.
+
+    Args:
+        model: the model.
+        cache: the folder for a bare one.
+    """
+    return None if ffn.any_attached(model.params) else cache
 
 
 def memory_folder(cache: Path | None, mark: str) -> Path | None:

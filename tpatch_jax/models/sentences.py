@@ -13,7 +13,6 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import generation
 from tpatch_jax.models.chat import stops_after
 from tpatch_jax.models.model import Model
-from tpatch_jax.typing import TokenIds
 
 __all__ = ["SENTENCE_TOKENS", "agrees", "continue_rows", "first_sentence", "say", "say_tokens"]
 
@@ -111,7 +110,7 @@ def continue_rows(
     lanes: int = LANES,
     sentence: bool = False,
     progress: Callable[[int], None] | None = None,
-    stops: TokenIds | None = None,
+    stops: generation.Stops | None = None,
     draw: tuple[Array, float] | None = None,
 ) -> list[list[int]]:
     """The tokens that follow rows, greedily or drawn.
@@ -125,10 +124,10 @@ def continue_rows(
         lanes: so many rows are run together.
         sentence: whether a row is done when its first sentence is.
         progress: called with how many rows are done.
-        stops: tokens that end an answer; by default those that end a text.
+        stops: tokens that end an answer, of all rows or for each of them; by default those that end a text.
         draw: a typed random key and the temperature, if tokens are drawn.
     """
-    ends = model.stops if stops is None else tuple(stops)
+    ends = generation.stops_of_each(model.stops if stops is None else stops, len(rows))
     # Of sound one at a time: an encoder's states of one recording are as large as those of many texts.
     lanes = lanes if model.audio is None else 1
     said: list[list[int]] = [[] for _ in rows]
@@ -138,13 +137,13 @@ def continue_rows(
         chosen = [rows[n] for n in part]
         ended = partial(_is_said, model, chosen) if sentence else None
         with jax.default_matmul_precision("highest"):
-            given = (model.config, model.params, chosen, most)
+            given, stop = (model.config, model.params, chosen, most), [ends[n] for n in part]
             if draw is None:
-                tokens = generation.greedy(*given, ends, ended, model.never)
+                tokens = generation.greedy(*given, stop, ended, model.never)
             else:
                 # A key of its own for each batch, so that no two draw the same.
                 key, temperature = jax.random.fold_in(draw[0], first), draw[1]
-                tokens = generation.sample(*given, key, temperature=temperature, stops=ends, ended=ended)
+                tokens = generation.sample(*given, key, temperature=temperature, stops=stop, ended=ended)
         for number, new in zip(part, tokens, strict=True):
             said[number] = new
         if progress:

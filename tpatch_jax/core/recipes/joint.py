@@ -58,13 +58,19 @@ def _patch(params: dict[str, Array], settings: FitSettings, act: Activation) -> 
     return Patch(jnp.stack([key, jnp.zeros_like(key)]), jnp.stack([zero, zero + 1]), jnp.stack([value, always]))
 
 
+def _wide(x: Array) -> Array:
+    """Numbers in the precision that is trained in: float32 for the narrower ones, in which Adam's steps are lost."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def _joint_logits(
     params: dict[str, Array], lane: FitProblem, head: Head, settings: FitSettings, act: Activation
 ) -> tuple[Array, Array]:
     """Pre-activations on the lane's queries ``[contexts]`` and the patched logits ``[contexts, vocabulary]``."""
     inside, outside = (0.0, params["bias"]) if settings.output_bias else (params["bias"], 0.0)
-    z = lane.query @ params["key"] + inside
-    return z, head(lane.context, lane.output + act(z)[:, None] * params["value"] + outside)
+    z = _wide(lane.query) @ params["key"] + inside
+    output = _wide(lane.output) + act(z)[:, None] * params["value"] + outside
+    return z, _wide(head(lane.context, output.astype(lane.output.dtype)))
 
 
 def _joint_loss(
@@ -83,8 +89,8 @@ def _joint_loss(
 
 def _silence(params: dict[str, Array], lane: FitProblem, memory: Memory, settings: FitSettings) -> Array:
     bias = 0.0 if settings.output_bias else params["bias"]
-    z = jnp.where(counted(memory, lane.target), memory.query @ params["key"] + bias, -jnp.inf)
-    return jnp.concatenate([z, lane.negative @ params["key"] + bias])
+    z = jnp.where(counted(memory, lane.target), _wide(memory.query) @ params["key"] + bias, -jnp.inf)
+    return jnp.concatenate([z, _wide(lane.negative) @ params["key"] + bias])
 
 
 def optimiser(settings: FitSettings) -> optax.GradientTransformation:
@@ -99,7 +105,7 @@ def optimiser(settings: FitSettings) -> optax.GradientTransformation:
 
 def begin(lane: FitProblem, settings: FitSettings, rng: RngKey) -> JointState:
     """The paper's initial values: ``k = q/‖q‖²``, so that ``z = 1`` on the edited query, ``b = 0``, a random value."""
-    query = lane.query[0]
+    query = _wide(lane.query[0])
     params = {
         "key": query / jnp.sum(jnp.square(query)),
         "bias": jnp.zeros((), query.dtype),

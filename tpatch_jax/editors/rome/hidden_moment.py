@@ -24,7 +24,7 @@ from tpatch_jax.errors import TPatchError
 from tpatch_jax.models.collection import batches
 from tpatch_jax.models.fingerprint import fingerprint
 from tpatch_jax.models.generation import sample
-from tpatch_jax.models.memory_text import LENGTH, beginning, first_token, memory_rows, read_memory_text
+from tpatch_jax.models.memory_text import LENGTH, beginning, cache_of, first_token, memory_rows, read_memory_text
 from tpatch_jax.models.model import Model
 from tpatch_jax.storage.files import replace_folder
 from tpatch_jax.typing import Params, PathLike, Progress, TokenIds
@@ -115,7 +115,7 @@ def hidden_moment(
             f"the text for the second moment has {total} tokens, layer {layer} has {width} hidden neurons: too few to "
             "tell them apart; give a longer text file (memory, and moment_tokens)"
         )
-    folder = None
+    folder, cache = None, cache_of(model, cache)
     if cache is not None:
         content = json.dumps([VERSION, fingerprint(model), layer, [list(map(int, row)) for row in rows]])
         folder = cache / "moments" / hashlib.sha256(content.encode()).hexdigest()[:24]

@@ -385,7 +385,7 @@ def last_memory(
     return extend(memory, queries, np.concatenate(answers), in_blocks(count, LEAST_ROWS, BLOCK)) if count else memory
 
 
-def _mates(items: Sequence[Item], requests: Mapping[int, EditRequest], count: int) -> dict[int, list[int]]:
+def find_mates(items: Sequence[Item], requests: Mapping[int, EditRequest], count: int) -> dict[int, list[int]]:
     """For each item ``count`` others with the same prompt about another subject and another answer, if there are."""
     frames: dict[str, list[int]] = {}
     named = {at: requests[item.position].subject for at, item in enumerate(items)}
@@ -394,7 +394,7 @@ def _mates(items: Sequence[Item], requests: Mapping[int, EditRequest], count: in
         frames.setdefault(text, []).append(at)
     result = {}
     for at, text in frame.items():
-        pool = frames[text]
+        pool = sorted(frames[text], key=lambda n: (named[n] or "", items[n].target))
         # As in `swapped_prompts`: which they are does not depend on the request's place in the list.
         start = int(text_generator(requests[items[at].position].prompt).integers(len(pool)))
         turned = (pool[(start + step) % len(pool)] for step in range(len(pool)))
@@ -439,7 +439,7 @@ def find_subject_negatives(
         subject, or nothing more is kept.
     """
     whole = () if networks.pointwise(model.config) else (LEAST_TEXT,)
-    mates = _mates(items, requests, count) if not whole else {}
+    mates = find_mates(items, requests, count) if not whole else {}
     # Only where each is found: all of them at once would be several times the edits' own queries.
     most = count + max((len(requests[item.position].keep) for item in items), default=0)
     taken = np.full((len(items), most), -1)
