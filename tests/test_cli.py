@@ -36,8 +36,8 @@ from tpatch_jax.editors.serac.training import SeracTraining
 from tpatch_jax.editors.tpatcher.settings import PRESETS
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.evaluation.pictures import draw_comparison
-from tpatch_jax.evaluation.runner import evaluate_patches
 from tpatch_jax.evaluation.running_text import read_windows
+from tpatch_jax.evaluation.saved_patches import evaluate_patches
 from tpatch_jax.models.fingerprint import fingerprint_attached
 from tpatch_jax.models.model import load_model
 from tpatch_jax.requests import EditRequest
@@ -126,11 +126,30 @@ def test_what_saved_patches_do_to_running_text(place, patches, capsys):
     assert fingerprint_attached(model) == ""
 
 
+def test_what_saved_patches_do_to_general_ability(place, patches, capsys):
+    rows = [{"prompt": f"the {name} sat in", "choices": ["the inn", "a hat"], "answer": 0} for name in ("cat", "hen")]
+    (place / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    asked = ["eval", str(place / "tiny"), "--data", "choices", "--file", str(place / "questions.jsonl")]
+    given = [*asked, "--patches", str(patches), "-o", str(place / "ability")]
+    assert cli.main([*given, "--json"]) == 0
+    told = last(capsys.readouterr())
+    # One of the edits is about a cat.
+    subjects = [request.subject for request in store.saved_requests(store.read_patches(patches))]
+    assert told["n"] == 2 - ("cat" in subjects)
+    assert 0 <= told["choices_accuracy"] <= 1
+    assert told["choices_points"] == pytest.approx(100 * (told["choices_accuracy"] - told["choices_accuracy_unedited"]))
+    assert cli.main([*given, "--quiet"]) == 0
+    assert "in a hundred more are right" in capsys.readouterr().out
+    assert "choices_accuracy" in (place / "ability" / "report.md").read_text("utf-8")
+    assert cli.main([*asked, "-o", str(place / "never")]) == 1
+    assert "--data choices measures what saved patches do; give --patches" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--data", "counterfact", "--file", "x.json"], "--patches are measured on running text; give --data text"),
-        (["--data", "text"], "give --data text and its --file"),
+        (["--data", "counterfact", "--file", "x.json"], "give --data text or --data choices, and its --file"),
+        (["--data", "text"], "give --data text or --data choices, and its --file"),
         (["--data", "text", "--file", "x", "--edits", "y"], "--patches are edits already; leave --edits out"),
     ],
 )

@@ -50,7 +50,9 @@ class Eval:
     output: Annotated[
         str, arg(aliases=["-o"], metavar="REPORT", help="folder for the report; an interrupted run resumes")
     ]
-    data: Annotated[str | None, arg(help="counterfact, zsre, knowedit, requests, mquake, fever, images or text")] = None
+    data: Annotated[
+        str | None, arg(help="counterfact, zsre, knowedit, requests, mquake, fever, images, text or choices")
+    ] = None
     file: Annotated[str | None, arg(metavar="FILE", help="the data set's file")] = None
     method: Annotated[str | None, arg(metavar="NAME[,…]", help="by default tpatcher")] = None
     protocol: Annotated[str | None, arg(help="single, batch (the default) or sequential")] = None
@@ -69,7 +71,8 @@ class Eval:
     edits: Annotated[str | None, arg(metavar="FILE", help="with --data text: what is edited; else nothing is")] = None
     edits_data: Annotated[str | None, arg(help="the data set of --edits; counterfact by default")] = None
     patches: Annotated[
-        str | None, arg(metavar="PATCHES", help="with --data text: what saved patches, or a bank's, do to the text")
+        str | None,
+        arg(metavar="PATCHES", help="with --data text or choices: what saved patches, or a bank's, do to it"),
     ] = None
     strict: Annotated[bool, arg(help="a record that cannot be read is an error; else it is passed over")] = False
     protect: Annotated[bool, arg(help="train on the locality prompts of requests too (tpatcher)")] = False
@@ -168,34 +171,51 @@ class Eval:
             )
 
     def _measure_patches(self, options: Mapping[str, Any]) -> None:
-        """What patches that were saved do to running text."""
+        """What patches that were saved do to running text, or to general ability."""
         from tpatch_jax.bank.editing import bank_patch
+        from tpatch_jax.bank.inspection import open_bank
         from tpatch_jax.bank.layout import is_bank
-        from tpatch_jax.bank.patches import load_patches
+        from tpatch_jax.bank.patches import load_patches, read_patches, saved_requests
+        from tpatch_jax.bank.state import active
+        from tpatch_jax.evaluation.choices import CHOICES, read_choices
         from tpatch_jax.evaluation.report import table
-        from tpatch_jax.evaluation.runner import evaluate_patches
+        from tpatch_jax.evaluation.saved_patches import evaluate_choices, evaluate_patches
 
-        if options["data"] != TEXT or options["file"] is None:
-            raise TPatchError("--patches are measured on running text; give --data text and its --file")
+        data, file = options["data"], options["file"]
+        if data not in (TEXT, CHOICES) or file is None:
+            raise TPatchError(
+                "--patches are measured on running text or by multiple choice; give --data text or --data choices, and "
+                "its --file"
+            )
         if options["edits"] is not None:
             raise TPatchError("--patches are edits already; leave --edits out")
         path, quiet = Path(options["patches"]), self.quiet or self.json
         model = load(self.model, self.dtype, quiet)
-        patches = bank_patch(path, model) if is_bank(path) else load_patches(path, model)
-        about = {"data": TEXT} | ({} if self.dtype is None else {"dtype": self.dtype})
+        if is_bank(path):
+            patches, edited = bank_patch(path, model), [edit.request for edit in active(open_bank(path))]
+        else:
+            patches, edited = load_patches(path, model), saved_requests(read_patches(path))
+        subjects = [request.subject for request in edited if request.subject]
+        questions = read_choices(file, options["n"], subjects=subjects) if data == CHOICES else ()
+        about = {"data": data} | ({} if self.dtype is None else {"dtype": self.dtype})
         with progress_bar(quiet) as report:
-            result = evaluate_patches(
-                model, patches, options["file"], text_tokens=options["text_tokens"], output=self.output, about=about,
-                progress=report,
-            )  # fmt: skip
+            given: dict[str, Any] = {"output": self.output, "about": about, "progress": report}
+            if data == CHOICES:
+                result = evaluate_choices(model, patches, questions, **given)
+            else:
+                result = evaluate_patches(model, patches, file, text_tokens=options["text_tokens"], **given)
         figures = result["results"][1]["metrics"]
         if self.json:
-            print_json({**figures, "neurons": result["results"][1]["neurons"], "report": self.output})
+            counts = {"n": len(questions)} if data == CHOICES else {}
+            print_json({**counts, **figures, "neurons": result["results"][1]["neurons"], "report": self.output})
             return
         rows = [(of_method["method"], of_method) for of_method in result["results"]]
-        show_rows(f"{self.model} on {options['file']}", table(rows))
-        ratio = f"perplexity is {figures['perplexity_ratio']:.4f} times what it was; report in {self.output}"
-        result_console().print(ratio, markup=False)
+        show_rows(f"{self.model} on {file}", table(rows))
+        if data == CHOICES:
+            said = f"of {len(questions)} questions {figures['choices_points']:+.1f} in a hundred more are right"
+        else:
+            said = f"perplexity is {figures['perplexity_ratio']:.4f} times what it was"
+        result_console().print(f"{said}; report in {self.output}", markup=False)
 
     def settle(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Options from the defaults, the YAML file and the command line, in this order, and changes of settings.
@@ -271,12 +291,15 @@ def _protected(chosen: _Chosen) -> _Chosen:
 
 
 def _choose_records(options: Mapping[str, Any]) -> _Chosen:
+    from tpatch_jax.evaluation.choices import CHOICES
     from tpatch_jax.evaluation.record import asked_only
     from tpatch_jax.evaluation.records import DATA, TEMPLATED, DataNotes, read_records
 
     data, file = options["data"], options["file"]
     if data is None:
-        raise TPatchError(f"--data is missing; choose one of {', '.join((*DATA, IMAGES, TEXT))}")
+        raise TPatchError(f"--data is missing; choose one of {', '.join((*DATA, IMAGES, TEXT, CHOICES))}")
+    if data == CHOICES:
+        raise TPatchError("--data choices measures what saved patches do; give --patches, a folder of them or a bank")
     if file is None:
         raise TPatchError(f"--file is missing; give the file of {data}")
     notes, strict = DataNotes(options["strict"]), options["strict"]

@@ -1,8 +1,9 @@
 """Texts compared as words: without regard to case, punctuation and spaces."""
 
 import unicodedata
+from collections.abc import Callable, Iterable
 
-__all__ = ["names", "plain_words"]
+__all__ = ["name_finder", "names", "plain_words"]
 
 _JOINING = frozenset(".'\u2019")
 """Marks within a word: ``U.S.`` is one word, ``and/or`` two."""
@@ -37,7 +38,29 @@ def names(text: str, phrase: str) -> bool:
         >>> names("Who leads the Church of Rome?", "Rome"), names("Who is Jerome?", "Rome")
         (True, False)
     """
-    text, phrase = plain_words(text), plain_words(phrase)
-    if any(unicodedata.east_asian_width(character) == "W" for character in phrase):
-        return phrase in text
-    return bool(phrase) and f" {phrase} " in f" {text} "
+    return name_finder([phrase])(text)
+
+
+def name_finder(phrases: Iterable[str]) -> Callable[[str], bool]:
+    """Whether any of some phrases stands in a text, as `names` has it for one: for many phrases and many texts.
+
+    Args:
+        phrases: what is looked for.
+
+    Returns:
+        From a text to whether one of them stands there.
+
+    Example:
+        >>> asks_of = name_finder(["Rome", "Lyon"])
+        >>> asks_of("Who leads the Church of Rome?"), asks_of("Who is Jerome?")
+        (True, False)
+    """
+    plain = {plain_words(phrase) for phrase in phrases} - {""}
+    wide = {phrase for phrase in plain if any(unicodedata.east_asian_width(sign) == "W" for sign in phrase)}
+    spaced = [*wide, *(f" {phrase} " for phrase in plain - wide)]
+
+    def stands_in(text: str) -> bool:
+        padded = f" {plain_words(text)} "
+        return any(phrase in padded for phrase in spaced)
+
+    return stands_in

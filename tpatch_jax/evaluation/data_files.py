@@ -120,6 +120,8 @@ _SIGNATURES: Sequence[tuple[str, frozenset[str]]] = (
     ("knowedit", frozenset({"prompt", "target_new", "locality"})),
     ("knowedit", frozenset({"subject", "prompt", "target_new", "portability"})),
     ("requests", frozenset({"prompt", "target"})),
+    ("choices", frozenset({"prompt", "choices"})),
+    ("choices", frozenset({"requested_rewrite", "neighborhood_prompts"})),
     ("mquake", frozenset({"requested_rewrite", "questions"})),
     ("fever", frozenset({"claim", "label"})),
 )

@@ -3,11 +3,9 @@
 import hashlib
 import json
 import logging
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +14,9 @@ from jax import Array
 
 from tpatch_jax.core.checks import random_key
 from tpatch_jax.core.devices import automatically
-from tpatch_jax.core.layers import LayerPatches, count_neurons
 from tpatch_jax.editors.registry import Method, find_method, method_settings
 from tpatch_jax.errors import TPatchError
+from tpatch_jax.evaluation.circumstances import package_versions, peak_memory
 from tpatch_jax.evaluation.contamination import contaminated_probes, count_probes
 from tpatch_jax.evaluation.data_notes import DataNotes
 from tpatch_jax.evaluation.forms import (
@@ -38,19 +36,18 @@ from tpatch_jax.evaluation.protocols import ACCURACY, ELSEWHERE, MOMENTS, PROTOC
 from tpatch_jax.evaluation.recalled import recall_answers
 from tpatch_jax.evaluation.records import Probe, Record
 from tpatch_jax.evaluation.report import SCHEMA, write_report
-from tpatch_jax.evaluation.running_text import WINDOW, patch_figures, read_windows, text_figures
+from tpatch_jax.evaluation.running_text import WINDOW, read_windows
 from tpatch_jax.evaluation.scoring import ScoredPrompts, ask, base_scores
 from tpatch_jax.evaluation.subject_specificity import FRAMES_EACH, OtherFact, continue_facts, facts_about
 from tpatch_jax.models.chat import check_chat, render_requests
 from tpatch_jax.models.fingerprint import fingerprint, fingerprint_attached
 from tpatch_jax.models.model import Model
-from tpatch_jax.models.patching import attach
 from tpatch_jax.requests import request_fields
 from tpatch_jax.storage.cache import cache_folder
 from tpatch_jax.storage.finished_parts import hash_file
 from tpatch_jax.typing import Progress
 
-__all__ = ["evaluate", "evaluate_patches"]
+__all__ = ["evaluate"]
 
 _log = logging.getLogger(__name__)
 
@@ -212,7 +209,11 @@ def evaluate(
                     result = unedited(setup, journal)
                 else:
                     result = PROTOCOLS[protocol](setup, settled, editors[name], journal)
-                cost = {**result["cost"], "total_seconds": time.perf_counter() - began, "peak_memory_mib": _peak()}
+                cost = {
+                    **result["cost"],
+                    "total_seconds": time.perf_counter() - began,
+                    "peak_memory_mib": peak_memory(),
+                }
                 common: dict[str, Any] = {"method": name, "protocol": protocol}
                 common |= {"moment": MOMENTS[protocol], "n": len(records)}
                 if settled is not None and settled.properties:
@@ -225,7 +226,7 @@ def evaluate(
             "schema": SCHEMA,
             "config": config,
             "seed": seed,
-            "versions": _versions(),
+            "versions": package_versions(),
             "data_sha256": data_sha256,
             "data": told.summary(),
             "probes": probes,
@@ -233,76 +234,6 @@ def evaluate(
         }
         if folder is not None:
             write_report(folder, report, lines)
-            finish_report(folder)
-        return report
-
-
-@automatically
-def evaluate_patches(
-    model: Model,
-    patches: LayerPatches,
-    text: str | Path,
-    *,
-    text_tokens: int = 16384,
-    output: str | Path | None = None,
-    cache: bool = True,
-    about: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Measure what patches that were saved do to running text; nothing is edited.
-
-    Args:
-        model: the unedited model.
-        patches: ``{layer: [n, d]}``, of `tpatch_jax.load_patches` or `tpatch_jax.bank_patch`.
-        text: a UTF-8 text file.
-        text_tokens: at most so many tokens of it, from its start.
-        output: the report folder; a report of the very same that is there already is read. ``None`` writes nothing.
-        cache: keep what the unedited model says on disk between runs.
-        about: further entries of the report's ``config``.
-        progress: called with what is being done, how much is done, and how much there is.
-
-    Returns:
-        A report as `evaluate` returns it, whose methods are ``unedited`` and ``patches``; the figures of the latter are
-        those of `tpatch_jax.evaluation.running_text.patch_figures`.
-
-    Raises:
-        TPatchError: the text cannot be read, or the folder holds something else or is being written by another process.
-
-    Example:
-        >>> report = evaluate_patches(model, tp.load_patches("patches", model), "wiki.txt")  # doctest: +SKIP
-        >>> report["results"][1]["metrics"]["perplexity_ratio"]  # doctest: +SKIP
-        1.0004
-    """
-    windows, mark = read_windows(model, text, text_tokens), fingerprint_attached(attach(model, patches))
-    config: dict[str, Any] = {
-        **(about or {}), "model": model.name, "fingerprint": fingerprint(model), "patches": mark,
-        "methods": ["patches"], "protocol": "batch", "n": 0, "settings": {}, "activation": model.config.activation,
-        "text": {"sha256": hash_file(text), "tokens": text_tokens, "window": WINDOW}, "memory": None,
-        "generate": False, "every": 50, "seed": 0,
-    }  # fmt: skip
-    folder = None if output is None else Path(output)
-    tell, began = progress or (lambda what, done, total: None), time.perf_counter()
-    with reporting(folder, config) as whole, jax.default_matmul_precision("highest"):
-        if whole is not None:
-            return whole
-        base = base_scores(
-            model, windows, cache=cache_folder() if cache else None,
-            tell=lambda done: tell("reading the text", done, len(windows.rows)),
-        )  # fmt: skip
-        figures = {"unedited": text_figures(base, base.outcome), "patches": patch_figures(model, base, patches)}
-        results = []
-        for name, metrics in figures.items():
-            cost = {"seconds": 0.0, "total_seconds": time.perf_counter() - began, "peak_memory_mib": _peak()}
-            common = {"method": name, "protocol": "batch", "moment": MOMENTS["batch"], "n": 0}
-            result = {**common, "metrics": metrics, "cost": cost, "requests": {}}
-            results.append(json.loads(json.dumps(result)))
-        results[1]["neurons"] = count_neurons(patches)
-        report = {
-            "schema": SCHEMA, "config": config, "seed": 0, "versions": _versions(), "data_sha256": None,
-            "data": DataNotes().summary(), "probes": {}, "results": results,
-        }  # fmt: skip
-        if folder is not None:
-            write_report(folder, report, {name: [] for name in figures})
             finish_report(folder)
         return report
 
@@ -428,20 +359,3 @@ def _content(records: Sequence[Record]) -> str:
         fields = {**asdict(record), "requests": [request_fields(request) for request in record.requests]}
         digest.update(json.dumps(fields, sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def _peak() -> float | None:
-    """The most memory that this process ever held, in MiB, the device's not counted; unknown off Unix."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / (1 << 20 if platform.system() == "Darwin" else 1 << 10)
-
-
-def _versions() -> dict[str, str]:
-    packages = ("tpatch-jax", "jax", "flax", "optax", "numpy", "transformers")
-    device = jax.devices()[0]
-    versions = {name: metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **versions, "device": f"{device.platform}: {device.device_kind}"}
