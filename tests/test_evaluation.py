@@ -701,6 +701,11 @@ def test_a_record_that_the_model_cannot_read_never_costs_the_others(
     assert "1 of 3 records passed over" in (tmp_path / "out" / "report.md").read_text("utf-8")
     with pytest.raises(TPatchError, match="the model reads 64"):
         run(tiny_model, records=records, notes=DataNotes(strict=True))
+    # What is only asked comes from another file: the report's notes are of the records'.
+    caplog.clear()
+    stream = run(tiny_model, "sequential", make_records()[:2], held_out=[make_records()[3], long])
+    assert (stream["data"]["records"], stream["data"]["passed_over"]) == (2, 0)
+    assert "the model reads 64" in caplog.text
 
 
 def test_the_command_passes_bad_records_over_unless_strict(

@@ -154,11 +154,11 @@ def evaluate(
         method.check(model, used[method.name])
     learnt = {method.name: told for method in chosen if (told := method.learnt(model, used[method.name]))}
     told = DataNotes(records=len(records)) if notes is None else notes
-    earlier = len(told.passed_over)
-    records, train, held_out = (
-        _askable(model, records_in_chat(model, some), told) for some in (records, train, held_out)
-    )
-    for reason in told.passed_over[earlier:]:
+    # The notes are of the records' file; what is only asked may come from others.
+    elsewhere, earlier = DataNotes(told.strict), len(told.passed_over)
+    records = _askable(model, records_in_chat(model, records), told)
+    train, held_out = (_askable(model, records_in_chat(model, some), elsewhere) for some in (train, held_out))
+    for reason in [*told.passed_over[earlier:], *elsewhere.passed_over]:
         _log.warning("a record is passed over: %s", reason)
     prepared = _ask(model, records, train, held_out, text, text_tokens, seed)
     marks = contaminated_probes(records, protocol != "single")
