@@ -463,3 +463,43 @@ def test_models_are_equal_after_a_round_trip_of_text(tmp_path):
     loaded = load_model(write_tiny_folder(model, tmp_path / "tiny"))
     assert loaded.generate("the cat", 12) == model.generate("the cat", 12)
     assert tiny_tokenizer().decode(loaded.encode("the cat")) == "the cat"
+
+
+def test_lanes_that_have_ended_are_dropped_and_the_others_go_on(tiny_model, monkeypatch):
+    texts = [
+        f"{first} {second}"
+        for first in ("the cat", "in", "a hen", "who")
+        for second in ("sat", "hid", "is", "ran", "in")
+    ]
+    rows = [tiny_model.encode(text) for text in texts]
+    given = tiny_model.config, tiny_model.params, rows, 12
+    alone = [generation.greedy(*given[:2], [row], 12)[0] for row in rows]
+    # All but three end after a few tokens, each at its own place.
+    most = [12 if number in (4, 11, 17) else 1 + number % 4 for number in range(len(rows))]
+    sizes = []
+    decode = networks.decode
+    monkeypatch.setattr(
+        networks, "decode", lambda *args, **named: sizes.append(args[3].shape[0]) or decode(*args, **named)
+    )
+    said = generation.greedy(*given, ended=lambda number, tokens: len(tokens) == most[number])
+    assert said == [row[:count] for row, count in zip(alone, most, strict=True)]
+    # Twenty prompts in 24 lanes, of which eight are kept where no more go on.
+    assert sizes[0] == 24
+    assert sizes[-1] == generation.FEW_LANES
+    assert sizes == sorted(sizes, reverse=True)
+    # What is drawn depends on how many draw together, so those stay.
+    sizes.clear()
+    generation.sample(*given, jax.random.key(0), ended=lambda number, tokens: len(tokens) == most[number])
+    assert {*sizes} == {32}
+
+
+def test_writing_into_a_cache_gives_what_writing_beside_it_gives(tiny_model):
+    config, params = tiny_model.config, tiny_model.params
+    tokens = tokens_of(tiny_model)
+    positions = jnp.broadcast_to(jnp.arange(32), tokens.shape)
+    _, cache = networks.decode(config, params, tokens, positions, networks.empty_cache(config, params, len(tokens), 40))
+    more, places = tokens[:, :1], jnp.full((len(tokens), 1), 32)
+    hidden, grown = networks.decode(config, params, more, places, cache)
+    again, written = networks.decode(config, params, more, places, cache, in_place=True)
+    assert same(again, hidden)
+    assert same(written, grown)

@@ -178,10 +178,10 @@ class Places:
 
     def cache(self, *shape: int) -> Cache:
         """A block's keys and values of ``[rows, …, tokens]``, heads split like the weights that make them."""
-        config, between = self.config, (None,) * (len(shape) - 1)
+        config, between = self.config, (None,) * (len(shape) - 2)
         names = (DATA_AXIS if shape[0] % self.data == 0 else None, *between,
                  MODEL_AXIS if config.key_value_heads % self.model == 0 else None)  # fmt: skip
-        shape = (*shape, config.key_value_heads, config.head_width)
+        shape = (*shape[:-1], config.key_value_heads, shape[-1], config.head_width)
         part = self.array(shape, self.dtype, PartitionSpec(*names))
         return Cache(part, part)
 

@@ -25,6 +25,7 @@ __all__ = [
     "LatentAttention",
     "Norm",
     "Seen",
+    "States",
     "relative_bias",
     "softcap",
 ]
@@ -34,24 +35,24 @@ HIDDEN = -1e30
 
 
 States: TypeAlias = tuple[
-    Float[Array, "batch source heads width"], Float[Array, "batch source heads width"], Float[Array, "batch 1 1 source"]
+    Float[Array, "batch heads source width"], Float[Array, "batch heads source width"], Float[Array, "batch 1 1 source"]
 ]
 """What cross-attention reads of an encoder's states: keys, values, and what is added to the scores."""
 
 
 class Cache(NamedTuple):
-    """What one block's attention has read so far.
+    """What one block's attention has read so far, head after head, as its products read it.
 
     Attributes:
-        key: of the tokens, ``[batch, context, key_value_heads, head_width]``; of `LatentAttention` the key that all
-            heads share, ``[batch, context, 1, turning]``.
-        value: of the tokens, the same shape; of `LatentAttention` the narrow vector, ``[batch, context, 1, width]``.
-        states: of an encoder's states, if it reads any: keys and values, ``[batch, source, heads, head_width]`` each,
+        key: of the tokens, ``[batch, key_value_heads, context, head_width]``; of `LatentAttention` the key that all
+            heads share, ``[batch, 1, context, turning]``.
+        value: of the tokens, the same shape; of `LatentAttention` the narrow vector, ``[batch, 1, context, width]``.
+        states: of an encoder's states, if it reads any: keys and values, ``[batch, heads, source, head_width]`` each,
             and what is added to the scores, ``[batch, 1, 1, source]``.
     """
 
-    key: Float[Array, "batch seen groups width"]
-    value: Float[Array, "batch seen groups inner"]
+    key: Float[Array, "batch groups seen width"]
+    value: Float[Array, "batch groups seen inner"]
     states: States | None = None
 
 
@@ -187,20 +188,19 @@ def relative_bias(
 def _attend(
     config: NetworkConfig,
     query: Float[Array, "batch tokens heads width"],
-    key: Float[Array, "batch seen groups width"],
-    value: Float[Array, "batch seen groups inner"],
+    key: Float[Array, "batch groups seen width"],
+    value: Float[Array, "batch groups seen inner"],
     hide: Callable[[Array], Array],
     sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "batch tokens outer"]:
-    """Weighted values of ``[batch, seen, key_value_heads, inner]`` for queries ``[batch, tokens, heads, width]``.
+    """Weighted values of ``[batch, key_value_heads, seen, inner]`` for queries ``[batch, tokens, heads, width]``.
 
     What a head's sink takes of its weights is lost.
     """
-    (batch, tokens, heads, width), (_, seen, groups, _) = query.shape, key.shape
+    (batch, tokens, heads, width), (_, groups, seen, _) = query.shape, key.shape
     # Groups of heads that read the same keys side by side, so that each product is of two plain matrices.
     query = jnp.moveaxis(query.reshape(batch, tokens, groups, -1, width), 1, 3)
     query = query.reshape(batch, groups, -1, width)
-    key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
     scores = jnp.einsum("bkqh,bksh->bkqs", query, key, preferred_element_type=jnp.float32)
     scale = config.head_width**-0.5 if config.attention_scale is None else config.attention_scale
     scores = scores.reshape(batch, groups, -1, tokens, seen)
@@ -224,18 +224,18 @@ def _remember(
     positions: Int[Array, "batch tokens"],
     cache: Cache | None,
     seen: Seen | None,
-) -> tuple[Float[Array, "batch seen groups width"], Float[Array, "batch seen groups inner"], Cache | None]:
-    """Keys and values of all that was read, and the grown cache."""
+) -> tuple[Float[Array, "batch groups seen width"], Float[Array, "batch groups seen inner"], Cache | None]:
+    """Keys and values of all that was read, head after head, and the grown cache."""
+    key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
     if seen is not None:
         if cache is not None:
-            key, value = (jnp.concatenate(pair, 1) for pair in ((cache.key, key), (cache.value, value)))
+            key, value = (jnp.concatenate(pair, 2) for pair in ((cache.key, key), (cache.value, value)))
         return key, value, Cache(key, value)
     if cache is None:
         return key, value, None
-    lane = jnp.arange(positions.shape[0])[:, None]
     # Positions past the cache's end belong to padding; dropping them keeps real entries whole.
-    key = cache.key.at[lane, positions].set(key.astype(cache.key.dtype), mode="drop")
-    value = cache.value.at[lane, positions].set(value.astype(cache.value.dtype), mode="drop")
+    put = jax.vmap(lambda kept, new, where: kept.at[:, where].set(new.astype(kept.dtype), mode="drop"))
+    key, value = put(cache.key, key, positions), put(cache.value, value, positions)
     return key, value, cache._replace(key=key, value=value)
 
 
@@ -331,8 +331,9 @@ class Attention(nnx.Module):
         sinks = self.sinks[...] if config.sinks else None
         return self.output(_attend(config, query, key, value, hide, sinks)), cache
 
-    def _key_scores(self, value: Float[Array, "batch seen groups width"]) -> Float[Array, "batch groups seen"]:
+    def _key_scores(self, value: Float[Array, "batch groups seen width"]) -> Float[Array, "batch groups seen"]:
         """What is added to the scores of each key, ``exp(a·softplus(v·D))``, float32."""
+        value = jnp.swapaxes(value, 1, 2)
         step = self.step(value.reshape(*value.shape[:2], -1).astype(self.step.kernel[...].dtype)).astype(jnp.float32)
         return jnp.swapaxes(jnp.exp(self.decay[...].astype(jnp.float32) * jax.nn.softplus(step)), 1, 2)
 
@@ -417,7 +418,8 @@ class CrossAttention(nnx.Module):
     def read(self, states: Float[Array, "batch source hidden"], bias: Float[Array, "batch 1 1 source"]) -> States:
         """States ``[batch, source, d]`` and their bias as `Cache` keeps them."""
         shape = (*states.shape[:2], self.config.heads, self.config.head_width)
-        return self.key(states).reshape(shape), self.value(states).reshape(shape), bias
+        key, value = (jnp.swapaxes(part(states).reshape(shape), 1, 2) for part in (self.key, self.value))
+        return key, value, bias
 
     def __call__(self, x: Float[Array, "batch tokens hidden"], states: States) -> Float[Array, "batch tokens hidden"]:
         """What ``x [batch, tokens, d]`` takes from the states that `read` returned."""

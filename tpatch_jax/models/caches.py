@@ -10,6 +10,7 @@ from tpatch_jax.models.stack import (
     attention_bias,
     embed_tokens,
     encode,
+    grow_block,
     read_states,
     run_block,
     source_bias,
@@ -40,7 +41,7 @@ def empty_cache(
         A cache without any token; what the decoder reads of the encoder's states is in it.
     """
     dtype = params["embed"]["embedding"].dtype
-    shape, latent = (batch, context, config.key_value_heads), config.latent
+    shape, latent = (batch, config.key_value_heads, context), config.latent
     # One array for all, for none is ever changed.
     if latent is None:
         key = value = jnp.zeros((*shape, config.head_width), dtype)
@@ -62,6 +63,8 @@ def decode(
     tokens: Int[Array, "batch tokens"] | Embedded,
     positions: Int[Array, "batch tokens"],
     cache: list[Cache],
+    *,
+    in_place: bool = False,
 ) -> tuple[Float[Array, "batch tokens hidden"], list[Cache]]:
     """Run some more tokens on top of a cache.
 
@@ -71,14 +74,20 @@ def decode(
         tokens: ``[batch, tokens]`` int; or the same with embeddings in the place of some.
         positions: their positions, ``[batch, tokens]`` int; a position past the cache's end marks padding.
         cache: from `empty_cache` or an earlier call.
+        in_place: write into the cache's own arrays, which are then not to be used again: those of an earlier call, as
+            an empty cache is one array for all layers.
 
     Returns:
         The residual stream after the last block, ``[batch, tokens, d]`` (see `logits`), and the new cache.
     """
     x, grown = embed_tokens(config, params, tokens, positions), []
-    around = Around(attention_bias(config, params, tokens_of(tokens), positions, cache[0].key.shape[1]))
+    around = Around(attention_bias(config, params, tokens_of(tokens), positions, cache[0].key.shape[2]))
     for index in range(config.layers):
-        x, entry = run_block(config, config.kind(index), params["layers"][index], x, positions, cache[index], around)
+        kind, weights = config.kind(index), params["layers"][index]
+        if in_place:
+            x, entry = grow_block(config, kind, weights, x, positions, *cache[index], around)
+        else:
+            x, entry = run_block(config, kind, weights, x, positions, cache[index], around)
         grown.append(entry)
     return x, grown
 

@@ -93,7 +93,7 @@ def fork(config: NetworkConfig, params: Params, pack: Pack, layer: int, rounded:
     caches, (run, weights) = [], _blocks(params, rounded)
     for number in range(layer + 1, config.layers):
         x, cache = run(config, config.kind(number), weights[number], x, positions, None, beside)
-        caches.append(take_tokens(cache, pack.begins))
+        caches.append(take_tokens(cache, pack.begins, 2))
     query, output, residual, x = take_tokens((query, output, residual, x), pack.ends)
     where, seen = _seen_by_ends(pack)
     query, output, residual, x, where = _regroup((query, output, residual, x, where), (packs, -1))
@@ -107,19 +107,24 @@ def _regroup(arrays: Any, axes: tuple[int, ...], count: int = 2) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape(*axes, *leaf.shape[count:]), arrays)
 
 
-@jax.jit
-def take_tokens(arrays: Any, tokens: Int[Array, "packs tokens"]) -> Any:
+@partial(jax.jit, static_argnames="axis")
+def take_tokens(arrays: Any, tokens: Int[Array, "packs tokens"], axis: int = 1) -> Any:
     """Some tokens of each pack, of every array of a pytree: ``[packs, all, …]`` to ``[packs, tokens, …]``.
 
     Args:
         arrays: a pytree.
         tokens: which.
+        axis: that of the tokens in all of them.
 
     Example:
         >>> take_tokens(jnp.array([[[1.0], [2.0]]]), jnp.array([[1]])).tolist()
         [[[2.0]]]
     """
-    take = lambda leaf: jnp.take_along_axis(leaf, jnp.expand_dims(tokens, tuple(range(2, leaf.ndim))), 1)  # noqa: E731
+
+    def take(leaf: Array) -> Array:
+        other = [place for place in range(1, leaf.ndim) if place != axis]
+        return jnp.take_along_axis(leaf, jnp.expand_dims(tokens, other), axis)
+
     return jax.tree.map(take, arrays)
 
 

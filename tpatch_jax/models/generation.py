@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tpatch_jax.core.sizes import power_of_two
+from tpatch_jax.core.sizes import in_halves, power_of_two
 from tpatch_jax.errors import TPatchError
 from tpatch_jax.models import networks
 from tpatch_jax.models.config import NetworkConfig
@@ -16,13 +16,16 @@ from tpatch_jax.models.embedded import table_of
 from tpatch_jax.models.rows import ASK, split_row
 from tpatch_jax.typing import Params, RngKey, TokenIds
 
-__all__ = ["Stops", "choose_tokens", "greedy", "pick_places", "sample", "stops_of_each"]
+__all__ = ["Stops", "choose_tokens", "greedy", "pick_places", "sample", "stops_of_each", "take_lanes"]
 
 Stops = TokenIds | Sequence[TokenIds]
 """Tokens that end what is written: the same for all prompts, or those of each prompt."""
 
 LEAST = 8
 """Prompts and caches have as many tokens as a power of two, at least so many."""
+
+FEW_LANES, FEW_STEPS = 8, 4
+"""Lanes that have ended are dropped where so many stay at least, and so many steps may still come."""
 
 
 @partial(jax.jit, static_argnames=("config", "top_k"))
@@ -64,7 +67,8 @@ def _run(
     ended: Callable[[int, list[int]], bool] | None = None,
     never: tuple[TokenIds, TokenIds] = ((), ()),
 ) -> list[list[int]]:
-    source = None
+    # What is drawn depends on how many draw together, so only greedy lanes are as many as are needed.
+    lanes, source = power_of_two(len(prompts)) if top_k else _lanes_for(len(prompts)), None
     if config.encoder and prompts:
         halves = [split_row(config, prompt) for prompt in prompts]
         prompts = [written for _, written in halves]
@@ -72,7 +76,7 @@ def _run(
         audio, longest = config.encoder.audio, max(map(len, read))
         if longest > config.encoder.context:
             raise TPatchError(f"a prompt has {longest} tokens, the encoder reads {config.encoder.context}; shorten it")
-        filling = [[0]] * (power_of_two(len(read)) - len(read))
+        filling = [[0]] * (lanes - len(read))
         # What is read of sound has one length, whatever of it is silence.
         length = audio.numbers if audio else power_of_two(longest, LEAST)
         source = table_of([*read, *filling], length, ASK)
@@ -91,7 +95,7 @@ def _run(
     count = min(count, max(rooms))
     if count < 1:
         return [[] for _ in prompts]
-    lanes, width = power_of_two(len(prompts)), power_of_two(max(lengths), LEAST)
+    width = power_of_two(max(lengths), LEAST)
     total = min(power_of_two(max(lengths) + count, LEAST), max(config.context, width))
     # Padding is written past the cache's end, where it is dropped.
     positions = np.full((lanes, width), total, np.int32)
@@ -109,26 +113,46 @@ def _run(
     results: list[list[int]] = [[] for _ in prompts]
     ends = stops_of_each(stops, len(prompts))
     always, first = (_mask(config, tokens) for tokens in (never[0], [*never[0], *never[1]]))
-    going = set(range(len(prompts)))
+    going, held = set(range(len(prompts))), list(range(len(prompts)))
     for step in range(count):
         # Without a draw the key is not looked at.
         drawn = jax.random.fold_in(rng, step) if top_k else rng
         ids = np.asarray(
             choose_tokens(config, tail, hidden, drawn, temperature_array, top_k, always if step else first), np.int32
         )
-        for lane in sorted(going):
-            if int(ids[lane]) in ends[lane]:
-                going.discard(lane)
-            else:
-                results[lane].append(int(ids[lane]))
-                if len(results[lane]) == rooms[lane] or (ended is not None and ended(lane, results[lane])):
-                    going.discard(lane)
+        for lane, number in enumerate(held):
+            if number not in going:
+                continue
+            said = results[number]
+            if int(ids[lane]) in ends[number]:
+                going.discard(number)
+                continue
+            said.append(int(ids[lane]))
+            if len(said) == rooms[number] or (ended is not None and ended(number, said)):
+                going.discard(number)
         if not going or step + 1 == count:
             break
+        fewer = lanes if top_k or count - step <= FEW_STEPS else max(FEW_LANES, power_of_two(len(going)))
+        if fewer < lanes:
+            kept = [lane for lane, number in enumerate(held) if number in going]
+            held, lanes = [held[lane] for lane in kept], fewer
+            places = np.asarray([*kept, *[kept[0]] * (lanes - len(kept))])
+            cache, last, ids = take_lanes(cache, places), last[places], ids[places]
         tokens, places = jax.device_put((ids[:, None], (last + 1 + step)[:, None]))
-        hidden, cache = networks.decode(config, params, tokens, places, cache)
+        hidden, cache = networks.decode(config, params, tokens, places, cache, in_place=True)
         hidden = pick_places(hidden, np.zeros_like(last))
     return results
+
+
+def _lanes_for(count: int) -> int:
+    """How many lanes hold so many prompts: a power of two, or three quarters of a larger one."""
+    return in_halves(count, FEW_LANES) if count > FEW_LANES else power_of_two(count)
+
+
+@jax.jit
+def take_lanes(cache: list[networks.Cache], lanes: Int[Array, "kept"]) -> list[networks.Cache]:
+    """Some lanes of a key-value cache."""
+    return jax.tree.map(lambda leaf: leaf[lanes], cache)
 
 
 def stops_of_each(stops: Stops, count: int) -> list[TokenIds]:

@@ -14,7 +14,7 @@ from tpatch_jax.core.ffn import ACTIVATIONS
 from tpatch_jax.core.int8 import plain, plain_tree, take_rows
 from tpatch_jax.core.products import in_float32, round_products
 from tpatch_jax.errors import TPatchError
-from tpatch_jax.models.blocks import HIDDEN, Around, Block, Cache, relative_bias
+from tpatch_jax.models.blocks import HIDDEN, Around, Block, Cache, States, relative_bias
 from tpatch_jax.models.config import LayerKind, NetworkConfig
 from tpatch_jax.models.embedded import Embedded, tokens_of
 from tpatch_jax.models.encoder_states import keep_states
@@ -36,6 +36,7 @@ __all__ = [
     "encode",
     "enter_block",
     "feed_forward",
+    "grow_block",
     "leave_block",
     "normalise",
     "padding_bias",
@@ -142,6 +143,22 @@ def run_block(
     return block.leave(residual, output), cache
 
 
+@partial(jax.jit, static_argnames=("config", "kind"), donate_argnames=("key", "value"))
+def grow_block(
+    config: NetworkConfig,
+    kind: LayerKind,
+    params: Params,
+    x: Float[Array, "batch tokens hidden"],
+    positions: Int[Array, "batch tokens"],
+    key: Float[Array, "batch groups seen width"],
+    value: Float[Array, "batch groups seen inner"],
+    states: States | None,
+    around: Around,
+) -> tuple[Float[Array, "batch tokens hidden"], Cache | None]:
+    """`run_block` that writes into the cache's own arrays, which must not be used again."""
+    return run_block(config, kind, params, x, positions, Cache(key, value, states), around)
+
+
 @partial(jax.jit, static_argnames="config")
 def read_states(
     config: NetworkConfig,
@@ -149,7 +166,7 @@ def read_states(
     states: Float[Array, "batch source hidden"],
     bias: Float[Array, "batch 1 1 source"],
 ) -> tuple[
-    Float[Array, "batch source heads width"], Float[Array, "batch source heads width"], Float[Array, "batch 1 1 source"]
+    Float[Array, "batch heads source width"], Float[Array, "batch heads source width"], Float[Array, "batch 1 1 source"]
 ]:
     """What a block's cross-attention reads of an encoder's states, as a `Cache` keeps it."""
     return _block(config, config.kind(0), params).cross.read(states, bias)

@@ -49,7 +49,7 @@ class Trace(NamedTuple):
 
 def _continued(begun: Cache, which: Int[Array, " rows"], tokens: int) -> Cache:
     """The beginning of each row, with room for so many tokens more."""
-    longer = lambda x: jnp.pad(jnp.take(x, which, axis=0), ((0, 0), (0, tokens), (0, 0), (0, 0)))  # noqa: E731
+    longer = lambda x: jnp.pad(jnp.take(x, which, axis=0), ((0, 0), (0, 0), (0, tokens), (0, 0)))  # noqa: E731
     return Cache(longer(begun.key), longer(begun.value))
 
 
