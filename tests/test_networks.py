@@ -503,3 +503,22 @@ def test_writing_into_a_cache_gives_what_writing_beside_it_gives(tiny_model):
     again, written = networks.decode(config, params, more, places, cache, in_place=True)
     assert same(again, hidden)
     assert same(written, grown)
+
+
+def test_what_all_prompts_begin_with_is_read_once(tiny_model, monkeypatch):
+    beginning = "in the inn the hen hid and the cat sat"
+    texts = [f"{beginning}{rest}" for rest in (" in", " there, then", " with a hat", "", " and", " by", " at", " on")]
+    rows = [tiny_model.encode(text) for text in texts]
+    shared = len(tiny_model.encode(beginning)) - 1  # the shortest keeps a token behind what is shared
+    assert shared >= generation.SHARED
+    alone = [generation.greedy(tiny_model.config, tiny_model.params, [row], 6)[0] for row in rows]
+    read, decode = [], networks.decode
+    monkeypatch.setattr(networks, "decode", lambda *args, **named: read.append(args[2].shape) or decode(*args, **named))
+    assert generation.greedy(tiny_model.config, tiny_model.params, rows, 6) == alone
+    assert read[0][0] == 1
+    assert read[1][0] == 8
+    assert read[1][1] < len(rows[1])
+    # One that begins otherwise, and nothing is shared.
+    read.clear()
+    generation.greedy(tiny_model.config, tiny_model.params, [*rows[:3], tiny_model.encode("who is in there")], 1)
+    assert [shape[0] for shape in read] == [4]

@@ -118,7 +118,7 @@ def test_a_prompt_whose_answer_is_long_enough_is_done_and_the_others_go_on(tiny_
     config, params, rows = tiny_model.config, tiny_model.params, [[5, 6, 7], [8, 9], [4]]
     whole = generation.greedy(config, params, rows, 6)
     lengths, steps, decode = [2, 5, 1], [], generation.networks.decode
-    monkeypatch.setattr(generation.networks, "decode", lambda *given: steps.append(1) or decode(*given))
+    monkeypatch.setattr(generation.networks, "decode", lambda *a, **k: steps.append(1) or decode(*a, **k))
     some = generation.greedy(config, params, rows, 6, (), lambda number, tokens: len(tokens) == lengths[number])
     assert some == [tokens[:length] for tokens, length in zip(whole, lengths, strict=True)]
     assert len(steps) == max(lengths)  # the prompts, then all but the last token

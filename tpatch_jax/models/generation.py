@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ Stops = TokenIds | Sequence[TokenIds]
 
 LEAST = 8
 """Prompts and caches have as many tokens as a power of two, at least so many."""
+
+SHARED, SAVED = 16, 128
+"""Prompts that begin alike have their beginning read once, if it is so long and so many tokens need not be read."""
 
 FEW_LANES, FEW_STEPS = 8, 4
 """Lanes that have ended are dropped where so many stay at least, and so many steps may still come."""
@@ -95,20 +99,10 @@ def _run(
     count = min(count, max(rooms))
     if count < 1:
         return [[] for _ in prompts]
-    width = power_of_two(max(lengths), LEAST)
-    total = min(power_of_two(max(lengths) + count, LEAST), max(config.context, width))
-    # Padding is written past the cache's end, where it is dropped.
-    positions = np.full((lanes, width), total, np.int32)
-    for lane, prompt in enumerate(prompts):
-        positions[lane, : len(prompt)] = np.arange(len(prompt))
     last = np.zeros(lanes, np.int32)
     last[: len(prompts)] = np.asarray(lengths) - 1
     temperature_array = jnp.asarray(temperature, jnp.float32)
-    cache = networks.empty_cache(config, params, lanes, total, source)
-    # Put as they are, and picked in one program: the first answer of a process waits for each that is compiled or read.
-    table = table_of([*prompts, *[[]] * (lanes - len(prompts))], width)
-    hidden, cache = networks.decode(config, params, table, jax.device_put(positions), cache)
-    hidden = pick_places(hidden, last)
+    hidden, cache = _read(config, params, prompts, lanes, count, source, power_of_two if top_k else in_halves)
     tail = networks.final_weights(config, params)
     results: list[list[int]] = [[] for _ in prompts]
     ends = stops_of_each(stops, len(prompts))
@@ -142,6 +136,54 @@ def _run(
         hidden, cache = networks.decode(config, params, tokens, places, cache, in_place=True)
         hidden = pick_places(hidden, np.zeros_like(last))
     return results
+
+
+def _read(
+    config: NetworkConfig,
+    params: Params,
+    prompts: Sequence[TokenIds],
+    lanes: int,
+    count: int,
+    source: Any,
+    size: Callable[[int, int], int],
+) -> tuple[Float[Array, "lanes hidden"], list[networks.Cache]]:
+    """The hidden state at the last token of each prompt, and a cache with room for so many tokens more."""
+    longest = max(map(len, prompts))
+    total = min(size(longest + count, LEAST), max(config.context, size(longest, LEAST)))
+    shared = _shared_tokens(prompts) if source is None else 0
+    if shared:
+        table, positions = _table([prompts[0][:shared]], 1, 0, total, size)
+        _, cache = networks.decode(config, params, table, positions, networks.empty_cache(config, params, 1, total))
+        cache = take_lanes(cache, np.zeros(lanes, int))
+    else:
+        cache = networks.empty_cache(config, params, lanes, total, source)
+    rests = [prompt[shared:] for prompt in prompts]
+    table, positions = _table(rests, lanes, shared, total, size)
+    hidden, cache = networks.decode(config, params, table, positions, cache)
+    last = np.zeros(lanes, np.int32)
+    last[: len(rests)] = [len(rest) - 1 for rest in rests]
+    # Picked in one program: the first answer of a process waits for each that is compiled or read.
+    return pick_places(hidden, last), cache
+
+
+def _table(
+    rows: Sequence[TokenIds], lanes: int, first: int, total: int, size: Callable[[int, int], int]
+) -> tuple[Any, Int[Array, "lanes width"]]:
+    """Rows that begin at a position, as a network reads them, and the position of each token."""
+    width = size(max(map(len, rows)), LEAST)
+    # Padding is written past the cache's end, where it is dropped.
+    positions = np.full((lanes, width), total, np.int32)
+    for lane, row in enumerate(rows):
+        positions[lane, : len(row)] = first + np.arange(len(row))
+    return table_of([*rows, *[[]] * (lanes - len(rows))], width), jax.device_put(positions)
+
+
+def _shared_tokens(prompts: Sequence[TokenIds]) -> int:
+    """With how many tokens all prompts begin alike, if reading them once pays; each keeps a token behind them."""
+    least, most = min(map(list, prompts)), max(map(list, prompts))
+    alike = next((at for at, pair in enumerate(zip(least, most, strict=False)) if pair[0] != pair[1]), len(least))
+    alike = min(alike, *(len(prompt) - 1 for prompt in prompts))
+    return alike if alike >= SHARED and alike * (len(prompts) - 1) >= SAVED else 0
 
 
 def _lanes_for(count: int) -> int:
