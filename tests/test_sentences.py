@@ -10,7 +10,7 @@ from conftest import make_tiny_model
 import tpatch_jax as tp
 from tpatch_jax.evaluation.answers import compare_answers
 from tpatch_jax.models import generation
-from tpatch_jax.models.sentences import _is_said, agrees, first_sentence, say, say_tokens
+from tpatch_jax.models.sentences import _is_said, agrees, continue_rows, first_sentence, plan_batches, say, say_tokens
 from tpatch_jax.requests import EditRequest
 
 
@@ -122,3 +122,26 @@ def test_a_prompt_whose_answer_is_long_enough_is_done_and_the_others_go_on(tiny_
     some = generation.greedy(config, params, rows, 6, (), lambda number, tokens: len(tokens) == lengths[number])
     assert some == [tokens[:length] for tokens, length in zip(whole, lengths, strict=True)]
     assert len(steps) == max(lengths)  # the prompts, then all but the last token
+
+
+def test_rows_that_begin_alike_are_continued_together(tiny_model):
+    beginning = tiny_model.encode("in the inn the hen hid and the cat sat")
+    assert len(beginning) >= generation.SHARED
+    ends = [
+        tiny_model.encode(text) for text in (" in", " there, then", " at", " by", " on", " and", " with a hat", " to")
+    ]
+    rows = [row for end in ends for row in (beginning + end, end * 2)]
+    planned = [part for _, part in plan_batches(rows, 4, alike=True)]
+    assert sorted(number for part in planned for number in part) == [*range(16)]
+    assert all(len({number % 2 for number in part}) == 1 for part in planned)
+    assert [before for before, _ in plan_batches(rows, 4, alike=True)] == [0, 4, 8, 12]
+    # Few that begin alike are not kept apart, nor are rows that tokens are drawn for.
+    few = [part for _, part in plan_batches(rows[:6], 8, alike=True)]
+    assert [sorted(part) for part in few] == [[*range(6)]]
+    assert [len(rows[number]) for _, part in plan_batches(rows, 16, alike=False) for number in part] == sorted(
+        map(len, rows)
+    )
+    said = continue_rows(tiny_model, rows, 5, lanes=4)
+    assert said == [
+        generation.greedy(tiny_model.config, tiny_model.params, [row], 5, tiny_model.stops)[0] for row in rows
+    ]

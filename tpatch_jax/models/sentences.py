@@ -2,11 +2,11 @@
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
-import numpy as np
 from jax import Array
 
 from tpatch_jax.errors import TPatchError
@@ -14,12 +14,15 @@ from tpatch_jax.models import generation
 from tpatch_jax.models.chat import stops_after
 from tpatch_jax.models.model import Model
 
-__all__ = ["SENTENCE_TOKENS", "agrees", "continue_rows", "first_sentence", "say", "say_tokens"]
+__all__ = ["SENTENCE_TOKENS", "agrees", "continue_rows", "first_sentence", "plan_batches", "say", "say_tokens"]
 
 SENTENCE_TOKENS = 24
 """So many tokens at most are said where no sentence ends before."""
 
 LANES = 32
+
+FEW_ALIKE = 8
+"""So many rows that begin alike make batches of their own."""
 
 # Quotation marks and brackets that close, of Latin and of East Asian texts.
 _CLOSED = "\"'\u201d\u2019\u00bb)\\]\u300d\u300f\uff09"
@@ -115,7 +118,7 @@ def continue_rows(
 ) -> list[list[int]]:
     """The tokens that follow rows, greedily or drawn.
 
-    Neighbours in length share a batch, so that little of it is padding.
+    Neighbours in length share a batch, so that little of it is padding; greedily, rows that begin alike do.
 
     Args:
         model: the model, edited or not.
@@ -131,9 +134,9 @@ def continue_rows(
     # Of sound one at a time: an encoder's states of one recording are as large as those of many texts.
     lanes = lanes if model.audio is None else 1
     said: list[list[int]] = [[] for _ in rows]
-    order = np.argsort([len(row) for row in rows], kind="stable")
-    for first in range(0, len(order), lanes):
-        part = order[first : first + lanes]
+    done = 0
+    # What is drawn depends on who draws together.
+    for before, part in plan_batches(rows, lanes, alike=draw is None):
         chosen = [rows[n] for n in part]
         ended = partial(_is_said, model, chosen) if sentence else None
         with jax.default_matmul_precision("highest"):
@@ -142,13 +145,42 @@ def continue_rows(
                 tokens = generation.greedy(*given, stop, ended, model.never)
             else:
                 # A key of its own for each batch, so that no two draw the same.
-                key, temperature = jax.random.fold_in(draw[0], first), draw[1]
+                key, temperature = jax.random.fold_in(draw[0], before), draw[1]
                 tokens = generation.sample(*given, key, temperature=temperature, stops=stop, ended=ended)
         for number, new in zip(part, tokens, strict=True):
             said[number] = new
+        done += len(part)
         if progress:
-            progress(min(first + lanes, len(order)))
+            progress(done)
     return said
+
+
+def plan_batches(rows: Sequence[Sequence[int]], lanes: int, *, alike: bool) -> Iterator[tuple[int, list[int]]]:
+    """Rows in batches of neighbours in length: how many rows come before each batch, and the numbers of its rows.
+
+    Args:
+        rows: prompts in tokens.
+        lanes: so many rows a batch at most.
+        alike: whether rows that begin with the same tokens come together, so that these are read once; of few rows
+            that begin alike none do.
+
+    Example:
+        >>> list(plan_batches([[1, 2, 3], [1], [1, 2]], 2, alike=True))
+        [(0, [1, 2]), (2, [0])]
+    """
+    beginnings = [tuple(row[: generation.SHARED]) if alike else () for row in rows]
+    counts = Counter(beginnings)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, beginning in enumerate(beginnings):
+        together = len(beginning) == generation.SHARED and counts[beginning] >= FEW_ALIKE
+        groups.setdefault(beginning if together else (), []).append(number)
+    before = 0
+    for numbers in groups.values():
+        order = sorted(numbers, key=lambda number: len(rows[number]))
+        for first in range(0, len(order), lanes):
+            part = order[first : first + lanes]
+            yield before, part
+            before += len(part)
 
 
 def say(
